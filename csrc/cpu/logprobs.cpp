@@ -1,0 +1,78 @@
+// Log-prob and entropy of each row, and their gradient. Mirrors ppg_fast/reference/logprobs.py and csrc/cuda/logprobs.cu
+#ifndef PPG_LANES
+#define PPG_KERNELS "logprobs.cpp"
+#include "foreach_isa.h"
+
+namespace ppg::cpu {
+void logprobs_fwd(const LogprobsFwdArgs& a, int64_t first, int64_t last) { PPG_DISPATCH(logprobs_fwd(a, first, last)); }
+void logprobs_bwd(const LogprobsBwdArgs& a, int64_t first, int64_t last) { PPG_DISPATCH(logprobs_bwd(a, first, last)); }
+}  // namespace ppg::cpu
+#else
+
+template <class E, bool CAP, bool ENT> void logprobs_fwd_rows(const LogprobsFwdArgs& a, int64_t first, int64_t last) {
+  for (int64_t n = first; n < last; ++n) {
+    const int64_t label = a.labels[n];
+    a.logprob[n] = a.lse[n] = 0.f;
+    if (ENT) a.entropy[n] = 0.f;
+    if (label < 0) continue;
+    const auto* x = static_cast<const typename E::raw*>(a.logits.data) + a.logits.offset(n);
+    const View<CAP> view(a, n);
+    const Stats stats = row_stats<E, CAP, ENT, false>(x, a.V, view, nullptr, next_row<E>(a, n, last));
+    const double log_sum = std::log(stats.sum);
+    a.logprob[n] = float(double(view(load_one<E>(x + label))) - stats.max - log_sum);
+    a.lse[n] = float(stats.max + log_sum);
+    if (ENT) a.entropy[n] = float(log_sum - stats.dot / stats.sum);
+  }
+}
+
+template <class E> void logprobs_fwd_of(const LogprobsFwdArgs& a, int64_t first, int64_t last) {
+  const bool cap = a.logit_softcap != 0.f;
+  if (a.entropy) return cap ? logprobs_fwd_rows<E, true, true>(a, first, last) : logprobs_fwd_rows<E, false, true>(a, first, last);
+  return cap ? logprobs_fwd_rows<E, true, false>(a, first, last) : logprobs_fwd_rows<E, false, false>(a, first, last);
+}
+
+static void logprobs_fwd(const LogprobsFwdArgs& a, int64_t first, int64_t last) { PPG_BY_DTYPE(a.dtype, logprobs_fwd_of, a, first, last); }
+
+// dlogit_v = p_v (c0 + c1 log p_v) + [v = label] at_label, through the softcap.
+template <bool CAP, bool ENT> PPG_INLINE Vec dlogits(Vec x, const View<CAP>& view, float lse, float c0, float c1) {
+  Vec logp = view(x) - lse;
+  logp = logp < NEGLIGIBLE ? splat(NEGLIGIBLE) : logp;
+  Vec d = exp_nonpositive(logp) * (ENT ? c0 + c1 * logp : splat(c0));
+  if constexpr (CAP) d *= view.slope(x);
+  return d;
+}
+
+template <class E, bool CAP, bool ENT> void logprobs_bwd_rows(const LogprobsBwdArgs& a, int64_t first, int64_t last) {
+  for (int64_t n = first; n < last; ++n) {
+    const int64_t label = a.labels[n];
+    const float d_logprob = a.d_logprob[n], d_entropy = ENT ? a.d_entropy[n] : 0.f;
+    if (label < 0 || (d_logprob == 0.f && d_entropy == 0.f)) {
+      zero_row<E>(a.dlogits, n, a.V);
+      continue;
+    }
+    const auto* x = static_cast<const typename E::raw*>(a.logits.data) + a.logits.offset(n);
+    auto* out = static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n);
+    const View<CAP> view(a, n);
+    const float temperature = a.temperatures ? a.temperatures[n] : a.temperature, lse = a.lse[n];
+    const float g = d_logprob / temperature, h = d_entropy / temperature, c0 = ENT ? -g - h * a.entropy[n] : -g, c1 = -h;
+    const Vec x_label = splat(load_one<E>(x + label));
+    const float at_label = (CAP ? g * view.slope(x_label)[0] : g) + dlogits<CAP, ENT>(x_label, view, lse, c0, c1)[0];
+    int64_t v = 0;
+    for (; v + LANES <= a.V; v += LANES) E::store(out + v, dlogits<CAP, ENT>(E::load(x + v), view, lse, c0, c1));
+    if (v < a.V) {
+      const int count = int(a.V - v);
+      store_tail<E>(out + v, count, dlogits<CAP, ENT>(load_tail<E>(x + v, count, x[v]), view, lse, c0, c1));
+    }
+    store_one<E>(out + label, at_label);
+  }
+}
+
+template <class E> void logprobs_bwd_of(const LogprobsBwdArgs& a, int64_t first, int64_t last) {
+  const bool cap = a.logit_softcap != 0.f;
+  if (a.d_entropy) return cap ? logprobs_bwd_rows<E, true, true>(a, first, last) : logprobs_bwd_rows<E, false, true>(a, first, last);
+  return cap ? logprobs_bwd_rows<E, true, false>(a, first, last) : logprobs_bwd_rows<E, false, false>(a, first, last);
+}
+
+static void logprobs_bwd(const LogprobsBwdArgs& a, int64_t first, int64_t last) { PPG_BY_DTYPE(a.dtype, logprobs_bwd_of, a, first, last); }
+
+#endif

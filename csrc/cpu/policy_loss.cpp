@@ -1,0 +1,114 @@
+// Log-prob, scalar loss and gradient of each row in one visit. Mirrors ppg_fast/reference/policy_loss.py and csrc/cuda/policy_loss.cu
+#ifndef PPG_LANES
+#define PPG_KERNELS "policy_loss.cpp"
+#include "foreach_isa.h"
+
+namespace ppg::cpu {
+void policy_loss(const PolicyLossArgs& a, int64_t first, int64_t last) { PPG_DISPATCH(policy_loss(a, first, last)); }
+void rescale_rows(const RescaleRowsArgs& a, int64_t first, int64_t last) { PPG_DISPATCH(rescale_rows(a, first, last)); }
+}  // namespace ppg::cpu
+#else
+
+// dlogit_v = exp(t_v) (c0 + c1 t_v) + [v = label] at_label with t = z - max, then through the softcap.
+struct Slope {
+  float c0, c1, at_label;
+  bool zero() const { return c0 == 0.f && c1 == 0.f && at_label == 0.f; }
+};
+
+template <class E, bool CAP, bool ENT>
+PPG_INLINE Vec gradient(Vec e, Vec x, const Slope& s, const View<CAP>& view, float max) {
+  Vec d = e * s.c0;
+  if constexpr (ENT) {
+    Vec t = view(x) - max;
+    t = t < NEGLIGIBLE ? splat(NEGLIGIBLE) : t;
+    d = e * (s.c0 + s.c1 * t);
+  }
+  if constexpr (CAP) d *= view.slope(x);
+  return d;
+}
+
+// `exps` are those of row_stats; `out` may be `x`, since every element is read before it is written.
+template <class E, bool CAP, bool ENT>
+PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, int64_t V, const float* exps, int64_t label,
+                               const Slope& s, const View<CAP>& view, float max) {
+  const Vec x_label = splat(load_one<E>(x + label));
+  float at_label = s.at_label;
+  if constexpr (CAP) at_label *= view.slope(x_label)[0];
+  at_label += gradient<E, CAP, ENT>(splat(exps[label]), x_label, s, view, max)[0];
+  int64_t v = 0;
+  for (; v + LANES <= V; v += LANES) {
+    const Vec xv = CAP || ENT ? E::load(x + v) : Vec{};
+    E::store(out + v, gradient<E, CAP, ENT>(F32::load(exps + v), xv, s, view, max));
+  }
+  if (v < V) {
+    const int count = int(V - v);
+    const Vec xv = CAP || ENT ? load_tail<E>(x + v, count, x[v]) : Vec{};
+    store_tail<E>(out + v, count, gradient<E, CAP, ENT>(load_tail<F32>(exps + v, count, 0.f), xv, s, view, max));
+  }
+  store_one<E>(out + label, at_label);
+}
+
+template <class E, bool CAP, bool ENT> void policy_loss_rows(const PolicyLossArgs& a, int64_t first, int64_t last) {
+  static thread_local std::vector<float> exps;
+  if (a.dlogits.data && int64_t(exps.size()) < a.V) exps.resize(a.V);
+  for (int64_t n = first; n < last; ++n) {
+    const int64_t label = a.labels[n];
+    const bool full = label >= 0 && a.dlogits.data && (a.advantages[n] != 0.f || a.term.needs_every_row());
+    a.loss[n] = a.logprob[n] = 0.f;
+    if (a.entropy) a.entropy[n] = 0.f;
+    if (a.dlogits.data && !full) {
+      // in place, the row must have been read before it is zeroed
+      if (label < 0 || a.dlogits.data != a.logits.data) zero_row<E>(a.dlogits, n, a.V);
+    }
+    if (label < 0) continue;
+    const auto* x = static_cast<const typename E::raw*>(a.logits.data) + a.logits.offset(n);
+    const View<CAP> view(a, n);
+    const auto* next = next_row<E>(a, n, last);
+    const Stats stats = full ? row_stats<E, CAP, ENT, true>(x, a.V, view, exps.data(), next)
+                             : row_stats<E, CAP, ENT, false>(x, a.V, view, nullptr, next);
+    const double log_sum = std::log(stats.sum), mean = ENT ? stats.dot / stats.sum : 0.0;
+    const float logprob = float(double(view(load_one<E>(x + label))) - stats.max - log_sum), entropy = float(log_sum - mean);
+    const float old_logprob = a.old_logprobs ? a.old_logprobs[n] : logprob;
+    const Term term = policy_term(a.term, logprob, entropy, old_logprob, a.ref_logprobs ? a.ref_logprobs[n] : logprob,
+                                  importance_weight(a.term, old_logprob, a.rollout_logprobs, n), a.advantages[n]);
+    const float weight = a.weights ? a.weights[n] : 1.f;
+    a.loss[n] = weight * term.loss;
+    a.logprob[n] = logprob;
+    if (a.entropy) a.entropy[n] = entropy;
+    if (!full) {
+      if (a.dlogits.data && a.dlogits.data == a.logits.data) zero_row<E>(a.dlogits, n, a.V);
+      continue;
+    }
+    const float temperature = a.temperatures ? a.temperatures[n] : a.temperature;
+    const double g = double(weight) * term.d_logprob / temperature, h = double(weight) * term.d_entropy / temperature;
+    const Slope slope{float((h * mean - g) / stats.sum), float(-h / stats.sum), float(g)};
+    if (slope.zero()) zero_row<E>(a.dlogits, n, a.V);
+    else if (ENT && h != 0.0)
+      write_gradient<E, CAP, true>(x, static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n), a.V, exps.data(), label, slope, view, stats.max);
+    else
+      write_gradient<E, CAP, false>(x, static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n), a.V, exps.data(), label, slope, view, stats.max);
+  }
+}
+
+template <class E> void policy_loss_of(const PolicyLossArgs& a, int64_t first, int64_t last) {
+  const bool cap = a.logit_softcap != 0.f;
+  if (a.entropy) return cap ? policy_loss_rows<E, true, true>(a, first, last) : policy_loss_rows<E, false, true>(a, first, last);
+  return cap ? policy_loss_rows<E, true, false>(a, first, last) : policy_loss_rows<E, false, false>(a, first, last);
+}
+
+static void policy_loss(const PolicyLossArgs& a, int64_t first, int64_t last) { PPG_BY_DTYPE(a.dtype, policy_loss_of, a, first, last); }
+
+template <class E> void rescale_rows_of(const RescaleRowsArgs& a, int64_t first, int64_t last) {
+  for (int64_t n = first; n < last; ++n) {
+    const float scale = a.scale[n];
+    if (scale == 1.f) continue;
+    auto* x = static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n);
+    int64_t v = 0;
+    for (; v + LANES <= a.V; v += LANES) E::store(x + v, E::load(x + v) * scale);
+    if (v < a.V) store_tail<E>(x + v, int(a.V - v), load_tail<E>(x + v, int(a.V - v), x[v]) * scale);
+  }
+}
+
+static void rescale_rows(const RescaleRowsArgs& a, int64_t first, int64_t last) { PPG_BY_DTYPE(a.dtype, rescale_rows_of, a, first, last); }
+
+#endif

@@ -1,0 +1,62 @@
+// The scalar loss of one token and its two derivatives, once for g++ and nvcc.
+// Mirrors ppg_fast/reference/policy_term.py and kernels/triton/policy_term.py. Runs once a row: the vocabulary loops never see it.
+#pragma once
+#include <cmath>
+#include "args.h"
+
+namespace ppg {
+
+struct Term {
+  float loss, d_logprob, d_entropy;
+};
+
+// old_logprob is the log-prob itself where the caller has none (on-policy), ref_logprob likewise, importance 1.
+PPG_HD Term policy_term(const TermArgs& a, float logprob, float entropy, float old_logprob, float ref_logprob, float importance,
+                        float advantage) {
+  const float ratio = expf(logprob - old_logprob);
+  float loss, d;
+  if (a.loss_type == LossType::PPO) {
+    const float clipped = fminf(fmaxf(ratio, 1.f - a.clip_low), 1.f + a.clip_high);
+    loss = -fminf(ratio * advantage, clipped * advantage);
+    d = ratio * advantage <= clipped * advantage ? -ratio * advantage : 0.f;
+    if (a.dual_clip != 0.f && advantage < 0.f && loss > -a.dual_clip * advantage) {
+      loss = -a.dual_clip * advantage;
+      d = 0.f;
+    }
+  } else if (a.loss_type == LossType::CISPO) {
+    d = -fminf(ratio, 1.f + a.clip_high) * advantage;
+    loss = d * logprob;
+  } else {
+    d = -advantage;
+    loss = d * logprob;
+  }
+  loss *= importance;
+  d *= importance;
+  if (a.kl_coef != 0.f) {
+    const float delta = ref_logprob - logprob;
+    float kl, dk;
+    if (a.kl_estimator == KLEstimator::K1) {
+      kl = -delta;
+      dk = 1.f;
+    } else if (a.kl_estimator == KLEstimator::K2) {
+      kl = 0.5f * delta * delta;
+      dk = -delta;
+    } else {
+      kl = expm1f(delta) - delta;
+      dk = -expm1f(delta);
+    }
+    loss += a.kl_coef * kl;
+    d += a.kl_coef * dk;
+  }
+  if (logprob != logprob) loss = d = logprob;  // a NaN row stays NaN also where a clip would swallow it
+  if (a.entropy_coef != 0.f) loss -= a.entropy_coef * entropy;
+  return {loss, d, -a.entropy_coef};
+}
+
+// The importance weight min(exp(old - rollout), cap) of a token whose sampler disagrees with the trainer; 1 where it is off.
+PPG_HD float importance_weight(const TermArgs& a, float old_logprob, const float* rollout_logprobs, int64_t n) {
+  if (!rollout_logprobs || a.importance_cap == 0.f) return 1.f;
+  return fminf(expf(old_logprob - rollout_logprobs[n]), a.importance_cap);
+}
+
+}  // namespace ppg

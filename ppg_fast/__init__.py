@@ -1,0 +1,39 @@
+"""ppg_fast: fused kernels for partial policy gradients (arXiv:2603.06138) on long multi-turn dialogues.
+
+`import ppg_fast as ppg` gives the loss backend: policy classes, windowed returns, and the policy loss from logits or from hidden states.
+"""
+
+from ppg_fast.functional import (
+    PolicyLossOutput,
+    linear_partial_policy_loss,
+    linear_policy_loss,
+    linear_token_logprobs,
+    partial_policy_loss,
+    partial_returns,
+    policy_loss,
+    token_logprobs,
+    turn_advantages,
+)
+from ppg_fast.spec import FullPlanning, Greedy, Lookahead, PolicyClass, PolicyLossSpec, RewardMask, Segment, policy_class
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FullPlanning",
+    "Greedy",
+    "Lookahead",
+    "PolicyClass",
+    "PolicyLossOutput",
+    "PolicyLossSpec",
+    "RewardMask",
+    "Segment",
+    "linear_partial_policy_loss",
+    "linear_policy_loss",
+    "linear_token_logprobs",
+    "partial_policy_loss",
+    "partial_returns",
+    "policy_class",
+    "policy_loss",
+    "token_logprobs",
+    "turn_advantages",
+]

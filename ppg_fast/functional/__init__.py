@@ -1,0 +1,17 @@
+"""The public functions: any leading shape, defaults, reductions, errors. They choose the backend and call the ops."""
+
+from ppg_fast.functional.linear import linear_partial_policy_loss, linear_policy_loss, linear_token_logprobs
+from ppg_fast.functional.logits import PolicyLossOutput, partial_policy_loss, policy_loss, token_logprobs
+from ppg_fast.functional.returns import partial_returns, turn_advantages
+
+__all__ = [
+    "PolicyLossOutput",
+    "linear_partial_policy_loss",
+    "linear_policy_loss",
+    "linear_token_logprobs",
+    "partial_policy_loss",
+    "partial_returns",
+    "policy_loss",
+    "token_logprobs",
+    "turn_advantages",
+]

@@ -1,0 +1,144 @@
+"""From hidden states and the head's weight: the same functions, and the [N, V] logits never exist."""
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ppg_fast import backends, ops
+from ppg_fast.functional.logits import _with_turns
+from ppg_fast.functional.loss import LossOptions, LossRows, PolicyLossOutput, spec_and_temperatures
+from ppg_fast.functional.tokens import Tokens, check_floats
+from ppg_fast.spec import SEQUENCE_LEVEL, PolicyClass, PolicyLossSpec, require
+
+
+def _head_of(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, chunk_rows: int | None) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """Hidden states (N, D), weight (V, D), bias (V,) of one dtype, and the rows of a chunk; ValueError where they do not fit."""
+    check_floats("hidden", hidden)
+    check_floats("weight", weight)
+    require(isinstance(labels, Tensor), "labels must be a tensor", type(labels).__name__)
+    fits = hidden.dim() >= 1 and hidden.shape[:-1] == labels.shape
+    require(fits, f"hidden must be the shape of labels and a hidden size, {(*labels.shape, 'D')}", tuple(hidden.shape))
+    require(weight.dim() == 2 and weight.shape[1] == hidden.shape[-1], f"weight must be (V, D) with D = {hidden.shape[-1]}", tuple(weight.shape))
+    require(weight.device == hidden.device, f"weight must be on the device of hidden, {hidden.device}", weight.device)
+    if bias is not None:
+        require(bias.shape == weight.shape[:1], f"bias must be (V,) = ({weight.shape[0]},)", tuple(bias.shape))
+        require(bias.device == hidden.device, f"bias must be on the device of hidden, {hidden.device}", bias.device)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    require(hidden.dtype == weight.dtype, "hidden and weight must have one dtype (or run under autocast)", (hidden.dtype, weight.dtype))
+    require(bias is None or bias.dtype == weight.dtype, f"bias must have the dtype of weight, {weight.dtype}", None if bias is None else bias.dtype)
+    if chunk_rows is not None:
+        require(isinstance(chunk_rows, int) and chunk_rows >= 1, "chunk_rows must be an integer >= 1", chunk_rows)
+    return hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias, chunk_rows or ops.default_chunk_rows(hidden, weight.shape[0])
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_softcap: float = 0.0,
+    entropy: bool = False,
+    chunk_rows: int | None = None,
+    validate: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each label (and entropy) from hidden states, without the logits.
+
+    As `token_logprobs` of logits = hidden @ weight.T + bias. Differentiable in hidden, weight and bias: the backward pass computes the
+    logits of the rows that have a gradient once more, a chunk at a time (four GEMMs in all).
+
+    Args:
+        hidden: (..., D) float32, bfloat16 or float16.
+        weight: (V, D) in the dtype of hidden; ``bias``: (V,) or None.
+        labels, loss_mask, temperature, logit_softcap, entropy, validate, backend: as in `token_logprobs`.
+        chunk_rows: rows whose logits are alive at once; default from a memory budget.
+
+    Returns and raises: as `token_logprobs`. Gradients come back in the dtype of each input; d_weight is accumulated in float32.
+    """
+    x, weight, bias, chunk = _head_of(hidden, weight, labels, bias, chunk_rows)
+    spec, temperatures = spec_and_temperatures(PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels)
+    tokens = Tokens.of(labels, loss_mask, None, hidden.device, validate)
+    backend = backend or backends.default(hidden.device.type)
+    numbers = float(spec.temperature), float(logit_softcap), entropy, validate, backend, chunk
+    logprobs, ent = ops.linear_token_logprobs(x, weight, bias, tokens.labels, temperatures, *numbers)
+    return (logprobs.view(labels.shape), ent.view(labels.shape)) if entropy else logprobs.view(labels.shape)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    advantages: Tensor,
+    *,
+    bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+    loss_mask: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    turn_ids: Tensor | None = None,
+    spec: PolicyLossSpec | None = None,
+    reduction: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+    skip_zero_advantages: bool = False,
+    validate: bool = False,
+    backend: str | None = None,
+) -> PolicyLossOutput:
+    """The policy loss from hidden states: gradient computed in the forward pass, three GEMMs over the rows that have one.
+
+    As `policy_loss` of logits = hidden @ weight.T + bias. Rows without weight are compacted away before the first GEMM; d_weight is
+    accumulated in float32; a head that does not require a gradient saves the third GEMM. The sequence-level losses and reduction
+    "none" need the whole sequence, or the upstream gradient, before the gradient: they compute the logits twice.
+
+    Args:
+        hidden: (..., D) float32, bfloat16 or float16.
+        weight: (V, D) in the dtype of hidden (or any under autocast); ``bias``: (V,) or None.
+        chunk_rows: rows whose logits are alive at once; default from a memory budget.
+        the rest: as in `policy_loss`.
+
+    Returns and raises: as `policy_loss`. Gradients come back in the dtype of each input.
+    """
+    x, weight, bias, chunk = _head_of(hidden, weight, labels, bias, chunk_rows)
+    rows = LossRows.of(
+        labels, advantages, hidden.device, loss_mask=loss_mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs, cu_seqlens=cu_seqlens, turn_ids=turn_ids, spec=spec, reduction=reduction,
+        normalizer=normalizer, skip_zero_advantages=skip_zero_advantages, validate=validate,
+    )  # fmt: skip
+    backend = backend or backends.default(hidden.device.type)
+    if rows.spec.loss_type in SEQUENCE_LEVEL or reduction == "none":
+        numbers = float(rows.spec.temperature), float(rows.spec.logit_softcap), True, validate, backend, chunk
+        logprobs, entropy = ops.linear_token_logprobs(x, weight, bias, rows.tokens.labels, rows.per_row[5], *numbers)
+        loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)
+    else:
+        loss, logprobs, entropy = ops.linear_policy_loss(x, weight, bias, rows.tokens.labels, rows.per_row, rows.spec, validate, backend, chunk)
+    return rows.output(loss, logprobs, entropy, skip_zero_advantages)
+
+
+def linear_partial_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    turn_ids: Tensor,
+    policy_class: PolicyClass | str,
+    *,
+    bias: Tensor | None = None,
+    chunk_rows: int | None = None,
+    gamma: float = 1.0,
+    baseline: str = "none",
+    group_ids: Tensor | None = None,
+    turn_counts: Tensor | None = None,
+    backend: str | None = None,
+    **options: Unpack[LossOptions],
+) -> PolicyLossOutput:
+    """The partial policy gradient from hidden states: `partial_policy_loss` of logits = hidden @ weight.T + bias, as `linear_policy_loss`."""
+    options, advantages = _with_turns(
+        options, rewards, turn_ids, policy_class, labels, gamma=gamma, baseline=baseline, group_ids=group_ids, turn_counts=turn_counts, backend=backend
+    )
+    return linear_policy_loss(hidden, weight, labels, advantages, bias=bias, chunk_rows=chunk_rows, backend=backend, **options)

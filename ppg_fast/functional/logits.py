@@ -1,0 +1,169 @@
+"""From logits: log-probs, the policy loss, and the policy loss straight from rewards."""
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ppg_fast import backends, ops
+from ppg_fast.functional.loss import LossOptions, LossRows, PolicyLossOutput, advantages_of_turns, spec_and_temperatures
+from ppg_fast.functional.tokens import Tokens, check_floats
+from ppg_fast.spec import PolicyClass, PolicyLossSpec, SEQUENCE_LEVEL, require
+
+
+def _rows_of(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits (..., V) as (B, L, V) with unit stride along V; a view where the strides allow it, as for `logits[:, :-1]`."""
+    check_floats("logits", logits)
+    require(isinstance(labels, Tensor), "labels must be a tensor", type(labels).__name__)
+    matches = logits.dim() >= 1 and logits.shape[:-1] == labels.shape
+    require(matches, f"logits must be the shape of labels and a vocabulary, {(*labels.shape, 'V')}", tuple(logits.shape))
+    require(logits.shape[-1] >= 1, "the vocabulary must hold at least one token", logits.shape[-1])
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    if logits.dim() == 3:
+        return logits
+    return logits.reshape(1, labels.numel(), logits.shape[-1]) if logits.dim() < 3 else logits.flatten(0, -3)
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    loss_mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_softcap: float = 0.0,
+    entropy: bool = False,
+    validate: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each label, and the entropy of its distribution when asked for.
+
+    l = log softmax(z)[label],  H = -sum_v p_v log p_v,  z = softcap tanh(logits / softcap) / temperature
+
+    Args:
+        logits: (..., V) float32, bfloat16 or float16; views such as ``logits[:, :-1]`` are read in place.
+        labels: (...) int64, the tokens these logits predict (already shifted); -100 = masked.
+        loss_mask: (...) any dtype; rows where it is 0 are masked.
+        temperature: a number > 0, or one per token (...).
+        logit_softcap: 0 is off.
+        validate: on a GPU, also make the checks of values, which need a sync. On a CPU they are always made.
+        backend: "cpu" | "triton" | "cuda" | "reference"; default the fastest that runs here.
+
+    Returns: (...) float32 in nats, or a pair with the entropy; zero where masked (such rows are not read). Both differentiable in the
+        logits; the gradient comes back in their dtype.
+    Raises: ValueError for wrong shapes, dtypes, devices or numbers; IndexError for a label outside [0, V).
+    """
+    x = _rows_of(logits, labels)
+    spec, temperatures = spec_and_temperatures(PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels)
+    tokens = Tokens.of(labels, loss_mask, None, logits.device, validate)
+    backend = backend or backends.default(logits.device.type)
+    numbers = float(spec.temperature), float(logit_softcap), entropy, validate, backend
+    logprobs, ent = ops.token_logprobs(x, tokens.labels, temperatures, *numbers)
+    return (logprobs.view(labels.shape), ent.view(labels.shape)) if entropy else logprobs.view(labels.shape)
+
+
+def policy_loss(
+    logits: Tensor,
+    labels: Tensor,
+    advantages: Tensor,
+    *,
+    loss_mask: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    turn_ids: Tensor | None = None,
+    spec: PolicyLossSpec | None = None,
+    reduction: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+    skip_zero_advantages: bool = False,
+    inplace: bool = False,
+    validate: bool = False,
+    backend: str | None = None,
+) -> PolicyLossOutput:
+    """The policy-gradient loss and its gradient in one pass over the logits.
+
+    loss = sum over active tokens of weight * term(l, H, old, ref, rollout, A), the weight from the reduction, the term from ``spec``.
+
+    Args:
+        logits: (..., V) float32, bfloat16 or float16; views such as ``logits[:, :-1]`` are read in place.
+        labels: (...) int64, the tokens these logits predict (already shifted); -100 = masked.
+        advantages: (...), or (B,) for a (B, L) batch.
+        loss_mask: (...) any dtype; rows where it is 0 are masked: not read, exactly zero loss and gradient, whatever they hold.
+        old_logprobs: (...) of the policy that acted; None = on-policy: ratio 1, differentiated as if old were the detached log-prob.
+        ref_logprobs: (...) of the reference policy, for ``spec.kl_coef``.
+        rollout_logprobs: (...) as the sampler reported them, for ``spec.importance_cap``; not used while that is 0.
+        cu_seqlens: (S + 1,) int32 starting at 0: the sequences of packed (N,) or (1, N) labels. Without it, sequences are the rows of a
+            (B, L) batch, or (N,) is one.
+        turn_ids: (...) integers, for loss_type "gspo_turn": tokens of one sequence and one id share a ratio.
+        spec: the loss, default ``PolicyLossSpec()``.
+        reduction: "token_mean" | "sequence_mean" | "sequence_sum" | "sum" | "none".
+        normalizer: a number or 0-d tensor in place of the reduction's outer denominator (active tokens, sequences, or 1).
+        skip_zero_advantages: rows of zero advantage cost what masked rows cost and their log-prob reads 0 (unless a KL or entropy term
+            needs them); without it they are read once for their log-prob. The loss and its gradient are the same.
+        inplace: the gradient takes the memory of the logits, which are gone after this call.
+        validate: on a GPU, also make the checks of values, which need a sync. On a CPU they are always made.
+        backend: "cpu" | "triton" | "cuda" | "reference"; default the fastest that runs here.
+
+    Returns: `PolicyLossOutput`. The gradient of the logits comes back in their dtype. No active row: loss 0, zero gradients.
+    Raises: ValueError for wrong shapes, dtypes, devices, names or numbers, a KL term without ref_logprobs; IndexError for a label
+        outside [0, V). RuntimeError where one loss is differentiated twice (its gradient buffer serves one backward pass).
+    """
+    x = _rows_of(logits, labels)
+    rows = LossRows.of(
+        labels, advantages, logits.device, loss_mask=loss_mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs, cu_seqlens=cu_seqlens, turn_ids=turn_ids, spec=spec, reduction=reduction,
+        normalizer=normalizer, skip_zero_advantages=skip_zero_advantages, validate=validate,
+    )  # fmt: skip
+    backend = backend or backends.default(logits.device.type)
+    if rows.spec.loss_type in SEQUENCE_LEVEL:
+        numbers = float(rows.spec.temperature), float(rows.spec.logit_softcap), True, validate, backend
+        logprobs, entropy = ops.token_logprobs(x, rows.tokens.labels, rows.per_row[5], *numbers)
+        loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)
+    else:
+        loss, logprobs, entropy = ops.policy_loss(x, rows.tokens.labels, rows.per_row, rows.spec, True, inplace, validate, backend)
+    return rows.output(loss, logprobs, entropy, skip_zero_advantages)
+
+
+def partial_policy_loss(
+    logits: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    turn_ids: Tensor,
+    policy_class: PolicyClass | str,
+    *,
+    gamma: float = 1.0,
+    baseline: str = "none",
+    group_ids: Tensor | None = None,
+    turn_counts: Tensor | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+    **options: Unpack[LossOptions],
+) -> PolicyLossOutput:
+    """The partial policy gradient: from the rewards of the turns and the logits of their tokens to the loss and its gradient.
+
+    A token of turn t has the advantage of that turn: its return over the rewards in S_t (`partial_returns`) minus the baseline over
+    the group (`turn_advantages`).                                                                        (arXiv:2603.06138)
+
+    Args:
+        logits, labels: as in `policy_loss`.
+        rewards: (B, T), row b for sequence b of the labels (row b of a (B, L) batch, run b of ``cu_seqlens``).
+        turn_ids: (...) integers: -1 = context (masked), else the turn of the token, an index into its row of the rewards.
+        policy_class, gamma, turn_counts: as in `partial_returns`.
+        baseline, group_ids: as in `turn_advantages`.
+        **options: as in `policy_loss`.
+
+    Returns and raises: as `policy_loss`; also ValueError for a turn id beyond the turns of its dialogue.
+    """
+    options, advantages = _with_turns(
+        options, rewards, turn_ids, policy_class, labels, gamma=gamma, baseline=baseline, group_ids=group_ids, turn_counts=turn_counts, backend=backend
+    )
+    return policy_loss(logits, labels, advantages, inplace=inplace, backend=backend, **options)
+
+
+def _with_turns(options: LossOptions, rewards: Tensor, turn_ids: Tensor, policy_class: PolicyClass | str, labels: Tensor, **returns) -> tuple:
+    """The options with context tokens masked and turn ids set, and the advantage of each token."""
+    shared = {"cu_seqlens": options.get("cu_seqlens"), "validate": options.get("validate", False)}
+    advantages, in_turn = advantages_of_turns(rewards, turn_ids, policy_class, labels, **returns, **shared)
+    mask = options.get("loss_mask")
+    mask = in_turn if mask is None else in_turn & (mask != 0)
+    return {**options, "loss_mask": mask, "turn_ids": turn_ids}, advantages

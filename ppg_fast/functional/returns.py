@@ -1,0 +1,121 @@
+"""From rewards to advantages: which future rewards a turn is credited for, and what is subtracted from them."""
+
+import torch
+from torch import Tensor
+
+from ppg_fast import backends, ops, reference
+from ppg_fast.spec import BASELINES, PolicyClass, RewardMask, Segment, policy_class as named_policy_class, require, require_number, require_one_of
+
+
+def _check_turns(values: Tensor, name: str, turn_counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Values (B, T) as contiguous float32 and turn_counts (B,) as int64 on their device, or a ValueError."""
+    require(isinstance(values, Tensor) and values.dim() == 2, f"{name} must be a (B, T) tensor", getattr(values, "shape", values))
+    require(values.is_floating_point(), f"{name} must be floating point", values.dtype)
+    if turn_counts is not None:
+        shape_is_valid = turn_counts.shape == values.shape[:1] and not turn_counts.is_floating_point()
+        require(shape_is_valid, f"turn_counts must be ({values.shape[0]},) integers", (tuple(turn_counts.shape), turn_counts.dtype))
+        require(turn_counts.device == values.device, f"turn_counts must be on the device of {name}, {values.device}", turn_counts.device)
+        turn_counts = turn_counts.long()
+    return values.detach().float().contiguous(), turn_counts
+
+
+def _segment_ids(segment: Segment, rewards: Tensor) -> Tensor:
+    ids = torch.as_tensor(segment.ids_or_length, device=rewards.device)
+    require(not ids.is_floating_point() and ids.dtype != torch.bool, "segment ids must be integers", ids.dtype)
+    shape_is_valid = ids.shape in (rewards.shape, rewards.shape[1:])
+    require(shape_is_valid, f"segment ids must be (B, T) = {tuple(rewards.shape)}", tuple(ids.shape))
+    return ids.long().expand(rewards.shape).contiguous()
+
+
+def _reward_mask(policy_class: RewardMask, rewards: Tensor, gamma: float) -> Tensor:
+    mask, T = torch.as_tensor(policy_class.mask, device=rewards.device), rewards.shape[1]
+    require(mask.shape == (T, T), f"the mask of RewardMask must be (T, T) = ({T}, {T})", tuple(mask.shape))
+    require(mask.dtype == torch.bool, "the mask of RewardMask must be boolean", mask.dtype)
+    if gamma == 0:  # gamma^(k-t) has no value for a reward before the turn
+        require(bool((mask == mask.triu()).all()), "a RewardMask that credits rewards before the turn needs gamma > 0", gamma)
+    return mask
+
+
+def partial_returns(
+    rewards: Tensor,
+    policy_class: PolicyClass | str,
+    gamma: float = 1.0,
+    turn_counts: Tensor | None = None,
+    *,
+    validate: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Return of each turn over the future rewards that its policy class credits it for.
+
+    R[b, t] = sum over k in S_t of gamma^(k-t) rewards[b, k]                                   (arXiv:2603.06138)
+
+    Args:
+        rewards: (B, T) floating point, one per turn; what lies beyond ``turn_counts`` is ignored, NaN included.
+        policy_class: ``Greedy() | Lookahead(k) | Segment(ids_or_length) | FullPlanning() | RewardMask(mask)``, or the name of one.
+        gamma: discount per turn, in [0, 1].
+        turn_counts: (B,) integers, the turns of each dialogue; default T.
+        validate: on a GPU, also make the checks of values, which need a sync. On a CPU they are always made.
+        backend: "cpu" | "triton" | "cuda" | "reference"; default the fastest that runs here.
+
+    Returns: (B, T) float32, zero beyond the dialogue. Not differentiable.
+    Raises: ValueError for wrong shapes or dtypes, gamma outside [0, 1], non-finite rewards, scattered segments.
+    """
+    chosen = named_policy_class(policy_class)
+    require_number("gamma", gamma, 0.0, 1.0)
+    rewards, turn_counts = _check_turns(rewards, "rewards", turn_counts)
+    segment_ids = _segment_ids(chosen, rewards) if isinstance(chosen, Segment) and chosen.segment_ids is not None else None
+    mask = _reward_mask(chosen, rewards, gamma) if isinstance(chosen, RewardMask) else None
+    backend = backend or backends.default(rewards.device.type)
+    window = chosen.lookahead, chosen.segment_length, float(gamma)
+    return ops.partial_returns_op(rewards, segment_ids, turn_counts, mask, *window, validate, backend)
+
+
+def turn_advantages(
+    returns: Tensor,
+    group_ids: Tensor | None,
+    baseline: str = "leave_one_out",
+    turn_counts: Tensor | None = None,
+    *,
+    std_eps: float = 1e-6,
+) -> Tensor:
+    """Return of each turn minus the baseline of the same turn over its group of rollouts.
+
+    leave_one_out  A = R - mean of the others      unbiased
+    group_mean     A = R - mean of the group       (G-1)/G of the exact gradient
+    group_std      A = (R - mean) / (std + std_eps), std with Bessel's correction; biased; 0 where all returns are equal
+    none           A = R
+
+    Only members of the group that reached the turn count; alone there, the baseline is 0 and A = R.
+
+    Args:
+        returns: (B, T) floating point, as from `partial_returns`.
+        group_ids: (B,) integers, equal for the rollouts of one prompt; may be None for baseline "none".
+        turn_counts: (B,) integers, the turns of each dialogue; default T.
+
+    Returns: (B, T) float32, zero beyond the dialogue. Computed in float64, so that equal returns give exact zeros. Not differentiable.
+    Raises: ValueError for wrong shapes, dtypes or names.
+    """
+    require_one_of("baseline", baseline, BASELINES)
+    returns, turn_counts = _check_turns(returns, "returns", turn_counts)
+    B, T = returns.shape
+    turns = torch.arange(T, device=returns.device)
+    there = torch.ones(B, T, dtype=torch.bool, device=returns.device) if turn_counts is None else turns < turn_counts[:, None]
+    own = torch.where(there, returns, 0.0).double()
+    if baseline == "none":
+        return own.float()
+    require(isinstance(group_ids, Tensor), f'baseline "{baseline}" needs group_ids', group_ids)
+    assert group_ids is not None
+    shape_is_valid = group_ids.shape == (B,) and not group_ids.is_floating_point()
+    require(shape_is_valid, f"group_ids must be ({B},) integers", (tuple(group_ids.shape), group_ids.dtype))
+    groups = reference.consecutive_ids(group_ids.to(returns.device))
+    members = reference.group_sum(there.double(), groups, B)[groups]
+    total = reference.group_sum(own, groups, B)[groups]
+    if baseline == "leave_one_out":
+        advantages = own - (total - own) / (members - 1).clamp(min=1)
+    else:
+        advantages = own - total / members.clamp(min=1)
+        if baseline == "group_std":
+            square = reference.group_sum(torch.where(there, advantages**2, 0.0), groups, B)[groups]
+            advantages = advantages / ((square / (members - 1).clamp(min=1)).sqrt() + std_eps)
+    alone = members <= 1
+    return torch.where(there, torch.where(alone, own, advantages), 0.0).float()

@@ -1,0 +1,125 @@
+"""policy_loss: log-prob, loss and dlogits in one sweep, as a custom op with autograd."""
+
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppg_fast import backends, reference
+from ppg_fast.ops.checks import check_labels
+from ppg_fast.spec import PolicyLossSpec
+
+NUMBERS = tuple(f.name for f in fields(PolicyLossSpec))  # the wire format of a spec, in order
+SCHEMA = (
+    "Tensor labels, Tensor advantages, Tensor? weights, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
+    "Tensor? temperatures, str loss_type, float clip_low, float clip_high, float dual_clip, float kl_coef, str kl_estimator, "
+    "float entropy_coef, float importance_cap, float temperature, float logit_softcap, bool entropy, bool with_grad, bool validate, str backend"
+)
+LEAF_ARGUMENTS = SCHEMA.count(",") + 1
+
+
+def _gradient_buffer(logits: Tensor, wanted: bool) -> Tensor | None:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if wanted else None
+
+
+def _policy_loss(logits: Tensor, dlogits: Tensor | None, labels: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    advantages, weights, old, ref, rollout, temperatures, *numbers, entropy, _, validate, backend = arguments
+    check_labels(labels, logits.shape[-1], validate)
+    spec = PolicyLossSpec(*numbers)
+    return backends.load(backend).policy_loss(
+        logits, labels, advantages, weights, old, ref, rollout, temperatures, spec, entropy, dlogits
+    )  # fmt: skip
+
+
+@torch.library.custom_op("ppg_fast::policy_loss", mutates_args=(), schema=f"(Tensor logits, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
+def policy_loss_op(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> weighted loss, log-prob, entropy (N,) float32, and dlogits (B, L, V) ((0,) unless with_grad)."""
+    dlogits = _gradient_buffer(logits, arguments[-3])
+    return *_policy_loss(logits, dlogits, *arguments), logits.new_empty(0) if dlogits is None else dlogits
+
+
+@torch.library.custom_op("ppg_fast::policy_loss_", mutates_args=("logits",), schema=f"(Tensor(a!) logits, {SCHEMA}) -> (Tensor, Tensor, Tensor)")
+def policy_loss_inplace_op(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with dlogits written over the logits."""
+    return _policy_loss(logits, logits, *arguments)
+
+
+def _rows_like(logits: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    N = logits.shape[0] * logits.shape[1]
+    return tuple(logits.new_empty(n, dtype=torch.float32) for n in (N, N, N if entropy else 0))  # type: ignore[return-value]
+
+
+def _wants_entropy(arguments: tuple[Any, ...]) -> bool:
+    return arguments[-4] or arguments[7 + NUMBERS.index("entropy_coef")] != 0
+
+
+@policy_loss_op.register_fake
+def _(logits, *arguments):
+    dlogits = _gradient_buffer(logits, arguments[-3])
+    return *_rows_like(logits, _wants_entropy(arguments)), logits.new_empty(0) if dlogits is None else dlogits
+
+
+@policy_loss_inplace_op.register_fake
+def _(logits, *arguments):
+    return _rows_like(logits, _wants_entropy(arguments))
+
+
+def _setup_traced(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[3])
+
+
+def _backward_traced(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    (dlogits,) = ctx.saved_tensors
+    return (dlogits * d_loss.view(dlogits.shape[0], dlogits.shape[1], 1)).to(dlogits.dtype), *[None] * LEAF_ARGUMENTS
+
+
+policy_loss_op.register_autograd(_backward_traced, setup_context=_setup_traced)
+
+
+class _EagerPolicyLoss(torch.autograd.Function):
+    """Outside of a tracer the one gradient buffer is scaled by the upstream gradient in place, so that it is never held twice."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, inplace: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if inplace:
+            out = policy_loss_inplace_op(logits.detach(), *arguments)
+            torch.autograd.graph.increment_version(logits)  # whoever else saved the logits for a backward pass is told that they are gone
+            dlogits = logits.detach()
+        else:
+            *out, dlogits = policy_loss_op(logits.detach(), *arguments)
+        ctx.save_for_backward(dlogits)
+        ctx.backend, ctx.scaled = arguments[-1], False
+        ctx.mark_non_differentiable(out[1], out[2])
+        return tuple(out)  # type: ignore[return-value]
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (dlogits,) = ctx.saved_tensors
+        if ctx.scaled:
+            raise RuntimeError(
+                "the policy loss was differentiated a second time, but its only gradient buffer was scaled in place by the first "
+                "backward pass: compute the loss again, or build on token_logprobs"
+            )
+        if not (d_loss.is_cpu and bool((d_loss == 1).all())):
+            backends.load(ctx.backend).rescale_rows(dlogits, d_loss.contiguous())
+            ctx.scaled = True
+        return dlogits, *[None] * (LEAF_ARGUMENTS + 1)
+
+
+def policy_loss(
+    logits: Tensor, labels: Tensor, per_row: tuple[Tensor | None, ...], spec: PolicyLossSpec, entropy: bool, inplace: bool, validate: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted loss (differentiable in the logits), log-prob and entropy of each row, (N,) float32.
+
+    ``per_row``: advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures.
+    """
+    if backend == "reference":
+        check_labels(labels, logits.shape[-1], validate)
+        scaled = spec if per_row[5] is None else replace(spec, temperature=per_row[5])
+        return reference.policy_loss(logits.flatten(0, 1).float(), labels, *per_row[:5], scaled)
+    with_grad = torch.is_grad_enabled() and logits.requires_grad
+    arguments = (labels, *per_row, *(getattr(spec, name) for name in NUMBERS), entropy, with_grad, validate, backend)
+    if with_grad and not torch.compiler.is_compiling():
+        return _EagerPolicyLoss.apply(logits, inplace, *arguments)
+    return policy_loss_op(logits, *arguments)[:3]

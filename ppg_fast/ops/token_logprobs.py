@@ -1,0 +1,68 @@
+"""token_logprobs: the differentiable pair (log-prob, entropy), for any loss that a user writes on top."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppg_fast import backends, reference
+from ppg_fast.ops.checks import check_labels
+
+
+@torch.library.custom_op("ppg_fast::token_logprobs", mutates_args=())
+def token_logprobs_op(
+    logits: Tensor, labels: Tensor, temperatures: Tensor | None, temperature: float, logit_softcap: float, entropy: bool, validate: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> log-prob, entropy ((0,) unless wanted) and log-sum-exp of each row, (N,) float32; zeros where masked."""
+    check_labels(labels, logits.shape[-1], validate)
+    return backends.load(backend).logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, entropy)
+
+
+@torch.library.custom_op("ppg_fast::token_logprobs_bwd", mutates_args=())
+def token_logprobs_bwd_op(
+    logits: Tensor, labels: Tensor, lse: Tensor, entropy: Tensor, d_logprob: Tensor, d_entropy: Tensor | None,
+    temperatures: Tensor | None, temperature: float, logit_softcap: float, backend: str,
+) -> Tensor:  # fmt: skip
+    """-> dlogits (B, L, V) of `token_logprobs`."""
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    scale = temperatures, temperature, logit_softcap
+    backends.load(backend).logprobs_bwd(logits, labels, lse, entropy, d_logprob, d_entropy, *scale, dlogits)
+    return dlogits
+
+
+@token_logprobs_op.register_fake
+def _(logits, labels, temperatures, temperature, logit_softcap, entropy, validate, backend):
+    N = logits.shape[0] * logits.shape[1]
+    return tuple(logits.new_empty(n, dtype=torch.float32) for n in (N, N if entropy else 0, N))
+
+
+@token_logprobs_bwd_op.register_fake
+def _(logits, *_):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _setup_token_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, temperatures, temperature, logit_softcap, entropy, _, backend = inputs
+    ctx.save_for_backward(logits, labels, output[2], output[1], temperatures)
+    ctx.numbers, ctx.entropy = (temperature, logit_softcap, backend), entropy
+
+
+def _backward_token_logprobs(ctx: Any, d_logprob: Tensor, d_entropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    logits, labels, lse, entropy, temperatures = ctx.saved_tensors
+    d_entropy = d_entropy.contiguous() if ctx.entropy and d_entropy is not None else None
+    grad = token_logprobs_bwd_op(logits, labels, lse, entropy, d_logprob.contiguous(), d_entropy, temperatures, *ctx.numbers)
+    return grad, *[None] * 7
+
+
+token_logprobs_op.register_autograd(_backward_token_logprobs, setup_context=_setup_token_logprobs)
+
+
+def token_logprobs(
+    logits: Tensor, labels: Tensor, temperatures: Tensor | None, temperature: float, logit_softcap: float, entropy: bool, validate: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy ((0,) unless wanted) of each row, (N,) float32, differentiable in the logits."""
+    if backend == "reference":
+        check_labels(labels, logits.shape[-1], validate)
+        scale = temperature if temperatures is None else temperatures
+        return reference.token_logprobs(logits.flatten(0, 1).float(), labels, scale, logit_softcap)
+    return token_logprobs_op(logits, labels, temperatures, temperature, logit_softcap, entropy, validate, backend)[:2]

@@ -1,0 +1,68 @@
+"""The policy loss over logits, as written in the papers. Mirrors kernels/triton/policy_loss.py and csrc/*/policy_loss.*"""
+
+import torch
+from torch import Tensor
+
+from ppg_fast.reference.groups import group_sum
+from ppg_fast.reference.logprobs import token_logprobs
+from ppg_fast.reference.policy_term import importance_weight, policy_term
+from ppg_fast.spec import PolicyLossSpec
+
+
+def grouped_old_logprobs(logprobs: Tensor, old_logprobs: Tensor, active: Tensor, groups: Tensor, group_count: int) -> Tensor:
+    """The "old" log-probs that give every token of a group the ratio exp(mean over its active tokens of (l - old)).
+
+    Returned as sg[l] - mean, so that exp(l - returned) has that value and differentiates through each token's own l (GSPO).
+    ``groups`` (N,) in [0, group_count). All (N,).
+    """
+    logprobs = logprobs.detach()
+    log_ratio = torch.where(active, logprobs - old_logprobs, 0.0)
+    count = group_sum(active.to(log_ratio.dtype), groups, group_count).clamp(min=1)
+    return logprobs - (group_sum(log_ratio, groups, group_count) / count)[groups]
+
+
+def loss_from_logprobs(
+    logprobs: Tensor,  # (N,)
+    entropy: Tensor | None,  # (N,), may be None without an entropy term
+    active: Tensor,  # (N,) bool
+    advantages: Tensor,  # (N,)
+    weights: Tensor | None,  # (N,) of the reduction, or None for 1
+    old_logprobs: Tensor | None,  # (N,), None: on-policy
+    ref_logprobs: Tensor | None,  # (N,)
+    rollout_logprobs: Tensor | None,  # (N,)
+    spec: PolicyLossSpec,
+    groups: tuple[Tensor, int] | None = None,  # (N,) int64 and their number: who shares a ratio in a sequence-level loss
+) -> Tensor:
+    """Weighted loss of each token, (N,), differentiable in ``logprobs`` and ``entropy``; zero where not active."""
+    dtype, detached = logprobs.dtype, logprobs.detach()
+
+    def known(values: Tensor | None, otherwise: Tensor) -> Tensor:
+        # masked rows may hold anything, NaN included: replaced before use, so that none of it enters a gradient
+        return otherwise if values is None else torch.where(active, values.to(dtype), 0.0)
+
+    old, ref = known(old_logprobs, detached), known(ref_logprobs, detached)
+    rollout = None if rollout_logprobs is None else known(rollout_logprobs, detached)
+    importance = importance_weight(old, rollout, spec)
+    if groups is not None:
+        old = grouped_old_logprobs(logprobs, old, active, *groups)
+    loss = policy_term(logprobs, logprobs if entropy is None else entropy, old, ref, importance, known(advantages, detached), spec)
+    loss = loss if weights is None else loss * weights.to(dtype)
+    return torch.where(active, loss, 0.0)
+
+
+def policy_loss(
+    logits: Tensor,  # (N, V)
+    labels: Tensor,  # (N,) int64, negative: masked
+    advantages: Tensor,
+    weights: Tensor | None,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None,
+    spec: PolicyLossSpec,
+    groups: tuple[Tensor, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted loss, log-probability and entropy of each token, (N,) each, differentiable in ``logits``; masked tokens give zeros."""
+    temperature = spec.temperature.flatten() if isinstance(spec.temperature, Tensor) else spec.temperature
+    logprobs, entropy = token_logprobs(logits, labels, temperature, spec.logit_softcap)
+    rows = advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs
+    return loss_from_logprobs(logprobs, entropy, labels >= 0, *rows, spec, groups), logprobs, entropy

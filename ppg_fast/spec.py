@@ -1,0 +1,173 @@
+"""What a policy loss is and which future rewards a turn is credited for. No torch, no kernels: everything else imports this."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+IGNORE = -100  # the label of a token that takes no part
+
+
+class LossType(IntEnum):
+    """Per-token surrogate. The numbers are the wire format shared with Triton and C++."""
+
+    REINFORCE = 0  # -A l                                              Williams (1992)
+    PPO = 1  # -min(r A, clip(r, 1-low, 1+high) A)                     arXiv:1707.06347; clip-higher: arXiv:2503.14476
+    CISPO = 2  # -sg[min(r, 1+high)] A l                               arXiv:2506.13585
+    GSPO = 3  # as PPO with one ratio a sequence                       arXiv:2507.18071
+    GSPO_TURN = 4  # as PPO with one ratio a turn of a sequence
+
+
+class KLEstimator(IntEnum):
+    """Estimator of KL(policy, reference) from one token, d = ref - l.  Source: joschu.net/blog/kl-approx.html"""
+
+    K1 = 1  # -d
+    K2 = 2  # d^2 / 2
+    K3 = 3  # exp(d) - d - 1
+
+
+LOSS_TYPES = tuple(t.name.lower() for t in LossType)
+KL_ESTIMATORS = tuple(k.name.lower() for k in KLEstimator)
+SEQUENCE_LEVEL = ("gspo", "gspo_turn")  # their ratio needs other rows, so they take two sweeps
+REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "sum", "none")
+BASELINES = ("none", "leave_one_out", "group_mean", "group_std")
+
+
+def require(condition: bool, rule: str, value: object) -> None:
+    """Raise ValueError(rule, got value) unless ``condition``."""
+    if not condition:
+        raise ValueError(f"{rule}, got {value!r}")
+
+
+def require_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    require(value in choices, f"{name} must be one of {', '.join(choices)}", value)
+
+
+def require_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Raise ValueError unless ``value`` is a finite number in [low, high] (open at ``low`` when asked)."""
+    bounds = f"{name} must be a finite number {'>' if open_low else '>='} {low}" + (f" and <= {high}" if high < math.inf else "")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    require(number and (value > low if open_low else value >= low) and value <= high, bounds, value)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class PolicyLossSpec:
+    """A policy loss: the surrogate and its numbers.
+
+    ``temperature`` is a number, or one per token as a tensor of the labels' shape; logits pass through the softcap first and
+    are divided by the temperature then. ``dual_clip`` (> 1), ``importance_cap`` and ``logit_softcap`` are off at 0.
+    ``kl_coef`` is the weight of ``kl_estimator``(l, ref), ``entropy_coef`` of the entropy bonus. Numbers in nats or ratios.
+    """
+
+    loss_type: str = "reinforce"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 0.0
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    importance_cap: float = 0.0
+    temperature: Any = 1.0
+    logit_softcap: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_one_of("loss_type", self.loss_type, LOSS_TYPES)
+        require_one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        require_number("clip_low", self.clip_low, 0.0, 1.0)
+        require_number("clip_high", self.clip_high, 0.0)
+        require(self.dual_clip == 0 or (math.isfinite(self.dual_clip) and self.dual_clip > 1), "dual_clip must be 0 (off) or > 1", self.dual_clip)
+        require_number("kl_coef", self.kl_coef, 0.0)
+        require(math.isfinite(self.entropy_coef), "entropy_coef must be finite", self.entropy_coef)
+        require_number("importance_cap", self.importance_cap, 0.0)
+        require_number("logit_softcap", self.logit_softcap, 0.0)
+        if not hasattr(self.temperature, "shape"):
+            require_number("temperature", self.temperature, 0.0, open_low=True)
+
+    @property
+    def needs_every_row(self) -> bool:
+        """Whether a row of zero advantage still has a gradient."""
+        return self.kl_coef != 0 or self.entropy_coef != 0
+
+
+UNBOUNDED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class PolicyClass:
+    """Which future rewards a turn is credited for, as a window.
+
+    R_t = sum over k in S_t of gamma^(k-t) r_k, and S_t = {t, ..., end_t - 1} where end_t is the smallest of t + ``lookahead``,
+    the end of t's segment and the end of the dialogue.  Source: arXiv:2603.06138
+    """
+
+    lookahead: int = field(default=UNBOUNDED, init=False)
+    segment_length: int = field(default=0, init=False)  # 0: segments, if any, are given by ids
+    segment_ids: Any = field(default=None, init=False)
+
+
+@dataclass(frozen=True)
+class Greedy(PolicyClass):
+    """S_t = {t}: a turn is credited for its own reward."""
+
+    lookahead: int = field(default=1, init=False)
+
+
+@dataclass(frozen=True)
+class Lookahead(PolicyClass):
+    """S_t = {t, ..., t + k - 1}: k rewards, the turn's own included. k = 1 is greedy, k >= turns is full planning."""
+
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1, "K of Lookahead must be an integer >= 1", self.k)
+        object.__setattr__(self, "lookahead", min(self.k, UNBOUNDED))
+
+
+@dataclass(frozen=True)
+class Segment(PolicyClass):
+    """S_t = {t, ..., last turn of t's segment}.
+
+    ``ids_or_length``: an integer >= 1 for segments of that many turns, or (B, T) integer ids, constant on contiguous runs.
+    """
+
+    ids_or_length: Any = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ids_or_length, int):
+            length_is_valid = not isinstance(self.ids_or_length, bool) and self.ids_or_length >= 1
+            require(length_is_valid, "the length of Segment must be an integer >= 1", self.ids_or_length)
+            object.__setattr__(self, "segment_length", min(self.ids_or_length, UNBOUNDED))
+        else:
+            require(self.ids_or_length is not None, "Segment needs a length or ids", None)
+            object.__setattr__(self, "segment_ids", self.ids_or_length)
+
+
+@dataclass(frozen=True)
+class FullPlanning(PolicyClass):
+    """S_t = {t, ..., n}: a turn is credited for every reward from its own to the end of the dialogue."""
+
+
+@dataclass(frozen=True)
+class RewardMask(PolicyClass):
+    """S_t = {k : mask[t, k]}: any subset of the rewards. ``mask`` is a (T, T) boolean matrix, row t = the rewards credited to turn t."""
+
+    mask: Any = None
+
+    def __post_init__(self) -> None:
+        require(self.mask is not None, "RewardMask needs a (T, T) boolean mask", None)
+
+
+def policy_class(text: str | PolicyClass) -> PolicyClass:
+    """The policy class that ``text`` names: "greedy", "full", "lookahead:K" or "segment:LENGTH"."""
+    if isinstance(text, PolicyClass):
+        return text
+    require(isinstance(text, str), "a policy class is a PolicyClass or its name", text)
+    name, _, number = text.strip().lower().partition(":")
+    if name in ("greedy", "full") and not number:
+        return Greedy() if name == "greedy" else FullPlanning()
+    digits = number.removeprefix("-").isdecimal()
+    require(name in ("lookahead", "segment") and digits, 'a policy class is "greedy", "full", "lookahead:K" or "segment:LENGTH"', text)
+    return Lookahead(int(number)) if name == "lookahead" else Segment(int(number))

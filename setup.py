@@ -1,0 +1,55 @@
+"""Only what pyproject.toml cannot say: compile csrc/ into ppg_fast/_C, with CUDA where there is an nvcc, without anything where there is no compiler."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ARCHITECTURES = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_100,code=sm_100", "arch=compute_100,code=compute_100")
+
+
+def cuda_runtime(nvcc: str) -> str:
+    """The folder of libcudart_static.a; nvcc may be a wrapper script, so it is asked where its toolkit is."""
+    plan = subprocess.run([nvcc, "-dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = next(line.split("TOP=", 1)[1].strip() for line in plan.splitlines() if "TOP=" in line)
+    return next(str(d) for d in (Path(top, "lib64"), Path(top, "lib")) if (d / "libcudart_static.a").exists())
+
+
+class Build(BuildExtension):
+    """Adds the CUDA launchers, which know nothing of torch, as plain objects compiled by nvcc."""
+
+    def build_extensions(self) -> None:
+        extension = self.extensions[0]
+        sources = sorted(Path("csrc/cuda").glob("*.cu"))
+        if (nvcc := shutil.which("nvcc")) and sources:
+            folder = Path(self.build_temp, "cuda")
+            folder.mkdir(parents=True, exist_ok=True)
+            flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-t2", *(f"-gencode={a}" for a in ARCHITECTURES)]
+            objects = [folder / f"{source.stem}.o" for source in sources]
+            running = [subprocess.Popen([nvcc, *flags, "-c", str(s), "-o", str(o)]) for s, o in zip(sources, objects, strict=True)]
+            if any([process.wait() for process in running]):
+                raise RuntimeError("nvcc failed, see above; hide nvcc from PATH to build without CUDA")
+            extension.extra_objects += map(str, objects)
+            extension.define_macros.append(("PPG_WITH_CUDA", "1"))
+            extension.extra_link_args += [f"-L{cuda_runtime(nvcc)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        super().build_extensions()
+
+
+native = CppExtension(
+    "ppg_fast._C",
+    ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+    py_limited_api=True,
+    extra_compile_args=[
+        "-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-attributes", "-Wno-psabi",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030a0000",
+    ],
+    extra_link_args=["-Wl,--no-as-needed"],
+)  # fmt: skip
+# Without a compiler the package still installs, and `ppg-fast info` says what is missing; a compiler that fails is an error.
+has_compiler = shutil.which(os.environ.get("CXX", "c++")) is not None
+
+setup(ext_modules=[native] if has_compiler else [], cmdclass={"build_ext": Build, "bdist_wheel": bdist_wheel}, options={"bdist_wheel": {"py_limited_api": "cp310"}})

@@ -1,0 +1,56 @@
+import importlib.util
+import os
+import sys
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on the CPU
+
+from ppg_fast import backends
+
+
+def _emulate_cuda() -> None:
+    """Where there is no GPU, backend "cuda" is the CUDA sources compiled by g++ under an emulator, on CPU tensors."""
+    from emulator.build import build
+
+    torch.ops.load_library(build())
+    spec = importlib.util.spec_from_file_location("ppg_fast_emulated", backends.load("cpu").__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module._lib, module.require_cuda = torch.ops.ppg_fast_emulated, lambda: None
+    sys.modules["ppg_fast_emulated"] = module
+    backends.MODULES["cuda"] = "ppg_fast_emulated"
+    backends.load.cache_clear()
+    backends.why_not.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda() -> None:
+    if not torch.cuda.is_available() and backends.why_not("cpu") is None:
+        _emulate_cuda()
+
+
+@pytest.fixture(params=("reference", *backends.NAMES))
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every test that asks for ``backend`` runs once on each, and says why where one cannot run."""
+    if request.param == "cuda":
+        request.getfixturevalue("emulated_cuda")
+    if request.param != "reference" and (reason := backends.why_not(request.param)):
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    """The same numbers every run, and NaN in every torch.empty, so that an output left unwritten is seen."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,47 @@
+"""The architecture as a test: every op has every home, and all languages count loss types alike."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ppg_fast import backends
+from ppg_fast.spec import KLEstimator, LossType
+
+ROOT = Path(__file__).parents[1]
+OPS = ["policy_loss", "logprobs", "partial_returns"]
+HOMES = [
+    "ppg_fast/reference/{}.py",
+    "kernels/triton/{}.py",
+    "csrc/cpu/{}.cpp",
+    "csrc/cuda/{}.cu",
+    "tests/test_{}.py",
+    "bench/bench_{}.py",
+]
+
+
+@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_has_every_home(op, home):
+    assert (ROOT / home.format(op)).is_file()
+
+
+@pytest.mark.parametrize("home", ["ppg_fast/reference/policy_term.py", "kernels/triton/policy_term.py", "csrc/policy_term.h"])
+def test_the_scalar_loss_stands_three_times_only(home):
+    text = (ROOT / home).read_text()
+    assert "policy_term" in text
+    assert text.count("def policy_term(") + text.count("Term policy_term(") == 1
+    others = [p for p in (ROOT / Path(home).parts[0]).rglob("*.[phc]*") if p != ROOT / home and re.search(r"def policy_term\(|Term policy_term\(", p.read_text())]
+    assert others == []
+
+
+def test_backends_keep_the_contract(backend):
+    module = backends.load(backend)
+    contract = ("partial_returns",) if backend == "reference" else backends.CONTRACT
+    assert [name for name in contract if not callable(getattr(module, name, None))] == []
+
+
+@pytest.mark.parametrize("enum", [LossType, KLEstimator], ids=lambda e: e.__name__)
+def test_enums_agree_with_cpp(enum):
+    body = re.search(rf"enum class {enum.__name__} : int {{(.*?)}}", (ROOT / "csrc/args.h").read_text())[1]
+    assert {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", body)} == {member.name: member.value for member in enum}
