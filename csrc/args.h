@@ -55,7 +55,7 @@ struct TermArgs {
 //   FULL          a gradient is wanted and advantage != 0 or a KL or entropy term is on
 //   FORWARD-ONLY  else: loss, log-prob and entropy; its gradient row is zero
 struct PolicyLossArgs : Sweep {
-  const float *advantages, *weights;                         // (N,); weights may be null: 1
+  const float *advantages, *weights;                            // (N,); weights may be null: 1
   const float *old_logprobs, *ref_logprobs, *rollout_logprobs;  // (N,) or null: on-policy, no reference, no sampler mismatch
   TermArgs term;
   float *loss, *logprob, *entropy;  // (N,) out; loss already weighted; entropy may be null unless entropy_coef != 0
@@ -73,10 +73,10 @@ struct RescaleRowsArgs {
 // returns[b, t] = sum of gamma^(k-t) rewards[b, k] over k = t .. end - 1; end = the smallest of t + lookahead, the end of t's segment
 // and the end of the dialogue. Zero beyond the dialogue, whatever the rewards hold there.
 struct PartialReturnsArgs {
-  const float* rewards;        // (B, T)
-  const int64_t* segment_ids;  // (B, T) or null
-  const int64_t* turn_counts;  // (B,) or null: T
-  float* returns;              // (B, T) out
+  const float* rewards;                     // (B, T)
+  const int64_t* segment_ids;               // (B, T) or null
+  const int64_t* turn_counts;               // (B,) or null: T
+  float* returns;                           // (B, T) out
   int64_t B, T, lookahead, segment_length;  // segment_length 0: segments, if any, by ids
   double gamma;
 };

@@ -45,7 +45,9 @@ template <class T> T* per_row(const Tensor& t, int64_t N, ScalarType type, const
 }
 float* floats(const Tensor& t, int64_t N, const char* name) { return per_row<float>(t, N, ScalarType::Float, name); }
 float* floats(const Optional& t, int64_t N, const char* name) { return t ? floats(*t, N, name) : nullptr; }
-const int64_t* longs(const Optional& t, int64_t N, const char* name) { return t ? per_row<int64_t>(*t, N, ScalarType::Long, name) : nullptr; }
+const int64_t* longs(const Optional& t, int64_t N, const char* name) {
+  return t ? per_row<int64_t>(*t, N, ScalarType::Long, name) : nullptr;
+}
 
 Sweep sweep_of(const Tensor& logits, const Tensor& labels, const Optional& temperatures, double temperature, double logit_softcap) {
   Sweep s;
@@ -95,8 +97,8 @@ void* current_stream(int device) {
 // Runs one op on the device of `like`. On a CPU the n rows are cut by index, a whole row by one thread, so that the bits do not depend
 // on the number of threads.
 template <class Args>
-void run(std::type_identity_t<void (*)(const Args&, int64_t, int64_t)> on_cpu, std::type_identity_t<int (*)(const Args&, void*)> on_cuda, const Args& args,
-         int64_t n, const Tensor& like) {
+void run(std::type_identity_t<void (*)(const Args&, int64_t, int64_t)> on_cpu, std::type_identity_t<int (*)(const Args&, void*)> on_cuda,
+         const Args& args, int64_t n, const Tensor& like) {
   if (n == 0) return;
   if (on_cpu && like.is_cpu()) {
     torch::stable::parallel_for(0, n, 1, [&](int64_t first, int64_t last) { on_cpu(args, first, last); });
@@ -120,7 +122,8 @@ void logprobs_fwd(const Tensor& logits, const Tensor& labels, const Optional& te
 }
 
 void logprobs_bwd(const Tensor& logits, const Tensor& labels, const Tensor& lse, const Optional& entropy, const Tensor& d_logprob,
-                  const Optional& d_entropy, const Optional& temperatures, double temperature, double logit_softcap, const Tensor& dlogits) {
+                  const Optional& d_entropy, const Optional& temperatures, double temperature, double logit_softcap,
+                  const Tensor& dlogits) {
   LogprobsBwdArgs a{sweep_of(logits, labels, temperatures, temperature, logit_softcap)};
   a.lse = floats(lse, a.N, "lse");
   a.d_logprob = floats(d_logprob, a.N, "d_logprob");
@@ -132,18 +135,18 @@ void logprobs_bwd(const Tensor& logits, const Tensor& labels, const Tensor& lse,
 }
 
 void policy_loss(const Tensor& logits, const Tensor& labels, const Tensor& advantages, const Optional& weights,
-                 const Optional& old_logprobs, const Optional& ref_logprobs, const Optional& rollout_logprobs,
-                 const Optional& temperatures, int64_t loss_type, int64_t kl_estimator, double clip_low, double clip_high,
-                 double dual_clip, double kl_coef, double entropy_coef, double importance_cap, double temperature,
-                 double logit_softcap, const Tensor& loss, const Tensor& logprob, const Optional& entropy, const Optional& dlogits) {
+                 const Optional& old_logprobs, const Optional& ref_logprobs, const Optional& rollout_logprobs, const Optional& temperatures,
+                 int64_t loss_type, int64_t kl_estimator, double clip_low, double clip_high, double dual_clip, double kl_coef,
+                 double entropy_coef, double importance_cap, double temperature, double logit_softcap, const Tensor& loss,
+                 const Tensor& logprob, const Optional& entropy, const Optional& dlogits) {
   PolicyLossArgs a{sweep_of(logits, labels, temperatures, temperature, logit_softcap)};
   a.advantages = floats(advantages, a.N, "advantages");
   a.weights = floats(weights, a.N, "weights");
   a.old_logprobs = floats(old_logprobs, a.N, "old_logprobs");
   a.ref_logprobs = floats(ref_logprobs, a.N, "ref_logprobs");
   a.rollout_logprobs = floats(rollout_logprobs, a.N, "rollout_logprobs");
-  a.term = {LossType(loss_type), KLEstimator(kl_estimator), float(clip_low),     float(clip_high),
-            float(dual_clip),    float(kl_coef),            float(entropy_coef), float(importance_cap)};
+  a.term = {LossType(loss_type), KLEstimator(kl_estimator), float(clip_low),      float(clip_high), float(dual_clip),
+            float(kl_coef),      float(entropy_coef),       float(importance_cap)};
   a.loss = floats(loss, a.N, "loss");
   a.logprob = floats(logprob, a.N, "logprob");
   a.entropy = floats(entropy, a.N, "entropy");
@@ -220,11 +223,11 @@ constexpr const char* kSchemas[] = {
 #endif
 #define PPG_EXPAND(macro, ...) macro(__VA_ARGS__)
 
-#define PPG_IMPLEMENT(m)                               \
-  m.impl("logprobs_fwd", TORCH_BOX(&logprobs_fwd));       \
-  m.impl("logprobs_bwd", TORCH_BOX(&logprobs_bwd));       \
-  m.impl("policy_loss", TORCH_BOX(&policy_loss));         \
-  m.impl("rescale_rows", TORCH_BOX(&rescale_rows));       \
+#define PPG_IMPLEMENT(m)                            \
+  m.impl("logprobs_fwd", TORCH_BOX(&logprobs_fwd)); \
+  m.impl("logprobs_bwd", TORCH_BOX(&logprobs_bwd)); \
+  m.impl("policy_loss", TORCH_BOX(&policy_loss));   \
+  m.impl("rescale_rows", TORCH_BOX(&rescale_rows)); \
   m.impl("partial_returns", TORCH_BOX(&partial_returns))
 
 PPG_EXPAND(STABLE_TORCH_LIBRARY, PPG_LIBRARY, m) {
@@ -232,7 +235,7 @@ PPG_EXPAND(STABLE_TORCH_LIBRARY, PPG_LIBRARY, m) {
 }
 PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CPU, m) { PPG_IMPLEMENT(m); }
 PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CUDA, m) { PPG_IMPLEMENT(m); }
-PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CompositeExplicitAutograd, m) { 
+PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("build", TORCH_BOX(&build));
   m.impl("use_isa", TORCH_BOX(&use_isa));
 }

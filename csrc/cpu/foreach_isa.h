@@ -52,11 +52,11 @@ namespace ppg::cpu::avx512 {
 #undef PPG_LANES
 #pragma GCC pop_options
 
-#define PPG_DISPATCH(call)                       \
-  switch (best_isa()) {                          \
-    case Isa::AVX512: return avx512::call;       \
-    case Isa::AVX2: return avx2::call;           \
-    default: return baseline::call;              \
+#define PPG_DISPATCH(call)                 \
+  switch (best_isa()) {                    \
+    case Isa::AVX512: return avx512::call; \
+    case Isa::AVX2: return avx2::call;     \
+    default: return baseline::call;        \
   }
 #else
 #define PPG_DISPATCH(call) return baseline::call

@@ -15,8 +15,7 @@ struct Slope {
   bool zero() const { return c0 == 0.f && c1 == 0.f && at_label == 0.f; }
 };
 
-template <class E, bool CAP, bool ENT>
-PPG_INLINE Vec gradient(Vec e, Vec x, const Slope& s, const View<CAP>& view, float max) {
+template <class E, bool CAP, bool ENT> PPG_INLINE Vec gradient(Vec e, Vec x, const Slope& s, const View<CAP>& view, float max) {
   Vec d = e * s.c0;
   if constexpr (ENT) {
     Vec t = view(x) - max;
@@ -29,8 +28,8 @@ PPG_INLINE Vec gradient(Vec e, Vec x, const Slope& s, const View<CAP>& view, flo
 
 // `exps` are those of row_stats; `out` may be `x`, since every element is read before it is written.
 template <class E, bool CAP, bool ENT>
-PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, int64_t V, const float* exps, int64_t label,
-                               const Slope& s, const View<CAP>& view, float max) {
+PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, int64_t V, const float* exps, int64_t label, const Slope& s,
+                               const View<CAP>& view, float max) {
   const Vec x_label = splat(load_one<E>(x + label));
   float at_label = s.at_label;
   if constexpr (CAP) at_label *= view.slope(x_label)[0];
@@ -48,45 +47,48 @@ PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, i
   store_one<E>(out + label, at_label);
 }
 
+// What the statistics of a row make of it: its three outputs and the slope of its gradient.
+template <bool CAP, bool ENT> PPG_INLINE Slope finish_row(const PolicyLossArgs& a, int64_t n, const Stats& stats, float z_label) {
+  const double log_sum = std::log(stats.sum), mean = ENT ? stats.dot / stats.sum : 0.0;
+  const float logprob = float(double(z_label) - stats.max - log_sum), entropy = float(log_sum - mean);
+  const float old_logprob = a.old_logprobs ? a.old_logprobs[n] : logprob, ref_logprob = a.ref_logprobs ? a.ref_logprobs[n] : logprob;
+  const float importance = importance_weight(a.term, old_logprob, a.rollout_logprobs, n);
+  const Term term = policy_term(a.term, logprob, entropy, old_logprob, ref_logprob, importance, a.advantages[n]);
+  const float weight = a.weights ? a.weights[n] : 1.f, temperature = a.temperatures ? a.temperatures[n] : a.temperature;
+  a.loss[n] = weight * term.loss;
+  a.logprob[n] = logprob;
+  if (ENT) a.entropy[n] = entropy;
+  const double g = double(weight) * term.d_logprob / temperature, h = double(weight) * term.d_entropy / temperature;
+  return {float((h * mean - g) / stats.sum), float(-h / stats.sum), float(g)};
+}
+
 template <class E, bool CAP, bool ENT> void policy_loss_rows(const PolicyLossArgs& a, int64_t first, int64_t last) {
   static thread_local std::vector<float> exps;
   if (a.dlogits.data && int64_t(exps.size()) < a.V) exps.resize(a.V);
   for (int64_t n = first; n < last; ++n) {
     const int64_t label = a.labels[n];
-    const bool full = label >= 0 && a.dlogits.data && (a.advantages[n] != 0.f || a.term.needs_every_row());
-    a.loss[n] = a.logprob[n] = 0.f;
-    if (a.entropy) a.entropy[n] = 0.f;
-    if (a.dlogits.data && !full) {
-      // in place, the row must have been read before it is zeroed
-      if (label < 0 || a.dlogits.data != a.logits.data) zero_row<E>(a.dlogits, n, a.V);
+    if (label < 0) {
+      a.loss[n] = a.logprob[n] = 0.f;
+      if (ENT) a.entropy[n] = 0.f;
+      if (a.dlogits.data) zero_row<E>(a.dlogits, n, a.V);
+      continue;
     }
-    if (label < 0) continue;
+    const bool full = a.dlogits.data && (a.advantages[n] != 0.f || a.term.needs_every_row());
     const auto* x = static_cast<const typename E::raw*>(a.logits.data) + a.logits.offset(n);
     const View<CAP> view(a, n);
     const auto* next = next_row<E>(a, n, last);
-    const Stats stats = full ? row_stats<E, CAP, ENT, true>(x, a.V, view, exps.data(), next)
-                             : row_stats<E, CAP, ENT, false>(x, a.V, view, nullptr, next);
-    const double log_sum = std::log(stats.sum), mean = ENT ? stats.dot / stats.sum : 0.0;
-    const float logprob = float(double(view(load_one<E>(x + label))) - stats.max - log_sum), entropy = float(log_sum - mean);
-    const float old_logprob = a.old_logprobs ? a.old_logprobs[n] : logprob;
-    const Term term = policy_term(a.term, logprob, entropy, old_logprob, a.ref_logprobs ? a.ref_logprobs[n] : logprob,
-                                  importance_weight(a.term, old_logprob, a.rollout_logprobs, n), a.advantages[n]);
-    const float weight = a.weights ? a.weights[n] : 1.f;
-    a.loss[n] = weight * term.loss;
-    a.logprob[n] = logprob;
-    if (a.entropy) a.entropy[n] = entropy;
-    if (!full) {
-      if (a.dlogits.data && a.dlogits.data == a.logits.data) zero_row<E>(a.dlogits, n, a.V);
-      continue;
+    const Stats stats =
+        full ? row_stats<E, CAP, ENT, true>(x, a.V, view, exps.data(), next) : row_stats<E, CAP, ENT, false>(x, a.V, view, nullptr, next);
+    const Slope slope = finish_row<CAP, ENT>(a, n, stats, view(load_one<E>(x + label)));
+    if (!a.dlogits.data) continue;
+    auto* out = static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n);
+    if (!full || slope.zero()) {
+      zero_row<E>(a.dlogits, n, a.V);  // only now: it may be the row that was read
+    } else if (ENT && slope.c1 != 0.f) {
+      write_gradient<E, CAP, true>(x, out, a.V, exps.data(), label, slope, view, stats.max);
+    } else {
+      write_gradient<E, CAP, false>(x, out, a.V, exps.data(), label, slope, view, stats.max);
     }
-    const float temperature = a.temperatures ? a.temperatures[n] : a.temperature;
-    const double g = double(weight) * term.d_logprob / temperature, h = double(weight) * term.d_entropy / temperature;
-    const Slope slope{float((h * mean - g) / stats.sum), float(-h / stats.sum), float(g)};
-    if (slope.zero()) zero_row<E>(a.dlogits, n, a.V);
-    else if (ENT && h != 0.0)
-      write_gradient<E, CAP, true>(x, static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n), a.V, exps.data(), label, slope, view, stats.max);
-    else
-      write_gradient<E, CAP, false>(x, static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n), a.V, exps.data(), label, slope, view, stats.max);
   }
 }
 

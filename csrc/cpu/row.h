@@ -210,9 +210,9 @@ template <class E> PPG_INLINE void zero_row(const Rows& rows, int64_t n, int64_t
 }
 
 // Calls f<E>(...) for the dtype of the tensor.
-#define PPG_BY_DTYPE(dtype, f, ...)                   \
-  switch (dtype) {                                    \
-    case DType::F32: return f<F32>(__VA_ARGS__);      \
-    case DType::BF16: return f<BF16>(__VA_ARGS__);    \
-    case DType::F16: return f<F16>(__VA_ARGS__);      \
+#define PPG_BY_DTYPE(dtype, f, ...)                \
+  switch (dtype) {                                 \
+    case DType::F32: return f<F32>(__VA_ARGS__);   \
+    case DType::BF16: return f<BF16>(__VA_ARGS__); \
+    case DType::F16: return f<F16>(__VA_ARGS__);   \
   }
