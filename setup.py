@@ -1,4 +1,4 @@
-"""Only what pyproject.toml cannot say: compile csrc/ into ppg_fast/_C, with CUDA where there is an nvcc, without anything where there is no compiler."""
+"""Only what pyproject.toml cannot say: compile csrc/ into ppg_fast/_C, with CUDA where there is an nvcc, not at all without a compiler."""
 
 import os
 import shutil
@@ -9,7 +9,12 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-ARCHITECTURES = ("arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_100,code=sm_100", "arch=compute_100,code=compute_100")
+ARCHITECTURES = (
+    "arch=compute_80,code=sm_80",
+    "arch=compute_90a,code=sm_90a",
+    "arch=compute_100,code=sm_100",
+    "arch=compute_100,code=compute_100",
+)
 
 
 def cuda_runtime(nvcc: str) -> str:
@@ -28,10 +33,17 @@ class Build(BuildExtension):
         if (nvcc := shutil.which("nvcc")) and sources:
             folder = Path(self.build_temp, "cuda")
             folder.mkdir(parents=True, exist_ok=True)
-            flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-t2", *(f"-gencode={a}" for a in ARCHITECTURES)]
+            flags = [
+                "-std=c++17",
+                "-O3",
+                "-lineinfo",
+                "-Xcompiler=-fPIC,-fvisibility=hidden",
+                "-t2",
+                *(f"-gencode={a}" for a in ARCHITECTURES),
+            ]
             objects = [folder / f"{source.stem}.o" for source in sources]
             running = [subprocess.Popen([nvcc, *flags, "-c", str(s), "-o", str(o)]) for s, o in zip(sources, objects, strict=True)]
-            if any([process.wait() for process in running]):
+            if sum(process.wait() for process in running):
                 raise RuntimeError("nvcc failed, see above; hide nvcc from PATH to build without CUDA")
             extension.extra_objects += map(str, objects)
             extension.define_macros.append(("PPG_WITH_CUDA", "1"))
@@ -52,4 +64,8 @@ native = CppExtension(
 # Without a compiler the package still installs, and `ppg-fast info` says what is missing; a compiler that fails is an error.
 has_compiler = shutil.which(os.environ.get("CXX", "c++")) is not None
 
-setup(ext_modules=[native] if has_compiler else [], cmdclass={"build_ext": Build, "bdist_wheel": bdist_wheel}, options={"bdist_wheel": {"py_limited_api": "cp310"}})
+setup(
+    ext_modules=[native] if has_compiler else [],
+    cmdclass={"build_ext": Build, "bdist_wheel": bdist_wheel},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -1,7 +1,6 @@
 """The C++ and CUDA backends: allocates outputs and unpacks the spec, nothing else. One contract, dispatched by the tensors' device."""
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ppg_fast import reference
+from ppg_fast.ops import PerRow
 from ppg_fast.spec import IGNORE, PolicyLossSpec
 
 NUMBERS = {"clip_low": 0.15, "clip_high": 0.3, "temperature": 0.7}
@@ -42,8 +43,8 @@ class Case:
     spec: PolicyLossSpec
 
     @property
-    def per_row(self) -> tuple[Tensor | None, ...]:
-        return self.advantages, self.weights, self.old_logprobs, self.ref_logprobs, self.rollout_logprobs, self.temperatures
+    def per_row(self) -> PerRow:
+        return PerRow(self.advantages, self.weights, self.old_logprobs, self.ref_logprobs, self.rollout_logprobs, self.temperatures)
 
     def textbook(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """What the reference says in ``dtype``: loss, logprob, entropy and dlogits."""

@@ -1,6 +1,7 @@
 """Who may import whom: a module sees its own package and every floor below, never its neighbours or what is above."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def test_imports_go_down(path):
     here = room(FILES[path])
     for name in imported(path):
         there = room(name)
-        assert there in (None, here) or FLOOR[there] < FLOOR[here], f"{FILES[path]} (floor {FLOOR[here]}) imports {name} (floor {FLOOR[there]})"
+        assert there in (None, here) or FLOOR[there] < FLOOR[here], (
+            f"{FILES[path]} (floor {FLOOR[here]}) imports {name} (floor {FLOOR[there]})"
+        )
 
 
 def test_every_module_has_a_floor():
@@ -49,7 +52,5 @@ def test_the_core_needs_torch_and_numpy_only():
     allowed = {"torch", "numpy", "triton", "typing_extensions", "ppg_fast"}
     for path, module in FILES.items():
         if room(module) in {f"ppg_fast.{r}" for rooms in FLOORS[:5] for r in rooms}:
-            import sys
-
             foreign = {name.split(".")[0] for name in imported(path)} - allowed - set(sys.stdlib_module_names)
             assert not foreign, f"{module} imports {foreign}"

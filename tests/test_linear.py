@@ -8,7 +8,8 @@ from cases import LOSSES, TERMS
 from closeness import assert_as_good_as
 
 import ppg_fast as ppg
-from ppg_fast import ops
+from ppg_fast import ops, reference
+from ppg_fast.functional.loss import LossRows
 
 N, D, V = 23, 16, 209
 
@@ -34,9 +35,6 @@ def textbook(head, labels, advantages, arguments, dtype, **options):
     active = (labels != -100).nonzero().squeeze(1)
     logits = torch.zeros(labels.numel(), V, dtype=dtype, device=hidden.device)
     logits = logits.index_put((active,), torch.nn.functional.linear(hidden[active], weight, bias))
-    from ppg_fast import reference
-    from ppg_fast.functional.loss import LossRows
-
     rows = LossRows.of(labels, advantages, labels.device, **arguments, **options)
     per_row = (None if t is None else t.to(dtype) for t in rows.per_row[:5])
     loss, logprob, entropy = reference.policy_loss(logits, rows.tokens.labels, *per_row, rows.spec, rows.groups)
@@ -49,7 +47,9 @@ def ours(head, labels, advantages, arguments, backend, **options):
     hidden, weight, bias = (None if t is None else t.detach().requires_grad_() for t in head)
     out = ppg.linear_policy_loss(hidden, weight, labels, advantages, bias=bias, **arguments, backend=backend, **options)
     grads = torch.autograd.grad(out.loss, [t for t in (hidden, weight, bias) if t is not None])
-    return {"loss": out.loss, "logprob": out.logprobs, "entropy": out.entropy} | dict(zip(("d_hidden", "d_weight", "d_bias"), grads, strict=False))
+    return {"loss": out.loss, "logprob": out.logprobs, "entropy": out.entropy} | dict(
+        zip(("d_hidden", "d_weight", "d_bias"), grads, strict=False)
+    )
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, 1000])
@@ -103,8 +103,6 @@ def test_log_probs_of_hidden_states(backend, device):
     actual = torch.autograd.grad((logprobs * upstream[0] + entropy * upstream[1]).sum(), (hidden, weight, bias))
     active = (labels != -100)[:, None]
     z = torch.nn.functional.linear(torch.where(active, hidden, 0.0).double(), weight.double(), bias.double())
-    from ppg_fast import reference
-
     expected_logprobs, expected_entropy = reference.token_logprobs(z, labels, options["temperature"].double(), 4.0)
     expected = torch.autograd.grad((expected_logprobs * upstream[0] + expected_entropy * upstream[1]).sum(), (hidden, weight, bias))
     torch.testing.assert_close(logprobs.double(), expected_logprobs, rtol=1e-5, atol=1e-5)

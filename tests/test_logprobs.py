@@ -41,7 +41,11 @@ def test_matches_reference(backend, device, shape, dtype, softcap, with_entropy)
     case = make_case(shape, spec, DTYPES[dtype], device, strided=True, per_token=softcap != 0)
     N = case.labels.numel()
     upstream = torch.randn(N, device=device), torch.randn(N, device=device) if with_entropy else None
-    actual, plain, truth = ours(case, backend, *upstream), textbook(case, torch.float32, *upstream), textbook(case, torch.float64, *upstream)
+    actual, plain, truth = (
+        ours(case, backend, *upstream),
+        textbook(case, torch.float32, *upstream),
+        textbook(case, torch.float64, *upstream),
+    )
     for name in truth:
         assert_as_good_as(actual[name], plain[name], truth[name], name)
     assert (actual["dlogits"].flatten(0, 1)[case.labels == IGNORE] == 0).all()

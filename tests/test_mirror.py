@@ -31,7 +31,11 @@ def test_the_scalar_loss_stands_three_times_only(home):
     text = (ROOT / home).read_text()
     assert "policy_term" in text
     assert text.count("def policy_term(") + text.count("Term policy_term(") == 1
-    others = [p for p in (ROOT / Path(home).parts[0]).rglob("*.[phc]*") if p != ROOT / home and re.search(r"def policy_term\(|Term policy_term\(", p.read_text())]
+    others = [
+        p
+        for p in (ROOT / Path(home).parts[0]).rglob("*.[phc]*")
+        if p != ROOT / home and re.search(r"def policy_term\(|Term policy_term\(", p.read_text())
+    ]
     assert others == []
 
 

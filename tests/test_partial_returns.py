@@ -62,9 +62,9 @@ def test_degenerate_shapes(backend, device, shape):
 
 def test_special_cases_coincide(backend, device):
     """K = 1 is greedy, K >= n and one segment are full planning, segments of one turn are greedy."""
-    rewards, same = torch.randn(3, 12, device=device), []
-    for text in ("lookahead:1", "greedy", "segment:1", "lookahead:12", "full", "segment:12", "lookahead:999999999999"):
-        same.append(ppg.partial_returns(rewards, text, 0.9, backend=backend))
+    rewards = torch.randn(3, 12, device=device)
+    texts = ("lookahead:1", "greedy", "segment:1", "lookahead:12", "full", "segment:12", "lookahead:999999999999")
+    same = [ppg.partial_returns(rewards, text, 0.9, backend=backend) for text in texts]
     assert torch.equal(same[0], rewards)
     assert all(torch.equal(a, same[0]) for a in same[1:3])
     assert all(torch.equal(a, same[3]) for a in same[4:])

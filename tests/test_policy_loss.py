@@ -94,9 +94,9 @@ def test_a_row_does_not_depend_on_its_neighbours(backend, device):
     case = make_case((1, 8, 515), replace(LOSSES["ppo"], **TERMS["everything"]), device=device)
     together = run(case, backend)
     for n in range(8):
-        rows = (None if t is None else t[n : n + 1] for t in case.per_row)
+        rows = ops.PerRow(*(None if t is None else t[n : n + 1] for t in case.per_row))
         x = case.logits[:, n : n + 1].detach().requires_grad_()
-        loss, logprob, entropy = ops.policy_loss(x, case.labels[n : n + 1], tuple(rows), case.spec, True, False, False, backend)
+        loss, logprob, entropy = ops.policy_loss(x, case.labels[n : n + 1], rows, case.spec, True, False, False, backend)
         alone = {"loss": loss, "logprob": logprob, "entropy": entropy}
         assert all(torch.equal(alone[name], together[name][n : n + 1]) for name in alone), n
         assert torch.equal(torch.autograd.grad(loss.sum(), x)[0][0], together["dlogits"][0, n : n + 1]), n
@@ -134,7 +134,7 @@ def test_upstream_gradients_scale_rows(backend, device):
 def test_an_empty_batch(backend, device):
     case = make_case((1, 4, 33), LOSSES["ppo"], device=device)
     x = case.logits[:, :0].detach().requires_grad_()
-    rows = tuple(None if t is None else t[:0] for t in case.per_row)
+    rows = ops.PerRow(*(None if t is None else t[:0] for t in case.per_row))
     loss = ops.policy_loss(x, case.labels[:0], rows, case.spec, True, False, False, backend)[0]
     loss.sum().backward()
     assert loss.shape == (0,)
@@ -148,7 +148,16 @@ def test_op_is_well_formed(backend, device):
     case = make_case((2, 3, 100), replace(LOSSES["ppo"], **TERMS["everything"]), device=device)
     numbers = [getattr(case.spec, name) for name in ops.NUMBERS]
     for with_grad in (True, False):
-        arguments = (case.logits.nan_to_num().requires_grad_(with_grad), case.labels, *case.per_row, *numbers, True, with_grad, False, backend)
+        arguments = (
+            case.logits.nan_to_num().requires_grad_(with_grad),
+            case.labels,
+            *case.per_row,
+            *numbers,
+            True,
+            with_grad,
+            False,
+            backend,
+        )
         torch.library.opcheck(ops.policy_loss_op, arguments)
 
 
@@ -157,7 +166,7 @@ def test_a_second_backward_pass_says_what_to_do(backend, device):
         pytest.skip("reference: plain autograd")
     x = torch.randn(1, 3, 20, device=device, requires_grad=True)
     labels = torch.tensor([1, 2, 3], device=device)
-    rows = (torch.ones(3, device=device), *[None] * 5)
+    rows = ops.PerRow(torch.ones(3, device=device), *[None] * 5)
     loss = 2 * ops.policy_loss(x, labels, rows, PolicyLossSpec(), False, False, False, backend)[0].sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated a second time"):

@@ -5,20 +5,23 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ppg_fast import backends, ops
-from ppg_fast.functional.logits import _with_turns
-from ppg_fast.functional.loss import LossOptions, LossRows, PolicyLossOutput, spec_and_temperatures
+from ppg_fast.functional.loss import LossOptions, LossRows, PolicyLossOutput, credit_turns, spec_and_temperatures
 from ppg_fast.functional.tokens import Tokens, check_floats
 from ppg_fast.spec import SEQUENCE_LEVEL, PolicyClass, PolicyLossSpec, require
 
 
-def _head_of(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, chunk_rows: int | None) -> tuple[Tensor, Tensor, Tensor | None, int]:
+def _head_of(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, chunk_rows: int | None
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
     """Hidden states (N, D), weight (V, D), bias (V,) of one dtype, and the rows of a chunk; ValueError where they do not fit."""
     check_floats("hidden", hidden)
     check_floats("weight", weight)
     require(isinstance(labels, Tensor), "labels must be a tensor", type(labels).__name__)
     fits = hidden.dim() >= 1 and hidden.shape[:-1] == labels.shape
     require(fits, f"hidden must be the shape of labels and a hidden size, {(*labels.shape, 'D')}", tuple(hidden.shape))
-    require(weight.dim() == 2 and weight.shape[1] == hidden.shape[-1], f"weight must be (V, D) with D = {hidden.shape[-1]}", tuple(weight.shape))
+    require(
+        weight.dim() == 2 and weight.shape[1] == hidden.shape[-1], f"weight must be (V, D) with D = {hidden.shape[-1]}", tuple(weight.shape)
+    )
     require(weight.device == hidden.device, f"weight must be on the device of hidden, {hidden.device}", weight.device)
     if bias is not None:
         require(bias.shape == weight.shape[:1], f"bias must be (V,) = ({weight.shape[0]},)", tuple(bias.shape))
@@ -27,7 +30,11 @@ def _head_of(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     require(hidden.dtype == weight.dtype, "hidden and weight must have one dtype (or run under autocast)", (hidden.dtype, weight.dtype))
-    require(bias is None or bias.dtype == weight.dtype, f"bias must have the dtype of weight, {weight.dtype}", None if bias is None else bias.dtype)
+    require(
+        bias is None or bias.dtype == weight.dtype,
+        f"bias must have the dtype of weight, {weight.dtype}",
+        None if bias is None else bias.dtype,
+    )
     if chunk_rows is not None:
         require(isinstance(chunk_rows, int) and chunk_rows >= 1, "chunk_rows must be an integer >= 1", chunk_rows)
     return hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias, chunk_rows or ops.default_chunk_rows(hidden, weight.shape[0])
@@ -113,10 +120,12 @@ def linear_policy_loss(
     backend = backend or backends.default(hidden.device.type)
     if rows.spec.loss_type in SEQUENCE_LEVEL or reduction == "none":
         numbers = float(rows.spec.temperature), float(rows.spec.logit_softcap), True, validate, backend, chunk
-        logprobs, entropy = ops.linear_token_logprobs(x, weight, bias, rows.tokens.labels, rows.per_row[5], *numbers)
+        logprobs, entropy = ops.linear_token_logprobs(x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, *numbers)
         loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)
     else:
-        loss, logprobs, entropy = ops.linear_policy_loss(x, weight, bias, rows.tokens.labels, rows.per_row, rows.spec, validate, backend, chunk)
+        loss, logprobs, entropy = ops.linear_policy_loss(
+            x, weight, bias, rows.tokens.labels, rows.per_row, rows.spec, validate, backend, chunk
+        )
     return rows.output(loss, logprobs, entropy, skip_zero_advantages)
 
 
@@ -137,8 +146,12 @@ def linear_partial_policy_loss(
     backend: str | None = None,
     **options: Unpack[LossOptions],
 ) -> PolicyLossOutput:
-    """The partial policy gradient from hidden states: `partial_policy_loss` of logits = hidden @ weight.T + bias, as `linear_policy_loss`."""
-    options, advantages = _with_turns(
-        options, rewards, turn_ids, policy_class, labels, gamma=gamma, baseline=baseline, group_ids=group_ids, turn_counts=turn_counts, backend=backend
+    """The partial policy gradient from hidden states: `partial_policy_loss` of logits = hidden @ weight.T + bias.
+
+    Memory, gradients and chunks as in `linear_policy_loss`, arguments as in both.
+    """
+    turns = rewards, turn_ids, policy_class, gamma, baseline, group_ids, turn_counts, backend
+    options, advantages = credit_turns(options, labels, *turns)
+    return linear_policy_loss(
+        hidden, weight, labels, advantages, bias=bias, chunk_rows=chunk_rows, turn_ids=turn_ids, backend=backend, **options
     )
-    return linear_policy_loss(hidden, weight, labels, advantages, bias=bias, chunk_rows=chunk_rows, backend=backend, **options)

@@ -1,13 +1,12 @@
 """From logits: log-probs, the policy loss, and the policy loss straight from rewards."""
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ppg_fast import backends, ops
-from ppg_fast.functional.loss import LossOptions, LossRows, PolicyLossOutput, advantages_of_turns, spec_and_temperatures
+from ppg_fast.functional.loss import LossOptions, LossRows, PolicyLossOutput, credit_turns, spec_and_temperatures
 from ppg_fast.functional.tokens import Tokens, check_floats
-from ppg_fast.spec import PolicyClass, PolicyLossSpec, SEQUENCE_LEVEL, require
+from ppg_fast.spec import SEQUENCE_LEVEL, PolicyClass, PolicyLossSpec, require
 
 
 def _rows_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -117,7 +116,7 @@ def policy_loss(
     backend = backend or backends.default(logits.device.type)
     if rows.spec.loss_type in SEQUENCE_LEVEL:
         numbers = float(rows.spec.temperature), float(rows.spec.logit_softcap), True, validate, backend
-        logprobs, entropy = ops.token_logprobs(x, rows.tokens.labels, rows.per_row[5], *numbers)
+        logprobs, entropy = ops.token_logprobs(x, rows.tokens.labels, rows.per_row.temperatures, *numbers)
         loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)
     else:
         loss, logprobs, entropy = ops.policy_loss(x, rows.tokens.labels, rows.per_row, rows.spec, True, inplace, validate, backend)
@@ -154,16 +153,6 @@ def partial_policy_loss(
 
     Returns and raises: as `policy_loss`; also ValueError for a turn id beyond the turns of its dialogue.
     """
-    options, advantages = _with_turns(
-        options, rewards, turn_ids, policy_class, labels, gamma=gamma, baseline=baseline, group_ids=group_ids, turn_counts=turn_counts, backend=backend
-    )
-    return policy_loss(logits, labels, advantages, inplace=inplace, backend=backend, **options)
-
-
-def _with_turns(options: LossOptions, rewards: Tensor, turn_ids: Tensor, policy_class: PolicyClass | str, labels: Tensor, **returns) -> tuple:
-    """The options with context tokens masked and turn ids set, and the advantage of each token."""
-    shared = {"cu_seqlens": options.get("cu_seqlens"), "validate": options.get("validate", False)}
-    advantages, in_turn = advantages_of_turns(rewards, turn_ids, policy_class, labels, **returns, **shared)
-    mask = options.get("loss_mask")
-    mask = in_turn if mask is None else in_turn & (mask != 0)
-    return {**options, "loss_mask": mask, "turn_ids": turn_ids}, advantages
+    turns = rewards, turn_ids, policy_class, gamma, baseline, group_ids, turn_counts, backend
+    options, advantages = credit_turns(options, labels, *turns)
+    return policy_loss(logits, labels, advantages, inplace=inplace, turn_ids=turn_ids, backend=backend, **options)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ppg_fast import reference
 from ppg_fast.functional.returns import partial_returns, turn_advantages
 from ppg_fast.functional.tokens import Tokens, ordered_sum, per_token, ratio_groups, reduction_weights, token_advantages
+from ppg_fast.ops import PerRow
 from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
 
 
@@ -34,7 +35,6 @@ class LossOptions(TypedDict, total=False):
     ref_logprobs: Tensor | None
     rollout_logprobs: Tensor | None
     cu_seqlens: Tensor | None
-    turn_ids: Tensor | None
     spec: PolicyLossSpec
     reduction: str
     normalizer: float | Tensor | None
@@ -48,7 +48,7 @@ class LossRows:
 
     tokens: Tokens  # its labels are -100 also in rows that skip_zero_advantages leaves out
     active: Tensor  # (N,) bool, before that
-    per_row: tuple[Tensor | None, ...]  # advantages, weights, old, ref, rollout log-probs, temperatures: (N,) float32
+    per_row: PerRow
     spec: PolicyLossSpec  # with a number as temperature
     groups: tuple[Tensor, int] | None  # who shares a ratio
     reduction: str
@@ -78,8 +78,8 @@ class LossRows:
         active, weights = tokens.active, reduction_weights(tokens, reduction, normalizer)
         spec, temperatures = spec_and_temperatures(spec, labels)
         flat_advantages = token_advantages(advantages, labels)
-        known = (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("rollout_logprobs", rollout_logprobs))
-        per_row = flat_advantages, weights, *(per_token(name, values, labels) for name, values in known), temperatures
+        old, ref = per_token("old_logprobs", old_logprobs, labels), per_token("ref_logprobs", ref_logprobs, labels)
+        per_row = PerRow(flat_advantages, weights, old, ref, per_token("rollout_logprobs", rollout_logprobs, labels), temperatures)
         groups = ratio_groups(tokens, turn_ids, spec) if old_logprobs is not None else None
         if skip_zero_advantages and not spec.needs_every_row:
             tokens = tokens.masked_where(_unread(flat_advantages, active, groups))
@@ -94,7 +94,7 @@ class LossRows:
         logprobs, entropy = logprobs.detach(), entropy.detach()
         read = self.tokens.labels >= 0
         if skip_zero_advantages and self.groups is not None and not self.spec.needs_every_row:
-            read = read & (self.per_row[0] != 0)  # read for the sake of their group's ratio, but skipped by contract
+            read = read & (self.per_row.advantages != 0)  # read for the sake of their group's ratio, but skipped by contract
             logprobs, entropy = torch.where(read, logprobs, 0.0), torch.where(read, entropy, 0.0)
         metrics = self.metrics(logprobs, entropy, read)
         loss = loss.view(self.tokens.shape) if self.reduction == "none" else ordered_sum(loss)
@@ -143,36 +143,44 @@ def _unread(advantages: Tensor, active: Tensor, groups: tuple[Tensor, int] | Non
     return reference.group_sum((~zero).long(), *groups)[groups[0]] == 0
 
 
-def advantages_of_turns(
+def credit_turns(
+    options: LossOptions,
+    labels: Tensor,
     rewards: Tensor,
     turn_ids: Tensor,
     policy_class: PolicyClass | str,
-    labels: Tensor,
-    *,
     gamma: float,
     baseline: str,
     group_ids: Tensor | None,
     turn_counts: Tensor | None,
-    cu_seqlens: Tensor | None,
-    validate: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    """Rewards (B, T) -> the advantage of each token and whether it belongs to a turn, both in the shape of ``labels``.
+) -> tuple[LossOptions, Tensor]:
+    """Rewards (B, T) -> the options with context tokens masked, and the advantage of each token in the shape of ``labels``.
 
     Row b of the rewards belongs to sequence b: row b of a (B, L) batch, run b of ``cu_seqlens``.
     """
-    require(isinstance(turn_ids, Tensor) and not turn_ids.is_floating_point(), "turn_ids must be an integer tensor", getattr(turn_ids, "dtype", None))
+    require(
+        isinstance(turn_ids, Tensor) and not turn_ids.is_floating_point(),
+        "turn_ids must be an integer tensor",
+        getattr(turn_ids, "dtype", None),
+    )
     require(turn_ids.shape == labels.shape, f"turn_ids must have the shape of labels, {tuple(labels.shape)}", tuple(turn_ids.shape))
+    validate = options.get("validate", False)
     returns = partial_returns(rewards, policy_class, gamma, turn_counts, validate=validate, backend=backend)
     advantages = turn_advantages(returns, group_ids, baseline, turn_counts)
-    tokens = Tokens.of(labels, None, cu_seqlens, labels.device, validate)
+    tokens = Tokens.of(labels, None, options.get("cu_seqlens"), labels.device, validate)
     B, T = advantages.shape
-    require(tokens.sequence_count == B, "rewards need one row per sequence of the labels", f"{B} rows for {tokens.sequence_count} sequences")
+    require(
+        tokens.sequence_count == B, "rewards need one row per sequence of the labels", f"{B} rows for {tokens.sequence_count} sequences"
+    )
     turns, sequences = turn_ids.reshape(-1).long(), tokens.sequences()
     if (labels.is_cpu or validate) and not torch.compiler.is_compiling():
         _check_turn_ids(turns, sequences, turn_counts, T)
-    rows = torch.where(turns >= 0, advantages[sequences, turns.clamp(0, max(T - 1, 0))], 0.0) if T else torch.zeros_like(turns, dtype=torch.float32)
-    return rows.view(labels.shape), (turns >= 0).view(labels.shape)
+    padded = torch.nn.functional.pad(advantages, (0, 1))  # column T: no turn, no advantage
+    rows = padded[sequences, torch.where(turns < 0, T, turns.clamp(max=T))]
+    in_turn, mask = turn_ids >= 0, options.get("loss_mask")
+    mask = in_turn if mask is None else in_turn & (mask != 0)
+    return {**options, "loss_mask": mask}, rows.view(labels.shape)
 
 
 def _check_turn_ids(turns: Tensor, sequences: Tensor, turn_counts: Tensor | None, T: int) -> None:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ppg_fast import backends, ops, reference
-from ppg_fast.spec import BASELINES, PolicyClass, RewardMask, Segment, policy_class as named_policy_class, require, require_number, require_one_of
+from ppg_fast.spec import BASELINES, PolicyClass, RewardMask, Segment, require, require_number, require_one_of
+from ppg_fast.spec import policy_class as named_policy_class
 
 
 def _check_turns(values: Tensor, name: str, turn_counts: Tensor | None) -> tuple[Tensor, Tensor | None]:

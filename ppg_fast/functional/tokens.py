@@ -1,6 +1,7 @@
 """What arrives in any shape, as canonical rows: labels (N,) with -100 where masked, per-row float32, sequences, weights of a reduction."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,11 +40,17 @@ class Tokens:
     @staticmethod
     def of(labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device, validate: bool) -> "Tokens":
         """Checks and flattens; a token is active where its label is not -100 and the mask, if any, is not 0."""
-        require(isinstance(labels, Tensor) and labels.dtype == torch.int64, "labels must be an int64 tensor", getattr(labels, "dtype", type(labels)))
+        require(
+            isinstance(labels, Tensor) and labels.dtype == torch.int64,
+            "labels must be an int64 tensor",
+            getattr(labels, "dtype", type(labels)),
+        )
         require(labels.device == device, f"labels must be on the device of the logits or hidden states, {device}", labels.device)
         flat = labels.reshape(-1)
         if loss_mask is not None:
-            require(loss_mask.shape == labels.shape, f"loss_mask must have the shape of labels, {tuple(labels.shape)}", tuple(loss_mask.shape))
+            require(
+                loss_mask.shape == labels.shape, f"loss_mask must have the shape of labels, {tuple(labels.shape)}", tuple(loss_mask.shape)
+            )
             require(loss_mask.device == device, f"loss_mask must be on the device of labels, {device}", loss_mask.device)
             flat = torch.where(loss_mask.reshape(-1) != 0, flat, IGNORE)
         if cu_seqlens is None:
@@ -78,7 +85,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor, validate: bool) -> Non
     require(cu_seqlens.device == labels.device, f"cu_seqlens must be on the device of labels, {labels.device}", cu_seqlens.device)
     if (cu_seqlens.is_cpu or validate) and not torch.compiler.is_compiling():
         bounds = cu_seqlens.tolist()
-        rising = bounds[0] == 0 and bounds[-1] == N and all(a <= b for a, b in zip(bounds, bounds[1:], strict=False))
+        rising = bounds[0] == 0 and bounds[-1] == N and all(a <= b for a, b in pairwise(bounds))
         require(rising, f"cu_seqlens must rise from 0 to the number of tokens, {N}", bounds)
 
 
@@ -129,7 +136,9 @@ def ratio_groups(tokens: Tokens, turn_ids: Tensor | None, spec: PolicyLossSpec) 
         return sequences, tokens.sequence_count
     require(turn_ids is not None, 'loss_type "gspo_turn" needs turn_ids', turn_ids)
     assert turn_ids is not None
-    require(turn_ids.numel() == tokens.labels.numel(), f"turn_ids must have the shape of labels, {tuple(tokens.shape)}", tuple(turn_ids.shape))
+    require(
+        turn_ids.numel() == tokens.labels.numel(), f"turn_ids must have the shape of labels, {tuple(tokens.shape)}", tuple(turn_ids.shape)
+    )
     turn = turn_ids.reshape(-1).long().clamp(min=0)
     span = turn.max() + 1 if turn.numel() else 1
     return consecutive_ids(sequences * span + turn), tokens.labels.numel()

@@ -4,13 +4,20 @@ They take canonical rows: logits (B, L, V) or hidden states (N, D), per-row argu
 defaults are the business of `functional`; checks of values are made here, where they run under torch.compile too.
 """
 
-from ppg_fast.ops.linear import default_chunk_rows, linear_policy_loss, linear_policy_loss_op, linear_token_logprobs, linear_token_logprobs_op
+from ppg_fast.ops.linear import (
+    default_chunk_rows,
+    linear_policy_loss,
+    linear_policy_loss_op,
+    linear_token_logprobs,
+    linear_token_logprobs_op,
+)
 from ppg_fast.ops.partial_returns import partial_returns_op
-from ppg_fast.ops.policy_loss import NUMBERS, policy_loss, policy_loss_op
+from ppg_fast.ops.policy_loss import NUMBERS, PerRow, policy_loss, policy_loss_op
 from ppg_fast.ops.token_logprobs import token_logprobs, token_logprobs_op
 
 __all__ = [
     "NUMBERS",
+    "PerRow",
     "default_chunk_rows",
     "linear_policy_loss",
     "linear_policy_loss_op",

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ppg_fast import backends, reference
 from ppg_fast.ops.checks import check_labels
-from ppg_fast.ops.policy_loss import NUMBERS, SCHEMA
+from ppg_fast.ops.policy_loss import NUMBERS, SCHEMA, PerRow
 from ppg_fast.spec import PolicyLossSpec
 
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}  # of logits alive at once
@@ -135,7 +135,7 @@ linear_policy_loss_op.register_autograd(_backward_linear, setup_context=_setup_l
 
 
 def linear_policy_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, per_row: tuple[Tensor | None, ...], spec: PolicyLossSpec,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, per_row: PerRow, spec: PolicyLossSpec,
     validate: bool, backend: str, chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Weighted loss of each row, whose SUM is differentiable in hidden, weight and bias; log-prob and entropy. (N,) float32."""
@@ -148,14 +148,15 @@ def linear_policy_loss(
 
 
 def _reference(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, per_row: tuple[Tensor | None, ...], spec: PolicyLossSpec,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, per_row: PerRow, spec: PolicyLossSpec,
     validate: bool, chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same by plain PyTorch: chunks of active rows under activation checkpointing, so that one chunk of logits is alive at a time."""
     check_labels(labels, weight.shape[0], validate)
 
-    def chunk_loss(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *per_row: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        scaled = spec if per_row[5] is None else replace(spec, temperature=per_row[5])
+    def chunk_loss(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *columns: Any) -> tuple[Tensor, Tensor, Tensor]:
+        per_row = PerRow(*columns)
+        scaled = spec if per_row.temperatures is None else replace(spec, temperature=per_row.temperatures)
         return reference.policy_loss(torch.nn.functional.linear(x, weight, bias).float(), labels, *per_row[:5], scaled)
 
     outputs = [torch.zeros(labels.numel(), device=hidden.device) for _ in range(3)]
@@ -245,7 +246,7 @@ def linear_token_logprobs(
     """Log-prob and entropy ((0,) unless wanted) of each row, (N,) float32, differentiable in hidden, weight and bias."""
     if backend == "reference":
         spec = PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap)
-        per_row = (torch.zeros(labels.shape, device=hidden.device), None, None, None, None, temperatures)
+        per_row = PerRow(torch.zeros(labels.shape, device=hidden.device), None, None, None, None, temperatures)
         return _reference(hidden, weight, bias, labels, per_row, spec, validate, chunk_rows)[1:]
     numbers = temperature, logit_softcap, entropy, validate, backend, chunk_rows
     return linear_token_logprobs_op(hidden, weight, bias, labels, temperatures, *numbers)[:2]

@@ -1,7 +1,7 @@
 """policy_loss: log-prob, loss and dlogits in one sweep, as a custom op with autograd."""
 
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +10,24 @@ from ppg_fast import backends, reference
 from ppg_fast.ops.checks import check_labels
 from ppg_fast.spec import PolicyLossSpec
 
+
+class PerRow(NamedTuple):
+    """What the loss needs of each row beside its label, (N,) float32 each."""
+
+    advantages: Tensor
+    weights: Tensor | None  # of the reduction; None: 1
+    old_logprobs: Tensor | None  # None: on-policy
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    temperatures: Tensor | None  # None: the spec's number for all
+
+
 NUMBERS = tuple(f.name for f in fields(PolicyLossSpec))  # the wire format of a spec, in order
 SCHEMA = (
     "Tensor labels, Tensor advantages, Tensor? weights, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
     "Tensor? temperatures, str loss_type, float clip_low, float clip_high, float dual_clip, float kl_coef, str kl_estimator, "
-    "float entropy_coef, float importance_cap, float temperature, float logit_softcap, bool entropy, bool with_grad, bool validate, str backend"
+    "float entropy_coef, float importance_cap, float temperature, float logit_softcap, bool entropy, bool with_grad, bool validate, "
+    "str backend"
 )
 LEAF_ARGUMENTS = SCHEMA.count(",") + 1
 
@@ -39,7 +52,9 @@ def policy_loss_op(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Ten
     return *_policy_loss(logits, dlogits, *arguments), logits.new_empty(0) if dlogits is None else dlogits
 
 
-@torch.library.custom_op("ppg_fast::policy_loss_", mutates_args=("logits",), schema=f"(Tensor(a!) logits, {SCHEMA}) -> (Tensor, Tensor, Tensor)")
+@torch.library.custom_op(
+    "ppg_fast::policy_loss_", mutates_args=("logits",), schema=f"(Tensor(a!) logits, {SCHEMA}) -> (Tensor, Tensor, Tensor)"
+)
 def policy_loss_inplace_op(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The same with dlogits written over the logits."""
     return _policy_loss(logits, logits, *arguments)
@@ -108,15 +123,12 @@ class _EagerPolicyLoss(torch.autograd.Function):
 
 
 def policy_loss(
-    logits: Tensor, labels: Tensor, per_row: tuple[Tensor | None, ...], spec: PolicyLossSpec, entropy: bool, inplace: bool, validate: bool, backend: str
+    logits: Tensor, labels: Tensor, per_row: PerRow, spec: PolicyLossSpec, entropy: bool, inplace: bool, validate: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted loss (differentiable in the logits), log-prob and entropy of each row, (N,) float32.
-
-    ``per_row``: advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures.
-    """
+    """Weighted loss (differentiable in the logits), log-prob and entropy of each row, (N,) float32."""
     if backend == "reference":
         check_labels(labels, logits.shape[-1], validate)
-        scaled = spec if per_row[5] is None else replace(spec, temperature=per_row[5])
+        scaled = spec if per_row.temperatures is None else replace(spec, temperature=per_row.temperatures)
         return reference.policy_loss(logits.flatten(0, 1).float(), labels, *per_row[:5], scaled)
     with_grad = torch.is_grad_enabled() and logits.requires_grad
     arguments = (labels, *per_row, *(getattr(spec, name) for name in NUMBERS), entropy, with_grad, validate, backend)

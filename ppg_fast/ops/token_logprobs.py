@@ -11,8 +11,15 @@ from ppg_fast.ops.checks import check_labels
 
 @torch.library.custom_op("ppg_fast::token_logprobs", mutates_args=())
 def token_logprobs_op(
-    logits: Tensor, labels: Tensor, temperatures: Tensor | None, temperature: float, logit_softcap: float, entropy: bool, validate: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    logit_softcap: float,
+    entropy: bool,
+    validate: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> log-prob, entropy ((0,) unless wanted) and log-sum-exp of each row, (N,) float32; zeros where masked."""
     check_labels(labels, logits.shape[-1], validate)
     return backends.load(backend).logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, entropy)
@@ -58,8 +65,15 @@ token_logprobs_op.register_autograd(_backward_token_logprobs, setup_context=_set
 
 
 def token_logprobs(
-    logits: Tensor, labels: Tensor, temperatures: Tensor | None, temperature: float, logit_softcap: float, entropy: bool, validate: bool, backend: str
-) -> tuple[Tensor, Tensor]:
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    logit_softcap: float,
+    entropy: bool,
+    validate: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-prob and entropy ((0,) unless wanted) of each row, (N,) float32, differentiable in the logits."""
     if backend == "reference":
         check_labels(labels, logits.shape[-1], validate)

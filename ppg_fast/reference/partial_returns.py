@@ -1,4 +1,7 @@
-"""Discounted returns inside a window, as a plain loop: slow, obvious, right. Mirrors kernels/triton/partial_returns.py and csrc/*/partial_returns.*"""
+"""Discounted returns inside a window, as a plain loop: slow, obvious, right.
+
+Mirrors kernels/triton/partial_returns.py and csrc/*/partial_returns.*
+"""
 
 import torch
 from torch import Tensor

@@ -1,0 +1,63 @@
+"""The repository's habits as tests: the README's code runs, tools are pinned alike, public functions are documented, files stay small."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import ppg_fast as ppg
+from ppg_fast.spec import BASELINES, LOSS_TYPES, REDUCTIONS
+
+ROOT = Path(__file__).parents[1]
+
+
+def python_blocks(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", python_blocks("README.md"), ids=lambda b: b.strip().splitlines()[0])
+def test_the_readme_runs(block):
+    torch.use_deterministic_algorithms(False)  # a reader's torch.empty holds no NaN
+    exec(compile(block, "README.md", "exec"), scope := {})
+    assert scope["hidden"].grad.isfinite().all()
+    assert scope["head"].grad.abs().sum() > 0
+
+
+def test_tools_are_pinned_alike():
+    project, hooks = (ROOT / "pyproject.toml").read_text(), (ROOT / ".pre-commit-config.yaml").read_text()
+    for tool in ("ruff", "clang-format"):
+        versions = set(re.findall(rf"{tool}==([\d.]+)", project + hooks))
+        assert len(versions) == 1, (tool, versions)
+        assert re.search(rf"{tool}==", hooks), tool
+
+
+@pytest.mark.parametrize("name", [n for n in ppg.__all__ if inspect.isfunction(getattr(ppg, n))])
+def test_public_functions_document_every_argument(name):
+    function = getattr(ppg, name)
+    text = inspect.getdoc(function)
+    linked = text + "".join(inspect.getdoc(getattr(ppg, other)) for other in re.findall(r"`(\w+)`", text) if other in ppg.__all__)
+    linked += "".join(inspect.getdoc(getattr(ppg, other)) for other in re.findall(r"`(\w+)`", linked) if other in ppg.__all__)
+    missing = [p for p in inspect.signature(function).parameters if p != "options" and not re.search(rf"\b{p}\b", linked)]
+    assert missing == []
+
+
+def test_the_readme_names_every_choice():
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in (*LOSS_TYPES, *REDUCTIONS) if f"`{name}`" not in readme] == []
+    assert [
+        name
+        for name in BASELINES
+        if name.replace("_", "-") not in readme.replace("group mean", "group-mean").replace("group std", "group-std")
+    ] == []
+
+
+@pytest.mark.parametrize("folder", ["ppg_fast", "kernels", "csrc", "bench"])
+def test_files_stay_small(folder):
+    long = {
+        str(p.relative_to(ROOT)): n
+        for p in (ROOT / folder).rglob("*.[phc]*")
+        if p.suffix != ".pyc" and (n := len(p.read_text().splitlines())) > 300
+    }
+    assert long == {}
