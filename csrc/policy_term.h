@@ -15,7 +15,13 @@ PPG_HD Term policy_term(const TermArgs& a, float logprob, float entropy, float o
                         float advantage) {
   const float ratio = expf(logprob - old_logprob);
   float loss, d;
-  if (a.loss_type == LossType::PPO) {
+  if (a.loss_type == LossType::REINFORCE) {
+    d = -advantage;
+    loss = d * logprob;
+  } else if (a.loss_type == LossType::CISPO) {
+    d = -fminf(ratio, 1.f + a.clip_high) * advantage;
+    loss = d * logprob;
+  } else {  // PPO, and GSPO where the caller has made the old log-probs of a shared ratio
     const float clipped = fminf(fmaxf(ratio, 1.f - a.clip_low), 1.f + a.clip_high);
     loss = -fminf(ratio * advantage, clipped * advantage);
     d = ratio * advantage <= clipped * advantage ? -ratio * advantage : 0.f;
@@ -23,12 +29,6 @@ PPG_HD Term policy_term(const TermArgs& a, float logprob, float entropy, float o
       loss = -a.dual_clip * advantage;
       d = 0.f;
     }
-  } else if (a.loss_type == LossType::CISPO) {
-    d = -fminf(ratio, 1.f + a.clip_high) * advantage;
-    loss = d * logprob;
-  } else {
-    d = -advantage;
-    loss = d * logprob;
   }
   loss *= importance;
   d *= importance;

@@ -78,13 +78,10 @@ class PolicyLossSpec:
         require_one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         require_number("clip_low", self.clip_low, 0.0, 1.0)
         require_number("clip_high", self.clip_high, 0.0)
-        require(
-            self.dual_clip == 0 or (math.isfinite(self.dual_clip) and self.dual_clip > 1),
-            "dual_clip must be 0 (off) or > 1",
-            self.dual_clip,
-        )
+        require_number("dual_clip", self.dual_clip, 0.0)
+        require(self.dual_clip == 0 or self.dual_clip > 1, "dual_clip must be 0 (off) or > 1", self.dual_clip)
         require_number("kl_coef", self.kl_coef, 0.0)
-        require(math.isfinite(self.entropy_coef), "entropy_coef must be finite", self.entropy_coef)
+        require_number("entropy_coef", self.entropy_coef, -math.inf)
         require_number("importance_cap", self.importance_cap, 0.0)
         require_number("logit_softcap", self.logit_softcap, 0.0)
         if not hasattr(self.temperature, "shape"):

@@ -11,6 +11,23 @@ if not torch.cuda.is_available():
 from ppg_fast import backends
 
 
+def _round_to_bfloat16_in_the_interpreter() -> None:
+    """Triton's interpreter truncates float32 to bfloat16 where a GPU rounds to the nearest even."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+            nearest = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.bfloat16)
+            return interpreter.TensorHandle(nearest.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
+
+
 def _emulate_cuda() -> None:
     """Where there is no GPU, backend "cuda" is the CUDA sources compiled by g++ under an emulator, on CPU tensors."""
     from emulator.build import build
@@ -32,11 +49,19 @@ def emulated_cuda() -> None:
         _emulate_cuda()
 
 
+@pytest.fixture(scope="session")
+def interpreted_triton() -> None:
+    if not torch.cuda.is_available() and backends.why_not("triton") is None:
+        _round_to_bfloat16_in_the_interpreter()
+
+
 @pytest.fixture(params=("reference", *backends.NAMES))
 def backend(request: pytest.FixtureRequest) -> str:
     """Every test that asks for ``backend`` runs once on each, and says why where one cannot run."""
     if request.param == "cuda":
         request.getfixturevalue("emulated_cuda")
+    if request.param == "triton":
+        request.getfixturevalue("interpreted_triton")
     if request.param != "reference" and (reason := backends.why_not(request.param)):
         pytest.skip(reason)
     return request.param

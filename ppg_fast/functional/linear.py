@@ -22,6 +22,7 @@ def _head_of(
     require(
         weight.dim() == 2 and weight.shape[1] == hidden.shape[-1], f"weight must be (V, D) with D = {hidden.shape[-1]}", tuple(weight.shape)
     )
+    require(weight.shape[0] >= 1, "the vocabulary must hold at least one token", weight.shape[0])
     require(weight.device == hidden.device, f"weight must be on the device of hidden, {hidden.device}", weight.device)
     if bias is not None:
         require(bias.shape == weight.shape[:1], f"bias must be (V,) = ({weight.shape[0]},)", tuple(bias.shape))
@@ -68,7 +69,7 @@ def linear_token_logprobs(
     Returns and raises: as `token_logprobs`. Gradients come back in the dtype of each input; d_weight is accumulated in float32.
     """
     x, weight, bias, chunk = _head_of(hidden, weight, labels, bias, chunk_rows)
-    spec, temperatures = spec_and_temperatures(PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels)
+    spec, temperatures = spec_and_temperatures(PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, validate)
     tokens = Tokens.of(labels, loss_mask, None, hidden.device, validate)
     backend = backend or backends.default(hidden.device.type)
     numbers = float(spec.temperature), float(logit_softcap), entropy, validate, backend, chunk

@@ -6,9 +6,18 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from ppg_fast import reference
+from ppg_fast import ops, reference
 from ppg_fast.functional.returns import partial_returns, turn_advantages
-from ppg_fast.functional.tokens import Tokens, ordered_sum, per_token, ratio_groups, reduction_weights, token_advantages
+from ppg_fast.functional.tokens import (
+    Tokens,
+    check_tensor,
+    ordered_sum,
+    per_token,
+    ratio_groups,
+    readable,
+    reduction_weights,
+    token_advantages,
+)
 from ppg_fast.ops import PerRow
 from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
 
@@ -75,8 +84,8 @@ class LossRows:
         require(isinstance(spec, PolicyLossSpec), "spec must be a PolicyLossSpec", type(spec).__name__)
         require(spec.kl_coef == 0 or ref_logprobs is not None, "a KL term (kl_coef > 0) needs ref_logprobs", None)
         tokens = Tokens.of(labels, loss_mask, cu_seqlens, device, validate)
-        active, weights = tokens.active, reduction_weights(tokens, reduction, normalizer)
-        spec, temperatures = spec_and_temperatures(spec, labels)
+        active, weights = tokens.active, reduction_weights(tokens, reduction, normalizer, validate)
+        spec, temperatures = spec_and_temperatures(spec, labels, validate)
         flat_advantages = token_advantages(advantages, labels)
         old, ref = per_token("old_logprobs", old_logprobs, labels), per_token("ref_logprobs", ref_logprobs, labels)
         per_row = PerRow(flat_advantages, weights, old, ref, per_token("rollout_logprobs", rollout_logprobs, labels), temperatures)
@@ -92,11 +101,10 @@ class LossRows:
     def output(self, loss: Tensor, logprobs: Tensor, entropy: Tensor, skip_zero_advantages: bool) -> PolicyLossOutput:
         """Rows back in the caller's shape."""
         logprobs, entropy = logprobs.detach(), entropy.detach()
-        read = self.tokens.labels >= 0
+        metrics = self.metrics(logprobs, entropy, self.tokens.labels >= 0)
         if skip_zero_advantages and self.groups is not None and not self.spec.needs_every_row:
-            read = read & (self.per_row.advantages != 0)  # read for the sake of their group's ratio, but skipped by contract
-            logprobs, entropy = torch.where(read, logprobs, 0.0), torch.where(read, entropy, 0.0)
-        metrics = self.metrics(logprobs, entropy, read)
+            skipped = self.per_row.advantages == 0  # read for the sake of their group's ratio, but skipped by contract
+            logprobs, entropy = torch.where(skipped, 0.0, logprobs), torch.where(skipped, 0.0, entropy)
         loss = loss.view(self.tokens.shape) if self.reduction == "none" else ordered_sum(loss)
         return PolicyLossOutput(loss, logprobs.view(self.tokens.shape), entropy.view(self.tokens.shape), metrics)
 
@@ -128,11 +136,15 @@ class LossRows:
         return metrics
 
 
-def spec_and_temperatures(spec: PolicyLossSpec, labels: Tensor) -> tuple[PolicyLossSpec, Tensor | None]:
+def spec_and_temperatures(spec: PolicyLossSpec, labels: Tensor, validate: bool) -> tuple[PolicyLossSpec, Tensor | None]:
     """The spec with a number as temperature, and (N,) float32 temperatures where it holds one per token."""
     if not isinstance(spec.temperature, Tensor):
         return spec, None
-    return replace(spec, temperature=1.0), per_token("temperature", spec.temperature, labels)
+    temperatures = per_token("temperature", spec.temperature, labels)
+    if readable(labels, validate):
+        bad = ~(spec.temperature.reshape(-1) > 0)
+        require(not bad.any(), "temperature must be > 0 for every token", spec.temperature.reshape(-1)[bad][:1].tolist())
+    return replace(spec, temperature=1.0), temperatures
 
 
 def _unread(advantages: Tensor, active: Tensor, groups: tuple[Tensor, int] | None) -> Tensor:
@@ -159,34 +171,16 @@ def credit_turns(
 
     Row b of the rewards belongs to sequence b: row b of a (B, L) batch, run b of ``cu_seqlens``.
     """
-    require(
-        isinstance(turn_ids, Tensor) and not turn_ids.is_floating_point(),
-        "turn_ids must be an integer tensor",
-        getattr(turn_ids, "dtype", None),
-    )
-    require(turn_ids.shape == labels.shape, f"turn_ids must have the shape of labels, {tuple(labels.shape)}", tuple(turn_ids.shape))
+    require(isinstance(labels, Tensor), "labels must be a tensor", type(labels).__name__)
+    check_tensor("turn_ids", turn_ids, labels.shape, labels.device)
+    require(not turn_ids.is_floating_point(), "turn_ids must be integers", turn_ids.dtype)
     validate = options.get("validate", False)
     returns = partial_returns(rewards, policy_class, gamma, turn_counts, validate=validate, backend=backend)
     advantages = turn_advantages(returns, group_ids, baseline, turn_counts)
-    tokens = Tokens.of(labels, None, options.get("cu_seqlens"), labels.device, validate)
-    B, T = advantages.shape
-    require(
-        tokens.sequence_count == B, "rewards need one row per sequence of the labels", f"{B} rows for {tokens.sequence_count} sequences"
-    )
-    turns, sequences = turn_ids.reshape(-1).long(), tokens.sequences()
-    if (labels.is_cpu or validate) and not torch.compiler.is_compiling():
-        _check_turn_ids(turns, sequences, turn_counts, T)
-    padded = torch.nn.functional.pad(advantages, (0, 1))  # column T: no turn, no advantage
-    rows = padded[sequences, torch.where(turns < 0, T, turns.clamp(max=T))]
-    in_turn, mask = turn_ids >= 0, options.get("loss_mask")
-    mask = in_turn if mask is None else in_turn & (mask != 0)
-    return {**options, "loss_mask": mask}, rows.view(labels.shape)
-
-
-def _check_turn_ids(turns: Tensor, sequences: Tensor, turn_counts: Tensor | None, T: int) -> None:
-    limit = torch.full_like(turns, T) if turn_counts is None else turn_counts.long()[sequences]
-    bad = (turns < -1) | (turns >= limit)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        rule = "turn_ids must be -1 (context) or in [0, turns of the dialogue)"
-        raise ValueError(f"{rule}, got {int(turns[row])} at row {row} of a dialogue with {int(limit[row])} turns")
+    tokens = Tokens.of(labels, options.get("loss_mask"), options.get("cu_seqlens"), labels.device, validate)
+    S, B = tokens.sequence_count, advantages.shape[0]
+    require(S == B, "rewards need one row per sequence of the labels", f"{B} rows for {S} sequences")
+    counts = None if turn_counts is None else turn_counts.long()
+    credit = ops.turn_credit_op(advantages, turn_ids.reshape(-1).long(), tokens.sequences(), counts, tokens.active, validate)
+    mask = tokens.active.view(labels.shape) & (turn_ids >= 0)
+    return {**options, "loss_mask": mask}, credit.view(labels.shape)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ppg_fast import backends, ops, reference
+from ppg_fast.ops.checks import check_turn_counts
 from ppg_fast.spec import BASELINES, PolicyClass, RewardMask, Segment, require, require_number, require_one_of
 from ppg_fast.spec import policy_class as named_policy_class
 
@@ -13,10 +14,13 @@ def _check_turns(values: Tensor, name: str, turn_counts: Tensor | None) -> tuple
     require(isinstance(values, Tensor) and values.dim() == 2, f"{name} must be a (B, T) tensor", getattr(values, "shape", values))
     require(values.is_floating_point(), f"{name} must be floating point", values.dtype)
     if turn_counts is not None:
+        require(isinstance(turn_counts, Tensor), "turn_counts must be a tensor", type(turn_counts).__name__)
         shape_is_valid = turn_counts.shape == values.shape[:1] and not turn_counts.is_floating_point()
         require(shape_is_valid, f"turn_counts must be ({values.shape[0]},) integers", (tuple(turn_counts.shape), turn_counts.dtype))
         require(turn_counts.device == values.device, f"turn_counts must be on the device of {name}, {values.device}", turn_counts.device)
         turn_counts = turn_counts.long()
+        if turn_counts.is_cpu and not torch.compiler.is_compiling():
+            check_turn_counts(turn_counts, values.shape[1])
     return values.detach().float().contiguous(), turn_counts
 
 

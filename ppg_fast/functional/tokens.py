@@ -1,15 +1,23 @@
 """What arrives in any shape, as canonical rows: labels (N,) with -100 where masked, per-row float32, sequences, weights of a reduction."""
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ppg_fast import ops
 from ppg_fast.reference import consecutive_ids, group_sum
 from ppg_fast.spec import IGNORE, REDUCTIONS, SEQUENCE_LEVEL, PolicyLossSpec, require, require_number, require_one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, value: Tensor, shape: torch.Size | None, device: torch.device) -> None:
+    """ValueError unless ``value`` is a tensor of that shape (None: any) on that device."""
+    require(isinstance(value, Tensor), f"{name} must be a tensor", type(value).__name__)
+    require(value.device == device, f"{name} must be on {device} like the logits or hidden states", value.device)
+    if shape is not None:
+        require(value.shape == shape, f"{name} must have the shape of labels, {tuple(shape)}", tuple(value.shape))
 
 
 def check_floats(name: str, tensor: Tensor) -> None:
@@ -18,13 +26,16 @@ def check_floats(name: str, tensor: Tensor) -> None:
     require(tensor.dtype in DTYPES, f"{name} must be float32, bfloat16 or float16", tensor.dtype)
 
 
+def readable(tensor: Tensor, validate: bool) -> bool:
+    """Whether values may be looked at here: they cost no sync, or the caller asked for it, and no tracer is at work."""
+    return (tensor.is_cpu or validate) and not torch.compiler.is_compiling()
+
+
 def per_token(name: str, values: Tensor | None, labels: Tensor) -> Tensor | None:
     """``values`` of the labels' shape -> contiguous detached float32 (N,); None stays None."""
     if values is None:
         return None
-    require(isinstance(values, Tensor), f"{name} must be a tensor", type(values).__name__)
-    require(values.shape == labels.shape, f"{name} must have the shape of labels, {tuple(labels.shape)}", tuple(values.shape))
-    require(values.device == labels.device, f"{name} must be on the device of labels, {labels.device}", values.device)
+    check_tensor(name, values, labels.shape, labels.device)
     return values.detach().reshape(-1).float().contiguous()
 
 
@@ -35,30 +46,25 @@ class Tokens:
     shape: torch.Size  # of the labels as given
     labels: Tensor  # (N,) int64, -100 where masked
     sequence_count: int
-    cu_seqlens: Tensor | None
+    packed: Tensor | None  # (N,) int64, the sequence of each token; None: the rows of a (B, L) batch, or one
 
     @staticmethod
     def of(labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device, validate: bool) -> "Tokens":
         """Checks and flattens; a token is active where its label is not -100 and the mask, if any, is not 0."""
-        require(
-            isinstance(labels, Tensor) and labels.dtype == torch.int64,
-            "labels must be an int64 tensor",
-            getattr(labels, "dtype", type(labels)),
-        )
-        require(labels.device == device, f"labels must be on the device of the logits or hidden states, {device}", labels.device)
+        check_tensor("labels", labels, None, device)
+        require(labels.dtype == torch.int64, "labels must be int64", labels.dtype)
         flat = labels.reshape(-1)
         if loss_mask is not None:
-            require(
-                loss_mask.shape == labels.shape, f"loss_mask must have the shape of labels, {tuple(labels.shape)}", tuple(loss_mask.shape)
-            )
-            require(loss_mask.device == device, f"loss_mask must be on the device of labels, {device}", loss_mask.device)
+            check_tensor("loss_mask", loss_mask, labels.shape, device)
             flat = torch.where(loss_mask.reshape(-1) != 0, flat, IGNORE)
         if cu_seqlens is None:
-            count = labels.shape[:-1].numel() if labels.dim() > 1 else 1
-        else:
-            _check_cu_seqlens(cu_seqlens, labels, validate)
-            count = cu_seqlens.numel() - 1
-        return Tokens(labels.shape, flat.contiguous(), count, cu_seqlens)
+            return Tokens(labels.shape, flat.contiguous(), labels.shape[0] if labels.dim() == 2 else 1, None)
+        check_tensor("cu_seqlens", cu_seqlens, None, device)
+        require(labels.dim() == 1 or labels.shape[0] == 1, "cu_seqlens goes with packed labels, (N,) or (1, N)", tuple(labels.shape))
+        is_list = cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1 and cu_seqlens.dtype in (torch.int32, torch.int64)
+        require(is_list, "cu_seqlens must be (S + 1,) int32", (tuple(cu_seqlens.shape), cu_seqlens.dtype))
+        packed = ops.sequence_ids_op(cu_seqlens, labels.numel(), validate)
+        return Tokens(labels.shape, flat.contiguous(), cu_seqlens.numel() - 1, packed)
 
     @property
     def active(self) -> Tensor:
@@ -67,26 +73,13 @@ class Tokens:
 
     def sequences(self) -> Tensor:
         """(N,) int64, the sequence of each token."""
+        if self.packed is not None:
+            return self.packed
         N = self.labels.numel()
-        rows = torch.arange(N, device=self.labels.device)
-        if self.cu_seqlens is not None:
-            return torch.bucketize(rows, self.cu_seqlens[1:].long(), right=True).clamp(max=max(self.sequence_count - 1, 0))
-        return rows // max(N // max(self.sequence_count, 1), 1)
+        return torch.arange(N, device=self.labels.device) // max(N // max(self.sequence_count, 1), 1)
 
     def masked_where(self, condition: Tensor) -> "Tokens":
         return replace(self, labels=torch.where(condition, IGNORE, self.labels))
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor, labels: Tensor, validate: bool) -> None:
-    N = labels.numel()
-    require(labels.dim() == 1 or labels.shape[0] == 1, "cu_seqlens goes with packed labels, (N,) or (1, N)", tuple(labels.shape))
-    is_list = cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1 and cu_seqlens.dtype in (torch.int32, torch.int64)
-    require(is_list, "cu_seqlens must be (S + 1,) int32", (tuple(cu_seqlens.shape), cu_seqlens.dtype))
-    require(cu_seqlens.device == labels.device, f"cu_seqlens must be on the device of labels, {labels.device}", cu_seqlens.device)
-    if (cu_seqlens.is_cpu or validate) and not torch.compiler.is_compiling():
-        bounds = cu_seqlens.tolist()
-        rising = bounds[0] == 0 and bounds[-1] == N and all(a <= b for a, b in pairwise(bounds))
-        require(rising, f"cu_seqlens must rise from 0 to the number of tokens, {N}", bounds)
 
 
 def token_advantages(advantages: Tensor, labels: Tensor) -> Tensor:
@@ -97,7 +90,7 @@ def token_advantages(advantages: Tensor, labels: Tensor) -> Tensor:
     return per_token("advantages", advantages, labels)  # type: ignore[return-value]
 
 
-def reduction_weights(tokens: Tokens, reduction: str, normalizer: float | Tensor | None) -> Tensor | None:
+def reduction_weights(tokens: Tokens, reduction: str, normalizer: float | Tensor | None, validate: bool) -> Tensor | None:
     """Weight of each token, (N,) float32 or None for 1, so that the reduced loss is the sum of weighted losses.
 
     With m active tokens, S sequences that have one, n_s of them in sequence s:  token_mean 1/m, sequence_mean 1/(S n_s),
@@ -106,6 +99,8 @@ def reduction_weights(tokens: Tokens, reduction: str, normalizer: float | Tensor
     require_one_of("reduction", reduction, REDUCTIONS)
     if isinstance(normalizer, Tensor):
         require(normalizer.dim() == 0, "normalizer must be a number or a 0-d tensor", tuple(normalizer.shape))
+        if readable(normalizer, validate):
+            require_number("normalizer", float(normalizer), 0.0, open_low=True)
         normalizer = normalizer.detach().to(tokens.labels.device, torch.float32)
     elif normalizer is not None:
         require_number("normalizer", normalizer, 0.0, open_low=True)
@@ -136,10 +131,9 @@ def ratio_groups(tokens: Tokens, turn_ids: Tensor | None, spec: PolicyLossSpec) 
         return sequences, tokens.sequence_count
     require(turn_ids is not None, 'loss_type "gspo_turn" needs turn_ids', turn_ids)
     assert turn_ids is not None
-    require(
-        turn_ids.numel() == tokens.labels.numel(), f"turn_ids must have the shape of labels, {tuple(tokens.shape)}", tuple(turn_ids.shape)
-    )
-    turn = turn_ids.reshape(-1).long().clamp(min=0)
+    check_tensor("turn_ids", turn_ids, tokens.shape, tokens.labels.device)
+    require(not turn_ids.is_floating_point(), "turn_ids must be integers", turn_ids.dtype)
+    turn = turn_ids.reshape(-1).long().clamp(min=-1) + 1
     span = turn.max() + 1 if turn.numel() else 1
     return consecutive_ids(sequences * span + turn), tokens.labels.numel()
 

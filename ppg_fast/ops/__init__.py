@@ -13,6 +13,7 @@ from ppg_fast.ops.linear import (
 )
 from ppg_fast.ops.partial_returns import partial_returns_op
 from ppg_fast.ops.policy_loss import NUMBERS, PerRow, policy_loss, policy_loss_op
+from ppg_fast.ops.sequences import sequence_ids_op, turn_credit_op
 from ppg_fast.ops.token_logprobs import token_logprobs, token_logprobs_op
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "partial_returns_op",
     "policy_loss",
     "policy_loss_op",
+    "sequence_ids_op",
     "token_logprobs",
     "token_logprobs_op",
+    "turn_credit_op",
 ]

@@ -15,14 +15,20 @@ def check_labels(labels: Tensor, vocabulary: int, validate: bool) -> None:
             raise IndexError(f"labels must be in [0, {vocabulary}) or {IGNORE}, got {int(labels.flatten()[row])} at row {row}")
 
 
+def check_turn_counts(turn_counts: Tensor, T: int) -> None:
+    """ValueError unless every dialogue has between 0 and T turns."""
+    bad = (turn_counts < 0) | (turn_counts > T)
+    if bad.any():
+        b = int(bad.nonzero()[0])
+        raise ValueError(f"turn_counts must be in [0, {T}], got {int(turn_counts[b])} for dialogue {b}")
+
+
 def check_rewards(rewards: Tensor, turn_counts: Tensor | None, segment_ids: Tensor | None) -> None:
+    """ValueError unless every reward of a turn that is there is finite, and every segment one run of turns."""
     B, T = rewards.shape
     turns = torch.arange(T, device=rewards.device)
     if turn_counts is not None:
-        bad = (turn_counts < 0) | (turn_counts > T)
-        if bad.any():
-            b = int(bad.nonzero()[0])
-            raise ValueError(f"turn_counts must be in [0, {T}], got {int(turn_counts[b])} for dialogue {b}")
+        check_turn_counts(turn_counts, T)
     there = torch.ones(B, T, dtype=torch.bool, device=rewards.device) if turn_counts is None else turns < turn_counts[:, None]
     bad = there & ~rewards.isfinite()
     if bad.any():

@@ -19,6 +19,7 @@ from ppg_fast.spec import PolicyLossSpec
 
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}  # of logits alive at once
 MIN_CHUNK_ROWS = 256  # below, the fp32 accumulation of d_weight costs more than its GEMM
+GEMM_ROWS = 16  # chunks are padded to a multiple: BLAS takes other kernels for a few rows, and a row's bits would depend on its neighbours
 
 
 def default_chunk_rows(hidden: Tensor, vocabulary: int) -> int:
@@ -39,26 +40,34 @@ class Head:
         self.wanted = wanted
         self.buffer: Tensor | None = None
 
-    def chunks(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Row numbers, hidden states (n, D) and logits (1, n, V) of each chunk; the logits live until the next one."""
-        everything = rows.numel() == self.hidden.shape[0]
+    def chunks(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Row numbers and logits (1, n, V) of each chunk; the logits live until the next one."""
         for start in range(0, rows.numel(), self.chunk_rows):
             chunk = rows[start : start + self.chunk_rows]
-            x = self.hidden[start : start + self.chunk_rows] if everything else self.hidden[chunk]
-            if self.buffer is None or self.buffer.shape[0] < chunk.numel():
-                self.buffer = self.hidden.new_empty(chunk.numel(), self.weight.shape[0])
-            logits = self.buffer[: chunk.numel()]
-            if self.bias is None:
-                torch.mm(x, self.weight.t(), out=logits)
+            n, padded = chunk.numel(), -(-chunk.numel() // GEMM_ROWS) * GEMM_ROWS
+            if rows.numel() == self.hidden.shape[0] and n == padded:
+                self.x = self.hidden[start : start + n]  # every row takes part: no copy
             else:
-                torch.addmm(self.bias, x, self.weight.t(), out=logits)
-            yield chunk, x, logits[None]
+                self.x = self.hidden.new_zeros(padded, self.hidden.shape[1])
+                torch.index_select(self.hidden, 0, chunk, out=self.x[:n])
+            if self.buffer is None or self.buffer.shape[0] < padded:
+                self.buffer = self.hidden.new_empty(padded, self.weight.shape[0])
+            self.logits = self.buffer[:padded]
+            if self.bias is None:
+                torch.mm(self.x, self.weight.t(), out=self.logits)
+            else:
+                torch.addmm(self.bias, self.x, self.weight.t(), out=self.logits)
+            yield chunk, self.logits[None, :n]
 
-    def accumulate(self, rows: Tensor, x: Tensor, dlogits: Tensor) -> None:
-        """Carry dlogits (1, n, V) of a chunk into the wanted gradients; d_weight and d_bias add up in float32."""
-        d = dlogits[0]
+    def accumulate(self, rows: Tensor) -> None:
+        """Carry the gradient that now stands in the logits of the last chunk, ``rows``, into the wanted gradients.
+
+        d_weight and d_bias add up in float32.
+        """
+        x, d = self.x, self.logits
+        d[rows.numel() :] = 0
         if self.wanted[0]:
-            self.d_hidden[rows] = d @ self.weight
+            self.d_hidden[rows] = (d @ self.weight)[: rows.numel()]
         if self.wanted[1]:
             if d.dtype == torch.float32:
                 self.d_weight.addmm_(d.t(), x)
@@ -99,13 +108,13 @@ def linear_policy_loss_op(hidden: Tensor, weight: Tensor, bias: Tensor | None, *
     head = Head(hidden, weight, bias, chunk_rows, tuple(wanted))  # type: ignore[arg-type]
     full = (labels >= 0) & ((per_row[0] != 0) | spec.needs_every_row) & any(wanted)
     for kind, with_grad in ((full, True), ((labels >= 0) & ~full, False)):
-        for rows, x, logits in head.chunks(kind.nonzero().squeeze(1)):
+        for rows, logits in head.chunks(kind.nonzero().squeeze(1)):
             out = kernels.policy_loss(logits, labels[rows], *_pick(tuple(per_row), rows), spec, entropy, logits if with_grad else None)
             loss[rows], logprob[rows] = out[0], out[1]
             if entropy:
                 ent[rows] = out[2]
             if with_grad:
-                head.accumulate(rows, x, logits)
+                head.accumulate(rows)
     return loss, logprob, ent, head.d_hidden, head.d_weight, head.d_bias
 
 
@@ -178,7 +187,7 @@ def linear_token_logprobs_op(
     kernels, N = backends.load(backend), labels.numel()
     logprob, ent, lse = (torch.zeros(n, dtype=torch.float32, device=hidden.device) for n in (N, N if entropy else 0, N))
     head = Head(hidden, weight, bias, chunk_rows, (False, False, False))
-    for rows, _, logits in head.chunks((labels >= 0).nonzero().squeeze(1)):
+    for rows, logits in head.chunks((labels >= 0).nonzero().squeeze(1)):
         temps = None if temperatures is None else temperatures[rows]
         out = kernels.logprobs_fwd(logits, labels[rows], temps, temperature, logit_softcap, entropy)
         logprob[rows], lse[rows] = out[0], out[2]
@@ -197,12 +206,12 @@ def linear_token_logprobs_bwd_op(
     kernels = backends.load(backend)
     head = Head(hidden, weight, bias, chunk_rows, tuple(wanted))  # type: ignore[arg-type]
     live = (labels >= 0) & ((d_logprob != 0) if d_entropy is None else (d_logprob != 0) | (d_entropy != 0))
-    for rows, x, logits in head.chunks(live.nonzero().squeeze(1)):
+    for rows, logits in head.chunks(live.nonzero().squeeze(1)):
         per_row = (lse, entropy if d_entropy is not None else None, d_logprob, d_entropy, temperatures)
         row_lse, ent, d_l, d_h, temps = _pick(per_row, rows)
         ent = entropy if ent is None else ent
         kernels.logprobs_bwd(logits, labels[rows], row_lse, ent, d_l, d_h, temps, temperature, logit_softcap, logits)
-        head.accumulate(rows, x, logits)
+        head.accumulate(rows)
     return head.d_hidden, head.d_weight, head.d_bias
 
 

@@ -1,0 +1,16 @@
+"""The Triton backend: CUDA and ROCm tensors, and CPU tensors where Triton interprets its kernels. The contract is in ppg_fast/backends.py.
+
+The sources lie in kernels/triton and are installed as ``ppg_fast.kernels``.
+"""
+
+import torch
+import triton
+
+if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
+    raise ImportError("triton needs a CUDA or ROCm device, or TRITON_INTERPRET=1 to run its kernels on a CPU")
+
+from .logprobs import logprobs_bwd, logprobs_fwd, rescale_rows
+from .partial_returns import partial_returns
+from .policy_loss import policy_loss
+
+__all__ = ["logprobs_bwd", "logprobs_fwd", "partial_returns", "policy_loss", "rescale_rows"]

@@ -1,0 +1,162 @@
+"""Log-probability of each label and entropy of each row, and their gradient.
+
+Mirrors ppg_fast/reference/logprobs.py and csrc/*/logprobs.*
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .row import (
+    LN2,
+    LOG2E,
+    block_gradient,
+    entropy_of,
+    loop_shape,
+    number_or_off,
+    on_device,
+    row_offset,
+    row_statistics,
+    softcapped,
+    strides,
+    temperature_of,
+    zero_row,
+)
+
+THREADS = 256  # of one program: several share an SM, and one loads while another waits for its reduction
+
+# lengths, counts and per-row pointers change from call to call: a kernel specialised on them would be compiled again
+PER_CALL = ["L", "labels", "temperatures", "lse", "entropy", "logprob", "d_logprob", "d_entropy", "scale"]
+
+
+@triton.jit(do_not_specialize=PER_CALL)
+def logprobs_fwd_kernel(
+    logits, labels, temperatures,  # (N,); temperatures may be None
+    logprob, entropy, lse,  # (N,) out; entropy may be None
+    L, V: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, temperature, logit_softcap,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program a row: one read of it."""
+    n = tl.program_id(0)
+    label = tl.load(labels + n)
+    if label < 0:
+        tl.store(logprob + n, 0.0)
+        tl.store(lse + n, 0.0)
+        if entropy is not None:
+            tl.store(entropy + n, 0.0)
+    else:
+        row = logits + row_offset(n, L, batch_stride, row_stride)
+        factor = 1.0 / temperature_of(n, temperatures, temperature) * LOG2E
+        z_label = softcapped(tl.load(row + label), logit_softcap)
+        m, s, sd = row_statistics(row, V, factor, logit_softcap, entropy is not None, BLOCK_V)
+        log2_s = tl.log2(s)
+        tl.store(logprob + n, ((z_label - m) * factor - log2_s) * LN2)
+        tl.store(lse + n, (m * factor + log2_s) * LN2)
+        if entropy is not None:
+            tl.store(entropy + n, entropy_of(s, sd))
+
+
+@triton.jit(do_not_specialize=PER_CALL)
+def logprobs_bwd_kernel(
+    logits, labels, lse, entropy, d_logprob, d_entropy, temperatures,  # (N,); d_entropy and temperatures may be None
+    dlogits,  # out, may be the logits themselves
+    L, V: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, d_batch_stride: tl.int64, d_row_stride: tl.int64,
+    temperature, logit_softcap,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """One program a row: one read and one write of it, or no read where there is no gradient."""
+    n = tl.program_id(0)
+    label = tl.load(labels + n)
+    d_row = dlogits + row_offset(n, L, d_batch_stride, d_row_stride)
+    g = tl.load(d_logprob + n)
+    wanted = g != 0.0
+    if d_entropy is not None:
+        wanted = wanted | (tl.load(d_entropy + n) != 0.0)
+    if (label >= 0) & wanted:
+        row = logits + row_offset(n, L, batch_stride, row_stride)
+        cols = tl.arange(0, BLOCK_V)
+        inverse_temperature = 1.0 / temperature_of(n, temperatures, temperature)
+        factor = inverse_temperature * LOG2E
+        log2_s = tl.load(lse + n) * LOG2E
+        g *= inverse_temperature
+        h = None
+        entropy_ = 0.0
+        if d_entropy is not None:
+            h = tl.load(d_entropy + n) * inverse_temperature
+            entropy_ = tl.load(entropy + n)
+        for start in range(0, V, BLOCK_V):
+            at = start + cols
+            x = tl.load(row + at, mask=at < V, other=float("-inf"))
+            dz = block_gradient(x, at, label, 0.0, log2_s, entropy_, g, h, factor, logit_softcap)
+            tl.store(d_row + at, dz.to(dlogits.dtype.element_ty), mask=at < V)
+    else:
+        zero_row(d_row, V, BLOCK_V)
+
+
+@triton.jit(do_not_specialize=PER_CALL)
+def rescale_rows_kernel(dlogits, scale, L, V: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, BLOCK_V: tl.constexpr):
+    """One program a row, done at once where its scale is 1."""
+    n = tl.program_id(0)
+    factor = tl.load(scale + n)
+    if factor != 1.0:
+        row = dlogits + row_offset(n, L, batch_stride, row_stride)
+        cols = tl.arange(0, BLOCK_V)
+        for start in range(0, V, BLOCK_V):
+            at = start + cols
+            dz = tl.load(row + at, mask=at < V).to(tl.float32) * factor
+            tl.store(row + at, dz.to(dlogits.dtype.element_ty), mask=at < V)
+
+
+def logprobs_fwd(
+    logits: Tensor,  # (B, L, V)
+    labels: Tensor,  # (N,) int64, negative: masked
+    temperatures: Tensor | None,  # (N,) float32
+    temperature: float,
+    logit_softcap: float,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> log-prob, entropy and log-sum-exp of each row, (N,) float32; entropy (0,) where not wanted. Contract: ppg_fast/backends.py"""
+    B, L, V = logits.shape
+    N = B * L
+    logprob, ent, lse = (torch.empty(n, dtype=torch.float32, device=logits.device) for n in (N, N if entropy else 0, N))
+    if N:
+        shape = loop_shape(V, THREADS, logits.element_size(), bool(logit_softcap), entropy)
+        with on_device(logits):
+            logprobs_fwd_kernel[(N,)](
+                logits, labels, temperatures, logprob, ent if entropy else None, lse,
+                L, V, *strides(logits), float(temperature), number_or_off(logit_softcap), **shape,
+            )  # fmt: skip
+    return logprob, ent, lse
+
+
+def logprobs_bwd(
+    logits: Tensor,  # (B, L, V)
+    labels: Tensor,  # (N,) int64, negative: masked
+    lse: Tensor,  # (N,) float32, as the rest
+    entropy: Tensor,
+    d_logprob: Tensor,
+    d_entropy: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    logit_softcap: float,
+    dlogits: Tensor,  # (B, L, V) out, may be the logits themselves
+) -> None:
+    """Write d_logprob (1[v = label] - p) - d_entropy p (log p + H) into ``dlogits``. Contract: ppg_fast/backends.py"""
+    B, L, V = logits.shape
+    if B * L:
+        shape = loop_shape(V, THREADS, logits.element_size(), bool(logit_softcap), False)
+        with on_device(logits):
+            logprobs_bwd_kernel[(B * L,)](
+                logits, labels, lse, None if d_entropy is None else entropy, d_logprob, d_entropy, temperatures, dlogits,
+                L, V, *strides(logits), *strides(dlogits), float(temperature), number_or_off(logit_softcap), **shape,
+            )  # fmt: skip
+
+
+def rescale_rows(dlogits: Tensor, scale: Tensor) -> None:
+    """Multiply row n of ``dlogits`` (B, L, V) by scale[n], (N,) float32, in place; rows whose scale is 1 are not touched."""
+    B, L, V = dlogits.shape
+    if B * L:
+        shape = loop_shape(V, THREADS, dlogits.element_size(), False, False)
+        with on_device(dlogits):
+            rescale_rows_kernel[(B * L,)](dlogits, scale, L, V, *strides(dlogits), **shape)

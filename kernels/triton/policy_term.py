@@ -1,0 +1,82 @@
+"""The scalar loss of one token and its two derivatives. Mirrors ppg_fast/reference/policy_term.py and csrc/policy_term.h.
+
+Runs once a row: the vocabulary loops never see it.
+"""
+
+import triton
+import triton.language as tl
+
+from ppg_fast.spec import KLEstimator, LossType
+
+REINFORCE = tl.constexpr(int(LossType.REINFORCE))
+CISPO = tl.constexpr(int(LossType.CISPO))
+K1 = tl.constexpr(int(KLEstimator.K1))
+K2 = tl.constexpr(int(KLEstimator.K2))
+
+
+@triton.jit
+def k3_of(delta):
+    """exp(delta) - delta - 1; by its series where the subtraction would leave no digits."""
+    series = 1.0 / 362880.0
+    series = series * delta + 1.0 / 40320.0
+    series = series * delta + 1.0 / 5040.0
+    series = series * delta + 1.0 / 720.0
+    series = series * delta + 1.0 / 120.0
+    series = series * delta + 1.0 / 24.0
+    series = series * delta + 1.0 / 6.0
+    series = series * delta + 0.5
+    return tl.where(tl.abs(delta) < 0.5, series * delta * delta, tl.exp(delta) - delta - 1.0)
+
+
+@triton.jit
+def importance_weight(old_logprob, rollout_logprob, importance_cap):
+    """min(exp(old - rollout), importance_cap) of a token whose sampler disagrees with the trainer."""
+    return tl.minimum(tl.exp(old_logprob - rollout_logprob), importance_cap)
+
+
+@triton.jit
+def policy_term(
+    logprob, entropy, old_logprob, ref_logprob, importance, advantage, clip_low, clip_high, dual_clip, kl_coef, entropy_coef,
+    LOSS_TYPE: tl.constexpr, KL_ESTIMATOR: tl.constexpr,
+):  # fmt: skip
+    """-> loss, d_loss/d_logprob, both float32; d_loss/d_entropy is -entropy_coef.
+
+    ``old_logprob`` is the log-prob itself where the caller has none (on-policy), ``ref_logprob`` likewise, ``importance`` 1.
+    ``kl_coef`` and ``entropy_coef`` are None where their terms are off.
+    """
+    ratio = tl.exp(logprob - old_logprob)
+    if LOSS_TYPE == REINFORCE:
+        d_logprob = -advantage
+        loss = d_logprob * logprob
+    elif LOSS_TYPE == CISPO:
+        d_logprob = -tl.minimum(ratio, 1.0 + clip_high) * advantage
+        loss = d_logprob * logprob
+    else:
+        clipped = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
+        loss = -tl.minimum(ratio * advantage, clipped * advantage)
+        d_logprob = tl.where(ratio * advantage <= clipped * advantage, -ratio * advantage, 0.0)
+        bound = -dual_clip * advantage
+        beyond = (dual_clip != 0.0) & (advantage < 0.0) & (loss > bound)
+        loss = tl.where(beyond, bound, loss)
+        d_logprob = tl.where(beyond, 0.0, d_logprob)
+    loss *= importance
+    d_logprob *= importance
+    if kl_coef is not None:
+        delta = ref_logprob - logprob
+        if KL_ESTIMATOR == K1:
+            kl = -delta
+            d_kl = 1.0
+        elif KL_ESTIMATOR == K2:
+            kl = 0.5 * delta * delta
+            d_kl = -delta
+        else:
+            kl = k3_of(delta)
+            d_kl = -(kl + delta)
+        loss += kl_coef * kl
+        d_logprob += kl_coef * d_kl
+    is_nan = logprob != logprob  # a NaN row stays NaN also where a clip would swallow it
+    loss = tl.where(is_nan, logprob, loss)
+    d_logprob = tl.where(is_nan, logprob, d_logprob)
+    if entropy_coef is not None:
+        loss -= entropy_coef * entropy
+    return loss, d_logprob
