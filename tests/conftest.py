@@ -45,7 +45,9 @@ def _emulate_cuda() -> None:
 
 @pytest.fixture(scope="session")
 def emulated_cuda() -> None:
-    if not torch.cuda.is_available() and backends.why_not("cpu") is None:
+    from emulator.build import why_not
+
+    if not torch.cuda.is_available() and backends.why_not("cpu") is None and why_not() is None:
         _emulate_cuda()
 
 

@@ -117,7 +117,10 @@ def some_logits(dtype: torch.dtype, B: int, L: int, V: int) -> torch.Tensor:
 def policy_loss_case(
     dtype: torch.dtype, V: int, softcap: float, entropy: bool, B: int = 2, L: int = 3, number: float = 0.5, at: int = 0
 ) -> None:
-    """The heaviest policy loss over (B, L, V) logits. ``number`` stands in for every number of the spec, ``at`` shifts every per-row argument."""
+    """The heaviest policy loss over (B, L, V) logits.
+
+    ``number`` stands in for every number of the spec, ``at`` shifts every per-row argument.
+    """
     logits, labels = some_logits(dtype, B, L, V), torch.empty(B * L + at, dtype=torch.int64)[at:]
     rows = [torch.empty(B * L + at)[at:] for _ in range(6)]
     spec = PolicyLossSpec(
@@ -188,7 +191,7 @@ def compile_all(target: str) -> None:
 
 
 def specialise_all() -> None:
-    """Print for each kernel how many variants Triton would compile for calls that differ in lengths, numbers and alignment of per-row arguments."""
+    """Print for each kernel how many variants Triton would compile for calls that differ in lengths, numbers and alignment."""
     shapes = [{}, {"B": 1}, {"L": 1}, {"B": 16, "L": 48}, {"at": 1}, {"number": 1}, {"number": 0.25}]
     windows = [
         {},

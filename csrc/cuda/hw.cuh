@@ -1,0 +1,181 @@
+// Everything that needs real hardware, one function each: Hopper's instructions for the kernels, the CUDA runtime for the launchers.
+// The emulator of the tests has the same functions for g++, so the kernels and launchers above them compile there unchanged.
+#pragma once
+#ifndef PPG_EMULATED
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace hw {
+
+// ---- device: every architecture ------------------------------------------------------------------------------------------------
+__device__ __forceinline__ unsigned char* smem() {
+  extern __shared__ __align__(128) unsigned char raw[];
+  return raw;
+}
+__device__ __forceinline__ float ex2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float bits_to_float(uint32_t w) { return __uint_as_float(w); }
+__device__ __forceinline__ uint32_t float_to_bits(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ uint32_t funnel(uint32_t lo, uint32_t hi, unsigned shift) { return __funnelshift_r(lo, hi, shift); }
+__device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
+  uint32_t w;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(hi), "f"(lo));
+  return w;
+}
+__device__ __forceinline__ uint32_t pack_f16(float lo, float hi) {
+  uint32_t w;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(hi), "f"(lo));
+  return w;
+}
+__device__ __forceinline__ float half_to_float(uint32_t w) {
+  float x;
+  asm("{ .reg .b16 a; cvt.u16.u32 a, %1; cvt.f32.f16 %0, a; }" : "=f"(x) : "r"(w));
+  return x;
+}
+// A plain load: the row may be overwritten later, which rules out the read-only path.
+__device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
+// Streaming: what is stored is not read again here.
+__device__ __forceinline__ void store16(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
+
+// ---- device: clusters, mbarriers, bulk copies (sm_90 and later) ----------------------------------------------------------------
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ __forceinline__ uint32_t addr(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned r;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+}
+__device__ __forceinline__ unsigned cluster_size() {
+  unsigned r;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
+  return r;
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+}
+__device__ __forceinline__ void bar_init(uint64_t* bar, unsigned count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(addr(bar)), "r"(count) : "memory");
+}
+// Makes the initialised barriers visible to the copy engine and to the other CTAs.
+__device__ __forceinline__ void fence_bar_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void bar_arrive(uint64_t* bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(addr(bar)) : "memory");
+}
+// One arrival that also announces `bytes` still to be delivered.
+__device__ __forceinline__ void bar_expect(uint64_t* bar, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(addr(bar)), "r"(bytes) : "memory");
+}
+// Returns once the phase of this parity has completed. CLUSTER: also sees what other CTAs sent.
+template <bool CLUSTER = false> __device__ __forceinline__ void bar_wait(uint64_t* bar, unsigned parity) {
+  unsigned done;
+  do {
+    if constexpr (CLUSTER)
+      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                   : "=r"(done)
+                   : "r"(addr(bar)), "r"(parity)
+                   : "memory");
+    else
+      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                   : "=r"(done)
+                   : "r"(addr(bar)), "r"(parity)
+                   : "memory");
+  } while (!done);
+}
+// Bulk copy global -> shared; both addresses and the size are multiples of 16. Read once: evicted first from L2.
+__device__ __forceinline__ void copy_in(void* dst, const void* src, unsigned bytes, uint64_t* bar) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(addr(dst)),
+      "l"(__cvta_generic_to_global(src)), "r"(bytes), "r"(addr(bar)), "l"(policy)
+      : "memory");
+}
+// 16 bytes into the same place of CTA `rank` of the cluster, counted on the same barrier there.
+__device__ __forceinline__ void send(float4 v, void* dst, uint64_t* bar, unsigned rank) {
+  asm volatile(
+      "{ .reg .b32 d, b; mapa.shared::cluster.u32 d, %0, %2; mapa.shared::cluster.u32 b, %1, %2;\n\t"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [d], {%3, %4, %5, %6}, [b]; }" ::"r"(addr(dst)),
+      "r"(addr(bar)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
+}
+// Orders this thread's ordinary shared-memory stores before later copies into the same bytes.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#endif
+
+// ---- host -----------------------------------------------------------------------------------------------------------------------
+constexpr int INVALID_VALUE = cudaErrorInvalidValue;
+constexpr int MAX_DEVICES = 64;
+
+struct Device {
+  int id, major, sms, smem_block, smem_sm;
+};
+
+// The current device; each thread asks for its attributes once.
+inline int current_device(Device* d) {
+  static thread_local Device cache[MAX_DEVICES];
+  int id = 0;
+  if (const cudaError_t e = cudaGetDevice(&id)) return e;
+  if (id >= MAX_DEVICES) return cudaErrorInvalidDevice;
+  Device q = cache[id];
+  if (!q.sms) {
+    q.id = id;
+    cudaDeviceGetAttribute(&q.major, cudaDevAttrComputeCapabilityMajor, id);
+    cudaDeviceGetAttribute(&q.smem_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+    cudaDeviceGetAttribute(&q.smem_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
+    if (const cudaError_t e = cudaDeviceGetAttribute(&q.sms, cudaDevAttrMultiProcessorCount, id)) return e;
+    cache[id] = q;
+  }
+  *d = q;
+  return cudaSuccess;
+}
+
+inline cudaLaunchConfig_t launch_config(unsigned grid, unsigned block, unsigned cluster, size_t smem, void* stream,
+                                        cudaLaunchAttribute* attribute) {
+  attribute->id = cudaLaunchAttributeClusterDimension;
+  attribute->val.clusterDim.x = cluster;
+  attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(block);
+  config.dynamicSmemBytes = smem;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attribute;
+  config.numAttrs = cluster ? 1 : 0;
+  return config;
+}
+
+// How many clusters of this shape the chip holds at once; fewer than SMs / cluster where a cluster must not span two GPCs.
+// Also lets the kernel use all the shared memory of an SM: must have been called before its first launch on this device.
+template <class Kernel>
+int resident_clusters(const Device& d, Kernel kernel, unsigned block, unsigned cluster, size_t smem, int* clusters) {
+  if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.smem_block)) return e;
+  if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))
+    return e;
+  cudaLaunchAttribute attribute[1];
+  const cudaLaunchConfig_t config = launch_config(cluster, block, cluster, smem, nullptr, attribute);
+  if (const cudaError_t e = cudaOccupancyMaxActiveClusters(clusters, kernel, &config)) return e;
+  return *clusters ? cudaSuccess : cudaErrorLaunchOutOfResources;
+}
+
+// cluster 0: a launch without clusters, which every architecture knows.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, unsigned cluster, size_t smem, void* stream,
+           const Arguments&... arguments) {
+  cudaLaunchAttribute attribute[1];
+  const cudaLaunchConfig_t config = launch_config(grid, block, cluster, smem, stream, attribute);
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+inline const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+}  // namespace hw
+#endif

@@ -1,0 +1,59 @@
+// The pair around a loss of the caller's own. Forward: the sweep of the policy loss, without a loss. Backward: one read, one write, from
+// the log-sum-exp and the entropy that the forward pass kept.
+#include "row.cuh"
+
+namespace ppg {
+namespace {
+
+constexpr int THREADS = 256;
+
+template <class E, bool CAP, bool ENT>
+__global__ void __launch_bounds__(THREADS) logprobs_bwd_kernel(const __grid_constant__ LogprobsBwdArgs a) {
+  const int64_t n = blockIdx.x, label = a.labels[n];
+  const int V = (int)a.V, tid = threadIdx.x;
+  const float g = a.d_logprob[n], h = ENT ? a.d_entropy[n] : 0.f;
+  typename E::raw* const out = row_at<E>(a.dlogits, n);
+  if (label < 0 || (g == 0.f && h == 0.f)) {
+    zero_row<E>(out, V, tid, THREADS);
+    return;
+  }
+  const float temperature = a.temperatures ? a.temperatures[n] : a.temperature, entropy = ENT ? a.entropy[n] : 0.f;
+  const View<CAP> view(a, temperature);
+  // -g p - h p (log p + H) with log p = LN2 t; an impossible label poisons its row
+  const float bad = label < a.V ? 0.f : hw::bits_to_float(NAN_BITS), per = 1.f / temperature;
+  const Slope slope{a.lse[n] * LOG2E, -(g + h * entropy) * per + bad, -h * LN2 * per, g * per};
+  gradient_row<E, CAP, ENT>(slope, view, row_at<E>(a.logits, n), out, V, label, tid, THREADS);
+}
+
+template <class E> int launch_bwd(const LogprobsBwdArgs& a, void* stream) {
+  const auto launch = [&](auto kernel) { return hw::launch(kernel, (unsigned)a.N, THREADS, 0, 0, stream, a); };
+  if (a.logit_softcap != 0.f) return a.d_entropy ? launch(logprobs_bwd_kernel<E, true, true>) : launch(logprobs_bwd_kernel<E, true, false>);
+  return a.d_entropy ? launch(logprobs_bwd_kernel<E, false, true>) : launch(logprobs_bwd_kernel<E, false, false>);
+}
+
+}  // namespace
+
+namespace cuda {
+
+int logprobs_fwd(const LogprobsFwdArgs& args, void* stream) {
+  SweepArgs a{};
+  static_cast<Sweep&>(a) = args;
+  a.logprob = args.logprob;
+  a.entropy = args.entropy;
+  a.lse = args.lse;
+  return sweep(a, stream);
+}
+
+int logprobs_bwd(const LogprobsBwdArgs& a, void* stream) {
+  if (a.N == 0) return 0;
+  if (a.N < 0 || a.N > INT32_MAX || a.V < 1 || a.V > MAX_V) return hw::INVALID_VALUE;
+  switch (a.dtype) {
+    case DType::F32: return launch_bwd<F32>(a, stream);
+    case DType::BF16: return launch_bwd<BF16>(a, stream);
+    case DType::F16: return launch_bwd<F16>(a, stream);
+  }
+  return hw::INVALID_VALUE;
+}
+
+}  // namespace cuda
+}  // namespace ppg

@@ -1,0 +1,90 @@
+// The fused policy loss: how a row is spread over the chip and which kernel sweeps it. Also the rescaling of its gradient rows.
+#include "policy_loss_onepass.cuh"
+#include "policy_loss_twopass.cuh"
+
+namespace ppg {
+namespace {
+
+template <class E, bool CAP, bool ENT, int CONSUMERS>
+int launch_onepass(const SweepArgs& a, const hw::Device& d, const Plan& p, void* stream) {
+  // The number of slots follows from the device and the cluster, so the answer does too: asked for once by each thread.
+  static thread_local int resident[hw::MAX_DEVICES][MAX_CLUSTER + 1];
+  const int smem = ring_bytes(p.cluster, CONSUMERS, p.slots);
+  int& clusters = resident[d.id][p.cluster];
+  if (!clusters) {
+    const int error = hw::resident_clusters(d, policy_loss_onepass<E, CAP, ENT, CONSUMERS>, CONSUMERS + 32, p.cluster, smem, &clusters);
+    if (error) return error;
+  }
+  const unsigned grid = (unsigned)std::min<int64_t>(a.N, clusters) * p.cluster;
+  return hw::launch(policy_loss_onepass<E, CAP, ENT, CONSUMERS>, grid, CONSUMERS + 32, p.cluster, smem, stream, a, p.slots);
+}
+
+template <class E, bool CAP, bool ENT> int launch_sweep(const SweepArgs& a, const hw::Device& d, const Plan& p, void* stream) {
+  if constexpr (!CAP)  // softcap goes with vocabularies that take 512; its kernel for 256 would spill registers
+    if (p.cluster && p.threads == 256) return launch_onepass<E, CAP, ENT, 256>(a, d, p, stream);
+  if (p.cluster) return launch_onepass<E, CAP, ENT, 512>(a, d, p, stream);
+  const int resident = d.sms * two_pass_ctas_per_sm(a.V, sizeof(typename E::raw), p.threads);
+  return hw::launch(policy_loss_twopass<E, CAP, ENT>, (unsigned)std::min<int64_t>(a.N, resident), p.threads, 0,
+                    p.threads / 32 * sizeof(float4), stream, a);
+}
+
+template <class E> int launch_sweep(const SweepArgs& a, void* stream) {
+  hw::Device d;
+  if (const int error = hw::current_device(&d)) return error;
+  Plan p = plan_row(a.V, sizeof(typename E::raw), d.major >= 9, a.logit_softcap != 0.f ? 1 : 2, d.smem_block, d.smem_sm);
+#ifdef PPG_EMULATED
+  if (emu::settings.forced) p = {emu::settings.cluster, emu::settings.threads, emu::settings.slots, 0};
+#endif
+  const bool entropy = a.entropy || a.term.entropy_coef != 0.f;
+  if (a.logit_softcap != 0.f) return entropy ? launch_sweep<E, true, true>(a, d, p, stream) : launch_sweep<E, true, false>(a, d, p, stream);
+  return entropy ? launch_sweep<E, false, true>(a, d, p, stream) : launch_sweep<E, false, false>(a, d, p, stream);
+}
+
+template <class E> __global__ void __launch_bounds__(256) rescale_rows_kernel(const __grid_constant__ RescaleRowsArgs a) {
+  const float scale = a.scale[blockIdx.x];
+  if (scale == 1.f) return;
+  typename E::raw* const row = row_at<E>(a.dlogits, blockIdx.x);
+  const int V = (int)a.V, head = min(V, (VEC<E> - offset16<E>(row)) % VEC<E>), vectors = (V - head) / VEC<E>, tid = threadIdx.x;
+  for (int i = tid; i < vectors; i += 256) {
+    float z[VEC<E>];
+    unpack16<E>(hw::load16(row + head + i * VEC<E>), z);
+#pragma unroll
+    for (int j = 0; j < VEC<E>; ++j) z[j] *= scale;
+    hw::store16(row + head + i * VEC<E>, pack16<E>(z));
+  }
+  const int edges = V - vectors * VEC<E>, e = tid < head ? tid : tid + vectors * VEC<E>;  // fewer than 2 VEC elements at the two ends
+  if (tid < edges) store1<E>(row + e, load1<E>(row + e) * scale);
+}
+
+}  // namespace
+
+namespace cuda {
+
+int sweep(const SweepArgs& a, void* stream) {
+  if (a.N == 0) return 0;
+  if (a.N < 0 || a.V < 1 || a.V > MAX_V) return hw::INVALID_VALUE;
+  switch (a.dtype) {
+    case DType::F32: return launch_sweep<F32>(a, stream);
+    case DType::BF16: return launch_sweep<BF16>(a, stream);
+    case DType::F16: return launch_sweep<F16>(a, stream);
+  }
+  return hw::INVALID_VALUE;
+}
+
+int policy_loss(const PolicyLossArgs& args, void* stream) { return sweep(SweepArgs{args, nullptr}, stream); }
+
+int rescale_rows(const RescaleRowsArgs& a, void* stream) {
+  if (a.N == 0) return 0;
+  if (a.N < 0 || a.N > INT32_MAX || a.V < 1 || a.V > MAX_V) return hw::INVALID_VALUE;
+  switch (a.dtype) {
+    case DType::F32: return hw::launch(rescale_rows_kernel<F32>, (unsigned)a.N, 256, 0, 0, stream, a);
+    case DType::BF16: return hw::launch(rescale_rows_kernel<BF16>, (unsigned)a.N, 256, 0, 0, stream, a);
+    case DType::F16: return hw::launch(rescale_rows_kernel<F16>, (unsigned)a.N, 256, 0, 0, stream, a);
+  }
+  return hw::INVALID_VALUE;
+}
+
+const char* error_string(int error) { return hw::error_string(error); }
+
+}  // namespace cuda
+}  // namespace ppg

@@ -1,0 +1,246 @@
+// Fused policy-gradient loss over logits: every row is read once from memory and its gradient written once (sm_90 and later).
+//
+// A cluster of 1, 2, 4 or 8 CTAs owns a row; each CTA holds a slice of it in a ring of 16 KB shared-memory slots. One producer warp
+// keeps the ring full by bulk copies, running ahead into the next rows. The consumer warps sweep the slice twice in shared memory:
+//   sweep 1  reference exponent, sum of exponentials, sum of exponential * exponent; combined over warps and CTAs by one exchange
+//   scalar   logprob, entropy -> policy_term -> (g, h), computed redundantly by every thread
+//   sweep 2  gradient from shared memory to registers to global memory; each slot is handed back to the producer as it is read
+// There is no CTA-wide barrier and no cluster barrier in the loop over rows: only mbarriers.
+#pragma once
+#include "row.cuh"
+
+namespace ppg {
+
+template <class E> constexpr int SLOT = CHUNK / (int)sizeof(typename E::raw);
+
+// The part of a row that one CTA owns. In shared memory it keeps its distance to the 16-byte boundary below it: slice element i is
+// element pad + i of the image, which the slots of the ring hold one after another. Cut by element, never by address.
+template <class E> struct Slice {
+  int begin, len, pad, chunks;
+  const typename E::raw* src;
+  __device__ __forceinline__ Slice(const SweepArgs& a, int64_t n, int rank, int size) {
+    const int V = (int)a.V, each = ((V + size - 1) / size + VEC<E> - 1) / VEC<E> * VEC<E>;
+    begin = min(rank * each, V);
+    len = min(each, V - begin);
+    src = row_at<E>(a.logits, n) + begin;
+    pad = offset16<E>(src);
+    chunks = len ? (pad + len + SLOT<E> - 1) / SLOT<E> : 0;
+  }
+};
+
+struct Cursor {  // a place in the ring and the parity of its current round
+  int slot, slots;
+  unsigned parity;
+  __device__ __forceinline__ void next() {
+    if (++slot == slots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <int WARPS> struct Team {  // what the threads of a CTA share
+  unsigned char* ring;
+  float4* exchange;
+  uint64_t *full, *empty, *arrived;
+  int slots, rank, size;
+  int64_t first, step;
+  __device__ __forceinline__ explicit Team(int slots_) : slots(slots_), rank(hw::cluster_rank()), size(hw::cluster_size()) {
+    ring = hw::smem();
+    exchange = reinterpret_cast<float4*>(ring + slots * CHUNK);       // [2][size * WARPS]
+    full = reinterpret_cast<uint64_t*>(exchange + 2 * size * WARPS);  // [slots] data has landed
+    empty = full + slots;                                             // [slots] data has been used
+    arrived = empty + slots;                                          // [2] the exchange is complete
+    first = blockIdx.x / size;
+    step = gridDim.x / size;
+  }
+};
+
+template <class E, int WARPS> __device__ void produce(const SweepArgs& a, const Team<WARPS>& team) {
+  using raw = typename E::raw;
+  const int lane = threadIdx.x & 31;
+  Cursor at{0, team.slots, 0};
+  int64_t label = team.first < a.N ? a.labels[team.first] : -1;
+  for (int64_t n = team.first; n < a.N; n += team.step) {
+    const bool skip = label < 0;
+    label = n + team.step < a.N ? a.labels[n + team.step] : -1;
+    if (skip) continue;
+    const Slice<E> s(a, n, team.rank, team.size);
+    const int head = s.pad ? min(s.len, VEC<E> - s.pad) : 0, body = (s.len - head) / VEC<E> * VEC<E>, tail = s.len - head - body;
+    // Bulk copies move multiples of 16 bytes: up to VEC - 1 elements at each end go through registers, lanes 0.. and 8..
+    const int mine = lane < 8 ? lane : head + body + lane - 8;
+    const bool has = lane < 8 ? lane < head : lane - 8 < tail;
+    const raw edge = has ? s.src[mine] : raw(0);
+    for (int j = 0; j < s.chunks; ++j, at.next()) {
+      hw::bar_wait(&team.empty[at.slot], at.parity ^ 1);
+      raw* const slot = reinterpret_cast<raw*>(team.ring + at.slot * CHUNK);
+      const int base = j * SLOT<E> - s.pad;  // slice element at the start of the slot
+      if (has && mine >= base && mine < base + SLOT<E>) {
+        slot[mine - base] = edge;
+        hw::fence_async();
+      }
+      __syncwarp();
+      if (lane == 0) {
+        const int lo = max(base, head), hi = min(base + SLOT<E>, head + body), bytes = max(hi - lo, 0) * (int)sizeof(raw);
+        hw::bar_expect(&team.full[at.slot], bytes);
+        if (bytes) hw::copy_in(slot + (lo - base), s.src + lo, bytes, &team.full[at.slot]);
+      }
+    }
+  }
+}
+
+// Sweep 1 over the chunk at `slot`: statistics of elements j * SLOT .. of the slice. Which thread adds which element depends on its
+// index only, so a row gives the same bits at any alignment; an unaligned group is cut out of two vectors.
+template <class E, bool CAP, bool ENT, bool ALIGNED, bool WHOLE, int CONSUMERS, int WARPS>
+__device__ __forceinline__ void sweep_stats(Stat& stat, const Team<WARPS>& team, const Slice<E>& s, const View<CAP>& view, int j,
+                                            int slot) {
+  constexpr int U = CHUNK / 16 / CONSUMERS;
+  const int first = j * SLOT<E> + (int)threadIdx.x * VEC<E>;
+  const unsigned char *const p = team.ring + slot * CHUNK + threadIdx.x * 16, *const end = team.ring + team.slots * CHUNK;
+  if constexpr (WHOLE) {
+    float z[U * VEC<E>];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const unsigned char* const q = p + u * CONSUMERS * 16;
+      uint4 w = *reinterpret_cast<const uint4*>(q);
+      if constexpr (!ALIGNED)
+        w = shift16(w, *reinterpret_cast<const uint4*>(q + 16 == end ? team.ring : q + 16), s.pad * (int)sizeof(typename E::raw));
+      unpack16<E>(w, z + u * VEC<E>);
+    }
+    add<CAP, ENT, true>(stat, z, view, 0);
+  } else {
+    for (int u = 0; u < U; ++u) {
+      const int e = first + u * CONSUMERS * VEC<E>, count = s.len - e;
+      if (count <= 0) break;
+      const unsigned char* const q = p + u * CONSUMERS * 16;
+      uint4 w = *reinterpret_cast<const uint4*>(q), hi{0, 0, 0, 0};
+      if (s.pad) {
+        if (count > VEC<E> - s.pad) hi = *reinterpret_cast<const uint4*>(q + 16 == end ? team.ring : q + 16);
+        w = shift16(w, hi, s.pad * (int)sizeof(typename E::raw));
+      }
+      float z[VEC<E>];
+      unpack16<E>(w, z);
+      add<CAP, ENT, false>(stat, z, view, count);
+    }
+  }
+}
+
+// Sweep 2 over one chunk: from shared memory through registers to global memory, in 16-byte vectors of the image.
+template <class E, bool CAP, bool ENT, int CONSUMERS, int WARPS>
+__device__ __forceinline__ void sweep_gradient(const Slope& slope, const Team<WARPS>& team, const Slice<E>& s, const View<CAP>& view,
+                                               typename E::raw* out, int label, int j, int slot) {
+  using raw = typename E::raw;
+  constexpr int U = CHUNK / 16 / CONSUMERS;
+  const int base = j * SLOT<E> - s.pad;
+  const unsigned char* const p = team.ring + slot * CHUNK;
+  if (offset16<E>(out) == s.pad) {
+    if (base >= 0 && base + SLOT<E> <= s.len) {  // the usual chunk: all loads first, then a vector at a time
+      uint4 w[U];
+#pragma unroll
+      for (int u = 0; u < U; ++u) w[u] = *reinterpret_cast<const uint4*>(p + (u * CONSUMERS + threadIdx.x) * 16);
+#pragma unroll
+      for (int u = 0; u < U; ++u)
+        store_vector<E, CAP, ENT, true>(slope, view, w[u], out, base + (u * CONSUMERS + (int)threadIdx.x) * VEC<E>, s.len, label);
+    } else {
+      for (int i = threadIdx.x; i < CHUNK / 16; i += CONSUMERS) {
+        const int e = base + i * VEC<E>;
+        if (e < s.len && e + VEC<E> > 0)
+          store_vector<E, CAP, ENT, false>(slope, view, *reinterpret_cast<const uint4*>(p + i * 16), out, e, s.len, label);
+      }
+    }
+  } else {  // the gradient row is aligned differently: element by element, slow but right
+    for (int i = threadIdx.x; i < SLOT<E>; i += CONSUMERS) {
+      const int e = base + i;
+      if (e >= 0 && e < s.len)
+        store1<E>(out + e,
+                  gradient<CAP, ENT>(slope, view, load1<E>(reinterpret_cast<const raw*>(p) + i), e == label ? slope.at_label : 0.f));
+    }
+  }
+}
+
+template <class E, bool CAP, bool ENT, int CONSUMERS> __device__ void consume(const SweepArgs& a, const Team<CONSUMERS / 32>& team) {
+  using raw = typename E::raw;
+  constexpr int WARPS = CONSUMERS / 32;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, entries = team.size * WARPS;
+  const bool writer = team.rank == 0 && threadIdx.x == 0;
+  const auto release = [&](int slot) {
+    __syncwarp();
+    if (lane == 0) hw::bar_arrive(&team.empty[slot]);
+  };
+  Cursor at{0, team.slots, 0};
+  unsigned turn = 0;
+  Row row = load_row(a, team.first);
+  for (int64_t n = team.first; n < a.N; n += team.step) {
+    const Row cur = row;
+    row = load_row(a, n + team.step);  // in flight while this row is worked on
+    const Kind kind = row_kind(a, cur);
+    const Slice<E> s(a, n, team.rank, team.size);
+    raw* const out = a.dlogits.data ? row_at<E>(a.dlogits, n) + s.begin : nullptr;
+    bool zero = true;
+    if (kind == SKIP) {
+      if (writer) finish_skipped(a, n);
+    } else {
+      const View<CAP> view(a, cur.temperature);
+      const int label = cur.label - s.begin < s.len && cur.label >= s.begin ? (int)(cur.label - s.begin) : -VEC<E>;
+      const int steps = (s.len + SLOT<E> - 1) / SLOT<E>;
+      Stat stat;
+      Cursor c = at;
+      for (int j = 0; j < steps; ++j) {
+        const int slot = c.slot;
+        hw::bar_wait(&team.full[slot], c.parity);
+        c.next();
+        if (s.pad && j + 1 < s.chunks) hw::bar_wait(&team.full[c.slot], c.parity);  // an unaligned group may reach into the next slot
+        const bool whole = (j + 1) * SLOT<E> <= s.len;
+        if (whole && !s.pad) sweep_stats<E, CAP, ENT, true, true, CONSUMERS>(stat, team, s, view, j, slot);
+        else if (whole) sweep_stats<E, CAP, ENT, false, true, CONSUMERS>(stat, team, s, view, j, slot);
+        else sweep_stats<E, CAP, ENT, false, false, CONSUMERS>(stat, team, s, view, j, slot);
+        if (warp == 0 && label >= j * SLOT<E> && label < (j + 1) * SLOT<E>) {  // one lane adds the label's view to the statistics
+          const int i = slot * SLOT<E> + s.pad + label - j * SLOT<E>, all = team.slots * SLOT<E>;
+          if (lane == 0) stat.label = view(load1<E>(reinterpret_cast<const raw*>(team.ring) + (i < all ? i : i - all)));
+        }
+        if (kind != FULL) release(slot);
+      }
+      // Every warp of every CTA pushes its part to every CTA. Two areas in turn: a peer can only send for row i + 2 after it has
+      // received row i + 1 from every warp here, and those were sent after row i was read.
+      warp_combine<ENT>(stat);
+      float4* const area = team.exchange + (turn & 1) * entries;
+      uint64_t* const arrived = &team.arrived[turn & 1];
+      if (threadIdx.x == 0) hw::bar_expect(arrived, entries * 16);
+      if (lane < team.size) hw::send(make_float4(stat.ref, stat.sum, stat.dot, stat.label), area + team.rank * WARPS + warp, arrived, lane);
+      hw::bar_wait<true>(arrived, (turn >> 1) & 1);
+      ++turn;
+      const Slope slope = finish_row(a, n, cur, combine<ENT>(area, entries), view.k, writer);
+      zero = kind != FULL || slope.zero();
+      c = at;
+      for (int j = 0; j < s.chunks; ++j, c.next()) {
+        if (!zero) sweep_gradient<E, CAP, ENT, CONSUMERS>(slope, team, s, view, out, label, j, c.slot);
+        if (kind == FULL || j >= steps) release(c.slot);
+      }
+      at = c;
+    }
+    if (zero && out) zero_row<E>(out, s.len, threadIdx.x, CONSUMERS);
+  }
+}
+
+template <class E, bool CAP, bool ENT, int CONSUMERS>
+__global__ void __launch_bounds__(CONSUMERS + 32, CONSUMERS > 256 ? 1 : 2)
+    policy_loss_onepass(const __grid_constant__ SweepArgs a, int slots) {
+#if defined(PPG_EMULATED) || __CUDA_ARCH__ >= 900
+  const Team<CONSUMERS / 32> team(slots);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < slots; ++i) {
+      hw::bar_init(&team.full[i], 1);
+      hw::bar_init(&team.empty[i], CONSUMERS / 32);
+    }
+    hw::bar_init(&team.arrived[0], 1);
+    hw::bar_init(&team.arrived[1], 1);
+    hw::fence_bar_init();
+  }
+  hw::cluster_sync();  // no peer may send before the barriers here exist
+  if (threadIdx.x >= CONSUMERS) produce<E>(a, team);
+  else consume<E, CAP, ENT, CONSUMERS>(a, team);
+  hw::cluster_sync();  // no CTA leaves while a peer may still send to it
+#endif
+}
+
+}  // namespace ppg

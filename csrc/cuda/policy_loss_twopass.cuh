@@ -1,0 +1,45 @@
+// Two passes over global memory, one CTA a row: any row length, any architecture. The second read comes from L1 or L2, see plan.h.
+#pragma once
+#include "row.cuh"
+
+namespace ppg {
+
+template <class E, bool CAP, bool ENT>
+__global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __grid_constant__ SweepArgs a) {
+  using raw = typename E::raw;
+  float4* const part = reinterpret_cast<float4*>(hw::smem());  // one entry a warp
+  const int V = (int)a.V, tid = threadIdx.x, threads = blockDim.x;
+  for (int64_t n = blockIdx.x; n < a.N; n += gridDim.x) {
+    const Row row = load_row(a, n);
+    const Kind kind = row_kind(a, row);
+    raw* const out = a.dlogits.data ? row_at<E>(a.dlogits, n) : nullptr;
+    bool zero = true;
+    if (kind == SKIP) {
+      if (tid == 0) finish_skipped(a, n);
+    } else {
+      const raw* const src = row_at<E>(a.logits, n);
+      const View<CAP> view(a, row.temperature);
+      const int pad = offset16<E>(src);
+      Stat stat;
+      // Which thread adds which element depends on its index only: the same bits at any alignment.
+#pragma unroll(CAP ? 1 : 2)  // more would spill registers
+      for (int e = tid * VEC<E>; e < V; e += threads * VEC<E>) {
+        float z[VEC<E>];
+        unpack16<E>(load_group<E>(src, pad, e, V), z);
+        if (e + VEC<E> <= V) add<CAP, ENT, true>(stat, z, view, 0);
+        else add<CAP, ENT, false>(stat, z, view, V - e);
+      }
+      if (tid == 0 && row.label < V) stat.label = view(load1<E>(src + row.label));
+      warp_combine<ENT>(stat);
+      if ((tid & 31) == 0) part[tid / 32] = make_float4(stat.ref, stat.sum, stat.dot, stat.label);
+      __syncthreads();  // also: the whole row has been read
+      const Slope slope = finish_row(a, n, row, combine<ENT>(part, threads / 32), view.k, tid == 0);
+      __syncthreads();  // part is free again
+      zero = kind != FULL || slope.zero();
+      if (!zero) gradient_row<E, CAP, ENT>(slope, view, src, out, V, row.label, tid, threads);
+    }
+    if (zero && out) zero_row<E>(out, V, tid, threads);
+  }
+}
+
+}  // namespace ppg

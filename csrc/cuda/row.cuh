@@ -1,0 +1,283 @@
+// What every kernel over the vocabulary is made of: element types, the mathematics of a row, its scalars, loads and stores.
+#pragma once
+#include "../policy_term.h"
+#include "hw.cuh"
+#include "plan.h"
+
+namespace ppg {
+
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr float LOWEST = -1e30f;       // start of a running reference: finite, so that 0 * (LOWEST - x) is 0
+constexpr float NEGLIGIBLE = -1000.f;  // an exponent whose ex2 is 0: keeps 0 * -inf out of the entropy sums
+constexpr uint32_t NAN_BITS = 0x7fc00000u;
+
+// policy_loss and logprobs_fwd are one kernel, so that a log-prob has the same bits in both and their ratio is exactly 1.
+struct SweepArgs : PolicyLossArgs {
+  float* lse;  // (N,) out or null; logprobs_fwd: no loss, no advantages, no gradient
+};
+namespace cuda {
+int sweep(const SweepArgs& a, void* stream);  // policy_loss.cu
+}
+
+// ---- element types -------------------------------------------------------------------------------------------------------------
+struct F32 {
+  using raw = uint32_t;
+  static __device__ __forceinline__ void unpack(uint32_t w, float* z) { z[0] = hw::bits_to_float(w); }
+  static __device__ __forceinline__ uint32_t pack(const float* z) { return hw::float_to_bits(z[0]); }
+};
+struct BF16 {
+  using raw = uint16_t;
+  static __device__ __forceinline__ void unpack(uint32_t w, float* z) {
+    z[0] = hw::bits_to_float(w << 16);
+    z[1] = hw::bits_to_float(w & 0xffff0000u);
+  }
+  static __device__ __forceinline__ uint32_t pack(const float* z) { return hw::pack_bf16(z[0], z[1]); }
+};
+struct F16 {
+  using raw = uint16_t;
+  static __device__ __forceinline__ void unpack(uint32_t w, float* z) {
+    z[0] = hw::half_to_float(w & 0xffffu);
+    z[1] = hw::half_to_float(w >> 16);
+  }
+  static __device__ __forceinline__ uint32_t pack(const float* z) { return hw::pack_f16(z[0], z[1]); }
+};
+template <class E> constexpr int VEC = 16 / (int)sizeof(typename E::raw);  // elements of a 16-byte vector
+
+template <class E> __device__ __forceinline__ void unpack16(uint4 w, float* z) {
+  constexpr int P = VEC<E> / 4;
+  E::unpack(w.x, z);
+  E::unpack(w.y, z + P);
+  E::unpack(w.z, z + 2 * P);
+  E::unpack(w.w, z + 3 * P);
+}
+template <class E> __device__ __forceinline__ uint4 pack16(const float* z) {
+  constexpr int P = VEC<E> / 4;
+  return uint4{E::pack(z), E::pack(z + P), E::pack(z + 2 * P), E::pack(z + 3 * P)};
+}
+template <class E> __device__ __forceinline__ float load1(const typename E::raw* p) {
+  float z[2];
+  E::unpack(*p, z);
+  return z[0];
+}
+template <class E> __device__ __forceinline__ void store1(typename E::raw* p, float x) {
+  const float z[2] = {x, 0.f};
+  *p = (typename E::raw)E::pack(z);
+}
+
+// The 16 bytes that start `bytes` (0..14, even) into the 32 bytes lo:hi.
+__device__ __forceinline__ uint4 shift16(uint4 lo, uint4 hi, unsigned bytes) {
+  const bool two = bytes & 8, one = bytes & 4;
+  const unsigned bits = (bytes & 2) * 8;
+  const uint32_t a0 = two ? lo.z : lo.x, a1 = two ? lo.w : lo.y, a2 = two ? hi.x : lo.z, a3 = two ? hi.y : lo.w, a4 = two ? hi.z : hi.x,
+                 a5 = two ? hi.w : hi.y;
+  const uint32_t b0 = one ? a1 : a0, b1 = one ? a2 : a1, b2 = one ? a3 : a2, b3 = one ? a4 : a3, b4 = one ? a5 : a4;
+  return uint4{hw::funnel(b0, b1, bits), hw::funnel(b1, b2, bits), hw::funnel(b2, b3, bits), hw::funnel(b3, b4, bits)};
+}
+
+// ---- the mathematics of a row --------------------------------------------------------------------------------------------------
+// With v = z, or tanh(z / cap) under softcap, the logit after cap and temperature is v * k in units of log 2.
+template <bool CAP> struct View {
+  float k, twice;
+  __device__ __forceinline__ View(const Sweep& a, float temperature)
+      : k((CAP ? a.logit_softcap : 1.f) * LOG2E / temperature), twice(CAP ? 2.f * LOG2E / a.logit_softcap : 0.f) {}
+  __device__ __forceinline__ float operator()(float z) const {
+    if constexpr (CAP) return 1.f - 2.f * hw::rcp(1.f + hw::ex2(z * twice));
+    return z;
+  }
+};
+
+struct Stat {  // over a set of elements, with t = v * k - ref:  sum 2^t,  sum 2^t t,  and v of the label if it is among them
+  float ref = LOWEST, sum = 0.f, dot = 0.f, label = 0.f;
+};
+
+template <bool ENT> __device__ __forceinline__ void rebase(Stat& s, float ref) {
+  const float d = s.ref - ref, r = hw::ex2(d);
+  if constexpr (ENT) s.dot = (s.dot + s.sum * d) * r;
+  s.sum *= r;
+  s.ref = ref;
+}
+
+// One exponential per element; the reference moves at most once per call. Elements at or beyond `count` do not exist.
+template <bool CAP, bool ENT, bool WHOLE, int M>
+__device__ __forceinline__ void add(Stat& s, float (&z)[M], const View<CAP>& view, int count) {
+  float top[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+#pragma unroll
+  for (int i = 0; i < M; ++i) {
+    z[i] = WHOLE || i < count ? view(z[i]) : -INFINITY;
+    top[i & 3] = fmaxf(top[i & 3], z[i]);
+  }
+  rebase<ENT>(s, fmaxf(s.ref, fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3])) * view.k));
+#pragma unroll
+  for (int i = 0; i < M; i += 4) {
+    float e[4], et[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float t = fmaf(z[i + j], view.k, -s.ref);
+      e[j] = hw::ex2(t);  // of t itself: a maximum would swallow a NaN
+      if constexpr (ENT) et[j] = e[j] * fmaxf(t, NEGLIGIBLE);
+    }
+    s.sum += (e[0] + e[1]) + (e[2] + e[3]);
+    if constexpr (ENT) s.dot += (et[0] + et[1]) + (et[2] + et[3]);
+  }
+}
+
+// All lanes get the same bits: maxima and a + b do not depend on the order of their two operands.
+template <bool ENT> __device__ __forceinline__ void warp_combine(Stat& s) {
+  float ref = s.ref;
+#pragma unroll
+  for (int o = 16; o; o >>= 1) ref = fmaxf(ref, __shfl_xor_sync(~0u, ref, o));
+  rebase<ENT>(s, ref);
+#pragma unroll
+  for (int o = 16; o; o >>= 1) {
+    s.sum += __shfl_xor_sync(~0u, s.sum, o);
+    s.label += __shfl_xor_sync(~0u, s.label, o);
+    if constexpr (ENT) s.dot += __shfl_xor_sync(~0u, s.dot, o);
+  }
+}
+// Entries first, first + 32, ... of `part` by lane, then over the lanes: a fixed order.
+template <bool ENT> __device__ __forceinline__ Stat combine(const float4* part, int count) {
+  Stat s;
+  for (int i = threadIdx.x & 31; i < count; i += 32) {
+    const float4 p = part[i];
+    Stat o;
+    o.ref = p.x;
+    o.sum = p.y;
+    o.dot = p.z;
+    const float ref = fmaxf(s.ref, o.ref);
+    rebase<ENT>(s, ref);
+    rebase<ENT>(o, ref);
+    s.sum += o.sum;
+    s.dot += o.dot;
+    s.label += p.w;
+  }
+  warp_combine<ENT>(s);
+  return s;
+}
+
+// dlogit = (at_label [v = label] + 2^t (c0 + c1 t)) * dv/dz;  zero() means that the whole row is zero.
+struct Slope {
+  float ref, c0, c1, at_label;
+  __device__ __forceinline__ bool zero() const { return c0 == 0.f && c1 == 0.f && at_label == 0.f; }
+};
+template <bool CAP, bool ENT> __device__ __forceinline__ float gradient(const Slope& s, const View<CAP>& view, float z, float at_label) {
+  const float v = view(z), t = fmaf(v, view.k, -s.ref);
+  const float d = fmaf(hw::ex2(t), ENT ? fmaf(s.c1, fmaxf(t, NEGLIGIBLE), s.c0) : s.c0, at_label);
+  return CAP ? d * (1.f - v * v) : d;
+}
+
+// ---- the rows ------------------------------------------------------------------------------------------------------------------
+// The scalars of a row, as loaded: nothing is computed from them here, so that they can be fetched one row ahead without a stall.
+struct Row {
+  int64_t label;
+  float weight, advantage, old_logprob, ref_logprob, rollout_logprob, temperature;
+};
+enum Kind { SKIP, FORWARD, FULL };
+
+__device__ __forceinline__ Row load_row(const SweepArgs& a, int64_t n) {
+  Row r{-1, 1.f, 0.f, 0.f, 0.f, 0.f, a.temperature};
+  if (n >= a.N) return r;
+  r.label = a.labels[n];
+  if (a.weights) r.weight = a.weights[n];
+  if (a.advantages) r.advantage = a.advantages[n];
+  if (a.old_logprobs) r.old_logprob = a.old_logprobs[n];
+  if (a.ref_logprobs) r.ref_logprob = a.ref_logprobs[n];
+  if (a.rollout_logprobs) r.rollout_logprob = a.rollout_logprobs[n];
+  if (a.temperatures) r.temperature = a.temperatures[n];
+  return r;
+}
+__device__ __forceinline__ Kind row_kind(const SweepArgs& a, const Row& r) {
+  if (r.label < 0) return SKIP;
+  return a.dlogits.data && (r.advantage != 0.f || a.term.needs_every_row()) ? FULL : FORWARD;
+}
+
+// From the statistics of the whole row to its outputs and slope. Every thread computes it, `writer` stores it.
+__device__ __forceinline__ Slope finish_row(const SweepArgs& a, int64_t n, const Row& row, const Stat& s, float k, bool writer) {
+  const float log_sum = log2f(s.sum), mean = s.dot / s.sum;
+  const float label = row.label < a.V ? s.label : hw::bits_to_float(NAN_BITS);  // an impossible label poisons its row
+  const float logprob = (fmaf(label, k, -s.ref) - log_sum) * LN2, entropy = (log_sum - mean) * LN2;
+  const float old_logprob = a.old_logprobs ? row.old_logprob : logprob, ref_logprob = a.ref_logprobs ? row.ref_logprob : logprob;
+  const float rollout = row.rollout_logprob, importance = a.rollout_logprobs ? importance_weight(a.term, old_logprob, &rollout, 0) : 1.f;
+  const Term term = policy_term(a.term, logprob, entropy, old_logprob, ref_logprob, importance, row.advantage);
+  if (writer) {
+    if (a.loss) a.loss[n] = row.weight * term.loss;
+    if (a.logprob) a.logprob[n] = logprob;
+    if (a.entropy) a.entropy[n] = entropy;
+    if (a.lse) a.lse[n] = (s.ref + log_sum) * LN2;
+  }
+  const float g = row.weight * term.d_logprob / row.temperature, h = row.weight * term.d_entropy / row.temperature * LN2;
+  return {s.ref, (h * mean - g) / s.sum, -h / s.sum, g};
+}
+__device__ __forceinline__ void finish_skipped(const SweepArgs& a, int64_t n) {
+  if (a.loss) a.loss[n] = 0.f;
+  if (a.logprob) a.logprob[n] = 0.f;
+  if (a.entropy) a.entropy[n] = 0.f;
+  if (a.lse) a.lse[n] = 0.f;
+}
+
+// ---- loads and stores ----------------------------------------------------------------------------------------------------------
+template <class E> __device__ __forceinline__ typename E::raw* row_at(const Rows& rows, int64_t n) {
+  return static_cast<typename E::raw*>(rows.data) + rows.offset(n);
+}
+// Elements between p and the 16-byte boundary at or below it.
+template <class E> __device__ __forceinline__ int offset16(const typename E::raw* p) {
+  return (int)(reinterpret_cast<uintptr_t>(p) / sizeof(*p) % VEC<E>);
+}
+
+template <class E> __device__ __forceinline__ void zero_row(typename E::raw* out, int len, int tid, int threads) {
+  const int head = min(len, (VEC<E> - offset16<E>(out)) % VEC<E>), vectors = (len - head) / VEC<E>;
+  if (tid < head) out[tid] = 0;
+  for (int i = tid; i < vectors; i += threads) hw::store16(out + head + i * VEC<E>, uint4{0, 0, 0, 0});
+  for (int i = head + vectors * VEC<E> + tid; i < len; i += threads) out[i] = 0;
+}
+
+// Elements e .. e + VEC of a row of `len` that starts `pad` elements into an aligned vector, at any alignment of e: one 16-byte load
+// where that is possible, two cut together inside the row, element by element at its ends. Nothing outside the row is read.
+template <class E> __device__ __forceinline__ uint4 load_group(const typename E::raw* src, int pad, int e, int len) {
+  const int over = (pad + e) % VEC<E>, below = e - over;
+  if (over == 0 && e >= 0 && e + VEC<E> <= len) return hw::load16(src + e);
+  if (over != 0 && below >= 0 && below + 2 * VEC<E> <= len)
+    return shift16(hw::load16(src + below), hw::load16(src + below + VEC<E>), over * (int)sizeof(typename E::raw));
+  float z[VEC<E>];
+#pragma unroll
+  for (int i = 0; i < VEC<E>; ++i) z[i] = e + i >= 0 && e + i < len ? load1<E>(src + e + i) : 0.f;
+  return pack16<E>(z);
+}
+
+// One vector of the gradient: elements e .. e + VEC of the row, those outside 0 .. len left alone. INSIDE: all are within.
+template <class E, bool CAP, bool ENT, bool INSIDE>
+__device__ __forceinline__ void store_vector(const Slope& slope, const View<CAP>& view, uint4 w, typename E::raw* out, int e, int len,
+                                             int label) {
+  float z[VEC<E>], d[VEC<E>];
+  unpack16<E>(w, z);
+#pragma unroll
+  for (int i = 0; i < VEC<E>; ++i) d[i] = gradient<CAP, ENT>(slope, view, z[i], 0.f);
+  if ((unsigned)(label - e) < (unsigned)VEC<E>) {
+#pragma unroll
+    for (int i = 0; i < VEC<E>; ++i)
+      if (label == e + i) d[i] = gradient<CAP, ENT>(slope, view, z[i], slope.at_label);
+  }
+  if (INSIDE || (e >= 0 && e + VEC<E> <= len)) {
+    hw::store16(out + e, pack16<E>(d));
+  } else {
+#pragma unroll
+    for (int i = 0; i < VEC<E>; ++i)
+      if (e + i >= 0 && e + i < len) store1<E>(out + e + i, d[i]);
+  }
+}
+
+// A whole gradient row from global memory, which may be overwritten in place: a thread writes only what it alone has read.
+template <class E, bool CAP, bool ENT>
+__device__ __forceinline__ void gradient_row(const Slope& slope, const View<CAP>& view, const typename E::raw* src, typename E::raw* out,
+                                             int len, int64_t label64, int tid, int threads) {
+  const int pad = offset16<E>(src), label = label64 < len ? (int)label64 : -VEC<E>;
+  if (offset16<E>(out) == pad) {
+#pragma unroll 2
+    for (int e = tid * VEC<E> - pad; e < len; e += threads * VEC<E>)
+      store_vector<E, CAP, ENT, false>(slope, view, load_group<E>(src, pad, e, len), out, e, len, label);
+  } else {  // aligned differently: element by element, slow but right
+    for (int e = tid; e < len; e += threads)
+      store1<E>(out + e, gradient<CAP, ENT>(slope, view, load1<E>(src + e), e == label ? slope.at_label : 0.f));
+  }
+}
+
+}  // namespace ppg

@@ -1,0 +1,105 @@
+"""The CUDA sources as compiled code for three architectures: no spills, bulk copies, 128-bit accesses, one exponential an element."""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from emulator.build import CACHE, cached, digest
+from sass import cuobjdump, kernels
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+ARCHITECTURES = ("80", "90a", "100")
+WIDE_STORE = "STG.E.EF.128"  # EF: evict first, as the gradient is not read again here
+NVCC = shutil.which("nvcc")
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+
+@pytest.fixture(scope="session")
+def compiled() -> dict[str, dict[str, tuple[Path, str]]]:
+    """By architecture and source: the cubin, and what ptxas said about it. Cached, so that parallel test processes compile once."""
+    texts = [path.read_text() for folder in ("csrc", "csrc/cuda") for path in sorted((ROOT / folder).glob("*.*h"))]
+    version = subprocess.run([str(NVCC), "--version"], capture_output=True, text=True).stdout
+
+    def compile_one(job: tuple[str, Path]) -> tuple[Path, str]:
+        arch, source = job
+        flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v", "-cubin"]
+
+        def make(out: Path) -> None:
+            done = subprocess.run([str(NVCC), *flags, "-o", out, source], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            log(digest(*key)).write_text(done.stderr)
+
+        key = (version, *flags, *texts, source.read_text())
+        return cached(digest(*key), ".cubin", make), log(digest(*key)).read_text()
+
+    def log(name: str) -> Path:
+        return CACHE / f"{name}.log"
+
+    jobs = [(arch, source) for source in SOURCES for arch in ARCHITECTURES]
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
+    return {arch: {source.stem: results[arch, source] for source in SOURCES} for arch in ARCHITECTURES}
+
+
+def disassembled(compiled, arch):
+    if (tool := cuobjdump()) is None:
+        pytest.skip("neither the CUDA toolkit nor Triton brings cuobjdump")
+    return [kernel for cubin, _ in compiled[arch].values() for kernel in kernels(cubin, tool)]
+
+
+def test_setup_builds_what_is_checked_here():
+    text = (ROOT / "setup.py").read_text()
+    assert [arch for arch in ARCHITECTURES if f"code=sm_{arch}" not in text] == []
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_no_spills_and_no_warnings(compiled, arch):
+    for name, (_, log) in compiled[arch].items():
+        entries, frames = (
+            log.count("Compiling entry function"),
+            re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", log),
+        )
+        assert entries, f"{name}: no kernels"
+        assert len(frames) >= entries
+        assert {number for frame in frames for number in frame} == {"0"}, log
+        assert "warning" not in log.lower(), log
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_wide_accesses(compiled, arch):
+    """Every kernel over the vocabulary reads and writes 16 bytes an instruction."""
+    checked = 0
+    for kernel in disassembled(compiled, arch):
+        if kernel.name.startswith("partial_returns") or (arch == "80" and "onepass" in kernel.name):  # empty there
+            continue
+        loads = kernel.count("LDS.128") if "onepass" in kernel.name else kernel.count("LDG.E.128")
+        assert loads > 0, kernel.name
+        assert kernel.count(WIDE_STORE) > 0, kernel.name
+        assert kernel.count("LDL") + kernel.count("STL") == 0, f"{kernel.name}: local memory"
+        checked += 1
+    assert checked
+
+
+def test_the_one_pass_kernel_on_hopper(compiled):
+    """Bulk copies, mbarriers, remote stores, no CTA barrier in the row loop, and no more exponentials than elements."""
+    found = [kernel for kernel in disassembled(compiled, "90a") if "onepass" in kernel.name]
+    assert found
+    for kernel in found:
+        dtype, softcap, _, consumers = re.search(r"<(\w+), (\w+), (\w+), (\d+)>", kernel.name).groups()
+        assert kernel.count("UBLKCP") == 1, f"{kernel.name}: one bulk copy instruction"
+        assert kernel.count("STAS.128") == 1, f"{kernel.name}: one remote store"
+        assert kernel.count("SYNCS.PHASECHK") > 0, f"{kernel.name}: waits for mbarriers"
+        assert kernel.count("UCGABAR_WAIT") == 2, f"{kernel.name}: two cluster barriers"
+        assert kernel.count("BAR.SYNC") <= 2, f"{kernel.name}: ptxas puts one behind each cluster barrier"
+        vectors = 1024 // int(consumers)  # of a thread in a chunk of 16 KB
+        elements = vectors * (4 if dtype == "F32" else 8)
+        wanted = elements * (2 if softcap == "true" else 1) + 1  # the tanh takes one; one for the moving reference
+        blocks = [(run["MUFU.EX2"], run["LDS.128"]) for run in kernel.straight()]
+        assert (wanted, vectors) in blocks, f"{kernel.name}: sweep 1, aligned: {wanted} EX2 for {elements} elements in {vectors} loads"
+        assert (wanted, 2 * vectors) in blocks, f"{kernel.name}: sweep 1, unaligned: twice the loads"
+        assert max(ex2 for ex2, _ in blocks) == wanted, f"{kernel.name}: more exponentials than elements"

@@ -1,0 +1,289 @@
+"""The CUDA kernels and launchers under an emulator on the CPU: every plan, schedule, alignment and placement, and faults that must show."""
+
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from emulator import build as emulator
+from emulator.cases import Case, columns, run, shortest_ring, strided
+
+from ppg_fast import reference
+from ppg_fast.spec import PolicyLossSpec
+
+if why_not := emulator.why_not():
+    pytest.skip(why_not, allow_module_level=True)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ONE_PASS = [(cluster, threads) for cluster in (1, 2, 4, 8) for threads in (256, 512)]
+PLANS = [(0, 128), (0, 512), *ONE_PASS]  # (cluster, threads); cluster 0: two passes
+LENGTHS = (1, 2, 7, 8, 100, 1000, 4099, 9001, 12289)  # less than a vector, a vector, a slice, a chunk; none a multiple of the next
+SPECS = (
+    PolicyLossSpec(),
+    PolicyLossSpec(
+        "ppo", clip_low=0.17, clip_high=0.29, dual_clip=2.5, kl_coef=0.11, kl_estimator="k3", entropy_coef=0.07, temperature=1.3
+    ),
+    PolicyLossSpec("ppo", clip_low=0.17, clip_high=0.29, importance_cap=1.1, temperature=0.8),
+    PolicyLossSpec("cispo", clip_high=0.23, kl_coef=0.13, kl_estimator="k2", importance_cap=1.07),
+    PolicyLossSpec("reinforce", kl_coef=0.09, kl_estimator="k1", logit_softcap=12.0, temperature=1.4),
+    PolicyLossSpec("cispo", clip_high=0.31, entropy_coef=0.05, logit_softcap=9.0),
+)
+
+
+class Emulated(emulator.Control):
+    def __init__(self) -> None:
+        library = emulator.build()
+        torch.ops.load_library(library)
+        super().__init__(library)
+        self.ops = torch.ops.ppg_fast_emulated
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    return Emulated()
+
+
+@pytest.fixture
+def emulated(loaded):
+    loaded.take_stats()
+    yield loaded
+    loaded.set()
+
+
+def force(emulated, plan, case, spare=0, **how):
+    cluster, threads = plan
+    slots = shortest_ring(case, cluster) + spare if cluster else 0
+    emulated.set(cluster=cluster, threads=threads, slots=slots, **how)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_every_plan_agrees_with_the_reference(emulated, plan):
+    draw = random.Random(str(plan))
+    for V in (100, 1000, 4099) if plan == (8, 512) else LENGTHS * (1 if plan[0] == 8 else 2):
+        for dtype in DTYPES:
+            shift = draw.randrange(9)
+            spec = draw.choice([s for s in SPECS if not (s.logit_softcap and plan[1] == 256)])  # that kernel does not exist
+            out = draw.choice((None, shift, draw.randrange(9)))
+            holes = V > 8 and not spec.logit_softcap and draw.random() < 0.3
+            case = Case(
+                V, dtype, spec, shift, draw.choice((0, 3, 8)), out, on_policy=draw.random() < 0.3, row_temperatures=draw.random() < 0.4,
+                entropy=draw.random() < 0.5, holes=holes,
+            )  # fmt: skip
+            how = {"resident": draw.randrange(1, 4), "seed": draw.randrange(1 << 20), "mode": draw.randrange(3)}
+            force(emulated, plan, case, draw.randrange(3), **how)
+            try:
+                run(emulated.ops, case)
+            except (AssertionError, RuntimeError) as error:
+                raise AssertionError(f"{case}, {how}: {error}") from error
+            assert emulated.take_stats().cluster == plan[0]
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2], ids=("eager", "random", "late"))
+@pytest.mark.parametrize("plan", [(1, 256), (2, 512), (4, 256)], ids=str)
+def test_any_delivery_order(emulated, plan, mode):
+    for seed in range(4):
+        case = Case(12289, shift=3 * seed % 8, out=3 * seed % 8)
+        force(emulated, plan, case, spare=seed % 2, resident=1, seed=seed, mode=mode)
+        run(emulated.ops, case)
+
+
+def test_a_slice_of_several_chunks_in_a_cluster_of_8(emulated):
+    case = Case(33001, torch.float32, shift=1, gap=2)
+    force(emulated, (8, 256), case, resident=1)
+    assert shortest_ring(case, 8) == 2
+    run(emulated.ops, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plan", [(0, 128), (0, 512), (1, 256), (2, 512), (4, 256)], ids=str)
+def test_same_bits_for_any_schedule_alignment_ring_and_batch(emulated, plan, dtype):
+    case = Case(5003, dtype, SPECS[1], out=0)
+    force(emulated, plan, case)
+    whole = run(emulated.ops, case)
+    for k in range(3):
+        other = replace(case, shift=(3 * k + 1) % 8, out=(None, (3 * k + 1) % 8, k)[k], gap=k)
+        force(emulated, plan, other, spare=k, resident=1 + k, seed=100 + k, mode=k)
+        assert run(emulated.ops, other).same_bits(whole)
+    alone = run(emulated.ops, replace(case, rows=(4,)))
+    assert torch.equal(alone.logprob[0], whole.logprob[4])
+    assert torch.equal(alone.dlogits[0], whole.dlogits[4])
+
+
+@pytest.mark.parametrize(
+    ("major", "V", "dtype", "softcap", "plan"),
+    [
+        (9, 4099, torch.bfloat16, 0.0, (0, 128)),  # a row of one chunk stays in L1
+        (9, 32000, torch.bfloat16, 0.0, (1, 288)),
+        (9, 32000, torch.bfloat16, 9.0, (1, 544)),
+        (9, 151669, torch.bfloat16, 0.0, (2, 544)),
+        (9, 262144, torch.float16, 0.0, (4, 544)),
+        (9, 330000, torch.float32, 0.0, (0, 512)),  # fits no cluster
+        (8, 32000, torch.float32, 0.0, (0, 512)),  # sm_80 has no clusters
+    ],
+)
+def test_the_plan_of_a_real_device(emulated, major, V, dtype, softcap, plan):
+    emulated.set(major=major, resident=1, mode=2)
+    spec = PolicyLossSpec("ppo", clip_low=0.1, logit_softcap=softcap)
+    run(emulated.ops, Case(V, dtype, spec, shift=V % 3, rows=(2, 1, 5), entropy=False))
+    stats = emulated.take_stats()
+    assert (stats.cluster, stats.block) == plan
+    ends = 2 * max(1, plan[0])
+    assert stats.vector_stores >= 3 * (V * dtype.itemsize // 16 - ends), "the gradient is written by 128-bit stores"
+
+
+def sweep_arguments(x, labels):
+    return x, labels, None, 1.0, 0.0
+
+
+@pytest.mark.parametrize("plan", [(0, 128), (1, 256), (2, 512)], ids=str)
+def test_masked_rows_are_not_read(emulated, plan):
+    x = torch.full((1, 4, 4096), torch.nan)
+    labels = torch.full((4,), -1)
+    emulated.set(cluster=plan[0], threads=plan[1], slots=3)
+    zeros = [torch.full((4,), torch.nan) for _ in range(3)]
+    emulated.ops.logprobs_fwd(*sweep_arguments(x, labels), *zeros)
+    g = torch.ones(4)
+    emulated.ops.logprobs_bwd(x, labels, *zeros[1:], g, g, None, 1.0, 0.0, x)
+    stats = emulated.take_stats()
+    assert (stats.copied_bytes, stats.vector_loads) == (0, 0)
+    assert not torch.stack(zeros).any()
+    assert not x.view(torch.uint8).any()
+
+
+@pytest.mark.parametrize("plan", [(0, 128), (2, 256)], ids=str)
+def test_a_logprob_has_the_same_bits_with_and_without_a_loss(emulated, plan):
+    """So that the ratio of a first on-policy step is exactly 1."""
+    case = Case(5003, torch.float32, out=1)
+    force(emulated, plan, case)
+    with_loss = run(emulated.ops, case)
+    c = columns(case)
+    logprob, entropy, lse = (torch.empty(6) for _ in range(3))
+    emulated.ops.logprobs_fwd(*sweep_arguments(c["logits"].view(2, 3, -1), c["labels"]), logprob, entropy, lse)
+    assert torch.equal(logprob, with_loss.logprob)
+    assert torch.equal(entropy, with_loss.entropy)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("placement", ["in place", "same alignment", "other alignment"])
+def test_logprobs_backward(emulated, dtype, placement):
+    for V, shift, softcap, with_entropy in ((1, 2, 0.0, True), (100, 5, 8.0, True), (1003, 3, 0.0, False), (4099, 0, 9.0, False)):
+        out = {"in place": None, "same alignment": shift, "other alignment": shift + 1}[placement]
+        case = Case(V, dtype, shift=shift, gap=3, out=out)
+        generator = torch.Generator().manual_seed(V)
+        x, _ = strided(case, shift)
+        x.copy_(torch.randn(2, 3, V, generator=generator) * 3)
+        labels = torch.randint(V, (6,), generator=generator)
+        g, h, t = (torch.rand(6, generator=generator) + 0.5 for _ in range(3))
+        labels[1], g[2], h[2] = -1, 0.0, 0.0
+        truth_in = x.double().flatten(0, 1).requires_grad_()
+        logprob, entropy = reference.token_logprobs(truth_in, labels, t.double(), softcap)
+        wanted = (logprob * g).sum() + ((entropy * h).sum() if with_entropy else 0)
+        (want,) = torch.autograd.grad(wanted, truth_in)
+        got = [torch.empty(6) for _ in range(3)]
+        emulated.ops.logprobs_fwd(x, labels, t, 1.0, softcap, *got)
+        dlogits = x if case.out is None else strided(case, case.out)[0]
+        live_bytes = 4 * V * dtype.itemsize
+        emulated.take_stats()
+        with_ent = (got[1], g, h) if with_entropy else (None, g, None)
+        emulated.ops.logprobs_bwd(x, labels, got[2], *with_ent, t, 1.0, softcap, dlogits)
+        stats = emulated.take_stats()
+        torch.testing.assert_close(got[0].double(), logprob.detach(), rtol=5e-6, atol=5e-6)
+        torch.testing.assert_close(got[1].double(), entropy.detach(), rtol=5e-6, atol=5e-6)
+        torch.testing.assert_close(dlogits.reshape(6, V).double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+        assert not dlogits[0, 1:].any()
+        if placement != "other alignment" and V > 1000:
+            assert stats.vector_loads * 16 >= live_bytes - 4 * 32, "logits are read by 128-bit loads"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rescale_rows(emulated, dtype):
+    for V, shift in ((1, 3), (9, 1), (1003, 5)):
+        case = Case(V, dtype, shift=shift, gap=5)
+        rows, memory = strided(case, shift)
+        rows.copy_(torch.randn(2, 3, V, generator=torch.Generator().manual_seed(V)))
+        scale = torch.tensor([1.0, 0.0, 0.3, 1.0, -2.7, 1.0])
+        want, between = (rows.float() * scale.view(2, 3, 1)).to(dtype), memory.clone()
+        emulated.ops.rescale_rows(rows, scale)
+        assert torch.equal(rows, want)
+        between.as_strided(rows.shape, rows.stride(), rows.storage_offset()).copy_(want)
+        assert torch.equal(memory, between)
+    emulated.take_stats()
+    emulated.ops.rescale_rows(torch.full((1, 4, 999), torch.nan, dtype=dtype), torch.ones(4))
+    stats = emulated.take_stats()
+    assert (stats.vector_loads, stats.vector_stores) == (0, 0)
+
+
+WINDOWS = ((1, 1, 1, 0, False), (3, 7, 3, 0, False), (4, 9, 2**31 - 1, 4, False), (2, 700, 2**31 - 1, 0, True), (5, 40, 6, 0, True))
+
+
+def test_partial_returns(emulated):
+    draw = torch.Generator().manual_seed(3)
+    for B, T, lookahead, length, by_ids in WINDOWS:
+        rewards, counts = torch.randn(B, T, generator=draw), torch.randint(0, T + 1, (B,), generator=draw)
+        ids = (torch.rand(B, T, generator=draw) < 0.3).long().cumsum(1) if by_ids else None
+        want = reference.partial_returns(rewards.double(), ids, counts, lookahead, length, 0.93)
+        rewards[torch.arange(T) >= counts[:, None]] = torch.nan
+        returns = torch.empty(B, T)
+        emulated.ops.partial_returns(rewards, ids, counts, lookahead, length, 0.93, returns)
+        torch.testing.assert_close(returns.double(), want, rtol=2e-6, atol=2e-6)
+        assert not returns[torch.arange(T) >= counts[:, None]].any()
+    for shape in ((0, 3), (3, 0)):
+        emulated.ops.partial_returns(torch.empty(shape), None, None, 1, 0, 1.0, torch.empty(shape))
+
+
+def test_extreme_logits_stay_in_their_row(emulated):
+    """A NaN or +inf logit poisons its row and no other; a -inf label has the log-prob -inf; -inf elsewhere is nothing special."""
+    for plan in ((0, 128), (2, 256)):
+        emulated.set(cluster=plan[0], threads=plan[1], slots=2)
+        x = torch.linspace(-2, 3, 64).repeat(5, 1)
+        x[1, 9], x[2, 9], x[3, 5], x[4, 9] = torch.nan, torch.inf, -torch.inf, -torch.inf
+        labels, adv, d = torch.full((5,), 5), torch.ones(5), torch.empty(1, 5, 64)
+        out = [torch.empty(5) for _ in range(3)]
+        emulated.ops.policy_loss(x[None], labels, adv, None, None, None, None, None, 0, 3, 0.2, 0.2, 0.0, 0.0, 0.1, 0.0, 1.0, 0.0, *out, d)
+        assert out[1].isnan().tolist() == [False, True, True, False, False]
+        assert out[2].isnan().tolist() == [False, True, True, False, False]
+        assert d[0].isnan().any(1).tolist() == [False, True, True, False, False]
+        assert out[1][3] == -torch.inf
+        assert d[0, 1].isnan().all()
+
+
+def test_no_rows_is_no_launch(emulated):
+    for shape in ((0, 3, 7), (3, 0, 7)):
+        x, none = torch.empty(shape), torch.empty(0)
+        emulated.ops.logprobs_fwd(*sweep_arguments(x, none.long()), none, none, none)
+        emulated.ops.rescale_rows(x, none)
+    assert emulated.take_stats().launches == 0
+
+
+FAULTS = {  # a fault and the text it is planted in
+    "the data are not waited for": ("policy_loss_onepass.cuh", "hw::bar_wait(&team.full[slot], c.parity);", ""),
+    "a slot is refilled while in use": ("policy_loss_onepass.cuh", "hw::bar_wait(&team.empty[at.slot], at.parity ^ 1);", ""),
+    "the exchange has one area": ("policy_loss_onepass.cuh", "team.exchange + (turn & 1) * entries", "team.exchange"),
+}
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_a_planted_fault_is_caught(fault):
+    library = emulator.build([FAULTS[fault]] if fault else [])
+    probe = subprocess.run(
+        [sys.executable, "-m", "emulator.cases", str(library)],
+        cwd=Path(__file__).parent, env={**os.environ, "PYTHONPATH": str(emulator.ROOT)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (probe.returncode != 0) == (fault is not None), probe.stderr
+    assert fault is None or "AssertionError" in probe.stderr or "emulator:" in probe.stderr, probe.stderr
+
+
+def test_under_the_sanitizers(tmp_path):
+    """AddressSanitizer and UBSan over all launchers: nothing outside a row is touched, no misaligned access, no overflow."""
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() {}")
+    if subprocess.run(["g++", *emulator.SANITIZE, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
+        pytest.skip("this g++ has no sanitizers")
+    program = emulator.build_sanitized()
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+    done = subprocess.run([str(program)], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
