@@ -11,7 +11,7 @@ ARGS ?=
 .PHONY: train test lint types check bench gpu format clean
 
 train: $(VENV)/.train
-	$(BIN)/ppg-fast train $(ARGS)
+	$(BIN)/ppg-fast train --overwrite $(ARGS)
 
 test: lint types check
 

@@ -1,0 +1,97 @@
+"""`ppg-fast train | info`."""
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+import warnings
+from collections.abc import Sequence
+
+EXTRA = ("transformers", "tokenizers", "safetensors", "rich", "matplotlib", "yaml")  # modules of ppg_fast[train]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0 done, 1 bad input or a missing package, 2 bad usage, 130 stopped by Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="ppg-fast", description="Partial policy gradients for language models on multi-turn dialogues.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | info")
+    train = commands.add_parser(
+        "train",
+        help="train a policy: on-policy in the built-in persona interview, or offline on logged dialogues (--data FILE)",
+        epilog="Flags win over the file, the file over the defaults.",
+    )
+    train.add_argument("--config", metavar="FILE", help="YAML file of settings; the keys are the flags' names")
+    from ppg_fast.config import add_flags
+
+    add_flags(train)
+    commands.add_parser("info", help="versions, and which backends run here or why not")
+    arguments = vars(parser.parse_args(argv))
+    command = arguments.pop("command")
+    try:
+        return _info() if command == "info" else _train(arguments)
+    except KeyboardInterrupt:
+        print("ppg-fast: stopped", file=sys.stderr)
+        return 130
+    except (ValueError, IndexError, OSError, FloatingPointError) as error:  # bad input, named; anything else is a bug and shows its trace
+        print(f"ppg-fast: {error}", file=sys.stderr)
+        return 1
+
+
+def _train(flags: dict[str, object]) -> int:
+    missing = _missing()
+    if missing:
+        print(f"ppg-fast train needs {', '.join(missing)}: pip install ppg_fast[train]", file=sys.stderr)
+        return 1
+    from ppg_fast.config import make_config, read_yaml
+
+    file = flags.pop("config", None)
+    config = make_config(read_yaml(str(file)) if file else {}, flags)
+    warnings.showwarning = _show_warning
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # there is one of ours
+    from ppg_fast.jobs import run_job
+
+    return run_job(config)
+
+
+def _missing() -> list[str]:
+    from importlib.util import find_spec
+
+    return [name for name in EXTRA if find_spec(name) is None]
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
+    """Our own warnings are about the user's input: one line, without a place in the source."""
+    text = str(message) if "ppg_fast" in filename else f"{category.__name__}: {message}"
+    print(f"ppg-fast: warning: {text}", file=sys.stderr)
+
+
+def _info() -> int:
+    """Versions, devices and backends; works without the [train] extra."""
+    import torch
+
+    from ppg_fast import __version__, backends
+
+    print(f"ppg_fast {__version__}  python {platform.python_version()}  {platform.system()} {platform.machine()}")
+    cuda = torch.version.cuda or "none"
+    print(f"torch {torch.__version__}  threads {torch.get_num_threads()}  CUDA of torch: {cuda}")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"CUDA devices: {', '.join(devices) or 'none that torch sees'}")
+    print("\nbackends")
+    for name in backends.NAMES:
+        print(f"  {name:<8}{(backends.why_not(name) or 'runs here').removeprefix(name + ': ')}")
+    for device in ("cpu", "cuda") if devices else ("cpu",):
+        chosen = backends.default(device)
+        print(f"  tensors on {device} use {chosen}" + (" (plain PyTorch: right, but slow)" if chosen == "reference" else ""))
+    print("\ntrain")
+    missing = _missing()
+    if missing:
+        print(f"  not ready, {', '.join(missing)} missing: pip install ppg_fast[train]")
+    else:
+        versions = (f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "tokenizers", "safetensors"))
+        print(f"  ready ({', '.join(versions)}): ppg-fast train")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

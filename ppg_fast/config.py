@@ -1,0 +1,205 @@
+"""The configuration of `ppg-fast train`: one frozen dataclass, readable from YAML and from flags.
+
+Flags and YAML keys are the field names (dashes and underscores are the same). Later wins: defaults, then the file, then flags.
+"""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+from ppg_fast.spec import (
+    BASELINES,
+    KL_ESTIMATORS,
+    LOSS_TYPES,
+    REDUCTIONS,
+    PolicyLossSpec,
+    policy_class,
+    require,
+    require_number,
+    require_one_of,
+)
+
+
+def _option(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run. Without ``data``: on-policy in the persona interview; with it: offline on logged dialogues."""
+
+    output_dir: str = _option("runs/persona", "folder of the run; one that holds a run is an error")
+    overwrite: bool = _option(False, "replace the run that output_dir holds")
+    data: str | None = _option(None, "logged dialogues (our JSONL or Consistent-LLMs JSON): train offline on them")
+    strict: bool = _option(False, "a bad line of data is an error instead of a warning")
+    allow_negative_rewards: bool = _option(False, "train offline although negative weights void the lower bound")
+    model: str | None = _option(None, "Hugging Face checkpoint folder; default: a small Qwen3 made on the spot")
+    width: int = _option(128, "hidden size of the model made on the spot")
+    layers: int = _option(2, "its layers")
+    vocab_size: int = _option(1024, "vocabulary of the byte-level tokenizer made from data")
+    device: str = _option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
+    dtype: str = _option("float32", "float32 or bfloat16 weights")
+    threads: int = _option(0, "CPU threads of PyTorch, 0: one for the model made on the spot, else its default")
+    seed: int = _option(0, "of weights, dialogues and sampling")
+
+    policy_class: str = _option("lookahead:3", "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full")
+    gamma: float = _option(1.0, "discount inside the window")
+    baseline: str = _option("leave_one_out", f"subtracted from the windowed return at the same turn: {', '.join(BASELINES)}")
+    loss_type: str = _option("reinforce", ", ".join(LOSS_TYPES))
+    reduction: str = _option("sequence_sum", "of token losses; sequence_sum is the exact gradient")
+    num_iterations: int = _option(1, "updates on each batch; more than 1 wants a clipped loss_type")
+    clip_low: float = _option(0.2, "ratios are clipped below 1 - clip_low")
+    clip_high: float = _option(0.2, "ratios are clipped above 1 + clip_high")
+    kl_coef: float = _option(0.0, "weight of the KL divergence to the weights at the start of this phase")
+    kl_estimator: str = _option("k3", ", ".join(KL_ESTIMATORS))
+    entropy_coef: float = _option(0.0, "weight of the entropy bonus")
+    importance_cap: float = _option(0.0, "truncated importance weight against the sampler, 0: off")
+
+    max_steps: int = _option(80, "policy-gradient steps")
+    num_prompts: int = _option(8, "dialogue openings a step on-policy; dialogues a step offline")
+    num_generations: int = _option(8, "rollouts of each opening (the group of the baseline)")
+    max_new_tokens: int = _option(6, "tokens of an answer")
+    max_turns: int = _option(64, "turns of a dialogue")
+    temperature: float = _option(1.0, "of sampling and of the trained policy")
+    learning_rate: float = _option(1e-3, "peak of AdamW's")
+    warmup_steps: int = _option(5, "steps to the peak; then linear decay")
+    final_learning_rate: float = _option(0.2, "share of the peak at the last step")
+    weight_decay: float = _option(0.0, "of AdamW")
+    max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
+    max_tokens: int = _option(16384, "token budget of one forward pass; gradients accumulate over passes")
+    max_dialogue_tokens: int = _option(0, "offline: read no more than this of a dialogue, 0: all; its rewards stay whole")
+
+    imitation_steps: int = _option(400, "warm start: steps that imitate scripted, imperfect answers (on-policy only)")
+    imitation_batch: int = _option(16, "dialogues a step of it")
+    imitation_learning_rate: float = _option(2e-3, "peak of AdamW's during it")
+    teacher_skill: float = _option(0.5, "how often the script is right")
+
+    eval_every: int = _option(10, "steps between evaluations on held-out dialogues")
+    eval_dialogues: int = _option(64, "held-out dialogues")
+    save_every: int = _option(0, "steps between checkpoints, 0: at the end only (and when stopped)")
+    progress: bool = _option(True, "progress bar where there is a terminal")
+
+    def __post_init__(self) -> None:
+        """ValueError with the rule and the value."""
+        for name in ("width", "layers", "vocab_size", "num_iterations", "num_prompts", "num_generations", "max_new_tokens", "max_turns"):
+            _require_int(name, getattr(self, name), 1)
+        for name in ("max_tokens", "imitation_batch", "eval_every", "eval_dialogues"):
+            _require_int(name, getattr(self, name), 1)
+        for name in ("max_steps", "warmup_steps", "imitation_steps", "max_dialogue_tokens", "threads", "save_every", "seed"):
+            _require_int(name, getattr(self, name), 0)
+        for name in ("learning_rate", "imitation_learning_rate", "max_grad_norm", "temperature"):
+            require_number(name, getattr(self, name), 0.0, open_low=True)
+        for name in ("gamma", "final_learning_rate", "teacher_skill"):
+            require_number(name, getattr(self, name), 0.0, 1.0)
+        require_number("weight_decay", self.weight_decay, 0.0)
+        require_one_of("baseline", self.baseline, BASELINES)
+        require_one_of("reduction", self.reduction, REDUCTIONS[:-1])
+        require_one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        policy_class(self.policy_class)
+        self.loss_spec()
+        if self.data and not self.allow_negative_rewards:
+            rule = (
+                "baseline must be none with data (a baseline makes weights negative and voids the bound; allow_negative_rewards permits it)"
+            )
+            require(self.baseline == "none", rule, self.baseline)
+
+    def loss_spec(self) -> PolicyLossSpec:
+        """The policy loss."""
+        names = ("loss_type", "clip_low", "clip_high", "kl_coef", "kl_estimator", "entropy_coef", "importance_cap", "temperature")
+        return PolicyLossSpec(**{name: getattr(self, name) for name in names})
+
+
+OFFLINE = {  # other defaults where ``data`` is given
+    "output_dir": "runs/offline",
+    "baseline": "none",
+    "learning_rate": 3e-4,
+    "num_prompts": 4,
+    "num_generations": 1,
+    "max_new_tokens": 48,
+    "max_turns": 3,
+    "max_dialogue_tokens": 2048,
+    "imitation_steps": 0,
+    "eval_dialogues": 8,
+}
+
+
+def _require_int(name: str, value: object, low: int) -> None:
+    require(isinstance(value, int) and not isinstance(value, bool) and value >= low, f"{name} must be an integer >= {low}", value)
+
+
+def make_config(*sources: Mapping[str, Any]) -> TrainConfig:
+    """The config of ``sources``; later ones win, over the defaults too. ValueError for an unknown key or a wrong type."""
+    types = get_type_hints(TrainConfig)
+    given: dict[str, Any] = {}
+    for source in sources:
+        for key, value in source.items():
+            name = str(key).replace("-", "_")
+            if name not in types:
+                near = difflib.get_close_matches(name, types, 1)
+                raise ValueError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            given[name] = _converted(name, value, types[name])
+    return TrainConfig(**{**(OFFLINE if given.get("data") else {}), **given})
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The settings of a YAML file, a mapping of field names to values. ValueError names the file and what is wrong with it."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config {path}: {error}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"config {path} must be a mapping of settings to values, got {type(settings).__name__}")
+    return settings
+
+
+def write_yaml(path: Path, config: TrainConfig) -> None:
+    """Write every setting, so that `read_yaml` and `make_config` give back an equal config."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for every field. A flag that is not given leaves no trace, so that a file's value survives."""
+    types = get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        default = (
+            ""
+            if field.default is None
+            else f" [{field.default}" + (f"; with data {OFFLINE[field.name]}]" if field.name in OFFLINE else "]")
+        )
+        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": field.metadata["help"] + default}
+        if types[field.name] is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["metavar"] = _base_type(types[field.name]).__name__.upper()
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def _base_type(hint: Any) -> type:
+    return next(t for t in get_args(hint) if t is not type(None)) if isinstance(hint, UnionType) else hint
+
+
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as a field's type: numbers may come as text (flags; YAML reads 1e-3 as text), nothing else is guessed."""
+    base = _base_type(hint)
+    if value is None and isinstance(hint, UnionType):
+        return None
+    if base is not bool and not isinstance(value, bool) and isinstance(value, (base, str, int)):
+        try:
+            if base is not str or isinstance(value, str):
+                return base(value)
+        except ValueError:
+            pass
+    if base is bool and isinstance(value, bool):
+        return value
+    raise ValueError(f"{name} must be of type {base.__name__}, got {value!r}")

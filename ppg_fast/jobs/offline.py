@@ -1,0 +1,113 @@
+"""Offline: reward-weighted likelihood of logged dialogues, each turn weighted by its windowed return."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ppg_fast.chat_format import make_byte_tokenizer
+from ppg_fast.config import TrainConfig
+from ppg_fast.data import CONTEXT, Sample, encode_dialogue, micro_batches, pack
+from ppg_fast.dialogue import Dialogue, read_dialogues
+from ppg_fast.environment import LoggedDialogue
+from ppg_fast.jobs.policy import Policy
+from ppg_fast.jobs.report import SHOWN, Progress, RunFolder
+from ppg_fast.model import token_logprobs
+from ppg_fast.trainer import optimise, require_nonnegative, warn_if_hardly_credited
+
+
+class OfflineJob:
+    """Train on logged dialogues; evaluate on a part of them kept apart (at most a fifth, none of fewer than five)."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        dialogues = read_dialogues(str(config.data), strict=config.strict)
+        contents = [m.content for d in dialogues for m in d.messages]
+        self.policy = Policy(config, lambda: make_byte_tokenizer(contents, config.vocab_size))
+        self.objective = self.policy.objective()
+        self.dialogues, samples = _encode_all(self.policy.tokenizer, dialogues, config.strict)
+        if not config.allow_negative_rewards:
+            require_nonnegative(samples, [d.id for d in self.dialogues])
+        warn_if_hardly_credited(samples, self.objective)
+        self.samples = [cut_tokens(s, config.max_dialogue_tokens) for s in samples]
+        self.shortened = sum(a is not b for a, b in zip(self.samples, samples, strict=True))
+        order = list(range(len(samples)))
+        self.policy.rng.shuffle(order)
+        apart = min(config.eval_dialogues, len(order) // 5)
+        self.held_out, self.seen = order[:apart], order[apart:]
+
+    def train(self, run: RunFolder, progress: Progress) -> None:
+        """Climb the weighted likelihood."""
+        config, tokens = self.config, sum(len(s.tokens) for s in self.samples)
+        text = f"{len(self.seen)} dialogues to train on, {len(self.held_out)} held out, {tokens:,} tokens"
+        progress.say(text + (f"; {self.shortened} read up to {config.max_dialogue_tokens} tokens" if self.shortened else ""))
+        self.evaluate(run, progress, 0, "before")
+        with progress.phase(config.policy_class, config.max_steps) as phase:
+            for metrics in optimise(self.policy.model, self.batch, self.objective, self.policy.schedule()):
+                run.log("train", metrics)
+                phase.show(metrics, "logprob")
+                run.save_every(config.save_every, self.policy.model, self.policy.tokenizer)
+                if metrics["step"] % config.eval_every == 0 and metrics["step"] < config.max_steps:
+                    self.evaluate(run, progress, metrics["step"])
+
+    def batch(self, step: int) -> list[Sample]:
+        """Dialogues drawn without replacement within a step."""
+        del step
+        return [self.samples[i] for i in self.policy.rng.sample(self.seen, min(self.config.num_prompts, len(self.seen)))]
+
+    def evaluate(self, run: RunFolder, progress: Progress, step: int, when: str = "") -> None:
+        """Mean log-prob of the logged answers; the policy's own answers in the same places for the samples."""
+        where, name = (self.held_out, "held-out") if self.held_out else (self.seen, "training")
+        logprob = self._mean_logprob([self.samples[i] for i in where])
+        run.log("eval", {"step": step, "eval/logprob": logprob})
+        progress.say(f"{name} dialogues after step {step}: mean log-prob {logprob:.3f} nats a token")
+        if when:
+            logged = [self.dialogues[i] for i in where]
+            make = lambda: LoggedDialogue(logged, self.config.max_turns)  # noqa: E731
+            shown = self.policy.roll_out(make, range(min(SHOWN, len(logged))), 1, self.policy.sampling_generator(0))
+            note = f"The policy in the places of {name} logged dialogues, step {step}. The partner does not hear it, so nothing is scored."
+            run.write_samples(when, shown, note, scored=False)
+
+    def finish(self, run: RunFolder, progress: Progress) -> dict[str, Any]:
+        """The last evaluation and the curve; start and end for the summary."""
+        self.evaluate(run, progress, run.steps, "after")
+        run.draw_curve(
+            "logprob", "eval/logprob", f"Logged dialogues, {self.config.policy_class}", "mean log-prob of the answers, nats a token"
+        )
+        return run.start_and_end("eval/logprob")
+
+    def _mean_logprob(self, samples: Sequence[Sample]) -> float:
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for part in micro_batches(samples, self.config.max_tokens):
+                batch = pack(part).to(self.policy.model.device)
+                total += float(token_logprobs(self.policy.model, batch).sum())
+                count += int((batch.labels >= 0).sum())
+        return total / max(1, count)
+
+
+def _encode_all(tokenizer: Any, dialogues: Sequence[Dialogue], strict: bool) -> tuple[list[Dialogue], list[Sample]]:
+    """Every dialogue that the tokenizer can write, with its sample; the others are a warning each, an error if ``strict``."""
+    pairs = []
+    for dialogue in dialogues:
+        try:
+            pairs.append((dialogue, encode_dialogue(tokenizer, dialogue)))
+        except ValueError as error:  # noqa: PERF203 (the good ones are kept)
+            if strict:
+                raise
+            warnings.warn(f"{error}; left out", stacklevel=2)
+    if not pairs:
+        raise ValueError(f"none of {len(dialogues)} dialogues can be written in the tokenizer's chat format")
+    return [d for d, _ in pairs], [s for _, s in pairs]
+
+
+def cut_tokens(sample: Sample, max_tokens: int) -> Sample:
+    """The turns that end within ``max_tokens`` tokens, the first in any case; 0: all. Rewards stay whole, and so do their windows."""
+    turn_ids = sample.turn_ids
+    if not max_tokens or len(turn_ids) <= max_tokens:
+        return sample
+    ends = [i for i in range(1, len(turn_ids) + 1) if turn_ids[i - 1] != CONTEXT and turn_ids[i - 1 : i + 1] != [turn_ids[i - 1]] * 2]
+    end = max((e for e in ends if e <= max_tokens), default=ends[0])
+    return replace(sample, tokens=sample.tokens[:end], turn_ids=turn_ids[:end])

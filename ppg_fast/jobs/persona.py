@@ -1,0 +1,92 @@
+"""On-policy: warm start on scripted answers, then partial policy gradients on rollouts of the persona interview."""
+
+import random
+from typing import Any
+
+from ppg_fast.chat_format import ChatFormat, make_word_tokenizer
+from ppg_fast.config import TrainConfig
+from ppg_fast.data import CONTEXT, Sample
+from ppg_fast.environment import TeachableEnvironment
+from ppg_fast.jobs.policy import Policy
+from ppg_fast.jobs.report import SHOWN, Progress, RunFolder
+from ppg_fast.persona import PersonaInterview, words
+from ppg_fast.trainer import Objective, Schedule, optimise, warn_if_hardly_credited
+
+
+class PersonaJob:
+    """Train on personas of the training part, evaluate on personas that it never sees."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self.policy = config, Policy(config, lambda: make_word_tokenizer(words()))
+        self.objective = self.policy.objective()
+
+    def train(self, run: RunFolder, progress: Progress) -> None:
+        """Imitate, evaluate, then climb the windowed return."""
+        config, model = self.config, self.policy.model
+        imitation = Objective(imitate=True, reduction="token_mean")
+        warm_up = Schedule(config.imitation_steps, config.imitation_learning_rate, 10, 1.0, max_tokens=config.max_tokens)
+        with progress.phase("imitation", config.imitation_steps) as phase:
+            for metrics in optimise(model, self.demonstrations, imitation, warm_up):
+                run.log("imitation", metrics)
+                phase.show(metrics, "loss")
+        self.evaluate(run, progress, 0, "before")
+        with progress.phase(config.policy_class, config.max_steps) as phase:
+            for metrics in optimise(model, self.rollouts, self.objective, self.policy.schedule()):
+                run.log("train", metrics)
+                phase.show(metrics, "reward")
+                run.save_every(config.save_every, self.policy.model, self.policy.tokenizer)
+                if metrics["step"] % config.eval_every == 0 and metrics["step"] < config.max_steps:
+                    self.evaluate(run, progress, metrics["step"])
+
+    def demonstrations(self, step: int) -> list[Sample]:
+        """Scripted dialogues, every other of plain questions."""
+        del step
+        environments = [PersonaInterview(plain=j % 2 == 0) for j in range(self.config.imitation_batch)]
+        return [demonstrate(self.policy.chat, e, self.policy.rng, self.config.teacher_skill, g) for g, e in enumerate(environments)]
+
+    def rollouts(self, step: int) -> list[Sample]:
+        """Groups of rollouts of the policy as it is now."""
+        policy = self.policy
+        seeds = [policy.rng.getrandbits(48) for _ in range(self.config.num_prompts)]
+        rollouts = policy.roll_out(PersonaInterview, seeds, self.config.num_generations, policy.generator)
+        samples = [rollout.sample for rollout in rollouts]
+        if step == 1:
+            warn_if_hardly_credited(samples, self.objective)
+        return samples
+
+    def evaluate(self, run: RunFolder, progress: Progress, step: int, when: str = "") -> None:
+        """Mean return on the same held-out personas with the same sampling noise every time, and its share of the best return."""
+        policy, count = self.policy, self.config.eval_dialogues
+        rollouts = policy.roll_out(lambda: PersonaInterview(held_out=True), range(count), 1, policy.sampling_generator(0))
+        reward = sum(r.total_reward for r in rollouts) / count
+        share = reward * count / sum(r.environment.best_return() for r in rollouts)  # type: ignore[attr-defined]
+        kinds: dict[str, list[bool]] = {}
+        for rollout in rollouts:
+            for kind, right in rollout.environment.agreement():  # type: ignore[attr-defined]
+                kinds.setdefault(kind, []).append(right)
+        agreement = {f"eval/agreement/{kind}": sum(v) / len(v) for kind, v in sorted(kinds.items())}
+        run.log("eval", {"step": step, "eval/reward": reward, "eval/reward_share": share, **agreement})
+        progress.say(f"held-out personas after step {step}: return {reward:.2f}, {share:.0%} of a truthful assistant's")
+        if when:
+            note = f"Held-out personas, step {step}, temperature {self.config.temperature}. A reward may settle an earlier answer too."
+            run.write_samples(when, rollouts[:SHOWN], note)
+
+    def finish(self, run: RunFolder, progress: Progress) -> dict[str, Any]:
+        """The last evaluation and the curve; start and end for the summary."""
+        self.evaluate(run, progress, run.steps, "after")
+        run.draw_curve("reward", "eval/reward", f"Persona interview, {self.config.policy_class}", "mean return per dialogue")
+        return run.start_and_end("eval/reward", "eval/reward_share")
+
+
+def demonstrate(chat: ChatFormat, environment: TeachableEnvironment, rng: random.Random, skill: float, group: int) -> Sample:
+    """A dialogue of ``environment`` with its own scripted assistant, as a sample."""
+    tokens = chat.opening(environment.reset(rng.getrandbits(48)))
+    sample, done = Sample(tokens, [CONTEXT] * len(tokens), [], group), False
+    while not done:
+        text = environment.demonstrate(rng, skill)
+        reply, reward, done = environment.step(text)
+        for part, turn in ((chat.answer(text), len(sample.rewards)), (chat.reply(reply) if reply else [], CONTEXT)):
+            sample.tokens += part
+            sample.turn_ids += [turn] * len(part)
+        sample.rewards.append(reward)
+    return sample

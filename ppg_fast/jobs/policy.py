@@ -1,0 +1,95 @@
+"""What a job trains: model, tokenizer and the sources of randomness, made on the spot or loaded."""
+
+import platform
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppg_fast import backends
+from ppg_fast.chat_format import ChatFormat
+from ppg_fast.config import TrainConfig
+from ppg_fast.environment import Environment
+from ppg_fast.model import check_vocabulary, load_model, make_model
+from ppg_fast.rollout import Rollout, collect_groups
+from ppg_fast.spec import policy_class
+from ppg_fast.trainer import Objective, Schedule, peak_memory_mb
+
+
+class Policy:
+    """The model with its tokenizer, on its device.
+
+    ``make_tokenizer`` is asked where the config names no checkpoint folder. ValueError for a folder without one, for a tokenizer whose
+    vocabulary exceeds the model's embedding, and for a device that is not there.
+    """
+
+    def __init__(self, config: TrainConfig, make_tokenizer: Callable[[], Any]) -> None:
+        self.config = config
+        device = _device(config.device)
+        if config.threads or not config.model:
+            torch.set_num_threads(config.threads or 1)
+        if config.model:
+            if not Path(config.model, "config.json").is_file():
+                raise ValueError(f"model must be a folder with a Hugging Face checkpoint (config.json), got {config.model!r}")
+            from transformers import AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(config.model)
+            model = load_model(config.model, len(self.tokenizer))
+        else:
+            self.tokenizer = make_tokenizer()
+            pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+            model = make_model(len(self.tokenizer), config.width, config.layers, config.seed, pad, end)
+        self.model = check_vocabulary(model, len(self.tokenizer)).to(device=device, dtype=getattr(torch, config.dtype)).train()
+        self.chat = ChatFormat(self.tokenizer)
+        self.rng = random.Random(config.seed)
+        self.generator = self.sampling_generator(config.seed)
+
+    def sampling_generator(self, seed: int) -> torch.Generator:
+        """A generator on the model's device."""
+        return torch.Generator(self.model.device).manual_seed(seed)
+
+    def roll_out(
+        self, make_environment: Callable[[], Environment], seeds: Sequence[int], group_size: int, generator: torch.Generator
+    ) -> list[Rollout]:
+        """Rollouts with the sampling settings of the config."""
+        limits = {"max_new_tokens": self.config.max_new_tokens, "max_turns": self.config.max_turns}
+        settings = {"generator": generator, "temperature": self.config.temperature, **limits}
+        return collect_groups(self.model, self.chat, make_environment, seeds, group_size, **settings)
+
+    def objective(self) -> Objective:
+        """The partial policy gradient that the config describes."""
+        c = self.config
+        return Objective(policy_class(c.policy_class), c.gamma, c.baseline, c.loss_spec(), c.reduction, c.num_iterations)
+
+    def schedule(self) -> Schedule:
+        """Its steps."""
+        names = ("max_steps", "learning_rate", "warmup_steps", "final_learning_rate", "weight_decay", "max_grad_norm", "max_tokens")
+        return Schedule(**{name: getattr(self.config, name) for name in names})
+
+    def describe(self) -> dict[str, Any]:
+        """Size, place and versions, for a summary."""
+        device = self.model.device
+        return {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "backend": backends.default(device.type),
+            "peak_memory_mb": round(peak_memory_mb(self.model), 1),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device must be auto, cpu, or a CUDA device of this machine, got {name!r} ({str(error).splitlines()[0]})"
+        ) from error
+    return device
