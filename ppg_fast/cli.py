@@ -1,4 +1,4 @@
-"""`ppg-fast train | info`."""
+"""`ppg-fast train | bench | info`."""
 
 import argparse
 import importlib.metadata
@@ -13,7 +13,7 @@ EXTRA = ("transformers", "tokenizers", "safetensors", "rich", "matplotlib", "yam
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0 done, 1 bad input or a missing package, 2 bad usage, 130 stopped by Ctrl-C."""
     parser = argparse.ArgumentParser(prog="ppg-fast", description="Partial policy gradients for language models on multi-turn dialogues.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | bench | info")
     train = commands.add_parser(
         "train",
         help="train a policy: on-policy in the built-in persona interview, or offline on logged dialogues (--data FILE)",
@@ -23,8 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ppg_fast.config import add_flags
 
     add_flags(train)
+    commands.add_parser("bench", add_help=False, help="measure against peers and this machine's limits (its own --help)")
     commands.add_parser("info", help="versions, and which backends run here or why not")
-    arguments = vars(parser.parse_args(argv))
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["bench"]:
+        from ppg_fast.bench.command import main as bench
+
+        return bench(given[1:])
+    arguments = vars(parser.parse_args(given))
     command = arguments.pop("command")
     try:
         return _info() if command == "info" else _train(arguments)

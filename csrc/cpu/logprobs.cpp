@@ -18,10 +18,10 @@ template <class E, bool CAP, bool ENT> void logprobs_fwd_rows(const LogprobsFwdA
     const auto* x = static_cast<const typename E::raw*>(a.logits.data) + a.logits.offset(n);
     const View<CAP> view(a, n);
     const Stats stats = row_stats<E, CAP, ENT, false>(x, a.V, view, nullptr, next_row<E>(a, n, last));
-    const double log_sum = std::log(stats.sum);
-    a.logprob[n] = float(double(view(load_one<E>(x + label))) - stats.max - log_sum);
-    a.lse[n] = float(stats.max + log_sum);
-    if (ENT) a.entropy[n] = float(log_sum - stats.dot / stats.sum);
+    const double log2_sum = std::log2(stats.sum);
+    a.logprob[n] = float((double(view(load_one<E>(x + label))) - stats.max - log2_sum) * LN2);
+    a.lse[n] = float((stats.max + log2_sum) * LN2);
+    if (ENT) a.entropy[n] = float((log2_sum - stats.dot / stats.sum) * LN2);
   }
 }
 
@@ -33,11 +33,10 @@ template <class E> void logprobs_fwd_of(const LogprobsFwdArgs& a, int64_t first,
 
 static void logprobs_fwd(const LogprobsFwdArgs& a, int64_t first, int64_t last) { PPG_BY_DTYPE(a.dtype, logprobs_fwd_of, a, first, last); }
 
-// dlogit_v = p_v (c0 + c1 log p_v) + [v = label] at_label, through the softcap.
-template <bool CAP, bool ENT> PPG_INLINE Vec dlogits(Vec x, const View<CAP>& view, float lse, float c0, float c1) {
-  Vec logp = view(x) - lse;
-  logp = logp < NEGLIGIBLE ? splat(NEGLIGIBLE) : logp;
-  Vec d = exp_nonpositive(logp) * (ENT ? c0 + c1 * logp : splat(c0));
+// dlogit_v = p_v (c0 + c1 log2 p_v) + [v = label] at_label, through the softcap.
+template <bool CAP, bool ENT> PPG_INLINE Vec gradient(Vec x, const View<CAP>& view, float lse, float c0, float c1) {
+  const Vec logp = at_least(view(x, lse), NEGLIGIBLE);
+  Vec d = exp2_(logp) * (ENT ? c0 + c1 * logp : splat(c0));
   if constexpr (CAP) d *= view.slope(x);
   return d;
 }
@@ -53,15 +52,18 @@ template <class E, bool CAP, bool ENT> void logprobs_bwd_rows(const LogprobsBwdA
     const auto* x = static_cast<const typename E::raw*>(a.logits.data) + a.logits.offset(n);
     auto* out = static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n);
     const View<CAP> view(a, n);
-    const float temperature = a.temperatures ? a.temperatures[n] : a.temperature, lse = a.lse[n];
-    const float g = d_logprob / temperature, h = d_entropy / temperature, c0 = ENT ? -g - h * a.entropy[n] : -g, c1 = -h;
+    const float temperature = a.temperatures ? a.temperatures[n] : a.temperature, lse = float(a.lse[n] * LOG2E);
+    const float g = d_logprob / temperature, h = d_entropy / temperature, c0 = ENT ? -g - h * a.entropy[n] : -g, c1 = float(-h * LN2);
     const Vec x_label = splat(load_one<E>(x + label));
-    const float at_label = (CAP ? g * view.slope(x_label)[0] : g) + dlogits<CAP, ENT>(x_label, view, lse, c0, c1)[0];
+    const float at_label = (CAP ? g * view.slope(x_label)[0] : g) + gradient<CAP, ENT>(x_label, view, lse, c0, c1)[0];
     int64_t v = 0;
-    for (; v + LANES <= a.V; v += LANES) E::store(out + v, dlogits<CAP, ENT>(E::load(x + v), view, lse, c0, c1));
-    if (v < a.V) {
-      const int count = int(a.V - v);
-      store_tail<E>(out + v, count, dlogits<CAP, ENT>(load_tail<E>(x + v, count, x[v]), view, lse, c0, c1));
+    for (; v + 2 * LANES <= a.V; v += 2 * LANES) {
+      const Pair p = E::load_pair(x + v);
+      E::store_pair(out + v, {gradient<CAP, ENT>(p.a, view, lse, c0, c1), gradient<CAP, ENT>(p.b, view, lse, c0, c1)});
+    }
+    for (; v < a.V; v += LANES) {
+      const int count = int(a.V - v < LANES ? a.V - v : LANES);
+      store_tail<E>(out + v, count, gradient<CAP, ENT>(load_tail<E>(x + v, count, x[v]), view, lse, c0, c1));
     }
     store_one<E>(out + label, at_label);
   }

@@ -9,19 +9,15 @@ void rescale_rows(const RescaleRowsArgs& a, int64_t first, int64_t last) { PPG_D
 }  // namespace ppg::cpu
 #else
 
-// dlogit_v = exp(t_v) (c0 + c1 t_v) + [v = label] at_label with t = z - max, then through the softcap.
+// dlogit_v = 2^t (c0 + c1 t) + [v = label] at_label with t = z - max, then through the softcap.
 struct Slope {
   float c0, c1, at_label;
   bool zero() const { return c0 == 0.f && c1 == 0.f && at_label == 0.f; }
 };
 
-template <class E, bool CAP, bool ENT> PPG_INLINE Vec gradient(Vec e, Vec x, const Slope& s, const View<CAP>& view, float max) {
+template <bool CAP, bool ENT> PPG_INLINE Vec gradient(Vec e, Vec x, const Slope& s, const View<CAP>& view, float max) {
   Vec d = e * s.c0;
-  if constexpr (ENT) {
-    Vec t = view(x) - max;
-    t = t < NEGLIGIBLE ? splat(NEGLIGIBLE) : t;
-    d = e * (s.c0 + s.c1 * t);
-  }
+  if constexpr (ENT) d = e * (s.c0 + s.c1 * at_least(view(x, max), NEGLIGIBLE));
   if constexpr (CAP) d *= view.slope(x);
   return d;
 }
@@ -30,27 +26,30 @@ template <class E, bool CAP, bool ENT> PPG_INLINE Vec gradient(Vec e, Vec x, con
 template <class E, bool CAP, bool ENT>
 PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, int64_t V, const float* exps, int64_t label, const Slope& s,
                                const View<CAP>& view, float max) {
-  const Vec x_label = splat(load_one<E>(x + label));
-  float at_label = s.at_label;
-  if constexpr (CAP) at_label *= view.slope(x_label)[0];
-  at_label += gradient<E, CAP, ENT>(splat(exps[label]), x_label, s, view, max)[0];
+  constexpr bool AGAIN = CAP || ENT;  // whether the logits are needed beside the exponentials
+  const Vec x_label = splat(load_one<E>(x + label)), e_label = exp2_(at_least(view(x_label, max), NEGLIGIBLE));
+  const float at_label = (CAP ? s.at_label * view.slope(x_label)[0] : s.at_label) + gradient<CAP, ENT>(e_label, x_label, s, view, max)[0];
   int64_t v = 0;
-  for (; v + LANES <= V; v += LANES) {
-    const Vec xv = CAP || ENT ? E::load(x + v) : Vec{};
-    E::store(out + v, gradient<E, CAP, ENT>(F32::load(exps + v), xv, s, view, max));
+  for (; v + 4 * LANES <= V; v += 4 * LANES) {  // as row_stats went
+#pragma GCC unroll 2
+    for (int64_t w = v; w < v + 4 * LANES; w += 2 * LANES) {
+      const Pair p = AGAIN ? E::load_pair(x + w) : Pair{};
+      E::store_pair(out + w, {gradient<CAP, ENT>(F32::load(exps + w), p.a, s, view, max),
+                              gradient<CAP, ENT>(F32::load(exps + w + LANES), p.b, s, view, max)});
+    }
   }
-  if (v < V) {
-    const int count = int(V - v);
-    const Vec xv = CAP || ENT ? load_tail<E>(x + v, count, x[v]) : Vec{};
-    store_tail<E>(out + v, count, gradient<E, CAP, ENT>(load_tail<F32>(exps + v, count, 0.f), xv, s, view, max));
+  for (; v < V; v += LANES) {
+    const int count = int(V - v < LANES ? V - v : LANES);
+    const Vec xv = AGAIN ? load_tail<E>(x + v, count, x[v]) : Vec{};
+    store_tail<E>(out + v, count, gradient<CAP, ENT>(load_tail<F32>(exps + v, count, 0.f), xv, s, view, max));
   }
   store_one<E>(out + label, at_label);
 }
 
 // What the statistics of a row make of it: its three outputs and the slope of its gradient.
 template <bool CAP, bool ENT> PPG_INLINE Slope finish_row(const PolicyLossArgs& a, int64_t n, const Stats& stats, float z_label) {
-  const double log_sum = std::log(stats.sum), mean = ENT ? stats.dot / stats.sum : 0.0;
-  const float logprob = float(double(z_label) - stats.max - log_sum), entropy = float(log_sum - mean);
+  const double log2_sum = std::log2(stats.sum), mean = ENT ? stats.dot / stats.sum : 0.0;
+  const float logprob = float((double(z_label) - stats.max - log2_sum) * LN2), entropy = float((log2_sum - mean) * LN2);
   const float old_logprob = a.old_logprobs ? a.old_logprobs[n] : logprob, ref_logprob = a.ref_logprobs ? a.ref_logprobs[n] : logprob;
   const float importance = importance_weight(a.term, old_logprob, a.rollout_logprobs, n);
   const Term term = policy_term(a.term, logprob, entropy, old_logprob, ref_logprob, importance, a.advantages[n]);
@@ -59,7 +58,7 @@ template <bool CAP, bool ENT> PPG_INLINE Slope finish_row(const PolicyLossArgs& 
   a.logprob[n] = logprob;
   if (ENT) a.entropy[n] = entropy;
   const double g = double(weight) * term.d_logprob / temperature, h = double(weight) * term.d_entropy / temperature;
-  return {float((h * mean - g) / stats.sum), float(-h / stats.sum), float(g)};
+  return {float((h * mean * LN2 - g) / stats.sum), float(-h * LN2 / stats.sum), float(g)};
 }
 
 template <class E, bool CAP, bool ENT> void policy_loss_rows(const PolicyLossArgs& a, int64_t first, int64_t last) {
