@@ -8,7 +8,7 @@ NATIVE := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 
-.PHONY: train test lint types check bench gpu format clean
+.PHONY: train test lint types check bench docs format clean
 
 train: $(VENV)/.train
 	$(BIN)/ppg-fast train --overwrite $(ARGS)
@@ -33,6 +33,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/ppg-fast bench $(ARGS)
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m ppg_fast.bench --render
 
 # torch first and pinned: on a machine with CUDA the same pin is the CUDA build. Triton, because the CPU build of torch leaves it out.
 $(VENV)/.torch:

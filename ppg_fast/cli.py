@@ -1,6 +1,7 @@
 """`ppg-fast train | bench | info`."""
 
 import argparse
+import importlib
 import importlib.metadata
 import platform
 import sys
@@ -27,9 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="versions, and which backends run here or why not")
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["bench"]:
-        from ppg_fast.bench.command import main as bench
-
-        return bench(given[1:])
+        return importlib.import_module("ppg_fast.bench.command").main(given[1:])
     arguments = vars(parser.parse_args(given))
     command = arguments.pop("command")
     try:

@@ -13,7 +13,7 @@ def _load_extension() -> Any:
     """The extension's operators; ImportError with the remedy where it was not built."""
     built = sorted(Path(__file__).parent.glob("_C*.so"))
     if not built:
-        raise ImportError("the C++ extension is not built: install a C++17 compiler, then `pip install --no-build-isolation -e .` again")
+        raise ImportError("the C++ extension is not built: install a C++20 compiler, then `pip install --no-build-isolation -e .` again")
     torch.ops.load_library(built[0])
     return torch.ops.ppg_fast_native
 

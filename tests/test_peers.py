@@ -61,7 +61,7 @@ def test_liger_fused_linear_grpo(batch, loss_type, level):
         *rows, batch["advantages"], bias=batch["bias"], loss_mask=batch["mask"], old_logprobs=old, ref_logprobs=ref, spec=spec,
         reduction=reduction, normalizer=normalizer,
     )  # fmt: skip
-    torch.testing.assert_close(actual.loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual.loss, expected, rtol=1e-5, atol=2e-5)  # both sum float32 terms of order 10
     for ours, theirs in zip(gradients(actual.loss, batch), gradients(expected, batch), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-6)
 

@@ -31,7 +31,7 @@ package = importlib.util.find_spec("ppg_fast.kernels")
 assert package is not None
 sys.modules["ppg_fast.kernels"] = importlib.util.module_from_spec(package)
 
-from ppg_fast.kernels import logprobs, partial_returns, policy_loss, row  # noqa: E402
+from ppg_fast.kernels import logprobs, partial_returns, policy_loss, row
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

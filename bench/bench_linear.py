@@ -1,0 +1,97 @@
+"""linear_policy_loss: the loss and the gradients of hidden states and head, from hidden states; the cost of rows that do not count."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from . import peers, providers
+from .ceilings import bare_products
+from .problem import Case, Problem, make_problem, make_truth
+from .providers import Providers, gather
+from .timing import Contestant
+
+make = make_problem
+SHARES = (0.5, 0.25, 0.1)
+MAKERS = [
+    providers.ours_from_hidden,
+    providers.eager,
+    providers.compiled,
+    peers.torch_chunked,
+    peers.trl_head,
+    peers.liger_chunked,
+    peers.liger_chunked_eager,
+    peers.cut_cross_entropy,
+]
+MATERIALISING = ("eager PyTorch", "torch.compile")
+
+
+def cases(grid: str, device: str) -> list[Case]:
+    """All rows active in both dtypes, then fewer active rows and turns of zero advantage in bfloat16 (both dtypes in the full grid)."""
+    if grid == "quick":
+        shares = ((1.0, 0.0), (0.25, 0.0), (1.0, 0.5))
+        return [Case("linear", 64, 512, 32, device=device, active=active, zero=zero) for active, zero in shares]
+    small = (8192, 128256, 4096) if device == "cuda" else (2048, 50000, 256)
+    large = [(8192, 151936, 4096), (8192, 262144, 4096)] if device == "cuda" else [(8192, 151936, 512)]
+    dtypes = ("bfloat16",) if device == "cuda" else ("float32", "bfloat16")
+    found = []
+    for dtype in dtypes:
+        options = {"dtype": dtype, "device": device}
+        found.append(Case("linear", *small, **options))
+        if dtype == "bfloat16" or grid == "full":
+            found += [Case("linear", *small, **options, active=share) for share in SHARES]
+            found += [Case("linear", *small, **options, zero=0.5)]
+        if grid == "full":
+            found += [Case("linear", *shape, **options, active=share) for shape in large for share in (1.0, 0.1)]
+    return found
+
+
+def settings(device: str, threads: Sequence[int]) -> list[tuple[int, str]]:
+    """Matrix products want every core."""
+    return [(max(threads), "default")]
+
+
+def participants(case: Case) -> Providers:
+    """Ours and the peers; where rows are masked, the peers also behind a caller who compacts."""
+    found, missing = gather(MAKERS, case)
+    if case.active < 1:
+        found = [p for p in found if p.name != "Liger chunked GRPO, compiled=False"]
+        found += [p.with_compaction() for p in found if p.kind == "peer"]
+    kept = []
+    for provider in found:
+        rows = case.N * case.active if provider.compacted else case.N
+        needed = rows * case.V * (3 * 4 + case.torch_dtype.itemsize)
+        free = _free_bytes(case.device)
+        if provider.name.startswith(MATERIALISING) and needed > 0.7 * free:
+            missing[provider.name] = f"holds the logits several times, about {needed / 2**30:.0f} GiB, and {free / 2**30:.0f} GiB are free"
+        else:
+            kept.append(provider)
+    return kept, missing
+
+
+def _free_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def ceilings(problem: Problem, case: Case) -> list[Contestant]:
+    """The matrix products of the rows that have a gradient."""
+    return bare_products(problem, case)
+
+
+def ceiling_of(provider: providers.Provider) -> tuple[str, ...]:
+    """Names of the ceilings, the fastest of which counts."""
+    return ("three bare GEMMs",)
+
+
+def checker(problem: Problem, case: Case) -> Callable[[Any], dict[str, float]]:
+    """Errors of a result against float64."""
+    truth = make_truth(problem)
+    return lambda result: truth.errors(*result)
+
+
+def work(case: Case) -> dict[str, float]:
+    """Floating-point operations of the three products over the rows that have a gradient."""
+    return {"flops": 6 * case.N * case.active * (1 - case.zero) * case.V * case.D}

@@ -1,0 +1,175 @@
+"""A whole training step on long dialogues: forward, loss, backward, optimizer, with the loss swapped; and the share of time it takes."""
+
+import random
+import re
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppg_fast.functional import partial_returns
+
+from . import peers, providers
+from .problem import Case, Problem, act_near_by, make_truth
+from .providers import Provider, Providers, Unavailable, gather
+from .timing import Contestant
+
+TURNS, TOKENS_OF_A_TURN = 125, 24  # of the dialogue that stands in where no file is given
+CONTROL = 8  # token ids kept for roles
+WHOLE_TRUTH = 4e11  # multiply-adds in float64
+
+
+@dataclass
+class Step:
+    """A model, its optimizer, one packed batch, and the head's inputs but for the hidden states."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    batch: Any
+    head: Problem
+    loss_seconds: dict[str, list[float]] = field(default_factory=dict)
+
+
+def cases(grid: str, device: str) -> list[Case]:
+    """N tokens at most, from the front of the file that ``--dialogues`` names; a synthetic dialogue without it."""
+    if grid == "quick":
+        return [Case("training_step", 256, 512, 32, device=device)]
+    return [
+        Case(
+            "training_step",
+            16384 if device == "cuda" else 4096,
+            32000,
+            256,
+            device=device,
+            dtype="bfloat16" if device == "cuda" else "float32",
+        )
+    ]
+
+
+def settings(device: str, threads: Sequence[int]) -> list[tuple[int, str]]:
+    """Every core."""
+    return [(max(threads), "default")]
+
+
+def _word_sample(messages: Sequence[tuple[str, str]], rewards: Sequence[float], vocabulary: int) -> Any:
+    """One token a word or sign, by a hash of it: lengths and repetitions are those of the text, and no tokenizer has to be downloaded."""
+    from ppg_fast.data import CONTEXT, Sample
+
+    tokens, turn_ids, turn = [], [], 0
+    for role, content in messages:
+        words = [CONTROL + zlib.crc32(w.encode()) % (vocabulary - CONTROL) for w in re.findall(r"\w+|[^\w\s]", content)]
+        tokens += [zlib.crc32(role.encode()) % (CONTROL - 1), *words, CONTROL - 1]
+        turn_ids += [CONTEXT] + [turn if role == "assistant" else CONTEXT] * (len(words) + 1)
+        turn += role == "assistant"
+    return Sample(tokens, turn_ids, list(rewards), 0)
+
+
+def _dialogues(case: Case) -> list[tuple[list[tuple[str, str]], list[float]]]:
+    if case.variant:
+        from ppg_fast.dialogue import read_dialogues
+
+        read = read_dialogues(case.variant)
+        return [([(m.role, m.content) for m in d.messages], [r or 0.0 for r in d.turn_rewards]) for d in read]
+    draw = random.Random(0)
+    speech = [" ".join(str(draw.randrange(5000)) for _ in range(TOKENS_OF_A_TURN)) for _ in range(2 * TURNS)]
+    lines = [("assistant" if n % 2 else "user", text) for n, text in enumerate(speech)]
+    return [(lines, [float(draw.random() < 0.7) for _ in range(TURNS)])]
+
+
+def make(case: Case, seed: int = 0, near: bool = True) -> Step:
+    """A two-layer Qwen3, not pretrained; advantages are returns over three turns; the learning rate is 0, so that every step is alike."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise Unavailable("needs transformers (pip install ppg_fast[train])") from error
+    from ppg_fast.data import micro_batches, pack
+    from ppg_fast.jobs.offline import cut_tokens
+    from ppg_fast.model import make_model, policy_hidden, token_advantages
+
+    samples = [_word_sample(*dialogue, case.V) for dialogue in _dialogues(case)]
+    batch = pack(next(micro_batches([cut_tokens(s, case.N) for s in samples], case.N))).to(case.device)
+    model = make_model(case.V, case.D, seed=seed).to(case.device, case.torch_dtype)
+    returns = partial_returns(batch.rewards, "lookahead:3", turn_counts=batch.turn_counts)
+    hidden = policy_hidden(model, batch).detach().requires_grad_()
+    weight = model.get_output_embeddings().weight
+    labels, zeros = batch.labels, torch.zeros(batch.labels.shape, device=case.device)
+    head = Problem(labels, token_advantages(batch, returns), zeros, 1, None, hidden=hidden, weight=weight)
+    if near:
+        act_near_by(head, torch.Generator(case.device).manual_seed(seed))
+    return Step(model, torch.optim.AdamW(model.parameters(), lr=0.0), batch, head)
+
+
+def _clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _step_with(provider: Provider, case: Case) -> Provider:
+    """A training step whose loss is the provider's. The backward pass runs in two parts, so that the loss can be clocked inside."""
+
+    @torch.enable_grad()
+    def compute(step: Step) -> tuple[Tensor, Tensor]:
+        from ppg_fast.model import policy_hidden
+
+        hidden = policy_hidden(step.model, step.batch)
+        start = _clock(case.device)
+        top = hidden.detach().requires_grad_()
+        loss = provider.compute(replace(step.head, hidden=top, weight=step.model.get_output_embeddings().weight))
+        loss.backward()
+        step.loss_seconds.setdefault(provider.name, []).append(_clock(case.device) - start)
+        assert top.grad is not None
+        hidden.backward(top.grad)
+        step.optimizer.step()
+        step.optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), top.grad
+
+    return replace(provider, compute=compute, forward_only=True)
+
+
+def _ours(case: Case) -> list[Provider]:
+    """ppg_fast."""
+    return [Provider(f"ppg_fast {name}", providers.loss_from_hidden(name, True), "ours") for name in providers.our_backends(case)]
+
+
+def participants(case: Case) -> Providers:
+    """The trainer's own loss, the loss from whole logits, and TRL's head."""
+    found, missing = gather([_ours, providers.eager, peers.trl_head], case)
+    return [_step_with(p, case) for p in found], missing
+
+
+def ceilings(problem: Step, case: Case) -> list[Contestant]:
+    """None: most of the step is not ours."""
+    return []
+
+
+def ceiling_of(provider: Provider) -> tuple[str, ...]:
+    """None."""
+    return ()
+
+
+def checker(problem: Step, case: Case) -> Callable[[Any], dict[str, float]]:
+    """Errors of the loss and of the gradient that enters the model."""
+    truth = make_truth(problem.head, budget=WHOLE_TRUTH)
+
+    def check(result: tuple[Tensor, Tensor]) -> dict[str, float]:
+        loss, d_hidden = result
+        return replace(truth, d_weight=None).errors(loss, (d_hidden, d_hidden))
+
+    return check
+
+
+def facts(problem: Step, provider: str, seconds: float) -> dict[str, float]:
+    """Tokens per second, and the share of the step that the head and the loss take."""
+    tokens, active = problem.batch.tokens.numel(), int(problem.head.mask.sum())
+    loss = sorted(problem.loss_seconds[provider])[len(problem.loss_seconds[provider]) // 2]
+    return {"tokens": tokens, "active_tokens": active, "tokens_per_second": tokens / seconds, "loss_share": loss / seconds}
+
+
+def work(case: Case) -> dict[str, float]:
+    """Not counted."""
+    return {}

@@ -1,0 +1,170 @@
+"""One case from inputs to entries: everybody is called once and checked, then timed in interleaved rounds."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import bench_linear, bench_logprobs, bench_partial_returns, bench_policy_loss, bench_training_step, memory
+from .problem import Case, Problem
+from .providers import Provider, Unavailable
+from .timing import Contestant, Pace, cache_bytes, interleave, stats
+
+OPS: dict[str, ModuleType] = {
+    "policy_loss": bench_policy_loss,
+    "logprobs": bench_logprobs,
+    "linear": bench_linear,
+    "partial_returns": bench_partial_returns,
+    "training_step": bench_training_step,
+}
+PACES = {
+    "quick": Pace(rounds=2, budget=0.5),
+    "default": Pace(rounds=15, budget=2.0, slow=7.0),
+    "full": Pace(rounds=40, budget=12.0, least=3),
+}
+FLOOR = {"float32": 2e-5, "bfloat16": 1e-2}  # a few roundings, relative to the largest element
+PEER_FLOOR = {"float32": 2e-5, "bfloat16": 6e-2}  # some keep log-probs of order 10 in bfloat16, whose last digit is 2^-5
+COPIES = 16  # of small inputs, so that no two calls in a row see the same memory
+
+
+def pool(case: Case, module: ModuleType) -> list[Any]:
+    """The problem, and for small ones copies of other numbers until they are larger than the cache."""
+    first = module.make(case)
+    size = module.work(case).get("bytes", 0)
+    small = 0 < size < 2 * cache_bytes(case.device) and case.op == "partial_returns"
+    return [first, *(module.make(case, seed) for seed in range(1, COPIES if small else 1))]
+
+
+def measure(
+    case: Case, pace: Pace, compilers: bool = True, known: dict[str, float] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Entries in pytest-benchmark's form, one a contestant, and why the others are not there.
+
+    ``compilers``: those who compile too. ``known``: seconds of the providers at the case before this one; a slow one is left out where
+    rows are masked, with a line saying so.
+    """
+    module = OPS[case.op]
+    torch._dynamo.reset()
+    try:
+        providers, missing = module.participants(case)
+        providers = [p for p in providers if compilers or not p.compiles]
+        slow = {p.name: known[p.name] for p in providers if known and known.get(p.name, 0.0) > pace.slow and (case.active < 1 or case.zero)}
+        missing |= {name: f"measured at fewer shares of active rows: {seconds:.0f} s a call" for name, seconds in slow.items()}
+        providers = [p for p in providers if p.name not in slow]
+        problems = pool(case, module)
+    except Unavailable as reason:
+        return [], {case.op: str(reason)}
+    check = module.checker(problems[0], case)
+    contestants: list[Contestant] = []
+    for provider in providers:
+        contestant = _contestant(provider, problems)
+        if contestant.before:
+            contestant.before()
+        try:
+            contestant.facts["error"] = check(provider.run(problems[0]))
+            if provider.compiles:
+                contestant.call()
+        except Exception as error:  # a peer that fails is a line in the result, not the end of the run
+            missing[provider.name] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            continue
+        finally:
+            if contestant.before:
+                contestant.before()
+        contestants.append(contestant)
+    _judge(contestants, case)
+    limits = module.ceilings(problems[0], case)
+    for limit in limits:
+        limit.call()
+    _rotate(contestants, problems)
+    seconds = interleave([*limits, *contestants], pace, case.device)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for contestant, provider in zip(contestants, [p for p in providers if p.name in medians], strict=True):
+        names = [name for name in module.ceiling_of(provider) if name in medians]
+        if names:
+            best = min(names, key=lambda name: medians[name])
+            contestant.facts |= {"ceiling": best, "share_of_ceiling": medians[best] / medians[contestant.name]}
+        if hasattr(module, "facts"):
+            contestant.facts |= module.facts(problems[0], contestant.name, medians[contestant.name])
+    return [_entry(case, c, seconds[c.name], module.work(case)) for c in [*contestants, *limits]], missing
+
+
+def _contestant(provider: Provider, problems: list[Any]) -> Contestant:
+    before = None
+    if provider.destroys and isinstance(problems[0], Problem):
+        problems[0].keep()
+        before = problems[0].restore
+    facts = {"compacted": provider.compacted, "compiles": provider.compiles, "destroys": provider.destroys}
+    return Contestant(provider.name, provider.kind, lambda: provider.run(problems[0]), before, facts)
+
+
+def _rotate(contestants: list[Contestant], problems: list[Any]) -> None:
+    """Let every call take the next problem of the pool: the list is turned before the clock starts."""
+    if len(problems) == 1:
+        return
+
+    def turn() -> None:
+        problems.append(problems.pop(0))
+
+    for contestant in contestants:
+        contestant.before = turn
+
+
+def _judge(contestants: list[Contestant], case: Case) -> None:
+    """Correct: no error above both twice that of eager PyTorch in this run and the floor of the dtype."""
+    plain = next((c for c in contestants if c.name == "eager PyTorch"), None)
+    for contestant in contestants:
+        floor = (FLOOR if contestant.kind == "ours" and plain else PEER_FLOOR)[case.dtype]
+        usual = plain.facts["error"] if plain else {}
+        errors = contestant.facts["error"].items()
+        contestant.facts["correct"] = all(error <= max(floor, 2 * usual.get(name, 0.0)) for name, error in errors)
+
+
+def public(case: Case) -> dict[str, Any]:
+    """The case as it is stored: a file by its name alone."""
+    return asdict(replace(case, variant=Path(case.variant).name if case.op == "training_step" and case.variant else case.variant))
+
+
+def _entry(case: Case, contestant: Contestant, seconds: list[float], work: dict[str, float]) -> dict[str, Any]:
+    params = public(case)
+    numbers = " ".join(f"{name}={value}" for name, value in params.items() if name != "op" and value not in ("", 0, 0.0))
+    return {
+        "group": f"{case.op} {numbers}",
+        "name": f"{contestant.name} [{numbers}]",
+        "fullname": f"bench/bench_{case.op}.py::{contestant.name}[{numbers}]",
+        "param": contestant.name,
+        "params": {**params, "provider": contestant.name},
+        "extra_info": {"kind": contestant.kind, **(work if contestant.kind != "peer" else {}), **contestant.facts},
+        "options": {"warmup": True, "interleaved": True},
+        "stats": stats(seconds),
+    }
+
+
+def peaks(case: Case, compilers: bool = True) -> tuple[dict[str, int], dict[str, str]]:
+    """Peak extra bytes of one call of every participant, and why some have none. On a CPU nothing may have been computed before."""
+    module = OPS[case.op]
+    found: dict[str, int] = {}
+    failed: dict[str, str] = {}
+    try:
+        providers, _ = module.participants(case)
+    except Unavailable:
+        return {}, {}
+    tiny = next((c for c in module.cases("quick", case.device)), case)
+    for provider in (p for p in providers if compilers or not p.compiles):
+
+        def build(provider: Provider = provider) -> tuple[Callable[[], Any], Callable[[], Any]]:
+            torch.set_num_threads(case.threads)
+            small, problem = module.make(replace(tiny, dtype=case.dtype), near=False), module.make(case, near=False)
+            return (lambda: provider.run(small)), (lambda: provider.run(problem))
+
+        try:
+            peak = memory.cuda_peak(build()[1]) if case.device == "cuda" else memory.cpu_peak(build, provider.compiles)
+        except Exception as error:  # as above
+            failed[provider.name] = f"memory not measured: {error}"
+            continue
+        if peak is not None:
+            found[provider.name] = peak
+    return found, failed

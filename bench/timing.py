@@ -1,0 +1,121 @@
+"""Interleaved rounds: every contestant once a round, the order turned round each time, the caches emptied before each call."""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Contestant:
+    """Something to be timed. ``before`` restores what ``call`` destroyed; it is outside of the clock, and so is dropping the result."""
+
+    name: str
+    kind: str  # "ours" | "peer" | "ceiling"
+    call: Callable[[], Any]
+    before: Callable[[], None] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long to measure: ``rounds`` at most; a contestant that has used ``budget`` seconds leaves, after ``least`` rounds.
+
+    One whose call takes longer than ``slow`` seconds is measured once, and not again where other rows are masked: `harness.measure`.
+    """
+
+    rounds: int
+    budget: float
+    least: int = 2
+    slow: float = math.inf
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the largest cache: what has to be emptied between calls."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return max([int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units], default=32 * 2**20)
+
+
+class Eviction:
+    """Walks over memory twice the size of the largest cache, so that no call finds its inputs there."""
+
+    def __init__(self, device: str) -> None:
+        self.memory = torch.rand(2 * cache_bytes(device) // 4, device=device)
+
+    def __call__(self) -> None:
+        self.memory.neg_()
+
+
+def interleave(contestants: Sequence[Contestant], pace: Pace, device: str) -> dict[str, list[float]]:
+    """Seconds of every call, by contestant. All have been called before: nothing is compiled or first touched here."""
+    seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
+    evict, clock = Eviction(device), _cuda_seconds if device == "cuda" else _cpu_seconds
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(pace.rounds):
+            running = [c for c in contestants if _goes_on(seconds[c.name], pace)]
+            for contestant in running if number % 2 == 0 else reversed(running):
+                if contestant.before:
+                    contestant.before()
+                evict()
+                seconds[contestant.name].append(clock(contestant.call))
+    finally:
+        gc.enable()
+    return seconds
+
+
+def _goes_on(seconds: list[float], pace: Pace) -> bool:
+    return not seconds or (seconds[0] <= pace.slow and (len(seconds) < pace.least or sum(seconds) < pace.budget))
+
+
+def _cpu_seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    result = call()
+    end = time.perf_counter()
+    del result
+    return end - start
+
+
+def _cuda_seconds(call: Callable[[], Any]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    result = call()
+    end.record()
+    end.synchronize()
+    del result
+    return start.elapsed_time(end) / 1e3
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Linear interpolation between the nearest ranks."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def stats(seconds: Sequence[float]) -> dict[str, Any]:
+    """The fields that pytest-benchmark stores, with the 20th and 80th percentile added."""
+    q1, q3 = percentile(seconds, 0.25), percentile(seconds, 0.75)
+    mean, spread = statistics.fmean(seconds), statistics.stdev(seconds) if len(seconds) > 1 else 0.0
+    inside = [s for s in seconds if q1 - 1.5 * (q3 - q1) <= s <= q3 + 1.5 * (q3 - q1)] or list(seconds)
+    outliers = {"iqr_outliers": len(seconds) - len(inside), "stddev_outliers": sum(abs(s - mean) > spread for s in seconds)}
+    return {
+        "min": min(seconds), "max": max(seconds), "mean": mean, "stddev": spread, "median": statistics.median(seconds),
+        "rounds": len(seconds), "iterations": 1, "total": sum(seconds), "ops": 1 / mean,
+        "q1": q1, "q3": q3, "iqr": q3 - q1, "ld15iqr": min(inside), "hd15iqr": max(inside),
+        **outliers, "outliers": f"{outliers['stddev_outliers']};{outliers['iqr_outliers']}",
+        "p20": percentile(seconds, 0.2), "p80": percentile(seconds, 0.8), "data": list(seconds),
+    }  # fmt: skip

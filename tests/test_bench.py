@@ -1,0 +1,276 @@
+"""The harness: it runs, its peers compute our loss, its files have their fields, and the documents say what the files say."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ppg_fast.bench import command, harness, machine, peers, render, timing, worker
+from ppg_fast.bench.problem import Case, make_problem, make_truth
+from ppg_fast.bench.providers import Unavailable
+
+ROOT = Path(__file__).parents[1]
+STATS = {"min", "max", "mean", "stddev", "rounds", "median", "p20", "p80", "q1", "q3", "iqr", "ops", "total", "data"}
+TINY = {op: module.cases("quick", "cpu") for op, module in harness.OPS.items()}
+
+
+def entries_of(op, index=0, **changes):
+    pytest.importorskip("transformers" if op == "training_step" else "torch")
+    return harness.measure(replace(TINY[op][index], **changes), harness.PACES["quick"], compilers=False)
+
+
+@pytest.fixture(scope="module")
+def policy_loss_results(tmp_path_factory):
+    """A folder of results as the command writes them, measured without subprocesses."""
+    folder = tmp_path_factory.mktemp("root")
+    (folder / render.RESULTS).mkdir(parents=True)
+    for op in ("policy_loss", "linear"):
+        entries, missing = entries_of(op)
+        header = {
+            "machine_info": machine.machine_info("cpu"),
+            "commit_info": machine.commit_info(),
+            "datetime": machine.now(),
+            "version": command.VERSION,
+            "ppg_fast": {"command": "test", "versions": machine.versions(), "load_before": 0.0},
+        }
+        peak = {"case": entries[0]["params"], "bytes": {entries[0]["param"]: 3 * 2**20}}
+        merged = command._merged(op, header, [{"entries": entries, "missing": {op: missing}, "peaks": [peak]}])
+        (folder / render.RESULTS / f"{op}.cpu.json").write_text(json.dumps(merged))
+    return folder
+
+
+# ---- what is measured is right -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("op", harness.OPS)
+def test_every_provider_computes_the_same(op):
+    """The checks against float64 of loss and gradients that decide whether a speed-up may be shown."""
+    for index in range(len(TINY[op])):
+        entries, missing = entries_of(op, index)
+        computed = [e for e in entries if e["extra_info"]["kind"] != "ceiling"]
+        assert any(e["extra_info"]["kind"] == "ours" for e in computed)
+        assert any(e["extra_info"]["kind"] == "peer" for e in computed)
+        assert {e["param"]: e["extra_info"]["error"] for e in computed if not e["extra_info"]["correct"]} == {}
+        assert [reason for reason in missing.values() if reason.startswith("failed")] == []
+
+
+@pytest.mark.parametrize("op", ["policy_loss", "logprobs", "linear"])
+def test_compilers_compute_the_same(op):
+    found, _ = harness.OPS[op].participants(TINY[op][0])
+    problem = make_problem(TINY[op][0])
+    check = harness.OPS[op].checker(problem, TINY[op][0])
+    for provider in found:
+        if provider.compiles:
+            assert max(check(provider.run(problem)).values()) < harness.FLOOR["float32"], provider.name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the benchmark itself where there is a GPU")
+def test_liger_triton_is_an_oracle_under_the_interpreter():
+    case = Case("policy_loss", 16, 67, active=0.5)
+    try:
+        provider = peers.liger_triton(case, interpreted=True)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    problem = make_problem(case)
+    truth = make_truth(problem)
+    assert max(truth.errors(*provider.run(problem)).values()) < harness.FLOOR["float32"]
+
+
+def test_the_check_sees_a_wrong_gradient():
+    """A gradient wrong in one of the rows or columns that are looked at, or a wrong loss, is not called right."""
+    case = TINY["linear"][0]
+    problem = make_problem(case)
+    truth = make_truth(problem)
+    loss, (d_hidden, d_weight) = next(p for p in harness.OPS["linear"].participants(case)[0] if p.kind == "ours").run(problem)
+    assert max(truth.errors(loss, (d_hidden, d_weight)).values()) < harness.FLOOR["float32"]
+    assert truth.errors(loss * 1.01, (d_hidden, d_weight))["loss"] > harness.FLOOR["float32"]
+    for index, (name, row) in enumerate((("d_hidden", truth.rows[0]), ("d_weight", truth.columns[0]))):
+        wrong = [d_hidden.clone(), d_weight.clone()]
+        wrong[index][row] *= 1.5
+        assert truth.errors(loss, tuple(wrong))[name] > harness.FLOOR["float32"]
+    assert truth.errors(loss, (d_hidden * torch.nan, d_weight))["d_hidden"] == float("inf")
+
+
+def test_inputs_are_as_described():
+    """Shares of active and worthless rows, the same count in every dialogue, no zeros in the data, ratios on both sides of the clip."""
+    case = Case("linear", 2048, 97, 16, active=0.25, zero=0.5)
+    problem = make_problem(case)
+    mask = problem.mask.view(problem.sequences, -1)
+    assert mask.sum(1).tolist() == [128] * problem.sequences
+    assert (problem.advantages[problem.mask] == 0).float().mean() == 0.5
+    assert int((problem.leaves[0] == 0).sum()) == 0
+    logprobs = make_truth(problem).logprobs[problem.mask]
+    ratios = (logprobs - problem.old_logprobs[problem.mask]).exp()
+    assert ((ratios > 1.2).any(), (ratios < 0.8).any(), ((ratios - 1).abs() < 0.1).any()) == (True, True, True)
+    compact = problem.compacted()
+    assert compact.labels.min() >= 0
+    assert compact.leaves[0].shape == (512, 16)
+
+
+# ---- how it is measured ------------------------------------------------------------------------------------------------------------------
+def test_rounds_are_interleaved_and_slow_ones_leave_early():
+    order = []
+    clock = iter(range(10**6))
+
+    def contestant(name, restores=False):
+        before = (lambda: order.append(f"before {name}")) if restores else None
+        return timing.Contestant(name, "peer", lambda: (order.append(name), next(clock)), before)
+
+    three = [contestant("a"), contestant("b", restores=True), contestant("c")]
+    seconds = timing.interleave(three, timing.Pace(rounds=3, budget=1e9), "cpu")
+    assert order == ["a", "before b", "b", "c", "c", "before b", "b", "a", "a", "before b", "b", "c"]
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    few = timing.interleave(three, timing.Pace(rounds=9, budget=0.0, least=2), "cpu")
+    assert {len(values) for values in few.values()} == {2}
+    once = timing.interleave(three, timing.Pace(rounds=9, budget=1e9, slow=0.0), "cpu")
+    assert {len(values) for values in once.values()} == {1}
+
+
+def test_a_slow_peer_is_not_measured_at_every_share():
+    pace = replace(harness.PACES["quick"], slow=1.0)
+    known = {"TRL head": 3.0, "eager PyTorch": 0.5}
+    all_active, masked, _ = TINY["linear"]
+    for case, there in ((all_active, True), (masked, False)):
+        entries, missing = harness.measure(case, pace, compilers=False, known=known)
+        assert ("TRL head" in [e["param"] for e in entries]) == there
+        assert ("TRL head" in missing) != there
+        assert "eager PyTorch" in [e["param"] for e in entries]
+
+
+def test_statistics():
+    stats = timing.stats([5.0, 1.0, 2.0, 4.0, 3.0, 100.0])
+    assert set(stats) >= STATS
+    assert (stats["min"], stats["max"], stats["median"], stats["rounds"]) == (1.0, 100.0, 3.5, 6)
+    assert (stats["p20"], stats["p80"]) == (2.0, 5.0)
+    assert stats["iqr_outliers"] == 1
+
+
+def test_destroyed_logits_come_back():
+    problem = make_problem(TINY["policy_loss"][0])
+    found, _ = harness.OPS["policy_loss"].participants(TINY["policy_loss"][0])
+    inplace = next(p for p in found if p.destroys)
+    before = problem.logits.detach().clone()
+    problem.keep()
+    inplace.run(problem)
+    assert not torch.equal(problem.logits, before)
+    problem.restore()
+    assert torch.equal(problem.logits, before)
+
+
+def test_memory_sees_what_a_call_allocates():
+    """In a process of its own: this one has used its thread pools, which a fork does not survive."""
+    program = (
+        "import torch\nfrom ppg_fast.bench import memory\n"
+        "make = lambda: ((lambda: None), (lambda: torch.ones(64 * 2**18).sum()))\n"
+        "print(memory.cpu_peak(make, False))"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    if run.stdout.strip() == "None":
+        pytest.skip("the system does not tell")
+    assert 64 * 2**20 <= int(run.stdout) < 80 * 2**20
+
+
+@pytest.mark.parametrize("grid", harness.PACES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_grid_is_planned(grid, device):
+    for op, module in harness.OPS.items():
+        plan = {"grid": grid, "device": device, "threads": 1, "allocator": "default", "dialogues": "file.json"}
+        cases = worker.planned(plan, op)
+        assert cases
+        assert {case.device for case in cases} == {device}
+        assert {case.variant for case in cases} == {"file.json"} or op != "training_step"
+        assert all(name in machine.ALLOCATORS for _, name in module.settings(device, (1, 2)))
+
+
+# ---- files and documents -----------------------------------------------------------------------------------------------------------------
+def assert_schema(file):
+    assert set(file) >= {"machine_info", "commit_info", "datetime", "version", "benchmarks", "ppg_fast"}
+    assert set(file["ppg_fast"]) >= {"command", "versions", "load_before", "missing"}
+    assert file["machine_info"]["cpu"]["count"] >= 1
+    assert "node" not in file["machine_info"]
+    for entry in file["benchmarks"]:
+        assert set(entry) >= {"group", "name", "fullname", "param", "params", "extra_info", "stats"}
+        assert set(entry["stats"]) >= STATS
+        assert len(entry["stats"]["data"]) == entry["stats"]["rounds"]
+        assert set(entry["params"]) >= {"op", "N", "V", "D", "dtype", "active", "zero", "device", "threads", "allocator", "provider"}
+        if entry["extra_info"]["kind"] != "ceiling":
+            assert set(entry["extra_info"]) >= {"error", "correct", "compacted"}
+
+
+def test_results_have_their_fields(policy_loss_results):
+    for path in (policy_loss_results / render.RESULTS).glob("*.json"):
+        file = json.loads(path.read_text())
+        assert_schema(file)
+        first = file["benchmarks"][0]
+        assert first["extra_info"]["peak_extra_bytes"] == 3 * 2**20
+        assert first["extra_info"]["share_of_ceiling"] > 0
+
+
+def test_pytest_benchmark_reads_them(policy_loss_results):
+    pytest.importorskip("pytest_benchmark")
+    file = policy_loss_results / render.RESULTS / "policy_loss.cpu.json"
+    run = subprocess.run([sys.executable, "-m", "pytest_benchmark", "compare", str(file)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "eager PyTorch" in run.stdout
+
+
+def test_committed_results_and_documents_agree():
+    """docs/benchmarks.md, the README and the charts are what `--render` makes of bench/results; else run it."""
+    for path in (ROOT / render.RESULTS).glob("*.json"):
+        assert_schema(json.loads(path.read_text()))
+    for path, text in render.expected(ROOT).items():
+        assert path.exists(), path
+        assert path.read_text() == text, f"{path.relative_to(ROOT)} is not what bench/results says: python -m ppg_fast.bench --render"
+    marked = {name for _, name, _, _ in render.MARKED.findall((ROOT / "docs/benchmarks.md").read_text())}
+    assert marked == set(render.SECTIONS) - {"summary"}
+
+
+def test_render_replaces_what_stood_there(policy_loss_results):
+    root = policy_loss_results
+    (root / "docs").mkdir(exist_ok=True)
+    page = "before\n<!-- bench:policy_loss -->\n12.3 ms, made up\n<!-- /bench -->\nafter <!-- bench:logprobs -->\n<!-- /bench -->\n"
+    (root / "docs/benchmarks.md").write_text(page)
+    assert root / "docs/benchmarks.md" in render.write(root)
+    text = (root / "docs/benchmarks.md").read_text()
+    assert text.startswith("before\n")
+    assert "made up" not in text
+    assert "ppg_fast cpu, in place" in text
+    assert render.NOT_MEASURED in text
+    assert (root / render.RESULTS / "policy_loss.cpu.512.float32.svg").read_text().startswith("<svg")
+    assert render.write(root) == []
+    (root / "docs/benchmarks.md").write_text(text.replace("ppg_fast cpu, in place", "ppg_fast cpu, in haste"))
+    assert render.write(root) == [root / "docs/benchmarks.md"]
+    with pytest.raises(ValueError, match="got 'policy'"):
+        render.fill("<!-- bench:policy -->\n<!-- /bench -->", {})
+
+
+@pytest.mark.parametrize("wrong", ["ours", "peer"])
+def test_no_speedup_for_a_wrong_result(policy_loss_results, wrong):
+    file = render.load(policy_loss_results / render.RESULTS)["policy_loss.cpu"]
+    entries = file["benchmarks"]
+    assert " x |" in render.group_table(entries)
+    for entry in entries:
+        if entry["extra_info"]["kind"] == wrong:
+            entry["extra_info"]["correct"] = False
+    text = render.group_table(entries)
+    assert " x |" not in text
+    assert "(wrong)" in text
+
+
+def test_durations_have_three_digits():
+    assert [render.duration(s) for s in (1.5e-6, 3.14159e-4, 0.00832, 0.0832, 0.832, 8.32, 83.2)] == [
+        "1.5 µs", "314 µs", "8.32 ms", "83.2 ms", "832 ms", "8,320 ms", "83.2 s",
+    ]  # fmt: skip
+
+
+def test_command(tmp_path, capsys):
+    assert command.main(["--quick", "--ops", "partial_returns", "--output", str(tmp_path), "--no-memory"]) == 0
+    assert_schema(json.loads((tmp_path / "partial_returns.cpu.json").read_text()))
+    assert "ppg_fast cpu" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--ops", "unknown"])
+    if not torch.cuda.is_available():
+        assert command.main(["--device", "cuda"]) == 1
