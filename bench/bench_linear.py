@@ -37,7 +37,7 @@ def cases(grid: str, device: str) -> list[Case]:
     dtypes = ("bfloat16",) if device == "cuda" else ("float32", "bfloat16")
     found = []
     for dtype in dtypes:
-        options = {"dtype": dtype, "device": device}
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
         found.append(Case("linear", *small, **options))
         if dtype == "bfloat16" or grid == "full":
             found += [Case("linear", *small, **options, active=share) for share in SHARES]

@@ -23,7 +23,7 @@ OPS: dict[str, ModuleType] = {
 }
 PACES = {
     "quick": Pace(rounds=2, budget=0.5),
-    "default": Pace(rounds=15, budget=2.0, slow=7.0),
+    "default": Pace(rounds=15, budget=2.0, slow=4.0),
     "full": Pace(rounds=40, budget=12.0, least=3),
 }
 FLOOR = {"float32": 2e-5, "bfloat16": 1e-2}  # a few roundings, relative to the largest element

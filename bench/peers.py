@@ -4,6 +4,7 @@ Those that return log-probs get the loss on top by plain PyTorch (`ppo`), as the
 """
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -140,7 +141,8 @@ def torch_chunked(case: Case) -> Provider:
     options = torch.nn.LinearCrossEntropyOptions()
 
     def compute(p: Problem) -> Tensor:
-        return ppo(-F.linear_cross_entropy(*p.leaves, p.labels, reduction="none", options=options), p)
+        hidden, weight = p.leaves
+        return ppo(-F.linear_cross_entropy(hidden, weight, p.labels, reduction="none", options=options), p)
 
     return Provider("F.linear_cross_entropy, chunked", compute)
 

@@ -77,7 +77,7 @@ class Problem:
         return self.labels != IGNORE
 
     @property
-    def leaves(self) -> tuple[Tensor, ...]:
+    def leaves(self) -> tuple[Any, ...]:
         """What the gradient is wanted of."""
         if self.logits is not None:
             return (self.logits,)

@@ -101,7 +101,8 @@ def loss_from_hidden(backend: str, skip: bool) -> Callable[[Problem], Tensor]:
 
     def compute(p: Problem) -> Tensor:
         options = {"spec": SPEC, "skip_zero_advantages": skip, "backend": backend}
-        return linear_policy_loss(*p.leaves, p.labels, p.advantages, old_logprobs=p.old_logprobs, **options).loss
+        hidden, weight = p.leaves
+        return linear_policy_loss(hidden, weight, p.labels, p.advantages, old_logprobs=p.old_logprobs, **options).loss
 
     return compute
 
