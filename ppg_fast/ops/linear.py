@@ -129,11 +129,14 @@ def _(hidden, weight, bias, *arguments):
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # else the outputs that are gradients get zeros of their size
     ctx.save_for_backward(*output[3:])
     ctx.dtypes, ctx.wanted = tuple(None if t is None else t.dtype for t in inputs[:3]), inputs[-1]
 
 
-def _backward_linear(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward_linear(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * (3 + LINEAR_ARGUMENTS)
     upstream = d_loss[:1].sum()  # the public function hands out the sum alone, so every element is the same
     unscaled = type(d_loss) is Tensor and d_loss.is_cpu and bool(upstream == 1)  # a tracer's tensor has no values to branch on
     saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
@@ -231,12 +234,14 @@ def _(hidden, weight, *arguments):
 
 def _setup_linear_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, temperatures, temperature, logit_softcap, entropy, _, backend, chunk_rows = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, labels, output[2], output[1], temperatures)
     ctx.numbers, ctx.entropy = (temperature, logit_softcap, backend, chunk_rows), entropy
 
 
-def _backward_linear_logprobs(ctx: Any, d_logprob: Tensor, d_entropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _backward_linear_logprobs(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, labels, lse, entropy, temperatures = ctx.saved_tensors
+    d_logprob = torch.zeros_like(lse) if d_logprob is None else d_logprob
     d_entropy = d_entropy.contiguous() if ctx.entropy and d_entropy is not None else None
     wanted = [ctx.needs_input_grad[i] for i in range(3)]
     rows = labels, lse, entropy, d_logprob.contiguous(), d_entropy, temperatures

@@ -81,11 +81,14 @@ def _(logits, *arguments):
 
 
 def _setup_traced(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # else dlogits gets zeros of its size
     ctx.save_for_backward(output[3])
 
 
-def _backward_traced(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward_traced(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     (dlogits,) = ctx.saved_tensors
+    if d_loss is None:
+        return (None,) * (1 + LEAF_ARGUMENTS)
     return (dlogits * d_loss.view(dlogits.shape[0], dlogits.shape[1], 1)).to(dlogits.dtype), *[None] * LEAF_ARGUMENTS
 
 

@@ -50,12 +50,14 @@ def _(logits, *_):
 
 def _setup_token_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, temperatures, temperature, logit_softcap, entropy, _, backend = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, labels, output[2], output[1], temperatures)
     ctx.numbers, ctx.entropy = (temperature, logit_softcap, backend), entropy
 
 
-def _backward_token_logprobs(ctx: Any, d_logprob: Tensor, d_entropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _backward_token_logprobs(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     logits, labels, lse, entropy, temperatures = ctx.saved_tensors
+    d_logprob = torch.zeros_like(lse) if d_logprob is None else d_logprob
     d_entropy = d_entropy.contiguous() if ctx.entropy and d_entropy is not None else None
     grad = token_logprobs_bwd_op(logits, labels, lse, entropy, d_logprob.contiguous(), d_entropy, temperatures, *ctx.numbers)
     return grad, *[None] * 7
