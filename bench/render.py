@@ -204,11 +204,28 @@ def _summary_section(results: Results) -> str:
     return table(heads, rows) if rows else NOT_MEASURED
 
 
+def _learning_section(results: Results) -> str:
+    """Held-out return of each seed while it trains, as a share of the highest there is."""
+    text = ""
+    for device, file in _of(results, "learning_curve"):
+        curves = file["curves"]
+        steps = [point["step"] for point in curves[0]["points"]]
+        rows = []
+        for c in curves:
+            first, last = c["points"][0]["reward"], c["points"][-1]["reward"]
+            shares = (f"{point['share']:.0%}" for point in c["points"])
+            rows.append((f"seed {c['seed']}", *shares, f"{first:.2f}", f"{last:.2f}", duration(c["seconds"])))
+        heads = (f"{curves[0]['policy_class']} ({device})", *(f"step {step}" for step in steps), "return before", "after", "all of it")
+        text += table(heads, rows)
+    return text or NOT_MEASURED
+
+
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "machine": _machine_section,
     "summary": _summary_section,
     "linear_active": _active_section,
     "training_step": _step_section,
+    "learning_curve": _learning_section,
     **{op: _op_section(op) for op in ("policy_loss", "logprobs", "linear", "partial_returns")},
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ppg_fast.bench import command, harness, machine, peers, render, timing, worker
+from ppg_fast.bench import command, harness, learning_curve, machine, peers, render, timing, worker
 from ppg_fast.bench.problem import Case, make_problem, make_truth
 from ppg_fast.bench.providers import Unavailable
 
@@ -274,3 +274,17 @@ def test_command(tmp_path, capsys):
         command.main(["--ops", "unknown"])
     if not torch.cuda.is_available():
         assert command.main(["--device", "cuda"]) == 1
+
+
+def test_learning_curves_become_a_table(tmp_path):
+    for seed in (1, 0):
+        run = tmp_path / f"run{seed}"
+        run.mkdir()
+        summary = dict.fromkeys(learning_curve.KEPT, 1) | {"seed": seed, "policy_class": "lookahead:3", "device": "cpu", "seconds": 12.3}
+        (run / "summary.json").write_text(json.dumps(summary))
+        points = [{"phase": "eval", "step": step, "eval/reward": 2.0 + step / 8, "eval/reward_share": 0.4 + step / 20} for step in (0, 8)]
+        (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*points, {"phase": "train", "step": 1}])))
+    learning_curve.main([str(tmp_path / "run1"), str(tmp_path / "run0"), "--output", str(tmp_path)])
+    text = render.SECTIONS["learning_curve"](render.load(tmp_path))
+    assert "| seed 0 | 40% | 80% | 2.00 | 3.00 | 12.3 s |" in text
+    assert text.index("seed 0") < text.index("seed 1")
