@@ -87,15 +87,14 @@ def policy_loss(
         logits: (..., V) float32, bfloat16 or float16; views such as ``logits[:, :-1]`` are read in place.
         labels: (...) int64, the tokens these logits predict (already shifted); -100 = masked.
         advantages: (...), or (B,) for a (B, L) batch.
-        loss_mask: (...) any dtype; rows where it is 0 are masked: not read, exactly zero loss and gradient, whatever they hold.
+        loss_mask: (...) any dtype; where it is 0 the row is masked: not read, exactly zero loss and gradient, whatever it holds.
         old_logprobs: (...) of the policy that acted; None = on-policy: ratio 1, differentiated as if old were the detached log-prob.
         ref_logprobs: (...) of the reference policy, for ``spec.kl_coef``.
         rollout_logprobs: (...) as the sampler reported them, for ``spec.importance_cap``; not used while that is 0.
         cu_seqlens: (S + 1,) int32 starting at 0: the sequences of packed (N,) or (1, N) labels. Without it, sequences are the rows of a
             (B, L) batch, or (N,) is one.
         turn_ids: (...) integers, for loss_type "gspo_turn": tokens of one sequence and one id share a ratio.
-        spec: the loss, default ``PolicyLossSpec()``.
-        reduction: "token_mean" | "sequence_mean" | "sequence_sum" | "sum" | "none".
+        spec: the loss, default ``PolicyLossSpec()``; reduction: "token_mean" | "sequence_mean" | "sequence_sum" | "sum" | "none".
         normalizer: a number or 0-d tensor in place of the reduction's outer denominator (active tokens, sequences, or 1).
         skip_zero_advantages: rows of zero advantage cost what masked rows cost and their log-prob reads 0 (unless a KL or entropy term
             needs them); without it they are read once for their log-prob. The loss and its gradient are the same.
