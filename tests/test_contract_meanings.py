@@ -205,3 +205,15 @@ def test_compiled_partial_policy_loss_and_logprobs_equal_eager():
         torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-6)
     with pytest.raises(IndexError, match="labels must be in"):
         compiled(*call.views, call.labels.clamp(max=0) + 500, rewards, turn_ids)
+
+
+def test_what_a_masked_row_holds_as_temperature_does_not_matter():
+    logits, labels, advantages = torch.randn(4, 11, requires_grad=True), torch.tensor([3, -100, 5, 1]), torch.ones(4)
+    temperature = torch.tensor([0.5, torch.nan, 2.0, 0.0])
+    spec = ppg.PolicyLossSpec(temperature=temperature)
+    out = ppg.policy_loss(logits, labels, advantages, loss_mask=torch.tensor([1, 1, 1, 0]), spec=spec)
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert (logits.grad[[1, 3]] == 0).all()
+    with pytest.raises(ValueError, match=r"temperature must be finite and > 0.*got \[0.0\]"):
+        ppg.policy_loss(logits, labels, advantages, spec=spec)

@@ -69,8 +69,10 @@ def linear_token_logprobs(
     Returns and raises: as `token_logprobs`. Gradients come back in the dtype of each input; d_weight is accumulated in float32.
     """
     x, weight, bias, chunk = _head_of(hidden, weight, labels, bias, chunk_rows)
-    spec, temperatures = spec_and_temperatures(PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, validate)
     tokens = Tokens.of(labels, loss_mask, None, hidden.device, validate)
+    spec, temperatures = spec_and_temperatures(
+        PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
+    )
     backend = backend or backends.default(hidden.device.type)
     numbers = float(spec.temperature), float(logit_softcap), entropy, validate, backend, chunk
     logprobs, ent = ops.linear_token_logprobs(x, weight, bias, tokens.labels, temperatures, *numbers)

@@ -52,8 +52,10 @@ def token_logprobs(
     Raises: ValueError for wrong shapes, dtypes, devices or numbers; IndexError for a label outside [0, V).
     """
     x = _rows_of(logits, labels)
-    spec, temperatures = spec_and_temperatures(PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, validate)
     tokens = Tokens.of(labels, loss_mask, None, logits.device, validate)
+    spec, temperatures = spec_and_temperatures(
+        PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
+    )
     backend = backend or backends.default(logits.device.type)
     numbers = float(spec.temperature), float(logit_softcap), entropy, validate, backend
     logprobs, ent = ops.token_logprobs(x, tokens.labels, temperatures, *numbers)

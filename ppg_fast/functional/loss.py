@@ -85,7 +85,7 @@ class LossRows:
         require(spec.kl_coef == 0 or ref_logprobs is not None, "a KL term (kl_coef > 0) needs ref_logprobs", None)
         tokens = Tokens.of(labels, loss_mask, cu_seqlens, device, validate)
         active, weights = tokens.active, reduction_weights(tokens, reduction, normalizer, validate)
-        spec, temperatures = spec_and_temperatures(spec, labels, validate)
+        spec, temperatures = spec_and_temperatures(spec, labels, active, validate)
         flat_advantages = token_advantages(advantages, labels)
         old, ref = per_token("old_logprobs", old_logprobs, labels), per_token("ref_logprobs", ref_logprobs, labels)
         per_row = PerRow(flat_advantages, weights, old, ref, per_token("rollout_logprobs", rollout_logprobs, labels), temperatures)
@@ -123,10 +123,10 @@ class LossRows:
             if self.groups is not None:
                 log_ratio = logprobs - reference.grouped_old_logprobs(logprobs, old, read, *self.groups)
             ratio, spec = log_ratio.exp(), self.spec
-            above = (ratio > 1 + spec.clip_high) & ((advantages > 0) | torch.tensor(spec.loss_type == "cispo", device=ratio.device))
-            below = (ratio < 1 - spec.clip_low) & (advantages < 0)
+            above, below = ratio > 1 + spec.clip_high, ratio < 1 - spec.clip_low
             if spec.loss_type != "reinforce":
-                metrics["clip_fraction"] = mean(above if spec.loss_type == "cispo" else above | below)
+                clipped = above if spec.loss_type == "cispo" else (above & (advantages > 0)) | (below & (advantages < 0))
+                metrics["clip_fraction"] = mean(clipped)
         if ref is not None:
             delta = ref - logprobs
             metrics["kl"] = mean(torch.expm1(delta) - delta)
@@ -136,14 +136,14 @@ class LossRows:
         return metrics
 
 
-def spec_and_temperatures(spec: PolicyLossSpec, labels: Tensor, validate: bool) -> tuple[PolicyLossSpec, Tensor | None]:
-    """The spec with a number as temperature, and (N,) float32 temperatures where it holds one per token."""
+def spec_and_temperatures(spec: PolicyLossSpec, labels: Tensor, active: Tensor, validate: bool) -> tuple[PolicyLossSpec, Tensor | None]:
+    """The spec with a number as temperature, and (N,) float32 temperatures where it holds one per token; those of masked rows are free."""
     if not isinstance(spec.temperature, Tensor):
         return spec, None
     temperatures = per_token("temperature", spec.temperature, labels)
-    if readable(labels, validate):
-        bad = ~(spec.temperature.reshape(-1) > 0)
-        require(not bad.any(), "temperature must be > 0 for every token", spec.temperature.reshape(-1)[bad][:1].tolist())
+    if temperatures is not None and readable(labels, validate):
+        bad = temperatures[active & ~((temperatures > 0) & temperatures.isfinite())]
+        require(bad.numel() == 0, "temperature must be finite and > 0 for every active token", bad[:1].tolist())
     return replace(spec, temperature=1.0), temperatures
 
 

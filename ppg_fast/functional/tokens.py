@@ -119,7 +119,8 @@ def reduction_weights(tokens: Tokens, reduction: str, normalizer: float | Tensor
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float32, device=like.device)
+    """A 0-d float32 on the device of ``like``, filled there: a copy from the host would wait for the device."""
+    return value.float() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device=like.device)
 
 
 def ratio_groups(tokens: Tokens, turn_ids: Tensor | None, spec: PolicyLossSpec) -> tuple[Tensor, int] | None:
