@@ -19,7 +19,7 @@ FLOORS = [  # ground first; a room is a module or a package
     ["data", "environment", "persona", "chat_format"],
     ["model"],
     ["rollout", "trainer"],
-    ["jobs"],
+    ["jobs", "integrations"],
     ["bench"],
     ["cli"],
 ]
