@@ -88,6 +88,7 @@ void logprobs_bwd(const LogprobsBwdArgs&, int64_t first, int64_t last);
 void policy_loss(const PolicyLossArgs&, int64_t first, int64_t last);
 void rescale_rows(const RescaleRowsArgs&, int64_t first, int64_t last);
 void partial_returns(const PartialReturnsArgs&, int64_t first, int64_t last);
+void want_huge_pages(void* data, int64_t bytes);
 const char* isa();               // "avx512", "avx2" or "baseline": what the run-time dispatch chose
 bool use_isa(const char* name);  // chooses another one; false if the processor lacks it
 }  // namespace cpu

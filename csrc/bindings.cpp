@@ -180,6 +180,14 @@ void partial_returns(const Tensor& rewards, const Optional& segment_ids, const O
   run(PPG_ON_CPU(partial_returns), PPG_ON_CUDA(partial_returns), a, a.B, rewards);
 }
 
+void want_huge_pages(const Tensor& memory) {
+#ifndef PPG_EMULATED
+  cpu::want_huge_pages(memory.data_ptr(), memory.numel() * memory.element_size());
+#else
+  (void)memory;
+#endif
+}
+
 std::string build() {
   std::string text;
 #ifndef PPG_EMULATED
@@ -211,6 +219,7 @@ constexpr const char* kSchemas[] = {
     "rescale_rows(Tensor(a!) dlogits, Tensor scale) -> ()",
     "partial_returns(Tensor rewards, Tensor? segment_ids, Tensor? turn_counts, int lookahead, int segment_length, float gamma, "
     "Tensor(a!) returns) -> ()",
+    "want_huge_pages(Tensor(a!) memory) -> ()",
     "build() -> str",
     "use_isa(str name) -> bool",
 };
@@ -233,7 +242,10 @@ constexpr const char* kSchemas[] = {
 PPG_EXPAND(STABLE_TORCH_LIBRARY, PPG_LIBRARY, m) {
   for (const char* schema : kSchemas) m.def(schema);
 }
-PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CPU, m) { PPG_IMPLEMENT(m); }
+PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CPU, m) {
+  PPG_IMPLEMENT(m);
+  m.impl("want_huge_pages", TORCH_BOX(&want_huge_pages));
+}
 PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CUDA, m) { PPG_IMPLEMENT(m); }
 PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("build", TORCH_BOX(&build));

@@ -33,11 +33,37 @@ def test_every_instruction_set(isa, terms, V, dtype):
     assert_matches(make_case((1, 6, V), replace(LOSSES["ppo"], **TERMS[terms]), DTYPES[dtype], per_token=True), "cpu")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V", [5003, 6144])  # several blocks and a tail; rows that streaming stores can write
+@pytest.mark.parametrize("terms", ["plain", "entropy", "softcap"])
+def test_the_running_maximum(isa, terms, V, dtype):
+    """Rows whose maximum moves from block to block, begins below every number, or comes last; the same bits in place and apart."""
+    case = make_case((1, 6, V), replace(LOSSES["ppo"], **TERMS[terms]), DTYPES[dtype], on_policy=True)
+    case.logits[:] = 3 * torch.randn(6, V, generator=torch.Generator().manual_seed(V))
+    case.logits[0, 0] = case.logits[0, 0].sort().values
+    case.logits[0, 1] = case.logits[0, 1].sort(descending=True).values
+    case.logits[0, 2, :3000] = torch.finfo(DTYPES[dtype]).min / 4
+    case.logits[0, 3, : V - 1] -= 30
+    case.logits[0, 4, 4000:] += 20
+    case.labels[:] = torch.tensor([V - 1, 0, 3500, V - 1, 7, 11])
+    case.advantages[:] = torch.tensor([1.0, -2.0, 0.5, 1.5, -0.7, 0.9])
+    if dtype == "f32":
+        case.labels[5] = 2600
+        case.logits[0, 5, :2500] = torch.finfo(torch.float32).min  # times a temperature below 1 this is -inf
+    assert_matches(case, "cpu")
+    apart = torch.empty_like(case.logits)
+    contract, rows = backends.load("cpu").policy_loss, (case.labels, *case.per_row)
+    contract(case.logits, *rows, case.spec, True, apart)
+    contract(case.logits, *rows, case.spec, True, case.logits)
+    assert torch.equal(apart, case.logits)
+
+
 def test_special_values(isa):
-    """-inf gives a probability of zero, NaN and +inf poison the row."""
-    case = make_case((1, 6, 100), LOSSES["ppo"])
-    case.labels[:] = 5
-    case.logits[:] = torch.randn(100)
+    """-inf gives a probability of zero, also where a row begins with it; NaN and +inf poison the row."""
+    case = make_case((1, 6, 5000), LOSSES["ppo"])
+    case.labels[:] = 2500
+    case.logits[:] = torch.randn(5000)
+    case.logits[0, 3, :2400] = case.logits[0, 4, 2600:] = -torch.inf
     case.logits[0, 0, 50] = -torch.inf
     case.logits[0, 1, 99] = torch.nan
     case.logits[0, 2, 1] = torch.inf

@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "../args.h"
@@ -26,6 +27,7 @@
 
 #define PPG_LANES 4
 namespace ppg::cpu::baseline {
+#include "vec.h"
 #include "row.h"
 #include PPG_KERNELS
 }  // namespace ppg::cpu::baseline
@@ -36,6 +38,7 @@ namespace ppg::cpu::baseline {
 #pragma GCC target("avx2,fma,f16c")
 #define PPG_LANES 8
 namespace ppg::cpu::avx2 {
+#include "vec.h"
 #include "row.h"
 #include PPG_KERNELS
 }  // namespace ppg::cpu::avx2
@@ -46,6 +49,7 @@ namespace ppg::cpu::avx2 {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #define PPG_LANES 16
 namespace ppg::cpu::avx512 {
+#include "vec.h"
 #include "row.h"
 #include PPG_KERNELS
 }  // namespace ppg::cpu::avx512

@@ -17,7 +17,8 @@ template <class E, bool CAP, bool ENT> void logprobs_fwd_rows(const LogprobsFwdA
     if (label < 0) continue;
     const auto* x = static_cast<const typename E::raw*>(a.logits.data) + a.logits.offset(n);
     const View<CAP> view(a, n);
-    const Stats stats = row_stats<E, CAP, ENT, false>(x, a.V, view, nullptr, next_row<E>(a, n, last));
+    Fetch fetch = fetch_next<E>(a, n, last, 1);
+    const Stats stats = row_stats<E, CAP, ENT, false>(x, a.V, view, {}, fetch);
     const double log2_sum = std::log2(stats.sum);
     a.logprob[n] = float((double(view(load_one<E>(x + label))) - stats.max - log2_sum) * LN2);
     a.lse[n] = float((stats.max + log2_sum) * LN2);

@@ -22,26 +22,34 @@ template <bool CAP, bool ENT> PPG_INLINE Vec gradient(Vec e, Vec x, const Slope&
   return d;
 }
 
-// `exps` are those of row_stats; `out` may be `x`, since every element is read before it is written.
-template <class E, bool CAP, bool ENT>
-PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, int64_t V, const float* exps, int64_t label, const Slope& s,
-                               const View<CAP>& view, float max) {
+// `kept` as row_stats left it; `out` may be `x` or `kept.exps`, since every element is read before it is written.
+template <class E, bool CAP, bool ENT, bool STREAM>
+PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, int64_t V, const Kept& kept, int64_t label, Vec x_label,
+                               const Slope& row, const View<CAP>& view, float max, Fetch& fetch) {
   constexpr bool AGAIN = CAP || ENT;  // whether the logits are needed beside the exponentials
-  const Vec x_label = splat(load_one<E>(x + label)), e_label = exp2_(at_least(view(x_label, max), NEGLIGIBLE));
-  const float at_label = (CAP ? s.at_label * view.slope(x_label)[0] : s.at_label) + gradient<CAP, ENT>(e_label, x_label, s, view, max)[0];
-  int64_t v = 0;
-  for (; v + 4 * LANES <= V; v += 4 * LANES) {  // as row_stats went
+  const Vec e_label = exp2_(at_least(view(x_label, max), NEGLIGIBLE));
+  const float at_label =
+      (CAP ? row.at_label * view.slope(x_label)[0] : row.at_label) + gradient<CAP, ENT>(e_label, x_label, row, view, max)[0];
+  for (int64_t first = 0; first < V; first += BLOCK) {
+    const int64_t last = first + BLOCK < V ? first + BLOCK : V;
+    const float scale = exp2_(splat(kept.maxima[first / BLOCK] - max))[0];
+    const Slope s{row.c0 * scale, row.c1 * scale, 0.f};
+    int64_t v = first;
+    for (; v + STEP <= last; v += STEP) {  // as row_stats went
+      fetch.step();
 #pragma GCC unroll 2
-    for (int64_t w = v; w < v + 4 * LANES; w += 2 * LANES) {
-      const Pair p = AGAIN ? E::load_pair(x + w) : Pair{};
-      E::store_pair(out + w, {gradient<CAP, ENT>(F32::load(exps + w), p.a, s, view, max),
-                              gradient<CAP, ENT>(F32::load(exps + w + LANES), p.b, s, view, max)});
+      for (int64_t w = v; w < v + STEP; w += 2 * LANES) {
+        const Pair p = AGAIN ? E::load_pair(x + w) : Pair{};
+        const Pair d{gradient<CAP, ENT>(F32::load(kept.exps + w), p.a, s, view, max),
+                     gradient<CAP, ENT>(F32::load(kept.exps + w + LANES), p.b, s, view, max)};
+        STREAM ? E::stream_pair(out + w, d) : E::store_pair(out + w, d);
+      }
     }
-  }
-  for (; v < V; v += LANES) {
-    const int count = int(V - v < LANES ? V - v : LANES);
-    const Vec xv = AGAIN ? load_tail<E>(x + v, count, x[v]) : Vec{};
-    store_tail<E>(out + v, count, gradient<CAP, ENT>(load_tail<F32>(exps + v, count, 0.f), xv, s, view, max));
+    for (; v < last; v += LANES) {
+      const int count = int(last - v < LANES ? last - v : LANES);
+      const Vec xv = AGAIN ? load_tail<E>(x + v, count, x[v]) : Vec{};
+      store_tail<E>(out + v, count, gradient<CAP, ENT>(load_tail<F32>(kept.exps + v, count, 0.f), xv, s, view, max));
+    }
   }
   store_one<E>(out + label, at_label);
 }
@@ -61,9 +69,19 @@ template <bool CAP, bool ENT> PPG_INLINE Slope finish_row(const PolicyLossArgs& 
   return {float((h * mean * LN2 - g) / stats.sum), float(-h * LN2 / stats.sum), float(g)};
 }
 
+// Where the exponentials of a row wait: where float32 logits stood, if these are not read again and the gradient goes there too.
+template <class E, bool CAP>
+PPG_INLINE Kept keep(std::vector<float>& memory, const typename E::raw* x, typename E::raw* out, const PolicyLossArgs& a) {
+  const int64_t blocks = (a.V + BLOCK - 1) / BLOCK;
+  if (int64_t(memory.size()) < a.V + blocks) memory.resize(a.V + blocks);
+  if constexpr (std::is_same_v<E, F32> && !CAP) {
+    if (out == x && a.term.entropy_coef == 0.f) return {out, memory.data()};
+  }
+  return {memory.data() + blocks, memory.data()};
+}
+
 template <class E, bool CAP, bool ENT> void policy_loss_rows(const PolicyLossArgs& a, int64_t first, int64_t last) {
-  static thread_local std::vector<float> exps;
-  if (a.dlogits.data && int64_t(exps.size()) < a.V) exps.resize(a.V);
+  static thread_local std::vector<float> memory;
   for (int64_t n = first; n < last; ++n) {
     const int64_t label = a.labels[n];
     if (label < 0) {
@@ -74,21 +92,26 @@ template <class E, bool CAP, bool ENT> void policy_loss_rows(const PolicyLossArg
     }
     const bool full = a.dlogits.data && (a.advantages[n] != 0.f || a.term.needs_every_row());
     const auto* x = static_cast<const typename E::raw*>(a.logits.data) + a.logits.offset(n);
+    auto* out = a.dlogits.data ? static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n) : nullptr;
     const View<CAP> view(a, n);
-    const auto* next = next_row<E>(a, n, last);
+    const Vec x_label = splat(load_one<E>(x + label));  // the gradient may be written over it
+    const Kept kept = full ? keep<E, CAP>(memory, x, out, a) : Kept{};
+    Fetch fetch = fetch_next<E>(a, n, last, full ? 2 : 1);
     const Stats stats =
-        full ? row_stats<E, CAP, ENT, true>(x, a.V, view, exps.data(), next) : row_stats<E, CAP, ENT, false>(x, a.V, view, nullptr, next);
-    const Slope slope = finish_row<CAP, ENT>(a, n, stats, view(load_one<E>(x + label)));
-    if (!a.dlogits.data) continue;
-    auto* out = static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n);
+        full ? row_stats<E, CAP, ENT, true>(x, a.V, view, kept, fetch) : row_stats<E, CAP, ENT, false>(x, a.V, view, kept, fetch);
+    const Slope slope = finish_row<CAP, ENT>(a, n, stats, view(x_label, 0.f)[0]);
+    if (!out) continue;
     if (!full || slope.zero()) {
       zero_row<E>(a.dlogits, n, a.V);  // only now: it may be the row that was read
     } else if (ENT && slope.c1 != 0.f) {
-      write_gradient<E, CAP, true>(x, out, a.V, exps.data(), label, slope, view, stats.max);
+      write_gradient<E, CAP, true, false>(x, out, a.V, kept, label, x_label, slope, view, stats.max, fetch);
+    } else if (!CAP && out != x && can_stream(out)) {
+      write_gradient<E, CAP, false, !CAP>(x, out, a.V, kept, label, x_label, slope, view, stats.max, fetch);
     } else {
-      write_gradient<E, CAP, false>(x, out, a.V, exps.data(), label, slope, view, stats.max);
+      write_gradient<E, CAP, false, false>(x, out, a.V, kept, label, x_label, slope, view, stats.max, fetch);
     }
   }
+  finish_streaming();
 }
 
 template <class E> void policy_loss_of(const PolicyLossArgs& a, int64_t first, int64_t last) {

@@ -1,161 +1,5 @@
-// A row of logits as vectors of PPG_LANES floats: element types, exp, tanh and the statistics that every kernel starts from.
-// Included once per instruction set by foreach_isa.h, inside that instruction set's namespace: hence no include guard, no includes.
-
-constexpr int LANES = PPG_LANES;
-constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
-typedef float Vec __attribute__((vector_size(4 * PPG_LANES)));
-typedef int32_t IntVec __attribute__((vector_size(4 * PPG_LANES)));
-typedef uint32_t UintVec __attribute__((vector_size(4 * PPG_LANES)));
-typedef uint16_t HalfBits __attribute__((vector_size(2 * PPG_LANES)));
-
-#define PPG_INLINE static inline __attribute__((always_inline))
-
-struct Pair {  // 2 * LANES elements of a row, in an order of their type's own
-  Vec a, b;
-};
-
-PPG_INLINE Vec splat(float x) { return Vec{} + x; }
-PPG_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }  // a NaN in `a` is passed over
-
-PPG_INLINE float reduce_max(Vec v) {
-  float m = v[0];
-  for (int i = 1; i < LANES; ++i) m = v[i] > m ? v[i] : m;
-  return m;
-}
-PPG_INLINE double reduce_add(Vec v) {
-  double s = 0;
-  for (int i = 0; i < LANES; ++i) s += v[i];
-  return s;
-}
-
-// ---- element types ----------------------------------------------------------------------------------------------------------------
-struct F32 {
-  using raw = float;
-  PPG_INLINE Vec load(const raw* p) {
-    Vec v;
-    __builtin_memcpy(&v, p, sizeof v);
-    return v;
-  }
-  PPG_INLINE void store(raw* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
-  PPG_INLINE Pair load_pair(const raw* p) { return {load(p), load(p + LANES)}; }
-  PPG_INLINE void store_pair(raw* p, Pair v) {
-    store(p, v.a);
-    store(p + LANES, v.b);
-  }
-};
-
-struct BF16 {
-  using raw = uint16_t;
-  PPG_INLINE Vec load(const raw* p) {
-    HalfBits h;
-    __builtin_memcpy(&h, p, sizeof h);
-    return (Vec)(__builtin_convertvector(h, UintVec) << 16);
-  }
-  PPG_INLINE UintVec round_up(Vec v) {  // to nearest even in the upper half; a NaN that arithmetic made stays one
-    const UintVec u = (UintVec)v;
-    return u + 0x7fffu + ((u >> 16) & 1u);
-  }
-  PPG_INLINE void store(raw* p, Vec v) {
-    const HalfBits h = __builtin_convertvector(round_up(v) >> 16, HalfBits);
-    __builtin_memcpy(p, &h, sizeof h);
-  }
-  PPG_INLINE Pair load_pair(const raw* p) {  // even and odd elements: a shift and a mask in place of two conversions
-    UintVec u;
-    __builtin_memcpy(&u, p, sizeof u);
-    return {(Vec)(u << 16), (Vec)(u & 0xffff0000u)};
-  }
-  PPG_INLINE void store_pair(raw* p, Pair v) {
-    const UintVec u = (round_up(v.a) >> 16) | (round_up(v.b) & 0xffff0000u);
-    __builtin_memcpy(p, &u, sizeof u);
-  }
-};
-
-struct F16 {
-  using raw = uint16_t;
-#if PPG_LANES == 16
-  PPG_INLINE Vec load(const raw* p) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-  PPG_INLINE void store(raw* p, Vec v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
-#elif PPG_LANES == 8
-  PPG_INLINE Vec load(const raw* p) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-  PPG_INLINE void store(raw* p, Vec v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-  }
-#else
-  PPG_INLINE Vec load(const raw* p) {
-    Vec v;
-    for (int i = 0; i < LANES; ++i) {
-      _Float16 h;
-      __builtin_memcpy(&h, p + i, 2);
-      v[i] = float(h);
-    }
-    return v;
-  }
-  PPG_INLINE void store(raw* p, Vec v) {
-    for (int i = 0; i < LANES; ++i) {
-      const _Float16 h = _Float16(v[i]);
-      __builtin_memcpy(p + i, &h, 2);
-    }
-  }
-#endif
-  PPG_INLINE Pair load_pair(const raw* p) { return {load(p), load(p + LANES)}; }
-  PPG_INLINE void store_pair(raw* p, Pair v) {
-    store(p, v.a);
-    store(p + LANES, v.b);
-  }
-};
-
-// The `count` < LANES elements at the end of a row; the lanes behind them are copies of `fill`.
-template <class E> PPG_INLINE Vec load_tail(const typename E::raw* p, int count, typename E::raw fill) {
-  typename E::raw buffer[LANES];
-  for (int i = 0; i < LANES; ++i) buffer[i] = fill;
-  __builtin_memcpy(buffer, p, count * sizeof(buffer[0]));
-  return E::load(buffer);
-}
-template <class E> PPG_INLINE void store_tail(typename E::raw* p, int count, Vec v) {
-  typename E::raw buffer[LANES];
-  E::store(buffer, v);
-  __builtin_memcpy(p, buffer, count * sizeof(buffer[0]));
-}
-template <class E> PPG_INLINE float load_one(const typename E::raw* p) { return load_tail<E>(p, 1, *p)[0]; }
-template <class E> PPG_INLINE void store_one(typename E::raw* p, float x) { store_tail<E>(p, 1, splat(x)); }
-
-// ---- functions --------------------------------------------------------------------------------------------------------------------
-// 2^t to 1.5e-7 relative, for t that may be far below zero (0 below the normal range) but not far above; NaN stays NaN.
-// Minimax polynomials of the fractional part.
-PPG_INLINE Vec exp2_(Vec t) {
-#if PPG_LANES == 16
-  const Vec f = (Vec)_mm512_reduce_ps((__m512)t, 0x09);  // t - floor(t)
-  Vec p = f * 1.877576673e-3f + 8.989340095e-3f;
-  p = p * f + 5.582631805e-2f;
-  p = p * f + 2.40153617e-1f;
-  p = p * f + 6.931530732e-1f;
-  p = p * f + 9.999999251e-1f;
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)t);
-#else
-  const Vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low mantissa bits
-  const Vec shifted = t + magic, f = t - (shifted - magic);
-  Vec p = f * 1.5345812e-4f + 1.339993122e-3f;
-  p = p * f + 9.618488957e-3f;
-  p = p * f + 5.550328777e-2f;
-  p = p * f + 2.402264689e-1f;
-  p = p * f + 6.931472057e-1f;
-  p = p * f + 1.000000001f;
-  const Vec scaled = (Vec)((UintVec)p + ((UintVec)shifted << 23));
-  return t < splat(-126.f) ? Vec{} : scaled;
-#endif
-}
-
-// tanh(x) to about 1e-7 relative: Cephes' odd polynomial near 0, where 1 - 2 / (exp(2x) + 1) would lose its digits.
-PPG_INLINE Vec tanh_(Vec x) {
-  const Vec a = x < 0.f ? -x : x, e = exp2_(a * float(-2 * LOG2E)), far = (1.f - e) / (1.f + e), z = x * x;
-  Vec p = z * -5.70498872745e-3f + 2.06390887954e-2f;
-  p = p * z + -5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z + -3.33332819422e-1f;
-  return a < 0.625f ? p * z * x + x : x < 0.f ? -far : far;
-}
+// A row of logits: the view of it that softcap and temperature give, and the statistics that every kernel starts from.
+// Included after vec.h, in the same manner.
 
 // ---- the logit after softcap and temperature ----------------------------------------------------------------------------------------
 // In units of log 2, so that a probability is one FMA away from the argument of exp2: z = x * scale, or tanh(x * inverse_cap) * scale.
@@ -179,70 +23,123 @@ template <bool CAP> struct View {
 };
 
 constexpr float NEGLIGIBLE = -1e4f;  // an exponent whose exp2 is 0: keeps 0 * -inf out of the entropy sums
-PPG_INLINE Vec at_least(Vec t, float low) { return t < low ? splat(low) : t; }
+PPG_INLINE Vec at_least(Vec t, float low) { return vmax(splat(low), t); }
 
 struct Stats {
   float max;        // of z, in units of log 2
   double sum, dot;  // sum 2^t, sum 2^t t, with t = z - max
 };
 
-template <class E> PPG_INLINE float row_max(const typename E::raw* x, int64_t V) {
-  Vec m0 = splat(-INFINITY), m1 = m0, m2 = m0, m3 = m0;
-  int64_t v = 0;
-  for (; v + 4 * LANES <= V; v += 4 * LANES) {
-    const Pair p = E::load_pair(x + v), q = E::load_pair(x + v + 2 * LANES);
-    m0 = vmax(p.a, m0);
-    m1 = vmax(p.b, m1);
-    m2 = vmax(q.a, m2);
-    m3 = vmax(q.b, m3);
+constexpr int STEP = 4 * LANES;         // elements in flight
+constexpr int64_t BLOCK = 32 * STEP;    // elements whose maximum is taken before their exponentials: still in L1 by then
+constexpr float LOWEST = -3.40282e38f;  // where the running maximum starts: finite, for rows that begin with -inf
+
+// The row that is read next, fetched into L2 while this one is worked on: `bytes` of it (0: there is none) for every STEP elements.
+struct Fetch {
+  const char* at;
+  int64_t bytes;
+  void step() {
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    at += bytes;
   }
-  for (; v + LANES <= V; v += LANES) m0 = vmax(E::load(x + v), m0);
-  if (v < V) m1 = vmax(load_tail<E>(x + v, int(V - v), x[v]), m1);
-  return reduce_max(vmax(vmax(m0, m1), vmax(m2, m3)));
+};
+
+PPG_INLINE ShortVec ordered(ShortVec bits) { return bits ^ ((bits >> 15) & int16_t(0x7fff)); }  // its own inverse
+
+template <class E> PPG_INLINE float block_max(const typename E::raw* x, int64_t count) {
+  int64_t v = 0;
+  if constexpr (sizeof(*x) == 2) {  // 16-bit floats are ordered as integers, once those below zero are turned round
+    ShortVec a, b, m = ShortVec{} + int16_t(-32768), n = m;
+    for (; v + STEP <= count; v += STEP) {
+      __builtin_memcpy(&a, x + v, sizeof a);
+      __builtin_memcpy(&b, x + v + 2 * LANES, sizeof b);
+      a = ordered(a);
+      b = ordered(b);
+      m = a > m ? a : m;
+      n = b > n ? b : n;
+    }
+    m = m > n ? m : n;
+    int16_t most = -32768;
+    for (int i = 0; i < 2 * LANES; ++i) most = m[i] > most ? m[i] : most;
+    for (; v < count; ++v) {
+      const int16_t key = ordered(ShortVec{} + int16_t(x[v]))[0];
+      most = key > most ? key : most;
+    }
+    const uint16_t bits = ordered(ShortVec{} + most)[0];
+    return load_one<E>(&bits);
+  } else {
+    Vec m0 = splat(-INFINITY), m1 = m0, m2 = m0, m3 = m0;
+    for (; v + STEP <= count; v += STEP) {
+      m0 = vmax(E::load(x + v), m0);
+      m1 = vmax(E::load(x + v + LANES), m1);
+      m2 = vmax(E::load(x + v + 2 * LANES), m2);
+      m3 = vmax(E::load(x + v + 3 * LANES), m3);
+    }
+    float most = reduce_max(vmax(vmax(m0, m1), vmax(m2, m3)));
+    for (; v < count; ++v) most = x[v] > most ? x[v] : most;
+    return most;
+  }
 }
 
-// One exp2 per element, kept in `exps` if the gradient will need it; meanwhile the row at `next` (null: none) is fetched into L2.
-// `exps` holds pairs of vectors as their element type orders them, then the tail in plain order.
+// The exponentials of a row for its gradient, each relative to the maximum that ran when its block was met: exps[v] 2^maxima[v / BLOCK].
+// They are pairs of vectors as their element type orders them, then the tail in plain order.
+struct Kept {
+  float *exps, *maxima;
+};
+
+// One visit, one exp2 per element, `kept` if the gradient will need them. `kept.exps` may be the row itself.
 template <class E, bool CAP, bool ENT, bool KEEP>
-PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>& view, float* exps, const typename E::raw* next) {
-  constexpr int STEP = 4 * LANES;
-  const float max = view(row_max<E>(x, V));
+PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>& view, const Kept& kept, Fetch& fetch) {
   Vec sum[4] = {}, dot[4] = {};
-  const auto add = [&](Vec x, float* kept, Vec& sum, Vec& dot) __attribute__((always_inline)) {
+  float max = LOWEST;
+  const auto add = [&](Vec x, float* exps, Vec& sum, Vec& dot) __attribute__((always_inline)) {
     Vec t = view(x, max);
     if constexpr (ENT) t = at_least(t, NEGLIGIBLE);
     const Vec e = exp2_(t);
-    if constexpr (KEEP) F32::store(kept, e);
+    if constexpr (KEEP) F32::store(exps, e);
     sum += e;
     if constexpr (ENT) dot += e * t;
   };
-  int64_t v = 0;
-  for (; v + STEP <= V; v += STEP) {
-    if (next) {
-      for (size_t byte = 0; byte < STEP * sizeof(*x); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(next + v) + byte, 0, 2);
+  for (int64_t first = 0; first < V; first += BLOCK) {
+    const int64_t last = first + BLOCK < V ? first + BLOCK : V;
+    const float most = view(block_max<E>(x + first, last - first));
+    if (most > max) {  // what was added up so far is relative to the new maximum from here on
+      const float shift = max - most < NEGLIGIBLE ? NEGLIGIBLE : max - most, scale = exp2_(splat(shift))[0];
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (ENT) dot[i] = (dot[i] + sum[i] * shift) * scale;
+        sum[i] *= scale;
+      }
+      max = most;
     }
-    const Pair p = E::load_pair(x + v), q = E::load_pair(x + v + 2 * LANES);
-    add(p.a, exps + v, sum[0], dot[0]);
-    add(p.b, exps + v + LANES, sum[1], dot[1]);
-    add(q.a, exps + v + 2 * LANES, sum[2], dot[2]);
-    add(q.b, exps + v + 3 * LANES, sum[3], dot[3]);
-  }
-  for (; v < V; v += LANES) {
-    const int count = int(V - v < LANES ? V - v : LANES);
-    Vec t = view(count == LANES ? E::load(x + v) : load_tail<E>(x + v, count, x[v]), max);
-    for (int i = count; i < LANES; ++i) t[i] = NEGLIGIBLE;
-    t = at_least(t, NEGLIGIBLE);
-    const Vec e = exp2_(t);
-    if constexpr (KEEP) store_tail<F32>(exps + v, count, e);
-    sum[0] += e;
-    if constexpr (ENT) dot[0] += e * t;
+    if constexpr (KEEP) kept.maxima[first / BLOCK] = max;
+    int64_t v = first;
+    for (; v + STEP <= last; v += STEP) {
+      fetch.step();
+      const Pair p = E::load_pair(x + v), q = E::load_pair(x + v + 2 * LANES);
+      add(p.a, kept.exps + v, sum[0], dot[0]);
+      add(p.b, kept.exps + v + LANES, sum[1], dot[1]);
+      add(q.a, kept.exps + v + 2 * LANES, sum[2], dot[2]);
+      add(q.b, kept.exps + v + 3 * LANES, sum[3], dot[3]);
+    }
+    for (; v < last; v += LANES) {
+      const int count = int(last - v < LANES ? last - v : LANES);
+      Vec t = view(count == LANES ? E::load(x + v) : load_tail<E>(x + v, count, x[v]), max);
+      for (int i = count; i < LANES; ++i) t[i] = NEGLIGIBLE;
+      t = at_least(t, NEGLIGIBLE);
+      const Vec e = exp2_(t);
+      if constexpr (KEEP) store_tail<F32>(kept.exps + v, count, e);
+      sum[0] += e;
+      if constexpr (ENT) dot[0] += e * t;
+    }
   }
   return {max, reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])), reduce_add((dot[0] + dot[1]) + (dot[2] + dot[3]))};
 }
 
-// The row behind row n that will be read, to be fetched early; null if there is none.
-template <class E> PPG_INLINE const typename E::raw* next_row(const Sweep& a, int64_t n, int64_t last) {
-  return n + 1 < last && a.labels[n + 1] >= 0 ? static_cast<const typename E::raw*>(a.logits.data) + a.logits.offset(n + 1) : nullptr;
+// Fetches the row behind row n, if it will be read, in `passes` equal parts.
+template <class E> PPG_INLINE Fetch fetch_next(const Sweep& a, int64_t n, int64_t last, int passes) {
+  if (n + 1 >= last || a.labels[n + 1] < 0) return {nullptr, 0};
+  return {static_cast<const char*>(a.logits.data) + a.logits.offset(n + 1) * int64_t(sizeof(typename E::raw)),
+          int64_t(STEP * sizeof(typename E::raw)) / passes};
 }
 
 template <class E> PPG_INLINE void zero_row(const Rows& rows, int64_t n, int64_t V) {

@@ -1,0 +1,197 @@
+// Vectors of PPG_LANES floats: element types, exp, tanh.
+// Included once per instruction set by foreach_isa.h, inside that instruction set's namespace: hence no include guard, no includes.
+
+constexpr int LANES = PPG_LANES;
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+typedef float Vec __attribute__((vector_size(4 * PPG_LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * PPG_LANES)));
+typedef uint32_t UintVec __attribute__((vector_size(4 * PPG_LANES)));
+typedef uint16_t HalfBits __attribute__((vector_size(2 * PPG_LANES)));
+typedef int16_t ShortVec __attribute__((vector_size(4 * PPG_LANES)));
+
+#define PPG_INLINE static inline __attribute__((always_inline))
+
+struct Pair {  // 2 * LANES elements of a row, in an order of their type's own
+  Vec a, b;
+};
+
+PPG_INLINE Vec splat(float x) { return Vec{} + x; }
+PPG_INLINE Vec vmax(Vec a, Vec b) {  // b where either is NaN; by name, since compilers make a compare and a blend of the ternary
+#if PPG_LANES == 16
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#elif PPG_LANES == 8
+  return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+PPG_INLINE float reduce_max(Vec v) {
+  float m = v[0];
+  for (int i = 1; i < LANES; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+PPG_INLINE double reduce_add(Vec v) {
+  double s = 0;
+  for (int i = 0; i < LANES; ++i) s += v[i];
+  return s;
+}
+
+// Past the caches, to memory that is written whole and not read soon: its lines need not be read first. `p` is aligned to a vector.
+PPG_INLINE void stream(void* p, Vec v) {
+#if PPG_LANES == 16
+  _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
+#elif PPG_LANES == 8
+  _mm256_stream_ps(static_cast<float*>(p), (__m256)v);
+#else
+  __builtin_memcpy(p, &v, sizeof v);
+#endif
+}
+PPG_INLINE void finish_streaming() {  // before another thread may look
+#if PPG_LANES > 4
+  _mm_sfence();
+#endif
+}
+PPG_INLINE bool can_stream(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0; }
+
+// ---- element types ----------------------------------------------------------------------------------------------------------------
+struct F32 {
+  using raw = float;
+  PPG_INLINE Vec load(const raw* p) {
+    Vec v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  PPG_INLINE void store(raw* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+  PPG_INLINE Pair load_pair(const raw* p) { return {load(p), load(p + LANES)}; }
+  PPG_INLINE void store_pair(raw* p, Pair v) {
+    store(p, v.a);
+    store(p + LANES, v.b);
+  }
+  PPG_INLINE void stream_pair(raw* p, Pair v) {
+    stream(p, v.a);
+    stream(p + LANES, v.b);
+  }
+};
+
+struct BF16 {
+  using raw = uint16_t;
+  PPG_INLINE Vec load(const raw* p) {
+    HalfBits h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return (Vec)(__builtin_convertvector(h, UintVec) << 16);
+  }
+  PPG_INLINE UintVec round_up(Vec v) {  // to nearest even in the upper half; a NaN that arithmetic made stays one
+    const UintVec u = (UintVec)v;
+    return u + 0x7fffu + ((u >> 16) & 1u);
+  }
+  PPG_INLINE void store(raw* p, Vec v) {
+    const HalfBits h = __builtin_convertvector(round_up(v) >> 16, HalfBits);
+    __builtin_memcpy(p, &h, sizeof h);
+  }
+  PPG_INLINE Pair load_pair(const raw* p) {  // even and odd elements: a shift and a mask in place of two conversions
+    UintVec u;
+    __builtin_memcpy(&u, p, sizeof u);
+    return {(Vec)(u << 16), (Vec)(u & 0xffff0000u)};
+  }
+  PPG_INLINE Vec joined(Pair v) { return (Vec)((round_up(v.a) >> 16) | (round_up(v.b) & 0xffff0000u)); }
+  PPG_INLINE void store_pair(raw* p, Pair v) {
+    const Vec u = joined(v);
+    __builtin_memcpy(p, &u, sizeof u);
+  }
+  PPG_INLINE void stream_pair(raw* p, Pair v) { stream(p, joined(v)); }
+};
+
+struct F16 {
+  using raw = uint16_t;
+#if PPG_LANES == 16
+  PPG_INLINE Vec load(const raw* p) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  PPG_INLINE void store(raw* p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#elif PPG_LANES == 8
+  PPG_INLINE Vec load(const raw* p) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  PPG_INLINE void store(raw* p, Vec v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+#else
+  PPG_INLINE Vec load(const raw* p) {
+    Vec v;
+    for (int i = 0; i < LANES; ++i) {
+      _Float16 h;
+      __builtin_memcpy(&h, p + i, 2);
+      v[i] = float(h);
+    }
+    return v;
+  }
+  PPG_INLINE void store(raw* p, Vec v) {
+    for (int i = 0; i < LANES; ++i) {
+      const _Float16 h = _Float16(v[i]);
+      __builtin_memcpy(p + i, &h, 2);
+    }
+  }
+#endif
+  PPG_INLINE Pair load_pair(const raw* p) { return {load(p), load(p + LANES)}; }
+  PPG_INLINE void store_pair(raw* p, Pair v) {
+    store(p, v.a);
+    store(p + LANES, v.b);
+  }
+  PPG_INLINE void stream_pair(raw* p, Pair v) {
+    raw both[2 * LANES];
+    store_pair(both, v);
+    Vec u;
+    __builtin_memcpy(&u, both, sizeof u);
+    stream(p, u);
+  }
+};
+
+// The `count` < LANES elements at the end of a row; the lanes behind them are copies of `fill`.
+template <class E> PPG_INLINE Vec load_tail(const typename E::raw* p, int count, typename E::raw fill) {
+  typename E::raw buffer[LANES];
+  for (int i = 0; i < LANES; ++i) buffer[i] = fill;
+  __builtin_memcpy(buffer, p, count * sizeof(buffer[0]));
+  return E::load(buffer);
+}
+template <class E> PPG_INLINE void store_tail(typename E::raw* p, int count, Vec v) {
+  typename E::raw buffer[LANES];
+  E::store(buffer, v);
+  __builtin_memcpy(p, buffer, count * sizeof(buffer[0]));
+}
+template <class E> PPG_INLINE float load_one(const typename E::raw* p) { return load_tail<E>(p, 1, *p)[0]; }
+template <class E> PPG_INLINE void store_one(typename E::raw* p, float x) { store_tail<E>(p, 1, splat(x)); }
+
+// ---- functions --------------------------------------------------------------------------------------------------------------------
+// 2^t to 1.5e-7 relative, for t that may be far below zero (0 below the normal range) but not far above; NaN stays NaN.
+// Minimax polynomials of the fractional part.
+PPG_INLINE Vec exp2_(Vec t) {
+#if PPG_LANES == 16
+  const Vec f = (Vec)_mm512_reduce_ps((__m512)t, 0x09);  // t - floor(t)
+  Vec p = f * 1.877576673e-3f + 8.989340095e-3f;
+  p = p * f + 5.582631805e-2f;
+  p = p * f + 2.40153617e-1f;
+  p = p * f + 6.931530732e-1f;
+  p = p * f + 9.999999251e-1f;
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)t);
+#else
+  const Vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low mantissa bits
+  const Vec shifted = t + magic, f = t - (shifted - magic);
+  Vec p = f * 1.5345812e-4f + 1.339993122e-3f;
+  p = p * f + 9.618488957e-3f;
+  p = p * f + 5.550328777e-2f;
+  p = p * f + 2.402264689e-1f;
+  p = p * f + 6.931472057e-1f;
+  p = p * f + 1.000000001f;
+  const Vec scaled = (Vec)((UintVec)p + ((UintVec)shifted << 23));
+  return t < splat(-126.f) ? Vec{} : scaled;
+#endif
+}
+
+// tanh(x) to about 1e-7 relative: Cephes' odd polynomial near 0, where 1 - 2 / (exp(2x) + 1) would lose its digits.
+PPG_INLINE Vec tanh_(Vec x) {
+  const Vec a = x < 0.f ? -x : x, e = exp2_(a * float(-2 * LOG2E)), far = (1.f - e) / (1.f + e), z = x * x;
+  Vec p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * z + -5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z + -3.33332819422e-1f;
+  return a < 0.625f ? p * z * x + x : x < 0.f ? -far : far;
+}
