@@ -34,6 +34,11 @@ def use_isa(name: str) -> None:
         raise ValueError(f"the instruction set must be one of {', '.join(ISAS)} that this processor has, got {name!r}")
 
 
+def want_huge_pages(memory: Tensor) -> None:
+    """Advise the system to back fresh ``memory`` by huge pages; a system without them goes on as before."""
+    _lib.want_huge_pages(memory)
+
+
 def require_cuda() -> None:
     """ImportError with the remedy unless the CUDA kernels can run here."""
     if not HAS_CUDA:

@@ -59,7 +59,7 @@ def test_the_running_maximum(isa, terms, V, dtype):
 
 
 def test_special_values(isa):
-    """-inf gives a probability of zero, also where a row begins with it; NaN and +inf poison the row."""
+    """-inf gives a probability of zero, also where a row begins with it; NaN, +inf and nothing but -inf poison the row."""
     case = make_case((1, 6, 5000), LOSSES["ppo"])
     case.labels[:] = 2500
     case.logits[:] = torch.randn(5000)
@@ -67,10 +67,11 @@ def test_special_values(isa):
     case.logits[0, 0, 50] = -torch.inf
     case.logits[0, 1, 99] = torch.nan
     case.logits[0, 2, 1] = torch.inf
+    case.logits[0, 5] = -torch.inf
     contract = backends.load("cpu").policy_loss
     loss, logprob, _ = contract(case.logits, case.labels, *case.per_row, case.spec, True, None)
-    assert loss.isnan().tolist() == [False, True, True, False, False, False]
-    assert logprob.isnan().tolist() == [False, True, True, False, False, False]
+    assert loss.isnan().tolist() == [False, True, True, False, False, True]
+    assert logprob.isnan().tolist() == [False, True, True, False, False, True]
 
 
 def test_an_unknown_instruction_set_is_refused():

@@ -30,9 +30,9 @@ struct Stats {
   double sum, dot;  // sum 2^t, sum 2^t t, with t = z - max
 };
 
-constexpr int STEP = 4 * LANES;         // elements in flight
-constexpr int64_t BLOCK = 32 * STEP;    // elements whose maximum is taken before their exponentials: still in L1 by then
-constexpr float LOWEST = -3.40282e38f;  // where the running maximum starts: finite, for rows that begin with -inf
+constexpr int STEP = 4 * LANES;       // elements in flight
+constexpr int64_t BLOCK = 32 * STEP;  // elements whose maximum is taken before their exponentials: still in L1 by then
+constexpr float LOWEST = -1e9f;       // where the running maximum starts: what is below counts as -inf, as masks by finfo.min mean it
 
 // The row that is read next, fetched into L2 while this one is worked on: `bytes` of it (0: there is none) for every STEP elements.
 struct Fetch {
@@ -104,7 +104,7 @@ PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>&
     const int64_t last = first + BLOCK < V ? first + BLOCK : V;
     const float most = view(block_max<E>(x + first, last - first));
     if (most > max) {  // what was added up so far is relative to the new maximum from here on
-      const float shift = max - most < NEGLIGIBLE ? NEGLIGIBLE : max - most, scale = exp2_(splat(shift))[0];
+      const float shift = max - most, scale = exp2_(splat(shift))[0];
       for (int i = 0; i < 4; ++i) {
         if constexpr (ENT) dot[i] = (dot[i] + sum[i] * shift) * scale;
         sum[i] *= scale;
@@ -132,7 +132,8 @@ PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>&
       if constexpr (ENT) dot[0] += e * t;
     }
   }
-  return {max, reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])), reduce_add((dot[0] + dot[1]) + (dot[2] + dot[3]))};
+  const double total = reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return {total == 0 ? NAN : max, total, reduce_add((dot[0] + dot[1]) + (dot[2] + dot[3]))};
 }
 
 // Fetches the row behind row n, if it will be read, in `passes` equal parts.

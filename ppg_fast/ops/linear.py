@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ppg_fast import backends, reference
 from ppg_fast.ops.checks import check_labels
+from ppg_fast.ops.memory import fresh
 from ppg_fast.ops.policy_loss import NUMBERS, SCHEMA, PerRow
 from ppg_fast.spec import PolicyLossSpec
 
@@ -35,7 +36,7 @@ class Head:
         self.hidden, self.weight, self.bias, self.chunk_rows = hidden, weight, bias, chunk_rows
         like = {"dtype": torch.float32, "device": hidden.device}
         self.d_hidden = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
-        self.d_weight = torch.zeros(weight.shape, **like) if wanted[1] else torch.empty(0, **like)
+        self.d_weight = fresh(weight.shape, **like).zero_() if wanted[1] else torch.empty(0, **like)
         self.d_bias = torch.zeros(weight.shape[0], **like) if wanted[2] else torch.empty(0, **like)
         self.wanted = wanted
         self.buffer: Tensor | None = None
@@ -51,7 +52,7 @@ class Head:
                 self.x = self.hidden.new_zeros(padded, self.hidden.shape[1])
                 torch.index_select(self.hidden, 0, chunk, out=self.x[:n])
             if self.buffer is None or self.buffer.shape[0] < padded:
-                self.buffer = self.hidden.new_empty(padded, self.weight.shape[0])
+                self.buffer = fresh((padded, self.weight.shape[0]), self.hidden.dtype, self.hidden.device)
             self.logits = self.buffer[:padded]
             if self.bias is None:
                 torch.mm(self.x, self.weight.t(), out=self.logits)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ppg_fast import backends, reference
 from ppg_fast.ops.checks import check_labels
+from ppg_fast.ops.memory import fresh
 from ppg_fast.spec import PolicyLossSpec
 
 
@@ -32,10 +33,6 @@ SCHEMA = (
 LEAF_ARGUMENTS = SCHEMA.count(",") + 1
 
 
-def _gradient_buffer(logits: Tensor, wanted: bool) -> Tensor | None:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if wanted else None
-
-
 def _policy_loss(logits: Tensor, dlogits: Tensor | None, labels: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     advantages, weights, old, ref, rollout, temperatures, *numbers, entropy, _, validate, backend = arguments
     check_labels(labels, logits.shape[-1], validate)
@@ -48,7 +45,7 @@ def _policy_loss(logits: Tensor, dlogits: Tensor | None, labels: Tensor, *argume
 @torch.library.custom_op("ppg_fast::policy_loss", mutates_args=(), schema=f"(Tensor logits, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
 def policy_loss_op(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> weighted loss, log-prob, entropy (N,) float32, and dlogits (B, L, V) ((0,) unless with_grad)."""
-    dlogits = _gradient_buffer(logits, arguments[-3])
+    dlogits = fresh(logits.shape, logits.dtype, logits.device) if arguments[-3] else None
     return *_policy_loss(logits, dlogits, *arguments), logits.new_empty(0) if dlogits is None else dlogits
 
 
@@ -71,8 +68,7 @@ def _wants_entropy(arguments: tuple[Any, ...]) -> bool:
 
 @policy_loss_op.register_fake
 def _(logits, *arguments):
-    dlogits = _gradient_buffer(logits, arguments[-3])
-    return *_rows_like(logits, _wants_entropy(arguments)), logits.new_empty(0) if dlogits is None else dlogits
+    return *_rows_like(logits, _wants_entropy(arguments)), logits.new_empty(logits.shape if arguments[-3] else (0,))
 
 
 @policy_loss_inplace_op.register_fake

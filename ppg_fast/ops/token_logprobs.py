@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ppg_fast import backends, reference
 from ppg_fast.ops.checks import check_labels
+from ppg_fast.ops.memory import fresh
 
 
 @torch.library.custom_op("ppg_fast::token_logprobs", mutates_args=())
@@ -31,7 +32,7 @@ def token_logprobs_bwd_op(
     temperatures: Tensor | None, temperature: float, logit_softcap: float, backend: str,
 ) -> Tensor:  # fmt: skip
     """-> dlogits (B, L, V) of `token_logprobs`."""
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dlogits = fresh(logits.shape, logits.dtype, logits.device)
     scale = temperatures, temperature, logit_softcap
     backends.load(backend).logprobs_bwd(logits, labels, lse, entropy, d_logprob, d_entropy, *scale, dlogits)
     return dlogits
