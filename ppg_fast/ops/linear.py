@@ -18,15 +18,16 @@ from ppg_fast.ops.memory import fresh
 from ppg_fast.ops.policy_loss import NUMBERS, SCHEMA, PerRow
 from ppg_fast.spec import PolicyLossSpec
 
-CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}  # of logits alive at once
+CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 2**30}  # of logits alive at once
 MIN_CHUNK_ROWS = 256  # below, the fp32 accumulation of d_weight costs more than its GEMM
+TILE = 2048  # rows of d_weight whose 16-bit product is still in a CPU's cache when it is added up in float32
 GEMM_ROWS = 16  # chunks are padded to a multiple: BLAS takes other kernels for a few rows, and a row's bits would depend on its neighbours
 
 
 def default_chunk_rows(hidden: Tensor, vocabulary: int) -> int:
     """Rows of a chunk under the memory budget of the device."""
     budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-    return max(MIN_CHUNK_ROWS, budget // (vocabulary * hidden.element_size()))
+    return max(MIN_CHUNK_ROWS, budget // (vocabulary * hidden.element_size()) // GEMM_ROWS * GEMM_ROWS)
 
 
 class Head:
@@ -36,10 +37,11 @@ class Head:
         self.hidden, self.weight, self.bias, self.chunk_rows = hidden, weight, bias, chunk_rows
         like = {"dtype": torch.float32, "device": hidden.device}
         self.d_hidden = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
-        self.d_weight = fresh(weight.shape, **like).zero_() if wanted[1] else torch.empty(0, **like)
+        self.d_weight = fresh(weight.shape, **like) if wanted[1] else torch.empty(0, **like)
         self.d_bias = torch.zeros(weight.shape[0], **like) if wanted[2] else torch.empty(0, **like)
         self.wanted = wanted
         self.buffer: Tensor | None = None
+        self.started = False  # until then d_weight is not even zero: the first product is written, not added
 
     def chunks(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Row numbers and logits (1, n, V) of each chunk; the logits live until the next one."""
@@ -60,6 +62,12 @@ class Head:
                 torch.addmm(self.bias, self.x, self.weight.t(), out=self.logits)
             yield chunk, self.logits[None, :n]
 
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """d_hidden, d_weight, d_bias; (0,) where not wanted."""
+        if not self.started:
+            self.d_weight.zero_()
+        return self.d_hidden, self.d_weight, self.d_bias
+
     def accumulate(self, rows: Tensor) -> None:
         """Carry the gradient that now stands in the logits of the last chunk, ``rows``, into the wanted gradients.
 
@@ -71,11 +79,14 @@ class Head:
             self.d_hidden[rows] = (d @ self.weight)[: rows.numel()]
         if self.wanted[1]:
             if d.dtype == torch.float32:
-                self.d_weight.addmm_(d.t(), x)
+                self.d_weight.addmm_(d.t(), x, beta=int(self.started))
             elif d.is_cuda:
-                torch.addmm(self.d_weight, d.t(), x, out_dtype=torch.float32, out=self.d_weight)
+                torch.addmm(self.d_weight, d.t(), x, out_dtype=torch.float32, beta=int(self.started), out=self.d_weight)
             else:  # PyTorch's CPU has no GEMM from 16 to 32 bits: each chunk is rounded once, the sum is not
-                self.d_weight += d.t() @ x
+                for d_weight, columns in zip(self.d_weight.split(TILE), d.split(TILE, 1), strict=True):
+                    product = columns.t() @ x
+                    d_weight.add_(product) if self.started else d_weight.copy_(product)
+            self.started = True
         if self.wanted[2]:
             self.d_bias += d.sum(0, dtype=torch.float32)
 
@@ -116,7 +127,7 @@ def linear_policy_loss_op(hidden: Tensor, weight: Tensor, bias: Tensor | None, *
                 ent[rows] = out[2]
             if with_grad:
                 head.accumulate(rows)
-    return loss, logprob, ent, head.d_hidden, head.d_weight, head.d_bias
+    return loss, logprob, ent, *head.gradients()
 
 
 @linear_policy_loss_op.register_fake
@@ -216,7 +227,7 @@ def linear_token_logprobs_bwd_op(
         ent = entropy if ent is None else ent
         kernels.logprobs_bwd(logits, labels[rows], row_lse, ent, d_l, d_h, temps, temperature, logit_softcap, logits)
         head.accumulate(rows)
-    return head.d_hidden, head.d_weight, head.d_bias
+    return head.gradients()
 
 
 @linear_token_logprobs_op.register_fake
