@@ -28,6 +28,8 @@ PACES = {
 }
 FLOOR = {"float32": 2e-5, "bfloat16": 1e-2}  # a few roundings, relative to the largest element
 PEER_FLOOR = {"float32": 2e-5, "bfloat16": 6e-2}  # some keep log-probs of order 10 in bfloat16, whose last digit is 2^-5
+TOO_LONG = 60.0  # seconds a call
+Known = list[tuple[Case, dict[str, float]]]  # medians of every provider, by case
 COPIES = 16  # of small inputs, so that no two calls in a row see the same memory
 
 
@@ -39,22 +41,20 @@ def pool(case: Case, module: ModuleType) -> list[Any]:
     return [first, *(module.make(case, seed) for seed in range(1, COPIES if small else 1))]
 
 
-def measure(
-    case: Case, pace: Pace, compilers: bool = True, known: dict[str, float] | None = None
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def measure(case: Case, pace: Pace, compilers: bool = True, known: Known | None = None) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Entries in pytest-benchmark's form, one a contestant, and why the others are not there.
 
-    ``compilers``: those who compile too. ``known``: seconds of the providers at the case before this one; a slow one is left out where
-    rows are masked, with a line saying so.
+    ``compilers``: those who compile too. ``known``: the op's cases before this one and their providers' seconds; a slow one is left out,
+    with a line saying so.
     """
     module = OPS[case.op]
     torch._dynamo.reset()
     try:
         providers, missing = module.participants(case)
         providers = [p for p in providers if compilers or not p.compiles]
-        slow = {p.name: known[p.name] for p in providers if known and known.get(p.name, 0.0) > pace.slow and (case.active < 1 or case.zero)}
-        missing |= {name: f"measured at fewer shares of active rows: {seconds:.0f} s a call" for name, seconds in slow.items()}
-        providers = [p for p in providers if p.name not in slow]
+        late = {p.name: reason for p in providers if (reason := _too_late(p, case, pace, known or {}))}
+        missing |= late
+        providers = [p for p in providers if p.name not in late]
         problems = pool(case, module)
     except Unavailable as reason:
         return [], {case.op: str(reason)}
@@ -90,6 +90,23 @@ def measure(
         if hasattr(module, "facts"):
             contestant.facts |= module.facts(problems[0], contestant.name, medians[contestant.name])
     return [_entry(case, c, seconds[c.name], module.work(case)) for c in [*contestants, *limits]], missing
+
+
+def _too_late(provider: Provider, case: Case, pace: Pace, known: Known) -> str | None:
+    """Why a provider is not worth its time here: slow at this size already, or a minute and more by its time at a smaller one."""
+    for before, seconds in known:
+        if provider.name not in seconds:
+            continue
+        took = seconds[provider.name]
+        if (before.N, before.V, before.D) == (case.N, case.V, case.D):
+            if before.dtype == case.dtype and took > pace.slow and (case.active < 1 or case.zero):
+                return f"measured at fewer shares of active rows: {took:.0f} s a call"
+        elif case.D and before.active == 1 and not before.zero and before.dtype == case.dtype:
+            rows = case.active if provider.compacted else 1.0
+            expected = took * rows * case.N * case.V * case.D / (before.N * before.V * before.D)
+            if expected > TOO_LONG:
+                return f"not measured at N {case.N:,}, V {case.V:,}: about {expected:.0f} s a call, by its time at N {before.N:,}"
+    return None
 
 
 def _contestant(provider: Provider, problems: list[Any]) -> Contestant:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ppg_fast import backends
-from ppg_fast.functional import linear_policy_loss, policy_loss, token_logprobs
+from ppg_fast.functional import linear_policy_loss, linear_token_logprobs, policy_loss, token_logprobs
 
 from .problem import SPEC, Case, Problem, ppo
 
@@ -115,6 +115,19 @@ def ours_from_hidden(case: Case) -> list[Provider]:
         if case.zero:
             providers.append(Provider(f"ppg_fast {name}, skip_zero_advantages=False", loss_from_hidden(name, False), "ours"))
     return providers
+
+
+def ours_in_four_products(case: Case) -> list[Provider]:
+    """ppg_fast's log-probs with PyTorch's loss on top: the logits are computed again for the backward pass."""
+
+    def using(backend: str) -> Callable[[Problem], Tensor]:
+        def compute(p: Problem) -> Tensor:
+            hidden, weight = p.leaves
+            return ppo(linear_token_logprobs(hidden, weight, p.labels, backend=backend), p)  # type: ignore[arg-type]
+
+        return compute
+
+    return [Provider(f"ppg_fast {name}, log-probs (four GEMMs)", using(name), "ours") for name in our_backends(case)]
 
 
 def ours_logprobs(case: Case) -> list[Provider]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .harness import OPS, PACES, measure, peaks, public
+from .harness import OPS, PACES, Known, measure, peaks, public
 from .problem import Case
 
 
@@ -29,17 +29,15 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
     results: dict[str, Any] = {"entries": [], "missing": {}, "peaks": []}
     if not plan["memory"]:
         torch.set_num_threads(plan["threads"])
-    start, known = time.monotonic(), {}
-    shape: tuple[Any, ...] = ()
+    start = time.monotonic()
     quick = plan["grid"] == "quick"  # there one case of each op shows that the compilers run, and one that memory is seen
     for op in plan["ops"]:
+        known: Known = []
         for number, case in enumerate(planned(plan, op)):
             if plan["memory"] and (not wants_memory(case) or (quick and number)):
                 continue
             what = "memory" if plan["memory"] else f"{plan['threads']} threads, {plan['allocator']} allocator"
             size = f"N={case.N} V={case.V} D={case.D} {case.dtype} active={case.active} zero={case.zero} {public(case)['variant']}"
-            if shape != (case.op, case.N, case.V, case.D, case.dtype):
-                shape, known = (case.op, case.N, case.V, case.D, case.dtype), {}
             print(f"  {time.monotonic() - start:4.0f} s  {op} {size}: {what}", file=sys.stderr, flush=True)
             if plan["memory"]:
                 found, missing = peaks(case, not quick)
@@ -47,7 +45,7 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
             else:
                 entries, missing = measure(case, PACES[plan["grid"]], not (quick and number), known)
                 results["entries"] += entries
-                known |= {e["param"]: e["stats"]["median"] for e in entries}
+                known.append((case, {e["param"]: e["stats"]["median"] for e in entries}))
             results["missing"].setdefault(op, {}).update(missing)
     return results
 

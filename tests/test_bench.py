@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ppg_fast.bench import command, harness, learning_curve, machine, peers, render, timing, worker
+from ppg_fast.bench import command, harness, instructions, learning_curve, machine, peers, render, timing, worker
 from ppg_fast.bench.problem import Case, make_problem, make_truth
 from ppg_fast.bench.providers import Unavailable
 
@@ -130,13 +130,21 @@ def test_rounds_are_interleaved_and_slow_ones_leave_early():
 
 def test_a_slow_peer_is_not_measured_at_every_share():
     pace = replace(harness.PACES["quick"], slow=1.0)
-    known = {"TRL head": 3.0, "eager PyTorch": 0.5}
     all_active, masked, _ = TINY["linear"]
+    known = [(all_active, {"TRL head": 3.0, "eager PyTorch": 0.5})]
     for case, there in ((all_active, True), (masked, False)):
         entries, missing = harness.measure(case, pace, compilers=False, known=known)
         assert ("TRL head" in [e["param"] for e in entries]) == there
         assert ("TRL head" in missing) != there
         assert "eager PyTorch" in [e["param"] for e in entries]
+
+
+def test_a_peer_that_would_take_minutes_is_left_out():
+    smaller = replace(TINY["linear"][0], V=TINY["linear"][0].V // 100)
+    known = [(smaller, {"TRL head": 3.0, "eager PyTorch": 0.5})]
+    entries, missing = harness.measure(TINY["linear"][0], harness.PACES["quick"], compilers=False, known=known)
+    assert "eager PyTorch" in [e["param"] for e in entries]
+    assert missing["TRL head"].startswith("not measured at N 64, V 512: about 307 s a call")
 
 
 def test_statistics():
@@ -288,3 +296,15 @@ def test_learning_curves_become_a_table(tmp_path):
     text = render.SECTIONS["learning_curve"](render.load(tmp_path))
     assert "| seed 0 | 40% | 80% | 2.00 | 3.00 | 12.3 s |" in text
     assert text.index("seed 0") < text.index("seed 1")
+
+
+# ---- instructions ------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(instructions.why_not() is not None, reason=str(instructions.why_not()))
+def test_the_row_kernel_needs_no_more_instructions_than_when_it_was_measured(tmp_path):
+    stored = json.loads((ROOT / "bench/results/instructions.cpu.json").read_text())["instructions"]
+    case = {"kernel": "policy_loss", "dtype": "bfloat16", "isa": "avx2"}
+    before = next(c["per_element"] for c in stored if c.items() >= case.items())
+    program = instructions.build(tmp_path)
+    assert instructions.per_element(program, **case) < 1.1 * before
+    with pytest.raises(ValueError, match="exit status 3"):
+        instructions.count(program, "policy_loss", "float32", "avx1024", 1, 8)

@@ -1,0 +1,94 @@
+"""Instructions of the CPU row kernels for each element, counted by callgrind: `python -m ppg_fast.bench.instructions`.
+
+A figure that does not depend on the machine's mood. A run without a kernel is counted too and taken off: loading and the making of inputs.
+valgrind knows no AVX-512.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from . import machine
+
+N, V = 4, 8192
+KERNELS, DTYPES, ISAS = ("policy_loss", "logprobs"), ("float32", "bfloat16"), ("avx2", "baseline")
+FLAGS = ("-O3", "-std=c++20", "-ffp-contract=fast", "-Wno-attributes", "-Wno-psabi")  # as in setup.py
+SOURCES = Path(__file__).resolve().parents[1]
+
+
+def why_not() -> str | None:
+    """None if instructions can be counted here, else what is missing."""
+    needed = [name for name in ("valgrind", "g++") if shutil.which(name) is None]
+    return f"needs {' and '.join(needed)}" if needed else None
+
+
+def build(folder: Path) -> Path:
+    """The kernels and a driver without Python, compiled as the extension is."""
+    program = folder / "instructions"
+    sources = [SOURCES / "bench/instructions.cpp", *sorted((SOURCES / "csrc/cpu").glob("*.cpp"))]
+    subprocess.run(["g++", *FLAGS, "-w", *map(str, sources), "-o", str(program)], check=True)
+    return program
+
+
+def count(program: Path, *arguments: Any) -> int:
+    """Instructions of one run; ValueError with the program's words where it or callgrind fails."""
+    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", str(program), *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    found = re.search(r"Collected : (\d+)", run.stderr)
+    if run.returncode or not found:
+        raise ValueError(f"callgrind must end well, got exit status {run.returncode}: {run.stderr.strip()[-300:]}")
+    return int(found[1])
+
+
+def per_element(program: Path, kernel: str, dtype: str, isa: str) -> float:
+    """Instructions for one element of a row."""
+    whole, without = (count(program, name, dtype, isa, N, V) for name in (kernel, "none"))
+    return (whole - without) / (N * V)
+
+
+def measure() -> list[dict[str, Any]]:
+    """Every kernel in every dtype on every instruction set that valgrind knows."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = build(Path(folder))
+        cases = product(KERNELS, DTYPES, ISAS)
+        return [{"kernel": k, "dtype": d, "isa": i, "per_element": per_element(program, k, d, i)} for k, d, i in cases]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write ``instructions.cpu.json``; 1 where instructions cannot be counted."""
+    parser = argparse.ArgumentParser(description="Count the instructions of the CPU row kernels.")
+    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    arguments = parser.parse_args(argv)
+    if reason := why_not():
+        print(f"ppg_fast.bench.instructions: {reason}", file=sys.stderr)
+        return 1
+    compiler = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
+    file = {
+        "machine_info": machine.machine_info("cpu"),
+        "commit_info": machine.commit_info(),
+        "datetime": machine.now(),
+        "version": "1",
+        "benchmarks": [],
+        "ppg_fast": {
+            "command": "python -m ppg_fast.bench.instructions",
+            "versions": {**machine.versions(), "g++": compiler},
+            "load_before": machine.load(),
+            "missing": {},
+        },
+        "instructions": measure(),
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "instructions.cpu.json").write_text(json.dumps(file, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

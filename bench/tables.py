@@ -1,0 +1,95 @@
+"""The parts that result tables are made of."""
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+Results = dict[str, dict[str, Any]]  # "policy_loss.cpu" -> the file
+Entry = dict[str, Any]
+NOT_MEASURED = "not measured yet\n"
+DEVICES = ("cpu", "cuda")
+
+
+def of(results: Results, op: str) -> list[tuple[str, dict[str, Any]]]:
+    return [(device, results[f"{op}.{device}"]) for device in DEVICES if f"{op}.{device}" in results]
+
+
+# ---- one number ------------------------------------------------------------------------------------------------------------------------
+def duration(seconds: float) -> str:
+    """Three digits with their unit."""
+    value, unit = (seconds * 1e6, "µs") if seconds < 1e-3 else (seconds * 1e3, "ms") if seconds < 10 else (seconds, "s")
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}" if value < 10 else f"{value:.1f} {unit}"
+
+
+def memory(info: dict[str, Any]) -> str:
+    peak = info.get("peak_extra_bytes")
+    return "" if peak is None else f"{peak / 2**20:,.0f} MiB"
+
+
+def share(info: dict[str, Any]) -> str:
+    return f"{info['share_of_ceiling']:.0%} of {info['ceiling']}" if "share_of_ceiling" in info else ""
+
+
+def error(info: dict[str, Any]) -> str:
+    return "" if not info.get("error") else f"{max(info['error'].values()):.1e}" + ("" if info["correct"] else " (wrong)")
+
+
+def spread(stats: dict[str, Any]) -> str:
+    return f"{duration(stats['p20'])} to {duration(stats['p80'])}"
+
+
+def best_of_ours(entries: Iterable[Entry]) -> Entry | None:
+    """The fastest of ours whose result was right in this run."""
+    ours = [e for e in entries if e["extra_info"]["kind"] == "ours" and e["extra_info"].get("correct")]
+    return min(ours, key=lambda e: e["stats"]["median"], default=None)
+
+
+def speedup(entry: Entry, ours: Entry | None) -> str:
+    """How many times our time a peer needs; nothing where either result was wrong."""
+    info = entry["extra_info"]
+    if ours is None or info["kind"] != "peer" or not info.get("correct"):
+        return ""
+    return f"{entry['stats']['median'] / ours['stats']['median']:.2f} x"
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------------------------
+HEADINGS = ("", "median", "p20 to p80", "min", "rounds", "time / ours", "share of the ceiling", "peak extra memory", "error")
+
+
+def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table, numbers to the right."""
+    head = list(headings)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def ordered(entries: list[Entry]) -> list[Entry]:
+    rank = {"ceiling": 0, "ours": 1, "peer": 2}
+    return sorted(entries, key=lambda e: (rank[e["extra_info"]["kind"]], e["stats"]["median"]))
+
+
+def group_table(entries: list[Entry]) -> str:
+    """Everybody who took part in one case."""
+    ours = best_of_ours(entries)
+    rows = []
+    for entry in ordered(entries):
+        info, stats = entry["extra_info"], entry["stats"]
+        times = duration(stats["median"]), spread(stats), duration(stats["min"]), str(stats["rounds"])
+        rows.append((entry["param"], *times, speedup(entry, ours), share(info), memory(info), error(info)))
+    return table(HEADINGS, rows)
+
+
+def title(params: dict[str, Any]) -> str:
+    names = {"partial_returns": ("dialogues", "turns")}.get(params["op"], ("N", "V"))
+    parts = [f"{names[0]} {params['N']:,}", f"{names[1]} {params['V']:,}"] + ([f"D {params['D']:,}"] if params["D"] else [])
+    parts += [params["variant"]] if params["variant"] else []
+    parts += [params["dtype"]] if params["op"] != "partial_returns" else []
+    parts += [f"{params['active']:.0%} of the rows active"] if params["active"] < 1 else []
+    parts += [f"{params['zero']:.0%} of the turns with zero advantage"] if params["zero"] else []
+    if params["device"] == "cpu":
+        parts += [f"{params['threads']} thread{'s' * (params['threads'] > 1)}", f"{params['allocator']} allocator"]
+    return ", ".join(parts)
+
+
+def groups(file: dict[str, Any]) -> list[list[Entry]]:
+    return [list(entries) for _, entries in groupby(file["benchmarks"], key=lambda e: e["group"])]
