@@ -11,6 +11,7 @@ from ppg_fast.functional import (
     partial_policy_loss,
     partial_returns,
     policy_loss,
+    policy_loss_from_logprobs,
     token_logprobs,
     turn_advantages,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "partial_returns",
     "policy_class",
     "policy_loss",
+    "policy_loss_from_logprobs",
     "token_logprobs",
     "turn_advantages",
 ]

@@ -1,5 +1,6 @@
 """The public functions: any leading shape, defaults, reductions, errors. They choose the backend and call the ops."""
 
+from ppg_fast.functional.from_logprobs import policy_loss_from_logprobs
 from ppg_fast.functional.linear import linear_partial_policy_loss, linear_policy_loss, linear_token_logprobs
 from ppg_fast.functional.logits import PolicyLossOutput, partial_policy_loss, policy_loss, token_logprobs
 from ppg_fast.functional.returns import partial_returns, turn_advantages
@@ -12,6 +13,7 @@ __all__ = [
     "partial_policy_loss",
     "partial_returns",
     "policy_loss",
+    "policy_loss_from_logprobs",
     "token_logprobs",
     "turn_advantages",
 ]
