@@ -1,0 +1,42 @@
+"""verl >= 0.9: advantage estimators, policy losses and a fused kernel, registered when verl is imported.
+
+The entry point group ``verl.plugins`` loads this module in every process that imports verl; without verl nothing loads it. Then the
+configuration may say
+
+    algorithm.adv_estimator                            ppg_greedy | ppg_lookahead | ppg_segment | ppg_full
+    +algorithm.ppg.lookahead, .segment_length, .gamma, .baseline
+    actor_rollout_ref.actor.policy_loss.loss_mode      ppg | ppg_reinforce | ppg_cispo | ppg_gspo | ppg_gspo_turn
+    actor_rollout_ref.model.fused_kernel_options.impl_backend   ppg       (with use_fused_kernels)
+
+Rewards of turns reach verl through `ppg_fast.integrations.verl.rewards`.
+"""
+
+import sys
+from importlib import import_module
+
+SUPPORTED = (0, 9)
+
+
+def register() -> None:
+    """Register everything with the verl that is installed; ImportError, in one line, where there is none or it is too old."""
+    needed = f"ppg_fast.integrations.verl needs verl >= {SUPPORTED[0]}.{SUPPORTED[1]}"
+    try:
+        version = import_module("verl").__version__
+    except ModuleNotFoundError as missing:
+        if missing.name != "verl":
+            raise
+        raise ImportError(f"{needed}: pip install 'verl>={SUPPORTED[0]}.{SUPPORTED[1]}'") from None
+    if tuple(int(part) for part in version.split(".")[:2]) < SUPPORTED:
+        raise ImportError(f"{needed}, found {version}")
+    from ppg_fast.integrations.verl import estimators, head, losses
+
+    for module in (estimators, losses, head):
+        module.register()
+
+
+try:
+    register()
+except Exception as error:
+    # verl tells of a failing plugin at level DEBUG only; unsaid, the run would end in an unknown estimator or go without our head
+    print(f"ppg_fast: nothing of it is registered with verl: {error}", file=sys.stderr, flush=True)
+    raise

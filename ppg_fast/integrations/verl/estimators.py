@@ -1,0 +1,57 @@
+"""Advantage estimators for verl: one for each policy class, from per-token rewards, the response mask and uid."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from verl.trainer.ppo.core_algos import register_adv_est  # pyright: ignore[reportMissingImports]
+
+from ppg_fast.integrations.turns import Credit, group_numbers, turn_ids_of_mask
+from ppg_fast.spec import require
+
+OPTION = {"greedy": None, "lookahead": "lookahead", "segment": "segment_length", "full": None}  # the number each class needs
+KNOWN = ("lookahead", "segment_length", "gamma", "baseline")
+
+
+def credit(policy_class: str, config: Any) -> Credit:
+    """The options of ``algorithm.ppg`` in verl's configuration for one policy class; ValueError names the option that is wrong."""
+    options = config.get("ppg", None) if isinstance(config, Mapping) or hasattr(config, "get") else None
+    options = {} if options is None else dict(options)
+    unknown = sorted(set(options) - set(KNOWN))
+    require(not unknown, f"algorithm.ppg has {', '.join(KNOWN)}", unknown)
+    needed = OPTION[policy_class]
+    if needed:
+        require(needed in options, f"ppg_{policy_class} needs +algorithm.ppg.{needed}=<turns>; algorithm.ppg", options)
+        policy_class = f"{policy_class}:{options[needed]}"
+    return Credit(policy_class, **{name: options[name] for name in ("gamma", "baseline") if name in options})
+
+
+def estimate(
+    policy_class: str, token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, index: Any = None, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Advantage and return of the turn of each token.
+
+    A token of turn t gets R_t minus the baseline of turn t over its group, R_t = sum over k in S_t of gamma^(k-t) r_k (arXiv:2603.06138);
+    r_k is the sum of the rewards from the first token of turn k to the next turn.
+
+    Args:
+        token_level_rewards: (bs, response_length) floating point.
+        response_mask: (bs, response_length), non-zero on the policy's own tokens; its runs are the turns.
+        config: verl's ``algorithm`` configuration; ``config.ppg`` holds lookahead, segment_length, gamma and baseline.
+        index: (bs,) uid, equal for the rollouts of one prompt.
+
+    Returns: advantages and returns, (bs, response_length) float32, zero outside of the mask.
+    Raises: ValueError for unknown options, a missing lookahead or segment_length, a reward before the first turn.
+    """
+    turn_ids = turn_ids_of_mask(response_mask)
+    return credit(policy_class, config).of_tokens(token_level_rewards, turn_ids, group_numbers(index, turn_ids.device))
+
+
+ESTIMATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {f"ppg_{name}": partial(estimate, name) for name in OPTION}
+
+
+def register() -> None:
+    """Tell verl of the estimators."""
+    for name, function in ESTIMATORS.items():
+        register_adv_est(name)(function)

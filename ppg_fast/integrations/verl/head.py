@@ -1,0 +1,57 @@
+"""Our linear head as a fused kernel of verl, ``impl_backend: ppg``, for every model whose forward verl fuses with its torch backend."""
+
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+from verl.models.transformers import monkey_patch  # pyright: ignore[reportMissingImports]
+from verl.utils.experimental import torch_functional  # pyright: ignore[reportMissingImports]
+
+from ppg_fast.functional import linear_token_logprobs
+
+BACKEND = "ppg"
+
+
+class FusedLinear(torch_functional.FusedLinearForPPO):
+    """verl's fused head with one more ``impl_backend``, "ppg"; every other goes verl's own way."""
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
+        super().__init__(chunk_size, "torch" if impl_backend == BACKEND else impl_backend)
+        self.impl_backend = impl_backend
+
+    def forward(self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of each token, without the logits.
+
+        Args:
+            hidden_states: (..., D); vocab_weights: (V, D), of one dtype or under autocast.
+            input_ids: (...) integers, the tokens these states predict (verl has rolled them).
+            temperature: a number > 0.
+
+        Returns: (...) float32 each, in nats, differentiable in both.
+        """
+        if self.impl_backend != BACKEND:
+            return super().forward(hidden_states, vocab_weights, input_ids, temperature)
+        out = linear_token_logprobs(hidden_states, vocab_weights, input_ids.long(), temperature=float(temperature), entropy=True)
+        return out[0], out[1]
+
+
+def with_ppg_backend(patch: Any) -> Any:
+    """verl's patch_forward_with_backends, which knows three names, with "ppg" as the forward of its torch backend and our head in it."""
+
+    @wraps(patch)
+    def patch_forward_with_backends(model: Any, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None) -> None:
+        ours = use_fused_kernels and fused_kernels_backend == BACKEND
+        patch(model, use_fused_kernels, "torch" if ours else fused_kernels_backend)
+        if ours:
+            model._verl_fused_kernels_backend = BACKEND
+            print(f"Its head in {model.__class__.__name__} is that of ppg_fast")
+
+    patch_forward_with_backends.knows_ppg = True  # type: ignore[attr-defined]
+    return patch_forward_with_backends
+
+
+def register() -> None:
+    """Teach verl's torch backend the name "ppg". The forwards look the class up when they run, so all of verl's models follow."""
+    if not hasattr(monkey_patch.patch_forward_with_backends, "knows_ppg"):
+        monkey_patch.patch_forward_with_backends = with_ppg_backend(monkey_patch.patch_forward_with_backends)
+        torch_functional.FusedLinearForPPO = FusedLinear

@@ -1,0 +1,64 @@
+"""Policy losses for verl: our surrogates, verl's denominators."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss  # pyright: ignore[reportMissingImports]
+
+from ppg_fast.functional import policy_loss_from_logprobs
+from ppg_fast.integrations.turns import turn_ids_of_mask
+from ppg_fast.spec import LOSS_TYPES, PolicyLossSpec, require
+
+CLIPPED = ("ppo", "gspo", "gspo_turn")  # those that verl's dual clip is defined for
+
+
+def loss_spec(loss_type: str, config: Any) -> PolicyLossSpec:
+    """verl's actor configuration in our words: clip_ratio_low, clip_ratio_high (else clip_ratio), and clip_ratio_c as the dual clip."""
+    require(config is not None, "verl's policy losses need the actor's config", config)
+    low, high = (config.clip_ratio if bound is None else bound for bound in (config.clip_ratio_low, config.clip_ratio_high))
+    dual_clip = float(config.get("clip_ratio_c", 3.0) or 0.0) if loss_type in CLIPPED else 0.0
+    return PolicyLossSpec(loss_type, clip_low=float(low), clip_high=float(high), dual_clip=dual_clip)
+
+
+def policy_loss(
+    loss_type: str,
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """The policy loss under verl's signature; entropy and KL terms are added by verl.
+
+    Args:
+        old_log_prob, log_prob, advantages, response_mask: (bs, response_length), own alignment; ``log_prob`` is differentiable.
+        loss_agg_mode: any mode of verl's ``agg_loss``, which divides.
+        config: verl's ActorConfig, see `loss_spec`, with ``global_batch_info``.
+        rollout_is_weights: (bs, response_length), factors of the tokens' losses.
+
+    Returns: 0-d loss and metrics by name.
+    """
+    spec = loss_spec(loss_type, config)
+    turn_ids = turn_ids_of_mask(response_mask) if loss_type == "gspo_turn" else None
+    out = policy_loss_from_logprobs(
+        log_prob, advantages, loss_mask=response_mask, old_logprobs=old_log_prob, turn_ids=turn_ids, spec=spec, reduction="none"
+    )
+    per_token = out.loss if rollout_is_weights is None else out.loss * rollout_is_weights
+    loss = agg_loss(loss_mat=per_token, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
+    names = {"approx_kl": "actor/approx_kl", "clip_fraction": "actor/pg_clipfrac"}
+    return loss, {verl: float(out.metrics[ours]) for ours, verl in names.items() if ours in out.metrics}
+
+
+LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, float]]]] = {
+    "ppg" if name == "ppo" else f"ppg_{name}": partial(policy_loss, name) for name in LOSS_TYPES
+}
+
+
+def register() -> None:
+    """Tell verl of the losses."""
+    for name, function in LOSSES.items():
+        register_policy_loss(name)(function)

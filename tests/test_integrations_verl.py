@@ -1,0 +1,367 @@
+"""The verl integration against the real verl, which lives in an environment of its own: `make test-verl`."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+verl = pytest.importorskip("verl", reason="verl is not installed here; make test-verl builds its environment")
+
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from verl import DataProto
+from verl.models.transformers.monkey_patch import patch_forward_with_backends
+from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.ray_trainer import compute_advantage
+from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+from verl.utils import tensordict_utils
+from verl.utils.experimental.torch_functional import FusedLinearForPPO
+from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+from verl.workers.utils.losses import ppo_loss
+
+import ppg_fast as ppg
+from ppg_fast.integrations.verl import estimators, losses
+from ppg_fast.integrations.verl.rewards import TurnRewardOutput, rm_scores
+
+UIDS = np.array(["p", "q", "p", "q", "p", "solo"], dtype=object)  # groups of 3, 2 and 1, not next to each other
+FOUR_MODES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+
+
+def masks(turn_lengths, length):
+    """Response masks with one token of context between the turns: rows of turn lengths -> (bs, length) int64."""
+    mask = torch.zeros(len(turn_lengths), length, dtype=torch.int64)
+    for b, lengths in enumerate(turn_lengths):
+        start = 0
+        for n in lengths:
+            mask[b, start : start + n] = 1
+            start += n + 1
+    return mask
+
+
+ONE_TURN = masks([[5], [2], [7], [1], [3], [4]], 8)
+THREE_TURNS = masks([[2, 1, 3], [1, 1, 1], [3, 2, 1], [1, 4, 1], [2, 2, 2], [1, 2, 3]], 10)
+RAGGED = masks([[2, 1, 3], [4], [3, 2], [1, 4, 1], [2, 2, 1], [1, 2, 3]], 10)
+
+
+def terminal_rewards(mask):
+    """One reward a row, where verl puts it: on the last token of the response."""
+    rewards = torch.zeros(mask.shape)
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    rewards[torch.arange(len(mask)), last] = torch.tensor([0.3, 1.0, -0.7, 0.25, 1.9, 0.6])
+    return rewards
+
+
+def advantages(estimator, rewards, mask, **ppg_options):
+    """verl's own route from a batch to its advantages."""
+    config = OmegaConf.create({"adv_estimator": estimator, "gamma": 1.0, **({"ppg": ppg_options} if ppg_options else {})})
+    OmegaConf.set_struct(config, True)  # as hydra hands it out
+    data = DataProto.from_dict(tensors={"token_level_rewards": rewards, "response_mask": mask}, non_tensors={"uid": UIDS})
+    grpo = {"norm_adv_by_std_in_grpo": ppg_options.get("baseline") == "group_std"}
+    out = compute_advantage(data, adv_estimator=estimator, config=config, **grpo)
+    return out.batch["advantages"]
+
+
+# ---- registration ------------------------------------------------------------------------------------------------------------------------
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+
+
+def test_importing_verl_is_enough():
+    done = run(
+        "import verl\n"
+        "from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn\n"
+        "names = ['ppg_greedy', 'ppg_lookahead', 'ppg_segment', 'ppg_full']\n"
+        "print([callable(get_adv_estimator_fn(n)) for n in names], callable(get_policy_loss_fn('ppg')))"
+    )
+    assert done.stdout.strip() == "[True, True, True, True] True", done.stderr
+    assert "ppg_fast" not in done.stderr
+
+
+def test_a_failing_plugin_is_loud():
+    done = run("import sys\nsys.modules['ppg_fast.integrations.verl.head'] = None\nimport verl\nprint('verl lives')")
+    assert done.stdout.strip() == "verl lives"
+    assert "ppg_fast: nothing of it is registered with verl" in done.stderr
+    assert "ppg_fast.integrations.verl.head" in done.stderr
+
+
+def test_registering_twice_changes_nothing():
+    from ppg_fast.integrations.verl import register
+
+    before = core_algos.get_adv_estimator_fn("ppg_full"), patch_forward_with_backends
+    register()
+    from verl.models.transformers import monkey_patch
+
+    assert (core_algos.get_adv_estimator_fn("ppg_full"), monkey_patch.patch_forward_with_backends) == before
+
+
+# ---- estimators --------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mask", [ONE_TURN, THREE_TURNS], ids=["one turn", "three turns"])
+def test_full_planning_and_a_terminal_reward_is_rloo(mask):
+    rewards = terminal_rewards(mask)
+    for theirs in ("rloo", "rloo_vectorized"):
+        groups = torch.tensor(UIDS != "solo") if theirs == "rloo_vectorized" else torch.ones(len(UIDS), dtype=torch.bool)
+        expected = advantages(theirs, rewards, mask)  # the vectorized one drops a rollout that is alone; the other keeps it, as we do
+        torch.testing.assert_close(advantages("ppg_full", rewards, mask)[groups], expected[groups], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("baseline", ["group_mean", "group_std"])
+@pytest.mark.parametrize("mask", [ONE_TURN, THREE_TURNS], ids=["one turn", "three turns"])
+def test_full_planning_and_a_terminal_reward_is_grpo(mask, baseline):
+    rewards = terminal_rewards(mask)
+    ours = advantages("ppg_full", rewards, mask, baseline=baseline)
+    config = {"baseline": baseline}  # read by the helper above: whether GRPO divides by the standard deviation
+    torch.testing.assert_close(ours, advantages("grpo", rewards, mask, **config), rtol=1e-5, atol=1e-5)
+
+
+CLASSES = {"ppg_greedy": {}, "ppg_lookahead": {"lookahead": 2}, "ppg_segment": {"segment_length": 2}, "ppg_full": {}}
+
+
+@pytest.mark.parametrize("estimator", CLASSES)
+def test_every_policy_class_by_hand(estimator):
+    """Dialogues of 3, 1, 2, 3, 3 and 3 turns, discounted; the window of each turn and its group written out."""
+    generator = torch.Generator().manual_seed(5)
+    turn_rewards = [[float(torch.randn((), generator=generator)) for _ in range(n)] for n in (3, 1, 2, 3, 3, 3)]
+    gamma = 0.8
+    ends = {
+        "ppg_greedy": lambda t, n: t + 1,
+        "ppg_lookahead": lambda t, n: min(t + 2, n),
+        "ppg_segment": lambda t, n: min(t // 2 * 2 + 2, n),
+        "ppg_full": lambda t, n: n,
+    }
+    returns = [
+        [sum(gamma ** (k - t) * row[k] for k in range(t, ends[estimator](t, len(row)))) for t in range(len(row))] for row in turn_rewards
+    ]
+    expected = torch.zeros(RAGGED.shape)
+    for b, row in enumerate(returns):
+        starts = [i for i in range(RAGGED.shape[1]) if RAGGED[b, i] and (i == 0 or not RAGGED[b, i - 1])]
+        for t, start in enumerate(starts):
+            others = [returns[o][t] for o in range(len(UIDS)) if o != b and UIDS[o] == UIDS[b] and t < len(returns[o])]
+            end = next((i for i in range(start, RAGGED.shape[1]) if not RAGGED[b, i]), RAGGED.shape[1])
+            expected[b, start:end] = row[t] - (sum(others) / len(others) if others else 0.0)
+    ours = advantages(estimator, rm_scores(turn_rewards, RAGGED), RAGGED, gamma=gamma, **CLASSES[estimator])
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_v1_trainer_delegates():
+    """verl's default trainer computes GRPO itself and hands every other estimator on."""
+    tensors = {"token_level_rewards": terminal_rewards(THREE_TURNS), "response_mask": THREE_TURNS}
+    data = DataProto.from_dict(tensors=tensors, non_tensors={"uid": UIDS})
+    keys = [f"{uid}_{i}_0" for i, uid in enumerate(UIDS)]
+    out = compute_advantage_for_multi_trajectories(data, keys, adv_estimator="ppg_full", config=OmegaConf.create({}))
+    torch.testing.assert_close(out.batch["advantages"], advantages("rloo", *tensors.values()), rtol=1e-5, atol=1e-6)
+
+
+def test_wrong_options_are_named():
+    rewards = terminal_rewards(ONE_TURN)
+    with pytest.raises(ValueError, match=r"ppg_lookahead needs \+algorithm.ppg.lookahead"):
+        advantages("ppg_lookahead", rewards, ONE_TURN)
+    with pytest.raises(ValueError, match="lookahed"):
+        advantages("ppg_lookahead", rewards, ONE_TURN, lookahed=2)
+    with pytest.raises(ValueError, match="baseline must be one of"):
+        advantages("ppg_full", rewards, ONE_TURN, baseline="rloo")
+    shifted = torch.zeros_like(ONE_TURN)
+    shifted[:, 2:] = ONE_TURN[:, :-2]
+    with pytest.raises(ValueError, match="before the first turn"):
+        advantages("ppg_full", torch.ones(ONE_TURN.shape), shifted)
+
+
+# ---- rewards -----------------------------------------------------------------------------------------------------------------------------
+def test_rewards_stand_on_the_last_token_of_their_turn():
+    mask = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 1], [0, 1, 1, 1, 0, 0, 0, 0]])
+    expected = torch.tensor([[0, 0.5, 0, 0, 0, 0, 0, -2.0], [0, 0, 0, 3.0, 0, 0, 0, 0]])
+    assert torch.equal(rm_scores([[0.5, None, -2.0], [3.0]], mask), expected)
+    with pytest.raises(ValueError, match="row 1 has 1 turns"):
+        rm_scores([[0.5, 0.1, -2.0], [3.0, 4.0]], mask)
+
+
+def test_an_agent_loop_hands_its_turn_rewards_on():
+    def output(**fields):
+        tokens = {"prompt_ids": [1, 2], "response_ids": [3, 4, 5, 6], "response_mask": [1, 0, 1, 1]}
+        return TurnRewardOutput(**tokens, metrics={}, **fields)
+
+    fields = output(turn_rewards=[0.25, 2.0]).as_dict()
+    assert fields["rm_scores"].tolist() == [0.25, 0.0, 0.0, 2.0]
+    assert "turn_rewards" not in fields
+    assert output(turn_rewards=[0.25, None]).reward_score == 0.25
+    assert output(turn_rewards=[0.25, 2.0], reward_score=9.0).as_dict()["rm_scores"].sum() == 2.25
+
+
+# ---- losses ------------------------------------------------------------------------------------------------------------------------------
+def actor(**fields):
+    numbers = {"rollout_n": 1, "ppo_micro_batch_size_per_gpu": 2, "clip_ratio_low": 0.15, "clip_ratio_high": 0.3, "clip_ratio_c": 1.7}
+    return FSDPActorConfig(strategy="fsdp", **{**numbers, **fields})
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(3)
+    log_prob = -2 * torch.rand(RAGGED.shape)
+    spread = torch.randn(RAGGED.shape)
+    return SimpleNamespace(
+        log_prob=log_prob.requires_grad_(), old=log_prob.detach() - 0.6 * spread, advantages=torch.randn(RAGGED.shape),
+        weights=torch.rand(RAGGED.shape) + 0.5, mask=RAGGED.bool(),
+    )  # fmt: skip
+
+
+GLOBAL = {"dp_size": 2, "batch_num_tokens": 77, "global_batch_size": 13, "loss_scale_factor": 9}
+
+
+def both(batch, ours, theirs, config, mode, weights=None):
+    """Loss and gradient of a registered loss of ours and of verl's."""
+    for name in (ours, theirs):
+        loss, metrics = core_algos.get_policy_loss_fn(name)(
+            old_log_prob=batch.old, log_prob=batch.log_prob, advantages=batch.advantages, response_mask=batch.mask, loss_agg_mode=mode,
+            config=config, rollout_is_weights=weights,
+        )  # fmt: skip
+        yield loss.detach(), torch.autograd.grad(loss, batch.log_prob)[0], metrics
+
+
+@pytest.mark.parametrize("info", [{}, GLOBAL], ids=["local", "global"])
+@pytest.mark.parametrize("mode", [*FOUR_MODES, "token-sum"])
+def test_ppg_is_vanilla(batch, mode, info):
+    config = actor()
+    config.global_batch_info.update(info)
+    for weights in (None, batch.weights):
+        (loss, grad, metrics), (expected, expected_grad, their_metrics) = both(batch, "ppg", "vanilla", config, mode, weights)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
+        assert 0 < metrics["actor/pg_clipfrac"] < 1
+        assert abs(metrics["actor/pg_clipfrac"] - their_metrics["actor/pg_clipfrac"]) < 1e-6
+
+
+def test_ppg_cispo_is_cispo_without_its_lower_clip(batch):
+    config = actor(clip_ratio_low=1.0)
+    (loss, grad, _), (expected, expected_grad, _) = both(batch, "ppg_cispo", "cispo", config, "token-mean")
+    torch.testing.assert_close((loss, grad), (expected, expected_grad), rtol=1e-5, atol=1e-6)
+
+
+def test_ppg_gspo_is_gspo(batch):
+    config = actor(clip_ratio_low=0.05, clip_ratio_high=0.07, clip_ratio_c=1e6)
+    (loss, grad, _), (expected, expected_grad, _) = both(batch, "ppg_gspo", "gspo", config, "seq-mean-token-mean")
+    torch.testing.assert_close((loss, grad), (expected, expected_grad), rtol=1e-5, atol=1e-6)
+
+
+def test_ppg_reinforce_is_verls_reinforce(batch):
+    ours, _ = losses.LOSSES["ppg_reinforce"](batch.old, batch.log_prob, batch.advantages, batch.mask, "token-mean", actor())
+    theirs, _ = core_algos.compute_policy_loss_reinforce(batch.old, batch.log_prob, batch.advantages, batch.mask, "token-mean", actor())
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("info", [{}, GLOBAL], ids=["local", "global"])
+@pytest.mark.parametrize("mode", FOUR_MODES)
+def test_our_reductions_are_verls_modes(batch, mode, info):
+    """For a caller that goes from logits to the loss in one pass: reduction and normalizer in place of agg_loss."""
+    dp, horizon = info.get("dp_size", 1), info.get("loss_scale_factor", RAGGED.shape[1])
+    sequences, tokens = info.get("global_batch_size", len(RAGGED)), info.get("batch_num_tokens", int(RAGGED.sum()))
+    reduction, normalizer = {
+        "token-mean": ("token_mean", tokens / dp),
+        "seq-mean-token-sum": ("sequence_sum", sequences / dp),
+        "seq-mean-token-sum-norm": ("sequence_sum", sequences * horizon / dp),
+        "seq-mean-token-mean": ("sequence_mean", sequences / dp),
+    }[mode]
+    logits, labels = torch.randn(*RAGGED.shape, 17), torch.randint(17, RAGGED.shape)
+    arguments = {"loss_mask": batch.mask, "old_logprobs": batch.old}
+    spec = ppg.PolicyLossSpec("ppo", clip_low=0.15, clip_high=0.3)
+    per_token = ppg.policy_loss(logits, labels, batch.advantages, spec=spec, reduction="none", **arguments).loss
+    expected = core_algos.agg_loss(per_token, batch.mask, mode, **info)
+    ours = ppg.policy_loss(logits, labels, batch.advantages, spec=spec, reduction=reduction, normalizer=normalizer, **arguments).loss
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ppo_loss_runs_the_chosen_loss():
+    """verl's engine-side function: log-probs of packed sequences in, loss and metrics out; micro-batches add up."""
+    prompt, (B, T) = 3, RAGGED.shape
+    lengths = RAGGED.shape[1] - RAGGED.flip(1).argmax(1)
+    attention = torch.cat([torch.ones(B, prompt), (torch.arange(T) < lengths[:, None]).float()], 1).long()
+    torch.manual_seed(1)
+    log_probs, old, credit = -torch.rand(B, prompt + T), -torch.rand(B, T), torch.randn(B, T)
+
+    def loss(rows):
+        config = actor(policy_loss=PolicyLossConfig(loss_mode="ppg"), entropy_coeff=0.1)
+        fields = {
+            "prompts": torch.ones(B, prompt, dtype=torch.long), "responses": torch.ones(B, T, dtype=torch.long),
+            "attention_mask": attention, "response_mask": RAGGED, "old_log_probs": old, "advantages": credit,
+        }  # fmt: skip
+        data = TensorDict({name: value[rows] for name, value in fields.items()}, batch_size=len(attention[rows]))
+        tensordict_utils.assign_non_tensor(data, dp_size=1, batch_num_tokens=float(RAGGED.sum()), global_batch_size=B)
+        packed = log_probs[rows][attention[rows].bool()]
+        value, metrics = ppo_loss(config, {"log_probs": packed, "entropy": packed.abs()}, data)
+        assert {"actor/pg_loss", "actor/pg_clipfrac", "actor/approx_kl"} <= set(metrics)
+        return value
+
+    whole = loss(slice(None))
+    torch.testing.assert_close(loss(slice(0, 2)) + loss(slice(2, None)), whole, rtol=1e-5, atol=1e-6)
+
+
+# ---- head --------------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", [(11,), (3, 7)], ids=["packed", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
+def test_the_head_is_verls_torch_head(shape, dtype):
+    torch.manual_seed(2)
+    hidden, weight = torch.randn(*shape, 24, requires_grad=True), torch.randn(131, 24, requires_grad=True)
+    tokens, upstream = torch.randint(131, shape, dtype=torch.int32), torch.randn(2, *shape)
+    results = {}
+    for backend in ("torch", "ppg"):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            logprobs, entropy = FusedLinearForPPO(impl_backend=backend)(hidden, weight, tokens, temperature=0.7)
+        assert logprobs.dtype == torch.float32
+        loss = (logprobs * upstream[0] + entropy.float() * upstream[1]).sum()
+        results[backend] = (logprobs.detach(), entropy.detach().float(), *torch.autograd.grad(loss, [hidden, weight]))
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 0.35}  # they round dlogits
+    for ours, theirs in zip(results["ppg"], results["torch"], strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+    only_logprobs, _ = FusedLinearForPPO(impl_backend="ppg")(hidden, weight, tokens, temperature=0.7)  # entropy not in the loss
+    assert torch.autograd.grad(only_logprobs.sum(), hidden)[0].isfinite().all()
+
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MODELS = {
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**TINY, head_dim=8)),
+    "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**TINY, tie_word_embeddings=True)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_with_our_head_is_training_with_verls(name):
+    """impl_backend=ppg through verl's own switch, five steps of its policy loss, parameters compared step by step."""
+    tokens = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(4))
+    credit, runs = torch.randn(2, 11, generator=torch.Generator().manual_seed(6)), {}
+    for backend in ("torch", "ppg"):
+        torch.manual_seed(0)
+        model = MODELS[name]()
+        original = model.__class__.forward
+        try:
+            patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend=backend)
+            optimizer, steps = torch.optim.SGD(model.parameters(), lr=0.3), []
+            for _ in range(5):
+                out = model(input_ids=tokens, use_cache=False, temperature=0.9, return_dict=True)
+                arguments = (out.log_probs[:, :-1].detach(), out.log_probs[:, :-1], credit, torch.ones(2, 11), "token-mean", actor())
+                loss = losses.LOSSES["ppg"](*arguments)[0] - 0.01 * out.entropy[:, :-1].mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+            runs[backend] = steps
+        finally:
+            model.__class__.forward = original
+    assert (runs["ppg"][-1] - runs["ppg"][0]).abs().max() > 1e-3
+    for ours, theirs in zip(runs["ppg"], runs["torch"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_other_backends_stay_verls():
+    with pytest.raises(ValueError, match="Unsupported FusedLinearForPPO backend"):
+        FusedLinearForPPO(impl_backend="nothing")
+    assert FusedLinearForPPO().impl_backend == "torch"
+    assert set(estimators.ESTIMATORS) == {"ppg_greedy", "ppg_lookahead", "ppg_segment", "ppg_full"}
