@@ -7,8 +7,12 @@ TRITON := triton==3.7.1
 NATIVE := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
+VERL := .venv-verl
+# what verl imports on a CPU, within the bounds of its own metadata, which also asks for trackers, profilers and a dashboard
+VERL_IMPORTS := "tensordict>=0.8,<=0.10,!=0.9.0" "ray>=2.41" codetiming hydra-core datasets pylatexenc torchdata dill pandas pyarrow \
+	"transformers>=5.5.3,<5.11,!=5.6.0" peft accelerate pillow cachetools uvicorn fastapi "TransferQueue>=0.1.10"
 
-.PHONY: train test lint types check bench docs format clean
+.PHONY: train test test-verl lint types check bench docs format clean
 
 train: $(VENV)/.train
 	$(BIN)/ppg-fast train --overwrite $(ARGS)
@@ -17,6 +21,10 @@ test: lint types check
 
 check: $(VENV)/.dev
 	$(PYTEST) -n 2 --dist worksteal -q $(ARGS)
+
+# verl pins another transformers, so it lives in an environment of its own, built once. Not part of `make test`.
+test-verl: $(VERL)/.verl
+	$(VERL)/bin/python -m pytest -q -W ignore::DeprecationWarning tests/test_integrations_verl.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -51,6 +59,16 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml $(NATIVE)
 
 $(VENV)/.dev: $(VENV)/.train
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,peers,dev]"
+	touch $@
+
+$(VERL)/.verl: pyproject.toml $(NATIVE)
+	test -x $(VERL)/bin/python || $(PYTHON) -m venv $(VERL)
+	$(VERL)/bin/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
+	$(VERL)/bin/python -m pip install --quiet $(TORCH) numpy typing_extensions pytest
+	$(VERL)/bin/python -m pip install --quiet $(TRITON)
+	$(VERL)/bin/python -m pip install --quiet $(VERL_IMPORTS)
+	$(VERL)/bin/python -m pip install --quiet --no-deps verl==0.9.1
+	$(VERL)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 clean:
