@@ -55,6 +55,22 @@ def test_masked_rows_may_hold_anything(batch, garbage):
     assert (gradient[~mask] != 0).any()
 
 
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_ratio_that_overflows_keeps_the_gradient_of_the_kernels(loss_type, advantage):
+    """A token the old policy all but excluded: clipped, so without a gradient, and not 0 * inf."""
+    torch.manual_seed(9)
+    logits, labels = torch.randn(1, 3, 5, requires_grad=True), torch.tensor([[0, 1, 2]])
+    options = {"old_logprobs": torch.tensor([[-120.0, -1.5, -300.0]]), "spec": ppg.PolicyLossSpec(loss_type, dual_clip=3.0)}
+    options["turn_ids"] = torch.tensor([[0, 1, 1]])
+    advantages = torch.full((1, 3), advantage)
+    from_logprobs = ppg.policy_loss_from_logprobs(ppg.token_logprobs(logits, labels), advantages, **options)
+    losses = ppg.policy_loss(logits, labels, advantages, **options).loss, from_logprobs.loss
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in losses]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
 def test_no_active_row_is_a_connected_zero():
     logprobs = torch.full((2, 3), torch.nan, requires_grad=True)
     loss = ppg.policy_loss_from_logprobs(logprobs, torch.ones(2, 3), loss_mask=torch.zeros(2, 3)).loss

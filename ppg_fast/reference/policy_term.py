@@ -5,6 +5,9 @@ from torch import Tensor
 
 from ppg_fast.spec import PolicyLossSpec
 
+# exp of more overflows float32 once multiplied, and the branch a minimum did not take would then give 0 * inf to the backward pass
+MAX_LOG_RATIO = 80.0
+
 
 def importance_weight(old_logprobs: Tensor, rollout_logprobs: Tensor | None, spec: PolicyLossSpec) -> Tensor | float:
     """min(exp(old - rollout), importance_cap): corrects for a sampler that is not the trainer's policy. 1 where it is off."""
@@ -27,7 +30,7 @@ def policy_term(
     With r = exp(l - old):  reinforce -A l;  ppo, gspo -min(r A, clip(r, 1-clip_low, 1+clip_high) A), at most -dual_clip A where A < 0;
     cispo -sg[min(r, 1+clip_high)] A l;  times the importance weight, plus kl_coef KL(l, ref), minus entropy_coef H.
     """
-    ratio = torch.exp(logprobs - old_logprobs)
+    ratio = torch.exp((logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO))
     if spec.loss_type == "reinforce":
         loss = -advantages * logprobs
     elif spec.loss_type == "cispo":
