@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 verl = pytest.importorskip("verl", reason="verl is not installed here; make test-verl builds its environment")
 
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -19,11 +21,13 @@ from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
 from verl.utils import tensordict_utils
+from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
 import ppg_fast as ppg
+from ppg_fast.integrations.turns import Credit
 from ppg_fast.integrations.verl import estimators, losses
 from ppg_fast.integrations.verl.rewards import TurnRewardOutput, rm_scores
 
@@ -96,6 +100,23 @@ def test_registering_twice_changes_nothing():
     from verl.models.transformers import monkey_patch
 
     assert (core_algos.get_adv_estimator_fn("ppg_full"), monkey_patch.patch_forward_with_backends) == before
+
+
+def test_verls_own_configuration_takes_every_option():
+    """Through hydra, as on verl's command line, and through the dataclass its workers make of it."""
+    overrides = [
+        "algorithm.adv_estimator=ppg_lookahead", "+algorithm.ppg.lookahead=2", "+algorithm.ppg.gamma=0.9",
+        "+algorithm.ppg.baseline=group_mean",
+        "actor_rollout_ref.actor.policy_loss.loss_mode=ppg", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+        "actor_rollout_ref.model.use_fused_kernels=true", "actor_rollout_ref.model.fused_kernel_options.impl_backend=ppg",
+    ]  # fmt: skip
+    with initialize_config_dir(str(Path(verl.__file__).parent / "trainer/config"), version_base=None):
+        config = compose("ppo_trainer", overrides=overrides)
+    assert estimators.credit("lookahead", config.algorithm) == Credit("lookahead:2", 0.9, "group_mean")
+    actor_config = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert core_algos.get_policy_loss_fn(actor_config.policy_loss.loss_mode) is losses.LOSSES["ppg"]
+    spec = losses.loss_spec("ppo", actor_config)
+    assert (spec.clip_low, spec.clip_high, spec.dual_clip) == (0.2, 0.2, 3.0)
 
 
 # ---- estimators --------------------------------------------------------------------------------------------------------------------------
