@@ -1,0 +1,85 @@
+"""prime-rl: a custom loss on its packed samples, and credit of turns for an Algorithm of its orchestrator.
+
+[trainer.loss]
+type = "custom"
+import_path = "ppg_fast.integrations.prime_rl.ppg_loss"
+kwargs = { loss_type = "ppo", clip_low = 0.2, clip_high = 0.28 }
+"""
+
+from typing import Any
+
+import torch
+
+from ppg_fast.functional import policy_loss_from_logprobs
+from ppg_fast.integrations.host import import_host
+from ppg_fast.integrations.turns import Credit, stacked, turn_ids_of_mask
+from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
+
+NEEDED = "prime-rl with [trainer.loss] type = custom"
+
+
+def ppg_loss(
+    inputs: Any,
+    loss_type: str = "ppo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float = 0.0,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+) -> Any:
+    """The policy loss of one sample, summed: prime-rl divides by its global number of tokens.
+
+    Args:
+        inputs: LossInputs with trainer_logprobs (differentiable), inference_logprobs, ref_logprobs or None, advantages, loss_mask and
+            loss_weights or None, each (seq,), own alignment. The sampler's log-probs are the old ones, so the ratio covers the
+            mismatch between sampler and trainer too.
+        loss_type, clip_low, clip_high, dual_clip, kl_coef, kl_estimator: as in `PolicyLossSpec`; ``kwargs`` of the configuration.
+
+    Returns: LossOutputs with the sum as loss and metrics by name.
+    Raises: ValueError for a KL term where the algorithm scores no ref_logprobs.
+    """
+    spec = PolicyLossSpec(loss_type, clip_low, clip_high, dual_clip, kl_coef, kl_estimator)
+    turn_ids = turn_ids_of_mask(inputs.loss_mask[None])[0] if loss_type == "gspo_turn" else None
+    out = policy_loss_from_logprobs(
+        inputs.trainer_logprobs, inputs.advantages, loss_mask=inputs.loss_mask, old_logprobs=inputs.inference_logprobs,
+        ref_logprobs=inputs.ref_logprobs, turn_ids=turn_ids, spec=spec, reduction="none",
+    )  # fmt: skip
+    loss = out.loss if inputs.loss_weights is None else out.loss * inputs.loss_weights
+    metrics = {name: out.metrics[name] for name in ("approx_kl", "clip_fraction", "kl") if name in out.metrics}
+    return import_host("prime_rl.trainer.rl.loss", NEEDED).LossOutputs(loss=loss.sum(), metrics=metrics)
+
+
+def _sampled_nodes(trace: Any) -> list[Any]:
+    """The nodes of a trace that carry sampled tokens, one per turn, in order: those that prime-rl's assign_advantages fills."""
+    branches = [branch for branch in trace.branches if branch.trainable]
+    require(len(branches) <= 1, "turns have one order in a trace with one trainable branch; branches", len(branches))
+    trainable = {id(node) for branch in branches for node in branch.nodes}
+    return [node for node in trace.nodes if id(node) in trainable and any(node.mask)]
+
+
+def credit_group(
+    group: list[Any],
+    policy_class: PolicyClass | str = "full",
+    gamma: float = 1.0,
+    baseline: str = "leave_one_out",
+    key: str = "turn_rewards",
+) -> None:
+    """Assign to each sampled token of a group of traces the advantage of its turn: the body of an Algorithm's ``score_group``.
+
+    Args:
+        group: traces of one prompt, each with ``info[key]``, one number or None per turn (a node with sampled tokens), None counting 0.
+        policy_class, gamma, baseline: as in `partial_returns` and `turn_advantages`.
+
+    Raises: ValueError where a trace has no such rewards, another number of them than turns, or several trainable branches.
+    """
+    turns = [_sampled_nodes(trace) for trace in group]
+    for trace, nodes in zip(group, turns, strict=True):
+        rewards = trace.info.get(key)
+        has_all = rewards is not None and len(rewards) == len(nodes)
+        require(has_all, f"info[{key!r}] of a trace needs one reward for each of its {len(nodes)} turns", rewards)
+    rewards, counts = stacked([trace.info[key] for trace in group])
+    group_ids = torch.zeros(len(group), dtype=torch.int64)
+    advantages, _ = Credit(policy_class, gamma, baseline).of_turns(rewards, group_ids, counts)
+    assign_advantages = import_host("prime_rl.orchestrator.algo.routing", NEEDED).assign_advantages
+    for trace, nodes, row in zip(group, turns, advantages.tolist(), strict=True):
+        assign_advantages(trace, [value for node, value in zip(nodes, row, strict=False) for _ in range(sum(node.mask))])

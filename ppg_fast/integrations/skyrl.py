@@ -1,0 +1,104 @@
+"""SkyRL >= 0.3: an advantage estimator and a policy loss in its registries, and the mask that the estimator needs.
+
+from ppg_fast.integrations import skyrl
+class Trainer(skyrl.CreditByLossMask, RayPPOTrainer): ...
+skyrl.register(policy_class="lookahead:3")       # before the trainer is built: advantage_estimator "ppg", policy_loss_type "ppg"
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ppg_fast.functional import policy_loss_from_logprobs
+from ppg_fast.integrations.host import import_host
+from ppg_fast.integrations.turns import Credit, group_numbers, last_tokens, turn_ids_of_mask
+from ppg_fast.spec import PolicyClass, PolicyLossSpec, require, require_one_of
+
+NEEDED = "SkyRL >= 0.3"
+UTILS = "skyrl.backends.skyrl_train.utils"
+LOSS_TYPES = ("reinforce", "ppo", "cispo", "gspo", "gspo_turn")
+
+
+def advantages(
+    credit: Credit, token_level_rewards: Tensor, response_mask: Tensor, index: Any, config: Any = None, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Advantage and return of the turn of each token, under SkyRL's signature of an estimator.
+
+    Args:
+        token_level_rewards: (B, L), the reward of a turn on its last token, where SkyRL's generator puts it.
+        response_mask: (B, L), non-zero on the policy's own tokens: the loss mask, see `CreditByLossMask`; its runs are the turns.
+        index: (B,) uids, equal for the rollouts of one prompt.
+        config: SkyRL's algorithm configuration.
+
+    Returns: advantages and returns, (B, L) float32, zero outside of the mask.
+    Raises: ValueError for a reward in the middle of a run, which is what SkyRL's response mask, observations included, gives.
+    """
+    turn_ids = turn_ids_of_mask(response_mask)
+    if not getattr(config, "use_kl_in_reward", False):  # which leaves a reward on every token
+        inside = (token_level_rewards != 0) & (turn_ids >= 0) & ~last_tokens(turn_ids)
+        rule = "a reward lies inside a run of the mask: give the trainer CreditByLossMask; (row, token)"
+        require(not bool(inside.any()), rule, inside.nonzero()[:1].tolist())
+    return credit.of_tokens(token_level_rewards, turn_ids, group_numbers(index, turn_ids.device))
+
+
+def policy_loss(
+    loss_type: str,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    config: Any,
+    loss_mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """The policy loss under SkyRL's signature, a sum: the reduction is in the advantages already.
+
+    Args:
+        log_probs: (B, L) differentiable; old_log_probs, advantages (scaled by SkyRL), loss_mask, rollout_logprobs: (B, L) or None.
+        config: SkyRL's algorithm configuration: eps_clip_low, eps_clip_high, off_policy_correction.
+
+    Returns: 0-d loss and metrics by name. The off-policy correction is SkyRL's own, on the loss of each token.
+    """
+    spec = PolicyLossSpec(loss_type, clip_low=float(config.eps_clip_low), clip_high=float(config.eps_clip_high))
+    require(loss_type != "gspo_turn" or loss_mask is not None, 'loss_type "gspo_turn" needs a loss_mask', loss_mask)
+    turn_ids = turn_ids_of_mask(loss_mask) if loss_type == "gspo_turn" and loss_mask is not None else None
+    out = policy_loss_from_logprobs(
+        log_probs, advantages, loss_mask=loss_mask, old_logprobs=old_log_probs, turn_ids=turn_ids, spec=spec, reduction="none"
+    )
+    correct = import_host(f"{UTILS}.off_policy_correction_utils", NEEDED).apply_off_policy_correction
+    loss, mask, metrics = correct(out.loss, old_log_probs, rollout_logprobs, loss_mask, config.off_policy_correction)
+    reduced = import_host(f"{UTILS}.ppo_utils", NEEDED).reduce_loss(loss, mask)
+    return reduced, {"clip_ratio": float(out.metrics.get("clip_fraction", 0.0)), **metrics}
+
+
+class CreditByLossMask:
+    """Mix-in before RayPPOTrainer: estimators get the loss mask, which is zero on observations, as response mask.
+
+    SkyRL's response mask covers observations too, so that the turns of a dialogue would be one run. Dialogues have to be single rows
+    (``generator.step_wise_trajectories=false``): step-wise rows reach an estimator without their rewards of turns.
+    """
+
+    def compute_advantages_and_returns(self, data: Any) -> Any:
+        response_mask = data["response_mask"]
+        data["response_mask"] = data["loss_mask"]
+        out = super().compute_advantages_and_returns(data)  # type: ignore[misc]
+        out["response_mask"] = response_mask
+        return out
+
+
+def register(
+    policy_class: PolicyClass | str = "full", gamma: float = 1.0, baseline: str = "leave_one_out", loss_type: str = "ppo", name: str = "ppg"
+) -> None:
+    """Register the estimator and the loss under ``name``; SkyRL hands them to its Ray workers.
+
+    ``policy_class``, ``gamma``, ``baseline``: as in `partial_returns` and `turn_advantages`; ``loss_type``: as in `PolicyLossSpec`.
+    """
+    require_one_of("loss_type", loss_type, LOSS_TYPES)
+    registries = import_host(f"{UTILS}.ppo_utils", NEEDED)
+    registries.register_advantage_estimator(name)(_named(partial(advantages, Credit(policy_class, gamma, baseline)), "ppg_advantages"))
+    registries.register_policy_loss(name)(_named(partial(policy_loss, loss_type), "ppg_policy_loss"))
+
+
+def _named(function: Any, name: str) -> Any:
+    function.__name__ = name  # SkyRL's decorator copies it
+    return function
