@@ -61,13 +61,16 @@ $(VENV)/.dev: $(VENV)/.train
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,peers,dev]"
 	touch $@
 
-$(VERL)/.verl: pyproject.toml $(NATIVE)
+$(VERL)/.host: Makefile
 	test -x $(VERL)/bin/python || $(PYTHON) -m venv $(VERL)
 	$(VERL)/bin/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(VERL)/bin/python -m pip install --quiet $(TORCH) numpy typing_extensions pytest
 	$(VERL)/bin/python -m pip install --quiet $(TRITON)
 	$(VERL)/bin/python -m pip install --quiet $(VERL_IMPORTS)
 	$(VERL)/bin/python -m pip install --quiet --no-deps verl==0.9.1
+	touch $@
+
+$(VERL)/.verl: $(VERL)/.host pyproject.toml $(NATIVE)
 	$(VERL)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
