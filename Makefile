@@ -24,7 +24,7 @@ check: $(VENV)/.dev
 
 # verl pins another transformers, so it lives in an environment of its own, built once. Not part of `make test`.
 test-verl: $(VERL)/.verl
-	$(VERL)/bin/python -m pytest -q -W ignore::DeprecationWarning tests/test_integrations_verl.py $(ARGS)
+	$(VERL)/bin/python -m pytest -q -W ignore::DeprecationWarning tests/test_integrations_verl*.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Advantage estimators for verl: one for each policy class, from per-token rewards, the response mask and uid."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ KNOWN = ("lookahead", "segment_length", "gamma", "baseline")
 
 def credit(policy_class: str, config: Any) -> Credit:
     """The options of ``algorithm.ppg`` in verl's configuration for one policy class; ValueError names the option that is wrong."""
-    options = config.get("ppg", None) if isinstance(config, Mapping) or hasattr(config, "get") else None
+    options = None if config is None else config.get("ppg", None)
     options = {} if options is None else dict(options)
     unknown = sorted(set(options) - set(KNOWN))
     require(not unknown, f"algorithm.ppg has {', '.join(KNOWN)}", unknown)
