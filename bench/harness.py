@@ -29,6 +29,7 @@ PACES = {
 FLOOR = {"float32": 2e-5, "bfloat16": 1e-2}  # a few roundings, relative to the largest element
 PEER_FLOOR = {"float32": 2e-5, "bfloat16": 6e-2}  # some keep log-probs of order 10 in bfloat16, whose last digit is 2^-5
 TOO_LONG = 60.0  # seconds a call
+LARGE = 2e11  # multiply-adds of one product of the head
 Known = list[tuple[Case, dict[str, float]]]  # medians of every provider, by case
 COPIES = 16  # of small inputs, so that no two calls in a row see the same memory
 
@@ -169,6 +170,8 @@ def peaks(case: Case, compilers: bool = True) -> tuple[dict[str, int], dict[str,
         providers, _ = module.participants(case)
     except Unavailable:
         return {}, {}
+    if case.device == "cpu" and case.N * case.V * case.D > LARGE:  # a peer would take minutes for a number that the smaller case has
+        providers = [p for p in providers if p.kind == "ours"]
     tiny = next((c for c in module.cases("quick", case.device)), case)
     for provider in (p for p in providers if compilers or not p.compiles):
 
