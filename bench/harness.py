@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import bench_linear, bench_logprobs, bench_partial_returns, bench_policy_loss, bench_training_step, memory
+from . import bench_hosts, bench_linear, bench_logprobs, bench_partial_returns, bench_policy_loss, bench_training_step, memory
 from .problem import Case, Problem
 from .providers import Provider, Unavailable
 from .timing import Contestant, Pace, cache_bytes, interleave, stats
@@ -20,6 +20,7 @@ OPS: dict[str, ModuleType] = {
     "linear": bench_linear,
     "partial_returns": bench_partial_returns,
     "training_step": bench_training_step,
+    "hosts": bench_hosts,
 }
 PACES = {
     "quick": Pace(rounds=2, budget=0.5),

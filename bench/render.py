@@ -27,7 +27,7 @@ from .tables import (
 )  # fmt: skip
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
-DOCUMENTS = ("docs/benchmarks.md", "README.md")
+DOCUMENTS = ("docs/benchmarks.md", "docs/integrations.md", "README.md")
 RESULTS = Path("bench/results")
 
 
@@ -80,6 +80,23 @@ def _step_section(results: Results) -> str:
             text += f"\n**{title(entries[0]['params'])}** ({device}): "
             text += f"{some['tokens']:,} tokens, {some['active_tokens']:,} of them the policy's\n\n"
             text += table(("", "step", "tokens/s", "of it head and loss", "time / ours", "peak extra memory", "error"), rows)
+        text += f"\nDid not take part ({device}):\n\n{_absent(file)}" if file["ppg_fast"]["missing"] else ""
+    return text.lstrip("\n") or NOT_MEASURED
+
+
+def _hosts_section(results: Results) -> str:
+    """Each host with its own head and with ours."""
+    text = ""
+    for device, file in of(results, "hosts"):
+        for entries in groups(file):
+            rows = []
+            for entry in sorted(entries, key=lambda e: e["param"]):
+                info = entry["extra_info"]
+                speed = duration(entry["stats"]["median"]), f"{info['tokens_per_second']:,.0f}"
+                rows.append((entry["param"], *speed, memory(info), error(info)))
+            some = entries[0]["extra_info"]
+            text += f"\n**{title(entries[0]['params'])}** ({device}): {some['tokens']:,} tokens, {some['active_tokens']:,} with a label\n\n"
+            text += table(("", "forward, loss, backward", "tokens/s", "peak extra memory", "error"), rows)
         text += f"\nDid not take part ({device}):\n\n{_absent(file)}" if file["ppg_fast"]["missing"] else ""
     return text.lstrip("\n") or NOT_MEASURED
 
@@ -142,6 +159,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "contributions": contributions_section,
     "instructions": _instructions_section,
     "training_step": _step_section,
+    "hosts": _hosts_section,
     "learning_curve": _learning_section,
     **{op: _op_section(op) for op in ("policy_loss", "logprobs", "linear", "partial_returns")},
 }
