@@ -1,0 +1,47 @@
+"""The one place that imports TRL: its version and the private names we build on are checked here, before anything is built."""
+
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+OLDEST = (1, 16)
+NEEDED = "ppg_fast.integrations.trl needs trl >= 1.16 (pip install 'trl>=1.16,<2')"
+HOOKS = {  # of GRPOTrainer: private, so their arguments are checked
+    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+    "_generate_and_score_completions": ("inputs",),
+    "_compute_loss": ("model", "inputs"),
+}
+HEAD_HOOK = ("model", "temperature", "cast_lm_head_to_fp32", "outputs")
+
+
+def require_trl() -> None:
+    """ImportError of one line unless TRL 1.16 or later is installed."""
+    try:
+        found = version("trl")
+    except PackageNotFoundError:
+        raise ImportError(f"{NEEDED}, and it is not installed") from None
+    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
+        raise ImportError(f"{NEEDED}, got trl {found}")
+
+
+def require_hooks(trainer: Any, add_fused_lm_head: Any) -> None:
+    """ImportError of one line unless the private hooks take the arguments they took in TRL 1.16."""
+    signatures = {f"GRPOTrainer.{name}": (getattr(trainer, name, None), ("self", *wanted)) for name, wanted in HOOKS.items()}
+    signatures["add_fused_lm_head"] = (add_fused_lm_head, HEAD_HOOK)
+    for name, (function, wanted) in signatures.items():
+        found = None if function is None else tuple(inspect.signature(function).parameters)
+        if found != wanted:
+            got = "nothing of that name" if found is None else f"({', '.join(found)})"
+            raise ImportError(f"ppg_fast.integrations.trl needs {name}({', '.join(wanted)}), got {got} in trl {version('trl')}")
+
+
+require_trl()
+
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: E402
+from trl.trainer import grpo_trainer  # noqa: E402
+from trl.trainer.utils import FusedCausalLMOutput  # noqa: E402
+
+require_hooks(GRPOTrainer, getattr(grpo_trainer, "add_fused_lm_head", None))
+
+__all__ = ["ChunkedLogProbFunction", "FusedCausalLMOutput", "GRPOConfig", "GRPOTrainer", "grpo_trainer"]
