@@ -1,9 +1,11 @@
-"""Plugin of axolotl: `rl: grpo` with `PPGTrainer`. Needs an axolotl that lets TRL 1.16 in; 0.19 still pins trl==1.9.0.
+"""Plugin of axolotl: `rl: grpo` with `PPGTrainer`. It needs an axolotl whose TRL is 1.16 or later: axolotl 0.19 still pins trl==1.9.0.
 
-plugins: [ppg_fast.integrations.axolotl.PPGPlugin]
-rl: grpo
-ppg: {policy_class: "lookahead:3", gamma: 1.0, baseline: leave_one_out}      # fields of PPGOptions
-trl: {rollout_func: my_module.my_rollout, reward_funcs: [ppg_fast.integrations.trl.total_turn_reward], ...}
+    plugins: [ppg_fast.integrations.axolotl.PPGPlugin]
+    rl: grpo
+    ppg: {policy_class: "lookahead:3", gamma: 1.0, baseline: leave_one_out}      # fields of PPGOptions
+    trl: {rollout_func: my_module.my_rollout, reward_funcs: [ppg_fast.integrations.trl.total_turn_reward], ...}
+
+Errors here are RuntimeErrors: axolotl prints a plugin's ImportError and goes on to train without the plugin.
 """
 
 from dataclasses import fields
@@ -12,11 +14,14 @@ from typing import Any
 try:
     from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found]
 except ModuleNotFoundError:
-    raise ImportError("ppg_fast.integrations.axolotl needs axolotl >= 0.18 (pip install axolotl), and it is not installed") from None
+    raise RuntimeError("ppg_fast.integrations.axolotl needs axolotl >= 0.18 (pip install axolotl), and it is not installed") from None
+try:
+    from ppg_fast.integrations.trl import PPGOptions, PPGTrainer
+except ImportError as reason:
+    raise RuntimeError(str(reason)) from None
 
 from pydantic import BaseModel
 
-from ppg_fast.integrations.trl import PPGOptions, PPGTrainer
 from ppg_fast.spec import require
 
 
@@ -46,9 +51,10 @@ class PPGPlugin(BasePlugin):
         require(not unknown, f"ppg must hold only {', '.join(known)}", unknown)
         return chosen
 
-    def post_model_load(self, cfg: Any, model: Any) -> None:
-        """Keeps the model: axolotl hands none to the trainer class of a plugin."""
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
+        """No callbacks, but the policy: axolotl hands no model to the trainer class of a plugin, and asks for callbacks just before."""
         self.model = model
+        return []
 
     def get_trainer_cls(self, cfg: Any) -> type[Any] | None:
         """`PPGTrainer` with axolotl's own additions to GRPOTrainer, or None unless `rl: grpo`.
@@ -59,9 +65,7 @@ class PPGPlugin(BasePlugin):
             return None
         from axolotl.core.trainers.grpo import GRPOStrategy  # type: ignore[import-not-found]
 
-        require(self.model is not None, "axolotl must load the model before it asks for the trainer", self.model)
-        model, positional = self.model, GRPOStrategy.set_trainer_args(cfg)
-        keywords = GRPOStrategy.set_trainer_kwargs(cfg)
+        plugin, rewards, keywords = self, GRPOStrategy.set_trainer_args(cfg), GRPOStrategy.set_trainer_kwargs(cfg)
 
         class AxolotlPPGTrainer(PPGTrainer, GRPOStrategy.get_trainer_class()):
             """PPGTrainer inside axolotl."""
@@ -69,7 +73,9 @@ class PPGPlugin(BasePlugin):
             _tag_names = ["trl", "ppg", "axolotl"]  # noqa: RUF012
 
             def __init__(self, *given: Any, **options: Any) -> None:
-                super().__init__(*(given or (model, *positional)), **{**keywords, **options})
+                if not given and plugin.model is None:
+                    raise RuntimeError("axolotl no longer calls add_callbacks_pre_trainer before it makes the trainer: no model was seen")
+                super().__init__(*(given or (plugin.model, *rewards)), **{**keywords, **options})
 
         return AxolotlPPGTrainer
 

@@ -27,7 +27,13 @@ class PPGOptions:
 
 
 def check_options(args: Any) -> None:
-    """ValueError, with the rule and the value, unless the options of ``args`` go together."""
+    """TypeError unless ``args`` has the options, ValueError, with the rule and the value, unless they go together."""
+    if not isinstance(args, PPGOptions):
+        raise TypeError(f"args of PPGTrainer must be a PPGConfig, got {type(args).__name__}")
+    _check_values(args)
+
+
+def _check_values(args: Any) -> None:
     policy_class(args.policy_class)
     require_number("gamma", args.gamma, 0.0, 1.0)
     require_one_of("baseline", args.baseline, BASELINES)

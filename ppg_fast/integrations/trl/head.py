@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Partial
 
 from ppg_fast.functional import linear_token_logprobs
 from ppg_fast.integrations.trl.host import ChunkedLogProbFunction, FusedCausalLMOutput
@@ -30,8 +31,18 @@ def logit_scale(config: Any) -> float:
 
 
 def _whole(parameter: Any) -> Any:
-    """A parameter that FSDP2 has sharded, gathered; its gradient is scattered again."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    """A parameter that FSDP2 has sharded, gathered; each shard gets the mean over the ranks of its gradient, as FSDP2's own would.
+
+    FSDP2 gathers a head in its root group itself. This is for a head in a group of its own: its hooks run when it is called, and it is
+    never called. By its defaults ``full_tensor()`` would hand each shard the gradient of its own rank's data alone.
+    """
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    mesh = parameter.device_mesh
+    whole = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda grad: grad / mesh.size())
+    return whole
 
 
 def _refuse_zero3() -> None:

@@ -1,6 +1,7 @@
 """The one place that imports TRL: its version and the private names we build on are checked here, before anything is built."""
 
 import inspect
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -37,11 +38,12 @@ def require_hooks(trainer: Any, add_fused_lm_head: Any) -> None:
 
 require_trl()
 
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: E402
-from trl.trainer import grpo_trainer  # noqa: E402
+from trl.trainer.grpo_config import GRPOConfig  # noqa: E402
+from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
 from trl.trainer.utils import FusedCausalLMOutput  # noqa: E402
 
+grpo_trainer: Any = import_module(GRPOTrainer.__module__)  # its namespace holds the add_fused_lm_head that it calls
 require_hooks(GRPOTrainer, getattr(grpo_trainer, "add_fused_lm_head", None))
 
 __all__ = ["ChunkedLogProbFunction", "FusedCausalLMOutput", "GRPOConfig", "GRPOTrainer", "grpo_trainer"]

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ppg_fast.integrations.trl import turns
-from ppg_fast.integrations.trl.config import PPGConfig, PPGOptions, check_options
+from ppg_fast.integrations.trl.config import PPGConfig, check_options
 from ppg_fast.integrations.trl.head import add_fused_lm_head
 from ppg_fast.integrations.trl.host import GRPOTrainer, grpo_trainer
 from ppg_fast.spec import PolicyClass
@@ -71,6 +71,10 @@ class PPGTrainer(GRPOTrainer):
     Raises: TypeError for other args; ValueError where rewards and turns do not fit, RuntimeError where TRL no longer calls a hook.
     """
 
+    args: Any  # a PPGConfig, or another GRPOConfig with PPGOptions among its bases
+    model: Any
+    num_generations: Any
+    num_generations_eval: Any
     _tag_names = ["trl", "ppg"]  # noqa: RUF012
     _name = "PPG"
     _paper = {"title": "Partial Policy Gradients for RL in LLMs", "id": "2603.06138"}  # noqa: RUF012
@@ -81,8 +85,6 @@ class PPGTrainer(GRPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = PPGConfig(f"{name.split('/')[-1]}-PPG")
-        if not isinstance(args, PPGOptions):
-            raise TypeError(f"args of PPGTrainer must be a PPGConfig, got {type(args).__name__}")
         check_options(args)
         self.policy_class = named_policy_class(args.policy_class if policy_class is None else policy_class)
         if reward_funcs is None and options.get("environment_factory") is None:
