@@ -21,6 +21,7 @@ from trl_case import (
     RecordedGRPO,
     RecordedPPG,
     ScriptedRollouts,
+    make_chat_tokenizer,
     make_model,
     make_tokenizer,
     make_trainer,
@@ -167,39 +168,69 @@ def test_without_turn_rewards_the_last_turn_has_the_scalar(tmp_path):
         torch.testing.assert_close(batch["advantages"][row, : len(written)], expected)
 
 
-class Scores:
-    """An environment without tools; its turn rewards grow while it lives, and it scores no last turn."""
+class Corridor:
+    """An environment with one tool; each step has a reward of its own, and the message that ends the rollout has none."""
 
     def reset(self, **_):
-        self.turn_rewards = None
-        return None
+        self.turn_rewards = []
 
-    def get_reward(self):
-        self.turn_rewards = [2.0]
-        return 5.0
+    def step(self, metres: int) -> str:
+        """Walk on.
+
+        Args:
+            metres: How far.
+        """
+        self.turn_rewards.append(float(metres))
+        return f"You walked {metres}."
+
+    def get_reward(self) -> float:
+        return sum(self.turn_rewards)
+
+
+def scripted_walk(trainer, steps):
+    """In place of the model: rollout i walks i, i + 1, ... metres, ``steps[i]`` times, then says so."""
+    walked = [0] * len(steps)
+
+    def generate(prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        rows = range(len(steps)) if not any(walked) else [i for i, n in enumerate(walked) if n and n <= steps[i]]
+        texts = []
+        for i in rows:
+            call = f'<tool_call>\n{{"name": "step", "arguments": {{"metres": {i + walked[i]}}}}}\n</tool_call>'
+            texts.append(f"{call if walked[i] < steps[i] else 'I am there.'}<|im_end|>")
+            walked[i] += 1
+        assert len(texts) == len(prompt_ids)
+        ids = [trainer.processing_class(text)["input_ids"] for text in texts]
+        return ids, [[-1.0] * len(row) for row in ids]
+
+    return generate
 
 
 def test_environments_have_turn_rewards(tmp_path, monkeypatch):
-    """Read after get_reward has filled them; turns they leave out at the end have none."""
-    monkeypatch.setattr("trl.trainer.grpo_trainer.supports_tool_calling", lambda _: True)  # the environment has no tools
-    rollouts = ScriptedRollouts(3, with_rewards=False)
-    extra = {"environment_factory": Scores}
-    trainer = train(
-        tmp_path,
-        RecordedPPG,
-        make_model(),
-        rollouts,
-        extra=extra,
-        policy_class="greedy",
-        baseline="none",
-        max_steps=1,
-        log_completions=True,
-    )
-    given, batch = rollouts.given[0], trainer.batches[0]
+    """TRL's own tool loop: turns are its runs of the tool mask, read after the rollout; the last message has no reward."""
+    steps = [1, 2, 1, 3]
+    data = Dataset.from_dict({"prompt": [[{"role": "user", "content": "Walk."}]] * 4})
+    tokenizer = make_chat_tokenizer()
+    extra = {"environment_factory": Corridor, "train_dataset": data, "processing_class": tokenizer}
+    options = {
+        "max_steps": 1,
+        "gradient_accumulation_steps": 1,
+        "max_completion_length": 900,
+        "policy_class": "lookahead:2",
+        "baseline": "none",
+    }
+    model = make_model(vocab_size=len(tokenizer), max_position_embeddings=4096)
+    trainer = make_trainer(tmp_path, RecordedPPG, model, None, extra=extra, policy_class="lookahead:2", baseline="none", **options)
+    monkeypatch.setattr(trainer, "_generate_single_turn", scripted_walk(trainer, steps))
+    trainer.train()
+    expected = {i: [float(i + n) + (i + n + 1 if n + 1 < count else 0) for n in range(count)] + [0.0] for i, count in enumerate(steps)}
+    assert [list(row) for row in trainer._logs["advantages"]] == list(expected.values())
+    batch = trainer.batches[0]
     runs = turns.turns_of_mask(batch["mask"])
-    assert runs.max() > 0
-    torch.testing.assert_close(batch["advantages"], torch.where(runs == 0, 2.0, 0.0))
-    assert len(given["env_mask"]) == 8
+    for i, values in expected.items():
+        assert int(runs[i].max()) + 1 == len(values) == steps[i] + 1
+        for turn, value in enumerate(values):
+            assert (batch["advantages"][i][runs[i] == turn] == value).all()
+    assert trainer.state.log_history[0]["reward"] == pytest.approx((0 + 3 + 2 + 12) / 4)
 
 
 def test_unscored_rollouts_take_no_part(tmp_path):
@@ -223,6 +254,9 @@ def test_evaluation_groups_by_its_own_size(tmp_path):
     metrics = trainer.evaluate()
     batch, given = trainer.batches[0], rollouts.given[0]
     torch.testing.assert_close(batch["advantages"], expected_advantages(given, batch["mask"], "full", 1.0, "leave_one_out", 2), **CLOSE)
+    shown = trainer._logs["advantages"]
+    assert len(shown) == 8  # two batches of four, none of them shown as GRPO's
+    assert all(isinstance(row, turns.TurnAdvantages) for row in shown)
     assert metrics["eval_loss"] == pytest.approx(sum(trainer.losses) / len(trainer.losses), rel=1e-4)
 
 
@@ -256,6 +290,15 @@ def test_only_tokens_of_the_loss_are_projected(tmp_path, monkeypatch):
     projected = [int((labels != -100).sum()) for labels in seen if labels.requires_grad is False]
     assert int(trainer.batches[0]["mask"].sum()) == sum(projected[2:4])  # two of the old log-probs, then the two micro-batches
     assert sum(projected[:2]) > sum(projected[2:4])
+    assert all(torch.tensor(trainer.losses).isfinite())
+
+
+def test_a_token_of_the_environment_may_be_as_unlikely_as_it_likes(tmp_path):
+    """Its ratio, exp of minus its old log-prob were it not masked, would be infinite, and NaN times a mask of 0."""
+    model = make_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= 300
+    trainer = train(tmp_path, RecordedPPG, model, ScriptedRollouts(3), num_iterations=2, max_steps=2, learning_rate=1e-9)
     assert all(torch.tensor(trainer.losses).isfinite())
 
 
@@ -383,21 +426,22 @@ def test_args_must_be_ours(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("turns", "change", "words"),
     [
-        ({"turn_rewards": [1.0] * 9}, r"one per turn, \d found in the mask .* got '9 rewards'"),
-        ({"turn_rewards": []}, None),  # none scored: the scalar stands in
-        ({"turn_ids": [-1]}, r"turn_ids must name a turn >= 0 .* got \(\d, 0\)"),
-        ({"turn_rewards": [float("nan")]}, "finite"),
+        (1, {"turn_rewards": [1.0] * 9}, r"one per turn, \d found in the mask .* got '9 rewards'"),
+        (3, {"turn_rewards": [1.0]}, r"one per turn, [23] found in the mask .* got '1 rewards'"),
+        (1, {"turn_rewards": []}, None),  # none scored: the scalar stands in
+        (1, {"turn_ids": [-1]}, r"turn_ids must name a turn >= 0 .* got \(\d, 0\)"),
+        (1, {"turn_rewards": [float("nan")]}, "finite"),
     ],
 )
-def test_rewards_and_turns_must_fit(tmp_path, change, words):
+def test_rewards_and_turns_must_fit(tmp_path, turns, change, words):
     class Changed(ScriptedRollouts):
         def row(self, seed):
             row = super().row(seed)
             return row | {key: value * (len(row["env_mask"]) if key == "turn_ids" else 1) for key, value in change.items()}
 
-    trainer = make_trainer(tmp_path, RecordedPPG, make_model(), Changed(1), token_reward)
+    trainer = make_trainer(tmp_path, RecordedPPG, make_model(), Changed(turns), token_reward)
     if words is None:
         trainer.train()
         return

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
@@ -52,6 +52,19 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>", "padding_side": "left"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def make_chat_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and the chat template of Qwen3 with its tool calls as TRL ships it."""
+    from trl.chat_template_utils import qwen3_chat_template
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<pad>", "<|im_start|>", "<|im_end|>"])
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>", "<think>", "</think>"])
+    names = {"pad_token": "<pad>", "eos_token": "<|im_end|>", "padding_side": "left"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=qwen3_chat_template, **names)
 
 
 class ScriptedRollouts:
@@ -134,10 +147,8 @@ def make_trainer(folder: Path, kind: type, model: Any, rollouts: Any, reward_fun
     }  # fmt: skip
     args = config(output_dir=str(folder), **{**defaults, **options})
     data = Dataset.from_dict({"prompt": ["w1 w2 w3", "w5"] * 8})
-    return kind(
-        model=model, reward_funcs=reward_funcs, args=args, train_dataset=data, eval_dataset=data, processing_class=make_tokenizer(),
-        rollout_func=rollouts, **(extra or {}),
-    )  # fmt: skip
+    given = {"train_dataset": data, "eval_dataset": data, "processing_class": make_tokenizer(), "rollout_func": rollouts}
+    return kind(model=model, reward_funcs=reward_funcs, args=args, **{**given, **(extra or {})})
 
 
 def train(*args: Any, **options: Any) -> Any:

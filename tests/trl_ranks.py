@@ -7,21 +7,24 @@ import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from trl_case import VOCABULARY, RecordedPPG, ScriptedRollouts, make_model, train, weights
+from trl_case import VOCABULARY, RecordedPPG, ScriptedRollouts, make_model, token_reward, train, weights
 
 from ppg_fast.integrations.trl import add_fused_lm_head
 
-CHOICES = [("lookahead:2", "leave_one_out"), ("full", "group_std")]
+CHOICES = [("lookahead:2", "leave_one_out"), ("full", "group_std"), ("segment:2", "group_mean")]
+SCALAR = CHOICES[2]  # no turn rewards: the reward function's, on the last turn
 
 
 def run(folder: Path, world: int, policy_class: str, baseline: str) -> dict:
     """Groups of 4 on batches of 4 over all ranks: on two ranks, each holds half of a group."""
-    rollouts = ScriptedRollouts(5)
-    options = {"per_device_train_batch_size": 4 // world, "gradient_accumulation_steps": 1, "loss_type": "dapo"}
-    trainer = train(folder, RecordedPPG, make_model(), rollouts, policy_class=policy_class, gamma=0.9, baseline=baseline, **options)
+    scalar = (policy_class, baseline) == SCALAR
+    rollouts, rewards = ScriptedRollouts(5, with_rewards=not scalar), token_reward if scalar else None
+    credit = {"policy_class": policy_class, "gamma": 0.9, "baseline": baseline}
+    options = {"per_device_train_batch_size": 4 // world, "gradient_accumulation_steps": 1, "loss_type": "dapo", **credit}
+    trainer = train(folder, RecordedPPG, make_model(), rollouts, rewards, **options)
     return {
         "advantages": [batch["advantages"] for batch in trainer.batches],
-        "turns": [[len(r) for r in given["turn_rewards"]] for given in rollouts.given],
+        "lengths": [[len(row) for row in given["completion_ids"]] for given in rollouts.given],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "metrics": [[entry[f"turns/{n}"] for n in ("mean_count", "reward")] for entry in trainer.state.log_history if "loss" in entry],
         "shown": [list(row) for row in trainer._logs["advantages"]],
