@@ -215,8 +215,6 @@ def test_environments_have_turn_rewards(tmp_path, monkeypatch):
         "max_steps": 1,
         "gradient_accumulation_steps": 1,
         "max_completion_length": 900,
-        "policy_class": "lookahead:2",
-        "baseline": "none",
     }
     model = make_model(vocab_size=len(tokenizer), max_position_embeddings=4096)
     trainer = make_trainer(tmp_path, RecordedPPG, model, None, extra=extra, policy_class="lookahead:2", baseline="none", **options)
