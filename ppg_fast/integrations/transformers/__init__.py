@@ -12,8 +12,8 @@ if _found == "none" or tuple(int(part) for part in _found.split(".")[:2]) < MINI
     raise ImportError(f"ppg_fast.integrations.transformers needs transformers >= {MINIMUM[0]}.{MINIMUM[1]}, found {_found}")
 
 from ppg_fast.integrations.transformers.head import LogitRule, logit_rule  # noqa: E402
-from ppg_fast.integrations.transformers.packing import PackedCollator  # noqa: E402
+from ppg_fast.integrations.transformers.packing import PACKED_ATTENTION, PackedCollator  # noqa: E402
 from ppg_fast.integrations.transformers.patch import Patch, patch  # noqa: E402
 from ppg_fast.integrations.transformers.scoring import PolicyCausalLMOutput  # noqa: E402
 
-__all__ = ["LogitRule", "PackedCollator", "Patch", "PolicyCausalLMOutput", "logit_rule", "patch"]
+__all__ = ["PACKED_ATTENTION", "LogitRule", "PackedCollator", "Patch", "PolicyCausalLMOutput", "logit_rule", "patch"]

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from ppg_fast.data import Sample, pack
 from ppg_fast.spec import IGNORE, require
+from ppg_fast.varlen_attention import NAME
+
+PACKED_ATTENTION = NAME  # model.set_attn_implementation(PACKED_ATTENTION): reads the bounds and makes no mask of the row's length squared
 
 FIELDS = ("input_ids", "turn_ids", "rewards", "group_id", "rollout_logprobs")
 
@@ -17,7 +20,7 @@ class PackedCollator:
 
     A transformers model keeps the dialogues of a packed row apart only where position_ids restart, attention_mask is None and use_cache
     is off; with an all-ones mask or the default cache it mixes them without a word. So the batch has exactly this, and the
-    bounds for attention kernels that read them.
+    bounds for attention that reads them (`PACKED_ATTENTION`, flash attention).
 
     A dialogue is a `ppg_fast.data.Sample`, or a mapping:
         input_ids         tokens, a list or (L,) tensor.
