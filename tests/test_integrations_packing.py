@@ -134,6 +134,31 @@ def test_dialogues_that_cannot_be_packed_are_refused():
         collate([{**parts[0], "rewards": [1.0]}])
 
 
+RECURRENT = {"Mamba": {"state_size": 8}, "Lfm2": {"layer_types": ["conv", "full_attention"]}}
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_layers_that_carry_a_state_over_the_bounds_are_refused(family):
+    """transformers mixes such dialogues without a word; padded ones are fine."""
+    model, batch = transformers.AutoModelForCausalLM.from_config(recurrent_config(family)).eval(), PackedCollator()(dialogues())
+    call = {name: batch[name] for name in ("input_ids", "shift_labels", "position_ids")}
+    expected = torch.cat([alone(model, part) for part in dialogues()])
+    with patch(model):
+        assert (model(**call).logprobs[0] - expected).abs().max() > 0.1
+        with pytest.raises(ValueError, match=f"dialogues can be packed for layers of full_attention.*pad them for {family.lower()}, got"):
+            model(**call, cu_seq_lens_q=batch["cu_seq_lens_q"])
+        padded = model(input_ids=batch["input_ids"][:, :13], labels=batch["input_ids"][:, :13])
+    assert padded.loss > 0
+
+
+def recurrent_config(family):
+    torch.manual_seed(0)
+    kept = {
+        k: v for k, v in SIZES.items() if family != "Mamba" or k in ("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range")
+    }
+    return getattr(transformers, f"{family}Config")(**kept, **RECURRENT[family])
+
+
 def test_the_loss_of_a_packed_batch_equals_the_loss_from_its_own_logits():
     model, batch = tiny("Granite"), PackedCollator()(dialogues())
     spec = ppg.PolicyLossSpec("gspo_turn", clip_low=0.3, clip_high=0.4, temperature=0.9, importance_cap=1.5)

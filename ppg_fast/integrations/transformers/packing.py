@@ -14,6 +14,16 @@ PACKED_ATTENTION = NAME  # model.set_attn_implementation(PACKED_ATTENTION): read
 
 FIELDS = ("input_ids", "turn_ids", "rewards", "group_id", "rollout_logprobs")
 
+PACKABLE_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+def check_packable(model: Any) -> None:
+    """ValueError for a model whose layers carry a state over the bounds of packed dialogues: Mamba, convolutions, linear attention."""
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or ()) or ({"recurrent"} if getattr(model, "_is_stateful", False) else set())
+    unknown = sorted(layers - set(PACKABLE_LAYERS))
+    require(not unknown, f"dialogues can be packed for layers of {', '.join(PACKABLE_LAYERS)}; pad them for {config.model_type}", unknown)
+
 
 class PackedCollator:
     """Collates dialogues to one packed row, (1, N), for a model after `patch`.

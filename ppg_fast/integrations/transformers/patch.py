@@ -66,7 +66,8 @@ def patch(model: Any, **defaults: Any) -> Patch:
 
     Returns: `Patch`, a context manager with ``undo()``.
     Raises: ValueError for a model without such a head, for logits that its config does not explain (found by its own forward pass on
-        two tokens), for a model that is patched already, unknown defaults; in calls, as `ppg_fast.linear_policy_loss`.
+        two tokens), for a model that is patched already, unknown defaults; in calls, as `ppg_fast.linear_policy_loss`,
+        and for packed dialogues in a model whose layers carry a state from one to the next.
     """
     unknown = sorted(set(defaults) - set(DEFAULTS))
     require(not unknown, f"the defaults of a patch are {', '.join(DEFAULTS)}", unknown)

@@ -10,6 +10,7 @@ from transformers.utils.generic import ModelOutput
 from ppg_fast.functional import linear_partial_policy_loss, linear_policy_loss, linear_token_logprobs
 from ppg_fast.integrations.transformers.alignment import CREDIT, TURNS, LabelledTokens
 from ppg_fast.integrations.transformers.head import LogitRule, hooked, linear_of, output_head
+from ppg_fast.integrations.transformers.packing import check_packable
 from ppg_fast.spec import IGNORE, Greedy, PolicyLossSpec, require
 
 
@@ -35,6 +36,8 @@ class PolicyCausalLMOutput(ModelOutput):
 def scored_forward(model: Any, original: Callable[..., Any], kwargs: dict[str, Any], tokens: LabelledTokens, rule: LogitRule) -> Any:
     """The model's own forward pass with no rows for its head, and the loss of the rows that the head would have had."""
     found: list[PolicyCausalLMOutput] = []
+    if "cu_seqlens" in tokens.arguments:
+        check_packable(model)
 
     def score(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = inputs[0]
