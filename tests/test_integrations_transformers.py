@@ -16,6 +16,7 @@ from closeness import assert_as_good_as
 
 import ppg_fast as ppg
 from ppg_fast.integrations.transformers import LogitRule, logit_rule, patch
+from ppg_fast.integrations.transformers.head import linear_of
 
 V, B, L = 61, 3, 11
 SIZES = {
@@ -76,7 +77,7 @@ def tiny(family="Llama", tied=False, **changes):
 def batch():
     """Padded dialogues of uneven length, labels as transformers wants them, and a full set of per-token arguments."""
     ids = torch.randint(2, V, (B, L))
-    mask = (torch.arange(L) < torch.tensor([[L], [6], [9]])).long()
+    mask = (torch.arange(L) < torch.tensor([[L], [8], [9]])).long()  # less padding than a window: in float64 transformers makes NaN of it
     labels = ids.masked_fill((mask == 0) | (torch.arange(L) < 3), -100)
     return {
         "inputs": {"input_ids": ids, "attention_mask": mask},
@@ -440,23 +441,17 @@ def test_lora_dropout_on_the_head_is_that_of_peft(batch):
         assert not torch.isclose(model(**call).loss, expected)
 
 
-def test_a_small_lora_update_survives_half_precision(batch):
+def test_a_small_lora_update_survives_half_precision():
     """A sum of a bfloat16 weight and a small update would be the weight again."""
-    model = with_lora(tiny().bfloat16(), target_modules=["lm_head"])
+    head = with_lora(tiny().bfloat16(), target_modules=["lm_head"]).get_base_model().lm_head
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.mul_(1e-3)
-    call = {**batch["inputs"], "labels": batch["labels"]}
-    with patch(model):
-        adapted = model(**call).logprobs
-        with model.disable_adapter():
-            change = adapted - model(**call).logprobs
-    exact = copy.deepcopy(model).double()
-    with exact.disable_adapter():
-        base = exact(**batch["inputs"]).logits
-    expected = exact(**batch["inputs"]).logits - base
-    assert change.abs().max() > 0.2 * expected.abs().max() > 0
+        head.lora_B["default"].weight.mul_(1e-3)
+    hidden = torch.randn(50, 24).bfloat16()
+    x, weight, _ = linear_of(head, hidden)
+    change = x.double() @ weight.double().t() - hidden.double() @ head.base_layer.weight.double().t()
+    A, B = head.lora_A["default"].weight.double(), head.lora_B["default"].weight.double()
+    expected = hidden.double() @ A.t() @ B.t() * head.scaling["default"]
+    assert (change - expected).norm() < 0.02 * expected.norm()
 
 
 def test_dora_on_the_head_is_refused():

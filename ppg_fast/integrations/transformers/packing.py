@@ -53,12 +53,12 @@ class PackedCollator:
         batch = pack([_sample(d) for d in dialogues])
         lengths = torch.diff(batch.cu_seqlens)
         longest = int(lengths.max())
-        own_turn = _own(batch.turn_ids, -1)
+        own_labels = torch.cat([batch.labels.new_full((1,), IGNORE), batch.labels[:-1]])  # the last of a dialogue is masked
         collated = {
             "input_ids": batch.tokens[None],
             "position_ids": batch.position_ids[None],
             "use_cache": False,
-            "labels": batch.tokens.masked_fill((own_turn < 0) | (batch.position_ids == 0), IGNORE)[None],
+            "labels": own_labels[None],
             "shift_labels": batch.labels[None],
             "turn_ids": batch.turn_ids[None],
             "cu_seq_lens_q": batch.cu_seqlens,
@@ -89,8 +89,3 @@ def _sample(dialogue: Sample | Mapping[str, Any]) -> Sample:
 
 def _numbers(values: Any) -> list[Any]:
     return [] if values is None else values.tolist() if isinstance(values, Tensor) else list(values)
-
-
-def _own(values: Tensor, first: int) -> Tensor:
-    """(N,) of the predicted tokens -> of the tokens themselves; a dialogue's first token is predicted by none."""
-    return torch.cat([values.new_full((1,), first), values[:-1]])
