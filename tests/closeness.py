@@ -17,6 +17,7 @@ def assert_as_good_as(actual: Tensor, baseline: Tensor, truth: Tensor, name: str
     assert actual64.shape == truth.shape, f"{name}: shape {tuple(actual64.shape)}, expected {tuple(truth.shape)}"
     if not truth.numel():
         return
+    assert truth.isfinite().all(), f"{name}: the truth itself is not finite, and nothing is further from NaN than allowed"
     assert actual64.isfinite().all(), f"{name}: not finite at {actual64.isfinite().logical_not().nonzero()[0].tolist()}"
     error = (actual64 - truth).abs()
     allowed = 2 * (baseline64 - truth).abs() + ROUNDING[actual.dtype] * truth.abs() + STATISTICS * truth.abs().max() + FLOOR
