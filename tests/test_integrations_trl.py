@@ -32,6 +32,7 @@ from trl_case import (
 
 import ppg_fast as ppg
 from ppg_fast.integrations.trl import PPGConfig, PPGTrainer, add_fused_lm_head, head, host, total_turn_reward, turns
+from ppg_fast.integrations.turns import turn_ids_of_mask
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -223,7 +224,7 @@ def test_environments_have_turn_rewards(tmp_path, monkeypatch):
     expected = {i: [float(i + n) + (i + n + 1 if n + 1 < count else 0) for n in range(count)] + [0.0] for i, count in enumerate(steps)}
     assert [list(row) for row in trainer._logs["advantages"]] == list(expected.values())
     batch = trainer.batches[0]
-    runs = turns.turns_of_mask(batch["mask"])
+    runs = turn_ids_of_mask(batch["mask"])
     for i, values in expected.items():
         assert int(runs[i].max()) + 1 == len(values) == steps[i] + 1
         for turn, value in enumerate(values):
@@ -265,7 +266,7 @@ def test_the_completions_table_shows_turns(tmp_path, capsys):
     assert [len(row) for row in column] == [len(r) for r in rollouts.given[0]["turn_rewards"]]
     assert any(len(row) > 1 for row in column)
     batch = trainer.batches[0]
-    runs = turns.turns_of_mask(batch["mask"])
+    runs = turn_ids_of_mask(batch["mask"])
     for row, shown in enumerate(column):
         for turn, value in enumerate(shown):
             assert (batch["advantages"][row][runs[row] == turn] == value).all()

@@ -13,6 +13,7 @@ from ppg_fast.integrations.trl import turns
 from ppg_fast.integrations.trl.config import PPGConfig, check_options
 from ppg_fast.integrations.trl.head import add_fused_lm_head
 from ppg_fast.integrations.trl.host import GRPOTrainer, grpo_trainer
+from ppg_fast.integrations.turns import turn_ids_of_mask
 from ppg_fast.spec import PolicyClass
 from ppg_fast.spec import policy_class as named_policy_class
 
@@ -144,7 +145,7 @@ class PPGTrainer(GRPOTrainer):
 
     def _turns(self, given: list[Any], mask: Tensor) -> Tensor:
         if all(ids is None for ids in given):
-            return turns.turns_of_mask(mask)
+            return turn_ids_of_mask(mask)
         if any(ids is None for ids in given):
             raise ValueError(f"{self.args.turn_id_key} must be given for every rollout or for none, got None for {given.index(None)}")
         return turns.turns_of_ids(given, mask)

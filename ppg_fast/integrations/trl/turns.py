@@ -8,16 +8,10 @@ import torch
 from torch import Tensor
 
 from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.integrations.turns import spread
 from ppg_fast.spec import PolicyClass, RewardMask, require
 
 Rewards = Sequence[float | None]  # of the turns of one rollout; None = not scored
-
-
-def turns_of_mask(mask: Tensor) -> Tensor:
-    """Turn of each token, the runs of a (B, C) mask counted from 0; -1 where the mask is 0. Two turns without a token between are one."""
-    action = mask != 0
-    before = torch.nn.functional.pad(action, (1, 0))[:, :-1]
-    return torch.where(action, (action & ~before).cumsum(1) - 1, -1)
 
 
 def turns_of_ids(given: Sequence[Sequence[int]], mask: Tensor) -> Tensor:
@@ -69,9 +63,7 @@ def advantages_of_turns(
 
 def advantages_of_tokens(advantages: Tensor, turns: Tensor) -> Tensor:
     """Each token gets its turn's advantage: (B, T) and the turns (B, C) of its tokens -> (B, C), 0 where a token is no action."""
-    known = (turns >= 0) & (turns < advantages.shape[1])
-    taken = advantages.gather(1, turns.clamp(0, advantages.shape[1] - 1))
-    return torch.where(known, taken, 0.0)
+    return spread(advantages, torch.where(turns < advantages.shape[1], turns, -1))
 
 
 def total_turn_reward(
