@@ -29,7 +29,7 @@ PACES = {
 }
 FLOOR = {"float32": 2e-5, "bfloat16": 1e-2}  # a few roundings, relative to the largest element
 PEER_FLOOR = {"float32": 2e-5, "bfloat16": 6e-2}  # some keep log-probs of order 10 in bfloat16, whose last digit is 2^-5
-TOO_LONG = 60.0  # seconds a call
+TOO_LONG = 20.0  # seconds a call
 LARGE = 2e11  # multiply-adds of one product of the head
 Known = list[tuple[Case, dict[str, float]]]  # medians of every provider, by case
 COPIES = 16  # of small inputs, so that no two calls in a row see the same memory
@@ -95,7 +95,7 @@ def measure(case: Case, pace: Pace, compilers: bool = True, known: Known | None 
 
 
 def _too_late(provider: Provider, case: Case, pace: Pace, known: Known) -> str | None:
-    """Why a provider is not worth its time here: slow at this size already, or a minute and more by its time at a smaller one."""
+    """Why a provider is not worth its time here: slow at this size already, or too slow by its time at a smaller one."""
     for before, seconds in known:
         if provider.name not in seconds:
             continue
