@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ppg_fast import varlen_attention
 from ppg_fast.data import PackedBatch
 from ppg_fast.functional import PolicyLossOutput, linear_policy_loss, linear_token_logprobs
-from ppg_fast.spec import PolicyLossSpec
+from ppg_fast.spec import PolicyLossSpec, require
 
 PACKABLE_LAYERS = ("full_attention", "sliding_attention")
 
@@ -95,15 +95,27 @@ def policy_hidden(model: Any, batch: PackedBatch) -> Tensor:
     return out.last_hidden_state[0]
 
 
+def logit_scale(config: Any) -> float:
+    """What a model multiplies hidden W^T + b by before the softcap, from its text config; 1 where it does not.
+
+    Cohere's logit_scale, Muse's output_multiplier, Falcon-H1's lm_head_multiplier; Granite and MiniCPM3 divide by logits_scaling,
+    HyperCLOVA X multiplies by it. ValueError unless > 0.
+    """
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
+        if (scale := getattr(config, name, None)) is not None:
+            require(scale > 0, f"{name} of the model must be > 0", scale)
+            return 1 / scale if name == "logits_scaling" and config.model_type != "hyperclovax" else float(scale)
+    return 1.0
+
+
 def head_of(model: Any) -> tuple[Tensor, Tensor | None, float, float]:
     """(weight (V, D), bias (V,) or None, scale, softcap): logits = softcap(scale (hidden weight^T + bias)), softcap 0 where there is none.
 
-    The scale is 1 / logits_scaling (Granite), logit_scale (Cohere) or lm_head_multiplier (Falcon-H1); the softcap Gemma's.
+    The scale as `logit_scale` finds it; the softcap is Gemma's final_logit_softcapping.
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
-    return head.weight, getattr(head, "bias", None), float(scale), float(getattr(config, "final_logit_softcapping", None) or 0.0)
+    softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+    return head.weight, getattr(head, "bias", None), logit_scale(config), softcap
 
 
 def _with_softcap(spec: PolicyLossSpec, softcap: float) -> PolicyLossSpec:

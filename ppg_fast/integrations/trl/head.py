@@ -11,23 +11,11 @@ from torch.distributed.tensor import Partial
 
 from ppg_fast.functional import linear_token_logprobs
 from ppg_fast.integrations.trl.host import ChunkedLogProbFunction, FusedCausalLMOutput
+from ppg_fast.model import logit_scale
 from ppg_fast.spec import IGNORE, require
 
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 TILE = 32768  # columns of the vocabulary that TRL's kernel holds at once
-
-
-def logit_scale(config: Any) -> float:
-    """What a model multiplies its logits by before the softcap, from its text config; 1 where it does not.
-
-    Cohere's logit_scale, Muse's output_multiplier, Falcon-H1's lm_head_multiplier; Granite and MiniCPM3 divide by logits_scaling,
-    HyperCLOVA X multiplies by it. ValueError unless > 0.
-    """
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
-        if (scale := getattr(config, name, None)) is not None:
-            require(scale > 0, f"{name} of the model must be > 0", scale)
-            return 1 / scale if name == "logits_scaling" and config.model_type != "hyperclovax" else float(scale)
-    return 1.0
 
 
 def _whole(parameter: Any) -> Any:
