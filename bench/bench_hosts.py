@@ -66,7 +66,7 @@ def make(case: Case, seed: int = 0, near: bool = True) -> Hosted:
     length = case.N // ROWS
     input_ids = torch.randint(case.V, (ROWS, length), generator=draw)
     turn = length // 8
-    written = torch.arange(length) % turn >= turn - int(turn * case.active)
+    written = torch.arange(length) % turn >= turn - max(1, int(turn * case.active))
     labels = input_ids.masked_fill(~written, IGNORE)
     model = make_model(case.V, case.D, seed=seed).to(case.device, case.torch_dtype)
     advantages = torch.randn(ROWS, 1, generator=draw)
@@ -111,8 +111,9 @@ def transformers_hosts(case: Case) -> list[Provider]:
 def trl_hosts(case: Case) -> list[Provider]:
     """TRL."""
     try:
-        from ppg_fast.integrations.trl import add_fused_lm_head as ours
         from trl.trainer.utils import add_fused_lm_head as theirs  # pyright: ignore[reportMissingImports]
+
+        from ppg_fast.integrations.trl import add_fused_lm_head as ours
     except ImportError as error:
         raise Unavailable(str(error)) from error
     return [
