@@ -7,12 +7,13 @@ import platform
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 EXTRA = ("transformers", "tokenizers", "safetensors", "rich", "matplotlib", "yaml")  # modules of ppg_fast[train]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0 done, 1 bad input or a missing package, 2 bad usage, 130 stopped by Ctrl-C."""
+    """Run the command line; return the exit status: 0 done, 1 bad input or a missing package, 2 bad usage, 130 Ctrl-C, 143 SIGTERM."""
     parser = argparse.ArgumentParser(prog="ppg-fast", description="Partial policy gradients for language models on multi-turn dialogues.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | bench | info")
     train = commands.add_parser(
@@ -21,6 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Flags win over the file, the file over the defaults.",
     )
     train.add_argument("--config", metavar="FILE", help="YAML file of settings; the keys are the flags' names")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on with the run in this folder (default: in --output-dir) from its newest checkpoint; other flags win over its settings",
+    )
     from ppg_fast.config import add_flags
 
     add_flags(train)
@@ -48,15 +56,25 @@ def _train(flags: dict[str, object]) -> int:
         return 1
     from ppg_fast.config import make_config, read_yaml
 
-    file = flags.pop("config", None)
-    config = make_config(read_yaml(str(file)) if file else {}, flags)
+    file, run = flags.pop("config", None), flags.pop("resume", None)
+    sources = [read_yaml(str(file)) if file else {}, flags]
+    if run is not None:
+        folder = Path(str(run) or make_config(*sources).output_dir)
+        if not (folder / "config.yaml").is_file():
+            raise ValueError(f"--resume wants the folder of a run, with its config.yaml, got {str(folder)!r}")
+        if flags.get("overwrite"):
+            raise ValueError("--resume and --overwrite exclude each other, got both")
+        if Path(str(flags.get("output_dir", folder))) != folder:
+            raise ValueError(f"--resume RUN goes on in RUN itself, got also --output-dir {flags['output_dir']!r}")
+        sources = [read_yaml(str(folder / "config.yaml")), *sources, {"output_dir": str(folder)}]
+    config = make_config(*sources)
     warnings.showwarning = _show_warning
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # there is one of ours
     from ppg_fast.jobs import run_job
 
-    return run_job(config)
+    return run_job(config, resume=run is not None)
 
 
 def _missing() -> list[str]:

@@ -72,6 +72,7 @@ class TrainConfig:
     weight_decay: float = _option(0.0, "of AdamW")
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
     max_tokens: int = _option(16384, "token budget of one forward pass; gradients accumulate over passes")
+    max_skipped_steps: int = _option(3, "a step whose loss or gradient is not finite is skipped; more of them in a row end the run")
     max_dialogue_tokens: int = _option(0, "offline: read no more than this of a dialogue, 0: all; its rewards stay whole")
 
     imitation_steps: int = _option(400, "warm start: steps that imitate scripted, imperfect answers (on-policy only)")
@@ -81,16 +82,27 @@ class TrainConfig:
 
     eval_every: int = _option(10, "steps between evaluations on held-out dialogues")
     eval_dialogues: int = _option(64, "held-out dialogues")
-    save_every: int = _option(0, "steps between checkpoints, 0: at the end only (and when stopped)")
+    save_every: int = _option(20, "steps of any phase between checkpoints for --resume, 0: at its end only (and when stopped)")
+    keep_checkpoints: int = _option(2, "checkpoints kept; from 2 on, a damaged newest one costs the steps since the one before only")
     progress: bool = _option(True, "progress bar where there is a terminal")
 
     def __post_init__(self) -> None:
         """ValueError with the rule and the value."""
         for name in ("width", "layers", "vocab_size", "num_iterations", "num_prompts", "num_generations", "max_new_tokens", "max_turns"):
             _require_int(name, getattr(self, name), 1)
-        for name in ("max_tokens", "imitation_batch", "eval_every", "eval_dialogues"):
+        for name in ("max_tokens", "imitation_batch", "eval_every", "eval_dialogues", "keep_checkpoints"):
             _require_int(name, getattr(self, name), 1)
-        for name in ("max_steps", "warmup_steps", "imitation_steps", "max_dialogue_tokens", "threads", "save_every", "seed"):
+        counts = (
+            "max_steps",
+            "warmup_steps",
+            "imitation_steps",
+            "max_dialogue_tokens",
+            "threads",
+            "save_every",
+            "seed",
+            "max_skipped_steps",
+        )
+        for name in counts:
             _require_int(name, getattr(self, name), 0)
         for name in ("learning_rate", "imitation_learning_rate", "max_grad_norm", "temperature"):
             require_number(name, getattr(self, name), 0.0, open_low=True)

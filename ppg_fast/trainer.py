@@ -37,7 +37,10 @@ class Objective:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps and step sizes: AdamW, ``warmup_steps`` to the peak learning rate, then linear to ``final_learning_rate`` of it."""
+    """Steps and step sizes: AdamW, ``warmup_steps`` to the peak learning rate, then linear to ``final_learning_rate`` of it.
+
+    A step whose loss or gradient is not finite is skipped; more than ``max_skipped_steps`` of them in a row end the training.
+    """
 
     max_steps: int
     learning_rate: float
@@ -46,6 +49,7 @@ class Schedule:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     max_tokens: int = 16384
+    max_skipped_steps: int = 3
 
     def learning_rate_at(self, step: int) -> float:
         """Of steps 1 .. max_steps."""
@@ -53,28 +57,81 @@ class Schedule:
         return self.learning_rate * rise * (1 - (1 - self.final_learning_rate) * step / self.max_steps)
 
 
-def optimise(model: Any, collect: Callable[[int], Sequence[Sample]], objective: Objective, schedule: Schedule) -> Iterator[dict[str, Any]]:
-    """Train ``model`` in place; yield the metrics of each step after it was taken, so that the caller may look, evaluate or stop.
+class NotFinite(FloatingPointError):
+    """Too many steps in a row had a loss or gradient that is not finite. ``batches``: (step, its dialogues) of each of them."""
 
-    ``collect(step)`` gives the dialogues of a step: on-policy, it rolls out the model as it is now.
+    def __init__(self, message: str, batches: list[tuple[int, Sequence[Sample]]]) -> None:
+        super().__init__(message)
+        self.batches = batches
+
+
+@dataclass
+class TrainingState:
+    """What steps change, but for the sources of randomness. ``reference``: the weights at the start, where a KL term wants them."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    reference: Any = None
+    step: int = 0
+    num_tokens: int = 0
+    skipped_steps: int = 0
+
+    @classmethod
+    def start(cls, model: Any, objective: Objective, schedule: Schedule) -> "TrainingState":
+        """Before the first step."""
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
+        return cls(model, optimizer, copy.deepcopy(model).requires_grad_(False) if objective.spec.kl_coef else None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as `torch.save` likes it."""
+        return {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(self).items()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        for name, value in saved.items():
+            if isinstance(value, dict):
+                getattr(self, name).load_state_dict(value)
+            else:
+                setattr(self, name, value)
+
+
+def optimise(
+    model: Any,
+    collect: Callable[[int], Sequence[Sample]],
+    objective: Objective,
+    schedule: Schedule,
+    state: TrainingState | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Train ``model`` in place; yield the metrics of each step after it was taken, so that the caller may look, evaluate, save or stop.
+
+    ``collect(step)`` gives the dialogues of a step: on-policy, it rolls out the model as it is now. ``state``: where to go on from,
+    kept up to date. NotFinite after too many skipped steps; the weights are those before them.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
-    reference = copy.deepcopy(model).requires_grad_(False) if objective.spec.kl_coef else None
-    num_tokens = 0
-    for step in range(1, schedule.max_steps + 1):
+    state = state or TrainingState.start(model, objective, schedule)
+    skipped: list[tuple[int, Sequence[Sample]]] = []
+    for step in range(state.step + 1, schedule.max_steps + 1):
         start = time.perf_counter()
         samples = collect(step)
-        for group in optimizer.param_groups:
+        for group in state.optimizer.param_groups:
             group["lr"] = schedule.learning_rate_at(step)
-        metrics = update(model, optimizer, samples, objective, schedule, reference)
+        metrics = update(model, state.optimizer, samples, objective, schedule, state.reference)
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            skipped = []
+        else:
+            skipped.append((step, samples))
+            state.skipped_steps += 1
+        if len(skipped) > schedule.max_skipped_steps:
+            seen = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step}, the last of {len(skipped)} in a row"
+            raise NotFinite(f"loss and gradient must be finite (the weights are those before these steps), got {seen}", skipped)
         seconds = time.perf_counter() - start
         tokens = sum(len(s.tokens) for s in samples)
-        num_tokens += tokens
+        state.step, state.num_tokens = step, state.num_tokens + tokens
         yield {
             "step": step,
             **metrics,
             "learning_rate": schedule.learning_rate_at(step),
-            "num_tokens": num_tokens,
+            "num_tokens": state.num_tokens,
+            "skipped_steps": state.skipped_steps,
             "step_time": seconds,
             "perf/tokens_per_second": tokens / seconds,
             "perf/peak_memory_mb": peak_memory_mb(model),
@@ -93,7 +150,7 @@ def update(
 
     The loss is that of all dialogues at once, whatever the budget of a forward pass: advantages are made and denominators counted
     over all of them. Where no turn has an advantage, the loss is a connected zero, no step is taken and ``active_turns`` is 0.
-    FloatingPointError, before the weights are touched, if the gradient is not finite.
+    Where loss or gradient is not finite, as the metrics then say, the weights stay as they are and no further iteration follows.
     """
     batches = [pack(part) for part in list(micro_batches(samples, schedule.max_tokens)) or [[]]]
     everything = pack(samples)
@@ -123,9 +180,8 @@ def update(
             out.loss.backward()
             sums.add(out)
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm))
-        if not math.isfinite(norm):
-            rule = "the gradient must be finite (the weights are those before this step)"
-            raise FloatingPointError(f"{rule}, got norm {norm} at loss {sums.loss}")
+        if not (math.isfinite(norm) and math.isfinite(sums.loss)):
+            break
         if norm > 0:
             optimizer.step()
     return {**sums.means(), "grad_norm": norm, **describe(samples, everything, returns, advantages)}

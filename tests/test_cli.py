@@ -25,7 +25,16 @@ SHORT = [
     "--eval-dialogues",
     "3",
 ]
-FILES = {"config.yaml", "metrics.jsonl", "learning_curve.png", "samples_before.md", "samples_after.md", "summary.json", "checkpoint"}
+FILES = {
+    "config.yaml",
+    "metrics.jsonl",
+    "learning_curve.png",
+    "samples_before.md",
+    "samples_after.md",
+    "summary.json",
+    "checkpoint",
+    "checkpoints",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """Offline: reward-weighted likelihood of logged dialogues, each turn weighted by its windowed return."""
 
+import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,8 +15,9 @@ from ppg_fast.dialogue import Dialogue, read_dialogues
 from ppg_fast.environment import LoggedDialogue
 from ppg_fast.jobs.policy import Policy
 from ppg_fast.jobs.report import SHOWN, Progress, RunFolder
+from ppg_fast.jobs.resume import ResumableRun
 from ppg_fast.model import token_logprobs
-from ppg_fast.trainer import optimise, require_nonnegative, warn_if_hardly_credited
+from ppg_fast.trainer import require_nonnegative, warn_if_hardly_credited
 
 
 class OfflineJob:
@@ -38,17 +40,24 @@ class OfflineJob:
         apart = min(config.eval_dialogues, len(order) // 5)
         self.held_out, self.seen = order[:apart], order[apart:]
 
-    def train(self, run: RunFolder, progress: Progress) -> None:
+    @property
+    def data_digest(self) -> str:
+        """A checksum of everything that training reads of the dialogues."""
+        total = hashlib.sha256()
+        for sample in self.samples:
+            total.update(repr((sample.tokens, sample.turn_ids, sample.rewards, sample.group_id)).encode())
+        return total.hexdigest()
+
+    def train(self, run: ResumableRun, progress: Progress) -> None:
         """Climb the weighted likelihood."""
         config, tokens = self.config, sum(len(s.tokens) for s in self.samples)
         text = f"{len(self.seen)} dialogues to train on, {len(self.held_out)} held out, {tokens:,} tokens"
         progress.say(text + (f"; {self.shortened} read up to {config.max_dialogue_tokens} tokens" if self.shortened else ""))
-        self.evaluate(run, progress, 0, "before")
+        if not run.of_phase("eval"):
+            self.evaluate(run, progress, 0, "before")
         with progress.phase(config.policy_class, config.max_steps) as phase:
-            for metrics in optimise(self.policy.model, self.batch, self.objective, self.policy.schedule()):
-                run.log("train", metrics)
+            for metrics in run.climb("train", self.batch, self.objective, self.policy.schedule()):
                 phase.show(metrics, "logprob")
-                run.save_every(config.save_every, self.policy.model, self.policy.tokenizer)
                 if metrics["step"] % config.eval_every == 0 and metrics["step"] < config.max_steps:
                     self.evaluate(run, progress, metrics["step"])
 

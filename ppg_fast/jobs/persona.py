@@ -9,32 +9,33 @@ from ppg_fast.data import CONTEXT, Sample
 from ppg_fast.environment import TeachableEnvironment
 from ppg_fast.jobs.policy import Policy
 from ppg_fast.jobs.report import SHOWN, Progress, RunFolder
+from ppg_fast.jobs.resume import ResumableRun
 from ppg_fast.persona import PersonaInterview, words
-from ppg_fast.trainer import Objective, Schedule, optimise, warn_if_hardly_credited
+from ppg_fast.trainer import Objective, Schedule, warn_if_hardly_credited
 
 
 class PersonaJob:
     """Train on personas of the training part, evaluate on personas that it never sees."""
 
+    data_digest = ""  # a persona is a function of its seed
+
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.policy = config, Policy(config, lambda: make_word_tokenizer(words()))
         self.objective = self.policy.objective()
 
-    def train(self, run: RunFolder, progress: Progress) -> None:
+    def train(self, run: ResumableRun, progress: Progress) -> None:
         """Imitate, evaluate, then climb the windowed return."""
-        config, model = self.config, self.policy.model
+        config = self.config
         imitation = Objective(imitate=True, reduction="token_mean")
         warm_up = Schedule(config.imitation_steps, config.imitation_learning_rate, 10, 1.0, max_tokens=config.max_tokens)
         with progress.phase("imitation", config.imitation_steps) as phase:
-            for metrics in optimise(model, self.demonstrations, imitation, warm_up):
-                run.log("imitation", metrics)
+            for metrics in run.climb("imitation", self.demonstrations, imitation, warm_up):
                 phase.show(metrics, "loss")
-        self.evaluate(run, progress, 0, "before")
+        if not run.of_phase("eval"):
+            self.evaluate(run, progress, 0, "before")
         with progress.phase(config.policy_class, config.max_steps) as phase:
-            for metrics in optimise(model, self.rollouts, self.objective, self.policy.schedule()):
-                run.log("train", metrics)
+            for metrics in run.climb("train", self.rollouts, self.objective, self.policy.schedule()):
                 phase.show(metrics, "reward")
-                run.save_every(config.save_every, self.policy.model, self.policy.tokenizer)
                 if metrics["step"] % config.eval_every == 0 and metrics["step"] < config.max_steps:
                     self.evaluate(run, progress, metrics["step"])
 

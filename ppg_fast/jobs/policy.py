@@ -3,6 +3,7 @@
 import platform
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ class Policy:
     """
 
     def __init__(self, config: TrainConfig, make_tokenizer: Callable[[], Any]) -> None:
+        from transformers import set_seed
+
         self.config = config
         device = _device(config.device)
+        set_seed(config.seed % 2**32)  # the global generators: dropout and environments may draw from them
         if config.threads or not config.model:
             torch.set_num_threads(config.threads or 1)
         if config.model:
@@ -65,8 +69,16 @@ class Policy:
 
     def schedule(self) -> Schedule:
         """Its steps."""
-        names = ("max_steps", "learning_rate", "warmup_steps", "final_learning_rate", "weight_decay", "max_grad_norm", "max_tokens")
-        return Schedule(**{name: getattr(self.config, name) for name in names})
+        return Schedule(**{field.name: getattr(self.config, field.name) for field in fields(Schedule)})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sources of randomness stand; with them the position in the data, which is drawn at random."""
+        return {"rng": self.rng.getstate(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Set what `state_dict` gave."""
+        self.rng.setstate(saved["rng"])
+        self.generator.set_state(saved["generator"])
 
     def describe(self) -> dict[str, Any]:
         """Size, place and versions, for a summary."""

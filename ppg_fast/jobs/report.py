@@ -1,44 +1,80 @@
 """The folder of a run and what is shown while it runs."""
 
 import json
+import math
+import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ppg_fast.config import TrainConfig, write_yaml
+from ppg_fast.data import Sample
 from ppg_fast.rollout import Rollout
 
 METRICS, CONFIG, SUMMARY, CURVE, CHECKPOINT = "metrics.jsonl", "config.yaml", "summary.json", "learning_curve.png", "checkpoint"
+CHECKPOINTS, NOT_FINITE = "checkpoints", "not_finite.jsonl"
 SHOWN = 4  # dialogues in a samples file
-OURS = (METRICS, CONFIG, SUMMARY, CURVE, CHECKPOINT, "samples_before.md", "samples_after.md")
+OURS = (
+    CHECKPOINTS,
+    METRICS,
+    SUMMARY,
+    CURVE,
+    CHECKPOINT,
+    NOT_FINITE,
+    "samples_before.md",
+    "samples_after.md",
+    CONFIG,
+)  # config last: see below
 
 
 class RunFolder:
     """metrics.jsonl (one line a step, written at once), config.yaml, samples, learning_curve.png, checkpoint/ and summary.json.
 
     FileExistsError if the folder already holds a run and ``overwrite`` is off. With it, the files of a run are removed and others stay.
+    ``resume``: the folder holds a run, and that is the one to go on with.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.path, self.metrics, self.start = Path(config.output_dir), [], time.perf_counter()
-        held = [name for name in OURS if (self.path / name).exists()]
+    def __init__(self, config: TrainConfig, resume: bool = False) -> None:
+        self.path, self.start = Path(config.output_dir), time.perf_counter()
+        self.metrics: list[dict[str, Any]] = []
+        held = [] if resume else [name for name in OURS if (self.path / name).exists()]
         if held and not config.overwrite:
-            raise FileExistsError(f"{self.path} already holds a run ({held[0]}): give another --output-dir, or --overwrite to replace it")
-        for name in held:
+            wanted = "give another --output-dir, --resume to go on with it, or --overwrite to replace it"
+            raise FileExistsError(f"{self.path} already holds a run ({held[0]}): {wanted}")
+        for name in held:  # the config goes last, so that no half of a run is taken up with the settings of another
             old = self.path / name
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
-        write_yaml(self.path / CONFIG, config)
+        new = self.path / f"{CONFIG}.new"
+        write_yaml(new, config)
+        new.replace(self.path / CONFIG)
 
     def log(self, phase: str, metrics: dict[str, Any]) -> None:
         """Append one line of metrics; ``phase`` is imitation, train or eval."""
-        row = {"phase": phase, "seconds": round(time.perf_counter() - self.start, 3), **metrics}
+        row = {"phase": phase, "seconds": round(self.seconds, 3), **metrics}
         self.metrics.append(row)
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+            file.write(json.dumps({k: _number(v) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+
+    def rewind(self, size: int, seconds: float) -> None:
+        """Back to the first ``size`` bytes of metrics.jsonl, written ``seconds`` after the start. ValueError where it has fewer."""
+        path = self.path / METRICS
+        there = path.stat().st_size if path.exists() else 0
+        if there < size:
+            raise ValueError(f"{path} must hold the {size} bytes that it had at the checkpoint, got {there}")
+        if there:
+            os.truncate(path, size)
+            self.metrics = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        self.start = time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        """Since the start; of a resumed run, without the time between."""
+        return time.perf_counter() - self.start
 
     def of_phase(self, phase: str) -> list[dict[str, Any]]:
         """The logged rows of ``phase``."""
@@ -79,15 +115,16 @@ class RunFolder:
         shutil.rmtree(old, ignore_errors=True)
         new.rename(old)
 
-    def save_every(self, steps: int, model: Any, tokenizer: Any) -> None:
-        """`save_checkpoint` after every ``steps`` training steps; 0: never."""
-        if steps and self.steps % steps == 0:
-            self.save_checkpoint(model, tokenizer)
+    def save_batches(self, batches: Sequence[tuple[int, Sequence[Sample]]], decode: Callable[[list[int]], str]) -> Path:
+        """not_finite.jsonl: one line a dialogue of the given (step, dialogues): tokens, turn ids, rewards, log-probs, text."""
+        rows = ({"step": step, **asdict(sample), "text": decode(sample.tokens)} for step, samples in batches for sample in samples)
+        (self.path / NOT_FINITE).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return self.path / NOT_FINITE
 
     def write_summary(self, config: TrainConfig, **values: Any) -> None:
         """summary.json: how it ended, from where to where, and what decides the run."""
         chosen = {name: getattr(config, name) for name in ("policy_class", "loss_type", "seed", "data", "model")}
-        spent = {"seconds": round(time.perf_counter() - self.start, 1), "cpu_seconds": round(time.process_time(), 1)}
+        spent = {"seconds": round(self.seconds, 1), "cpu_seconds": round(time.process_time(), 1)}
         text = json.dumps({**values, **chosen, **spent}, indent=2)
         (self.path / SUMMARY).write_text(text + "\n", encoding="utf-8")
 
@@ -108,6 +145,10 @@ class RunFolder:
         axes.set(xlabel="step", ylabel=unit, title=title)
         axes.grid(alpha=0.3)
         figure.savefig(self.path / CURVE, dpi=120)
+
+
+def _number(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None  # JSON has no word for the others
 
 
 class Progress:

@@ -1,0 +1,161 @@
+"""A run that survives: checkpoints while it goes, an orderly stop at a signal, and the way back in."""
+
+import fcntl
+import os
+import signal
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ppg_fast import checkpoint
+from ppg_fast.config import TrainConfig
+from ppg_fast.data import Sample
+from ppg_fast.jobs.policy import Policy
+from ppg_fast.jobs.report import CHECKPOINTS, METRICS, SUMMARY, RunFolder
+from ppg_fast.trainer import Objective, Schedule, TrainingState, optimise
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(Exception):
+    """A signal, now ``number``, ended the training between two steps; what was done is in a checkpoint."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class ResumableRun(RunFolder):
+    """A RunFolder that keeps checkpoints of the whole run and, with ``resume``, goes on from the newest.
+
+    As a context manager it turns the first SIGINT or SIGTERM into Stopped after the step that is under way, and keeps the folder to
+    itself. ValueError where another process trains in it, and where model or data are not those the run began with.
+    """
+
+    def __init__(self, config: TrainConfig, policy: Policy, data_digest: str = "", resume: bool = False) -> None:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        self._release = _lock(self, Path(config.output_dir))
+        saved = checkpoint.newest(Path(config.output_dir, CHECKPOINTS)) if resume else None
+        if saved:
+            _check(saved, config, policy, data_digest)
+        super().__init__(config, resume)
+        self.config, self.policy, self.data_digest, self.saved = config, policy, data_digest, saved
+        self.finished: list[str] = saved["finished"] if saved else []
+        self.taken: int = saved["taken"] if saved else 0
+        self.signal: int | None = None
+        if resume:
+            (self.path / SUMMARY).unlink(missing_ok=True)
+            self.rewind(saved["metrics_bytes"] if saved else 0, saved["seconds"] if saved else 0.0)
+
+    def origin(self) -> str:
+        """What a resumed run goes on from, and with which other settings than before."""
+        if not self.saved:
+            return f"{self.path} has no checkpoint yet: from the beginning"
+        before = self.saved["config"]
+        changes = [f"{k} {before.get(k)} -> {v}" for k, v in asdict(self.config).items() if k not in PLACES and before.get(k) != v]
+        where = f"{self.path} goes on after step {self.saved['training']['step']} of phase {self.saved['phase']!r}"
+        return where + (f", with other settings: {', '.join(changes)}" if changes else "")
+
+    def climb(
+        self, phase: str, collect: Callable[[int], Sequence[Sample]], objective: Objective, schedule: Schedule
+    ) -> Iterator[dict[str, Any]]:
+        """The steps of `optimise` that are still to be taken in ``phase``, logged and kept. Stopped after a signal.
+
+        A checkpoint is written once the caller is done with the step, so that an evaluation after it is in the metrics.
+        """
+        if phase in self.finished:
+            return
+        state = TrainingState.start(self.policy.model, objective, schedule)
+        if self.saved:
+            self._restore(state, phase)
+        for metrics in optimise(self.policy.model, collect, objective, schedule, state):
+            self.log(phase, metrics)
+            yield metrics
+            self.taken += 1
+            due = self.config.save_every and self.taken % self.config.save_every == 0
+            if due or self.signal is not None or state.step == schedule.max_steps:
+                self.save(phase, state)
+            if self.signal is not None:
+                raise Stopped(self.signal)
+        self.finished.append(phase)
+
+    def save(self, phase: str, state: TrainingState) -> None:
+        """A checkpoint of everything; one that cannot be written is a warning, and those before it stay."""
+        checkpoint.sync(self.path / METRICS)
+        content = {
+            "config": asdict(self.config),
+            "data": self.data_digest,
+            "phase": phase,
+            "finished": self.finished,
+            "taken": self.taken,
+            "training": state.state_dict(),
+            "policy": self.policy.state_dict(),
+            "random": checkpoint.random_states(),
+            "metrics_bytes": (self.path / METRICS).stat().st_size,
+            "seconds": self.seconds,
+        }
+        try:
+            checkpoint.save(self.path / CHECKPOINTS, self.taken, content, self.config.keep_checkpoints)
+        except OSError as error:
+            found = checkpoint.checkpoints(self.path / CHECKPOINTS)
+            last = f"the newest is {found[-1].name}" if found else "there is none yet"
+            warnings.warn(f"no checkpoint after step {self.taken}, {last}: {error}", stacklevel=2)
+
+    def _restore(self, state: TrainingState, phase: str) -> None:
+        saved, self.saved = self.saved, None
+        assert saved is not None
+        if saved["phase"] != phase:
+            raise ValueError(f"a run goes on with the phase it was in, {saved['phase']!r}, got {phase!r}")
+        state.load_state_dict(saved["training"])
+        self.policy.load_state_dict(saved["policy"])
+        checkpoint.set_random_states(saved["random"])
+
+    def __enter__(self) -> "ResumableRun":
+        in_main = threading.current_thread() is threading.main_thread()  # the only one that Python lets set handlers
+        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS} if in_main else {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._release()
+
+    def _note(self, number: int, frame: object) -> None:
+        """The first signal is noted; Ctrl-C after it does not wait for the step."""
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        os.write(2, b"ppg-fast: stopping after this step (Ctrl-C: at once)\n")  # print may be what the signal came into
+
+
+def _check(saved: dict[str, Any], config: TrainConfig, policy: Policy, data_digest: str) -> None:
+    """ValueError, before anything is written, where a checkpoint is none of this model and this data."""
+    if saved["data"] != data_digest:
+        raise ValueError(f"a run goes on with the dialogues and the tokenizer it began with, got others: data {config.data!r}")
+    if bool(saved["config"]["kl_coef"]) != bool(config.kl_coef):
+        raise ValueError(f"a run goes on with a KL term if it began with one, got kl_coef {config.kl_coef}")
+    try:
+        policy.model.load_state_dict(saved["training"]["model"])
+    except RuntimeError as error:
+        raise ValueError(f"a run goes on with the model it began with, got another one: {error}") from error
+
+
+PLACES = ("output_dir", "overwrite", "progress")  # settings that change nothing in what is computed
+
+
+def _lock(run: ResumableRun, path: Path) -> Callable[[], object]:
+    """Keep ``path`` to this process, until the returned function is called or the process ends, however it ends."""
+    descriptor = os.open(path, os.O_RDONLY)
+    release = weakref.finalize(run, os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        release()
+        raise ValueError(f"only one process may train in a folder, and another one does in {path}") from error
+    except OSError as error:  # a file system without locks
+        warnings.warn(f"{path} cannot be locked against a second process: {error}", stacklevel=2)
+    return release
