@@ -30,7 +30,9 @@ def flags(text: str) -> list[str]:
 
 TINY = flags("--width 16 --layers 1 --no-progress --save-every 2 --eval-every 3 --max-new-tokens 2 --eval-dialogues 2")
 JOBS = {  # with a KL term, so that the weights at the start are part of the state, and with keeping one checkpoint only
-    "persona": flags("--imitation-steps 3 --imitation-batch 2 --max-steps 5 --num-prompts 2 --num-generations 2 --kl-coef 0.1"),
+    "persona": flags(
+        "--imitation-steps 3 --imitation-batch 2 --max-steps 5 --num-prompts 2 --num-generations 2 --kl-coef 0.1 --entropy-coef 0.1"
+    ),
     "offline": flags("--max-steps 8 --vocab-size 280 --num-prompts 3 --keep-checkpoints 1"),
 }
 CLOCKS = ("seconds", "step_time", "perf/tokens_per_second", "perf/peak_memory_mb")

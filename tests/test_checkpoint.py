@@ -32,7 +32,7 @@ def flags(text: str) -> list[str]:
 
 
 TINY = flags("--width 16 --layers 1 --no-progress --save-every 2 --eval-every 2 --max-new-tokens 2 --eval-dialogues 2")
-SHORT = [*TINY, *flags("--imitation-steps 1 --imitation-batch 2 --max-steps 4 --num-prompts 2 --num-generations 2")]
+SHORT = [*TINY, *flags("--imitation-steps 1 --imitation-batch 2 --max-steps 4 --num-prompts 2 --num-generations 2 --entropy-coef 0.1")]
 
 
 @pytest.fixture(autouse=True)
