@@ -4,6 +4,7 @@ One process imports everything once and forks the runs, each of them a process o
 imports. It prints one JSON line a trial.
 """
 
+import gc
 import json
 import os
 import random
@@ -28,7 +29,7 @@ def flags(text: str) -> list[str]:
     return text.split()
 
 
-TINY = flags("--width 16 --layers 1 --no-progress --save-every 2 --eval-every 3 --max-new-tokens 2 --eval-dialogues 2")
+TINY = flags("--device cpu --width 16 --layers 1 --no-progress --save-every 2 --eval-every 3 --max-new-tokens 2 --eval-dialogues 1")
 JOBS = {  # with a KL term, so that the weights at the start are part of the state, and with keeping one checkpoint only
     "persona": flags(
         "--imitation-steps 3 --imitation-batch 2 --max-steps 5 --num-prompts 2 --num-generations 2 --kl-coef 0.1 --entropy-coef 0.1"
@@ -119,6 +120,9 @@ def trial(job: str, argv: list[str], folder: Path, deaths: list[float | int], tr
 def every_trial(folder: Path) -> None:
     backends.default("cpu")
     torch.set_num_threads(1)
+    main(["train", *TINY, "--imitation-steps", "0", "--max-steps", "0", "--output-dir", str(folder / "warm")])  # imports; no backward pass
+    sys.stdout.flush()
+    gc.freeze()
     write_dialogues(folder / "log.jsonl")
     rng = random.Random(0)
     for job, options in JOBS.items():
@@ -129,10 +133,10 @@ def every_trial(folder: Path) -> None:
         seconds = time.perf_counter() - began
         require(status == 0, "the run that is not killed must finish", whole.with_suffix(".log").read_text())
         truth, touches = result(whole), int(whole.with_suffix(".touched").read_text())
-        step = max(1, touches // 10)
+        step = max(1, touches // 8)
         for at in range(1 + rng.randrange(step), touches + 1, step):
             trial(job, argv, folder / f"{job}-touch-{at}", [at], truth)
-        for number in range(5):
+        for number in range(4):
             deaths = [rng.uniform(0, seconds) for _ in range(rng.randint(1, 3))]
             trial(job, argv, folder / f"{job}-time-{number}", deaths, truth)
 
