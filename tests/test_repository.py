@@ -17,12 +17,18 @@ def python_blocks(document: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("block", python_blocks("README.md"), ids=lambda b: b.strip().splitlines()[0])
-def test_the_readme_runs(block):
+@pytest.mark.parametrize(("number", "trained"), [(0, ("hidden", "head")), (1, ("model",))], ids=["loss backend", "transformers"])
+def test_the_readme_runs(number, trained):
     torch.use_deterministic_algorithms(False)  # a reader's torch.empty holds no NaN
-    exec(compile(block, "README.md", "exec"), scope := {})
-    assert scope["hidden"].grad.isfinite().all()
-    assert scope["head"].grad.abs().sum() > 0
+    blocks = python_blocks("README.md")
+    assert len(blocks) == 2
+    if "model" in trained:
+        pytest.importorskip("transformers")
+    exec(compile(blocks[number], "README.md", "exec"), scope := {})
+    for name in trained:
+        gradient = scope[name].lm_head.weight.grad if name == "model" else scope[name].grad
+        assert gradient.isfinite().all()
+        assert gradient.abs().sum() > 0
 
 
 def test_tools_are_pinned_alike():
