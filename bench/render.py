@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .aims import aims_section
 from .chart import Bar, bars
 from .linear_tables import active_section, contributions_section
 from .tables import (
@@ -154,6 +155,7 @@ def _learning_section(results: Results) -> str:
 
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "machine": _machine_section,
+    "aims": aims_section,
     "summary": _summary_section,
     "linear_active": active_section,
     "contributions": contributions_section,

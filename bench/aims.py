@@ -1,0 +1,89 @@
+"""What we aimed for on a CPU, what was measured, and where it falls short: ratios of medians of one run."""
+
+from collections.abc import Callable
+from typing import Any
+
+from .tables import NOT_MEASURED, Entry, Results, of, table
+
+Time = Callable[..., float | None]  # (provider, **what its case must have) -> median seconds, the fastest of several names
+OURS, INPLACE, SKIPPING, KEEPING = "ppg_fast cpu", "ppg_fast cpu, in place", "ppg_fast cpu", "ppg_fast cpu, skip_zero_advantages=False"
+READ, GEMMS = ("read (sum)", "read (dot)"), "three bare GEMMs"
+DTYPES = ("float32", "bfloat16")
+
+
+def _times(file: dict[str, Any]) -> Time:
+    def time(names: str | tuple[str, ...], **case: Any) -> float | None:
+        wanted = (names,) if isinstance(names, str) else names
+        found = [e["stats"]["median"] for e in file["benchmarks"] if e["param"] in wanted and case.items() <= e["params"].items()]
+        return min(found, default=None)
+
+    return time
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return None if above is None or below is None or below <= 0 else above / below
+
+
+Row = tuple[str, float, float | None]  # what, at most, measured
+
+
+def _policy_loss(time: Time) -> list[Row]:
+    rows = []
+    for dtype, bar in zip(DTYPES, (1.1, 1.7), strict=True):
+        one = {"dtype": dtype, "threads": 1}
+        rows.append((f"loss and gradient in place, {dtype}, 1 thread / memcpy", bar, _ratio(time(INPLACE, **one), time("memcpy", **one))))
+    for dtype in DTYPES:
+        two = {"dtype": dtype, "threads": 2, "allocator": "tuned"}
+        rows.append((f"in place, {dtype}, 2 threads / torch.compile", 0.2, _ratio(time(INPLACE, **two), time("torch.compile", **two))))
+    for dtype in DTYPES:
+        two = {"dtype": dtype, "threads": 2, "allocator": "default"}
+        ratio = _ratio(time(INPLACE, **two), time("eager PyTorch", **two))
+        rows.append((f"in place, {dtype}, 2 threads, default allocator / eager PyTorch", 0.1, ratio))
+    return rows
+
+
+def _logprobs(time: Time) -> list[Row]:
+    cases = [{"dtype": dtype, "threads": threads} for dtype in DTYPES for threads in (1, 2)]
+    what = "log-probs, {dtype}, threads: {threads} / reading the logits once"
+    return [(what.format(**case), 1.5, _ratio(time(OURS, **case), time(READ, **case))) for case in cases]
+
+
+def _linear(time: Time, file: dict[str, Any]) -> list[Row]:
+    rows: list[Row] = []
+    for dtype, bar in zip(DTYPES, (1.08, 1.15), strict=True):
+        at = {"N": 2048, "dtype": dtype}
+        whole, half, tenth = ({**at, "active": share, "zero": 0.0} for share in (1.0, 0.5, 0.1))
+        zero = {**at, "active": 1.0, "zero": 0.5}
+        full, masked, kept = time(OURS, **whole), time(OURS, **half), time(KEEPING, **zero)
+        rows.append((f"from hidden states, {dtype} / three bare GEMMs", bar, _ratio(full, time(GEMMS, **whole))))
+        rows.append((f"its peak of memory, {dtype} / the leanest other's", 1.0, _leanest(file, whole)))
+        rows.append((f"10% of the rows active, {dtype} / all", 1 / 7, _ratio(time(OURS, **tenth), full)))
+        rows.append((f"half of the turns with zero advantage, skipped, {dtype} / masked", 1.0, _ratio(time(SKIPPING, **zero), masked)))
+        if full and masked and kept:  # both halves have as many rows
+            rows.append((f"a row of zero advantage that is not skipped, {dtype} / a full row", 1 / 3, _ratio(kept - masked, full - masked)))
+    return rows
+
+
+def _leanest(file: dict[str, Any], case: dict[str, Any]) -> float | None:
+    def peak(entry: Entry) -> int | None:
+        return entry["extra_info"].get("peak_extra_bytes")
+
+    here = [e for e in file["benchmarks"] if case.items() <= e["params"].items() and peak(e)]
+    others = [peak(e) for e in here if e["extra_info"]["kind"] == "peer"]
+    return next((_ratio(peak(e), min(others)) for e in here if e["param"] == OURS and others), None)
+
+
+def _returns(time: Time) -> list[Row]:
+    windows = ("greedy", "lookahead:3", "lookahead:100", "segment:10", "full")
+    found = [seconds for w in windows if (seconds := time(OURS, N=1000, V=500, variant=w)) is not None]
+    return [("returns of 1,000 dialogues of 500 turns, the slowest window, in ms", 5.0, max(found) * 1e3 if found else None)]
+
+
+def aims_section(results: Results) -> str:
+    """Each aim with its bar and what the result files say."""
+    rows: list[Row] = []
+    for op, make in (("policy_loss", _policy_loss), ("logprobs", _logprobs), ("partial_returns", _returns)):
+        rows += [row for device, file in of(results, op) if device == "cpu" for row in make(_times(file))]
+    rows += [row for device, file in of(results, "linear") if device == "cpu" for row in _linear(_times(file), file)]
+    lines = [(what, f"{bar:.2f}", f"{got:.2f}", "yes" if got <= bar else "**no**") for what, bar, got in rows if got is not None]
+    return table(("", "at most", "measured", "met"), lines) if lines else NOT_MEASURED
