@@ -103,9 +103,9 @@ def _too_late(provider: Provider, case: Case, pace: Pace, known: Known) -> str |
         if (before.N, before.V, before.D) == (case.N, case.V, case.D):
             if before.dtype == case.dtype and took > pace.slow and (case.active < 1 or case.zero):
                 return f"measured at fewer shares of active rows: {took:.0f} s a call"
-        elif case.D and before.active == 1 and not before.zero and before.dtype == case.dtype:
-            rows = case.active if provider.compacted else 1.0
-            expected = took * rows * case.N * case.V * case.D / (before.N * before.V * before.D)
+        elif case.D and not before.zero and before.dtype == case.dtype:
+            share = case.active / before.active if provider.compacted else 1.0
+            expected = took * share * case.N * case.V * case.D / (before.N * before.V * before.D)
             if expected > TOO_LONG:
                 return f"not measured at N {case.N:,}, V {case.V:,}: about {expected:.0f} s a call, by its time at N {before.N:,}"
     return None

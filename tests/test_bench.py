@@ -11,7 +11,7 @@ import pytest
 import torch
 from ppg_fast.bench import command, harness, instructions, learning_curve, machine, peers, render, timing, worker
 from ppg_fast.bench.problem import Case, make_problem, make_truth
-from ppg_fast.bench.providers import Unavailable
+from ppg_fast.bench.providers import Provider, Unavailable
 
 ROOT = Path(__file__).parents[1]
 STATS = {"min", "max", "mean", "stddev", "rounds", "median", "p20", "p80", "q1", "q3", "iqr", "ops", "total", "data"}
@@ -145,6 +145,15 @@ def test_a_peer_that_would_take_minutes_is_left_out():
     entries, missing = harness.measure(TINY["linear"][0], harness.PACES["quick"], compilers=False, known=known)
     assert "eager PyTorch" in [e["param"] for e in entries]
     assert missing["TRL head"].startswith("not measured at N 64, V 512: about 307 s a call")
+
+
+def test_a_peer_whose_caller_compacts_is_expected_to_take_its_share():
+    provider = Provider("a peer, caller compacts", lambda problem: problem, compacted=True)
+    small = Case("linear", 64, 512, 32, active=0.5)
+    known = [(small, {provider.name: 1.0})]
+    pace = harness.PACES["default"]
+    assert harness._too_late(provider, replace(small, N=64 * 100, active=0.1), pace, known) is None  # 20 s, not more
+    assert "about 40 s a call" in harness._too_late(provider, replace(small, N=64 * 200, active=0.1), pace, known)
 
 
 def test_statistics():
