@@ -54,7 +54,7 @@ def measure(case: Case, pace: Pace, compilers: bool = True, known: Known | None 
     try:
         providers, missing = module.participants(case)
         providers = [p for p in providers if compilers or not p.compiles]
-        late = {p.name: reason for p in providers if (reason := _too_late(p, case, pace, known or {}))}
+        late = {p.name: reason for p in providers if (reason := _too_late(p, case, pace, known or []))}
         missing |= late
         providers = [p for p in providers if p.name not in late]
         problems = pool(case, module)
