@@ -8,53 +8,18 @@ imitation (demonstrations; 1).
 import copy
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppg_fast.data import CONTEXT, PackedBatch, Sample, micro_batches, pack
-from ppg_fast.functional import PolicyLossOutput, partial_returns, turn_advantages
+from ppg_fast.data import PackedBatch, Sample, micro_batches, pack
+from ppg_fast.metrics import TokenMeans, describe, peak_memory_mb
 from ppg_fast.model import policy_loss, token_logprobs
-from ppg_fast.spec import Lookahead, PolicyClass, PolicyLossSpec
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a step climbs. ``imitate``: every turn has advantage 1, which is supervised fine-tuning through the same kernel."""
-
-    policy_class: PolicyClass = field(default_factory=lambda: Lookahead(3))
-    gamma: float = 1.0
-    baseline: str = "leave_one_out"
-    spec: PolicyLossSpec = field(default_factory=PolicyLossSpec)
-    reduction: str = "sequence_sum"
-    num_iterations: int = 1
-    imitate: bool = False
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Steps and step sizes: AdamW, ``warmup_steps`` to the peak learning rate, then linear to ``final_learning_rate`` of it.
-
-    A step whose loss or gradient is not finite is skipped; more than ``max_skipped_steps`` of them in a row end the training.
-    """
-
-    max_steps: int
-    learning_rate: float
-    warmup_steps: int = 5
-    final_learning_rate: float = 0.2
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_tokens: int = 16384
-    max_skipped_steps: int = 3
-
-    def learning_rate_at(self, step: int) -> float:
-        """Of steps 1 .. max_steps."""
-        rise = min(1.0, step / max(1, self.warmup_steps))
-        return self.learning_rate * rise * (1 - (1 - self.final_learning_rate) * step / self.max_steps)
+from ppg_fast.objective import Objective, Schedule, credit, denominator
+from ppg_fast.spec import PolicyLossSpec
 
 
 class NotFinite(FloatingPointError):
@@ -155,15 +120,15 @@ def update(
     batches = [pack(part) for part in list(micro_batches(samples, schedule.max_tokens)) or [[]]]
     everything = pack(samples)
     returns, advantages = credit(everything, objective)
-    normalizer = _normalizer(samples, objective.reduction)
+    normalizer = denominator(samples, objective.reduction)
     rows = advantages.split([len(b.turn_counts) for b in batches])
     spec, device = objective.spec, model.device
     olds = [_frozen(model, b, spec) if objective.num_iterations > 1 else None for b in batches]
     refs = [None if reference is None else _frozen(reference, b, spec) for b in batches]
-    sums, norm = _Sums(), 0.0
+    sums, norm = TokenMeans(), 0.0
     for _ in range(objective.num_iterations):
         optimizer.zero_grad(set_to_none=True)
-        sums = _Sums()
+        sums = TokenMeans()
         for batch, part, old, ref in zip(batches, rows, olds, refs, strict=True):
             batch = batch.to(device)
             out = policy_loss(
@@ -187,99 +152,6 @@ def update(
     return {**sums.means(), "grad_norm": norm, **describe(samples, everything, returns, advantages)}
 
 
-TOKEN_MEANS = {"entropy": "entropy", "kl": "kl", "approx_kl": "approx_kl", "clip_fraction": "clip_ratio/region_mean"}  # ours: TRL's
-
-
-class _Sums:
-    """Loss and token means of a step, over its micro-batches."""
-
-    def __init__(self) -> None:
-        self.loss, self.tokens, self.totals = 0.0, 0, {"logprob": 0.0}
-
-    def add(self, out: PolicyLossOutput) -> None:
-        read = int((out.logprobs != 0).sum())
-        self.loss += float(out.loss.detach())
-        self.tokens += read
-        self.totals["logprob"] += float(out.logprobs.sum())
-        for ours, name in TOKEN_MEANS.items():
-            if ours in out.metrics:
-                self.totals[name] = self.totals.get(name, 0.0) + float(out.metrics[ours]) * read
-
-    def means(self) -> dict[str, Any]:
-        return {"loss": self.loss, **{name: total / max(1, self.tokens) for name, total in self.totals.items()}}
-
-
-def credit(batch: PackedBatch, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Windowed returns and advantages of every turn, both (S, T) float32."""
-    counts = batch.turn_counts
-    there = torch.arange(batch.rewards.shape[1]) < counts[:, None]
-    if objective.imitate:
-        return batch.rewards, there.float()
-    if not len(counts):
-        return batch.rewards, batch.rewards
-    returns = partial_returns(batch.rewards, objective.policy_class, gamma=objective.gamma, turn_counts=counts)
-    return returns, turn_advantages(returns, batch.group_ids, baseline=objective.baseline, turn_counts=counts)
-
-
-def _normalizer(samples: Sequence[Sample], reduction: str) -> float | None:
-    """The reduction's denominator over all micro-batches: labels are the assistant's tokens but a dialogue's first."""
-    labels = [sum(turn != CONTEXT for turn in s.turn_ids[1:]) for s in samples]
-    total = {"token_mean": sum(labels), "sequence_mean": sum(n > 0 for n in labels), "sequence_sum": sum(n > 0 for n in labels)}
-    return max(1.0, float(total[reduction])) if reduction in total else None
-
-
 def _frozen(model: Any, batch: PackedBatch, spec: PolicyLossSpec) -> Tensor:
     with torch.no_grad():
         return token_logprobs(model, batch.to(model.device), spec.temperature)
-
-
-def describe(samples: Sequence[Sample], batch: PackedBatch, returns: Tensor, advantages: Tensor) -> dict[str, Any]:
-    """What the dialogues of a step were like, in the names that TRL uses where it has one."""
-    totals = batch.rewards.sum(1)
-    lengths = [sum(turn != CONTEXT for turn in s.turn_ids) / max(1, len(s.rewards)) for s in samples]
-    groups = [totals[batch.group_ids == g] for g in batch.group_ids.unique()]
-    metrics = {
-        "reward": float(totals.mean()) if len(totals) else 0.0,
-        "reward_std": float(totals.std(correction=0)) if len(totals) else 0.0,
-        "frac_reward_zero_std": sum(bool((g == g[0]).all()) for g in groups) / max(1, len(groups)),
-        "completions/mean_length": sum(lengths) / max(1, len(lengths)),
-        "turns/mean_count": float(batch.turn_counts.float().mean()) if len(totals) else 0.0,
-        "turns/adv_abs_mean": float(advantages.abs().sum() / batch.turn_counts.sum().clamp(min=1)),
-        "active_turns": int((advantages != 0).sum()),
-    }
-    for turn in range(int(batch.turn_counts.max()) if len(totals) else 0):
-        metrics[f"turns/return/{turn}"] = float(returns[batch.turn_counts > turn, turn].mean())
-    return metrics
-
-
-def require_nonnegative(samples: Sequence[Sample], names: Sequence[str]) -> None:
-    """ValueError at the first negative reward: log pi weighted by it is no lower bound of the objective any more."""
-    for sample, name in zip(samples, names, strict=True):
-        for turn, reward in enumerate(sample.rewards):
-            if reward < 0:
-                rule = "offline rewards must be >= 0 (negative ones void the lower bound; allow_negative_rewards permits them)"
-                raise ValueError(f"{rule}, got {reward} in dialogue {name!r}, turn {turn}")
-
-
-def warn_if_hardly_credited(samples: Sequence[Sample], objective: Objective) -> None:
-    """Warn where rewards come with the last turn only and the policy class looks less far ahead: most turns then learn nothing."""
-    long = [s for s in samples if len(s.rewards) > 1]
-    if not long or any(any(s.rewards[:-1]) for s in long) or not any(s.rewards[-1] for s in long):
-        return
-    returns, _ = credit(pack(long), objective)
-    turns = sum(len(s.rewards) for s in long if s.rewards[-1])
-    credited = int((returns != 0).sum())
-    if credited < turns:
-        seen = f"{objective.policy_class} credits {credited} of {turns} turns, FullPlanning() all"
-        warnings.warn(f"rewards come with the last turn only: {seen}", stacklevel=2)
-
-
-def peak_memory_mb(model: Any) -> float:
-    """Peak of allocated CUDA memory where the model is on a GPU, else of the process's resident memory, in MB (10^6 bytes)."""
-    if model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(model.device) / 1e6
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes there, KiB elsewhere

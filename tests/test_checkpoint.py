@@ -21,8 +21,9 @@ from ppg_fast import model as models
 from ppg_fast.cli import main
 from ppg_fast.data import Sample
 from ppg_fast.jobs.persona import PersonaJob
+from ppg_fast.objective import Objective, Schedule
 from ppg_fast.spec import Greedy
-from ppg_fast.trainer import NotFinite, Objective, Schedule, TrainingState, optimise
+from ppg_fast.trainer import NotFinite, TrainingState, optimise
 
 CLOCKS = ("seconds", "step_time", "perf/tokens_per_second", "perf/peak_memory_mb")
 

@@ -17,7 +17,7 @@ FLOORS = [  # ground first; a room is a module or a package
     ["consistent_llms", "varlen_attention", "config", "checkpoint"],
     ["dialogue"],
     ["data", "environment", "persona", "chat_format"],
-    ["model"],
+    ["model", "objective", "metrics"],
     ["rollout", "trainer"],
     ["jobs", "integrations"],
     ["bench"],

@@ -14,8 +14,9 @@ from ppg_fast.config import make_config
 from ppg_fast.data import Sample, pack
 from ppg_fast.jobs.offline import cut_tokens
 from ppg_fast.jobs.persona import PersonaJob
+from ppg_fast.objective import Objective, Schedule, credit, require_nonnegative, warn_if_hardly_credited
 from ppg_fast.spec import FullPlanning, Greedy, Lookahead, PolicyLossSpec
-from ppg_fast.trainer import Objective, Schedule, credit, optimise, require_nonnegative, update, warn_if_hardly_credited
+from ppg_fast.trainer import optimise, update
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -17,7 +17,7 @@ from ppg_fast.jobs.policy import Policy
 from ppg_fast.jobs.report import SHOWN, Progress, RunFolder
 from ppg_fast.jobs.resume import ResumableRun
 from ppg_fast.model import token_logprobs
-from ppg_fast.trainer import require_nonnegative, warn_if_hardly_credited
+from ppg_fast.objective import require_nonnegative, warn_if_hardly_credited
 
 
 class OfflineJob:

@@ -10,8 +10,8 @@ from ppg_fast.environment import TeachableEnvironment
 from ppg_fast.jobs.policy import Policy
 from ppg_fast.jobs.report import SHOWN, Progress, RunFolder
 from ppg_fast.jobs.resume import ResumableRun
+from ppg_fast.objective import Objective, Schedule, warn_if_hardly_credited
 from ppg_fast.persona import PersonaInterview, words
-from ppg_fast.trainer import Objective, Schedule, warn_if_hardly_credited
 
 
 class PersonaJob:

@@ -13,10 +13,11 @@ from ppg_fast import backends
 from ppg_fast.chat_format import ChatFormat
 from ppg_fast.config import TrainConfig
 from ppg_fast.environment import Environment
+from ppg_fast.metrics import peak_memory_mb
 from ppg_fast.model import check_vocabulary, load_model, make_model
+from ppg_fast.objective import Objective, Schedule
 from ppg_fast.rollout import Rollout, collect_groups
 from ppg_fast.spec import policy_class
-from ppg_fast.trainer import Objective, Schedule, peak_memory_mb
 
 
 class Policy:

@@ -16,7 +16,8 @@ from ppg_fast.config import TrainConfig
 from ppg_fast.data import Sample
 from ppg_fast.jobs.policy import Policy
 from ppg_fast.jobs.report import CHECKPOINTS, METRICS, SUMMARY, RunFolder
-from ppg_fast.trainer import Objective, Schedule, TrainingState, optimise
+from ppg_fast.objective import Objective, Schedule
+from ppg_fast.trainer import TrainingState, optimise
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

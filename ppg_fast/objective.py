@@ -1,0 +1,88 @@
+"""What a step climbs: which rewards a turn is credited for, how dialogues are weighed, how large the steps are."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ppg_fast.data import CONTEXT, PackedBatch, Sample, pack
+from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.spec import Lookahead, PolicyClass, PolicyLossSpec
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step climbs. ``imitate``: every turn has advantage 1, which is supervised fine-tuning through the same kernel."""
+
+    policy_class: PolicyClass = field(default_factory=lambda: Lookahead(3))
+    gamma: float = 1.0
+    baseline: str = "leave_one_out"
+    spec: PolicyLossSpec = field(default_factory=PolicyLossSpec)
+    reduction: str = "sequence_sum"
+    num_iterations: int = 1
+    imitate: bool = False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps and step sizes: AdamW, ``warmup_steps`` to the peak learning rate, then linear to ``final_learning_rate`` of it.
+
+    A step whose loss or gradient is not finite is skipped; more than ``max_skipped_steps`` of them in a row end the training.
+    """
+
+    max_steps: int
+    learning_rate: float
+    warmup_steps: int = 5
+    final_learning_rate: float = 0.2
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_tokens: int = 16384
+    max_skipped_steps: int = 3
+
+    def learning_rate_at(self, step: int) -> float:
+        """Of steps 1 .. max_steps."""
+        rise = min(1.0, step / max(1, self.warmup_steps))
+        return self.learning_rate * rise * (1 - (1 - self.final_learning_rate) * step / self.max_steps)
+
+
+def credit(batch: PackedBatch, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Windowed returns and advantages of every turn, both (S, T) float32."""
+    counts = batch.turn_counts
+    there = torch.arange(batch.rewards.shape[1]) < counts[:, None]
+    if objective.imitate:
+        return batch.rewards, there.float()
+    if not len(counts):
+        return batch.rewards, batch.rewards
+    returns = partial_returns(batch.rewards, objective.policy_class, gamma=objective.gamma, turn_counts=counts)
+    return returns, turn_advantages(returns, batch.group_ids, baseline=objective.baseline, turn_counts=counts)
+
+
+def denominator(samples: Sequence[Sample], reduction: str) -> float | None:
+    """The reduction's denominator over all micro-batches: labels are the assistant's tokens but a dialogue's first."""
+    labels = [sum(turn != CONTEXT for turn in s.turn_ids[1:]) for s in samples]
+    total = {"token_mean": sum(labels), "sequence_mean": sum(n > 0 for n in labels), "sequence_sum": sum(n > 0 for n in labels)}
+    return max(1.0, float(total[reduction])) if reduction in total else None
+
+
+def require_nonnegative(samples: Sequence[Sample], names: Sequence[str]) -> None:
+    """ValueError at the first negative reward: log pi weighted by it is no lower bound of the objective any more."""
+    for sample, name in zip(samples, names, strict=True):
+        for turn, reward in enumerate(sample.rewards):
+            if reward < 0:
+                rule = "offline rewards must be >= 0 (negative ones void the lower bound; allow_negative_rewards permits them)"
+                raise ValueError(f"{rule}, got {reward} in dialogue {name!r}, turn {turn}")
+
+
+def warn_if_hardly_credited(samples: Sequence[Sample], objective: Objective) -> None:
+    """Warn where rewards come with the last turn only and the policy class looks less far ahead: most turns then learn nothing."""
+    long = [s for s in samples if len(s.rewards) > 1]
+    if not long or any(any(s.rewards[:-1]) for s in long) or not any(s.rewards[-1] for s in long):
+        return
+    returns, _ = credit(pack(long), objective)
+    turns = sum(len(s.rewards) for s in long if s.rewards[-1])
+    credited = int((returns != 0).sum())
+    if credited < turns:
+        seen = f"{objective.policy_class} credits {credited} of {turns} turns, FullPlanning() all"
+        warnings.warn(f"rewards come with the last turn only: {seen}", stacklevel=2)
