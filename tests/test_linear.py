@@ -1,5 +1,6 @@
 """The losses from hidden states: equal to the losses from logits, whatever the chunk, in less memory and with fewer GEMMs."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,8 @@ from closeness import assert_as_good_as
 import ppg_fast as ppg
 from ppg_fast import ops, reference
 from ppg_fast.functional.loss import LossRows
+from ppg_fast.ops import head as head_ops
+from ppg_fast.ops import linear as linear_ops
 
 N, D, V = 23, 16, 209
 
@@ -127,22 +130,20 @@ def test_reduction_none_takes_any_upstream_gradient(backend, device):
 
 def test_only_full_rows_reach_the_gradient_gemms(monkeypatch):
     """Counts GEMM rows: FULL rows go through three, FORWARD-ONLY rows through one, SKIP rows through none."""
-    from ppg_fast.ops.linear import Head
-
     seen = {"logits": 0, "gradient": 0}
-    chunks, accumulate = Head.chunks, Head.accumulate
+    chunks, accumulate = head_ops.Head.chunks, head_ops.Head.accumulate
 
-    def counting_chunks(self, rows):
-        for chunk, logits in chunks(self, rows):
-            seen["logits"] += logits.shape[1]
-            yield chunk, logits
+    def counting_chunks(self, *arguments):
+        for chunk in chunks(self, *arguments):
+            seen["logits"] += chunk.rows.numel()
+            yield chunk
 
-    def counting_accumulate(self, rows):
-        seen["gradient"] += rows.numel()
-        accumulate(self, rows)
+    def counting_accumulate(self, chunk):
+        seen["gradient"] += chunk.rows.numel()
+        accumulate(self, chunk)
 
-    monkeypatch.setattr(Head, "chunks", counting_chunks)
-    monkeypatch.setattr(Head, "accumulate", counting_accumulate)
+    monkeypatch.setattr(head_ops.Head, "chunks", counting_chunks)
+    monkeypatch.setattr(head_ops.Head, "accumulate", counting_accumulate)
     (hidden, weight, _), labels, advantages, _ = inputs(torch.float32, "cpu", bias=False)
     full, active = int(((advantages != 0) & (labels != -100)).sum()), int((labels != -100).sum())
     for skip, expected in ((False, active), (True, full)):
@@ -159,6 +160,166 @@ def test_ops_are_well_formed(backend, device, bias):
     head = [None if t is None else t.nan_to_num().requires_grad_() for t in head]
     numbers = [getattr(LOSSES["ppo"], name) for name in ops.NUMBERS]
     wanted = [t is not None for t in head]
-    arguments = (*head, labels, advantages, *[None] * 5, *numbers, True, True, False, backend, 8, wanted)
+    arguments = (*head, labels, advantages, *[None] * 5, *numbers, True, True, False, backend, 8, None, wanted)
     torch.library.opcheck(ops.linear_policy_loss_op, arguments)
-    torch.library.opcheck(ops.linear_token_logprobs_op, (*head, labels, None, 0.7, 3.0, True, False, backend, 8))
+    torch.library.opcheck(ops.linear_token_logprobs_op, (*head, labels, None, 0.7, 3.0, True, False, backend, 8, 20))
+
+
+# ---- rows that are bounded by the caller, not counted by the host ------------------------------------------------------------------------
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Counting rows costs a sync there, so a bound takes its place; here counting is free and would hide that path."""
+    monkeypatch.setattr(linear_ops, "counted", lambda labels, bound, validate: bound is None or validate)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("bound", [18, 20, N, 4 * N])
+def test_bounded_rows_give_the_same(backend, device, as_on_a_gpu, bound, skip):
+    """Masked rows full of NaN fill the chunks up to the bound and leave no trace."""
+    head, labels, advantages, arguments = inputs(torch.float32, device)
+    options = {"spec": LOSSES["ppo"], "chunk_rows": 7, "skip_zero_advantages": skip}
+    expected = ours(head, labels, advantages, arguments, backend, **options)
+    actual = ours(head, labels, advantages, arguments, backend, max_active_rows=bound, **options)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        out = ppg.linear_policy_loss(
+            *head[:2], labels, advantages, bias=head[2], max_active_rows=bound, backend=backend, **arguments, **options
+        )
+    torch.testing.assert_close(out.logprobs, expected["logprob"], rtol=1e-5, atol=1e-6)
+
+
+def test_bounded_log_probs_give_the_same(backend, device, as_on_a_gpu):
+    results = []
+    for bound in (None, 18):
+        (hidden, weight, bias), labels, _, _ = inputs(torch.float32, device)
+        hidden, weight, bias = (t.requires_grad_() for t in (hidden, weight, bias))
+        torch.manual_seed(1)
+        upstream = torch.randn(N).where(torch.arange(N) % 3 != 0, torch.tensor(0.0)).to(device)
+        options = {"bias": bias, "chunk_rows": 5, "backend": backend, "max_active_rows": bound}
+        torch.manual_seed(0)
+        logprobs = ppg.linear_token_logprobs(hidden, weight, labels, **options)
+        results.append((logprobs.detach(), *torch.autograd.grad((logprobs * upstream).sum(), (hidden, weight, bias))))
+        torch.manual_seed(0)
+    for counted, bounded in zip(*results, strict=True):
+        torch.testing.assert_close(bounded, counted, rtol=1e-5, atol=1e-6)
+
+
+def test_more_rows_than_the_bound_are_an_error_or_nan(backend, device, as_on_a_gpu, monkeypatch):
+    head, labels, advantages, arguments = inputs(torch.float32, device)
+    options = {"spec": LOSSES["ppo"], "max_active_rows": 17, "backend": backend, **arguments}
+    rule = "max_active_rows must be at least the number of active rows, got '17 for 18'"
+    with pytest.raises(ValueError, match=rule):
+        ppg.linear_policy_loss(*head[:2], labels, advantages, validate=True, **options)
+    with pytest.raises(ValueError, match="max_active_rows must be an integer >= 1, got 0"):
+        ppg.linear_token_logprobs(*head[:2], labels, max_active_rows=0, backend=backend)
+    if backend != "reference":  # which counts
+        out = ours(head, labels, advantages, {}, backend, spec=LOSSES["ppo"], max_active_rows=17)
+        assert out["loss"].isnan()
+        assert out["d_weight"].isnan().all()
+        assert out["d_hidden"][(labels >= 0) & (advantages != 0)][:-1].isnan().all()
+        logprobs = ppg.linear_token_logprobs(*head[:2], labels, max_active_rows=17, backend=backend)
+        assert logprobs.isnan().sum() == 17
+    if device == "cpu":  # by default counting is free there
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match=rule):
+            ppg.linear_policy_loss(*head[:2], labels, advantages, **options)
+
+
+@pytest.mark.parametrize(("bound", "expected"), [(None, 1), (20, 0)])
+def test_one_sync_or_none(as_on_a_gpu, monkeypatch, bound, expected):
+    """Every way in which these functions could look at values, counted on the CPU; on a GPU tests/test_gpu.py asks the driver."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    looked = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            if function.overloadpacket.__name__ in ("nonzero", "_local_scalar_dense", "masked_select", "unique_dim", "_unique2"):
+                looked.append(function)
+            return function(*arguments, **(keywords or {}))
+
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (looked.append("tolist"), tolist(self))[1])
+    monkeypatch.setattr(linear_ops, "check_labels", lambda *_: None)  # looks on a CPU only
+    (hidden, weight, bias), labels, advantages, _ = inputs(torch.float32, "cpu")
+    numbers = [getattr(LOSSES["ppo"], name) for name in ops.NUMBERS]
+    plan = (False, "cpu", 8, bound)
+    with Watch():
+        linear_ops._loss_and_gradients(hidden, weight, bias, labels, advantages, *[None] * 5, *numbers, True, True, *plan, [True] * 3)
+    assert len(looked) == expected
+    with Watch():
+        _, entropy, lse = linear_ops._logprobs(hidden, weight, bias, labels, None, 0.7, 0.0, True, *plan)
+    assert len(looked) == 2 * expected
+    with Watch():
+        rows = lse, entropy, advantages, None, None
+        linear_ops._logprobs_gradients(hidden, weight, bias, labels, *rows, 0.7, 0.0, *plan[1:], [True] * 3)
+    assert len(looked) == 3 * expected
+
+
+@pytest.mark.parametrize("N", [0, 1, 5, 64, 1000])
+def test_the_partition_is_stable(N):
+    kind = torch.randint(3, (N,))
+    for counting in (True, False):
+        parts = head_ops.partition(kind == 0, kind == 1, N, counting)
+        full, forward = ((kind == k).nonzero().squeeze(1) for k in (0, 1))
+        if counting:
+            assert torch.equal(parts.full, full)
+            assert torch.equal(parts.forward, forward)
+            assert parts.skip is parts.excess is None
+        else:
+            assert torch.equal(parts.full[~parts.skip], torch.cat([full, forward]))
+            assert torch.equal(parts.full[parts.skip], (kind == 2).nonzero().squeeze(1))
+            assert parts.excess == 0
+
+
+def test_chunks_are_alike():
+    for rows, most in [(2048, 560), (2048, 496), (1024, 560), (23, 5), (17, 16), (1, 1000), (100, 99), (8192, 8368)]:
+        size = head_ops.equal_chunks(rows, most)
+        assert 1 <= size <= most
+        pieces = -(-rows // size)
+        assert pieces == -(-rows // most)  # no more passes over d_weight than there have to be
+        assert size - rows / max(pieces, 1) < head_ops.GEMM_ROWS
+
+
+def test_overlapped_chunks_give_the_same_bits(monkeypatch):
+    """The second stream's schedule, with streams that only write down what waits for what."""
+    (hidden, weight, _), labels, advantages, _ = inputs(torch.float32, "cpu")
+    hidden, said = hidden.nan_to_num(), []
+
+    class Stream:
+        def wait_stream(self, other):
+            said.append("second waits for GEMMs")
+
+        def wait_event(self, event):
+            said.append(f"GEMMs wait for kernel {event}")
+
+        def record_event(self):
+            said.append("kernel done")
+            return said.count("kernel done") - 1
+
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: (said.append("logits") if k["out"].shape[1] == V else None, mm(*a, **k))[1])
+    accumulate = head_ops.Head.accumulate
+    monkeypatch.setattr(head_ops.Head, "accumulate", lambda *a: (said.append("gradients"), accumulate(*a)))
+
+    def call():
+        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = ppg.linear_policy_loss(x, w, labels, advantages, chunk_rows=5, backend="cpu", skip_zero_advantages=True)
+        return out.loss, *torch.autograd.grad(out.loss, (x, w))
+
+    expected = call()
+    said.clear()
+    lane = Stream()
+    monkeypatch.setattr(head_ops, "overlapping", lambda rows, chunk_rows: rows.numel() > chunk_rows)
+    monkeypatch.setattr(head_ops, "second_stream", lambda device: lane)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: lane)
+    monkeypatch.setattr(torch.cuda, "stream", lambda lane: contextlib.nullcontext())
+    for e, a in zip(expected, call(), strict=True):
+        assert torch.equal(e, a)
+    kernel = ["logits", "second waits for GEMMs", "kernel done"]
+    last = ["GEMMs wait for kernel {}", "gradients"]
+    chunks = said.count("logits")
+    assert chunks == 3
+    wanted = kernel + [step.format(n) for n in range(chunks) for step in [*(kernel if n + 1 < chunks else []), *last]]
+    assert said == wanted

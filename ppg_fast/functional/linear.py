@@ -11,7 +11,7 @@ from ppg_fast.spec import SEQUENCE_LEVEL, PolicyClass, PolicyLossSpec, require
 
 
 def _head_of(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, chunk_rows: int | None
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, chunk_rows: int | None, max_active_rows: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None, int]:
     """Hidden states (N, D), weight (V, D), bias (V,) of one dtype, and the rows of a chunk; ValueError where they do not fit."""
     check_floats("hidden", hidden)
@@ -36,8 +36,8 @@ def _head_of(
         f"bias must have the dtype of weight, {weight.dtype}",
         None if bias is None else bias.dtype,
     )
-    if chunk_rows is not None:
-        require(isinstance(chunk_rows, int) and chunk_rows >= 1, "chunk_rows must be an integer >= 1", chunk_rows)
+    for name, rows in (("chunk_rows", chunk_rows), ("max_active_rows", max_active_rows)):
+        require(rows is None or (isinstance(rows, int) and rows >= 1), f"{name} must be an integer >= 1", rows)
     return hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias, chunk_rows or ops.default_chunk_rows(hidden, weight.shape[0])
 
 
@@ -47,6 +47,7 @@ def linear_token_logprobs(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    max_active_rows: int | None = None,
     loss_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float = 0.0,
@@ -65,16 +66,17 @@ def linear_token_logprobs(
         weight: (V, D) in the dtype of hidden; ``bias``: (V,) or None.
         labels, loss_mask, temperature, logit_softcap, entropy, validate, backend: as in `token_logprobs`.
         chunk_rows: rows whose logits are alive at once; default from a memory budget.
+        max_active_rows: as in `linear_policy_loss`.
 
     Returns and raises: as `token_logprobs`. Gradients come back in the dtype of each input; d_weight is accumulated in float32.
     """
-    x, weight, bias, chunk = _head_of(hidden, weight, labels, bias, chunk_rows)
+    x, weight, bias, chunk = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
     tokens = Tokens.of(labels, loss_mask, None, hidden.device, validate)
     spec, temperatures = spec_and_temperatures(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
     )
     backend = backend or backends.default(hidden.device.type)
-    numbers = float(spec.temperature), float(logit_softcap), entropy, validate, backend, chunk
+    numbers = float(spec.temperature), float(logit_softcap), entropy, validate, backend, chunk, max_active_rows
     logprobs, ent = ops.linear_token_logprobs(x, weight, bias, tokens.labels, temperatures, *numbers)
     return (logprobs.view(labels.shape), ent.view(labels.shape)) if entropy else logprobs.view(labels.shape)
 
@@ -87,6 +89,7 @@ def linear_policy_loss(
     *,
     bias: Tensor | None = None,
     chunk_rows: int | None = None,
+    max_active_rows: int | None = None,
     loss_mask: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
@@ -110,11 +113,14 @@ def linear_policy_loss(
         hidden: (..., D) float32, bfloat16 or float16.
         weight: (V, D) in the dtype of hidden (or any under autocast); ``bias``: (V,) or None.
         chunk_rows: rows whose logits are alive at once; default from a memory budget.
+        max_active_rows: the caller's word that no more rows than that are read. On a GPU it saves the one sync of the call, which then
+            can be captured in a CUDA graph, and that many rows are paid for. Where more are active: ValueError on a CPU or with
+            ``validate``, else loss and gradients are NaN.
         the rest: as in `policy_loss`.
 
     Returns and raises: as `policy_loss`. Gradients come back in the dtype of each input.
     """
-    x, weight, bias, chunk = _head_of(hidden, weight, labels, bias, chunk_rows)
+    x, weight, bias, chunk = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
     rows = LossRows.of(
         labels, advantages, hidden.device, loss_mask=loss_mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs, cu_seqlens=cu_seqlens, turn_ids=turn_ids, spec=spec, reduction=reduction,
@@ -122,12 +128,12 @@ def linear_policy_loss(
     )  # fmt: skip
     backend = backend or backends.default(hidden.device.type)
     if rows.spec.loss_type in SEQUENCE_LEVEL or reduction == "none":
-        numbers = float(rows.spec.temperature), float(rows.spec.logit_softcap), True, validate, backend, chunk
+        numbers = float(rows.spec.temperature), float(rows.spec.logit_softcap), True, validate, backend, chunk, max_active_rows
         logprobs, entropy = ops.linear_token_logprobs(x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, *numbers)
         loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)
     else:
         loss, logprobs, entropy = ops.linear_policy_loss(
-            x, weight, bias, rows.tokens.labels, rows.per_row, rows.spec, validate, backend, chunk
+            x, weight, bias, rows.tokens.labels, rows.per_row, rows.spec, validate, backend, chunk, max_active_rows
         )
     return rows.output(loss, logprobs, entropy, skip_zero_advantages)
 
@@ -142,6 +148,7 @@ def linear_partial_policy_loss(
     *,
     bias: Tensor | None = None,
     chunk_rows: int | None = None,
+    max_active_rows: int | None = None,
     gamma: float = 1.0,
     baseline: str = "none",
     group_ids: Tensor | None = None,
@@ -151,10 +158,19 @@ def linear_partial_policy_loss(
 ) -> PolicyLossOutput:
     """The partial policy gradient from hidden states: `partial_policy_loss` of logits = hidden @ weight.T + bias.
 
-    Memory, gradients and chunks as in `linear_policy_loss`, arguments as in both.
+    Memory, gradients, chunks and max_active_rows as in `linear_policy_loss`, arguments as in both.
     """
     turns = rewards, turn_ids, policy_class, gamma, baseline, group_ids, turn_counts, backend
     options, advantages = credit_turns(options, labels, *turns)
     return linear_policy_loss(
-        hidden, weight, labels, advantages, bias=bias, chunk_rows=chunk_rows, turn_ids=turn_ids, backend=backend, **options
+        hidden,
+        weight,
+        labels,
+        advantages,
+        bias=bias,
+        chunk_rows=chunk_rows,
+        max_active_rows=max_active_rows,
+        turn_ids=turn_ids,
+        backend=backend,
+        **options,
     )

@@ -1,0 +1,188 @@
+"""A linear head over the rows that count: which rows those are, the GEMMs around one chunk of them, the order in which chunks run."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppg_fast.ops.memory import fresh
+from ppg_fast.spec import require
+
+CHUNK_BYTES = {"cpu": 54 * 2**20, "cuda": 2**31}  # of logits alive at once; on a GPU so that d_weight is added up once or twice
+MIN_CHUNK_ROWS = 256  # below, the fp32 accumulation of d_weight costs more than its GEMM
+TILE = 2048  # rows of d_weight whose 16-bit product is still in a CPU's cache when it is added up in float32
+GEMM_ROWS = 16  # chunks are padded to a multiple: BLAS takes other kernels for a few rows, and a row's bits would depend on its neighbours
+OVERLAP = False  # on a GPU, row kernels on a second stream beside the next chunk's GEMM; `make gpu` measures both
+
+
+def default_chunk_rows(hidden: Tensor, vocabulary: int) -> int:
+    """Rows of a chunk, at most, under the memory budget of the device."""
+    budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+    return max(MIN_CHUNK_ROWS, budget // (vocabulary * hidden.element_size()) // GEMM_ROWS * GEMM_ROWS)
+
+
+def equal_chunks(rows: int, chunk_rows: int) -> int:
+    """Rows of each chunk so that as few as may be are alike: a small last one would pay a whole pass over d_weight."""
+    pieces = max(1, -(-rows // chunk_rows))
+    return max(1, min(chunk_rows, -(-rows // (pieces * GEMM_ROWS)) * GEMM_ROWS))
+
+
+# ---- which rows ------------------------------------------------------------------------------------------------------------------------
+class Rows(NamedTuple):
+    """The rows that are read. Where they were only bounded, what lies behind the last of them is SKIP."""
+
+    full: Tensor  # numbers of the rows that go through all GEMMs, ascending; (n,) int64
+    forward: Tensor  # of those that go through the first
+    skip: Tensor | None = None  # (n,) bool, the SKIP rows among ``full`` or, without a gradient, ``forward``; None: there are none
+    excess: Tensor | None = None  # 0-d float32: 0, or NaN where more rows are active than the caller's bound; None: they were counted
+
+
+def counted(labels: Tensor, bound: int | None, validate: bool) -> bool:
+    """Whether the rows are counted on the host: it costs nothing on a CPU, one sync on a GPU, which a bound saves."""
+    return bound is None or validate or labels.is_cpu
+
+
+def check_bound(active: int, bound: int | None) -> None:
+    """ValueError unless the caller's bound holds."""
+    require(bound is None or active <= bound, "max_active_rows must be at least the number of active rows", f"{bound} for {active}")
+
+
+def partition(full: Tensor, forward: Tensor, bound: int | None = None, counting: bool = True) -> Rows:
+    """FULL and FORWARD-ONLY rows (N,) bool -> their numbers, by one stable partition and at most one sync.
+
+    ``bound``: no more are active. Counting, ValueError where it does not hold; without counting, `Rows.excess` is NaN there, and
+    all rows are taken as FULL unless none is.
+    """
+    N = full.numel()
+    kinds = torch.stack([full, forward, ~(full | forward)])
+    ranks = kinds.flatten().cumsum(0)
+    place = (ranks.view(3, N) * kinds).sum(0) - 1
+    numbers = torch.arange(N, device=full.device)
+    order = torch.empty_like(numbers).scatter_(0, place, numbers)
+    if counting:
+        n_full, active = ranks[N - 1 : 2 * N : N].tolist() if N else (0, 0)
+        check_bound(active, bound)
+        return Rows(order[:n_full], order[n_full:active])
+    taken = min(N, N if bound is None else bound)
+    active = ranks[2 * N - 1] if N else torch.zeros((), dtype=torch.int64, device=full.device)
+    excess = torch.where(active > taken, torch.nan, 0.0).float()
+    return Rows(order[:taken], order[:0], numbers[:taken] >= active, excess)
+
+
+# ---- GEMMs -----------------------------------------------------------------------------------------------------------------------------
+class Chunk(NamedTuple):
+    """Some rows in the middle of the sweep."""
+
+    rows: Tensor  # (n,) their numbers
+    x: Tensor  # (n or more, D) their hidden states, zeros behind them
+    logits: Tensor  # (n or more, V), and their gradient afterwards
+    place: slice | None  # where every row takes part, in their order: neither gathered nor scattered
+
+
+class Head:
+    """A linear head over chunks of rows: logits = x W^T + b, and the gradients of its three inputs, those that are wanted."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, wanted: tuple[bool, bool, bool]) -> None:
+        self.hidden, self.weight, self.bias, self.chunk_rows = hidden, weight, bias, chunk_rows
+        like = {"dtype": torch.float32, "device": hidden.device}
+        self.d_hidden = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
+        self.d_weight = fresh(weight.shape, **like) if wanted[1] else torch.empty(0, **like)
+        self.d_bias = torch.zeros(weight.shape[0], **like) if wanted[2] else torch.empty(0, **like)
+        self.wanted = wanted
+        self.buffers: list[Tensor] = []
+        self.started = False  # until then d_weight is not even zero: the first product is written, not added
+
+    def chunks(self, rows: Tensor, skip: Tensor | None = None, buffers: int = 1) -> Iterator[Chunk]:
+        """The logits of each chunk of ``rows``; they live until ``buffers`` chunks later."""
+        size, whole = equal_chunks(rows.numel(), self.chunk_rows), skip is None and rows.numel() == self.hidden.shape[0]
+        for number, start in enumerate(range(0, rows.numel(), size)):
+            chunk = rows[start : start + size]
+            n, padded = chunk.numel(), -(-chunk.numel() // GEMM_ROWS) * GEMM_ROWS
+            place = slice(start, start + n) if whole and n == padded else None
+            if place is not None:
+                x = self.hidden[place]
+            else:
+                x = self.hidden.new_zeros(padded, self.hidden.shape[1])
+                torch.index_select(self.hidden, 0, chunk, out=x[:n])
+                if skip is not None:  # what they hold may be NaN, which no zero gradient takes out of d_weight
+                    x[:n].masked_fill_(skip[start : start + n, None], 0.0)
+            logits = self._buffer(number % buffers, min(size, rows.numel()))[:padded]
+            if self.bias is None:
+                torch.mm(x, self.weight.t(), out=logits)
+            else:
+                torch.addmm(self.bias, x, self.weight.t(), out=logits)
+            yield Chunk(chunk, x, logits, place)
+
+    def _buffer(self, number: int, rows: int) -> Tensor:
+        """Memory of the logits of at least ``rows`` rows, the same one for each ``number``."""
+        rows = -(-rows // GEMM_ROWS) * GEMM_ROWS
+        if number == len(self.buffers):
+            self.buffers.append(fresh((rows, self.weight.shape[0]), self.hidden.dtype, self.hidden.device))
+        elif self.buffers[number].shape[0] < rows:
+            self.buffers[number] = fresh((rows, self.weight.shape[0]), self.hidden.dtype, self.hidden.device)
+        return self.buffers[number]
+
+    def sweep(self, rows: Tensor, row_kernel: Callable[[Tensor, Tensor], None], with_grad: bool, skip: Tensor | None = None) -> None:
+        """Logits, ``row_kernel(row numbers, logits (1, n, V))`` and, ``with_grad``, the GEMMs of its gradient, chunk by chunk."""
+        lane = second_stream(rows.device) if overlapping(rows, self.chunk_rows) else None
+        if lane is None:
+            for chunk in self.chunks(rows, skip):
+                row_kernel(chunk.rows, chunk.logits[None, : chunk.rows.numel()])
+                if with_grad:
+                    self.accumulate(chunk)
+            return
+        before: tuple[Chunk, Any] | None = None
+        for chunk in self.chunks(rows, skip, buffers=2):
+            lane.wait_stream(torch.cuda.current_stream(rows.device))
+            with torch.cuda.stream(lane):
+                row_kernel(chunk.rows, chunk.logits[None, : chunk.rows.numel()])
+                done = lane.record_event()
+            self._finish(before, with_grad)
+            before = chunk, done
+        self._finish(before, with_grad)
+
+    def _finish(self, before: tuple[Chunk, Any] | None, with_grad: bool) -> None:
+        if before is not None:
+            torch.cuda.current_stream(self.hidden.device).wait_event(before[1])
+            if with_grad:
+                self.accumulate(before[0])
+
+    def accumulate(self, chunk: Chunk) -> None:
+        """Carry the gradient that now stands in the logits of ``chunk`` into the wanted gradients; d_weight and d_bias in float32."""
+        n, x, d = chunk.rows.numel(), chunk.x, chunk.logits
+        d[n:] = 0
+        if self.wanted[0] and chunk.place is not None:
+            torch.mm(d, self.weight, out=self.d_hidden[chunk.place])
+        elif self.wanted[0]:
+            self.d_hidden[chunk.rows] = (d @ self.weight)[:n]
+        if self.wanted[1]:
+            if d.dtype == torch.float32:
+                self.d_weight.addmm_(d.t(), x, beta=int(self.started))
+            elif d.is_cuda:
+                torch.addmm(self.d_weight, d.t(), x, out_dtype=torch.float32, beta=int(self.started), out=self.d_weight)
+            else:  # PyTorch's CPU has no GEMM from 16 to 32 bits: each chunk is rounded once, the sum is not
+                for d_weight, columns in zip(self.d_weight.split(TILE), d.split(TILE, 1), strict=True):
+                    product = columns.t() @ x
+                    d_weight.add_(product) if self.started else d_weight.copy_(product)
+            self.started = True
+        if self.wanted[2]:
+            self.d_bias += d.sum(0, dtype=torch.float32)
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """d_hidden, d_weight, d_bias; (0,) where not wanted."""
+        if not self.started:
+            self.d_weight.zero_()
+        return self.d_hidden, self.d_weight, self.d_bias
+
+
+def overlapping(rows: Tensor, chunk_rows: int) -> bool:
+    """Whether a second stream has a next chunk to run beside."""
+    return OVERLAP and rows.is_cuda and rows.numel() > chunk_rows
+
+
+@cache
+def second_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device, made once: no stream can be made while a graph is captured."""
+    return torch.cuda.Stream(device)
