@@ -90,7 +90,7 @@ void* current_stream(int device) {
   }();
   STD_TORCH_CHECK(get != nullptr, "this torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  STD_TORCH_CHECK(get(device, &stream) == AOTI_TORCH_SUCCESS, "torch gave no stream of device ", device);
   return stream;
 }
 
