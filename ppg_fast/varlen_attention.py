@@ -9,6 +9,9 @@ Why an entry of our own: a packed row with restarting position ids is block-diag
 and use_cache is off, silently contaminated otherwise, and its SDPA path builds the dense mask.
 """
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -54,8 +57,10 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int |
     longest = int(torch.diff(bounds).max()) if longest is None else longest
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (q, k, v))
     left = -1 if window is None else window - 1  # the kernel counts the keys left of the query, transformers counts it too
-    grouped = q.shape[1] != k.shape[1]
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=grouped)
+    options: dict[str, Any] = {"scale": scaling, "window_size": (left, 0)}
+    if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 takes grouped heads unasked
+        options["enable_gqa"] = True
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
     assert isinstance(out, Tensor)  # a pair only where auxiliary results are asked for
     return out[None]
 
