@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -105,28 +105,46 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
 
 
 def micro_batches(samples: Iterable[Sample], max_tokens: int) -> Iterator[list[Sample]]:
-    """Lists of consecutive samples with at most ``max_tokens`` tokens together.
+    """Batches of at most ``max_tokens`` tokens, as few and then as even as two greedy rules make them; the fullest comes first.
 
-    A sample longer than that comes alone: to credit a turn its whole dialogue goes through the forward pass, so it is never cut, and
-    dropping it would change the gradient. ValueError if max_tokens < 1.
+    Longest first, into the fullest batch with room (best fit), decides how many; longest first into the emptiest spreads them evenly
+    where that needs no more. A batch keeps the order of ``samples``. A sample longer than the budget comes alone: a turn is credited
+    through all that came before it, so it is never cut, and dropping it would change the gradient. ValueError if max_tokens < 1.
     """
     is_count = isinstance(max_tokens, int) and not isinstance(max_tokens, bool) and max_tokens >= 1
     require(is_count, "max_tokens must be an integer >= 1", max_tokens)
-    batch: list[Sample] = []
-    total = 0
-    for sample in samples:
-        if batch and total + len(sample.tokens) > max_tokens:
-            yield batch
-            batch, total = [], 0
-        batch.append(sample)
-        total += len(sample.tokens)
-    if batch:
-        yield batch
+    samples = list(samples)
+    sizes = [len(sample.tokens) for sample in samples]
+    tight = _fill(sizes, max_tokens, [], fullest=True) or []
+    even = _fill(sizes, max_tokens, [[] for _ in tight], fullest=False) or tight
+    for batch in sorted(even, key=lambda batch: (-sum(sizes[i] for i in batch), min(batch))):
+        yield [samples[i] for i in sorted(batch)]
 
 
-def trim_after_last_turn(sample: Sample) -> Sample:
-    """The sample without the tokens after its last assistant token: nothing predicts from them, so they only cost time."""
-    end = max((position + 1 for position, turn in enumerate(sample.turn_ids) if turn != CONTEXT), default=0)
+def _fill(sizes: list[int], budget: int, batches: list[list[int]], fullest: bool) -> list[list[int]] | None:
+    """Positions of ``sizes`` put into ``batches``, longest first; None where they do not hold all and new ones are not to be opened."""
+    totals = [0] * len(batches)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        room = [b for b, total in enumerate(totals) if total == 0 or total + sizes[i] <= budget]
+        if not room and not fullest:
+            return None
+        if not room:
+            room = [len(batches)]
+            batches.append([])
+            totals.append(0)
+        best = max(room, key=totals.__getitem__) if fullest else min(room, key=totals.__getitem__)
+        batches[best].append(i)
+        totals[best] += sizes[i]
+    return batches
+
+
+def trim_after_last_turn(sample: Sample, turns: Collection[int] | None = None) -> Sample:
+    """The sample without what follows its last assistant token, or the last one of ``turns``: no loss is predicted from it.
+
+    Rewards stay whole. Without tokens where no such token has another before it that could predict it.
+    """
+    turns = range(len(sample.rewards)) if turns is None else turns
+    end = max((position + 1 for position, turn in enumerate(sample.turn_ids) if position and turn in turns), default=0)
     logprobs = None if sample.rollout_logprobs is None else sample.rollout_logprobs[:end]
     return Sample(sample.tokens[:end], sample.turn_ids[:end], list(sample.rewards), sample.group_id, logprobs)
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -190,6 +190,7 @@ def samples(draw, with_logprobs=False):
     return Sample(tokens, turn_ids, rewards, draw(st.integers(0, 2**63 - 1)), logprobs)
 
 
+@settings(deadline=None)
 @given(st.booleans().flatmap(lambda with_logprobs: st.lists(samples(with_logprobs), max_size=5)))
 def test_packed_row_is_its_dialogues_one_by_one(drawn):
     batch = pack(drawn)
@@ -246,15 +247,26 @@ def test_to_moves_every_tensor():
     assert pack([Sample([1], [0], [0.5], 3)]).to("meta").rollout_logprobs is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 25))
-def test_micro_batches_keep_order_and_budget(lengths, max_tokens):
+def test_micro_batches_hold_everything_under_the_budget(lengths, max_tokens):
     given_samples = [Sample([n] * length, [-1] * length, [], 0) for n, length in enumerate(lengths)]
     batches = list(micro_batches(given_samples, max_tokens))
-    assert [sample for batch in batches for sample in batch] == given_samples
+    names = [[sample.tokens[0] for sample in batch] for batch in batches]
+    assert sorted(n for batch in names for n in batch) == list(range(len(lengths)))
+    assert all(batch == sorted(batch) for batch in names), "a batch keeps the order of the samples"
     totals = [sum(len(sample.tokens) for sample in batch) for batch in batches]
     assert all(total <= max_tokens or len(batch) == 1 for total, batch in zip(totals, batches, strict=True))
-    for total, following in zip(totals, batches[1:], strict=False):
-        assert total + len(following[0].tokens) > max_tokens, "the next sample would have fitted"
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_micro_batches_are_few_and_even():
+    """Consecutive filling would need four, of 9, 2, 9 and 1 tokens; best fit alone would leave 10, 10 and 1."""
+    lengths = [5, 4, 2, 9, 1]
+    batches = list(micro_batches([Sample([n] * length, [-1] * length, [], 0) for n, length in enumerate(lengths)], 11))
+    assert [[len(s.tokens) for s in batch] for batch in batches] == [[2, 9], [5, 4, 1]]
+    batches = list(micro_batches([Sample([n] * length, [-1] * length, [], 0) for n, length in enumerate([6, 6, 2, 2, 2, 2])], 12))
+    assert [sum(len(s.tokens) for s in batch) for batch in batches] == [10, 10], "best fit alone would make 12 and 8"
 
 
 @pytest.mark.parametrize("max_tokens", [0, -3, 2.5, True])
@@ -266,6 +278,10 @@ def test_micro_batches_refuse_a_budget(max_tokens):
 def test_trim_after_last_turn():
     sample = Sample([1, 2, 3, 4], [-1, 0, -1, -1], [0.5], 7, [0.0, -0.3, 0.0, 0.0])
     assert trim_after_last_turn(sample) == Sample([1, 2], [-1, 0], [0.5], 7, [0.0, -0.3])
+    longer = Sample([1, 2, 3, 4, 5], [0, -1, 0, -1, 1], [0.5, 1.0], 7)
+    assert trim_after_last_turn(longer) == longer
+    assert trim_after_last_turn(longer, {0}) == Sample([1, 2, 3], [0, -1, 0], [0.5, 1.0], 7)
+    assert trim_after_last_turn(Sample([1, 2], [0, -1], [0.5], 7)).tokens == [], "nothing predicts a first token"
 
 
 def test_group_ids_do_not_depend_on_the_process():

@@ -9,12 +9,12 @@ import torch
 pytest.importorskip("transformers")
 
 from ppg_fast import model as models
-from ppg_fast import reference
+from ppg_fast import reference, trainer
 from ppg_fast.config import make_config
 from ppg_fast.data import Sample, pack
 from ppg_fast.jobs.offline import cut_tokens
 from ppg_fast.jobs.persona import PersonaJob
-from ppg_fast.objective import Objective, Schedule, credit, require_nonnegative, warn_if_hardly_credited
+from ppg_fast.objective import Objective, Schedule, credit, live_batches, reading, require_nonnegative, warn_if_hardly_credited
 from ppg_fast.spec import FullPlanning, Greedy, Lookahead, PolicyLossSpec
 from ppg_fast.trainer import optimise, update
 
@@ -62,6 +62,66 @@ def test_micro_batches_give_the_gradient_of_the_whole(reduction, loss_type):
     assert parts["loss"] == pytest.approx(whole["loss"], abs=1e-5)
     torch.testing.assert_close(grad_of_parts, grad, rtol=1e-4, atol=1e-6)
     assert grad.norm() > 0
+
+
+def ending_early(count=6):
+    """Dialogues whose last rewards, and under a greedy class advantages, are zero; the fourth has none at all."""
+    out = []
+    for i, sample in enumerate(some_samples(count)):
+        rewards = [r if t <= i % 2 and i != 3 else 0.0 for t, r in enumerate(sample.rewards)]
+        logprobs = [-0.1 * (n % 7) for n in range(len(sample.tokens))]
+        out.append(replace(sample, rewards=rewards, rollout_logprobs=logprobs))
+    return out
+
+
+EARLY = {  # what is read of the dialogues' 6, 9, 12, 6, 9 and 12 tokens
+    "reinforce": (PolicyLossSpec(importance_cap=1.5), "sequence_sum", 1, 4 + 8 + 4 + 4 + 8),
+    "ppo": (PolicyLossSpec(loss_type="ppo"), "token_mean", 3, 4 + 8 + 4 + 4 + 8),
+    "gspo_turn": (PolicyLossSpec(loss_type="gspo_turn"), "sequence_sum", 3, 4 + 8 + 4 + 4 + 8),
+    "gspo": (PolicyLossSpec(loss_type="gspo"), "sequence_sum", 3, 6 + 8 + 12 + 8 + 12),
+    "sequence_mean": (PolicyLossSpec(), "sequence_mean", 1, 6 + 8 + 12 + 8 + 12),
+    "kl": (PolicyLossSpec(kl_coef=0.3), "sequence_sum", 2, 6 + 8 + 12 + 6 + 8 + 12),
+    "entropy": (PolicyLossSpec(entropy_coef=0.3), "token_mean", 1, 6 + 8 + 12 + 6 + 8 + 12),
+}
+
+
+@pytest.mark.parametrize("case", EARLY)
+@pytest.mark.parametrize("max_tokens", [10_000, 13])
+def test_what_is_not_read_has_no_gradient(case, max_tokens, monkeypatch):
+    """Weights and metrics after steps on trimmed dialogues equal those after steps on whole ones, in one pass."""
+    spec, reduction, iterations, _ = EARLY[case]
+    objective = Objective(Greedy(), baseline="none", spec=spec, reduction=reduction, num_iterations=iterations)
+    samples, reference_model, results = ending_early(), tiny(3), []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(trainer, "live_batches", lambda samples, advantages, *_: [(pack(samples), advantages)])
+        model = tiny()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        schedule = Schedule(1, 0.02, max_tokens=max_tokens, max_grad_norm=1e9)
+        metrics = update(model, optimizer, samples, objective, schedule, reference_model if spec.kl_coef else None)
+        metrics.pop("perf/tokens_read")
+        results.append((metrics, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    (metrics, weights), (whole_metrics, whole_weights) = results
+    assert (weights - torch.cat([p.detach().flatten() for p in tiny().parameters()])).norm() > 1e-3
+    torch.testing.assert_close(weights, whole_weights, rtol=1e-5, atol=1e-6)
+    for name in ("entropy", "approx_kl", "clip_ratio/region_mean") if case == "gspo" else ():
+        del metrics[name], whole_metrics[name]  # means over what is read for the sake of the ratio, too, so the parts weigh otherwise
+    assert metrics == pytest.approx(whole_metrics, abs=2e-5)
+
+
+@pytest.mark.parametrize("case", EARLY)
+def test_dialogues_are_read_up_to_their_last_credited_token(case):
+    spec, reduction, iterations, tokens = EARLY[case]
+    objective = Objective(Greedy(), baseline="none", spec=spec, reduction=reduction, num_iterations=iterations)
+    samples = ending_early()
+    _, advantages = credit(pack(samples), objective)
+    batches = [b for b, _ in live_batches(samples, advantages, objective, 13)]
+    assert all(len(b.tokens) <= 13 for b in batches)
+    read = reading(samples, advantages, objective, batches)
+    assert read["perf/tokens_read"] == tokens
+    credited = sum(1 for i, s in enumerate(samples) for t in s.turn_ids if 0 <= t <= i % 2 and i != 3)
+    labels = sum(t >= 0 for s in samples for t in s.turn_ids)
+    assert read["perf/active_row_share"] == pytest.approx(1 if spec.needs_every_row else credited / labels)
 
 
 def test_the_gradient_is_the_partial_policy_gradient():
