@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppg_fast.data import PackedBatch, Sample, micro_batches, pack
+from ppg_fast.data import PackedBatch, Sample, pack
 from ppg_fast.metrics import TokenMeans, describe, peak_memory_mb
 from ppg_fast.model import policy_loss, token_logprobs
-from ppg_fast.objective import Objective, Schedule, credit, denominator
+from ppg_fast.objective import Objective, Schedule, credit, denominator, live_batches, reading
 from ppg_fast.spec import PolicyLossSpec
 
 
@@ -117,11 +117,11 @@ def update(
     over all of them. Where no turn has an advantage, the loss is a connected zero, no step is taken and ``active_turns`` is 0.
     Where loss or gradient is not finite, as the metrics then say, the weights stay as they are and no further iteration follows.
     """
-    batches = [pack(part) for part in list(micro_batches(samples, schedule.max_tokens)) or [[]]]
     everything = pack(samples)
     returns, advantages = credit(everything, objective)
     normalizer = denominator(samples, objective.reduction)
-    rows = advantages.split([len(b.turn_counts) for b in batches])
+    parts = live_batches(samples, advantages, objective, schedule.max_tokens)
+    batches, rows = zip(*parts, strict=True)
     spec, device = objective.spec, model.device
     olds = [_frozen(model, b, spec) if objective.num_iterations > 1 else None for b in batches]
     refs = [None if reference is None else _frozen(reference, b, spec) for b in batches]
@@ -149,7 +149,8 @@ def update(
             break
         if norm > 0:
             optimizer.step()
-    return {**sums.means(), "grad_norm": norm, **describe(samples, everything, returns, advantages)}
+    read = reading(samples, advantages, objective, batches)
+    return {**sums.means(), "grad_norm": norm, **read, **describe(samples, everything, returns, advantages)}
 
 
 def _frozen(model: Any, batch: PackedBatch, spec: PolicyLossSpec) -> Tensor:
