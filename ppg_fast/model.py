@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ppg_fast import varlen_attention
+from ppg_fast.adaptation import plain_head
 from ppg_fast.data import PackedBatch
 from ppg_fast.functional import PolicyLossOutput, linear_policy_loss, linear_token_logprobs
 from ppg_fast.spec import PolicyLossSpec, require
@@ -113,7 +114,7 @@ def head_of(model: Any) -> tuple[Tensor, Tensor | None, float, float]:
 
     The scale as `logit_scale` finds it; the softcap is Gemma's final_logit_softcapping.
     """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    head, config = plain_head(model), model.config.get_text_config()
     softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
     return head.weight, getattr(head, "bias", None), logit_scale(config), softcap
 

@@ -14,7 +14,7 @@ FLOORS = [  # ground first; a room is a module or a package
     ["backends"],
     ["ops"],
     ["functional"],
-    ["consistent_llms", "varlen_attention", "config", "checkpoint"],
+    ["consistent_llms", "varlen_attention", "config", "checkpoint", "adaptation", "optimisers"],
     ["dialogue"],
     ["data", "environment", "persona", "chat_format"],
     ["model", "objective", "metrics"],
