@@ -27,9 +27,10 @@ class Objective:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps and step sizes: AdamW, ``warmup_steps`` to the peak learning rate, then linear to ``final_learning_rate`` of it.
+    """Steps and step sizes: ``warmup_steps`` to the peak learning rate, then linear to ``final_learning_rate`` of it.
 
-    A step whose loss or gradient is not finite is skipped; more than ``max_skipped_steps`` of them in a row end the training.
+    A step whose loss or gradient is not finite is skipped; more than ``max_skipped_steps`` of them in a row end the training. ``optim``
+    and what follows it: as `make_optimizer` takes them. ``bf16``: forward passes under bfloat16 autocast.
     """
 
     max_steps: int
@@ -40,6 +41,12 @@ class Schedule:
     max_grad_norm: float = 1.0
     max_tokens: int = 16384
     max_skipped_steps: int = 3
+    optim: str = "adamw_torch"
+    optim_args: str = ""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    optim_offload: bool = False
+    bf16: bool = False
 
     def learning_rate_at(self, step: int) -> float:
         """Of steps 1 .. max_steps."""

@@ -5,7 +5,6 @@ gradients (rollouts; windowed return minus a baseline), offline reward-weighted 
 imitation (demonstrations; 1).
 """
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppg_fast.adaptation import StartingWeights, load_trainable_state, trainable_state
 from ppg_fast.data import PackedBatch, Sample, pack
 from ppg_fast.metrics import TokenMeans, describe, peak_memory_mb
 from ppg_fast.model import policy_loss, token_logprobs
 from ppg_fast.objective import Objective, Schedule, credit, denominator, live_batches, reading
+from ppg_fast.optimisers import make_optimizer, set_learning_rate
 from ppg_fast.spec import PolicyLossSpec
 
 
@@ -36,7 +37,7 @@ class TrainingState:
 
     model: Any
     optimizer: torch.optim.Optimizer
-    reference: Any = None
+    reference: StartingWeights | None = None
     step: int = 0
     num_tokens: int = 0
     skipped_steps: int = 0
@@ -44,17 +45,27 @@ class TrainingState:
     @classmethod
     def start(cls, model: Any, objective: Objective, schedule: Schedule) -> "TrainingState":
         """Before the first step."""
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
-        return cls(model, optimizer, copy.deepcopy(model).requires_grad_(False) if objective.spec.kl_coef else None)
+        optimizer = make_optimizer(
+            model,
+            schedule.optim,
+            arguments=schedule.optim_args,
+            betas=(schedule.adam_beta1, schedule.adam_beta2),
+            weight_decay=schedule.weight_decay,
+            offload=schedule.optim_offload,
+        )
+        return cls(model, optimizer, StartingWeights(model) if objective.spec.kl_coef else None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as `torch.save` likes it."""
-        return {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(self).items()}
+        """Everything that training changes, as `torch.save` likes it: frozen weights are not in it."""
+        values = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(self).items() if name != "model"}
+        return {"model": trainable_state(self.model), **values}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         for name, value in saved.items():
-            if isinstance(value, dict):
+            if name == "model":
+                load_trainable_state(self.model, value)
+            elif isinstance(value, dict):
                 getattr(self, name).load_state_dict(value)
             else:
                 setattr(self, name, value)
@@ -77,8 +88,7 @@ def optimise(
     for step in range(state.step + 1, schedule.max_steps + 1):
         start = time.perf_counter()
         samples = collect(step)
-        for group in state.optimizer.param_groups:
-            group["lr"] = schedule.learning_rate_at(step)
+        set_learning_rate(state.optimizer, schedule.learning_rate_at(step))
         metrics = update(model, state.optimizer, samples, objective, schedule, state.reference)
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
             skipped = []
@@ -109,7 +119,7 @@ def update(
     samples: Sequence[Sample],
     objective: Objective,
     schedule: Schedule,
-    reference: Any = None,
+    reference: StartingWeights | None = None,
 ) -> dict[str, Any]:
     """``num_iterations`` steps on one set of dialogues; the metrics of the last.
 
@@ -123,25 +133,29 @@ def update(
     parts = live_batches(samples, advantages, objective, schedule.max_tokens)
     batches, rows = zip(*parts, strict=True)
     spec, device = objective.spec, model.device
-    olds = [_frozen(model, b, spec) if objective.num_iterations > 1 else None for b in batches]
-    refs = [None if reference is None else _frozen(reference, b, spec) for b in batches]
+    olds = [_frozen(model, b, spec, schedule) if objective.num_iterations > 1 else None for b in batches]
+    refs: list[Tensor | None] = [None] * len(batches)
+    if reference is not None:
+        with reference.in_place() as start:
+            refs = [_frozen(start, b, spec, schedule) for b in batches]
     sums, norm = TokenMeans(), 0.0
     for _ in range(objective.num_iterations):
         optimizer.zero_grad(set_to_none=True)
         sums = TokenMeans()
         for batch, part, old, ref in zip(batches, rows, olds, refs, strict=True):
             batch = batch.to(device)
-            out = policy_loss(
-                model,
-                batch,
-                part.to(device),
-                spec,
-                old_logprobs=old,
-                ref_logprobs=ref,
-                rollout_logprobs=batch.rollout_logprobs if spec.importance_cap else None,
-                reduction=objective.reduction,
-                normalizer=normalizer,
-            )
+            with torch.autocast(device.type, torch.bfloat16, enabled=schedule.bf16):
+                out = policy_loss(
+                    model,
+                    batch,
+                    part.to(device),
+                    spec,
+                    old_logprobs=old,
+                    ref_logprobs=ref,
+                    rollout_logprobs=batch.rollout_logprobs if spec.importance_cap else None,
+                    reduction=objective.reduction,
+                    normalizer=normalizer,
+                )
             out.loss.backward()
             sums.add(out)
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm))
@@ -153,6 +167,12 @@ def update(
     return {**sums.means(), "grad_norm": norm, **read, **describe(samples, everything, returns, advantages)}
 
 
-def _frozen(model: Any, batch: PackedBatch, spec: PolicyLossSpec) -> Tensor:
-    with torch.no_grad():
-        return token_logprobs(model, batch.to(model.device), spec.temperature)
+def _frozen(model: Any, batch: PackedBatch, spec: PolicyLossSpec, schedule: Schedule) -> Tensor:
+    """Log-probs without a gradient, and without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=schedule.bf16):
+            return token_logprobs(model, batch.to(model.device), spec.temperature)
+    finally:
+        model.train(was_training)

@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 
 from ppg_fast import model as models
 from ppg_fast import reference, trainer
+from ppg_fast.adaptation import StartingWeights
 from ppg_fast.config import make_config
 from ppg_fast.data import Sample, pack
 from ppg_fast.jobs.offline import cut_tokens
@@ -91,14 +92,14 @@ def test_what_is_not_read_has_no_gradient(case, max_tokens, monkeypatch):
     """Weights and metrics after steps on trimmed dialogues equal those after steps on whole ones, in one pass."""
     spec, reduction, iterations, _ = EARLY[case]
     objective = Objective(Greedy(), baseline="none", spec=spec, reduction=reduction, num_iterations=iterations)
-    samples, reference_model, results = ending_early(), tiny(3), []
+    samples, reference, results = ending_early(), StartingWeights(tiny(3)), []
     for whole in (False, True):
         if whole:
             monkeypatch.setattr(trainer, "live_batches", lambda samples, advantages, *_: [(pack(samples), advantages)])
         model = tiny()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
         schedule = Schedule(1, 0.02, max_tokens=max_tokens, max_grad_norm=1e9)
-        metrics = update(model, optimizer, samples, objective, schedule, reference_model if spec.kl_coef else None)
+        metrics = update(model, optimizer, samples, objective, schedule, reference if spec.kl_coef else None)
         metrics.pop("perf/tokens_read")
         results.append((metrics, torch.cat([p.detach().flatten() for p in model.parameters()])))
     (metrics, weights), (whole_metrics, whole_weights) = results
@@ -167,7 +168,7 @@ def test_several_updates_clip_and_report():
     samples, model = some_samples(), tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
     spec = PolicyLossSpec(loss_type="ppo", clip_low=0.05, clip_high=0.05, kl_coef=0.1)
-    metrics = update(model, optimizer, samples, Objective(spec=spec, num_iterations=4), Schedule(1, 1.0), reference=tiny())
+    metrics = update(model, optimizer, samples, Objective(spec=spec, num_iterations=4), Schedule(1, 1.0), reference=StartingWeights(tiny()))
     assert metrics["clip_ratio/region_mean"] > 0
     assert metrics["kl"] > 0
     assert metrics["approx_kl"] > 0
