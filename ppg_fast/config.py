@@ -44,6 +44,17 @@ class TrainConfig:
     vocab_size: int = _option(1024, "vocabulary of the byte-level tokenizer made from data")
     device: str = _option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     dtype: str = _option("float32", "float32 or bfloat16 weights")
+    bf16: bool = _option(False, "compute in bfloat16 (autocast) on the weights as they are")
+    lora_rank: int = _option(0, "train low-rank adapters of this rank and freeze the rest, 0: off; wants --model")
+    lora_alpha: int = _option(0, "the adapters are scaled by lora_alpha / lora_rank, 0: twice the rank")
+    lora_dropout: float = _option(0.0, "of the adapters' input")
+    lora_target_modules: str = _option(
+        "all-linear", "layers that get one: all-linear (but the head), names with commas, or one regular expression"
+    )
+    freeze: str = _option("", "weights that do not train: head, embeddings, or regular expressions of their names, with commas")
+    activation_checkpointing: bool = _option(False, "keep each layer's input only and compute the rest again in the backward pass")
+    activation_checkpointing_every_n_layers: int = _option(1, "only every so many layers")
+    activation_offload: bool = _option(False, "keep these inputs in host memory")
     threads: int = _option(0, "CPU threads of PyTorch, 0: one for the model made on the spot, else its default")
     seed: int = _option(0, "of weights, dialogues and sampling")
 
@@ -66,10 +77,17 @@ class TrainConfig:
     max_new_tokens: int = _option(6, "tokens of an answer")
     max_turns: int = _option(64, "turns of a dialogue")
     temperature: float = _option(1.0, "of sampling and of the trained policy")
-    learning_rate: float = _option(1e-3, "peak of AdamW's")
+    learning_rate: float = _option(1e-3, "peak of the optimiser's")
     warmup_steps: int = _option(5, "steps to the peak; then linear decay")
     final_learning_rate: float = _option(0.2, "share of the peak at the last step")
-    weight_decay: float = _option(0.0, "of AdamW")
+    weight_decay: float = _option(0.0, "of the optimiser")
+    optim: str = _option(
+        "adamw_torch", "optimiser, by the names of transformers (adamw_torch_8bit, paged_adamw_8bit, adafactor, ...) or muon"
+    )
+    optim_args: str = _option("", "further numbers of it, key=value,...")
+    adam_beta1: float = _option(0.9, "of Adam's kin")
+    adam_beta2: float = _option(0.95, "of Adam's kin")
+    optim_offload: bool = _option(False, "keep its state in host memory and take its step there")
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
     max_tokens: int = _option(16384, "token budget of one forward pass; gradients accumulate over passes")
     max_skipped_steps: int = _option(3, "a step whose loss or gradient is not finite is skipped; more of them in a row end the run")
@@ -77,7 +95,7 @@ class TrainConfig:
 
     imitation_steps: int = _option(400, "warm start: steps that imitate scripted, imperfect answers (on-policy only)")
     imitation_batch: int = _option(16, "dialogues a step of it")
-    imitation_learning_rate: float = _option(2e-3, "peak of AdamW's during it")
+    imitation_learning_rate: float = _option(2e-3, "peak of the optimiser's during it")
     teacher_skill: float = _option(0.5, "how often the script is right")
 
     eval_every: int = _option(10, "steps between evaluations on held-out dialogues")
@@ -90,7 +108,14 @@ class TrainConfig:
         """ValueError with the rule and the value."""
         for name in ("width", "layers", "vocab_size", "num_iterations", "num_prompts", "num_generations", "max_new_tokens", "max_turns"):
             _require_int(name, getattr(self, name), 1)
-        for name in ("max_tokens", "imitation_batch", "eval_every", "eval_dialogues", "keep_checkpoints"):
+        for name in (
+            "max_tokens",
+            "imitation_batch",
+            "eval_every",
+            "eval_dialogues",
+            "keep_checkpoints",
+            "activation_checkpointing_every_n_layers",
+        ):
             _require_int(name, getattr(self, name), 1)
         counts = (
             "max_steps",
@@ -101,6 +126,8 @@ class TrainConfig:
             "save_every",
             "seed",
             "max_skipped_steps",
+            "lora_rank",
+            "lora_alpha",
         )
         for name in counts:
             _require_int(name, getattr(self, name), 0)
@@ -108,7 +135,16 @@ class TrainConfig:
             require_number(name, getattr(self, name), 0.0, open_low=True)
         for name in ("gamma", "final_learning_rate", "teacher_skill"):
             require_number(name, getattr(self, name), 0.0, 1.0)
+        for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
+            require_number(name, getattr(self, name), 0.0, 1.0)
         require_number("weight_decay", self.weight_decay, 0.0)
+        require(
+            not self.lora_rank or bool(self.model),
+            "lora_rank must be 0 without model: one made on the spot has nothing to adapt",
+            self.lora_rank,
+        )
+        needs = "activation_offload must be off without activation_checkpointing"
+        require(self.activation_checkpointing or not self.activation_offload, needs, self.activation_offload)
         require_one_of("baseline", self.baseline, BASELINES)
         require_one_of("reduction", self.reduction, REDUCTIONS[:-1])
         require_one_of("dtype", self.dtype, ("float32", "bfloat16"))
