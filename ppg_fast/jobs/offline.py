@@ -89,7 +89,7 @@ class OfflineJob:
 
     def _mean_logprob(self, samples: Sequence[Sample]) -> float:
         total, count = 0.0, 0
-        with torch.no_grad():
+        with torch.no_grad(), self.policy.precision():
             for part in micro_batches(samples, self.config.max_tokens):
                 batch = pack(part).to(self.policy.model.device)
                 total += float(token_logprobs(self.policy.model, batch).sum())

@@ -1,6 +1,7 @@
 """On-policy: warm start on scripted answers, then partial policy gradients on rollouts of the persona interview."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from ppg_fast.chat_format import ChatFormat, make_word_tokenizer
@@ -10,8 +11,16 @@ from ppg_fast.environment import TeachableEnvironment
 from ppg_fast.jobs.policy import Policy
 from ppg_fast.jobs.report import SHOWN, Progress, RunFolder
 from ppg_fast.jobs.resume import ResumableRun
-from ppg_fast.objective import Objective, Schedule, warn_if_hardly_credited
+from ppg_fast.objective import Objective, warn_if_hardly_credited
 from ppg_fast.persona import PersonaInterview, words
+
+IMITATION: dict[str, Any] = {
+    "warmup_steps": 10,
+    "final_learning_rate": 1.0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "max_skipped_steps": 3,
+}
 
 
 class PersonaJob:
@@ -27,7 +36,9 @@ class PersonaJob:
         """Imitate, evaluate, then climb the windowed return."""
         config = self.config
         imitation = Objective(imitate=True, reduction="token_mean")
-        warm_up = Schedule(config.imitation_steps, config.imitation_learning_rate, 10, 1.0, max_tokens=config.max_tokens)
+        warm_up = replace(
+            self.policy.schedule(), **IMITATION, max_steps=config.imitation_steps, learning_rate=config.imitation_learning_rate
+        )
         with progress.phase("imitation", config.imitation_steps) as phase:
             for metrics in run.climb("imitation", self.demonstrations, imitation, warm_up):
                 phase.show(metrics, "loss")

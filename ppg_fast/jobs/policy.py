@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ppg_fast import backends
+from ppg_fast.adaptation import add_lora, checkpoint_activations, freeze
 from ppg_fast.chat_format import ChatFormat
 from ppg_fast.config import TrainConfig
 from ppg_fast.environment import Environment
@@ -36,6 +37,8 @@ class Policy:
         if config.threads or not config.model:
             torch.set_num_threads(config.threads or 1)
         if config.model:
+            if Path(config.model, "adapter_config.json").is_file() and not Path(config.model, "config.json").is_file():
+                raise ValueError(f"model must be a whole checkpoint, got adapters, which first want merging: {config.model!r}")
             if not Path(config.model, "config.json").is_file():
                 raise ValueError(f"model must be a folder with a Hugging Face checkpoint (config.json), got {config.model!r}")
             from transformers import AutoTokenizer
@@ -46,7 +49,8 @@ class Policy:
             self.tokenizer = make_tokenizer()
             pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
             model = make_model(len(self.tokenizer), config.width, config.layers, config.seed, pad, end)
-        self.model = check_vocabulary(model, len(self.tokenizer)).to(device=device, dtype=getattr(torch, config.dtype)).train()
+        model = check_vocabulary(model, len(self.tokenizer)).to(device=device, dtype=getattr(torch, config.dtype)).train()
+        self.model = _adapted(model, config)
         self.chat = ChatFormat(self.tokenizer)
         self.rng = random.Random(config.seed)
         self.generator = self.sampling_generator(config.seed)
@@ -61,7 +65,12 @@ class Policy:
         """Rollouts with the sampling settings of the config."""
         limits = {"max_new_tokens": self.config.max_new_tokens, "max_turns": self.config.max_turns}
         settings = {"generator": generator, "temperature": self.config.temperature, **limits}
-        return collect_groups(self.model, self.chat, make_environment, seeds, group_size, **settings)
+        with self.precision():
+            return collect_groups(self.model, self.chat, make_environment, seeds, group_size, **settings)
+
+    def precision(self) -> torch.autocast:
+        """What forward passes run under: bfloat16 autocast where the config asks for it."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.bf16)
 
     def objective(self) -> Objective:
         """The partial policy gradient that the config describes."""
@@ -86,6 +95,7 @@ class Policy:
         device = self.model.device
         return {
             "parameters": sum(p.numel() for p in self.model.parameters()),
+            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "backend": backends.default(device.type),
@@ -93,6 +103,17 @@ class Policy:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
+
+
+def _adapted(model: Any, config: TrainConfig) -> Any:
+    """``model`` with the adapters, frozen parts and activation checkpointing of ``config``."""
+    if config.lora_rank:
+        model = add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+    if config.freeze:
+        freeze(model, config.freeze)
+    if config.activation_checkpointing:
+        checkpoint_activations(model, config.activation_checkpointing_every_n_layers, config.activation_offload)
+    return model
 
 
 def _device(name: str) -> torch.device:

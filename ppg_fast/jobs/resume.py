@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ppg_fast import checkpoint
+from ppg_fast.adaptation import frozen_digest, load_trainable_state
 from ppg_fast.config import TrainConfig
 from ppg_fast.data import Sample
 from ppg_fast.jobs.policy import Policy
@@ -41,8 +42,9 @@ class ResumableRun(RunFolder):
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         self._release = _lock(self, Path(config.output_dir))
         saved = checkpoint.newest(Path(config.output_dir, CHECKPOINTS)) if resume else None
+        self.frozen = frozen_digest(policy.model)
         if saved:
-            _check(saved, config, policy, data_digest)
+            _check(saved, config, policy, data_digest, self.frozen)
         super().__init__(config, resume)
         self.config, self.policy, self.data_digest, self.saved = config, policy, data_digest, saved
         self.finished: list[str] = saved["finished"] if saved else []
@@ -90,6 +92,7 @@ class ResumableRun(RunFolder):
         content = {
             "config": asdict(self.config),
             "data": self.data_digest,
+            "frozen": self.frozen,
             "phase": phase,
             "finished": self.finished,
             "taken": self.taken,
@@ -133,15 +136,19 @@ class ResumableRun(RunFolder):
         os.write(2, b"ppg-fast: stopping after this step (Ctrl-C: at once)\n")  # print may be what the signal came into
 
 
-def _check(saved: dict[str, Any], config: TrainConfig, policy: Policy, data_digest: str) -> None:
+def _check(saved: dict[str, Any], config: TrainConfig, policy: Policy, data_digest: str, frozen: str) -> None:
     """ValueError, before anything is written, where a checkpoint is none of this model and this data."""
     if saved["data"] != data_digest:
         raise ValueError(f"a run goes on with the dialogues and the tokenizer it began with, got others: data {config.data!r}")
     if bool(saved["config"]["kl_coef"]) != bool(config.kl_coef):
         raise ValueError(f"a run goes on with a KL term if it began with one, got kl_coef {config.kl_coef}")
+    if saved.get("frozen", "") != frozen:
+        raise ValueError(
+            f"a run goes on with the frozen weights it began with, got others: model {config.model!r}, freeze {config.freeze!r}"
+        )
     try:
-        policy.model.load_state_dict(saved["training"]["model"])
-    except RuntimeError as error:
+        load_trainable_state(policy.model, saved["training"]["model"])
+    except ValueError as error:
         raise ValueError(f"a run goes on with the model it began with, got another one: {error}") from error
 
 
