@@ -109,7 +109,7 @@ class LossRows:
         return PolicyLossOutput(loss, logprobs.view(self.tokens.shape), entropy.view(self.tokens.shape), metrics)
 
     def metrics(self, logprobs: Tensor, entropy: Tensor, read: Tensor) -> dict[str, Tensor]:
-        """Means over the tokens that were read: entropy, approx_kl(old, new) and clip_fraction, kl to the reference, importance_weight."""
+        """Means over the tokens that were read: entropy, approx_kl(old, new), clip_fraction (_low + _high), kl(ref), importance_weight."""
         advantages, _, old, ref, rollout, _ = self.per_row
         count = read.sum().clamp(min=1)
 
@@ -125,8 +125,10 @@ class LossRows:
             ratio, spec = log_ratio.exp(), self.spec
             above, below = ratio > 1 + spec.clip_high, ratio < 1 - spec.clip_low
             if spec.loss_type != "reinforce":
-                clipped = above if spec.loss_type == "cispo" else (above & (advantages > 0)) | (below & (advantages < 0))
-                metrics["clip_fraction"] = mean(clipped)
+                cispo = spec.loss_type == "cispo"
+                high, low = above if cispo else above & (advantages > 0), below & (advantages < 0) & (not cispo)
+                metrics |= {"clip_fraction_low": mean(low), "clip_fraction_high": mean(high)}
+                metrics["clip_fraction"] = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
         if ref is not None:
             delta = ref - logprobs
             metrics["kl"] = mean(torch.expm1(delta) - delta)
