@@ -25,7 +25,7 @@ class Sample:
 
     ``turn_ids``: the assistant's turn that a token belongs to, its end-of-turn token included, -1 for context. ``rewards``: one per turn.
     ``group_id``: dialogues of one prompt share it. ``rollout_logprobs``: the sampler's log-probability of the token itself, in nats,
-    not read at context tokens.
+    not read at context tokens. ``cut_off``: one per turn, whether a sampler stopped the answer before it ended by itself.
     """
 
     tokens: list[int]
@@ -33,6 +33,7 @@ class Sample:
     rewards: list[float]
     group_id: int
     rollout_logprobs: list[float] | None = None
+    cut_off: list[bool] | None = None
 
 
 @dataclass
@@ -146,7 +147,7 @@ def trim_after_last_turn(sample: Sample, turns: Collection[int] | None = None) -
     turns = range(len(sample.rewards)) if turns is None else turns
     end = max((position + 1 for position, turn in enumerate(sample.turn_ids) if position and turn in turns), default=0)
     logprobs = None if sample.rollout_logprobs is None else sample.rollout_logprobs[:end]
-    return Sample(sample.tokens[:end], sample.turn_ids[:end], list(sample.rewards), sample.group_id, logprobs)
+    return Sample(sample.tokens[:end], sample.turn_ids[:end], list(sample.rewards), sample.group_id, logprobs, sample.cut_off)
 
 
 def encode_dialogue(tokenizer: Any, dialogue: Dialogue) -> Sample:

@@ -32,6 +32,9 @@ class Rollout:
     cut_off: list[bool] = field(default_factory=list)
     done: bool = False
 
+    def __post_init__(self) -> None:
+        self.sample.cut_off = self.cut_off  # one list, for the metrics of a step
+
     @property
     def total_reward(self) -> float:
         """The undiscounted return of the dialogue."""

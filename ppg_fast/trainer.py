@@ -157,14 +157,15 @@ def update(
                     normalizer=normalizer,
                 )
             out.loss.backward()
-            sums.add(out)
+            sums.add(out, batch.rollout_logprobs, old)
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm))
         if not (math.isfinite(norm) and math.isfinite(sums.loss)):
             break
         if norm > 0:
             optimizer.step()
     read = reading(samples, advantages, objective, batches)
-    return {**sums.means(), "grad_norm": norm, **read, **describe(samples, everything, returns, advantages)}
+    seen = describe(samples, everything, returns, advantages, spec, shared_ratios=objective.num_iterations > 1)
+    return {**sums.means(), "grad_norm": norm, **read, **seen}
 
 
 def _frozen(model: Any, batch: PackedBatch, spec: PolicyLossSpec, schedule: Schedule) -> Tensor:
