@@ -24,6 +24,17 @@ from ppg_fast.spec import (
     require_one_of,
 )
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+SECTIONS = {  # of the help: from this setting on, until the next section begins
+    "output_dir": "the run and its data",
+    "model": "the model",
+    "policy_class": "what is climbed",
+    "max_steps": "steps and rollouts",
+    "imitation_steps": "the warm start of the persona interview",
+    "eval_every": "what is kept and shown",
+    "report_to": "where it is reported",
+}
+
 
 def _option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
@@ -104,6 +115,13 @@ class TrainConfig:
     keep_checkpoints: int = _option(2, "checkpoints kept; from 2 on, a damaged newest one costs the steps since the one before only")
     progress: bool = _option(True, "progress bar where there is a terminal")
 
+    report_to: str = _option("none", f"trackers besides the run's own folder, comma-separated: {', '.join(TRACKERS)}; or none")
+    project: str = _option("ppg_fast", "the trackers' project")
+    run_name: str | None = _option(None, "the trackers' name of the run; default: the name of output_dir")
+    report_offline: bool = _option(False, "wandb keeps the run on disk, for `wandb sync`; the others are local anyway")
+    push_to_hub: str | None = _option(None, "Hugging Face repository (user/name) that checkpoint/ is uploaded to at the end")
+    hub_private: bool = _option(False, "make that repository private where it does not exist yet")
+
     def __post_init__(self) -> None:
         """ValueError with the rule and the value."""
         for name in ("width", "layers", "vocab_size", "num_iterations", "num_prompts", "num_generations", "max_new_tokens", "max_turns"):
@@ -148,6 +166,8 @@ class TrainConfig:
         require_one_of("baseline", self.baseline, BASELINES)
         require_one_of("reduction", self.reduction, REDUCTIONS[:-1])
         require_one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        for name in self.trackers:
+            require_one_of("report_to", name, (*TRACKERS, "none"))
         policy_class(self.policy_class)
         self.loss_spec()
         if self.data and not self.allow_negative_rewards:
@@ -155,6 +175,12 @@ class TrainConfig:
                 "baseline must be none with data (a baseline makes weights negative and voids the bound; allow_negative_rewards permits it)"
             )
             require(self.baseline == "none", rule, self.baseline)
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers that ``report_to`` names, each once."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        return [name for name in dict.fromkeys(names) if name not in ("", "none")]
 
     def loss_spec(self) -> PolicyLossSpec:
         """The policy loss."""
@@ -217,9 +243,11 @@ def write_yaml(path: Path, config: TrainConfig) -> None:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for every field. A flag that is not given leaves no trace, so that a file's value survives."""
+    """One flag for every field, in the groups of `SECTIONS`. A flag that is not given leaves no trace, so that a file's value survives."""
     types = get_type_hints(TrainConfig)
+    group: Any = parser
     for field in dataclasses.fields(TrainConfig):
+        group = parser.add_argument_group(SECTIONS[field.name]) if field.name in SECTIONS else group
         default = (
             ""
             if field.default is None
@@ -230,7 +258,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["metavar"] = _base_type(types[field.name]).__name__.upper()
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+        group.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
 def _base_type(hint: Any) -> type:

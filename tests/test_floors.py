@@ -18,7 +18,7 @@ FLOORS = [  # ground first; a room is a module or a package
     ["dialogue"],
     ["data", "environment", "persona", "chat_format"],
     ["model", "objective", "metrics"],
-    ["rollout", "trainer"],
+    ["rollout", "trainer", "evaluation", "export"],
     ["jobs", "integrations"],
     ["bench"],
     ["cli"],
