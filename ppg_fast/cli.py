@@ -1,4 +1,4 @@
-"""`ppg-fast train | bench | info`."""
+"""`ppg-fast train | merge | push | bench | info`."""
 
 import argparse
 import importlib
@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 EXTRA = ("transformers", "tokenizers", "safetensors", "rich", "matplotlib", "yaml")  # modules of ppg_fast[train]
 
@@ -15,7 +16,7 @@ EXTRA = ("transformers", "tokenizers", "safetensors", "rich", "matplotlib", "yam
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0 done, 1 bad input or a missing package, 2 bad usage, 130 Ctrl-C, 143 SIGTERM."""
     parser = argparse.ArgumentParser(prog="ppg-fast", description="Partial policy gradients for language models on multi-turn dialogues.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | bench | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | merge | push | bench | info")
     train = commands.add_parser(
         "train",
         help="train a policy: on-policy in the built-in persona interview, or offline on logged dialogues (--data FILE)",
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ppg_fast.config import add_flags
 
     add_flags(train)
+    _add_export_commands(commands)
     commands.add_parser("bench", add_help=False, help="measure against peers and this machine's limits (its own --help)")
     commands.add_parser("info", help="versions, and which backends run here or why not")
     given = list(sys.argv[1:] if argv is None else argv)
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parser.parse_args(given))
     command = arguments.pop("command")
     try:
-        return _info() if command == "info" else _train(arguments)
+        return _info() if command == "info" else _train(arguments) if command == "train" else _export(command, arguments)
     except KeyboardInterrupt:
         print("ppg-fast: stopped", file=sys.stderr)
         return 130
@@ -77,10 +79,41 @@ def _train(flags: dict[str, object]) -> int:
     return run_job(config, resume=run is not None)
 
 
-def _missing() -> list[str]:
+def _add_export_commands(commands: Any) -> None:
+    merge = commands.add_parser("merge", help="merge the LoRA adapter of a run into its base model")
+    merge.add_argument("source", metavar="RUN_OR_ADAPTER", help="folder of a run, or of an adapter (adapter_config.json)")
+    merge.add_argument("-o", "--output", required=True, metavar="FOLDER", help="new folder for the whole model and its tokenizer")
+    merge.add_argument("--base", metavar="MODEL", help="folder of the base model [the one that the adapter names]")
+    merge.add_argument("--push-to-hub", metavar="REPO", help="upload it to this Hugging Face repository (user/name) too")
+    push = commands.add_parser("push", help="upload a trained model with its model card to the Hugging Face Hub")
+    push.add_argument("source", metavar="RUN_OR_MODEL", help="folder of a run (its checkpoint/ is taken), of a model or of an adapter")
+    push.add_argument("repository", metavar="REPO", help="user/name; made if it does not exist")
+    for command in (merge, push):
+        command.add_argument("--private", action="store_true", help="make the repository private where it does not exist yet")
+
+
+def _export(command: str, arguments: dict[str, Any]) -> int:
+    missing = [name for name in ("transformers", "huggingface_hub") if name in _missing((*EXTRA, "huggingface_hub"))]
+    if missing:
+        print(f"ppg-fast {command} needs {', '.join(missing)}: pip install ppg_fast[train]", file=sys.stderr)
+        return 1
+    from ppg_fast import export
+
+    folder, repository = arguments["source"], arguments.get("repository") or arguments.get("push_to_hub")
+    if repository:
+        export.require_repository(repository)
+    if command == "merge":
+        folder = str(export.merge_adapter(folder, arguments["output"], arguments["base"]))
+        print(f"merged: {folder}")
+    if repository:
+        print(f"pushed: {export.push_to_hub(folder, repository, arguments['private'])}")
+    return 0
+
+
+def _missing(modules: Sequence[str] = EXTRA) -> list[str]:
     from importlib.util import find_spec
 
-    return [name for name in EXTRA if find_spec(name) is None]
+    return [name for name in modules if find_spec(name) is None]
 
 
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:

@@ -34,6 +34,9 @@ FILES = {
     "summary.json",
     "checkpoint",
     "checkpoints",
+    "README.md",
+    "samples.jsonl",
+    "turns.png",
 }
 
 

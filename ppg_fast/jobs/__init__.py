@@ -4,10 +4,12 @@ import signal
 import warnings
 
 from ppg_fast.config import TrainConfig
+from ppg_fast.export import push_to_hub, require_repository
 from ppg_fast.jobs.offline import OfflineJob
 from ppg_fast.jobs.persona import PersonaJob
 from ppg_fast.jobs.report import Progress, RunFolder
 from ppg_fast.jobs.resume import ResumableRun, Stopped
+from ppg_fast.jobs.trackers import require_trackers
 from ppg_fast.trainer import NotFinite
 
 __all__ = ["OfflineJob", "PersonaJob", "Progress", "ResumableRun", "RunFolder", "run_job"]
@@ -21,6 +23,9 @@ def run_job(config: TrainConfig, resume: bool = False) -> int:
     ValueError or FileExistsError for bad input, before anything is written; once training runs, the run folder keeps what was done
     whatever happens. FloatingPointError, naming the file that holds the dialogues, after too many steps that were not finite.
     """
+    require_trackers(config.trackers)
+    if config.push_to_hub:
+        require_repository(config.push_to_hub)
     job = OfflineJob(config) if config.data else PersonaJob(config)
     progress = Progress(config.progress, config.eval_every)
     status = "failed"
@@ -41,7 +46,10 @@ def run_job(config: TrainConfig, resume: bool = False) -> int:
             if status == "stopped":
                 progress.say("stopped: saving what was done (press Ctrl-C again to give that up)")
             _conclude(job, run, progress, status)
+            run.trackers.finish()
     progress.say(f"{status} after {run.steps} steps; the run is in {run.path}")
+    if config.push_to_hub and status == "finished":
+        progress.say(f"pushed: {push_to_hub(str(run.path), config.push_to_hub, config.hub_private)}")
     return EXIT[status]
 
 

@@ -2,22 +2,22 @@
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ppg_fast.chat_format import make_byte_tokenizer
 from ppg_fast.config import TrainConfig
-from ppg_fast.data import CONTEXT, Sample, encode_dialogue, micro_batches, pack
+from ppg_fast.data import CONTEXT, Sample, encode_dialogue
 from ppg_fast.dialogue import Dialogue, read_dialogues
 from ppg_fast.environment import LoggedDialogue
+from ppg_fast.evaluation import of_rollouts, on_logged_prefix
 from ppg_fast.jobs.policy import Policy
-from ppg_fast.jobs.report import SHOWN, Progress, RunFolder
+from ppg_fast.jobs.report import Progress, RunFolder
 from ppg_fast.jobs.resume import ResumableRun
-from ppg_fast.model import token_logprobs
+from ppg_fast.jobs.samples import SHOWN
 from ppg_fast.objective import require_nonnegative, warn_if_hardly_credited
+from ppg_fast.rollout import Rollout
 
 
 class OfflineJob:
@@ -39,6 +39,7 @@ class OfflineJob:
         self.policy.rng.shuffle(order)
         apart = min(config.eval_dialogues, len(order) // 5)
         self.held_out, self.seen = order[:apart], order[apart:]
+        self.score: Callable[[Rollout], Sequence[float]] | None = None  # rewards of a rollout's turns, where somebody can judge them
 
     @property
     def data_digest(self) -> str:
@@ -67,34 +68,40 @@ class OfflineJob:
         return [self.samples[i] for i in self.policy.rng.sample(self.seen, min(self.config.num_prompts, len(self.seen)))]
 
     def evaluate(self, run: RunFolder, progress: Progress, step: int, when: str = "") -> None:
-        """Mean log-prob of the logged answers; the policy's own answers in the same places for the samples."""
+        """Log-probs of the logged answers, each on its logged prefix, by turn; the policy's own answers in the same places.
+
+        The answers are sampled for the pages before and after, and every time where ``score`` can say what they are worth.
+        """
         where, name = (self.held_out, "held-out") if self.held_out else (self.seen, "training")
-        logprob = self._mean_logprob([self.samples[i] for i in where])
-        run.log("eval", {"step": step, "eval/logprob": logprob})
-        progress.say(f"{name} dialogues after step {step}: mean log-prob {logprob:.3f} nats a token")
-        if when:
-            logged = [self.dialogues[i] for i in where]
-            make = lambda: LoggedDialogue(logged, self.config.max_turns)  # noqa: E731
-            shown = self.policy.roll_out(make, range(min(SHOWN, len(logged))), 1, self.policy.sampling_generator(0))
-            note = f"The policy in the places of {name} logged dialogues, step {step}. The partner does not hear it, so nothing is scored."
-            run.write_samples(when, shown, note, scored=False)
+        model, config = self.policy.model, self.config
+        with self.policy.precision():
+            metrics = on_logged_prefix(model, [self.samples[i] for i in where], self.objective, config.max_tokens)
+        if when or self.score:
+            rollouts = self._answer([self.dialogues[i] for i in where])
+            metrics |= of_rollouts([r.sample for r in rollouts], self.objective) if self.score else {}
+            run.log_samples("eval", step, rollouts, self.objective, scored=self.score is not None)
+            if when:
+                text = f"The policy in the places of {name} logged dialogues, step {step}."
+                note = text if self.score else f"{text} The partner does not hear it, so nothing is scored."
+                run.write_samples(when, rollouts[:SHOWN], note, scored=self.score is not None)
+        run.log("eval", {"step": step, **metrics})
+        said = f"; return of its own answers {metrics['eval/reward']:.2f}" if self.score else ""
+        progress.say(f"{name} dialogues after step {step}: mean log-prob {metrics['eval/logprob']:.3f} nats a token{said}")
+
+    def _answer(self, logged: Sequence[Dialogue]) -> list[Rollout]:
+        """One rollout in each of ``logged``, a few of them where nothing is scored; the same sampling noise every time."""
+        make = lambda: LoggedDialogue(logged, self.config.max_turns)  # noqa: E731
+        count = len(logged) if self.score else min(SHOWN, len(logged))
+        rollouts = self.policy.roll_out(make, range(count), 1, self.policy.sampling_generator(0))
+        for rollout in rollouts if self.score else []:
+            rollout.sample.rewards[:] = self.score(rollout)  # type: ignore[misc]
+        return rollouts
 
     def finish(self, run: RunFolder, progress: Progress) -> dict[str, Any]:
-        """The last evaluation and the curve; start and end for the summary."""
+        """The last evaluation and the curves; start and end for the summary."""
         self.evaluate(run, progress, run.steps, "after")
-        run.draw_curve(
-            "logprob", "eval/logprob", f"Logged dialogues, {self.config.policy_class}", "mean log-prob of the answers, nats a token"
-        )
-        return run.start_and_end("eval/logprob")
-
-    def _mean_logprob(self, samples: Sequence[Sample]) -> float:
-        total, count = 0.0, 0
-        with torch.no_grad(), self.policy.precision():
-            for part in micro_batches(samples, self.config.max_tokens):
-                batch = pack(part).to(self.policy.model.device)
-                total += float(token_logprobs(self.policy.model, batch).sum())
-                count += int((batch.labels >= 0).sum())
-        return total / max(1, count)
+        run.draw("logprob", "eval/logprob", f"Logged dialogues, {self.config.policy_class}", "mean log-prob of the answers, nats a token")
+        return run.start_and_end("eval/logprob", "eval/weighted_logprob", *(("eval/reward",) if self.score else ()))
 
 
 def _encode_all(tokenizer: Any, dialogues: Sequence[Dialogue], strict: bool) -> tuple[list[Dialogue], list[Sample]]:

@@ -8,11 +8,14 @@ from ppg_fast.chat_format import ChatFormat, make_word_tokenizer
 from ppg_fast.config import TrainConfig
 from ppg_fast.data import CONTEXT, Sample
 from ppg_fast.environment import TeachableEnvironment
+from ppg_fast.evaluation import of_rollouts
 from ppg_fast.jobs.policy import Policy
-from ppg_fast.jobs.report import SHOWN, Progress, RunFolder
+from ppg_fast.jobs.report import Progress, RunFolder
 from ppg_fast.jobs.resume import ResumableRun
+from ppg_fast.jobs.samples import SHOWN
 from ppg_fast.objective import Objective, warn_if_hardly_credited
 from ppg_fast.persona import PersonaInterview, words
+from ppg_fast.rollout import Rollout
 
 IMITATION: dict[str, Any] = {
     "warmup_steps": 10,
@@ -31,6 +34,7 @@ class PersonaJob:
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.policy = config, Policy(config, lambda: make_word_tokenizer(words()))
         self.objective = self.policy.objective()
+        self.last: list[Rollout] = []  # of the step under way
 
     def train(self, run: ResumableRun, progress: Progress) -> None:
         """Imitate, evaluate, then climb the windowed return."""
@@ -47,8 +51,10 @@ class PersonaJob:
         with progress.phase(config.policy_class, config.max_steps) as phase:
             for metrics in run.climb("train", self.rollouts, self.objective, self.policy.schedule()):
                 phase.show(metrics, "reward")
-                if metrics["step"] % config.eval_every == 0 and metrics["step"] < config.max_steps:
-                    self.evaluate(run, progress, metrics["step"])
+                if metrics["step"] % config.eval_every == 0:
+                    run.log_samples("train", metrics["step"], self.last, self.objective)
+                    if metrics["step"] < config.max_steps:
+                        self.evaluate(run, progress, metrics["step"])
 
     def demonstrations(self, step: int) -> list[Sample]:
         """Scripted dialogues, every other of plain questions."""
@@ -61,7 +67,7 @@ class PersonaJob:
         policy = self.policy
         seeds = [policy.rng.getrandbits(48) for _ in range(self.config.num_prompts)]
         rollouts = policy.roll_out(PersonaInterview, seeds, self.config.num_generations, policy.generator)
-        samples = [rollout.sample for rollout in rollouts]
+        self.last, samples = rollouts, [rollout.sample for rollout in rollouts]
         if step == 1:
             warn_if_hardly_credited(samples, self.objective)
         return samples
@@ -77,16 +83,18 @@ class PersonaJob:
             for kind, right in rollout.environment.agreement():  # type: ignore[attr-defined]
                 kinds.setdefault(kind, []).append(right)
         agreement = {f"eval/agreement/{kind}": sum(v) / len(v) for kind, v in sorted(kinds.items())}
-        run.log("eval", {"step": step, "eval/reward": reward, "eval/reward_share": share, **agreement})
+        earned = of_rollouts([r.sample for r in rollouts], self.objective)
+        run.log("eval", {"step": step, **earned, "eval/reward": reward, "eval/reward_share": share, **agreement})
+        run.log_samples("eval", step, rollouts, self.objective)
         progress.say(f"held-out personas after step {step}: return {reward:.2f}, {share:.0%} of a truthful assistant's")
         if when:
             note = f"Held-out personas, step {step}, temperature {self.config.temperature}. A reward may settle an earlier answer too."
             run.write_samples(when, rollouts[:SHOWN], note)
 
     def finish(self, run: RunFolder, progress: Progress) -> dict[str, Any]:
-        """The last evaluation and the curve; start and end for the summary."""
+        """The last evaluation and the curves; start and end for the summary."""
         self.evaluate(run, progress, run.steps, "after")
-        run.draw_curve("reward", "eval/reward", f"Persona interview, {self.config.policy_class}", "mean return per dialogue")
+        run.draw("reward", "eval/reward", f"Persona interview, {self.config.policy_class}", "mean return per dialogue")
         return run.start_and_end("eval/reward", "eval/reward_share")
 
 

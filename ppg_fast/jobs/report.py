@@ -13,20 +13,30 @@ from typing import Any
 
 from ppg_fast.config import TrainConfig, write_yaml
 from ppg_fast.data import Sample
+from ppg_fast.export import save_model
+from ppg_fast.jobs import cards, plots
+from ppg_fast.jobs.samples import SAMPLES, answer_rows, append_rows, keep_rows, page
+from ppg_fast.jobs.trackers import FOLDER as TRACKERS
+from ppg_fast.jobs.trackers import Trackers
+from ppg_fast.objective import Objective
 from ppg_fast.rollout import Rollout
 
 METRICS, CONFIG, SUMMARY, CURVE, CHECKPOINT = "metrics.jsonl", "config.yaml", "summary.json", "learning_curve.png", "checkpoint"
-CHECKPOINTS, NOT_FINITE = "checkpoints", "not_finite.jsonl"
-SHOWN = 4  # dialogues in a samples file
+CHECKPOINTS, NOT_FINITE, TURNS, ADAPTER, README = "checkpoints", "not_finite.jsonl", "turns.png", "adapter", "README.md"
 OURS = (
     CHECKPOINTS,
     METRICS,
     SUMMARY,
     CURVE,
+    TURNS,
     CHECKPOINT,
+    ADAPTER,
     NOT_FINITE,
+    SAMPLES,
+    TRACKERS,
     "samples_before.md",
     "samples_after.md",
+    README,
     CONFIG,
 )  # config last: see below
 
@@ -39,7 +49,7 @@ class RunFolder:
     """
 
     def __init__(self, config: TrainConfig, resume: bool = False) -> None:
-        self.path, self.start = Path(config.output_dir), time.perf_counter()
+        self.path, self.start, self.position = Path(config.output_dir), time.perf_counter(), 0
         self.metrics: list[dict[str, Any]] = []
         held = [] if resume else [name for name in OURS if (self.path / name).exists()]
         if held and not config.overwrite:
@@ -52,6 +62,8 @@ class RunFolder:
         new = self.path / f"{CONFIG}.new"
         write_yaml(new, config)
         new.replace(self.path / CONFIG)
+        self.trackers = Trackers(config, self.path, resume)
+        cards.write_readme(self.path, config, None)
 
     def log(self, phase: str, metrics: dict[str, Any]) -> None:
         """Append one line of metrics; ``phase`` is imitation, train or eval."""
@@ -59,6 +71,8 @@ class RunFolder:
         self.metrics.append(row)
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps({k: _number(v) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+        self.position += phase != "eval"
+        self.trackers.log(phase, row, self.position)
 
     def rewind(self, size: int, seconds: float) -> None:
         """Back to the first ``size`` bytes of metrics.jsonl, written ``seconds`` after the start. ValueError where it has fewer."""
@@ -69,6 +83,8 @@ class RunFolder:
         if there:
             os.truncate(path, size)
             self.metrics = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        self.position = sum(row["phase"] != "eval" for row in self.metrics)
+        keep_rows(self.path / SAMPLES, {row["phase"]: row["step"] for row in self.metrics})
         self.start = time.perf_counter() - seconds
 
     @property
@@ -93,27 +109,25 @@ class RunFolder:
 
     def write_samples(self, when: str, rollouts: Sequence[Rollout], note: str, scored: bool = True) -> None:
         """samples_<when>.md: whole dialogues, each answer with its reward if ``scored``."""
-        lines = [f"# Dialogues {when} training", "", note, ""]
-        for number, rollout in enumerate(rollouts, 1):
-            lines += [f"## Dialogue {number}" + (f": return {rollout.total_reward:.2f}" if scored else ""), ""]
-            rewards = iter(zip(rollout.sample.rewards, rollout.cut_off, strict=True))
-            for message in rollout.messages:
-                text = " ".join(message.content.split()) or "(silence)"
-                if message.role == "assistant":
-                    reward, cut_off = next(rewards)
-                    text += (" (cut off)" if cut_off else "") + (f" `reward {reward:.2f}`" if scored else "")
-                lines.append(f"- **{message.role}**: {text}")
-            lines.append("")
-        (self.path / f"samples_{when}.md").write_text("\n".join(lines), encoding="utf-8")
+        (self.path / f"samples_{when}.md").write_text(page(when, rollouts, note, scored), encoding="utf-8")
+
+    def log_samples(self, phase: str, step: int, rollouts: Sequence[Rollout], objective: Objective, scored: bool = True) -> None:
+        """Answers of a few of ``rollouts`` to samples.jsonl and the trackers' tables, with reward, return and advantage of each turn."""
+        rows = answer_rows(phase, step, rollouts, objective, scored)
+        append_rows(self.path / SAMPLES, rows)
+        self.trackers.log_table(f"{phase}/samples", rows, self.position)
 
     def save_checkpoint(self, model: Any, tokenizer: Any) -> None:
-        """checkpoint/: safetensors, config and tokenizer, as the Auto classes of transformers read them. Replaces the last one whole."""
-        new, old = self.path / f"{CHECKPOINT}.new", self.path / CHECKPOINT
-        shutil.rmtree(new, ignore_errors=True)
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        shutil.rmtree(old, ignore_errors=True)
-        new.rename(old)
+        """checkpoint/: safetensors, config and tokenizer, as the Auto classes of transformers read them. Replaces the last one whole.
+
+        A model with adapters is stored merged there, and its adapters alone in adapter/.
+        """
+        for name, adapter in ((CHECKPOINT, False), *(((ADAPTER, True),) if hasattr(model, "merge_and_unload") else ())):
+            new, old = self.path / f"{name}.new", self.path / name
+            shutil.rmtree(new, ignore_errors=True)
+            save_model(model, tokenizer, new, adapter_only=adapter)
+            shutil.rmtree(old, ignore_errors=True)
+            new.rename(old)
 
     def save_batches(self, batches: Sequence[tuple[int, Sequence[Sample]]], decode: Callable[[list[int]], str]) -> Path:
         """not_finite.jsonl: one line a dialogue of the given (step, dialogues): tokens, turn ids, rewards, log-probs, text."""
@@ -122,29 +136,18 @@ class RunFolder:
         return self.path / NOT_FINITE
 
     def write_summary(self, config: TrainConfig, **values: Any) -> None:
-        """summary.json: how it ended, from where to where, and what decides the run."""
+        """summary.json: how it ended, from where to where, and what decides the run; README.md and the model card say it to people."""
         chosen = {name: getattr(config, name) for name in ("policy_class", "loss_type", "seed", "data", "model")}
         spent = {"seconds": round(self.seconds, 1), "cpu_seconds": round(time.process_time(), 1)}
-        text = json.dumps({**values, **chosen, **spent}, indent=2)
-        (self.path / SUMMARY).write_text(text + "\n", encoding="utf-8")
+        summary = {**values, **chosen, **spent}
+        (self.path / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        cards.write_readme(self.path, config, summary)
+        cards.write_model_card(self.path / CHECKPOINT, config, summary)
 
-    def draw_curve(self, key: str, eval_key: str, title: str, unit: str) -> None:
-        """learning_curve.png: ``key`` of every training step, ``eval_key`` of every evaluation on held-out dialogues."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        styles: tuple[dict[str, Any], ...] = ({"alpha": 0.4}, {"marker": "o", "linewidth": 2})
-        for phase, name, style in zip(("train", "eval"), (key, eval_key), styles, strict=True):
-            rows = [row for row in self.of_phase(phase) if name in row]
-            if rows:
-                axes.plot([r["step"] for r in rows], [r[name] for r in rows], label=f"{name} ({phase})", **style)
-                axes.legend()
-        axes.set(xlabel="step", ylabel=unit, title=title)
-        axes.grid(alpha=0.3)
-        figure.savefig(self.path / CURVE, dpi=120)
+    def draw(self, key: str, eval_key: str, title: str, unit: str) -> None:
+        """learning_curve.png: ``key`` of every training step, ``eval_key`` of every evaluation; turns.png: by turn index."""
+        plots.draw_curve(self.path / CURVE, self.of_phase("train"), self.of_phase("eval"), key, eval_key, title, unit)
+        plots.draw_turns(self.path / TURNS, self.of_phase("train"), self.of_phase("eval"))
 
 
 def _number(value: float) -> float | None:

@@ -1,0 +1,64 @@
+"""Evaluation on held-out dialogues: each turn on its logged prefix, and whole rollouts, both by turn index."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppg_fast.data import Sample, micro_batches, pack
+from ppg_fast.metrics import by_turn, describe
+from ppg_fast.model import token_logprobs
+from ppg_fast.objective import Objective, credit
+
+OF_ROLLOUTS = ("reward", "completions/", "turns/mean_count", "turns/return")
+
+
+def on_logged_prefix(model: Any, samples: Sequence[Sample], objective: Objective, max_tokens: int) -> dict[str, float]:
+    """How likely the logged answers are, each after the logged dialogue before it; one forward pass, no gradient.
+
+    ``eval/logprob``: mean over tokens, nats. ``eval/weighted_logprob``: mean over dialogues of sum_t R_t log pi(a_t | h_t) with R_t the
+    windowed return, which is what offline training climbs. By turn index t: ``eval/turns/logprob/<t>``, mean over dialogues of the
+    turn's mean token log-prob, ``eval/turns/weighted_logprob/<t>``, mean of R_t log pi(a_t | h_t). The model's dropout is off meanwhile.
+    """
+    if not samples:
+        return {}
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            parts = [_turn_sums(model, part) for part in micro_batches(samples, max_tokens)]
+    finally:
+        model.train(was_training)
+    width = max(logprobs.shape[1] for logprobs, _ in parts)
+    logprobs, tokens = (torch.cat([torch.nn.functional.pad(p[i], (0, width - p[i].shape[1])) for p in parts]) for i in (0, 1))
+    everything = pack(samples)
+    returns, _ = credit(everything, objective)
+    there = tokens > 0
+    weighted = logprobs * returns.double()
+    return {
+        "eval/logprob": float(logprobs.sum() / tokens.sum().clamp(min=1)),
+        "eval/weighted_logprob": float(weighted.sum() / len(samples)),
+        **by_turn("eval/turns/logprob", logprobs / tokens.clamp(min=1), there),
+        **by_turn("eval/turns/weighted_logprob", weighted, there),
+    }
+
+
+def _turn_sums(model: Any, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Log-prob (S, T) float64 of each turn's tokens together, and how many they are; on the CPU."""
+    batch = pack(samples)
+    logprobs = token_logprobs(model, batch.to(model.device)).double().cpu()
+    lengths = torch.diff(batch.cu_seqlens).long()
+    shape = batch.rewards.shape
+    active = batch.labels >= 0
+    place = torch.arange(shape[0]).repeat_interleave(lengths)[active] * shape[1] + batch.turn_ids[active]
+    sums = torch.zeros(shape.numel(), dtype=torch.float64).index_add_(0, place, logprobs[active])
+    return sums.view(shape), place.bincount(minlength=shape.numel()).view(shape)
+
+
+def of_rollouts(samples: Sequence[Sample], objective: Objective) -> dict[str, float]:
+    """What whole rollouts earn: ``eval/reward``, ``eval/turns/return/<t>`` and the lengths of answers, as a training step names them."""
+    batch = pack(samples)
+    returns, advantages = credit(batch, objective)
+    seen = describe(samples, batch, returns, advantages)
+    return {f"eval/{name}": value for name, value in seen.items() if name.startswith(OF_ROLLOUTS)}
