@@ -36,6 +36,9 @@ class Sample:
     cut_off: list[bool] | None = None
 
 
+NOTHING = Sample([0], [CONTEXT], [], 0, rollout_logprobs=[0.0])  # a dialogue to pass through a model for company: its gradient is zero
+
+
 @dataclass
 class PackedBatch:
     """S dialogues end to end, N tokens. Position i predicts token i + 1 of its own dialogue: ``labels``, ``turn_ids`` and

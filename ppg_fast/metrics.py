@@ -46,6 +46,21 @@ class TokenMeans:
             self.totals[name] = self.totals.get(name, 0.0) + float(difference.sum())
             self.largest_difference = max(self.largest_difference or 0.0, float(difference.max()))
 
+    @classmethod
+    def total(cls, parts: Sequence["TokenMeans"]) -> "TokenMeans":
+        """Those of several ranks together; a single one as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        whole = cls()
+        for part in parts:
+            whole.loss += part.loss
+            whole.tokens += part.tokens
+            for name, value in part.totals.items():
+                whole.totals[name] = whole.totals.get(name, 0.0) + value
+        largest = [part.largest_difference for part in parts if part.largest_difference is not None]
+        whole.largest_difference = max(largest, default=None)
+        return whole
+
     def means(self) -> dict[str, Any]:
         """The loss and each mean under its name."""
         largest = {} if self.largest_difference is None else {"sampling/sampling_logp_difference/max": self.largest_difference}

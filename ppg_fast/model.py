@@ -1,5 +1,6 @@
 """From packed dialogues to the policy loss through a Hugging Face causal LM, without ever making its logits."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 
 from ppg_fast import varlen_attention
 from ppg_fast.adaptation import plain_head
-from ppg_fast.data import PackedBatch
+from ppg_fast.data import NOTHING, PackedBatch, pack
 from ppg_fast.functional import PolicyLossOutput, linear_policy_loss, linear_token_logprobs
+from ppg_fast.ranks import Ranks
 from ppg_fast.spec import PolicyLossSpec, require
 
 PACKABLE_LAYERS = ("full_attention", "sliding_attention")
@@ -182,3 +184,31 @@ def token_advantages(batch: PackedBatch, advantages: Tensor) -> Tensor:
     if advantages.numel() == 0:
         return torch.zeros_like(batch.turn_ids, dtype=torch.float32)
     return torch.where(taken, advantages[row, batch.turn_ids.clamp(min=0)], 0.0)
+
+
+class PolicyModule(nn.Module):
+    """A causal LM whose forward is its policy loss: one call that uses every weight, the head's too.
+
+    DDP and FSDP2 work around the forward of a module: so each weight is gathered once a micro-batch, and each has a gradient, be it zero.
+    ``autocast``: the dtype of mixed precision, None: that of the weights.
+    """
+
+    def __init__(self, model: Any, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model, self.autocast = model, autocast
+
+    def forward(self, batch: PackedBatch, advantages: Tensor | None, spec: PolicyLossSpec, **options: Any) -> PolicyLossOutput | Tensor:
+        """`policy_loss`, or without ``advantages`` the `token_logprobs` at the temperature of ``spec``."""
+        with torch.autocast(batch.tokens.device.type, self.autocast) if self.autocast else nullcontext():
+            if advantages is None:
+                return token_logprobs(self.model, batch, spec.temperature)
+            return policy_loss(self.model, batch, advantages, spec, **options)
+
+
+def spread(model: Any, ranks: Ranks) -> nn.Module:
+    """Spread ``model`` over ``ranks``, in place, before its optimizer is made; returns its PolicyModule as it is to be called."""
+    module = ranks.spread(model, PolicyModule(model, ranks.autocast))
+    if ranks.sharded:  # FSDP2 takes for its root what is called first
+        with ranks.frozen(module):
+            module(pack([NOTHING]).to(model.device), None, PolicyLossSpec())
+    return module

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ppg_fast.data import CONTEXT, PackedBatch, Sample, micro_batches, pack, trim_after_last_turn
+from ppg_fast.data import CONTEXT, PackedBatch, Sample, pack, trim_after_last_turn
 from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.spec import Lookahead, PolicyClass, PolicyLossSpec
 
@@ -66,34 +66,31 @@ def credit(batch: PackedBatch, objective: Objective) -> tuple[Tensor, Tensor]:
     return returns, turn_advantages(returns, batch.group_ids, baseline=objective.baseline, turn_counts=counts)
 
 
-def live_batches(samples: Sequence[Sample], advantages: Tensor, objective: Objective, max_tokens: int) -> list[tuple[PackedBatch, Tensor]]:
-    """What a step has to read of ``samples``, in micro-batches of at most ``max_tokens`` tokens, each with its rows of ``advantages``.
+def live_parts(samples: Sequence[Sample], advantages: Tensor, objective: Objective) -> list[tuple[Sample, int]]:
+    """What a step has to read of ``samples``: parts of them, each with its row of ``advantages``.
 
     A dialogue ends after its last turn whose advantage is not zero and is left out where it has none: what follows has no gradient.
     With a KL or entropy term every assistant token has one; where a dialogue's tokens share a ratio (gspo) or a mean (sequence_mean),
-    a live dialogue keeps them all. The denominator stays that of all ``samples``. Never empty: at least one batch, of no tokens.
+    a live dialogue keeps them all. The denominator stays that of all ``samples``.
     """
     spec, credited = objective.spec, (advantages != 0).tolist()
     shared = objective.reduction == "sequence_mean" or (spec.loss_type == "gspo" and objective.num_iterations > 1)
-    rows: dict[int, int] = {}
-    parts: list[Sample] = []
+    parts: list[tuple[Sample, int]] = []
     for row, (sample, turns) in enumerate(zip(samples, credited, strict=True)):
         if not (spec.needs_every_row or any(turns)):
             continue
         whole = shared or spec.needs_every_row
         part = trim_after_last_turn(sample, None if whole else {turn for turn, live in enumerate(turns) if live})
         if part.tokens:
-            rows[id(part)] = row
-            parts.append(part)
-    batches = list(micro_batches(parts, max_tokens)) or [[]]
-    return [(pack(batch), advantages[[rows[id(part)] for part in batch]]) for batch in batches]
+            parts.append((part, row))
+    return parts
 
 
-def reading(samples: Sequence[Sample], advantages: Tensor, objective: Objective, batches: Sequence[PackedBatch]) -> dict[str, float]:
+def reading(samples: Sequence[Sample], advantages: Tensor, objective: Objective, parts: Sequence[Sample]) -> dict[str, float]:
     """How much of the dialogues a step reads: tokens that go through the model, and the share of assistant tokens with a gradient."""
     live = ((advantages != 0) | objective.spec.needs_every_row).tolist()
     labels = [live[row][turn] for row, s in enumerate(samples) for turn in s.turn_ids[1:] if turn != CONTEXT]
-    return {"perf/tokens_read": sum(len(b.tokens) for b in batches), "perf/active_row_share": sum(labels) / max(1, len(labels))}
+    return {"perf/tokens_read": sum(len(p.tokens) for p in parts), "perf/active_row_share": sum(labels) / max(1, len(labels))}
 
 
 def denominator(samples: Sequence[Sample], reduction: str) -> float | None:

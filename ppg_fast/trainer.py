@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ppg_fast.adaptation import StartingWeights, load_trainable_state, trainable_state
-from ppg_fast.data import PackedBatch, Sample, pack
+from ppg_fast.data import NOTHING, PackedBatch, Sample, micro_batches, pack
 from ppg_fast.metrics import TokenMeans, describe, peak_memory_mb
-from ppg_fast.model import policy_loss, token_logprobs
-from ppg_fast.objective import Objective, Schedule, credit, denominator, live_batches, reading
+from ppg_fast.model import PolicyModule
+from ppg_fast.objective import Objective, Schedule, credit, denominator, live_parts, reading
 from ppg_fast.optimisers import make_optimizer, set_learning_rate
+from ppg_fast.ranks import Ranks, whole
 from ppg_fast.spec import PolicyLossSpec
 
 
@@ -44,7 +45,7 @@ class TrainingState:
 
     @classmethod
     def start(cls, model: Any, objective: Objective, schedule: Schedule) -> "TrainingState":
-        """Before the first step."""
+        """Before the first step; where ranks share ``model``, it is spread over them already."""
         optimizer = make_optimizer(
             model,
             schedule.optim,
@@ -77,19 +78,22 @@ def optimise(
     objective: Objective,
     schedule: Schedule,
     state: TrainingState | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Train ``model`` in place; yield the metrics of each step after it was taken, so that the caller may look, evaluate, save or stop.
 
     ``collect(step)`` gives the dialogues of a step: on-policy, it rolls out the model as it is now. ``state``: where to go on from,
-    kept up to date. NotFinite after too many skipped steps; the weights are those before them.
+    kept up to date. ``ranks``: who trains it together, `spread` before; each of them collects the dialogues of all, and all of them
+    yield the same metrics. NotFinite after too many skipped steps; the weights are those before them.
     """
+    ranks = ranks or Ranks()
     state = state or TrainingState.start(model, objective, schedule)
     skipped: list[tuple[int, Sequence[Sample]]] = []
     for step in range(state.step + 1, schedule.max_steps + 1):
         start = time.perf_counter()
         samples = collect(step)
         set_learning_rate(state.optimizer, schedule.learning_rate_at(step))
-        metrics = update(model, state.optimizer, samples, objective, schedule, state.reference)
+        metrics = update(model, state.optimizer, samples, objective, schedule, state.reference, ranks)
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
             skipped = []
         else:
@@ -120,33 +124,36 @@ def update(
     objective: Objective,
     schedule: Schedule,
     reference: StartingWeights | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """``num_iterations`` steps on one set of dialogues; the metrics of the last.
 
-    The loss is that of all dialogues at once, whatever the budget of a forward pass: advantages are made and denominators counted
-    over all of them. Where no turn has an advantage, the loss is a connected zero, no step is taken and ``active_turns`` is 0.
-    Where loss or gradient is not finite, as the metrics then say, the weights stay as they are and no further iteration follows.
+    The loss is that of all dialogues at once, whatever the budget of a forward pass and the number of ranks: advantages are made and
+    denominators counted over all of them, and only the passes are shared out. Where no turn has an advantage, the loss is a connected
+    zero, no step is taken and ``active_turns`` is 0. Where loss or gradient is not finite, as the metrics then say, the weights stay as
+    they are and no further iteration follows.
     """
+    ranks = ranks or Ranks()
     everything = pack(samples)
     returns, advantages = credit(everything, objective)
     normalizer = denominator(samples, objective.reduction)
-    parts = live_batches(samples, advantages, objective, schedule.max_tokens)
-    batches, rows = zip(*parts, strict=True)
+    parts = live_parts(samples, advantages, objective)
+    passes = _passes(parts, advantages, schedule.max_tokens, ranks)
     spec, device = objective.spec, model.device
-    olds = [_frozen(model, b, spec, schedule) if objective.num_iterations > 1 else None for b in batches]
-    refs: list[Tensor | None] = [None] * len(batches)
+    module = ranks.module(model) or PolicyModule(model, torch.bfloat16 if schedule.bf16 else None)
+    olds = [_frozen(module, b, device, spec, ranks) if objective.num_iterations > 1 else None for b, _ in passes]
+    refs: list[Tensor | None] = [None] * len(passes)
     if reference is not None:
-        with reference.in_place() as start:
-            refs = [_frozen(start, b, spec, schedule) for b in batches]
+        with reference.in_place():
+            refs = [_frozen(module, b, device, spec, ranks) for b, _ in passes]
     sums, norm = TokenMeans(), 0.0
     for _ in range(objective.num_iterations):
         optimizer.zero_grad(set_to_none=True)
         sums = TokenMeans()
-        for batch, part, old, ref in zip(batches, rows, olds, refs, strict=True):
+        for number, ((batch, part), old, ref) in enumerate(zip(passes, olds, refs, strict=True), 1):
             batch = batch.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=schedule.bf16):
-                out = policy_loss(
-                    model,
+            with ranks.accumulate(module, last=number == len(passes)):
+                out = module(
                     batch,
                     part.to(device),
                     spec,
@@ -156,24 +163,35 @@ def update(
                     reduction=objective.reduction,
                     normalizer=normalizer,
                 )
-            out.loss.backward()
+                (out.loss * ranks.world).backward()  # the engines take the mean over the ranks
             sums.add(out, batch.rollout_logprobs, old)
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm))
+        sums = TokenMeans.total(ranks.gather(sums))
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)))
         if not (math.isfinite(norm) and math.isfinite(sums.loss)):
             break
         if norm > 0:
             optimizer.step()
-    read = reading(samples, advantages, objective, batches)
+    read = reading(samples, advantages, objective, [part for part, _ in parts])
     seen = describe(samples, everything, returns, advantages, spec, shared_ratios=objective.num_iterations > 1)
     return {**sums.means(), "grad_norm": norm, **read, **seen}
 
 
-def _frozen(model: Any, batch: PackedBatch, spec: PolicyLossSpec, schedule: Schedule) -> Tensor:
+def _passes(parts: Sequence[tuple[Sample, int]], advantages: Tensor, max_tokens: int, ranks: Ranks) -> list[tuple[PackedBatch, Tensor]]:
+    """This rank's micro-batches of ``parts``, each with its rows of ``advantages``; as many as any rank has, and at least one."""
+    mine = [parts[i] for i in ranks.share([len(part.tokens) for part, _ in parts])]
+    row = {id(part): row for part, row in mine}
+    batches = list(micro_batches([part for part, _ in mine], max_tokens))
+    passes = [(pack(batch), advantages[[row[id(part)] for part in batch]]) for batch in batches]
+    lacking = max(1, ranks.largest(len(passes))) - len(passes)
+    return passes + [(pack([NOTHING]), torch.zeros(1, 1))] * lacking
+
+
+def _frozen(module: torch.nn.Module, batch: PackedBatch, device: torch.device, spec: PolicyLossSpec, ranks: Ranks) -> Tensor:
     """Log-probs without a gradient, and without dropout."""
-    was_training = model.training
-    model.eval()
+    was_training = module.training
+    module.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=schedule.bf16):
-            return token_logprobs(model, batch.to(model.device), spec.temperature)
+        with ranks.frozen(module):
+            return module(batch.to(device), None, spec)
     finally:
-        model.train(was_training)
+        module.train(was_training)

@@ -13,7 +13,7 @@ FLOORS = [  # ground first; a room is a module or a package
     ["reference", "kernels", "native"],
     ["backends"],
     ["ops"],
-    ["functional"],
+    ["functional", "ranks"],
     ["consistent_llms", "varlen_attention", "config", "checkpoint", "adaptation", "optimisers"],
     ["dialogue"],
     ["data", "environment", "persona", "chat_format"],

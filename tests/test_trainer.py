@@ -15,7 +15,7 @@ from ppg_fast.config import make_config
 from ppg_fast.data import Sample, pack
 from ppg_fast.jobs.offline import cut_tokens
 from ppg_fast.jobs.persona import PersonaJob
-from ppg_fast.objective import Objective, Schedule, credit, live_batches, reading, require_nonnegative, warn_if_hardly_credited
+from ppg_fast.objective import Objective, Schedule, credit, live_parts, reading, require_nonnegative, warn_if_hardly_credited
 from ppg_fast.spec import FullPlanning, Greedy, Lookahead, PolicyLossSpec
 from ppg_fast.trainer import optimise, update
 
@@ -95,10 +95,10 @@ def test_what_is_not_read_has_no_gradient(case, max_tokens, monkeypatch):
     samples, reference, results = ending_early(), StartingWeights(tiny(3)), []
     for whole in (False, True):
         if whole:
-            monkeypatch.setattr(trainer, "live_batches", lambda samples, advantages, *_: [(pack(samples), advantages)])
+            monkeypatch.setattr(trainer, "live_parts", lambda samples, *_: [(sample, row) for row, sample in enumerate(samples)])
         model = tiny()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-        schedule = Schedule(1, 0.02, max_tokens=max_tokens, max_grad_norm=1e9)
+        schedule = Schedule(1, 0.02, max_tokens=10_000 if whole else max_tokens, max_grad_norm=1e9)
         metrics = update(model, optimizer, samples, objective, schedule, reference if spec.kl_coef else None)
         metrics.pop("perf/tokens_read")
         results.append((metrics, torch.cat([p.detach().flatten() for p in model.parameters()])))
@@ -116,9 +116,7 @@ def test_dialogues_are_read_up_to_their_last_credited_token(case):
     objective = Objective(Greedy(), baseline="none", spec=spec, reduction=reduction, num_iterations=iterations)
     samples = ending_early()
     _, advantages = credit(pack(samples), objective)
-    batches = [b for b, _ in live_batches(samples, advantages, objective, 13)]
-    assert all(len(b.tokens) <= 13 for b in batches)
-    read = reading(samples, advantages, objective, batches)
+    read = reading(samples, advantages, objective, [part for part, _ in live_parts(samples, advantages, objective)])
     assert read["perf/tokens_read"] == tokens
     credited = sum(1 for i, s in enumerate(samples) for t in s.turn_ids if 0 <= t <= i % 2 and i != 3)
     labels = sum(t >= 0 for s in samples for t in s.turn_ids)

@@ -1,0 +1,119 @@
+"""What each rank runs for test_ranks.py: `torchrun ranks_case.py FOLDER` writes what came out; without a launcher it is one process."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ppg_fast.data import CONTEXT, Sample
+from ppg_fast.model import make_model, spread
+from ppg_fast.objective import Objective, Schedule
+from ppg_fast.ranks import Ranks, whole
+from ppg_fast.spec import FullPlanning, Lookahead, PolicyLossSpec
+from ppg_fast.trainer import TrainingState, optimise
+
+V = 23
+PARALLEL = ("ddp", "fsdp2")
+
+
+def dialogues(
+    count: int, seed: int = 0, turns: tuple[int, ...] = (3, 1, 2, 5, 1, 4), group: int = 3, logprobs: bool = False
+) -> list[Sample]:
+    """Of very different lengths; groups of ``group`` in a row, so that ranks hold parts of them."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for i in range(count):
+        n = turns[i % len(turns)]
+        turn_ids = [CONTEXT] + [t for turn in range(n) for t in (CONTEXT, turn, turn, turn)]
+        tokens = torch.randint(2, V, (len(turn_ids),), generator=generator).tolist()
+        chances = (-torch.rand(len(turn_ids), generator=generator)).tolist() if logprobs else None
+        found.append(Sample(tokens, turn_ids, torch.rand(n, generator=generator).tolist(), i // group, chances))
+    return found
+
+
+def idle_rank() -> list[Sample]:
+    """Two dialogues, one for each rank; the second, alone in its group and without a reward, has no advantage."""
+    one, two = dialogues(2, turns=(3, 3), group=1)
+    return [one, replace(two, rewards=[0.0] * len(two.rewards))]
+
+
+def unrewarded() -> list[Sample]:
+    return [replace(d, rewards=[0.0] * len(d.rewards)) for d in dialogues(5)]
+
+
+def exploding(step: int) -> list[Sample]:
+    """In step 2 one dialogue, and so one rank, has a loss that float32 cannot hold."""
+    first, *others = dialogues(7, step)
+    return [replace(first, rewards=[3e38] * len(first.rewards)) if step == 2 else first, *others]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Some steps of training: the dialogues of each, and how it climbs."""
+
+    samples: Callable[[int], list[Sample]] = lambda step: dialogues(7, step)
+    objective: Objective = field(default_factory=lambda: Objective(Lookahead(2)))
+    max_tokens: int = 30
+    steps: int = 3
+    tied: bool = True
+    sync_each_batch: bool = False
+
+
+PPO = PolicyLossSpec(loss_type="ppo", clip_low=0.02, clip_high=0.03, kl_coef=0.1, entropy_coef=0.01)
+PLAIN = Objective(Lookahead(2), baseline="none")
+REDUCTIONS = ("sequence_sum", "sequence_mean", "token_mean", "sum")
+CASES = {
+    **{reduction: Case(objective=Objective(Lookahead(2), reduction=reduction)) for reduction in REDUCTIONS},
+    "imitation": Case(objective=Objective(imitate=True, reduction="token_mean")),
+    "ppo, KL, entropy, 2 iterations": Case(objective=Objective(FullPlanning(), spec=PPO, num_iterations=2)),
+    "gspo, 2 iterations": Case(objective=Objective(Lookahead(2), spec=PolicyLossSpec(loss_type="gspo"), num_iterations=2)),
+    "importance cap": Case(lambda step: dialogues(7, step, logprobs=True), Objective(spec=PolicyLossSpec(importance_cap=2.0))),
+    "one long dialogue, many short": Case(lambda step: dialogues(7, step, turns=(9, 1, 1, 1, 1, 1, 1)), max_tokens=6),
+    "a rank without an active token": Case(lambda step: idle_rank(), PLAIN),
+    "a rank without a dialogue": Case(lambda step: dialogues(1, step), PLAIN),
+    "no dialogue at all": Case(lambda step: [], PLAIN, steps=2),
+    "nothing to learn": Case(lambda step: unrewarded(), PLAIN, steps=2),
+    "not finite on one rank": Case(exploding, PLAIN),
+    "head of its own": Case(tied=False),
+    "gradients reduced each time": Case(sync_each_batch=True),
+}
+
+
+def build(case: Case, parallel: str) -> tuple:
+    model, ranks = make_model(V, width=16, layers=2), Ranks(parallel, sync_each_batch=case.sync_each_batch)
+    if not case.tied:
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().flip(0).clone())
+        model.config.tie_word_embeddings = False
+    spread(model, ranks)
+    return model, ranks
+
+
+def run(case: Case, parallel: str) -> dict:
+    model, ranks = build(case, parallel)
+    schedule = Schedule(case.steps, 1e-2, warmup_steps=0, max_tokens=case.max_tokens)
+    state = TrainingState.start(model, case.objective, schedule)
+    rows = list(optimise(model, case.samples, case.objective, schedule, state, ranks))
+    return {
+        "rows": [{k: v for k, v in row.items() if not k.startswith("perf/") and k != "step_time"} for row in rows],
+        "weights": {name: whole(w).clone() for name, w in model.state_dict().items()},
+        "shards": sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in model.parameters()),
+    }
+
+
+def everything(parallel: str) -> dict[str, dict]:
+    return {name: run(case, parallel) for name, case in CASES.items()}
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    ranks = Ranks.join(device="cpu", timeout=60)
+    results = {parallel: everything(parallel) for parallel in PARALLEL}
+    torch.save(results, folder / f"rank{ranks.rank}of{ranks.world}.pt")
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
