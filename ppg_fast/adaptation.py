@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppg_fast.ranks import spread_like
 from ppg_fast.spec import require
 
 HEAD, EMBEDDINGS = "head", "embeddings"  # words that `freeze` knows
@@ -92,12 +93,12 @@ def trainable_state(model: nn.Module) -> dict[str, Any]:
 
 
 def load_trainable_state(model: nn.Module, saved: dict[str, Any]) -> None:
-    """Take over what `trainable_state` gave. ValueError where it is that of another model, or of other frozen parts."""
-    names = trainable_state(model).keys()
-    others = sorted(names ^ saved.keys())
+    """Take over what `trainable_state` gave, whether either is spread over ranks or not. ValueError where it is of others weights."""
+    there = trainable_state(model)
+    others = sorted(there.keys() ^ saved.keys())
     require(not others, "a checkpoint must hold the weights that train, and no others; in one of the two only", others[:3])
     try:
-        model.load_state_dict(saved, strict=False)
+        model.load_state_dict({name: spread_like(value, there[name]) for name, value in saved.items()}, strict=False)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
 
@@ -147,4 +148,4 @@ class StartingWeights:
         others = sorted(self.weights.keys() ^ saved.keys())
         require(not others, "reference weights must be those that train; in one of the two only", others[:3])
         for name, weight in self.weights.items():
-            weight.copy_(saved[name])
+            weight.copy_(spread_like(saved[name], weight))

@@ -1,7 +1,7 @@
 """Checkpoints on disk: folders that appear whole or not at all, and the global sources of randomness that belong in them.
 
-The format is torch's (`torch.save`, read back with ``weights_only``), the checksum file is that of ``sha256sum``. A state holds tensors,
-numbers, text, lists, tuples and dictionaries.
+The format is torch's (`torch.save`, read back with ``weights_only``; torch.distributed.checkpoint for tensors that are spread over ranks),
+the checksum file is that of ``sha256sum``. A state holds tensors, numbers, text, lists, tuples and dictionaries.
 """
 
 import hashlib
@@ -10,33 +10,51 @@ import random
 import re
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-STATE, SUMS = "state.pt", "SHA256SUMS"
+from ppg_fast.ranks import Ranks
+
+STATE, SHARDS, SUMS = "state.pt", "shards", "SHA256SUMS"
 PARTIAL, DAMAGED = ".partial", ".damaged"
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def save(folder: Path, step: int, state: dict[str, Any], keep: int, ranks: Ranks | None = None) -> Path:
     """Write ``state`` as ``folder``/step-<step>, then remove all checkpoints but the newest ``keep``.
 
     It is written and synced under another name and then renamed: whenever the process dies, the checkpoints before this one are whole.
-    OSError where it cannot be written, a full disk for one; nothing is left of it then, and nothing else is touched.
+    All ``ranks`` call it: each writes and sums its part of the tensors that are spread over them, the first everything else of its own
+    ``state``. OSError, on all of them, where it cannot be written, a full disk for one; nothing is left of it then, and nothing else is
+    touched.
     """
+    ranks = ranks or Ranks()
     target = folder / f"step-{step:08d}"
     partial = target.with_name(target.name + PARTIAL)
-    try:
+    shards: dict[str, Any] = {}
+    plain = _each_leaf(state, lambda leaf, name: _marked(leaf, name, shards)) if ranks.sharded else state
+
+    def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(f"*{PARTIAL}"):  # by a process that was killed
             shutil.rmtree(left)
         partial.mkdir()
         with open(partial / STATE, "wb") as file:
-            torch.save(state, file)
-        (partial / SUMS).write_text(f"{_digest(partial / STATE)}  {STATE}\n", encoding="utf-8")
-        for path in (partial / STATE, partial / SUMS, partial):
+            torch.save(plain, file)
+
+    def sums() -> str:
+        mine = [partial / STATE, *(partial / SHARDS).glob(".metadata")] if ranks.first else []
+        mine += sorted((partial / SHARDS).glob(f"__{ranks.rank}_*"))
+        for path in mine:
+            sync(path)
+        return "".join(f"{_digest(path)}  {path.relative_to(partial)}\n" for path in mine)
+
+    def finish() -> None:
+        (partial / SUMS).write_text("".join(lines), encoding="utf-8")
+        for path in (partial / SUMS, *filter(Path.is_dir, [partial / SHARDS]), partial):
             sync(path)
         if target.exists():
             shutil.rmtree(target)
@@ -44,22 +62,42 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         sync(folder)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+
+    try:
+        ranks.by_first(begin)
+        if shards:
+            _write_shards(partial / SHARDS, shards)
+        lines = ranks.by_all(sums)
+        ranks.by_first(finish)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        refusal = (
-            error if isinstance(error, OSError) else error.__context__
-        )  # torch's writer hides a failed write behind an error of its own
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        # torch's writer hides a failed write behind an error of its own
+        refusal = error if isinstance(error, OSError) else error.__cause__ or error.__context__
         if isinstance(refusal, OSError):
             raise OSError(f"{target}: {refusal}") from error
         raise
     return target
 
 
-def newest(folder: Path) -> dict[str, Any] | None:
+def newest(folder: Path, ranks: Ranks | None = None) -> dict[str, Any] | None:
     """The state of the newest checkpoint that is whole, its tensors on the CPU; None where there is no checkpoint.
 
-    A damaged one is a warning and renamed, and the one before it is taken. ValueError if all are damaged.
+    A damaged one is a warning and renamed, and the one before it is taken. ValueError if all are damaged. All ``ranks`` call it; tensors
+    that were spread over as many or other ranks are spread over these, or whole where these hold the whole model each.
     """
+    ranks = ranks or Ranks()
+    path = ranks.by_first(lambda: _newest_whole(folder))
+    if path is None:
+        return None
+    state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    if not (path / SHARDS).is_dir():
+        return state
+    shards = _read_shards(path / SHARDS, ranks)
+    return _each_leaf(state, lambda leaf, _: shards[leaf[1]] if _is_mark(leaf) else leaf)
+
+
+def _newest_whole(folder: Path) -> Path | None:
     found = checkpoints(folder)
     damaged: list[str] = []
     for path in reversed(found):
@@ -70,10 +108,60 @@ def newest(folder: Path) -> dict[str, Any] | None:
             warnings.warn(f"damaged checkpoint {text}: going on from {path.name}, the one before", stacklevel=2)
             shutil.rmtree(other.with_name(other.name + DAMAGED), ignore_errors=True)
             other.rename(other.with_name(other.name + DAMAGED))
-        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+        return path
     if damaged:
         raise ValueError(f"a checkpoint must match its {SUMS}, and none does: {', '.join(damaged)}")
     return None
+
+
+def _each_leaf(value: Any, change: Callable[[Any, str], Any], name: str = "") -> Any:
+    """``value`` with ``change`` applied to what is no dictionary, by its name: the keys that lead to it."""
+    if isinstance(value, dict):
+        return {key: _each_leaf(inner, change, f"{name}/{key}" if name else str(key)) for key, inner in value.items()}
+    return change(value, name)
+
+
+def _marked(leaf: Any, name: str, shards: dict[str, Any]) -> Any:
+    """``leaf`` itself, or, where it is spread over ranks, a mark in its place, and it in ``shards``."""
+    if not hasattr(leaf, "device_mesh"):
+        return leaf
+    shards[name] = leaf
+    return SHARDS, name
+
+
+def _is_mark(leaf: Any) -> bool:
+    return isinstance(leaf, tuple) and len(leaf) == 2 and leaf[0] == SHARDS
+
+
+def _write_shards(folder: Path, shards: dict[str, Any]) -> None:
+    """Every rank's part of the tensors, in a file of its own. Where a rank fails, all do, with the error of the first that did."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            save(shards, storage_writer=FileSystemWriter(folder))
+    except CheckpointException as error:
+        raise RuntimeError(f"{folder} could not be written") from next(iter(error.failures.values()))[0]
+
+
+def _read_shards(folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """The tensors of a folder, spread over ``ranks`` as FSDP2 spreads them. Each rank reads what it needs and asks no other."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    described = FileSystemReader(folder).read_metadata().state_dict_metadata
+    shards: dict[str, Any] = {}
+    for name, of in described.items():
+        assert isinstance(of, TensorStorageMetadata)
+        shards[name] = ranks.empty(of.size, of.properties.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nobody else is asked is meant
+        load(shards, checkpoint_id=folder, no_dist=True)
+    return shards
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -101,8 +189,13 @@ def _digest(path: Path) -> str:
 def _fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, None if its bytes are those that were written."""
     try:
-        written, name = (path / SUMS).read_text(encoding="utf-8").split()
-        return None if _digest(path / name) == written else f"the checksum of {name} differs"
+        pairs = [line.split() for line in (path / SUMS).read_text(encoding="utf-8").splitlines()] or [[]]
+        for written, name in pairs:
+            if _digest(path / name) != written:
+                return f"the checksum of {name} differs"
+        there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {SUMS}
+        unsummed = there.symmetric_difference(name for _, name in pairs)
+        return f"{SUMS} does not name {', '.join(sorted(unsummed))}" if unsummed else None
     except (OSError, ValueError) as error:
         return str(error)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
+from ppg_fast.ranks import PARALLEL
 from ppg_fast.spec import (
     BASELINES,
     KL_ESTIMATORS,
@@ -55,7 +56,7 @@ class TrainConfig:
     vocab_size: int = _option(1024, "vocabulary of the byte-level tokenizer made from data")
     device: str = _option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     dtype: str = _option("float32", "float32 or bfloat16 weights")
-    bf16: bool = _option(False, "compute in bfloat16 (autocast) on the weights as they are")
+    bf16: bool = _option(False, "compute in bfloat16 on the weights as they are; also where accelerate launch says so")
     lora_rank: int = _option(0, "train low-rank adapters of this rank and freeze the rest, 0: off; wants --model")
     lora_alpha: int = _option(0, "the adapters are scaled by lora_alpha / lora_rank, 0: twice the rank")
     lora_dropout: float = _option(0.0, "of the adapters' input")
@@ -66,6 +67,9 @@ class TrainConfig:
     activation_checkpointing: bool = _option(False, "keep each layer's input only and compute the rest again in the backward pass")
     activation_checkpointing_every_n_layers: int = _option(1, "only every so many layers")
     activation_offload: bool = _option(False, "keep these inputs in host memory")
+    parallel: str = _option("auto", "several ranks: ddp, fsdp2; auto: as accelerate launch says, else ddp")
+    sync_each_batch: bool = _option(False, "fsdp2: reduce gradients after every pass instead of once a step; less memory, more traffic")
+    rank_timeout: int = _option(1800, "seconds that ranks wait for one that does not answer")
     threads: int = _option(0, "CPU threads of PyTorch, 0: one for the model made on the spot, else its default")
     seed: int = _option(0, "of weights, dialogues and sampling")
 
@@ -133,6 +137,7 @@ class TrainConfig:
             "eval_dialogues",
             "keep_checkpoints",
             "activation_checkpointing_every_n_layers",
+            "rank_timeout",
         ):
             _require_int(name, getattr(self, name), 1)
         counts = (
@@ -168,6 +173,7 @@ class TrainConfig:
         require_one_of("dtype", self.dtype, ("float32", "bfloat16"))
         for name in self.trackers:
             require_one_of("report_to", name, (*TRACKERS, "none"))
+        require_one_of("parallel", self.parallel, PARALLEL)
         policy_class(self.policy_class)
         self.loss_spec()
         if self.data and not self.allow_negative_rewards:

@@ -1,38 +1,38 @@
 """Evaluation on held-out dialogues: each turn on its logged prefix, and whole rollouts, both by turn index."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppg_fast.data import Sample, micro_batches, pack
 from ppg_fast.metrics import by_turn, describe
-from ppg_fast.model import token_logprobs
 from ppg_fast.objective import Objective, credit
+from ppg_fast.spec import PolicyLossSpec
 
 OF_ROLLOUTS = ("reward", "completions/", "turns/mean_count", "turns/return")
 
 
-def on_logged_prefix(model: Any, samples: Sequence[Sample], objective: Objective, max_tokens: int) -> dict[str, float]:
+def on_logged_prefix(module: nn.Module, samples: Sequence[Sample], objective: Objective, max_tokens: int) -> dict[str, float]:
     """How likely the logged answers are, each after the logged dialogue before it; one forward pass, no gradient.
 
     ``eval/logprob``: mean over tokens, nats. ``eval/weighted_logprob``: mean over dialogues of sum_t R_t log pi(a_t | h_t) with R_t the
     windowed return, which is what offline training climbs. By turn index t: ``eval/turns/logprob/<t>``, mean over dialogues of the
-    turn's mean token log-prob, ``eval/turns/weighted_logprob/<t>``, mean of R_t log pi(a_t | h_t). The model's dropout is off meanwhile.
+    turn's mean token log-prob, ``eval/turns/weighted_logprob/<t>``, mean of R_t log pi(a_t | h_t). ``module``: a PolicyModule, as ranks
+    spread it; its dropout is off meanwhile.
     """
     if not samples:
         return {}
-    was_training = model.training
-    model.eval()
+    batches, was_training = list(micro_batches(samples, max_tokens)), module.training
+    module.eval()
     try:
         with torch.no_grad():
-            parts = [_turn_sums(model, part) for part in micro_batches(samples, max_tokens)]
+            parts = [_turn_sums(module, batch) for batch in batches]
     finally:
-        model.train(was_training)
+        module.train(was_training)
     width = max(logprobs.shape[1] for logprobs, _ in parts)
     logprobs, tokens = (torch.cat([torch.nn.functional.pad(p[i], (0, width - p[i].shape[1])) for p in parts]) for i in (0, 1))
-    everything = pack(samples)
+    everything = pack([sample for batch in batches for sample in batch])
     returns, _ = credit(everything, objective)
     there = tokens > 0
     weighted = logprobs * returns.double()
@@ -44,10 +44,10 @@ def on_logged_prefix(model: Any, samples: Sequence[Sample], objective: Objective
     }
 
 
-def _turn_sums(model: Any, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+def _turn_sums(module: nn.Module, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
     """Log-prob (S, T) float64 of each turn's tokens together, and how many they are; on the CPU."""
     batch = pack(samples)
-    logprobs = token_logprobs(model, batch.to(model.device)).double().cpu()
+    logprobs = module(batch.to(next(module.parameters()).device), None, PolicyLossSpec()).double().cpu()
     lengths = torch.diff(batch.cu_seqlens).long()
     shape = batch.rewards.shape
     active = batch.labels >= 0

@@ -8,14 +8,14 @@ from typing import Any
 ADAPTER_CONFIG = "adapter_config.json"  # peft's mark of an adapter folder
 
 
-def save_model(model: Any, tokenizer: Any, path: Path, adapter_only: bool = False) -> None:
+def save_model(model: Any, tokenizer: Any, path: Path, adapter_only: bool = False, state_dict: Any = None) -> None:
     """Model and tokenizer to ``path``, as the Auto classes of transformers read them; adapters of peft merged, or they alone.
 
     The model itself is left as it is: merging works on a copy on the CPU.
     """
     if hasattr(model, "merge_and_unload") and not adapter_only:
         model = merged(model)
-    model.save_pretrained(path)
+    model.save_pretrained(path, state_dict=state_dict)
     tokenizer.save_pretrained(path)
 
 

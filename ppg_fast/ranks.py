@@ -20,7 +20,6 @@ from torch import Tensor, distributed, nn
 from ppg_fast.spec import require, require_one_of
 
 PARALLEL = ("auto", "ddp", "fsdp2")
-MIXED_PRECISION = ("auto", "no", "bf16")
 T = TypeVar("T")
 
 
@@ -30,24 +29,23 @@ class Ranks:
     ``joined``: started as one of several, be it the only one. ``autocast``: the dtype of mixed precision where FSDP2 does not see to it.
     """
 
-    def __init__(self, parallel: str = "auto", mixed_precision: str = "auto", sync_each_batch: bool = False) -> None:
+    def __init__(self, parallel: str = "auto", bf16: bool = False, sync_each_batch: bool = False) -> None:
         require_one_of("parallel", parallel, PARALLEL)
-        require_one_of("mixed_precision", mixed_precision, MIXED_PRECISION)
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # what `accelerate launch` tells its processes
-        precision = launched if mixed_precision == "auto" else mixed_precision
-        require(precision in MIXED_PRECISION[1:], "mixed precision must be no or bf16", precision)
-        self.dtype = torch.bfloat16 if precision == "bf16" else None
+        require_one_of("mixed_precision of the accelerate config", launched, ("no", "bf16"))
+        self.dtype = torch.bfloat16 if bf16 or launched == "bf16" else None
         self.joined = distributed.is_available() and distributed.is_initialized()
         self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if self.joined else (0, 1)
         self.sharded = self.joined and (_launched_fsdp() if parallel == "auto" else parallel == "fsdp2")
         self.autocast = None if self.sharded else self.dtype
         self.sync_each_batch = sync_each_batch
+        self.founded = False  # whether the process group is ours to end
         self.mesh: Any = None
         self._modules: dict[nn.Module, nn.Module] = {}
 
     @classmethod
     def join(
-        cls, parallel: str = "auto", mixed_precision: str = "auto", sync_each_batch: bool = False, device: str = "auto", timeout: int = 1800
+        cls, parallel: str = "auto", bf16: bool = False, sync_each_batch: bool = False, device: str = "auto", timeout: int = 1800
     ) -> "Ranks":
         """Meet the other ranks, where a launcher started this process as one of them.
 
@@ -55,18 +53,21 @@ class Ranks:
         ``device``: "cpu" meets over gloo; else each rank takes the CUDA device of its LOCAL_RANK and nccl, and gloo for messages.
         ``timeout``: seconds after which an answer that does not come is an error. ValueError for a device of its own.
         """
-        if not distributed.is_available() or not distributed.is_torchelastic_launched() or distributed.is_initialized():
-            return cls(parallel, mixed_precision, sync_each_batch)
+        launched = distributed.is_available() and {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+        if not launched or distributed.is_initialized():
+            return cls(parallel, bf16, sync_each_batch)
         require_one_of("parallel", parallel, PARALLEL)
         rule = "a rank takes the device of its LOCAL_RANK, so device must be auto, cpu or cuda"
         require(device in ("auto", "cpu", "cuda"), rule, device)
         cuda = device != "cpu" and torch.cuda.is_available()
         if cuda:
-            local = int(os.environ["LOCAL_RANK"])
+            local = int(os.environ.get("LOCAL_RANK", 0))
             require(local < torch.cuda.device_count(), f"LOCAL_RANK must be below the {torch.cuda.device_count()} CUDA devices here", local)
             torch.cuda.set_device(local)
         distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
-        return cls(parallel, mixed_precision, sync_each_batch)
+        ranks = cls(parallel, bf16, sync_each_batch)
+        ranks.founded = True
+        return ranks
 
     @property
     def first(self) -> bool:
@@ -74,8 +75,8 @@ class Ranks:
         return self.rank == 0
 
     def leave(self) -> None:
-        """Part from the others in good order."""
-        if self.joined:
+        """Part from the others in good order, where `join` met them."""
+        if self.founded:
             distributed.barrier()
             distributed.destroy_process_group()
 
@@ -118,6 +119,20 @@ class Ranks:
         if outcome[1] is not None:
             raise outcome[1]
         return outcome[0]
+
+    def by_all(self, act: Callable[[], T]) -> list[T]:
+        """``act()`` on every rank, and the results of all, or the first error, on all ranks."""
+        if self.world == 1:
+            return [act()]
+        try:
+            outcome = act(), None
+        except Exception as error:  # raised again below, by all
+            outcome = None, error
+        results, errors = zip(*self.gather(outcome), strict=True)
+        for error in errors:
+            if error is not None:
+                raise error
+        return list(results)
 
     def spread(self, model: nn.Module, module: nn.Module) -> nn.Module:
         """Spread ``model`` over the ranks, in place; returns what to call, and remembers it for `module`.
@@ -197,18 +212,47 @@ class Ranks:
                 part.reshard()  # type: ignore[operator]
                 part.set_reshard_after_forward(part is not module, recurse=False)  # type: ignore[operator]
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Room for a tensor, spread over the ranks as FSDP2 spreads a parameter; on the CPU where each rank holds it whole."""
+        if not self.sharded:
+            return torch.empty(shape, dtype=dtype)
+        from torch.distributed.tensor import Shard, empty
+
+        return empty(*shape, dtype=dtype, device_mesh=self.mesh, placements=[Shard(0)])
+
     def full_state(self, model: nn.Module) -> dict[str, Any] | None:
         """All weights of ``model``, gathered to the CPU of rank 0; empty on the others, None where it is whole anyhow."""
         if not self.sharded:
             return None
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        names: dict[nn.Parameter, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            one = names.setdefault(parameter, name)
+            if one in state:  # weights that are tied are one tensor again, and are written once
+                state[name] = state[one]
+        return state
+
+
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Whether ``error`` is what a collective operation says when another rank has died or does not answer."""
+    return isinstance(error, distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "onnection closed"))
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be spread over ranks, in full."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+
+
+def spread_like(tensor: Any, parameter: Tensor) -> Any:
+    """``tensor``, which every rank holds whole, spread over ranks as ``parameter`` is, where it is and the two have one shape."""
+    if not hasattr(parameter, "device_mesh") or getattr(tensor, "shape", None) != parameter.shape or hasattr(tensor, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _launched_fsdp() -> bool:

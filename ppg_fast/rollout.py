@@ -48,14 +48,15 @@ def collect_groups(
     seeds: Sequence[int],
     group_size: int,
     *,
-    generator: torch.Generator,
+    generator: torch.Generator | Sequence[torch.Generator],
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     max_turns: int = 64,
 ) -> list[Rollout]:
     """``group_size`` rollouts of each seed, which share the partner and ``group_id``. Same weights, seeds and generator: same rollouts.
 
-    ``generator`` lives on the model's device. Temperature 0 takes the most likely token. A dialogue stops when its environment is done
+    ``generator`` lives on the model's device; or one on the CPU for each rollout, which then does not depend on who is sampled with it,
+    but for the rounding of a batch. Temperature 0 takes the most likely token. A dialogue stops when its environment is done
     or at ``max_turns``; an answer at the end token or at ``max_new_tokens``. Special tokens other than the end are never sampled.
     """
     rollouts = []
@@ -101,7 +102,7 @@ def _answer(cache: "_Lockstep", unread: list[list[int]], live: list[int], sample
     answers = {i: _Answer() for i in live}
     speaking, feed = list(live), unread
     for _ in range(limit):
-        tokens, logprobs = sampler(cache.read(feed))
+        tokens, logprobs = sampler(cache.read(feed), speaking)
         feed = [[] for _ in unread]
         for i in speaking:
             answers[i].tokens.append(tokens[i])
@@ -142,18 +143,35 @@ def _append(rollout: Rollout, tokens: list[int], turn: int, logprobs: list[float
 class _Sampler:
     """Logits (B, V) to a token and its log-prob, one of each a row."""
 
-    def __init__(self, model: Any, chat: ChatFormat, generator: torch.Generator, temperature: float) -> None:
+    def __init__(self, model: Any, chat: ChatFormat, generator: torch.Generator | Sequence[torch.Generator], temperature: float) -> None:
         if temperature < 0:
             raise ValueError(f"temperature must be >= 0, got {temperature}")
         vocab_size = model.get_output_embeddings().weight.shape[0]
         self.banned = torch.tensor(chat.unsayable(vocab_size), dtype=torch.int64, device=model.device)
         self.generator, self.temperature = generator, temperature
 
-    def __call__(self, logits: Tensor) -> tuple[list[int], list[float]]:
+    def __call__(self, logits: Tensor, speaking: Sequence[int]) -> tuple[list[int], list[float]]:
         logp = (logits.float() / (self.temperature or 1.0)).log_softmax(-1)
         allowed = logp.exp().index_fill(-1, self.banned, 0.0)
-        token = torch.multinomial(allowed, 1, generator=self.generator) if self.temperature else allowed.argmax(-1, keepdim=True)
+        if not self.temperature:
+            token = allowed.argmax(-1, keepdim=True)
+        elif isinstance(self.generator, torch.Generator):
+            token = torch.multinomial(allowed, 1, generator=self.generator)
+        else:
+            token = _invert(allowed, self.generator, speaking)
         return token[:, 0].tolist(), logp.gather(-1, token)[:, 0].tolist()
+
+
+def _invert(weights: Tensor, generators: Sequence[torch.Generator], rows: Sequence[int]) -> Tensor:
+    """One draw (B, 1) from each row of ``weights`` (B, V): where its cumulative sum passes a uniform number of the row's own generator.
+
+    Those of other ``rows`` do not move on: how many numbers a dialogue has taken is then its own affair.
+    """
+    uniform = torch.zeros(len(weights), 1, dtype=torch.float64)
+    for row in rows:
+        uniform[row] = torch.rand((), generator=generators[row], dtype=torch.float64)
+    sums = weights.double().cumsum(-1)
+    return torch.searchsorted(sums, uniform.to(sums.device) * sums[:, -1:], right=True).clamp(max=weights.shape[1] - 1)
 
 
 class _Lockstep:

@@ -20,7 +20,7 @@ from ppg_fast.metrics import TokenMeans, describe, peak_memory_mb
 from ppg_fast.model import PolicyModule
 from ppg_fast.objective import Objective, Schedule, credit, denominator, live_parts, reading
 from ppg_fast.optimisers import make_optimizer, set_learning_rate
-from ppg_fast.ranks import Ranks, whole
+from ppg_fast.ranks import Ranks, spread_like, whole
 from ppg_fast.spec import PolicyLossSpec
 
 
@@ -63,13 +63,17 @@ class TrainingState:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
-        for name, value in saved.items():
-            if name == "model":
-                load_trainable_state(self.model, value)
-            elif isinstance(value, dict):
-                getattr(self, name).load_state_dict(value)
-            else:
-                setattr(self, name, value)
+        load_trainable_state(self.model, saved["model"])
+        optimizer = saved["optimizer"]
+        if "state" in optimizer:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            moments = optimizer["state"].items()
+            spread = {i: {name: spread_like(value, parameters[i]) for name, value in of.items()} for i, of in moments}
+            optimizer = {**optimizer, "state": spread}
+        self.optimizer.load_state_dict(optimizer)
+        if self.reference is not None:
+            self.reference.load_state_dict(saved["reference"])
+        self.step, self.num_tokens, self.skipped_steps = (saved[name] for name in ("step", "num_tokens", "skipped_steps"))
 
 
 def optimise(

@@ -1,13 +1,21 @@
 """What each rank runs for test_ranks.py: `torchrun ranks_case.py FOLDER` writes what came out; without a launcher it is one process."""
 
+import os
+import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from kill_case import TINY, flags
+from torch import distributed
 
+from ppg_fast import backends
+from ppg_fast.cli import main
 from ppg_fast.data import CONTEXT, Sample
+from ppg_fast.jobs import OfflineJob, PersonaJob
 from ppg_fast.model import make_model, spread
 from ppg_fast.objective import Objective, Schedule
 from ppg_fast.ranks import Ranks, whole
@@ -16,6 +24,14 @@ from ppg_fast.trainer import TrainingState, optimise
 
 V = 23
 PARALLEL = ("ddp", "fsdp2")
+JOBS = {
+    "persona": [
+        *TINY,
+        *flags("--imitation-steps 2 --imitation-batch 3 --max-steps 5 --num-prompts 3 --num-generations 3 --max-turns 6"),
+        *flags("--kl-coef 0.1 --entropy-coef 0.1 --num-iterations 2 --loss-type ppo --max-tokens 200"),
+    ],
+    "offline": [*TINY, *flags("--max-steps 5 --vocab-size 280 --num-prompts 5 --kl-coef 0.1 --max-tokens 100")],
+}
 
 
 def dialogues(
@@ -107,13 +123,50 @@ def everything(parallel: str) -> dict[str, dict]:
     return {name: run(case, parallel) for name, case in CASES.items()}
 
 
-def main(folder: Path) -> None:
+def train(*options: object, cut_at: int = 0, rank: int = 1) -> int:
+    """`ppg-fast train`; at step ``cut_at`` the given rank alone is told to end."""
+    batches = {job: job.__dict__[name] for job, name in ((OfflineJob, "batch"), (PersonaJob, "rollouts"))}
+
+    def cutting(collect: Callable) -> Callable:
+        def collected(self: object, step: int) -> list[Sample]:
+            if step == cut_at and (not distributed.is_initialized() or distributed.get_rank() == rank % distributed.get_world_size()):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return collect(self, step)
+
+        return collected
+
+    OfflineJob.batch, PersonaJob.rollouts = cutting(batches[OfflineJob]), cutting(batches[PersonaJob])
+    try:
+        return main(["train", *map(str, options)])
+    finally:
+        OfflineJob.batch, PersonaJob.rollouts = batches[OfflineJob], batches[PersonaJob]
+
+
+def jobs(folder: Path, parallel: str, first: bool) -> dict[str, int]:
+    """Exit statuses of whole runs, of runs that are cut, and of their second halves; the runs are folders for the test to look into."""
+    codes = {}
+    for job in JOBS:
+        options = (*JOBS[job], *(("--data", folder / "log.jsonl") if job == "offline" else ()), "--parallel", parallel)
+        codes[f"{job} whole"] = train(*options, "--output-dir", folder / f"{job}-{parallel}")
+        codes[f"{job} cut"] = train(*options, "--output-dir", folder / f"{job}-{parallel}-cut", cut_at=3)
+        if first:
+            shutil.copytree(folder / f"{job}-{parallel}-cut", folder / f"{job}-{parallel}-moved")
+            shutil.copytree(folder / f"{job}-alone-cut", folder / f"{job}-alone-to-{parallel}")
+        distributed.barrier()
+        codes[f"{job} resumed"] = train("--resume", folder / f"{job}-{parallel}-cut")
+        codes[f"{job} taken up"] = train("--resume", folder / f"{job}-alone-to-{parallel}", "--parallel", parallel)
+    return codes
+
+
+def on_ranks(folder: Path) -> None:
     torch.set_num_threads(1)
+    backends.default("cpu")
     ranks = Ranks.join(device="cpu", timeout=60)
     results = {parallel: everything(parallel) for parallel in PARALLEL}
-    torch.save(results, folder / f"rank{ranks.rank}of{ranks.world}.pt")
+    codes = {parallel: jobs(folder, parallel, ranks.first) for parallel in PARALLEL}
+    torch.save({**results, "codes": codes}, folder / f"rank{ranks.rank}of{ranks.world}.pt")
     ranks.leave()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    on_ranks(Path(sys.argv[1]))

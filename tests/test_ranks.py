@@ -1,17 +1,23 @@
 """Two gloo ranks train as one process does: losses, metrics and weights, with DDP and FSDP2."""
 
+import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
 pytest.importorskip("transformers")
 
 import ranks_case
-from ranks_case import CASES, PARALLEL
+from kill_case import CLOCKS, write_dialogues
+from ranks_case import CASES, JOBS, PARALLEL, train
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
 
@@ -31,11 +37,34 @@ def alone():
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
+def folder(tmp_path_factory):
+    """Of all runs; with those of one process, whole and cut."""
+    folder, threads = tmp_path_factory.mktemp("ranks"), torch.get_num_threads()
+    write_dialogues(folder / "log.jsonl")
+    with lone_rank():
+        for job, options in JOBS.items():
+            options = (*options, *(("--data", folder / "log.jsonl") if job == "offline" else ()))
+            assert train(*options, "--output-dir", folder / f"{job}-alone") == 0
+            assert train(*options, "--output-dir", folder / f"{job}-alone-cut", cut_at=3) == 143
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def both(folder):
     done = launch(2, HERE / "ranks_case.py", folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"rank{rank}of2.pt", weights_only=True) for rank in range(2)]
+
+
+@contextmanager
+def lone_rank():
+    """What torchrun makes of one process: a group of one, in which dialogues are drawn as any number of ranks draws them."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("parallel", PARALLEL)
@@ -66,3 +95,63 @@ def test_fsdp2_shards_and_ddp_does_not(alone, both):
     parts = [rank["fsdp2"]["sequence_sum"]["shards"] for rank in both]
     assert sum(parts) == whole
     assert max(parts) < 0.6 * whole
+
+
+def rows(folder):
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_run(one, other):
+    """Same rows and weights, to the rounding of another order of sums."""
+    assert len(rows(one)) == len(rows(other)) > 5
+    for mine, theirs in zip(rows(one), rows(other), strict=True):
+        assert mine.pop("phase") == theirs.pop("phase")
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=2e-4)
+    mine, theirs = (load_file(folder / "checkpoint/model.safetensors") for folder in (one, other))
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(mine[name], value, rtol=1e-2, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_all_ranks_end_alike(parallel, both):
+    codes = [rank["codes"][parallel] for rank in both]
+    assert (
+        codes[0]
+        == codes[1]
+        == {f"{job} {part}": 143 if part == "cut" else 0 for job in JOBS for part in ("whole", "cut", "resumed", "taken up")}
+    )
+
+
+@pytest.mark.parametrize("parallel", PARALLEL)
+@pytest.mark.parametrize("job", JOBS)
+class TestJobs:
+    def test_two_ranks_run_it_as_one(self, job, parallel, folder, both):
+        same_run(folder / f"{job}-{parallel}", folder / f"{job}-alone")
+        state = json.loads((folder / f"{job}-{parallel}/summary.json").read_text())
+        assert (state["status"], state["ranks"]) == ("finished", 2)
+
+    def test_resume_gives_the_same_bits(self, job, parallel, folder, both):
+        whole, resumed = folder / f"{job}-{parallel}", folder / f"{job}-{parallel}-cut"
+        assert rows(resumed) == rows(whole)
+        weights = [(run / "checkpoint/model.safetensors").read_bytes() for run in (resumed, whole)]
+        assert weights[0] == weights[1]
+
+    def test_one_process_goes_on_with_what_two_ranks_began(self, job, parallel, folder, both):
+        run = folder / f"{job}-{parallel}-moved"
+        assert json.loads((run / "summary.json").read_text())["status"] == "terminated"
+        with lone_rank():
+            assert train("--resume", run, "--parallel", "ddp") == 0
+        same_run(run, folder / f"{job}-alone")
+
+    def test_two_ranks_go_on_with_what_one_process_began(self, job, parallel, folder, both):
+        same_run(folder / f"{job}-alone-to-{parallel}", folder / f"{job}-alone")
+
+    def test_the_checkpoint_is_one_of_transformers(self, job, parallel, folder, both):
+        run = folder / f"{job}-{parallel}"
+        model = AutoModelForCausalLM.from_pretrained(run / "checkpoint")
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        kept = sorted(path.name for path in next((run / "checkpoints").glob("step-*")).rglob("*") if path.is_file())
+        assert kept == (
+            ["SHA256SUMS", "state.pt"] if parallel == "ddp" else [".metadata", "SHA256SUMS", "__0_0.distcp", "__1_0.distcp", "state.pt"]
+        )

@@ -10,6 +10,7 @@ from ppg_fast.jobs.persona import PersonaJob
 from ppg_fast.jobs.report import Progress, RunFolder
 from ppg_fast.jobs.resume import ResumableRun, Stopped
 from ppg_fast.jobs.trackers import require_trackers
+from ppg_fast.ranks import Ranks, lost_a_rank
 from ppg_fast.trainer import NotFinite
 
 __all__ = ["OfflineJob", "PersonaJob", "Progress", "ResumableRun", "RunFolder", "run_job"]
@@ -26,9 +27,15 @@ def run_job(config: TrainConfig, resume: bool = False) -> int:
     require_trackers(config.trackers)
     if config.push_to_hub:
         require_repository(config.push_to_hub)
-    job = OfflineJob(config) if config.data else PersonaJob(config)
+    ranks = Ranks.join(config.parallel, config.bf16, config.sync_each_batch, config.device, config.rank_timeout)
+    if not ranks.first:
+        warnings.simplefilter("ignore", UserWarning)  # the first says it
+    job = OfflineJob(config, ranks) if config.data else PersonaJob(config, ranks)
+    if len(set(ranks.gather(job.data_digest))) > 1:
+        raise ValueError(f"all ranks must read the same dialogues, got different ones: data {config.data!r}")
     progress = Progress(config.progress, config.eval_every)
-    status = "failed"
+    progress.console.quiet = not ranks.first
+    status, together = "failed", ranks.world == 1
     with ResumableRun(config, job.policy, job.data_digest, resume) as run:
         if resume:
             progress.say(run.origin())
@@ -40,23 +47,34 @@ def run_job(config: TrainConfig, resume: bool = False) -> int:
         except KeyboardInterrupt:
             status = "stopped"
         except NotFinite as error:
+            together = True  # all ranks had the same loss
             path = run.save_batches(error.batches, job.policy.tokenizer.decode)
             raise FloatingPointError(f"{error}; the dialogues of these steps are in {path}") from error
+        except RuntimeError as error:
+            if ranks.world == 1 or not lost_a_rank(error):
+                raise
+            rule = f"a rank died or did not answer within {config.rank_timeout} seconds (rank_timeout)"
+            raise OSError(f"{rule}; --resume goes on from the newest checkpoint: {str(error).splitlines()[0]}") from error
         finally:
             if status == "stopped":
                 progress.say("stopped: saving what was done (press Ctrl-C again to give that up)")
-            _conclude(job, run, progress, status)
-            run.trackers.finish()
+            _conclude(job, run, progress, status, together or status != "failed")
+            run.close()
+    ranks.leave()
     progress.say(f"{status} after {run.steps} steps; the run is in {run.path}")
-    if config.push_to_hub and status == "finished":
+    if config.push_to_hub and status == "finished" and ranks.first:
         progress.say(f"pushed: {push_to_hub(str(run.path), config.push_to_hub, config.hub_private)}")
     return EXIT[status]
 
 
-def _conclude(job: OfflineJob | PersonaJob, run: ResumableRun, progress: Progress, status: str) -> None:
-    """Weights, last evaluation, summary. A terminated run has no time for the evaluation, a failed one hides nothing of its failure."""
+def _conclude(job: OfflineJob | PersonaJob, run: ResumableRun, progress: Progress, status: str, together: bool) -> None:
+    """Weights, last evaluation, summary. A terminated run has no time for the evaluation, a failed one hides nothing of its failure.
+
+    What needs the other ranks is left out where they may be elsewhere, ``together`` False: a rank that failed has failed alone.
+    """
     try:
-        run.save_checkpoint(job.policy.model, job.policy.tokenizer)
+        if together:
+            run.save_weights()
         results = job.finish(run, progress) if status in ("finished", "stopped") else {}
         run.write_summary(status=status, steps=run.steps, **results, **job.policy.describe(), config=run.config)
     except OSError as error:

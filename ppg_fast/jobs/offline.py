@@ -17,17 +17,18 @@ from ppg_fast.jobs.report import Progress, RunFolder
 from ppg_fast.jobs.resume import ResumableRun
 from ppg_fast.jobs.samples import SHOWN
 from ppg_fast.objective import require_nonnegative, warn_if_hardly_credited
+from ppg_fast.ranks import Ranks
 from ppg_fast.rollout import Rollout
 
 
 class OfflineJob:
     """Train on logged dialogues; evaluate on a part of them kept apart (at most a fifth, none of fewer than five)."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, ranks: Ranks | None = None) -> None:
         self.config = config
         dialogues = read_dialogues(str(config.data), strict=config.strict)
         contents = [m.content for d in dialogues for m in d.messages]
-        self.policy = Policy(config, lambda: make_byte_tokenizer(contents, config.vocab_size))
+        self.policy = Policy(config, lambda: make_byte_tokenizer(contents, config.vocab_size), ranks)
         self.objective = self.policy.objective()
         self.dialogues, samples = _encode_all(self.policy.tokenizer, dialogues, config.strict)
         if not config.allow_negative_rewards:
@@ -73,9 +74,8 @@ class OfflineJob:
         The answers are sampled for the pages before and after, and every time where ``score`` can say what they are worth.
         """
         where, name = (self.held_out, "held-out") if self.held_out else (self.seen, "training")
-        model, config = self.policy.model, self.config
-        with self.policy.precision():
-            metrics = on_logged_prefix(model, [self.samples[i] for i in where], self.objective, config.max_tokens)
+        with self.policy.ranks.frozen(self.policy.module):
+            metrics = on_logged_prefix(self.policy.module, [self.samples[i] for i in where], self.objective, self.config.max_tokens)
         if when or self.score:
             rollouts = self._answer([self.dialogues[i] for i in where])
             metrics |= of_rollouts([r.sample for r in rollouts], self.objective) if self.score else {}

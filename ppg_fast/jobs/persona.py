@@ -15,6 +15,7 @@ from ppg_fast.jobs.resume import ResumableRun
 from ppg_fast.jobs.samples import SHOWN
 from ppg_fast.objective import Objective, warn_if_hardly_credited
 from ppg_fast.persona import PersonaInterview, words
+from ppg_fast.ranks import Ranks
 from ppg_fast.rollout import Rollout
 
 IMITATION: dict[str, Any] = {
@@ -31,8 +32,8 @@ class PersonaJob:
 
     data_digest = ""  # a persona is a function of its seed
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config, self.policy = config, Policy(config, lambda: make_word_tokenizer(words()))
+    def __init__(self, config: TrainConfig, ranks: Ranks | None = None) -> None:
+        self.config, self.policy = config, Policy(config, lambda: make_word_tokenizer(words()), ranks)
         self.objective = self.policy.objective()
         self.last: list[Rollout] = []  # of the step under way
 
@@ -66,8 +67,8 @@ class PersonaJob:
         """Groups of rollouts of the policy as it is now."""
         policy = self.policy
         seeds = [policy.rng.getrandbits(48) for _ in range(self.config.num_prompts)]
-        rollouts = policy.roll_out(PersonaInterview, seeds, self.config.num_generations, policy.generator)
-        self.last, samples = rollouts, [rollout.sample for rollout in rollouts]
+        self.last = policy.collect(PersonaInterview, seeds, self.config.num_generations)
+        samples = [rollout.sample for rollout in self.last]
         if step == 1:
             warn_if_hardly_credited(samples, self.objective)
         return samples

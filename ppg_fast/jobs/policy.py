@@ -15,23 +15,24 @@ from ppg_fast.chat_format import ChatFormat
 from ppg_fast.config import TrainConfig
 from ppg_fast.environment import Environment
 from ppg_fast.metrics import peak_memory_mb
-from ppg_fast.model import check_vocabulary, load_model, make_model
+from ppg_fast.model import check_vocabulary, load_model, make_model, spread
 from ppg_fast.objective import Objective, Schedule
+from ppg_fast.ranks import Ranks
 from ppg_fast.rollout import Rollout, collect_groups
 from ppg_fast.spec import policy_class
 
 
 class Policy:
-    """The model with its tokenizer, on its device.
+    """The model with its tokenizer, on its device, spread over ``ranks``.
 
     ``make_tokenizer`` is asked where the config names no checkpoint folder. ValueError for a folder without one, for a tokenizer whose
     vocabulary exceeds the model's embedding, and for a device that is not there.
     """
 
-    def __init__(self, config: TrainConfig, make_tokenizer: Callable[[], Any]) -> None:
+    def __init__(self, config: TrainConfig, make_tokenizer: Callable[[], Any], ranks: Ranks | None = None) -> None:
         from transformers import set_seed
 
-        self.config = config
+        self.config, self.ranks = config, ranks or Ranks(config.parallel, config.bf16, config.sync_each_batch)
         device = _device(config.device)
         set_seed(config.seed % 2**32)  # the global generators: dropout and environments may draw from them
         if config.threads or not config.model:
@@ -51,6 +52,10 @@ class Policy:
             model = make_model(len(self.tokenizer), config.width, config.layers, config.seed, pad, end)
         model = check_vocabulary(model, len(self.tokenizer)).to(device=device, dtype=getattr(torch, config.dtype)).train()
         self.model = _adapted(model, config)
+        self.parameters = [sum(p.numel() for p in self.model.parameters() if p.requires_grad or not only) for only in (False, True)]
+        self.module = spread(self.model, self.ranks)
+        if self.ranks.rank:  # weights began alike; what dropout and environments draw must not
+            set_seed((config.seed + self.ranks.rank) % 2**32)
         self.chat = ChatFormat(self.tokenizer)
         self.rng = random.Random(config.seed)
         self.generator = self.sampling_generator(config.seed)
@@ -60,17 +65,33 @@ class Policy:
         return torch.Generator(self.model.device).manual_seed(seed)
 
     def roll_out(
-        self, make_environment: Callable[[], Environment], seeds: Sequence[int], group_size: int, generator: torch.Generator
+        self,
+        make_environment: Callable[[], Environment],
+        seeds: Sequence[int],
+        group_size: int,
+        generator: torch.Generator | Sequence[torch.Generator],
     ) -> list[Rollout]:
-        """Rollouts with the sampling settings of the config."""
+        """Rollouts with the sampling settings of the config, on this rank; all ranks call it."""
         limits = {"max_new_tokens": self.config.max_new_tokens, "max_turns": self.config.max_turns}
         settings = {"generator": generator, "temperature": self.config.temperature, **limits}
-        with self.precision():
+        with self.ranks.sampling(self.model):
             return collect_groups(self.model, self.chat, make_environment, seeds, group_size, **settings)
 
-    def precision(self) -> torch.autocast:
-        """What forward passes run under: bfloat16 autocast where the config asks for it."""
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.config.bf16)
+    def collect(self, make_environment: Callable[[], Environment], seeds: Sequence[int], group_size: int) -> list[Rollout]:
+        """The dialogues of ``group_size`` rollouts of each seed, shared out over the ranks and known to all afterwards.
+
+        Under a launcher each dialogue is sampled with a generator of its own, so that any number of ranks, be it one, draws the same.
+        """
+        if not self.ranks.joined:
+            return self.roll_out(make_environment, seeds, group_size, self.generator)
+        total, (rank, world) = len(seeds) * group_size, (self.ranks.rank, self.ranks.world)
+        numbers = torch.randint(2**62, (total,), generator=self.generator, device=self.model.device).tolist()
+        mine = range(total * rank // world, total * (rank + 1) // world)
+        generators = [torch.Generator().manual_seed(numbers[i]) for i in mine]
+        rollouts = self.roll_out(make_environment, [seeds[i // group_size] for i in mine], 1, generators)
+        for i, rollout in zip(mine, rollouts, strict=True):
+            rollout.sample.group_id = i // group_size
+        return [rollout for part in self.ranks.gather(rollouts) for rollout in part]
 
     def objective(self) -> Objective:
         """The partial policy gradient that the config describes."""
@@ -94,8 +115,9 @@ class Policy:
         """Size, place and versions, for a summary."""
         device = self.model.device
         return {
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "trainable_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "parameters": self.parameters[0],
+            "trainable_parameters": self.parameters[1],
+            "ranks": self.ranks.world,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "backend": backends.default(device.type),

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,32 @@ OURS = (
 )  # config last: see below
 
 
+def kept(method: Callable[..., None]) -> Callable[..., None]:
+    """A method that writes: without effect on ranks that do not keep the folder."""
+
+    @wraps(method)
+    def write(self: "RunFolder", *arguments: Any, **options: Any) -> None:
+        if self.keeps:
+            method(self, *arguments, **options)
+
+    return write
+
+
 class RunFolder:
     """metrics.jsonl (one line a step, written at once), config.yaml, samples, learning_curve.png, checkpoint/ and summary.json.
 
     FileExistsError if the folder already holds a run and ``overwrite`` is off. With it, the files of a run are removed and others stay.
-    ``resume``: the folder holds a run, and that is the one to go on with.
+    ``resume``: the folder holds a run, and that is the one to go on with. Of several ranks one keeps the folder; the others only know
+    the metrics.
     """
+
+    keeps = True  # whether this process writes
 
     def __init__(self, config: TrainConfig, resume: bool = False) -> None:
         self.path, self.start, self.position = Path(config.output_dir), time.perf_counter(), 0
         self.metrics: list[dict[str, Any]] = []
+        if not self.keeps:
+            return
         held = [] if resume else [name for name in OURS if (self.path / name).exists()]
         if held and not config.overwrite:
             wanted = "give another --output-dir, --resume to go on with it, or --overwrite to replace it"
@@ -69,10 +86,19 @@ class RunFolder:
         """Append one line of metrics; ``phase`` is imitation, train or eval."""
         row = {"phase": phase, "seconds": round(self.seconds, 3), **metrics}
         self.metrics.append(row)
+        self.position += phase != "eval"
+        self._write(row)
+
+    @kept
+    def close(self) -> None:
+        """The trackers end the run."""
+        self.trackers.finish()
+
+    @kept
+    def _write(self, row: dict[str, Any]) -> None:
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps({k: _number(v) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
-        self.position += phase != "eval"
-        self.trackers.log(phase, row, self.position)
+        self.trackers.log(row["phase"], row, self.position)
 
     def rewind(self, size: int, seconds: float) -> None:
         """Back to the first ``size`` bytes of metrics.jsonl, written ``seconds`` after the start. ValueError where it has fewer."""
@@ -81,10 +107,12 @@ class RunFolder:
         if there < size:
             raise ValueError(f"{path} must hold the {size} bytes that it had at the checkpoint, got {there}")
         if there:
-            os.truncate(path, size)
-            self.metrics = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            if self.keeps:
+                os.truncate(path, size)
+            self.metrics = [json.loads(line) for line in path.read_bytes()[:size].decode("utf-8").splitlines()]
         self.position = sum(row["phase"] != "eval" for row in self.metrics)
-        keep_rows(self.path / SAMPLES, {row["phase"]: row["step"] for row in self.metrics})
+        if self.keeps:
+            keep_rows(self.path / SAMPLES, {row["phase"]: row["step"] for row in self.metrics})
         self.start = time.perf_counter() - seconds
 
     @property
@@ -107,34 +135,40 @@ class RunFolder:
         rows = self.of_phase("eval")
         return {f"{name}/{when}": round(row[name], 4) for name in names for when, row in (("start", rows[0]), ("end", rows[-1]))}
 
+    @kept
     def write_samples(self, when: str, rollouts: Sequence[Rollout], note: str, scored: bool = True) -> None:
         """samples_<when>.md: whole dialogues, each answer with its reward if ``scored``."""
         (self.path / f"samples_{when}.md").write_text(page(when, rollouts, note, scored), encoding="utf-8")
 
+    @kept
     def log_samples(self, phase: str, step: int, rollouts: Sequence[Rollout], objective: Objective, scored: bool = True) -> None:
         """Answers of a few of ``rollouts`` to samples.jsonl and the trackers' tables, with reward, return and advantage of each turn."""
         rows = answer_rows(phase, step, rollouts, objective, scored)
         append_rows(self.path / SAMPLES, rows)
         self.trackers.log_table(f"{phase}/samples", rows, self.position)
 
-    def save_checkpoint(self, model: Any, tokenizer: Any) -> None:
+    @kept
+    def save_checkpoint(self, model: Any, tokenizer: Any, state_dict: dict[str, Any] | None = None) -> None:
         """checkpoint/: safetensors, config and tokenizer, as the Auto classes of transformers read them. Replaces the last one whole.
 
-        A model with adapters is stored merged there, and its adapters alone in adapter/.
+        A model with adapters is stored merged there, and its adapters alone in adapter/. ``state_dict``: the weights, where ``model``
+        holds a part of them only.
         """
         for name, adapter in ((CHECKPOINT, False), *(((ADAPTER, True),) if hasattr(model, "merge_and_unload") else ())):
             new, old = self.path / f"{name}.new", self.path / name
             shutil.rmtree(new, ignore_errors=True)
-            save_model(model, tokenizer, new, adapter_only=adapter)
+            save_model(model, tokenizer, new, adapter_only=adapter, state_dict=state_dict)
             shutil.rmtree(old, ignore_errors=True)
             new.rename(old)
 
     def save_batches(self, batches: Sequence[tuple[int, Sequence[Sample]]], decode: Callable[[list[int]], str]) -> Path:
         """not_finite.jsonl: one line a dialogue of the given (step, dialogues): tokens, turn ids, rewards, log-probs, text."""
         rows = ({"step": step, **asdict(sample), "text": decode(sample.tokens)} for step, samples in batches for sample in samples)
-        (self.path / NOT_FINITE).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        if self.keeps:
+            (self.path / NOT_FINITE).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return self.path / NOT_FINITE
 
+    @kept
     def write_summary(self, config: TrainConfig, **values: Any) -> None:
         """summary.json: how it ended, from where to where, and what decides the run; README.md and the model card say it to people."""
         chosen = {name: getattr(config, name) for name in ("policy_class", "loss_type", "seed", "data", "model")}
@@ -144,6 +178,7 @@ class RunFolder:
         cards.write_readme(self.path, config, summary)
         cards.write_model_card(self.path / CHECKPOINT, config, summary)
 
+    @kept
     def draw(self, key: str, eval_key: str, title: str, unit: str) -> None:
         """learning_curve.png: ``key`` of every training step, ``eval_key`` of every evaluation; turns.png: by turn index."""
         plots.draw_curve(self.path / CURVE, self.of_phase("train"), self.of_phase("eval"), key, eval_key, title, unit)

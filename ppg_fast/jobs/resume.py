@@ -35,24 +35,31 @@ class ResumableRun(RunFolder):
     """A RunFolder that keeps checkpoints of the whole run and, with ``resume``, goes on from the newest.
 
     As a context manager it turns the first SIGINT or SIGTERM into Stopped after the step that is under way, and keeps the folder to
-    itself. ValueError where another process trains in it, and where model or data are not those the run began with.
+    itself. ValueError where another process trains in it, and where model or data are not those the run began with. Ranks share the run:
+    the first writes, all see the same error, and a signal to one of them ends the training on all after the same step.
     """
 
     def __init__(self, config: TrainConfig, policy: Policy, data_digest: str = "", resume: bool = False) -> None:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        self._release = _lock(self, Path(config.output_dir))
-        saved = checkpoint.newest(Path(config.output_dir, CHECKPOINTS)) if resume else None
+        self.ranks = policy.ranks
+        self.keeps, self._release = self.ranks.first, lambda: None
+        self.ranks.by_first(lambda: self._claim(Path(config.output_dir)))
+        saved = checkpoint.newest(Path(config.output_dir, CHECKPOINTS), self.ranks) if resume else None
         self.frozen = frozen_digest(policy.model)
-        if saved:
-            _check(saved, config, policy, data_digest, self.frozen)
-        super().__init__(config, resume)
+        self.ranks.by_all(lambda: _check(saved, config, policy, data_digest, self.frozen) if saved else None)
+        if not self.keeps:
+            super().__init__(config, resume)
+        self.ranks.by_first(lambda: RunFolder.__init__(self, config, resume))
         self.config, self.policy, self.data_digest, self.saved = config, policy, data_digest, saved
         self.finished: list[str] = saved["finished"] if saved else []
         self.taken: int = saved["taken"] if saved else 0
         self.signal: int | None = None
         if resume:
-            (self.path / SUMMARY).unlink(missing_ok=True)
-            self.rewind(saved["metrics_bytes"] if saved else 0, saved["seconds"] if saved else 0.0)
+            self.ranks.by_first(lambda: (self.path / SUMMARY).unlink(missing_ok=True))
+            self.ranks.by_all(lambda: self.rewind(saved["metrics_bytes"] if saved else 0, saved["seconds"] if saved else 0.0))
+
+    def _claim(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self._release = _lock(self, path)
 
     def origin(self) -> str:
         """What a resumed run goes on from, and with which other settings than before."""
@@ -75,20 +82,20 @@ class ResumableRun(RunFolder):
         state = TrainingState.start(self.policy.model, objective, schedule)
         if self.saved:
             self._restore(state, phase)
-        for metrics in optimise(self.policy.model, collect, objective, schedule, state):
+        for metrics in optimise(self.policy.model, collect, objective, schedule, state, self.ranks):
             self.log(phase, metrics)
             yield metrics
             self.taken += 1
+            stop = self.ranks.largest(self.signal or 0)  # asked once a step, so that all ranks hear the same
             due = self.config.save_every and self.taken % self.config.save_every == 0
-            if due or self.signal is not None or state.step == schedule.max_steps:
+            if due or stop or state.step == schedule.max_steps:
                 self.save(phase, state)
-            if self.signal is not None:
-                raise Stopped(self.signal)
+            if stop:
+                raise Stopped(stop)
         self.finished.append(phase)
 
     def save(self, phase: str, state: TrainingState) -> None:
         """A checkpoint of everything; one that cannot be written is a warning, and those before it stay."""
-        checkpoint.sync(self.path / METRICS)
         content = {
             "config": asdict(self.config),
             "data": self.data_digest,
@@ -98,16 +105,25 @@ class ResumableRun(RunFolder):
             "taken": self.taken,
             "training": state.state_dict(),
             "policy": self.policy.state_dict(),
-            "random": checkpoint.random_states(),
-            "metrics_bytes": (self.path / METRICS).stat().st_size,
+            "random": self.ranks.gather(checkpoint.random_states()),
+            "metrics_bytes": self.ranks.by_first(self._metrics_bytes),
             "seconds": self.seconds,
         }
         try:
-            checkpoint.save(self.path / CHECKPOINTS, self.taken, content, self.config.keep_checkpoints)
+            checkpoint.save(self.path / CHECKPOINTS, self.taken, content, self.config.keep_checkpoints, self.ranks)
         except OSError as error:
             found = checkpoint.checkpoints(self.path / CHECKPOINTS)
             last = f"the newest is {found[-1].name}" if found else "there is none yet"
             warnings.warn(f"no checkpoint after step {self.taken}, {last}: {error}", stacklevel=2)
+
+    def _metrics_bytes(self) -> int:
+        checkpoint.sync(self.path / METRICS)
+        return (self.path / METRICS).stat().st_size
+
+    def save_weights(self) -> None:
+        """checkpoint/, as others load it: gathered from all ranks, written by the first."""
+        state = self.ranks.full_state(self.policy.model)
+        self.ranks.by_first(lambda: self.save_checkpoint(self.policy.model, self.policy.tokenizer, state))
 
     def _restore(self, state: TrainingState, phase: str) -> None:
         saved, self.saved = self.saved, None
@@ -116,7 +132,8 @@ class ResumableRun(RunFolder):
             raise ValueError(f"a run goes on with the phase it was in, {saved['phase']!r}, got {phase!r}")
         state.load_state_dict(saved["training"])
         self.policy.load_state_dict(saved["policy"])
-        checkpoint.set_random_states(saved["random"])
+        if self.ranks.rank < len(saved["random"]):  # a rank that the run did not have so far begins with what its seed gave it
+            checkpoint.set_random_states(saved["random"][self.ranks.rank])
 
     def __enter__(self) -> "ResumableRun":
         in_main = threading.current_thread() is threading.main_thread()  # the only one that Python lets set handlers
@@ -129,7 +146,10 @@ class ResumableRun(RunFolder):
         self._release()
 
     def _note(self, number: int, frame: object) -> None:
-        """The first signal is noted; Ctrl-C after it does not wait for the step."""
+        """The first signal is noted; Ctrl-C after it does not wait for the step, unless there are other ranks to leave alone with it."""
+        if self.ranks.world > 1:  # their launcher passes a signal on, so that it may come twice, and sees to it that they end
+            self.signal = self.signal or number
+            return
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
@@ -152,7 +172,7 @@ def _check(saved: dict[str, Any], config: TrainConfig, policy: Policy, data_dige
         raise ValueError(f"a run goes on with the model it began with, got another one: {error}") from error
 
 
-PLACES = ("output_dir", "overwrite", "progress")  # settings that change nothing in what is computed
+PLACES = ("output_dir", "overwrite", "progress", "rank_timeout")  # settings that change nothing in what is computed
 
 
 def _lock(run: ResumableRun, path: Path) -> Callable[[], object]:
