@@ -72,12 +72,15 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int, ranks: Ranks
     except BaseException as error:
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
-        # torch's writer hides a failed write behind an error of its own
-        refusal = error if isinstance(error, OSError) else error.__cause__ or error.__context__
-        if isinstance(refusal, OSError):
+        if refusal := _refusal(error):
             raise OSError(f"{target}: {refusal}") from error
         raise
     return target
+
+
+def _refusal(error: BaseException) -> OSError | None:
+    """What the system said: torch's writer hides a failed write behind an error of its own."""
+    return next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
 
 
 def newest(folder: Path, ranks: Ranks | None = None) -> dict[str, Any] | None:
@@ -139,12 +142,19 @@ def _write_shards(folder: Path, shards: dict[str, Any]) -> None:
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    class Writer(FileSystemWriter):
+        def write_data(self, plan: Any, planner: Any) -> Any:
+            try:
+                return super().write_data(plan, planner)
+            except RuntimeError as error:
+                raise _refusal(error) or error from None  # here, where its cause is known: it travels without
+
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            save(shards, storage_writer=FileSystemWriter(folder))
+            warnings.simplefilter("ignore")  # about collectives between CPUs, which are meant
+            save(shards, storage_writer=Writer(folder))
     except CheckpointException as error:
-        raise RuntimeError(f"{folder} could not be written") from next(iter(error.failures.values()))[0]
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def _read_shards(folder: Path, ranks: Ranks) -> dict[str, Any]:

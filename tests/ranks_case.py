@@ -1,9 +1,12 @@
 """What each rank runs for test_ranks.py: `torchrun ranks_case.py FOLDER` writes what came out; without a launcher it is one process."""
 
 import os
+import resource
 import shutil
 import signal
 import sys
+import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,8 +14,9 @@ from pathlib import Path
 import torch
 from kill_case import TINY, flags
 from torch import distributed
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from ppg_fast import backends
+from ppg_fast import backends, checkpoint
 from ppg_fast.cli import main
 from ppg_fast.data import CONTEXT, Sample
 from ppg_fast.jobs import OfflineJob, PersonaJob
@@ -123,14 +127,21 @@ def everything(parallel: str) -> dict[str, dict]:
     return {name: run(case, parallel) for name, case in CASES.items()}
 
 
-def train(*options: object, cut_at: int = 0, rank: int = 1) -> int:
-    """`ppg-fast train`; at step ``cut_at`` the given rank alone is told to end."""
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+LOSSES = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "silent": lambda: time.sleep(3600)}
+
+
+def train(*options: object, cut_at: int = 0, act: Callable[[], None] = terminate) -> int:
+    """`ppg-fast train`; at step ``cut_at`` rank 1 alone, or the only one, is told to end, or worse."""
     batches = {job: job.__dict__[name] for job, name in ((OfflineJob, "batch"), (PersonaJob, "rollouts"))}
 
     def cutting(collect: Callable) -> Callable:
         def collected(self: object, step: int) -> list[Sample]:
-            if step == cut_at and (not distributed.is_initialized() or distributed.get_rank() == rank % distributed.get_world_size()):
-                os.kill(os.getpid(), signal.SIGTERM)
+            if step == cut_at and distributed.get_rank() == 1 % distributed.get_world_size():
+                act()
             return collect(self, step)
 
         return collected
@@ -158,15 +169,57 @@ def jobs(folder: Path, parallel: str, first: bool) -> dict[str, int]:
     return codes
 
 
+def failures(folder: Path, ranks: Ranks) -> dict[str, object]:
+    """Rank 1 alone cannot write its part of a checkpoint; then one byte of its part of another is not what it wrote."""
+    tensors = {step: distribute_tensor(torch.full((4096,), float(step)), ranks.mesh, [Shard(0)]) for step in (1, 2, 3)}
+    states = {step: {"step": step, "spread": tensor} for step, tensor in tensors.items()}
+    checkpoint.save(folder, 1, states[1], 3, ranks)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if ranks.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
+    try:
+        checkpoint.save(folder, 2, states[2], 3, ranks)
+        refusal = ""
+    except OSError as error:
+        refusal = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    distributed.barrier()
+    kept = sorted(path.name for path in folder.iterdir())
+    distributed.barrier()
+    path = checkpoint.save(folder, 3, states[3], 3, ranks) / checkpoint.SHARDS / "__1_0.distcp"
+    if ranks.rank == 1:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    distributed.barrier()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = checkpoint.newest(folder, ranks)
+    assert found is not None
+    return {
+        "refusal": refusal,
+        "kept": kept,
+        "found": (found["step"], whole(found["spread"]), found["spread"].to_local().numel()),
+        "said": [str(w.message) for w in said],
+    }
+
+
 def on_ranks(folder: Path) -> None:
     torch.set_num_threads(1)
     backends.default("cpu")
     ranks = Ranks.join(device="cpu", timeout=60)
     results = {parallel: everything(parallel) for parallel in PARALLEL}
     codes = {parallel: jobs(folder, parallel, ranks.first) for parallel in PARALLEL}
-    torch.save({**results, "codes": codes}, folder / f"rank{ranks.rank}of{ranks.world}.pt")
+    failing = Ranks("fsdp2")
+    spread(make_model(V, width=16, layers=1), failing)
+    results |= {"codes": codes, "failures": failures(folder / "failures", failing)}
+    torch.save(results, folder / f"rank{ranks.rank}of{ranks.world}.pt")
     ranks.leave()
 
 
 if __name__ == "__main__":
+    if sys.argv[2:]:
+        options = (*JOBS["offline"], "--data", Path(sys.argv[1], "log.jsonl"), "--rank-timeout", 5, "--parallel", "fsdp2")
+        sys.exit(train(*options, "--output-dir", Path(sys.argv[1], sys.argv[2]), cut_at=4, act=LOSSES[sys.argv[2]]))
     on_ranks(Path(sys.argv[1]))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -15,17 +17,21 @@ pytest.importorskip("transformers")
 
 import ranks_case
 from kill_case import CLOCKS, write_dialogues
-from ranks_case import CASES, JOBS, PARALLEL, train
+from ranks_case import CASES, JOBS, LOSSES, PARALLEL, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from ppg_fast import checkpoint
 
 HERE = Path(__file__).parent
 
 
-def launch(world: int, *command: object, timeout: int = 150) -> subprocess.CompletedProcess:
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+
+
+def launch(world: int, *command: object, timeout: int = 300) -> subprocess.CompletedProcess:
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run([*starter, *map(str, command)], env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run([*starter, *map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +161,41 @@ class TestJobs:
         assert kept == (
             ["SHA256SUMS", "state.pt"] if parallel == "ddp" else [".metadata", "SHA256SUMS", "__0_0.distcp", "__1_0.distcp", "state.pt"]
         )
+
+
+def test_a_checkpoint_that_one_rank_cannot_write_or_read_is_none_for_all(both):
+    for rank in both:
+        found = rank["failures"]
+        assert re.search(r"step-00000002: .*File too large", found["refusal"])
+        assert found["kept"] == ["step-00000001"]
+        step, values, part = found["found"]
+        assert (step, values.tolist(), part) == (1, [1.0] * 4096, 2048)
+    said = r"damaged checkpoint .*step-00000003 \(the checksum of shards/__1_0.distcp differs\): going on from step-00000001"
+    assert [len(rank["failures"]["said"]) for rank in both] == [1, 0]
+    assert re.search(said, both[0]["failures"]["said"][0])
+
+
+@pytest.mark.parametrize("how", LOSSES)
+def test_a_rank_that_is_lost_is_an_error_on_the_others(how, tmp_path):
+    """Without torchrun, which would end them: rank 0 finds out by itself, says so, and the run can go on."""
+    write_dialogues(tmp_path / "log.jsonl")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, HERE / "ranks_case.py", tmp_path, how]
+    processes = [subprocess.Popen(command, env={**meeting, "RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    try:
+        said = processes[0].communicate(timeout=120)[1]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[0].returncode == 1, said
+    rule = "a rank died or did not answer within 5 seconds (rank_timeout); --resume goes on from the newest checkpoint: "
+    assert f"ppg-fast: {rule}" in said
+    assert "Traceback" not in said
+    assert json.loads((tmp_path / how / "summary.json").read_text())["status"] == "failed"
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / how / "checkpoints")] == ["step-00000002"]
+    with lone_rank():
+        assert train("--resume", tmp_path / how, "--parallel", "fsdp2") == 0
