@@ -146,6 +146,8 @@ def _info() -> int:
     else:
         versions = (f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "tokenizers", "safetensors"))
         print(f"  ready ({', '.join(versions)}): ppg-fast train")
+        print("  several GPUs: torchrun --nproc-per-node N -m ppg_fast.cli train")
+        print(f"  configs for accelerate launch: {Path(__file__).parent / 'launch'}")
     return 0
 
 
