@@ -5,8 +5,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import torch
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ARCHITECTURES = (
@@ -15,6 +17,20 @@ ARCHITECTURES = (
     "arch=compute_100,code=sm_100",
     "arch=compute_100,code=compute_100",
 )
+
+
+def architectures() -> list[str]:
+    """What nvcc compiles for, as torch chooses it: TORCH_CUDA_ARCH_LIST, else the GPUs that are there; else everything.
+
+    Hopper always with its own instructions, which carry the "a".
+    """
+    there = sorted({"{}.{}".format(*torch.cuda.get_device_capability(n)) for n in range(torch.cuda.device_count())})
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(there)
+    if not asked:
+        return list(ARCHITECTURES)
+    os.environ["TORCH_CUDA_ARCH_LIST"] = asked
+    chosen = (flag.removeprefix("-gencode=") for flag in cpp_extension._get_cuda_arch_flags())
+    return [arch.replace("compute_90,code=sm_90", "compute_90a,code=sm_90a") for arch in chosen]
 
 
 def cuda_runtime(nvcc: str) -> str:
@@ -39,7 +55,7 @@ class Build(BuildExtension):
                 "-lineinfo",
                 "-Xcompiler=-fPIC,-fvisibility=hidden",
                 "-t2",
-                *(f"-gencode={a}" for a in ARCHITECTURES),
+                *(f"-gencode={a}" for a in architectures()),
             ]
             objects = [folder / f"{source.stem}.o" for source in sources]
             running = [subprocess.Popen([nvcc, *flags, "-c", str(s), "-o", str(o)]) for s, o in zip(sources, objects, strict=True)]

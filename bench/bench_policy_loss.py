@@ -11,7 +11,15 @@ from .timing import Contestant
 
 make = make_problem
 VOCABULARIES = (32000, 128256, 151936, 262144)
-MAKERS = [providers.ours_from_logits, providers.eager, providers.compiled, peers.trl_selective, peers.liger_triton, peers.quack]
+MAKERS = [
+    providers.ours_from_logits,
+    providers.eager,
+    providers.compiled,
+    peers.trl_selective,
+    peers.liger_triton,
+    peers.flash_attention,
+    peers.quack,
+]
 
 
 def cases(grid: str, device: str) -> list[Case]:

@@ -63,6 +63,18 @@ def quack(case: Case) -> Provider:
     return Provider("quack cross-entropy", compute)
 
 
+def flash_attention(case: Case) -> Provider:
+    """flash-attention cross-entropy."""
+    _needs_cuda(case, "the Triton kernel")
+    module = _load("flash_attn.ops.triton.cross_entropy", "flash-attn")
+
+    def compute(p: Problem) -> Tensor:
+        """As verl calls it, the gradient in place."""
+        return ppo(-module.cross_entropy_loss(p.logits, p.labels, ignore_index=-100, inplace_backward=True)[0], p)
+
+    return Provider("flash-attention cross-entropy", compute, destroys=True)
+
+
 def trl_selective(case: Case) -> Provider:
     """TRL selective_log_softmax."""
     utils = _load("trl.trainer.utils", "trl")

@@ -136,7 +136,12 @@ def ours_logprobs(case: Case) -> list[Provider]:
     def using(backend: str) -> Callable[[Problem], Tensor]:
         return lambda p: token_logprobs(p.logits, p.labels, backend=backend)  # type: ignore[arg-type,return-value]
 
-    return [Provider(f"ppg_fast {name}", using(name), "ours") for name in our_backends(case)]
+    def with_entropy(backend: str) -> Callable[[Problem], Tensor]:
+        return lambda p: token_logprobs(p.logits, p.labels, entropy=True, backend=backend)[0]  # type: ignore[arg-type,return-value]
+
+    names = our_backends(case)
+    found = [Provider(f"ppg_fast {name}", using(name), "ours") for name in names]
+    return found + [Provider(f"ppg_fast {name}, with entropy", with_entropy(name), "ours") for name in names if case.device == "cuda"]
 
 
 def selected_logprobs(logits: Tensor, labels: Tensor) -> Tensor:

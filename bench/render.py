@@ -8,6 +8,7 @@ from typing import Any
 
 from .aims import aims_section
 from .chart import Bar, bars
+from .gpu.report import gpu_section, summary_section
 from .linear_tables import active_section, contributions_section
 from .tables import (
     NOT_MEASURED,
@@ -163,6 +164,8 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "training_step": _step_section,
     "hosts": _hosts_section,
     "learning_curve": _learning_section,
+    "gpu": gpu_section,
+    "gpu_summary": summary_section,
     **{op: _op_section(op) for op in ("policy_loss", "logprobs", "linear", "partial_returns")},
 }
 

@@ -1,0 +1,98 @@
+"""The grid on a GPU: what the bars ask for first, the rest while there is time. Cases, peers and clock are those of `ppg-fast bench`."""
+
+import statistics
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ppg_fast.ops import head
+
+from .. import harness
+from ..problem import Case
+from ..timing import Contestant, Pace, interleave, stats
+
+VOCABULARIES = (32000, 128256, 151936, 262144)
+ODD = 151669  # its rows are not aligned
+PACE = Pace(rounds=25, budget=0.6, least=5, slow=2.0)
+QUICK = Pace(rounds=2, budget=0.2)
+CHUNKS = (1024, 2048, 4096, 8192)
+
+
+def cases(device: str, tiny: bool) -> list[tuple[Case, bool, float]]:
+    """Case, whether those who compile take part, seconds it takes about: the bars first."""
+    if tiny:
+        shapes = (("policy_loss", 64, 512, 0), ("logprobs", 64, 512, 0), ("linear", 64, 512, 32))
+        return [(Case(op, N, V, D, dtype="bfloat16", device=device), False, 1.0) for op, N, V, D in shapes]
+    bf16: dict[str, Any] = {"dtype": "bfloat16", "device": device}
+    heads = Case("linear", 8192, 128256, 4096, **bf16)
+    found = [(Case("policy_loss", 8192, V, **bf16), True, 10.0) for V in VOCABULARIES]
+    found += [(Case("logprobs", 8192, V, **bf16), V == 128256, 4.0) for V in VOCABULARIES]
+    found += [(heads, True, 25.0), (replace(heads, active=0.25), False, 8.0)]
+    found += [(Case("policy_loss", 8192, ODD, **bf16), False, 4.0)]
+    found += [(replace(heads, V=V), False, 10.0) for V in (151936, 262144)]
+    found += [(replace(heads, active=share), False, 6.0) for share in (0.5, 0.1)] + [(replace(heads, zero=0.5), False, 8.0)]
+    found += [(Case("policy_loss", 8192, 128256, **bf16, active=share), False, 4.0) for share in (0.5, 0.25, 0.1)]
+    found += [(Case("policy_loss", 8192, V, dtype="float32", device=device), False, 4.0) for V in (32000, 128256)]
+    longer = ((131072, 32000), (32768, 128256), (16384, 262144))
+    return found + [(Case("policy_loss", N, V, **bf16), False, 6.0) for N, V in longer]
+
+
+def run(report: Any) -> None:
+    """Entries in pytest-benchmark's form, as `ppg-fast bench` writes them, case by case; then what the head's switches cost."""
+    known: dict[str, harness.Known] = {}  # by op
+    for case, compilers, needed in cases(report.device, report.tiny):
+        size = f"N={case.N} V={case.V} D={case.D} {case.dtype} active={case.active} zero={case.zero}"
+
+        def measure(case: Case = case, compilers: bool = compilers) -> None:
+            entries, missing = harness.measure(case, QUICK if report.tiny else PACE, compilers, known.setdefault(case.op, []))
+            if report.device == "cuda" and case.active == 1 and not case.zero and case.op != "logprobs":
+                _with_peaks(entries, case)
+            known[case.op].append((case, {e["param"]: e["stats"]["median"] for e in entries}))
+            named = {f"{case.op} {name}": reason for name, reason in missing.items()}
+            report.add(benchmarks=entries, missing=named)
+
+        report.case(f"{case.op} {size}", measure, needed)
+    report.case("switches of the head", lambda: _switches(report), 6.0)
+
+
+def _with_peaks(entries: list[dict[str, Any]], case: Case) -> None:
+    peaks, _ = harness.peaks(case, compilers=False)
+    rows = min(case.N, head.CHUNK_BYTES["cuda"] // (case.V * case.torch_dtype.itemsize))
+    for entry in entries:
+        if entry["param"] in peaks:
+            entry["extra_info"]["peak_extra_bytes"] = peaks[entry["param"]]
+        if entry["extra_info"]["kind"] == "ours" and case.D:
+            entry["extra_info"]["chunk_bytes"] = head.equal_chunks(case.N, rows) * case.V * case.torch_dtype.itemsize
+
+
+def _switches(report: Any) -> None:
+    """`linear_policy_loss` by rows of a chunk, with and without the second stream: what `ops.head` should do by default."""
+    from .. import bench_linear
+    from ..problem import make_problem
+    from ..providers import SPEC, linear_policy_loss
+
+    case = Case("linear", 64, 512, 32, device=report.device) if report.tiny else Case(
+        "linear", 8192, 128256, 4096, dtype="bfloat16", device=report.device
+    )  # fmt: skip
+    problem = make_problem(case, near=False)
+    hidden, weight = problem.leaves
+
+    def call(chunk: int, overlap: bool) -> Any:
+        head.OVERLAP = overlap
+        try:
+            out = linear_policy_loss(
+                hidden, weight, problem.labels, problem.advantages, old_logprobs=problem.old_logprobs, spec=SPEC, chunk_rows=chunk
+            )
+            return torch.autograd.grad(out.loss, (hidden, weight))
+        finally:
+            head.OVERLAP = False
+
+    ways = [(chunk, overlap) for chunk in ((16, 32) if report.tiny else CHUNKS) for overlap in (False, True)]
+    contestants = [Contestant(f"{chunk} rows{', second stream' * on}", "ours", lambda c=chunk, o=on: call(c, o)) for chunk, on in ways]
+    for contestant in contestants:
+        contestant.call()
+    seconds = interleave([*bench_linear.ceilings(problem, case), *contestants], QUICK if report.tiny else PACE, report.device)
+    bare = statistics.median(seconds.pop("three bare GEMMs"))
+    for (chunk, overlap), values in zip(ways, seconds.values(), strict=True):
+        report.add(chunk_rows=chunk, second_stream=overlap, stats=stats(values), share_of_bare_gemms=bare / statistics.median(values))
