@@ -27,7 +27,7 @@ CORE = FLOORS[:5]
 FLOOR = {f"ppg_fast.{room}": n for n, rooms in enumerate(FLOORS) for room in rooms}
 FILES = {p: "ppg_fast." + ".".join(p.relative_to(ROOT / "ppg_fast").with_suffix("").parts) for p in (ROOT / "ppg_fast").rglob("*.py")}
 FILES |= {p: f"ppg_fast.kernels.{p.stem}" for p in (ROOT / "kernels/triton").glob("*.py")}
-FILES |= {p: f"ppg_fast.bench.{p.stem}" for p in (ROOT / "bench").glob("*.py")}
+FILES |= {p: "ppg_fast." + ".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "bench").rglob("*.py")}
 
 
 def room(module: str) -> str | None:

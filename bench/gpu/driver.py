@@ -107,7 +107,8 @@ class Lines:
 
 def run_part(part: Part, limit: float, store: Store, log: Path, clock: Callable[[], float] = time.monotonic) -> dict[str, Any]:
     """Run one part within ``limit`` seconds; its record, which has been in the file since its first line."""
-    commands = [[word.format(seconds=max(1, int(0.9 * limit / len(part.commands)))) for word in c] for c in part.commands]
+    each = str(max(1, int(0.9 * limit / len(part.commands))))
+    commands = [[word.replace("{seconds}", each) for word in command] for command in part.commands]
     record: dict[str, Any] = {"status": "running", "limit_s": round(limit, 1), "command": [" ".join(c) for c in commands], "results": []}
     store.content["parts"][part.name] = record
     store.write()
