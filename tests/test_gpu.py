@@ -71,7 +71,8 @@ def textbook(logits, labels, advantages, behind, spec, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", LENGTHS)
 def test_every_plan_agrees_with_float64(gpu_backend, V, dtype):
-    for number, (spec, inplace, strided) in enumerate(product(SPECS if V < 70000 else SPECS[:2], (False, True), (False, True))):
+    for number, spec in enumerate(SPECS if V < 70000 else SPECS[:2], LENGTHS.index(V)):
+        inplace, strided = number % 2 == 0, number % 4 < 2
         logits, labels, advantages, behind = rows(V, dtype, seed=number, strided=strided, spec=spec)
         plain, truth = (textbook(logits, labels, advantages, behind, spec, d) for d in (torch.float32, torch.float64))
         x = logits.requires_grad_()
