@@ -43,18 +43,6 @@ def _emulate_cuda() -> None:
     backends.why_not.cache_clear()
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m gpu` chooses what runs on a GPU: tests marked so, and every test of a backend that is there because of the GPU."""
-    there = torch.cuda.is_available()
-    for item in items:
-        on_gpu = item.callspec.params.get("backend") in ("triton", "cuda") if hasattr(item, "callspec") else False
-        if there and on_gpu:
-            item.add_marker(pytest.mark.gpu)
-        if not there and item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
 @pytest.fixture(scope="session")
 def emulated_cuda() -> None:
     from emulator.build import why_not
@@ -93,3 +81,15 @@ def _strict():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m gpu` chooses what runs on a GPU: tests marked so, and every test of a backend that is there because of the GPU."""
+    there = torch.cuda.is_available()
+    for item in items:
+        on_gpu = item.callspec.params.get("backend") in ("triton", "cuda") if hasattr(item, "callspec") else False
+        if there and on_gpu:
+            item.add_marker(pytest.mark.gpu)
+        if not there and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

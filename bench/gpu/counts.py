@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,8 +34,11 @@ def syncs(call: Callable[[], Any]) -> int:
     return sum("synchronizing CUDA operation" in str(warning.message) for warning in said)
 
 
-def calls(device: str, tiny: bool, backend: str | None = None) -> dict[str, Callable[[], Any]]:
-    """The paths that are counted: a forward and a backward pass each, of a padded batch of four dialogues."""
+def calls(device: str, tiny: bool, backend: str | None = None) -> dict[str, Callable[..., Any]]:
+    """The paths that are counted, on a padded batch of four dialogues. Called with False they leave the backward pass out.
+
+    The gradient of the logits is there after the forward pass; the backward pass multiplies it by what comes from above.
+    """
     B, L, V, D, T = (2, 24, 97, 16, 3) if tiny else (4, 512, 32000, 256, 8)
     draw = torch.Generator(device).manual_seed(0)
     options: dict[str, Any] = {"generator": draw, "device": device}
@@ -48,10 +52,10 @@ def calls(device: str, tiny: bool, backend: str | None = None) -> dict[str, Call
     credit: dict[str, Any] = {"baseline": "leave_one_out", "group_ids": groups, "backend": backend, "spec": ppg.PolicyLossSpec("ppo")}
     class_ = ppg.Lookahead(2)
 
-    def backward(make: Callable[[], ppg.PolicyLossOutput], *leaves: torch.Tensor) -> Callable[[], Any]:
-        def call() -> Any:
+    def backward(make: Callable[[], ppg.PolicyLossOutput], *leaves: torch.Tensor) -> Callable[..., Any]:
+        def call(whole: bool = True) -> Any:
             out = make()
-            return out.loss.detach(), *torch.autograd.grad(out.loss, leaves)
+            return (out.loss.detach(), *torch.autograd.grad(out.loss, leaves)) if whole else out
 
         return call
 
@@ -61,7 +65,7 @@ def calls(device: str, tiny: bool, backend: str | None = None) -> dict[str, Call
             lambda: ppg.partial_policy_loss(logits, labels, rewards, turns, class_, **credit), logits
         ),
         "advantages and logits to loss and dlogits": backward(lambda: ppg.policy_loss(logits, labels, advantages, backend=backend), logits),
-        "log-probs and entropies of logits": lambda: ppg.token_logprobs(logits.detach(), labels, entropy=True, backend=backend),
+        "log-probs and entropies of logits": lambda whole=True: ppg.token_logprobs(logits.detach(), labels, entropy=True, backend=backend),
         "hidden states to loss and gradients": backward(
             lambda: ppg.linear_partial_policy_loss(*linear, rewards, turns, class_, **credit), hidden, weight
         ),
@@ -75,11 +79,12 @@ def run(report: Any) -> None:
     """A line for each path."""
     for name, call in calls(report.device, report.tiny).items():
 
-        def count(name: str = name, call: Callable[[], Any] = call) -> None:
+        def count(name: str = name, call: Callable[..., Any] = call) -> None:
             call()  # compiles, loads, allocates
             if report.device != "cuda":
                 report.add(path=name)
                 return
-            report.add(path=name, launches=launches(call), syncs=syncs(call))
+            forward = launches(partial(call, False))
+            report.add(path=name, launches=forward, launches_with_backward=launches(call), syncs=syncs(call))
 
         report.case(name, count)

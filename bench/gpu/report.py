@@ -66,8 +66,10 @@ def _bars(file: dict[str, Any]) -> str:
 
 
 def _counts(file: dict[str, Any]) -> str:
-    rows = [(line["path"], str(len(line["launches"])), str(line["syncs"])) for line in _lines(file, "counts") if "launches" in line]
-    return table(("forward and backward pass", "launches", "syncs"), rows) if rows else ""
+    names = ("launches", "launches_with_backward")
+    counted = [line for line in _lines(file, "counts") if "launches" in line]
+    rows = [(line["path"], *(str(len(line.get(name, ()))) for name in names), str(line["syncs"])) for line in counted]
+    return table(("", "launches forward", "with the backward pass", "syncs"), rows) if rows else ""
 
 
 def _dram(file: dict[str, Any]) -> str:
