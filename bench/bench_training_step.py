@@ -1,4 +1,7 @@
-"""A whole training step on long dialogues: forward, loss, backward, optimizer, with the loss swapped; and the share of time it takes."""
+"""A whole training step on long dialogues: forward, loss, backward, optimizer, with the loss swapped; and the share of time it takes.
+
+A case with a ``shape`` is the other comparison, of whole trainers: `whole_step`.
+"""
 
 import random
 import re
@@ -13,13 +16,15 @@ from torch import Tensor
 
 from ppg_fast.functional import partial_returns
 
-from . import peers, providers
+from . import peers, providers, whole_step
+from .longest import longest_facts
 from .problem import Case, Problem, act_near_by, make_truth
 from .providers import Provider, Providers, Unavailable, gather
 from .timing import Contestant
 
 TURNS, TOKENS_OF_A_TURN = 125, 24  # of the dialogue that stands in where no file is given
 CONTROL = 8  # token ids kept for roles
+WHOLE_TOKENS = 40_000  # of the dialogue that whole trainers are given
 WHOLE_TRUTH = 4e11  # multiply-adds in float64
 
 
@@ -35,11 +40,12 @@ class Step:
 
 
 def cases(grid: str, device: str) -> list[Case]:
-    """N tokens at most, from the front of the file that ``--dialogues`` names; a synthetic dialogue without it."""
+    """N tokens at most, from the front of the file that ``--dialogues`` names; a synthetic dialogue without it. Then whole trainers."""
     if grid == "quick":
-        return [Case("training_step", 256, 512, 32, device=device)]
+        return [Case("training_step", 256, 512, 32, device=device), whole_step.case("smallest", 512, device)]
     dtype = "bfloat16" if device == "cuda" else "float32"
-    return [Case("training_step", 16384, 32000, 256, device=device, dtype=dtype)]
+    swapped = Case("training_step", 16384, 32000, 256, device=device, dtype=dtype)
+    return [swapped, whole_step.case("bytes", WHOLE_TOKENS, device, dtype)]
 
 
 def settings(device: str, threads: Sequence[int]) -> list[tuple[int, str]]:
@@ -72,8 +78,10 @@ def _dialogues(case: Case) -> list[tuple[list[tuple[str, str]], list[float]]]:
     return [(lines, [float(draw.random() < 0.7) for _ in range(TURNS)])]
 
 
-def make(case: Case, seed: int = 0, near: bool = True) -> Step:
+def make(case: Case, seed: int = 0, near: bool = True) -> Any:
     """A two-layer Qwen3, not pretrained; advantages are returns over three turns; the learning rate is 0, so that every step is alike."""
+    if case.shape:
+        return whole_step.make(case)
     try:
         import transformers  # noqa: F401
     except ImportError as error:
@@ -132,11 +140,13 @@ def _ours(case: Case) -> list[Provider]:
 
 def participants(case: Case) -> Providers:
     """The trainer's own loss, the loss from whole logits, and TRL's head."""
+    if case.shape:
+        return whole_step.participants(case)
     found, missing = gather([_ours, providers.eager, peers.trl_head], case)
     return [_step_with(p, case) for p in found], missing
 
 
-def ceilings(problem: Step, case: Case) -> list[Contestant]:
+def ceilings(problem: Any, case: Case) -> list[Contestant]:
     """None: most of the step is not ours."""
     return []
 
@@ -146,8 +156,10 @@ def ceiling_of(provider: Provider) -> tuple[str, ...]:
     return ()
 
 
-def checker(problem: Step, case: Case) -> Callable[[Any], dict[str, float]]:
+def checker(problem: Any, case: Case) -> Callable[[Any], dict[str, float]]:
     """Errors of the loss and of the gradient that enters the model."""
+    if case.shape:
+        return whole_step.checker(problem, case)
     truth = make_truth(problem.head, budget=WHOLE_TRUTH)
 
     def check(result: tuple[Tensor, Tensor]) -> dict[str, float]:
@@ -157,8 +169,12 @@ def checker(problem: Step, case: Case) -> Callable[[Any], dict[str, float]]:
     return check
 
 
-def facts(problem: Step, provider: str, seconds: float) -> dict[str, float]:
-    """Tokens per second, and the share of the step that the head and the loss take."""
+def facts(problem: Any, provider: str, seconds: float) -> dict[str, Any]:
+    """Tokens per second, and the share of the step that the head and the loss take; of whole trainers, the longest dialogue that fits."""
+    if isinstance(problem, whole_step.WholeStep):
+        tokens = len(problem.sample.tokens)
+        speed = {"tokens": tokens, "active_tokens": problem.active_tokens, "tokens_per_second": tokens / seconds}
+        return {**speed, **longest_facts(problem.case, provider)}
     tokens, active = problem.batch.tokens.numel(), int(problem.head.mask.sum())
     share = problem.loss_share[provider]
     return {"tokens": tokens, "active_tokens": active, "tokens_per_second": tokens / seconds, "loss_share": share}

@@ -15,7 +15,7 @@ import torch
 from . import machine, render
 from .harness import OPS, PACES
 
-LIKE = ("op", "N", "V", "D", "dtype", "active", "zero", "variant", "device")  # what a peak of memory depends on
+LIKE = ("op", "N", "V", "D", "dtype", "active", "zero", "variant", "device", "shape")  # what a peak of memory depends on
 VERSION = "5.3.1"  # of pytest-benchmark, whose file format this is
 
 

@@ -173,7 +173,8 @@ def peaks(case: Case, compilers: bool = True) -> tuple[dict[str, int], dict[str,
         return {}, {}
     if case.device == "cpu" and case.N * case.V * case.D > LARGE:  # a peer would take minutes for a number that the smaller case has
         providers = [p for p in providers if p.kind == "ours"]
-    tiny = next((c for c in module.cases("quick", case.device)), case)
+    quick = module.cases("quick", case.device)
+    tiny = next((c for c in quick if bool(c.shape) == bool(case.shape)), case)
     for provider in (p for p in providers if compilers or not p.compiles):
 
         def build(provider: Provider = provider) -> tuple[Callable[[], Any], Callable[[], Any]]:

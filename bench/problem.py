@@ -32,6 +32,7 @@ class Case:
     device: str = "cpu"
     threads: int = 1
     allocator: str = "default"
+    shape: str = ""  # of a whole model, by name: `whole_step.SHAPES`
 
     def key(self) -> str:
         """The group of entries that may be compared with each other."""

@@ -10,6 +10,7 @@ from .aims import aims_section
 from .chart import Bar, bars
 from .gpu.report import gpu_section, summary_section
 from .linear_tables import active_section, contributions_section
+from .step_tables import whole_step_table
 from .tables import (
     NOT_MEASURED,
     Entry,
@@ -73,6 +74,9 @@ def _step_section(results: Results) -> str:
     text = ""
     for device, file in of(results, "training_step"):
         for entries in groups(file):
+            if entries[0]["params"].get("shape"):
+                text += whole_step_table(device, entries)
+                continue
             rows, ours = [], best_of_ours(entries)
             for entry in ordered(entries):
                 info = entry["extra_info"]

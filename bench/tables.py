@@ -82,6 +82,7 @@ def group_table(entries: list[Entry]) -> str:
 def title(params: dict[str, Any]) -> str:
     names = {"partial_returns": ("dialogues", "turns")}.get(params["op"], ("N", "V"))
     parts = [f"{names[0]} {params['N']:,}", f"{names[1]} {params['V']:,}"] + ([f"D {params['D']:,}"] if params["D"] else [])
+    parts += [f"{params['shape']} model"] if params.get("shape") else []
     parts += [params["variant"]] if params["variant"] else []
     parts += [params["dtype"]] if params["op"] != "partial_returns" else []
     parts += [f"{params['active']:.0%} of the rows active"] if params["active"] < 1 else []

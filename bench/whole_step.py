@@ -1,0 +1,306 @@
+"""A whole training step on one long dialogue: our trainer's beside TRL's GRPO, on one model, one optimizer and the same tokens."""
+
+import copy
+import functools
+import importlib.util
+import random
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .problem import Case, relative_error
+from .providers import Provider, Providers, Unavailable, gather
+
+CONTROL = 8  # token ids kept for roles and the end of a message; bytes come after them
+LINES, BYTES_OF_A_LINE = 300, 120  # of the dialogue that stands in where no file is given
+CHECKED_TOKENS = 2048  # of the shorter dialogue on which every step is checked against float64
+Line = tuple[str, str, float]  # role, text, reward of an assistant's line
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes. ``checkpointing``: activations are computed again in the backward pass, for everybody alike."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    tied: bool = True
+    checkpointing: bool = False
+
+
+SHAPES = {
+    "smallest": Shape(264, 32, 1, 2, 1, 16, 64),
+    "bytes": Shape(264, 128, 2, 4, 2, 32, 256),
+    "qwen3-0.6b": Shape(151936, 1024, 28, 16, 8, 128, 3072, True, True),
+    "qwen3-8b": Shape(151936, 4096, 36, 32, 8, 128, 12288, False, True),
+}
+
+
+@dataclass
+class WholeStep:
+    """A model, its optimizer and one dialogue; the steps that ran on it are kept between calls."""
+
+    case: Case
+    model: Any
+    optimizer: torch.optim.Optimizer
+    sample: Any
+    steps: dict[str, Callable[[], tuple[Tensor, Tensor]]]
+
+    @property
+    def active_tokens(self) -> int:
+        return sum(turn >= 0 for turn in self.sample.turn_ids)
+
+
+def case(shape: str, tokens: int, device: str = "cpu", dtype: str = "float32") -> Case:
+    """One dialogue of ``tokens`` tokens on a model of ``shape``."""
+    return Case("training_step", tokens, SHAPES[shape].vocab_size, SHAPES[shape].width, device=device, dtype=dtype, shape=shape)
+
+
+@functools.lru_cache(maxsize=1)
+def lines_of(path: str) -> list[Line]:
+    """The lines of every dialogue in a file, one dialogue after the other; a synthetic one of the same form without a file."""
+    if path:
+        from ppg_fast.dialogue import read_dialogues
+
+        lines: list[Line] = []
+        for dialogue in read_dialogues(path):
+            rewards = iter(dialogue.turn_rewards)
+            lines += [(m.role, m.content, (next(rewards) or 0.0) if m.role == "assistant" else 0.0) for m in dialogue.messages]
+        return lines
+    draw = random.Random(0)
+    words = ["".join(draw.choice("etaoinshrdlu") for _ in range(draw.randint(2, 9))) for _ in range(500)]
+    lines = []
+    for number in range(LINES):
+        text = " ".join(draw.choice(words) for _ in range(BYTES_OF_A_LINE // 6))
+        lines.append(("assistant", text, float(draw.random() < 0.7)) if number % 2 else ("user", text, 0.0))
+    return lines
+
+
+def byte_sample(lines: Sequence[Line], tokens: int) -> Any:
+    """One dialogue of ``tokens`` tokens, a token a byte: ``lines`` from the front, again from the front if they do not reach."""
+    from ppg_fast.data import CONTEXT, Sample
+
+    found: list[int] = []
+    turn_ids: list[int] = []
+    rewards: list[float] = []
+    number = 0
+    while len(found) < tokens:
+        role, text, reward = lines[number % len(lines)]
+        written = [*(CONTROL + byte for byte in text.encode()), CONTROL - 1]
+        speaks = role == "assistant"
+        found += [zlib.crc32(role.encode()) % (CONTROL - 1), *written]
+        turn_ids += [CONTEXT] + [len(rewards) if speaks else CONTEXT] * len(written)
+        rewards += [reward] if speaks else []
+        number += 1
+    kept = turn_ids[:tokens]
+    if max(kept) < 0:
+        raise Unavailable(f"no line of the assistant begins within the first {tokens:,} tokens of the dialogue")
+    return Sample(found[:tokens], kept, rewards[: max(kept) + 1] or [0.0], 0)
+
+
+@functools.lru_cache(maxsize=2)
+def _model(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Any, torch.optim.Optimizer]:
+    """Random weights; kept, so that a large one is made once. The learning rate is 0: every step is alike."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=2**20,
+        tie_word_embeddings=shape.tied,
+        pad_token_id=0,
+        eos_token_id=CONTROL - 1,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM._from_config(config, dtype=dtype).train()
+    return model, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+
+
+def make(case: Case) -> WholeStep:
+    """The dialogue of `byte_sample`, cut to the case's length, and the model of its shape. ``variant``: the file of dialogues, if any."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise Unavailable("needs transformers (pip install ppg_fast[train])") from error
+    model, optimizer = _model(SHAPES[case.shape], case.device, case.torch_dtype)
+    return WholeStep(case, model, optimizer, byte_sample(lines_of(case.variant), case.N), {})
+
+
+# ---- the two steps -------------------------------------------------------------------------------------------------------------------
+def _objective() -> Any:
+    """What both climb: returns over three turns, no baseline, PPO's surrogate on-policy, one mean over the assistant's tokens."""
+    from ppg_fast.objective import Objective
+    from ppg_fast.spec import Lookahead, PolicyLossSpec
+
+    return Objective(Lookahead(3), baseline="none", spec=PolicyLossSpec("ppo"), reduction="token_mean")
+
+
+def _checkpointing(problem: WholeStep) -> None:
+    if SHAPES[problem.case.shape].checkpointing:
+        problem.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def our_step(problem: WholeStep) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A step of `ppg_fast.trainer.optimise`, packing and credit included."""
+    from ppg_fast.model import prepare
+    from ppg_fast.objective import Schedule
+    from ppg_fast.trainer import TrainingState, optimise
+
+    schedule = Schedule(10**9, 0.0, max_tokens=problem.case.N, max_grad_norm=1e9)
+    state = TrainingState(problem.model, problem.optimizer)
+    steps = optimise(problem.model, lambda step: [problem.sample], _objective(), schedule, state)
+
+    def step() -> tuple[Tensor, Tensor]:
+        prepare(problem.model)
+        _checkpointing(problem)
+        return torch.tensor(next(steps)["loss"]), problem.model.get_input_embeddings().weight.grad
+
+    return step
+
+
+def trl_step(problem: WholeStep) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A step of TRL's GRPOTrainer: its chunked head, its loss on the same advantages, then backward, clipping and the optimizer."""
+    trainer = _grpo_trainer(problem)
+    inputs = _grpo_inputs(problem)
+    model = problem.model
+
+    def step() -> tuple[Tensor, Tensor]:
+        model.set_attn_implementation("sdpa")
+        _checkpointing(problem)
+        problem.optimizer.zero_grad(set_to_none=True)
+        loss = trainer.compute_loss(model, inputs)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+        problem.optimizer.step()
+        return loss.detach(), model.get_input_embeddings().weight.grad
+
+    return step
+
+
+def _grpo_trainer(problem: WholeStep) -> Any:
+    try:
+        from datasets import Dataset  # pyright: ignore[reportMissingImports]
+        from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise Unavailable(f"needs trl (pip install ppg_fast[trl]): {error}") from error
+    from ppg_fast.chat_format import make_byte_tokenizer
+
+    problem.model.set_attn_implementation("sdpa")
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"per_device_train_batch_size": 2, "num_generations": 2, "gradient_checkpointing": False, "loss_type": "bnpo"}
+        options |= {"use_cpu": problem.case.device == "cpu", "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+        data = Dataset.from_dict({"prompt": ["a", "b"]})
+        given = {"train_dataset": data, "processing_class": make_byte_tokenizer(["a"], 263)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, at TRL's own settings
+            arguments = GRPOConfig(output_dir=folder, **options)
+            trainer = GRPOTrainer(model=problem.model, reward_funcs=lambda **_: [0.0, 0.0], args=arguments, **given)
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def _grpo_inputs(problem: WholeStep) -> dict[str, Tensor]:
+    """What `_generate_and_score_completions` hands to the loss: prompt and completion, the assistant's tokens marked as a tool mask."""
+    from ppg_fast.data import pack
+    from ppg_fast.objective import credit
+
+    sample, device = problem.sample, problem.case.device
+    _, advantages = credit(pack([sample]), _objective())
+    tokens, turn_ids = (torch.tensor(values, device=device)[None] for values in (sample.tokens, sample.turn_ids))
+    first = int((turn_ids[0] >= 0).nonzero()[0])
+    mask = turn_ids[:, first:] >= 0
+    per_token = torch.where(mask, advantages.to(device)[0][turn_ids[:, first:].clamp(min=0)], 0.0)
+    completion = tokens[:, first:]
+    masks = {"prompt_mask": torch.ones_like(tokens[:, :first]), "completion_mask": torch.ones_like(completion), "tool_mask": mask.long()}
+    return {"prompt_ids": tokens[:, :first], "completion_ids": completion, **masks, "advantages": per_token}
+
+
+STEPS = {"ppg_fast": our_step, "TRL GRPO": trl_step}
+
+
+def participants(case: Case) -> Providers:
+    """Our trainer and TRL's."""
+
+    def provider(name: str) -> Provider:
+        def compute(problem: WholeStep) -> tuple[str, Tensor, Tensor]:
+            if name not in problem.steps:
+                problem.steps[name] = STEPS[name](problem)
+            with torch.enable_grad():
+                loss, gradient = problem.steps[name]()
+            return name, loss, gradient.clone()
+
+        return Provider(name, compute, "ours" if name == "ppg_fast" else "peer", forward_only=True)
+
+    def ours(case: Case) -> Provider:
+        """ppg_fast."""
+        return provider("ppg_fast")
+
+    def trl(case: Case) -> Provider:
+        """TRL GRPO."""
+        if importlib.util.find_spec("trl") is None:
+            raise Unavailable("not installed (pip install ppg_fast[trl])")
+        return provider("TRL GRPO")
+
+    return gather([ours, trl], case)
+
+
+# ---- is it right ---------------------------------------------------------------------------------------------------------------------
+def truth(problem: WholeStep) -> tuple[Tensor, Tensor]:
+    """Loss and the embedding's gradient in float64 from plain logits; only for short dialogues."""
+    from ppg_fast.data import pack
+    from ppg_fast.objective import credit
+
+    model = copy.deepcopy(problem.model).double()
+    model.__dict__.pop("forward", None)  # TRL's, which is bound to the model that was copied
+    model.set_attn_implementation("eager")
+    model.zero_grad(set_to_none=True)
+    batch = pack([problem.sample]).to(problem.case.device)
+    _, advantages = credit(pack([problem.sample]), _objective())
+    logits = model(batch.tokens[None], use_cache=False).logits[0]
+    active = batch.labels >= 0
+    logprobs = logits.log_softmax(-1)[active].gather(1, batch.labels[active, None])[:, 0]
+    weights = advantages.to(problem.case.device)[0][batch.turn_ids[active]].double()
+    ratio = (logprobs - logprobs.detach()).exp()
+    loss = -(ratio * weights).sum() / active.sum()
+    loss.backward()
+    return loss.detach(), model.get_input_embeddings().weight.grad
+
+
+def checker(problem: WholeStep, case: Case) -> Callable[[Any], dict[str, float]]:
+    """Each step on a short dialogue against float64; at full length the two against each other, the first one being the measure.
+
+    A model too large to be copied in float64 is stood in for by a small one in the same dtype, on the same device.
+    """
+    small = case.shape if not SHAPES[case.shape].checkpointing else "bytes"
+    short = make(replace(case, N=min(case.N, CHECKED_TOKENS), V=SHAPES[small].vocab_size, D=SHAPES[small].width, shape=small))
+    expected = truth(short)
+    first: list[tuple[Tensor, Tensor]] = []
+
+    def check(result: tuple[str, Tensor, Tensor]) -> dict[str, float]:
+        name, loss, gradient = result
+        own = STEPS[name](short)()
+        errors = {"loss": relative_error(own[0], expected[0]), "d_embedding": relative_error(own[1], expected[1])}
+        if first:
+            errors["agreement"] = relative_error(gradient, first[0][1].double())
+        else:
+            first.append((loss, gradient))
+        return errors
+
+    return check
