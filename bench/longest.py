@@ -86,9 +86,9 @@ def peak_of(case: Case, provider: str) -> Callable[[int], float]:
     """Tokens -> peak of one step of ``provider``, above what was there before it; on a CPU each in a fork of its own."""
     import torch
 
-    from . import memory, whole_step
+    from . import byte_dialogue, memory, whole_step
 
-    whole_step.lines_of(case.variant)  # once, for all forks
+    byte_dialogue.lines_of(case.variant)  # once, for all forks
     compute = next(p for p in whole_step.participants(case)[0] if p.name == provider)
 
     def measured(tokens: int) -> float:

@@ -3,24 +3,20 @@
 import copy
 import functools
 import importlib.util
-import random
 import tempfile
 import warnings
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .byte_dialogue import END, byte_sample, lines_of
 from .problem import Case, relative_error
 from .providers import Provider, Providers, Unavailable, gather
 
-CONTROL = 8  # token ids kept for roles and the end of a message; bytes come after them
-LINES, BYTES_OF_A_LINE = 300, 120  # of the dialogue that stands in where no file is given
 CHECKED_TOKENS = 2048  # of the shorter dialogue on which every step is checked against float64
-Line = tuple[str, str, float]  # role, text, reward of an assistant's line
 
 
 @dataclass(frozen=True)
@@ -66,48 +62,6 @@ def case(shape: str, tokens: int, device: str = "cpu", dtype: str = "float32") -
     return Case("training_step", tokens, SHAPES[shape].vocab_size, SHAPES[shape].width, device=device, dtype=dtype, shape=shape)
 
 
-@functools.lru_cache(maxsize=1)
-def lines_of(path: str) -> list[Line]:
-    """The lines of every dialogue in a file, one dialogue after the other; a synthetic one of the same form without a file."""
-    if path:
-        from ppg_fast.dialogue import read_dialogues
-
-        lines: list[Line] = []
-        for dialogue in read_dialogues(path):
-            rewards = iter(dialogue.turn_rewards)
-            lines += [(m.role, m.content, (next(rewards) or 0.0) if m.role == "assistant" else 0.0) for m in dialogue.messages]
-        return lines
-    draw = random.Random(0)
-    words = ["".join(draw.choice("etaoinshrdlu") for _ in range(draw.randint(2, 9))) for _ in range(500)]
-    lines = []
-    for number in range(LINES):
-        text = " ".join(draw.choice(words) for _ in range(BYTES_OF_A_LINE // 6))
-        lines.append(("assistant", text, float(draw.random() < 0.7)) if number % 2 else ("user", text, 0.0))
-    return lines
-
-
-def byte_sample(lines: Sequence[Line], tokens: int) -> Any:
-    """One dialogue of ``tokens`` tokens, a token a byte: ``lines`` from the front, again from the front if they do not reach."""
-    from ppg_fast.data import CONTEXT, Sample
-
-    found: list[int] = []
-    turn_ids: list[int] = []
-    rewards: list[float] = []
-    number = 0
-    while len(found) < tokens:
-        role, text, reward = lines[number % len(lines)]
-        written = [*(CONTROL + byte for byte in text.encode()), CONTROL - 1]
-        speaks = role == "assistant"
-        found += [zlib.crc32(role.encode()) % (CONTROL - 1), *written]
-        turn_ids += [CONTEXT] + [len(rewards) if speaks else CONTEXT] * len(written)
-        rewards += [reward] if speaks else []
-        number += 1
-    kept = turn_ids[:tokens]
-    if max(kept) < 0:
-        raise Unavailable(f"no line of the assistant begins within the first {tokens:,} tokens of the dialogue")
-    return Sample(found[:tokens], kept, rewards[: max(kept) + 1] or [0.0], 0)
-
-
 @functools.lru_cache(maxsize=2)
 def _model(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Any, torch.optim.Optimizer]:
     """Random weights; kept, so that a large one is made once. The learning rate is 0: every step is alike."""
@@ -124,7 +78,7 @@ def _model(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Any, torch.op
         max_position_embeddings=2**20,
         tie_word_embeddings=shape.tied,
         pad_token_id=0,
-        eos_token_id=CONTROL - 1,
+        eos_token_id=END,
         bos_token_id=None,
     )
     with torch.random.fork_rng(devices=[]), torch.device(device):

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from ppg_fast.bench import bench_training_step, harness, longest, render, step_tables, whole_step
+from ppg_fast.bench import bench_training_step, byte_dialogue, harness, longest, render, step_tables, whole_step
 
 QUICK = next(c for c in bench_training_step.cases("quick", "cpu") if c.shape)
 
@@ -26,23 +26,23 @@ def one_thread():
 # ---- the dialogue --------------------------------------------------------------------------------------------------------------------
 def test_a_dialogue_has_the_length_asked_for_a_token_a_byte():
     lines = [("user", "hé", 0.0), ("assistant", "ok", 1.0), ("user", "x", 0.0), ("assistant", "no", 0.5)]
-    sample = whole_step.byte_sample(lines, 21)
+    sample = byte_dialogue.byte_sample(lines, 21)
     assert len(sample.tokens) == len(sample.turn_ids) == 21
-    assert bytes(t - whole_step.CONTROL for t in sample.tokens[1:4]).decode() == "hé"
+    assert bytes(t - byte_dialogue.CONTROL for t in sample.tokens[1:4]).decode() == "hé"
     assert sample.turn_ids == [-1] * 6 + [0, 0, 0] + [-1] * 4 + [1, 1, 1] + [-1] * 5, "role tokens and users are context, ends are not"
     assert sample.rewards == [1.0, 0.5]
-    assert len(whole_step.byte_sample(lines, 1000).tokens) == 1000, "the lines begin again"
-    with pytest.raises(whole_step.Unavailable, match="within the first 3 tokens"):
-        whole_step.byte_sample(lines, 3)
+    assert len(byte_dialogue.byte_sample(lines, 1000).tokens) == 1000, "the lines begin again"
+    with pytest.raises(byte_dialogue.Unavailable, match="within the first 3 tokens"):
+        byte_dialogue.byte_sample(lines, 3)
 
 
 def test_lines_come_from_a_file_with_their_rewards(tmp_path):
     messages = [{"role": "user", "content": "who ?"}, {"role": "assistant", "content": "anna"}]
     record = {"id": "a", "group_id": "g", "messages": messages, "turn_rewards": [0.25]}
     (tmp_path / "log.jsonl").write_text("\n".join(json.dumps({**record, "id": name}) for name in "ab"))
-    assert whole_step.lines_of(str(tmp_path / "log.jsonl")) == [("user", "who ?", 0.0), ("assistant", "anna", 0.25)] * 2
-    synthetic = whole_step.lines_of("")
-    assert len(synthetic) == whole_step.LINES
+    assert byte_dialogue.lines_of(str(tmp_path / "log.jsonl")) == [("user", "who ?", 0.0), ("assistant", "anna", 0.25)] * 2
+    synthetic = byte_dialogue.lines_of("")
+    assert len(synthetic) == byte_dialogue.LINES
     assert {line[2] for line in synthetic if line[0] == "user"} == {0.0}
 
 

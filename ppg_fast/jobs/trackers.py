@@ -34,8 +34,10 @@ class Trackers:
         if not names:
             return
         require_trackers(names)
+        from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+        PartialState()  # its trackers ask it who is the main process
         (path / FOLDER).mkdir(parents=True, exist_ok=True)
         run_name = config.run_name or path.resolve().name
         options: dict[str, dict[str, Any]] = {

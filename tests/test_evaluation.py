@@ -1,0 +1,94 @@
+"""Evaluation on held-out dialogues: turns on their logged prefix against plain logits, rollouts by turn, a score of own answers."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from ppg_fast.config import make_config
+from ppg_fast.data import Sample
+from ppg_fast.evaluation import of_rollouts, on_logged_prefix
+from ppg_fast.jobs import OfflineJob, Progress, ResumableRun
+from ppg_fast.model import make_model
+from ppg_fast.objective import Objective
+from ppg_fast.spec import Greedy, Lookahead
+
+V = 23
+
+
+def some_samples():
+    generator = torch.Generator().manual_seed(0)
+    layout = [-1, -1, 0, 0, -1, 1, 1, 1, -1, 2, 2]
+    samples = []
+    for number, length in enumerate((11, 4, 8)):
+        turn_ids = layout[:length]
+        rewards = torch.rand(max(turn_ids) + 1, generator=generator).tolist()
+        samples.append(Sample(torch.randint(2, V, (length,), generator=generator).tolist(), turn_ids, rewards, number))
+    return samples
+
+
+@pytest.mark.parametrize("max_tokens", [1, 1000])
+def test_turns_on_their_logged_prefix(max_tokens):
+    """Against log-softmax of one dialogue at a time; micro-batches change nothing, nor does the model's mode stay changed."""
+    model, samples = make_model(V, width=16, layers=1), some_samples()
+    found = on_logged_prefix(model, samples, Objective(Lookahead(2), gamma=0.5), max_tokens)
+    assert model.training == make_model(V, width=16, layers=1).training
+    means, weighted, total, count = {}, {}, 0.0, 0
+    for sample in samples:
+        with torch.no_grad():
+            logp = model(torch.tensor([sample.tokens]), use_cache=False).logits[0].double().log_softmax(-1)
+        for turn in range(len(sample.rewards)):
+            own = [float(logp[i - 1, sample.tokens[i]]) for i, t in enumerate(sample.turn_ids) if t == turn]
+            window = sample.rewards[turn : turn + 2]
+            means.setdefault(turn, []).append(sum(own) / len(own))
+            weighted.setdefault(turn, []).append(sum(own) * sum(r * 0.5**k for k, r in enumerate(window)))
+            total, count = total + sum(own), count + len(own)
+    for turn in range(3):
+        assert found[f"eval/turns/logprob/{turn}"] == pytest.approx(sum(means[turn]) / len(means[turn]), abs=1e-5)
+        assert found[f"eval/turns/weighted_logprob/{turn}"] == pytest.approx(sum(weighted[turn]) / len(weighted[turn]), abs=1e-5)
+    assert found["eval/logprob"] == pytest.approx(total / count, abs=1e-5)
+    assert found["eval/weighted_logprob"] == pytest.approx(sum(map(sum, weighted.values())) / 3, abs=1e-5)
+
+
+def test_turns_that_were_not_read_do_not_count():
+    model, (sample, *_) = make_model(V, width=16, layers=1), some_samples()
+    cut = Sample(sample.tokens[:4], sample.turn_ids[:4], sample.rewards, 0)
+    found = on_logged_prefix(model, [cut], Objective(Greedy()), 100)
+    assert "eval/turns/logprob/0" in found
+    assert "eval/turns/logprob/1" not in found
+    assert on_logged_prefix(model, [], Objective(), 100) == {}
+
+
+def test_rollouts_by_turn():
+    found = of_rollouts(some_samples(), Objective(Greedy(), baseline="leave_one_out"))
+    rewards = [s.rewards for s in some_samples()]
+    assert found["eval/reward"] == pytest.approx(sum(map(sum, rewards)) / 3)
+    assert found["eval/turns/return/0"] == pytest.approx(sum(r[0] for r in rewards) / 3)
+    assert found["eval/turns/return/2"] == pytest.approx(rewards[0][2])
+    assert "eval/completions/mean_length" in found
+    assert not any("advantage" in name or "rows" in name for name in found)
+
+
+def test_an_offline_job_can_score_the_policys_own_answers(tmp_path):
+    """`score` is what a reward function plugs into: one reward a turn, metrics of rollouts, scored tables."""
+    messages = [{"role": "user", "content": "who ?"}, {"role": "assistant", "content": "anna"}] * 2
+    lines = [json.dumps({"id": str(i), "group_id": "g", "messages": messages, "turn_rewards": [1.0, 0.5]}) for i in range(10)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    flags = {"data": str(tmp_path / "log.jsonl"), "output_dir": str(tmp_path / "run"), "width": 16, "layers": 1, "max_new_tokens": 3}
+    config = make_config({**flags, "max_steps": 2, "eval_every": 1, "vocab_size": 280})
+    job = OfflineJob(config)
+    job.score = lambda rollout: [float(turn + 1) for turn in range(len(rollout.sample.rewards))]
+    with ResumableRun(config, job.policy, job.data_digest) as run:
+        progress = Progress(False, 1)
+        job.train(run, progress)
+        results = job.finish(run, progress)
+    assert results["eval/reward/end"] == 3.0
+    rows = run.of_phase("eval")
+    assert [row["eval/turns/return/1"] for row in rows] == [2.0] * len(rows)
+    assert all("eval/turns/logprob/1" in row for row in rows)
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert {row["reward"] for row in samples} == {1.0, 2.0}
+    assert {row["step"] for row in samples} == {0, 1, 2}
+    assert "`reward 2.00`" in (tmp_path / "run/samples_after.md").read_text()

@@ -1,0 +1,150 @@
+"""Weights for others: adapters merged to the same logits, checkpoints that the Auto classes load, uploads through a stub of the Hub."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ppg_fast import export
+from ppg_fast.chat_format import make_word_tokenizer
+from ppg_fast.cli import main
+from ppg_fast.config import make_config
+from ppg_fast.jobs import RunFolder
+from ppg_fast.model import make_model
+
+WORDS = ["red", "blue", "green"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """base/ is a model, adapter/ a LoRA of it whose weights are not zero, logits those of the two together on ``ids``."""
+    root = tmp_path_factory.mktemp("export")
+    tokenizer = make_word_tokenizer(WORDS)
+    model = make_model(len(tokenizer), width=32, layers=2)
+    export.save_model(model, tokenizer, root / "base")
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", base_model_name_or_path=str(root / "base"))
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(root / "base"), lora)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.1, generator=generator)
+    export.save_model(adapted, tokenizer, root / "adapter", adapter_only=True)
+    ids = torch.randint(len(tokenizer), (2, 9), generator=generator)
+    with torch.no_grad():
+        return root, adapted, tokenizer, ids, adapted(ids).logits
+
+
+def logits_of(folder, ids):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+
+
+def test_merged_weights_give_the_same_logits(folders, tmp_path, capsys):
+    root, _, _, ids, expected = folders
+    assert main(["merge", str(root / "adapter"), "-o", str(tmp_path / "whole")]) == 0
+    assert "merged:" in capsys.readouterr().out
+    torch.testing.assert_close(logits_of(tmp_path / "whole", ids), expected, rtol=1e-4, atol=1e-5)
+    assert (logits_of(root / "base", ids) - expected).abs().max() > 0.05, "the adapter changes something"
+    assert not (tmp_path / "whole" / export.ADAPTER_CONFIG).exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole").get_vocab()["red"] > 0
+    assert main(["merge", str(root / "adapter"), "-o", str(tmp_path / "again"), "--base", str(root / "base")]) == 0
+    torch.testing.assert_close(logits_of(tmp_path / "again", ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_with_adapters_leaves_the_whole_model_and_the_adapter(folders, tmp_path):
+    """And training can go on: neither weights nor adapters of the model that is saved change."""
+    _, adapted, tokenizer, ids, expected = folders
+    run = RunFolder(make_config({"output_dir": str(tmp_path / "run")}))
+    before = {name: value.clone() for name, value in adapted.state_dict().items()}
+    run.save_checkpoint(adapted, tokenizer)
+    assert all(torch.equal(before[name], value) for name, value in adapted.state_dict().items())
+    torch.testing.assert_close(logits_of(tmp_path / "run/checkpoint", ids), expected, rtol=1e-4, atol=1e-5)
+    assert export.find_adapter(tmp_path / "run") == tmp_path / "run/adapter"
+    assert main(["merge", str(tmp_path / "run"), "-o", str(tmp_path / "whole")]) == 0
+    torch.testing.assert_close(logits_of(tmp_path / "whole", ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_merged_is_said(folders, tmp_path, capsys):
+    root, _, tokenizer, *_ = folders
+    run = RunFolder(make_config({"output_dir": str(tmp_path / "run")}))
+    run.save_checkpoint(make_model(len(tokenizer), width=16, layers=1), tokenizer)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    cases = [
+        ([str(tmp_path / "run"), "-o", str(tmp_path / "x")], "is a whole model already"),
+        ([str(tmp_path / "nowhere"), "-o", str(tmp_path / "x")], "merge wants the folder of a run or of an adapter"),
+        ([str(root / "adapter"), "-o", str(tmp_path / "full")], "--output must be a new or empty folder"),
+        ([str(root / "adapter"), "-o", str(tmp_path / "x"), "--base", "nowhere"], "(--base FOLDER), got 'nowhere'"),
+        ([str(root / "adapter"), "-o", str(tmp_path / "x"), "--push-to-hub", "noslash"], "must be named user/name, got 'noslash'"),
+    ]
+    for arguments, message in cases:
+        assert main(["merge", *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+class StubHub:
+    """What of HfApi is used, without a network."""
+
+    calls: ClassVar[list] = []
+    error: ClassVar[Exception | None] = None
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        if StubHub.error:
+            raise StubHub.error
+        StubHub.calls.append(("create", repo_id, private, exist_ok))
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        StubHub.calls.append(("upload", repo_id, sorted(p.name for p in Path(folder_path).iterdir()), commit_message))
+        return type("Commit", (), {"commit_url": f"https://hub/{repo_id}/commit/1"})()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    import huggingface_hub
+
+    StubHub.calls, StubHub.error = [], None
+    real = huggingface_hub.HfApi
+    for name, used in (
+        ("create_repo", {"repo_id", "private", "exist_ok"}),
+        ("upload_folder", {"repo_id", "folder_path", "commit_message"}),
+    ):
+        assert used <= set(inspect.signature(getattr(real, name)).parameters), "the stub is what the Hub's client is"
+    monkeypatch.setattr(huggingface_hub, "HfApi", StubHub)
+    return StubHub
+
+
+def test_push_uploads_the_checkpoint_with_its_card(hub, tmp_path, capsys):
+    from test_cli import SHORT
+
+    flags = ["--imitation-steps", "0", "--max-steps", "1", "--push-to-hub", "me/talker", "--hub-private"]
+    assert main(["train", "--output-dir", str(tmp_path / "run"), *SHORT, *flags]) == 0
+    assert hub.calls[0] == ("create", "me/talker", True, True)
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.calls[1][2])
+    assert "pushed: https://hub/me/talker/commit/1" in capsys.readouterr().out
+    hub.calls.clear()
+    assert main(["push", str(tmp_path / "run"), "me/other"]) == 0
+    assert [call[:3] for call in hub.calls[:1]] == [("create", "me/other", False)]
+    assert hub.calls[1][3] == "checkpoint of ppg_fast"
+
+
+def test_a_refusal_of_the_hub_is_one_line(hub, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    hub.error = PermissionError("401 Client Error\nYou need a token")
+    assert main(["push", str(tmp_path), "me/talker"]) == 1
+    assert capsys.readouterr().err == f"ppg-fast: {tmp_path} could not be pushed to me/talker: 401 Client Error\n"
+    assert main(["push", str(tmp_path / "none"), "me/talker"]) == 1
+    assert "push wants a folder with a model" in capsys.readouterr().err
+    assert main(["push", str(tmp_path), "me/ta lker"]) == 1
+    assert "must be named user/name" in capsys.readouterr().err
+    assert main(["train", "--push-to-hub", "talker", "--output-dir", str(tmp_path / "run")]) == 1
+    assert not (tmp_path / "run").exists()
