@@ -8,10 +8,10 @@ from typing import Any
 ADAPTER_CONFIG = "adapter_config.json"  # peft's mark of an adapter folder
 
 
-def save_model(model: Any, tokenizer: Any, path: Path, adapter_only: bool = False, state_dict: Any = None) -> None:
+def save_model(model: Any, tokenizer: Any, path: Path, adapter_only: bool = False, state_dict: dict[str, Any] | None = None) -> None:
     """Model and tokenizer to ``path``, as the Auto classes of transformers read them; adapters of peft merged, or they alone.
 
-    The model itself is left as it is: merging works on a copy on the CPU.
+    The model itself is left as it is: merging works on a copy on the CPU. ``state_dict``: the weights of a model whose own are sharded.
     """
     if hasattr(model, "merge_and_unload") and not adapter_only:
         model = merged(model)

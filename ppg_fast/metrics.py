@@ -57,8 +57,8 @@ class TokenMeans:
             whole.tokens += part.tokens
             for name, value in part.totals.items():
                 whole.totals[name] = whole.totals.get(name, 0.0) + value
-        largest = [part.largest_difference for part in parts if part.largest_difference is not None]
-        whole.largest_difference = max(largest, default=None)
+            found = [d for d in (whole.largest_difference, part.largest_difference) if d is not None]
+            whole.largest_difference = max(found, default=None)
         return whole
 
     def means(self) -> dict[str, Any]:

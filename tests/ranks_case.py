@@ -80,7 +80,7 @@ class Case:
     tied: bool = True
     sync_each_batch: bool = False
     frozen: str = "-"  # weights with this in their name do not learn
-    mixed_precision: str = "no"
+    bf16: bool = False
 
 
 PPO = PolicyLossSpec(loss_type="ppo", clip_low=0.02, clip_high=0.03, kl_coef=0.1, entropy_coef=0.01)
@@ -102,12 +102,12 @@ CASES = {
     "gradients reduced each time": Case(sync_each_batch=True),
     "frozen head": Case(frozen="embed"),
     "frozen layer": Case(frozen="layers.0"),
-    "bf16": Case(mixed_precision="bf16"),
+    "bf16": Case(bf16=True),
 }
 
 
 def build(case: Case, parallel: str) -> tuple:
-    model, ranks = make_model(V, width=16, layers=2), Ranks(parallel, case.mixed_precision, case.sync_each_batch)
+    model, ranks = make_model(V, width=16, layers=2), Ranks(parallel, case.bf16, case.sync_each_batch)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(case.frozen not in name)
     if not case.tied:

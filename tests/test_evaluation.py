@@ -11,7 +11,7 @@ from ppg_fast.config import make_config
 from ppg_fast.data import Sample
 from ppg_fast.evaluation import of_rollouts, on_logged_prefix
 from ppg_fast.jobs import OfflineJob, Progress, ResumableRun
-from ppg_fast.model import make_model
+from ppg_fast.model import PolicyModule, make_model
 from ppg_fast.objective import Objective
 from ppg_fast.spec import Greedy, Lookahead
 
@@ -33,7 +33,7 @@ def some_samples():
 def test_turns_on_their_logged_prefix(max_tokens):
     """Against log-softmax of one dialogue at a time; micro-batches change nothing, nor does the model's mode stay changed."""
     model, samples = make_model(V, width=16, layers=1), some_samples()
-    found = on_logged_prefix(model, samples, Objective(Lookahead(2), gamma=0.5), max_tokens)
+    found = on_logged_prefix(PolicyModule(model), samples, Objective(Lookahead(2), gamma=0.5), max_tokens)
     assert model.training == make_model(V, width=16, layers=1).training
     means, weighted, total, count = {}, {}, 0.0, 0
     for sample in samples:
@@ -55,10 +55,10 @@ def test_turns_on_their_logged_prefix(max_tokens):
 def test_turns_that_were_not_read_do_not_count():
     model, (sample, *_) = make_model(V, width=16, layers=1), some_samples()
     cut = Sample(sample.tokens[:4], sample.turn_ids[:4], sample.rewards, 0)
-    found = on_logged_prefix(model, [cut], Objective(Greedy()), 100)
+    found = on_logged_prefix(PolicyModule(model), [cut], Objective(Greedy()), 100)
     assert "eval/turns/logprob/0" in found
     assert "eval/turns/logprob/1" not in found
-    assert on_logged_prefix(model, [], Objective(), 100) == {}
+    assert on_logged_prefix(PolicyModule(model), [], Objective(), 100) == {}
 
 
 def test_rollouts_by_turn():

@@ -128,6 +128,8 @@ def test_token_means_weigh_micro_batches_by_their_tokens():
     assert found["sampling/sampling_logp_difference/mean"] == pytest.approx((0.5 + 0.0 + 0.25) / 3)
     assert found["sampling/sampling_logp_difference/max"] == pytest.approx(0.5)
     assert "sampling/sampling_logp_difference/max" not in TokenMeans().means()
+    together = TokenMeans.total([means, means, TokenMeans()]).means()
+    assert together == pytest.approx({**found, "loss": 2.0}), "ranks: sums of losses, means over all tokens, the largest of all"
 
 
 def test_the_two_sides_of_the_clip_are_told_apart():

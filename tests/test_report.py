@@ -19,7 +19,6 @@ from test_cli import SHORT, failure, rows
 from ppg_fast.cli import main
 from ppg_fast.config import OFFLINE, SECTIONS, TrainConfig, add_flags, make_config
 from ppg_fast.data import Sample
-from ppg_fast.dialogue import Message
 from ppg_fast.jobs import cards, plots, samples, trackers
 from ppg_fast.objective import Objective
 from ppg_fast.rollout import Rollout
@@ -42,23 +41,27 @@ def run(tmp_path_factory):
 
 
 # ---- samples -------------------------------------------------------------------------------------------------------------------------
-def two_rollouts():
-    found = []
-    for reward in (1.0, 0.25):
-        sample = Sample([5, 6, 7, 8, 9], [-1, 0, 0, -1, 1], [reward, 0.5], 3)
-        messages = [Message("user", "who ?"), Message("assistant", "anna"), Message("user", "sure ?"), Message("assistant", "yes")]
-        found.append(Rollout(None, sample, messages, [False, True], True))
-    return found
+def two_samples():
+    return [Sample([5, 6, 7, 8, 9], [-1, 0, 0, -1, 1], [reward, 0.5], 3, cut_off=[False, True]) for reward in (1.0, 0.25)]
+
+
+def spell(tokens):
+    return " ".join(map(str, tokens))
 
 
 def test_a_table_has_a_line_for_every_answer():
-    table = samples.answer_rows("train", 7, two_rollouts(), Objective(Greedy()))
-    assert [(r["dialogue"], r["turn"], r["prompt"], r["answer"]) for r in table[:2]] == [(0, 0, "who ?", "anna"), (0, 1, "sure ?", "yes")]
+    table = samples.answer_rows("train", 7, two_samples(), spell, Objective(Greedy()))
+    assert [(r["dialogue"], r["turn"], r["prompt"], r["answer"]) for r in table[:2]] == [(0, 0, "5", "6 7"), (0, 1, "8", "9")]
     assert [r["advantage"] for r in table] == [0.75, 0.0, -0.75, 0.0], "leave-one-out over the group"
     assert [(r["reward"], r["return"], r["tokens"], r["cut_off"]) for r in table[:2]] == [(1.0, 1.0, 2, False), (0.5, 0.5, 1, True)]
-    unscored = samples.answer_rows("eval", 0, two_rollouts(), Objective(), scored=False)
+    unscored = samples.answer_rows("eval", 0, two_samples(), spell, Objective(), scored=False)
     assert {(r["reward"], r["return"], r["advantage"]) for r in unscored} == {(None, None, None)}
-    assert two_rollouts()[0].sample.cut_off == [False, True], "a sample knows which answers were cut off"
+    assert len(samples.answer_rows("train", 7, two_samples() * 9, spell, Objective())) == 2 * samples.SHOWN
+
+
+def test_a_sample_knows_which_answers_of_its_rollout_were_cut_off():
+    sample = two_samples()[0]
+    assert Rollout(None, sample, cut_off=[True, True]).sample.cut_off == [True, True]
 
 
 def test_rows_of_steps_that_are_taken_again_are_dropped(tmp_path):

@@ -79,7 +79,7 @@ class OfflineJob:
         if when or self.score:
             rollouts = self._answer([self.dialogues[i] for i in where])
             metrics |= of_rollouts([r.sample for r in rollouts], self.objective) if self.score else {}
-            run.log_samples("eval", step, rollouts, self.objective, scored=self.score is not None)
+            run.log_samples("eval", step, [r.sample for r in rollouts], self.policy.chat, self.objective, scored=self.score is not None)
             if when:
                 text = f"The policy in the places of {name} logged dialogues, step {step}."
                 note = text if self.score else f"{text} The partner does not hear it, so nothing is scored."
@@ -100,7 +100,9 @@ class OfflineJob:
     def finish(self, run: RunFolder, progress: Progress) -> dict[str, Any]:
         """The last evaluation and the curves; start and end for the summary."""
         self.evaluate(run, progress, run.steps, "after")
-        run.draw("logprob", "eval/logprob", f"Logged dialogues, {self.config.policy_class}", "mean log-prob of the answers, nats a token")
+        run.draw_curve(
+            "logprob", "eval/logprob", f"Logged dialogues, {self.config.policy_class}", "mean log-prob of the answers, nats a token"
+        )
         return run.start_and_end("eval/logprob", "eval/weighted_logprob", *(("eval/reward",) if self.score else ()))
 
 

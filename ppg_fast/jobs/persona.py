@@ -16,7 +16,6 @@ from ppg_fast.jobs.samples import SHOWN
 from ppg_fast.objective import Objective, warn_if_hardly_credited
 from ppg_fast.persona import PersonaInterview, words
 from ppg_fast.ranks import Ranks
-from ppg_fast.rollout import Rollout
 
 IMITATION: dict[str, Any] = {
     "warmup_steps": 10,
@@ -35,7 +34,7 @@ class PersonaJob:
     def __init__(self, config: TrainConfig, ranks: Ranks | None = None) -> None:
         self.config, self.policy = config, Policy(config, lambda: make_word_tokenizer(words()), ranks)
         self.objective = self.policy.objective()
-        self.last: list[Rollout] = []  # of the step under way
+        self.last: list[Sample] = []  # of the step under way
 
     def train(self, run: ResumableRun, progress: Progress) -> None:
         """Imitate, evaluate, then climb the windowed return."""
@@ -53,7 +52,7 @@ class PersonaJob:
             for metrics in run.climb("train", self.rollouts, self.objective, self.policy.schedule()):
                 phase.show(metrics, "reward")
                 if metrics["step"] % config.eval_every == 0:
-                    run.log_samples("train", metrics["step"], self.last, self.objective)
+                    run.log_samples("train", metrics["step"], self.last, self.policy.chat, self.objective)
                     if metrics["step"] < config.max_steps:
                         self.evaluate(run, progress, metrics["step"])
 
@@ -67,8 +66,7 @@ class PersonaJob:
         """Groups of rollouts of the policy as it is now."""
         policy = self.policy
         seeds = [policy.rng.getrandbits(48) for _ in range(self.config.num_prompts)]
-        self.last = policy.collect(PersonaInterview, seeds, self.config.num_generations)
-        samples = [rollout.sample for rollout in self.last]
+        self.last = samples = policy.collect(PersonaInterview, seeds, self.config.num_generations)
         if step == 1:
             warn_if_hardly_credited(samples, self.objective)
         return samples
@@ -86,7 +84,7 @@ class PersonaJob:
         agreement = {f"eval/agreement/{kind}": sum(v) / len(v) for kind, v in sorted(kinds.items())}
         earned = of_rollouts([r.sample for r in rollouts], self.objective)
         run.log("eval", {"step": step, **earned, "eval/reward": reward, "eval/reward_share": share, **agreement})
-        run.log_samples("eval", step, rollouts, self.objective)
+        run.log_samples("eval", step, [r.sample for r in rollouts], policy.chat, self.objective)
         progress.say(f"held-out personas after step {step}: return {reward:.2f}, {share:.0%} of a truthful assistant's")
         if when:
             note = f"Held-out personas, step {step}, temperature {self.config.temperature}. A reward may settle an earlier answer too."
@@ -95,7 +93,7 @@ class PersonaJob:
     def finish(self, run: RunFolder, progress: Progress) -> dict[str, Any]:
         """The last evaluation and the curves; start and end for the summary."""
         self.evaluate(run, progress, run.steps, "after")
-        run.draw("reward", "eval/reward", f"Persona interview, {self.config.policy_class}", "mean return per dialogue")
+        run.draw_curve("reward", "eval/reward", f"Persona interview, {self.config.policy_class}", "mean return per dialogue")
         return run.start_and_end("eval/reward", "eval/reward_share")
 
 

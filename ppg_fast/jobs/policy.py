@@ -13,6 +13,7 @@ from ppg_fast import backends
 from ppg_fast.adaptation import add_lora, checkpoint_activations, freeze
 from ppg_fast.chat_format import ChatFormat
 from ppg_fast.config import TrainConfig
+from ppg_fast.data import Sample
 from ppg_fast.environment import Environment
 from ppg_fast.metrics import peak_memory_mb
 from ppg_fast.model import check_vocabulary, load_model, make_model, spread
@@ -77,13 +78,13 @@ class Policy:
         with self.ranks.sampling(self.model):
             return collect_groups(self.model, self.chat, make_environment, seeds, group_size, **settings)
 
-    def collect(self, make_environment: Callable[[], Environment], seeds: Sequence[int], group_size: int) -> list[Rollout]:
+    def collect(self, make_environment: Callable[[], Environment], seeds: Sequence[int], group_size: int) -> list[Sample]:
         """The dialogues of ``group_size`` rollouts of each seed, shared out over the ranks and known to all afterwards.
 
         Under a launcher each dialogue is sampled with a generator of its own, so that any number of ranks, be it one, draws the same.
         """
         if not self.ranks.joined:
-            return self.roll_out(make_environment, seeds, group_size, self.generator)
+            return [rollout.sample for rollout in self.roll_out(make_environment, seeds, group_size, self.generator)]
         total, (rank, world) = len(seeds) * group_size, (self.ranks.rank, self.ranks.world)
         numbers = torch.randint(2**62, (total,), generator=self.generator, device=self.model.device).tolist()
         mine = range(total * rank // world, total * (rank + 1) // world)
@@ -91,7 +92,7 @@ class Policy:
         rollouts = self.roll_out(make_environment, [seeds[i // group_size] for i in mine], 1, generators)
         for i, rollout in zip(mine, rollouts, strict=True):
             rollout.sample.group_id = i // group_size
-        return [rollout for part in self.ranks.gather(rollouts) for rollout in part]
+        return [sample for part in self.ranks.gather([rollout.sample for rollout in rollouts]) for sample in part]
 
     def objective(self) -> Objective:
         """The partial policy gradient that the config describes."""

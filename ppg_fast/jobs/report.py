@@ -12,11 +12,13 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from ppg_fast.chat_format import ChatFormat
 from ppg_fast.config import TrainConfig, write_yaml
 from ppg_fast.data import Sample
 from ppg_fast.export import save_model
 from ppg_fast.jobs import cards, plots
 from ppg_fast.jobs.samples import SAMPLES, answer_rows, append_rows, keep_rows, page
+from ppg_fast.jobs.samples import SHOWN as SHOWN
 from ppg_fast.jobs.trackers import FOLDER as TRACKERS
 from ppg_fast.jobs.trackers import Trackers
 from ppg_fast.objective import Objective
@@ -24,6 +26,7 @@ from ppg_fast.rollout import Rollout
 
 METRICS, CONFIG, SUMMARY, CURVE, CHECKPOINT = "metrics.jsonl", "config.yaml", "summary.json", "learning_curve.png", "checkpoint"
 CHECKPOINTS, NOT_FINITE, TURNS, ADAPTER, README = "checkpoints", "not_finite.jsonl", "turns.png", "adapter", "README.md"
+STEPS = ("imitation", "train")  # phases that take steps
 OURS = (
     CHECKPOINTS,
     METRICS,
@@ -86,7 +89,7 @@ class RunFolder:
         """Append one line of metrics; ``phase`` is imitation, train or eval."""
         row = {"phase": phase, "seconds": round(self.seconds, 3), **metrics}
         self.metrics.append(row)
-        self.position += phase != "eval"
+        self.position += phase in STEPS
         self._write(row)
 
     @kept
@@ -98,7 +101,8 @@ class RunFolder:
     def _write(self, row: dict[str, Any]) -> None:
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps({k: _number(v) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
-        self.trackers.log(row["phase"], row, self.position)
+        under_way = row["phase"] not in (*STEPS, "eval")  # what is neither tells of the step under way
+        self.trackers.log(row["phase"], row, self.position + under_way)
 
     def rewind(self, size: int, seconds: float) -> None:
         """Back to the first ``size`` bytes of metrics.jsonl, written ``seconds`` after the start. ValueError where it has fewer."""
@@ -110,7 +114,7 @@ class RunFolder:
             if self.keeps:
                 os.truncate(path, size)
             self.metrics = [json.loads(line) for line in path.read_bytes()[:size].decode("utf-8").splitlines()]
-        self.position = sum(row["phase"] != "eval" for row in self.metrics)
+        self.position = sum(row["phase"] in STEPS for row in self.metrics)
         if self.keeps:
             keep_rows(self.path / SAMPLES, {row["phase"]: row["step"] for row in self.metrics})
         self.start = time.perf_counter() - seconds
@@ -141,9 +145,11 @@ class RunFolder:
         (self.path / f"samples_{when}.md").write_text(page(when, rollouts, note, scored), encoding="utf-8")
 
     @kept
-    def log_samples(self, phase: str, step: int, rollouts: Sequence[Rollout], objective: Objective, scored: bool = True) -> None:
-        """Answers of a few of ``rollouts`` to samples.jsonl and the trackers' tables, with reward, return and advantage of each turn."""
-        rows = answer_rows(phase, step, rollouts, objective, scored)
+    def log_samples(
+        self, phase: str, step: int, samples: Sequence[Sample], chat: ChatFormat, objective: Objective, scored: bool = True
+    ) -> None:
+        """Answers of a few dialogues to samples.jsonl and the trackers' tables, with reward, return and advantage of each turn."""
+        rows = answer_rows(phase, step, samples, chat.decode, objective, scored)
         append_rows(self.path / SAMPLES, rows)
         self.trackers.log_table(f"{phase}/samples", rows, self.position)
 
@@ -157,7 +163,7 @@ class RunFolder:
         for name, adapter in ((CHECKPOINT, False), *(((ADAPTER, True),) if hasattr(model, "merge_and_unload") else ())):
             new, old = self.path / f"{name}.new", self.path / name
             shutil.rmtree(new, ignore_errors=True)
-            save_model(model, tokenizer, new, adapter_only=adapter, state_dict=state_dict)
+            save_model(model, tokenizer, new, adapter, state_dict)
             shutil.rmtree(old, ignore_errors=True)
             new.rename(old)
 
@@ -179,7 +185,7 @@ class RunFolder:
         cards.write_model_card(self.path / CHECKPOINT, config, summary)
 
     @kept
-    def draw(self, key: str, eval_key: str, title: str, unit: str) -> None:
+    def draw_curve(self, key: str, eval_key: str, title: str, unit: str) -> None:
         """learning_curve.png: ``key`` of every training step, ``eval_key`` of every evaluation; turns.png: by turn index."""
         plots.draw_curve(self.path / CURVE, self.of_phase("train"), self.of_phase("eval"), key, eval_key, title, unit)
         plots.draw_turns(self.path / TURNS, self.of_phase("train"), self.of_phase("eval"))

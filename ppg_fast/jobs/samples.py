@@ -1,11 +1,12 @@
 """Dialogues for people to read: one page of Markdown, and a table with one line an answer."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ppg_fast.data import pack
+from ppg_fast.data import CONTEXT, Sample, pack
 from ppg_fast.objective import Objective, credit
 from ppg_fast.rollout import Rollout
 
@@ -13,27 +14,30 @@ SAMPLES = "samples.jsonl"
 SHOWN = 4  # dialogues of a page, and of a table's step
 
 
-def answer_rows(phase: str, step: int, rollouts: Sequence[Rollout], objective: Objective, scored: bool = True) -> list[dict[str, Any]]:
-    """One row an answer of the first `SHOWN` rollouts: what was said before it, the answer, what it earned and was credited for.
+def answer_rows(
+    phase: str, step: int, samples: Sequence[Sample], decode: Callable[[list[int]], str], objective: Objective, scored: bool = True
+) -> list[dict[str, Any]]:
+    """One row an answer of the first `SHOWN` dialogues: what was said before it, the answer, what it earned and was credited for.
 
-    Returns and advantages are those of all ``rollouts``, whose groups give the baseline. Without ``scored`` they are None.
+    Returns and advantages are those of all ``samples``, whose groups give the baseline. Without ``scored`` they are None.
     """
-    returns, advantages = credit(pack([r.sample for r in rollouts]), objective) if rollouts else (None, None)
+    returns, advantages = credit(pack(samples), objective) if scored else (None, None)
     rows = []
-    for number, rollout in enumerate(rollouts[:SHOWN]):
-        before, turn = "", 0
-        for message in rollout.messages:
-            if message.role == "assistant":
-                tokens = sum(t == turn for t in rollout.sample.turn_ids)
-                row = {"phase": phase, "step": step, "dialogue": number, "group_id": rollout.sample.group_id, "turn": turn}
-                row |= {"prompt": before, "answer": message.content, "tokens": tokens, "cut_off": rollout.cut_off[turn]}
-                row["reward"] = round(rollout.sample.rewards[turn], 6) if scored else None
-                for name, values in (("return", returns), ("advantage", advantages)):
-                    row[name] = round(float(values[number, turn]), 6) if scored and values is not None else None
-                rows.append(row)
-                turn += 1
-            else:
-                before = message.content
+    for number, sample in enumerate(samples[:SHOWN]):
+        said: list[int] = []
+        for turn, run in groupby(zip(sample.turn_ids, sample.tokens, strict=True), key=lambda pair: pair[0]):
+            tokens = [token for _, token in run]
+            if turn == CONTEXT:
+                said = tokens
+                continue
+            row: dict[str, Any] = {"phase": phase, "step": step, "dialogue": number, "group_id": sample.group_id, "turn": turn}
+            row |= {"prompt": decode(said), "answer": decode(tokens), "tokens": len(tokens)}
+            row["cut_off"] = sample.cut_off[turn] if sample.cut_off else None
+            row["reward"] = round(sample.rewards[turn], 6) if scored else None
+            for name, values in (("return", returns), ("advantage", advantages)):
+                row[name] = None if values is None else round(float(values[number, turn]), 6)
+            rows.append(row)
+            said = []
     return rows
 
 
