@@ -13,6 +13,8 @@ namespace ppg {
 enum class DType : int { F32 = 0, BF16 = 1, F16 = 2 };
 enum class LossType : int { REINFORCE = 0, PPO = 1, CISPO = 2, GSPO = 3, GSPO_TURN = 4 };
 enum class KLEstimator : int { K1 = 1, K2 = 2, K3 = 3 };
+enum class Baseline : int { NONE = 0, LEAVE_ONE_OUT = 1, GROUP_MEAN = 2, GROUP_STD = 3 };
+enum class Reduction : int { TOKEN_MEAN = 0, SEQUENCE_MEAN = 1, SEQUENCE_SUM = 2, SUM = 3, NONE = 4 };
 
 // A (B, L, V) tensor with unit stride along V, seen as B * L rows, so that a view such as logits[:, :-1] needs no copy.
 struct Rows {
@@ -65,9 +67,10 @@ struct PolicyLossArgs : Sweep {
 // Multiplies row n of dlogits by scale[n]; rows whose scale is 1 are not touched.
 struct RescaleRowsArgs {
   Rows dlogits;
-  const float* scale;  // (N,)
+  const float* scale;  // (N,), or (1,) for all rows
   int64_t N, V;
   DType dtype;
+  bool one_scale;
 };
 
 // returns[b, t] = sum of gamma^(k-t) rewards[b, k] over k = t .. end - 1; end = the smallest of t + lookahead, the end of t's segment
@@ -79,6 +82,83 @@ struct PartialReturnsArgs {
   float* returns;                           // (B, T) out
   int64_t B, T, lookahead, segment_length;  // segment_length 0: segments, if any, by ids
   double gamma;
+};
+
+// Integers as the caller holds them: int32 or int64, null where absent.
+struct Ints {
+  const void* data;
+  bool wide;
+  PPG_HD int64_t operator[](int64_t i) const { return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i]; }
+};
+
+// One value a token as the caller holds it: (B, L) of any strides, null where absent.
+struct Column {
+  const void* data;
+  int64_t batch_stride, row_stride;  // in elements
+  int bytes;                         // of an element
+  bool floating;
+  PPG_HD int64_t at(int64_t b, int64_t l) const { return b * batch_stride + l * row_stride; }
+  PPG_HD float number(int64_t b, int64_t l) const { return static_cast<const float*>(data)[at(b, l)]; }
+  PPG_HD int64_t integer(int64_t b, int64_t l) const { return Ints{data, bytes == 8}[at(b, l)]; }
+  PPG_HD bool nonzero(int64_t b, int64_t l) const {  // in any dtype; the sign of a floating zero is shifted out
+    const int64_t i = at(b, l);
+    switch (bytes) {
+      case 1: return static_cast<const uint8_t*>(data)[i] != 0;
+      case 2: return uint16_t(static_cast<const uint16_t*>(data)[i] << floating) != 0;
+      case 4: return static_cast<const uint32_t*>(data)[i] << floating != 0;
+      default: return static_cast<const uint64_t*>(data)[i] << floating != 0;
+    }
+  }
+};
+
+// Which tokens take part and which sequence each belongs to, from what the caller holds. Row n = b * length + l of N < 2^31.
+struct TokenArgs {
+  Column labels, loss_mask, turn_ids;  // int64; any dtype or null; int32, int64 or null. Negative labels and turn ids, mask 0: masked
+  int64_t N, length;
+  Ints cu_seqlens;    // (sequences + 1,), or null: sequences of N / sequences rows
+  int64_t sequences;  // S
+  PPG_HD bool active(int64_t b, int64_t l) const {
+    return labels.integer(b, l) >= 0 && (!loss_mask.data || loss_mask.nonzero(b, l)) && (!turn_ids.data || turn_ids.integer(b, l) >= 0);
+  }
+};
+
+// What the sweep of the fused loss needs to know of other rows, in one launch before it: the advantage of every turn, and how many active
+// tokens there are. Counts are of whole sequences under the sequence reductions, else of the batch as one; each in `slices` parts.
+struct CreditArgs {
+  TokenArgs tokens;
+  const float* rewards;         // (S, T), or null: no turns
+  const int64_t* segment_ids;   // (S, T) or null
+  const uint8_t* reward_mask;   // (T, T) or null: the window
+  Ints turn_counts, group_ids;  // (S,) or null
+  int64_t T, lookahead, segment_length;
+  double gamma, std_eps;
+  Baseline baseline;
+  float *returns, *advantages;  // (S, T) out, one and the same for Baseline::NONE
+  int32_t* counts;              // (counted, slices) out, or null
+  int64_t counted, slices;      // `counted` sequences: S, or 1 for the batch as one
+  uint32_t* ticket;             // out: 0, for the sweep
+};
+
+// The fused loss: rows are looked up in what the caller holds, weighted by the reduction, and their losses summed.
+struct FusedPolicyLossArgs {
+  TokenArgs tokens;
+  Rows logits, dlogits;  // dlogits: data null: no gradient wanted; may be the logits themselves
+  int64_t V;
+  DType dtype;
+  float temperature, logit_softcap;
+  Column advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures;  // float32 or null
+  const float* turn_advantages;                                                            // (S, T), in place of `advantages` where given
+  int64_t T;
+  TermArgs term;
+  Reduction reduction;
+  bool skip_zero_advantages;
+  float normalizer;            // the outer denominator, or 0: `normalizer_at`, else counted
+  const float* normalizer_at;  // or null
+  const int32_t* counts;       // as CreditArgs left them; null where they are not needed
+  int64_t counted, slices;
+  float *loss, *logprob, *entropy;  // (N,) out; loss already weighted; entropy may be null unless entropy_coef != 0
+  float* total;                     // out: sum of the losses in an order of their own, or null
+  uint32_t* ticket;                 // 0; who draws the last one sums
 };
 
 // Every launcher returns 0 or an error code of its platform.
@@ -98,6 +178,8 @@ int logprobs_bwd(const LogprobsBwdArgs&, void* stream);
 int policy_loss(const PolicyLossArgs&, void* stream);
 int rescale_rows(const RescaleRowsArgs&, void* stream);
 int partial_returns(const PartialReturnsArgs&, void* stream);
+int credit(const CreditArgs&, void* stream);
+int fused_policy_loss(const FusedPolicyLossArgs&, void* stream);
 const char* error_string(int);
 }  // namespace cuda
 

@@ -1,53 +1,20 @@
-// The only file that knows torch, by its stable headers alone: checks tensors, fills the argument structs, shares rows out among
-// torch's threads or launches on torch's current stream. Outputs are allocated by ppg_fast/native.py.
+// The only file that knows torch (with tensors.h), by its stable headers alone: checks tensors, fills the argument structs, shares rows
+// out among torch's threads or launches on torch's current stream. Outputs are allocated by ppg_fast/native.py.
 //   PPG_WITH_CUDA   the CUDA launchers are linked in
 //   PPG_EMULATED    test build: the CUDA launchers compiled by g++ under an emulator, registered for CPU tensors
 #include <Python.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <optional>
 #include <string>
 #include <type_traits>
 
-#include "args.h"
+#include "schemas.h"
+#include "tensors.h"
 
 namespace {
 using namespace ppg;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::F32;
-    case ScalarType::BFloat16: return DType::BF16;
-    case ScalarType::Half: return DType::F16;
-    default: STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16"); return DType::F32;
-  }
-}
-
-Rows rows_of(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 3, name, " must be (B, L, V), got ", t.dim(), " dimensions");
-  STD_TORCH_CHECK(t.size(2) == 1 || t.stride(2) == 1, name, " must have unit stride along V, got ", t.stride(2));
-  return {t.data_ptr(), t.size(1) ? t.size(1) : 1, t.stride(0), t.stride(1)};
-}
-
-template <class T> T* per_row(const Tensor& t, int64_t N, ScalarType type, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == type, name, " has the wrong dtype");
-  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == N, name, " must be contiguous of ", N, " elements, got ", t.numel());
-  return static_cast<T*>(t.data_ptr());
-}
-float* floats(const Tensor& t, int64_t N, const char* name) { return per_row<float>(t, N, ScalarType::Float, name); }
-float* floats(const Optional& t, int64_t N, const char* name) { return t ? floats(*t, N, name) : nullptr; }
-const int64_t* longs(const Optional& t, int64_t N, const char* name) {
-  return t ? per_row<int64_t>(*t, N, ScalarType::Long, name) : nullptr;
-}
 
 Sweep sweep_of(const Tensor& logits, const Tensor& labels, const Optional& temperatures, double temperature, double logit_softcap) {
   Sweep s;
@@ -60,12 +27,6 @@ Sweep sweep_of(const Tensor& logits, const Tensor& labels, const Optional& tempe
   s.temperature = float(temperature);
   s.logit_softcap = float(logit_softcap);
   return s;
-}
-
-Rows gradient_rows(const Optional& dlogits, const Tensor& logits) {
-  if (!dlogits) return {nullptr, 1, 0, 0};
-  STD_TORCH_CHECK(dlogits->numel() == logits.numel() && dlogits->scalar_type() == logits.scalar_type(), "dlogits must be like logits");
-  return rows_of(*dlogits, "dlogits");
 }
 
 #ifdef PPG_EMULATED
@@ -112,6 +73,12 @@ void run(std::type_identity_t<void (*)(const Args&, int64_t, int64_t)> on_cpu, s
   }
 }
 
+TermArgs term_of(int64_t loss_type, int64_t kl_estimator, double clip_low, double clip_high, double dual_clip, double kl_coef,
+                 double entropy_coef, double importance_cap) {
+  return {LossType(loss_type), KLEstimator(kl_estimator), float(clip_low),      float(clip_high), float(dual_clip),
+          float(kl_coef),      float(entropy_coef),       float(importance_cap)};
+}
+
 void logprobs_fwd(const Tensor& logits, const Tensor& labels, const Optional& temperatures, double temperature, double logit_softcap,
                   const Tensor& logprob, const Optional& entropy, const Tensor& lse) {
   LogprobsFwdArgs a{sweep_of(logits, labels, temperatures, temperature, logit_softcap)};
@@ -145,8 +112,7 @@ void policy_loss(const Tensor& logits, const Tensor& labels, const Tensor& advan
   a.old_logprobs = floats(old_logprobs, a.N, "old_logprobs");
   a.ref_logprobs = floats(ref_logprobs, a.N, "ref_logprobs");
   a.rollout_logprobs = floats(rollout_logprobs, a.N, "rollout_logprobs");
-  a.term = {LossType(loss_type), KLEstimator(kl_estimator), float(clip_low),      float(clip_high), float(dual_clip),
-            float(kl_coef),      float(entropy_coef),       float(importance_cap)};
+  a.term = term_of(loss_type, kl_estimator, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap);
   a.loss = floats(loss, a.N, "loss");
   a.logprob = floats(logprob, a.N, "logprob");
   a.entropy = floats(entropy, a.N, "entropy");
@@ -159,8 +125,9 @@ void rescale_rows(const Tensor& dlogits, const Tensor& scale) {
   RescaleRowsArgs a{rows_of(dlogits, "dlogits")};
   a.N = dlogits.size(0) * dlogits.size(1);
   a.V = dlogits.size(2);
-  a.scale = floats(scale, a.N, "scale");
+  a.scale = floats(scale, scale.numel() == 1 ? 1 : a.N, "scale");
   a.dtype = dtype_of(dlogits);
+  a.one_scale = scale.numel() == 1;
   run(PPG_ON_CPU(rescale_rows), PPG_ON_CUDA(rescale_rows), a, a.N, dlogits);
 }
 
@@ -178,6 +145,87 @@ void partial_returns(const Tensor& rewards, const Optional& segment_ids, const O
   a.segment_length = segment_length;
   a.gamma = gamma;
   run(PPG_ON_CPU(partial_returns), PPG_ON_CUDA(partial_returns), a, a.B, rewards);
+}
+
+// `work`: counts (counted, slices) and behind them the ticket. `turns`: returns and advantages (1 or 2, S, T). `total` without: loss per
+// row.
+void fused_policy_loss(const Tensor& logits, const Tensor& labels, const Optional& loss_mask, const Optional& turn_ids,
+                       const Optional& advantages, const Optional& old_logprobs, const Optional& ref_logprobs,
+                       const Optional& rollout_logprobs, const Optional& temperatures, const Optional& rewards, const Optional& turn_counts,
+                       const Optional& segment_ids, const Optional& reward_mask, const Optional& group_ids, int64_t lookahead,
+                       int64_t segment_length, double gamma, int64_t baseline, double std_eps, int64_t reduction, double normalizer,
+                       const Optional& normalizer_at, int64_t sequences, const Optional& cu_seqlens, int64_t counted, int64_t slices,
+                       bool skip_zero_advantages, int64_t loss_type, int64_t kl_estimator, double clip_low, double clip_high,
+                       double dual_clip, double kl_coef, double entropy_coef, double importance_cap, double temperature,
+                       double logit_softcap, const Optional& turns, const Tensor& work, const Tensor& loss, const Optional& total,
+                       const Tensor& logprob, const Optional& entropy, const Optional& dlogits) {
+  CreditArgs c{};
+  TokenArgs& t = c.tokens;
+  const Rows rows = rows_of(logits, "logits");
+  t.labels = column(labels, logits, ScalarType::Long, "labels");
+  t.loss_mask = column(loss_mask, logits, {}, "loss_mask");
+  t.turn_ids = column(turn_ids, logits, {}, "turn_ids");
+  STD_TORCH_CHECK(!turn_ids || ((t.turn_ids.bytes == 4 || t.turn_ids.bytes == 8) && !t.turn_ids.floating),
+                  "turn_ids must be int32 or int64");
+  t.N = logits.size(0) * logits.size(1);
+  t.length = rows.length;
+  t.sequences = sequences;
+  t.cu_seqlens = ints(cu_seqlens, sequences + 1, "cu_seqlens");
+  STD_TORCH_CHECK(t.N == 0 || (sequences >= 1 && (cu_seqlens || t.N % sequences == 0)), "rows do not make ", sequences, " sequences");
+  STD_TORCH_CHECK(work.scalar_type() == ScalarType::Int && work.is_contiguous() && work.numel() == counted * slices + 1, "work is amiss");
+  c.ticket = static_cast<uint32_t*>(work.data_ptr()) + counted * slices;
+  c.counts = counted ? static_cast<int32_t*>(work.data_ptr()) : nullptr;
+  c.counted = counted;
+  c.slices = slices;
+  if (rewards) {
+    STD_TORCH_CHECK(turn_ids && turns && rewards->dim() == 2 && rewards->size(0) == sequences, "rewards (S, T) go with turn_ids and turns");
+    c.T = rewards->size(1);
+    c.baseline = Baseline(baseline);
+    const int64_t size = sequences * c.T;
+    c.rewards = floats(rewards, size, "rewards");
+    c.segment_ids = longs(segment_ids, size, "segment_ids");
+    c.reward_mask = reward_mask ? per_row<uint8_t>(*reward_mask, c.T * c.T, ScalarType::Bool, "reward_mask") : nullptr;
+    c.turn_counts = ints(turn_counts, sequences, "turn_counts");
+    c.group_ids = ints(group_ids, sequences, "group_ids");
+    c.returns = floats(turns, size * (c.baseline == Baseline::NONE ? 1 : 2), "turns");
+    c.advantages = c.baseline == Baseline::NONE ? c.returns : c.returns + size;
+    c.lookahead = lookahead;
+    c.segment_length = segment_length;
+    c.gamma = gamma;
+    c.std_eps = std_eps;
+  }
+  FusedPolicyLossArgs a{};
+  a.tokens = t;
+  a.logits = rows;
+  a.dlogits = gradient_rows(dlogits, logits);
+  a.V = logits.size(2);
+  a.dtype = dtype_of(logits);
+  a.temperature = float(temperature);
+  a.logit_softcap = float(logit_softcap);
+  a.advantages = column(advantages, logits, ScalarType::Float, "advantages");
+  a.old_logprobs = column(old_logprobs, logits, ScalarType::Float, "old_logprobs");
+  a.ref_logprobs = column(ref_logprobs, logits, ScalarType::Float, "ref_logprobs");
+  a.rollout_logprobs = column(rollout_logprobs, logits, ScalarType::Float, "rollout_logprobs");
+  a.temperatures = column(temperatures, logits, ScalarType::Float, "temperatures");
+  a.turn_advantages = rewards ? c.advantages : nullptr;
+  a.T = c.T;
+  a.term = term_of(loss_type, kl_estimator, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap);
+  a.reduction = Reduction(reduction);
+  a.skip_zero_advantages = skip_zero_advantages;
+  a.normalizer = float(normalizer);
+  a.normalizer_at = floats(normalizer_at, 1, "normalizer");
+  a.counts = c.counts;
+  a.counted = counted;
+  a.slices = slices;
+  a.loss = floats(loss, t.N, "loss");
+  a.logprob = floats(logprob, t.N, "logprob");
+  a.entropy = floats(entropy, t.N, "entropy");
+  STD_TORCH_CHECK(a.entropy || a.term.entropy_coef == 0.f, "an entropy term needs the entropy output");
+  a.total = floats(total, 1, "total");
+  a.ticket = c.ticket;
+  if (!a.total) c.ticket = nullptr;
+  run(nullptr, PPG_ON_CUDA(credit), c, t.N, logits);
+  run(nullptr, PPG_ON_CUDA(fused_policy_loss), a, t.N, logits);
 }
 
 void want_huge_pages(const Tensor& memory) {
@@ -207,22 +255,6 @@ bool use_isa(std::string name) {
 #endif
 }
 
-constexpr const char* kSchemas[] = {
-    "logprobs_fwd(Tensor logits, Tensor labels, Tensor? temperatures, float temperature, float logit_softcap, Tensor(a!) logprob, "
-    "Tensor(b!)? entropy, Tensor(c!) lse) -> ()",
-    "logprobs_bwd(Tensor logits, Tensor labels, Tensor lse, Tensor? entropy, Tensor d_logprob, Tensor? d_entropy, Tensor? temperatures, "
-    "float temperature, float logit_softcap, Tensor(a!) dlogits) -> ()",
-    "policy_loss(Tensor logits, Tensor labels, Tensor advantages, Tensor? weights, Tensor? old_logprobs, Tensor? ref_logprobs, "
-    "Tensor? rollout_logprobs, Tensor? temperatures, int loss_type, int kl_estimator, float clip_low, float clip_high, float dual_clip, "
-    "float kl_coef, float entropy_coef, float importance_cap, float temperature, float logit_softcap, Tensor(a!) loss, "
-    "Tensor(b!) logprob, Tensor(c!)? entropy, Tensor(d!)? dlogits) -> ()",
-    "rescale_rows(Tensor(a!) dlogits, Tensor scale) -> ()",
-    "partial_returns(Tensor rewards, Tensor? segment_ids, Tensor? turn_counts, int lookahead, int segment_length, float gamma, "
-    "Tensor(a!) returns) -> ()",
-    "want_huge_pages(Tensor(a!) memory) -> ()",
-    "build() -> str",
-    "use_isa(str name) -> bool",
-};
 }  // namespace
 
 #ifdef PPG_EMULATED
@@ -244,9 +276,15 @@ PPG_EXPAND(STABLE_TORCH_LIBRARY, PPG_LIBRARY, m) {
 }
 PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CPU, m) {
   PPG_IMPLEMENT(m);
+#ifdef PPG_EMULATED
+  m.impl("fused_policy_loss", TORCH_BOX(&fused_policy_loss));
+#endif
   m.impl("want_huge_pages", TORCH_BOX(&want_huge_pages));
 }
-PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CUDA, m) { PPG_IMPLEMENT(m); }
+PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CUDA, m) {
+  PPG_IMPLEMENT(m);
+  m.impl("fused_policy_loss", TORCH_BOX(&fused_policy_loss));
+}
 PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("build", TORCH_BOX(&build));
   m.impl("use_isa", TORCH_BOX(&use_isa));

@@ -21,7 +21,22 @@ such a row is not read). ``temperatures`` (N,) overrides ``temperature`` where i
         needed. The spec is of a token-level loss with a number as temperature.
 
     rescale_rows(dlogits, scale) -> None
-        Multiplies row n of dlogits by scale[n] in place; rows whose scale is 1 are not touched.
+        Multiplies row n of dlogits by scale[n], or all by the one of scale (1,), in place; rows whose scale is 1 are not touched.
+
+A backend that FUSES, one for a device where launches and passes over small arrays are dear, has one more:
+
+    fused_policy_loss(logits, columns: Columns, turns: Turns | None, reduction: Reduction, spec, skip_zero_advantages: bool,
+                      entropy: bool, dlogits) -> loss, logprob, entropy
+        From what the caller holds to the reduced loss and dlogits: at most two launches, no other work on the device, no host sync.
+        Row n = b L + l is active where its label is not negative, its mask not 0 and, under ``turns``, its turn id not negative; s is the
+        run of cu_seqlens that it lies in, or n // (N // sequences). Its advantage A is that of the column, or of its turn: the return
+        of turn t of dialogue s minus the baseline of that turn over its group, in float64 from float32 returns, dialogues in their order,
+        so that equal returns give exact zeros; 0 at and beyond the turns of the dialogue. Its weight is 1 / (outer inner): outer is the
+        normalizer where given, else max(active rows, 1) for token_mean, max(sequences with an active row, 1) for sequence_mean and
+        sequence_sum, else 1; inner is max(active rows of s, 1) for sequence_mean, else 1. SKIP: a row that is not active, or under
+        skip_zero_advantages one with A = 0 whose spec does not need every row; it was counted nevertheless. The rest as in policy_loss.
+        Log-probs and entropies (B, L) have the bits of logprobs_fwd. The loss is 0-d, summed in an order that does not depend on the
+        schedule; (B, L), not summed, for "none".
 
 "reference", plain PyTorch, stands in where no backend can run: the ops then call its functions in their place.
 """
@@ -34,6 +49,7 @@ import torch
 
 NAMES = ("cpu", "triton", "cuda")
 CONTRACT = ("partial_returns", "logprobs_fwd", "logprobs_bwd", "policy_loss", "rescale_rows")
+FUSES = ("triton", "cuda")
 MODULES = {"cpu": "ppg_fast.native", "cuda": "ppg_fast.native", "triton": "ppg_fast.kernels", "reference": "ppg_fast.reference"}
 
 
@@ -59,6 +75,12 @@ def why_not(name: str) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # torch.compile need not look inside
+def fuses(name: str) -> bool:
+    """Whether backend ``name`` takes a whole policy loss at once; else it is composed of small operations around the row kernels."""
+    return name in FUSES and hasattr(load(name), "fused_policy_loss")
+
+
+@torch.compiler.assume_constant_result
 def default(device_type: str) -> str:
     """The fastest backend that runs on tensors of ``device_type``; "reference" where no kernel does."""
     order = ("cuda", "triton") if device_type == "cuda" else ("cpu",) if device_type == "cpu" else ()

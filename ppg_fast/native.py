@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppg_fast.spec import KLEstimator, LossType, PolicyLossSpec
+from ppg_fast.spec import BASELINES, REDUCTIONS, Columns, KLEstimator, LossType, PolicyLossSpec, Reduction, Turns
 
 
 def _load_extension() -> Any:
@@ -51,6 +51,14 @@ def _new(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
+def _term(spec: PolicyLossSpec) -> tuple[float, ...]:
+    """The numbers of the scalar loss, as the operators take them."""
+    return (
+        LossType[spec.loss_type.upper()], KLEstimator[spec.kl_estimator.upper()], spec.clip_low, spec.clip_high, spec.dual_clip,
+        spec.kl_coef, spec.entropy_coef, spec.importance_cap, spec.temperature, spec.logit_softcap,
+    )  # fmt: skip
+
+
 def logprobs_fwd(
     logits: Tensor, labels: Tensor, temperatures: Tensor | None, temperature: float, logit_softcap: float, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,12 +100,49 @@ def policy_loss(
     entropy = entropy or spec.entropy_coef != 0
     loss, logprob, ent = _new(logits, N), _new(logits, N), _new(logits, N if entropy else 0)
     _lib.policy_loss(
-        logits, labels, advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures,
-        LossType[spec.loss_type.upper()], KLEstimator[spec.kl_estimator.upper()], spec.clip_low, spec.clip_high, spec.dual_clip,
-        spec.kl_coef, spec.entropy_coef, spec.importance_cap, spec.temperature, spec.logit_softcap,
+        logits, labels, advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures, *_term(spec),
         loss, logprob, ent if entropy else None, dlogits,
     )  # fmt: skip
     return loss, logprob, ent
+
+
+def fused_policy_loss(
+    logits: Tensor,
+    columns: Columns,
+    turns: Turns | None,
+    reduction: Reduction,
+    spec: PolicyLossSpec,
+    skip_zero_advantages: bool,
+    entropy: bool,
+    dlogits: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape, summed, given = logits.shape[:2], reduction.kind != "none", reduction.normalizer
+    entropy = entropy or spec.entropy_coef != 0
+    loss, logprob, ent = _new(logits, *shape), _new(logits, *shape), _new(logits, *shape if entropy else (0,))
+    if shape.numel() == 0:
+        return torch.zeros((), device=logits.device) if summed else loss, logprob, ent
+    counted, slices = _counts(shape.numel(), reduction)
+    normalizer = (0.0, given) if isinstance(given, Tensor) else (given or 0.0, None)
+    work = torch.empty(counted * slices + 1, dtype=torch.int32, device=logits.device)
+    total, credit, given_turns = _new(logits) if summed else None, None, (*(None,) * 5, 1, 0, 1.0, 0, 0.0)
+    if turns is not None:
+        credit = _new(logits, 1 if turns.baseline == "none" else 2, *turns.rewards.shape)
+        given_turns = *turns[:8], BASELINES.index(turns.baseline), turns.std_eps
+    _lib.fused_policy_loss(
+        logits, *columns, *given_turns, REDUCTIONS.index(reduction.kind), *normalizer,
+        reduction.sequences, reduction.cu_seqlens, counted, slices, skip_zero_advantages, *_term(spec),
+        credit, work, loss, total, logprob, ent if entropy else None, dlogits,
+    )  # fmt: skip
+    return loss if total is None else total, logprob, ent
+
+
+def _counts(rows: int, reduction: Reduction) -> tuple[int, int]:
+    """How many sequences have their active tokens counted, and in how many slices each, so that a slice is a few thousand tokens."""
+    if reduction.kind == "sequence_mean" or (reduction.kind == "sequence_sum" and reduction.normalizer is None):
+        return reduction.sequences, max(1, min(rows // reduction.sequences // 4096, 16))
+    if reduction.kind == "token_mean" and reduction.normalizer is None:
+        return 1, max(1, min(rows // 4096, 128))
+    return 0, 1
 
 
 def rescale_rows(dlogits: Tensor, scale: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 IGNORE = -100  # the label of a token that takes no part
 
@@ -32,7 +32,8 @@ LOSS_TYPES = tuple(t.name.lower() for t in LossType)
 KL_ESTIMATORS = tuple(k.name.lower() for k in KLEstimator)
 SEQUENCE_LEVEL = ("gspo", "gspo_turn")  # their ratio needs other rows, so they take two sweeps
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "sum", "none")
-BASELINES = ("none", "leave_one_out", "group_mean", "group_std")
+BASELINES = ("none", "leave_one_out", "group_mean", "group_std")  # in the order of csrc/args.h, like the reductions
+STD_EPS = 1e-6
 
 
 def require(condition: bool, rule: str, value: object) -> None:
@@ -172,3 +173,40 @@ def policy_class(text: str | PolicyClass) -> PolicyClass:
     digits = number.removeprefix("-").isdecimal()
     require(name in ("lookahead", "segment") and digits, 'a policy class is "greedy", "full", "lookahead:K" or "segment:LENGTH"', text)
     return Lookahead(int(number)) if name == "lookahead" else Segment(int(number))
+
+
+class Columns(NamedTuple):
+    """What each token brings along to a fused loss: tensors (B, L) in any strides, as the caller holds them; None where absent."""
+
+    labels: Any  # int64, negative = masked
+    loss_mask: Any  # any dtype, 0 = masked
+    turn_ids: Any  # int32 or int64, negative = masked; None without turns
+    advantages: Any  # float32, like the rest; None with turns
+    old_logprobs: Any
+    ref_logprobs: Any
+    rollout_logprobs: Any
+    temperatures: Any
+
+
+class Turns(NamedTuple):
+    """What the advantages of S dialogues of T turns are computed from; contiguous tensors or None."""
+
+    rewards: Any  # (S, T) float32
+    turn_counts: Any  # (S,) int32 or int64
+    segment_ids: Any  # (S, T) int64
+    reward_mask: Any  # (T, T) bool, in place of the window
+    group_ids: Any  # (S,) int32 or int64
+    lookahead: int
+    segment_length: int
+    gamma: float
+    baseline: str
+    std_eps: float = STD_EPS
+
+
+class Reduction(NamedTuple):
+    """How the losses of tokens become one: ``kind``, one of REDUCTIONS, over ``sequences`` equal ones or those that cu_seqlens bounds."""
+
+    kind: str
+    normalizer: Any  # None, a number, or a 0-d float32 tensor on the device
+    sequences: int
+    cu_seqlens: Any  # (sequences + 1,) int32 or int64, or None

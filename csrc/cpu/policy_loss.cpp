@@ -124,7 +124,7 @@ static void policy_loss(const PolicyLossArgs& a, int64_t first, int64_t last) { 
 
 template <class E> void rescale_rows_of(const RescaleRowsArgs& a, int64_t first, int64_t last) {
   for (int64_t n = first; n < last; ++n) {
-    const float scale = a.scale[n];
+    const float scale = a.scale[a.one_scale ? 0 : n];
     if (scale == 1.f) continue;
     auto* x = static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n);
     int64_t v = 0;

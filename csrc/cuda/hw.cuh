@@ -45,6 +45,15 @@ __device__ __forceinline__ float half_to_float(uint32_t w) {
 __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
 // Streaming: what is stored is not read again here.
 __device__ __forceinline__ void store16(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
+// What other CTAs of this launch have written: not from the first-level cache, which may be stale.
+__device__ __forceinline__ float load_shared_by_all(const float* p) { return __ldcg(p); }
+// The tickets drawn before this one. Whoever draws sees what the earlier ones had written before they drew.
+__device__ __forceinline__ unsigned draw_ticket(uint32_t* counter) {
+  __threadfence();
+  const unsigned ticket = atomicAdd(counter, 1u);
+  __threadfence();
+  return ticket;
+}
 
 // ---- device: clusters, mbarriers, bulk copies (sm_90 and later) ----------------------------------------------------------------
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

@@ -1,5 +1,5 @@
-// The pair around a loss of the caller's own. Forward: the sweep of the policy loss, without a loss. Backward: one read, one write, from
-// the log-sum-exp and the entropy that the forward pass kept.
+// Behind a loss of the caller's own: one read, one write, from the log-sum-exp and the entropy that the forward pass kept. That pass is the
+// sweep of the policy loss without a loss, in policy_loss.cu.
 #include "row.cuh"
 
 namespace ppg {
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(THREADS) logprobs_bwd_kernel(const __grid_cons
     return;
   }
   const float temperature = a.temperatures ? a.temperatures[n] : a.temperature, entropy = ENT ? a.entropy[n] : 0.f;
-  const View<CAP> view(a, temperature);
+  const View<CAP> view(a.logit_softcap, temperature);
   // -g p - h p (log p + H) with log p = LN2 t; an impossible label poisons its row
   const float bad = label < a.V ? 0.f : hw::bits_to_float(NAN_BITS), per = 1.f / temperature;
   const Slope slope{a.lse[n] * LOG2E, -(g + h * entropy) * per + bad, -h * LN2 * per, g * per};
@@ -34,15 +34,6 @@ template <class E> int launch_bwd(const LogprobsBwdArgs& a, void* stream) {
 }  // namespace
 
 namespace cuda {
-
-int logprobs_fwd(const LogprobsFwdArgs& args, void* stream) {
-  SweepArgs a{};
-  static_cast<Sweep&>(a) = args;
-  a.logprob = args.logprob;
-  a.entropy = args.entropy;
-  a.lse = args.lse;
-  return sweep(a, stream);
-}
 
 int logprobs_bwd(const LogprobsBwdArgs& a, void* stream) {
   if (a.N == 0) return 0;

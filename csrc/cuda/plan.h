@@ -15,11 +15,14 @@ constexpr int CHUNK = 16384;  // bytes of one bulk copy and of one slot of the r
 constexpr int MAX_CLUSTER = 8;
 constexpr int64_t MAX_V = 1 << 30;  // indices inside a row are 32-bit
 
+constexpr int BATCH = 8;       // rows that the producer looks up at once
+constexpr int ROW_BYTES = 32;  // of what it hands on of each
+
 constexpr int SMALL_THREADS = 128, LARGE_THREADS = 512;  // of the two-pass kernels
 
-// Ring, two exchange areas, barriers.
+// Ring, two exchange areas, two batches of rows, barriers.
 constexpr int ring_bytes(int cluster, int consumers, int slots) {
-  return slots * CHUNK + 2 * cluster * (consumers / 32) * 16 + (2 * slots + 2) * 8;
+  return slots * CHUNK + 2 * cluster * (consumers / 32) * 16 + 2 * BATCH * ROW_BYTES + (2 * slots + 6) * 8;
 }
 
 // The slots that a row can touch in the worst alignment.

@@ -1,4 +1,4 @@
-// The fused policy loss: how a row is spread over the chip and which kernel sweeps it. Also the rescaling of its gradient rows.
+// The sweep: how a row is spread over the chip and which kernel sweeps it. Also the rescaling of its gradient rows.
 #include "policy_loss_onepass.cuh"
 #include "policy_loss_twopass.cuh"
 
@@ -15,7 +15,7 @@ int launch_onepass(const SweepArgs& a, const hw::Device& d, const Plan& p, void*
     const int error = hw::resident_clusters(d, policy_loss_onepass<E, CAP, ENT, CONSUMERS>, CONSUMERS + 32, p.cluster, smem, &clusters);
     if (error) return error;
   }
-  const unsigned grid = (unsigned)std::min<int64_t>(a.N, clusters) * p.cluster;
+  const unsigned grid = (unsigned)std::min<int64_t>(a.tokens.N, clusters) * p.cluster;
   return hw::launch(policy_loss_onepass<E, CAP, ENT, CONSUMERS>, grid, CONSUMERS + 32, p.cluster, smem, stream, a, p.slots);
 }
 
@@ -24,8 +24,8 @@ template <class E, bool CAP, bool ENT> int launch_sweep(const SweepArgs& a, cons
     if (p.cluster && p.threads == 256) return launch_onepass<E, CAP, ENT, 256>(a, d, p, stream);
   if (p.cluster) return launch_onepass<E, CAP, ENT, 512>(a, d, p, stream);
   const int resident = d.sms * two_pass_ctas_per_sm(a.V, sizeof(typename E::raw), p.threads);
-  return hw::launch(policy_loss_twopass<E, CAP, ENT>, (unsigned)std::min<int64_t>(a.N, resident), p.threads, 0,
-                    p.threads / 32 * sizeof(float4), stream, a);
+  return hw::launch(policy_loss_twopass<E, CAP, ENT>, (unsigned)std::min<int64_t>(a.tokens.N, resident), p.threads, 0,
+                    2 * sizeof(Row) + p.threads / 32 * sizeof(float4), stream, a);
 }
 
 template <class E> int launch_sweep(const SweepArgs& a, void* stream) {
@@ -40,20 +40,42 @@ template <class E> int launch_sweep(const SweepArgs& a, void* stream) {
   return entropy ? launch_sweep<E, false, true>(a, d, p, stream) : launch_sweep<E, false, false>(a, d, p, stream);
 }
 
+// One scale for all: a few CTAs an SM, since nearly always it is 1 and there is nothing to do.
 template <class E> __global__ void __launch_bounds__(256) rescale_rows_kernel(const __grid_constant__ RescaleRowsArgs a) {
-  const float scale = a.scale[blockIdx.x];
-  if (scale == 1.f) return;
-  typename E::raw* const row = row_at<E>(a.dlogits, blockIdx.x);
-  const int V = (int)a.V, head = min(V, (VEC<E> - offset16<E>(row)) % VEC<E>), vectors = (V - head) / VEC<E>, tid = threadIdx.x;
-  for (int i = tid; i < vectors; i += 256) {
-    float z[VEC<E>];
-    unpack16<E>(hw::load16(row + head + i * VEC<E>), z);
+  for (int64_t n = blockIdx.x; n < a.N; n += gridDim.x) {
+    const float scale = a.scale[a.one_scale ? 0 : n];
+    if (scale == 1.f) continue;
+    typename E::raw* const row = row_at<E>(a.dlogits, n);
+    const int V = (int)a.V, head = min(V, (VEC<E> - offset16<E>(row)) % VEC<E>), vectors = (V - head) / VEC<E>, tid = threadIdx.x;
+    for (int i = tid; i < vectors; i += 256) {
+      float z[VEC<E>];
+      unpack16<E>(hw::load16(row + head + i * VEC<E>), z);
 #pragma unroll
-    for (int j = 0; j < VEC<E>; ++j) z[j] *= scale;
-    hw::store16(row + head + i * VEC<E>, pack16<E>(z));
+      for (int j = 0; j < VEC<E>; ++j) z[j] *= scale;
+      hw::store16(row + head + i * VEC<E>, pack16<E>(z));
+    }
+    const int edges = V - vectors * VEC<E>, e = tid < head ? tid : tid + vectors * VEC<E>;  // fewer than 2 VEC elements at the two ends
+    if (tid < edges) store1<E>(row + e, load1<E>(row + e) * scale);
   }
-  const int edges = V - vectors * VEC<E>, e = tid < head ? tid : tid + vectors * VEC<E>;  // fewer than 2 VEC elements at the two ends
-  if (tid < edges) store1<E>(row + e, load1<E>(row + e) * scale);
+}
+
+Column column(const void* data, int64_t length, int bytes = 4) { return {data, length, 1, bytes, true}; }
+
+// What any sweep has, its columns contiguous.
+SweepArgs canonical(const Sweep& s) {
+  SweepArgs a{};
+  a.tokens.labels = column(s.labels, s.logits.length, 8);
+  a.tokens.N = s.N;
+  a.tokens.length = s.logits.length;
+  a.tokens.sequences = 1;
+  a.logits = s.logits;
+  a.V = s.V;
+  a.dtype = s.dtype;
+  a.temperature = s.temperature;
+  a.logit_softcap = s.logit_softcap;
+  a.temperatures = column(s.temperatures, s.logits.length);
+  a.reduction = Reduction::NONE;
+  return a;
 }
 
 }  // namespace
@@ -61,8 +83,8 @@ template <class E> __global__ void __launch_bounds__(256) rescale_rows_kernel(co
 namespace cuda {
 
 int sweep(const SweepArgs& a, void* stream) {
-  if (a.N == 0) return 0;
-  if (a.N < 0 || a.V < 1 || a.V > MAX_V) return hw::INVALID_VALUE;
+  if (a.tokens.N == 0) return 0;
+  if (a.tokens.N < 0 || a.tokens.N > INT32_MAX || a.V < 1 || a.V > MAX_V) return hw::INVALID_VALUE;
   switch (a.dtype) {
     case DType::F32: return launch_sweep<F32>(a, stream);
     case DType::BF16: return launch_sweep<BF16>(a, stream);
@@ -71,15 +93,42 @@ int sweep(const SweepArgs& a, void* stream) {
   return hw::INVALID_VALUE;
 }
 
-int policy_loss(const PolicyLossArgs& args, void* stream) { return sweep(SweepArgs{args, nullptr}, stream); }
+int fused_policy_loss(const FusedPolicyLossArgs& args, void* stream) { return sweep(SweepArgs{args, nullptr}, stream); }
+
+int policy_loss(const PolicyLossArgs& args, void* stream) {
+  SweepArgs a = canonical(args);
+  const int64_t length = args.logits.length;
+  a.dlogits = args.dlogits;
+  a.advantages = column(args.advantages, length);
+  a.weights = column(args.weights, length);
+  a.old_logprobs = column(args.old_logprobs, length);
+  a.ref_logprobs = column(args.ref_logprobs, length);
+  a.rollout_logprobs = column(args.rollout_logprobs, length);
+  a.term = args.term;
+  a.loss = args.loss;
+  a.logprob = args.logprob;
+  a.entropy = args.entropy;
+  return sweep(a, stream);
+}
+
+int logprobs_fwd(const LogprobsFwdArgs& args, void* stream) {
+  SweepArgs a = canonical(args);
+  a.logprob = args.logprob;
+  a.entropy = args.entropy;
+  a.lse = args.lse;
+  return sweep(a, stream);
+}
 
 int rescale_rows(const RescaleRowsArgs& a, void* stream) {
   if (a.N == 0) return 0;
   if (a.N < 0 || a.N > INT32_MAX || a.V < 1 || a.V > MAX_V) return hw::INVALID_VALUE;
+  hw::Device d;
+  if (const int error = hw::current_device(&d)) return error;
+  const unsigned grid = (unsigned)(a.one_scale ? std::min<int64_t>(a.N, 4 * d.sms) : a.N);
   switch (a.dtype) {
-    case DType::F32: return hw::launch(rescale_rows_kernel<F32>, (unsigned)a.N, 256, 0, 0, stream, a);
-    case DType::BF16: return hw::launch(rescale_rows_kernel<BF16>, (unsigned)a.N, 256, 0, 0, stream, a);
-    case DType::F16: return hw::launch(rescale_rows_kernel<F16>, (unsigned)a.N, 256, 0, 0, stream, a);
+    case DType::F32: return hw::launch(rescale_rows_kernel<F32>, grid, 256, 0, 0, stream, a);
+    case DType::BF16: return hw::launch(rescale_rows_kernel<BF16>, grid, 256, 0, 0, stream, a);
+    case DType::F16: return hw::launch(rescale_rows_kernel<F16>, grid, 256, 0, 0, stream, a);
   }
   return hw::INVALID_VALUE;
 }

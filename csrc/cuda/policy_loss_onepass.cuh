@@ -7,10 +7,11 @@
 //   sweep 2  gradient from shared memory to registers to global memory; each slot is handed back to the producer as it is read
 // There is no CTA-wide barrier and no cluster barrier in the loop over rows: only mbarriers.
 #pragma once
-#include "row.cuh"
+#include "lookup.cuh"
 
 namespace ppg {
 
+static_assert(sizeof(Row) == ROW_BYTES, "plan.h lays out the shared memory");
 template <class E> constexpr int SLOT = CHUNK / (int)sizeof(typename E::raw);
 
 // The part of a row that one CTA owns. In shared memory it keeps its distance to the 16-byte boundary below it: slice element i is
@@ -42,29 +43,40 @@ struct Cursor {  // a place in the ring and the parity of its current round
 template <int WARPS> struct Team {  // what the threads of a CTA share
   unsigned char* ring;
   float4* exchange;
-  uint64_t *full, *empty, *arrived;
+  Row* rows;
+  uint64_t *full, *empty, *arrived, *known, *used;
   int slots, rank, size;
   int64_t first, step;
   __device__ __forceinline__ explicit Team(int slots_) : slots(slots_), rank(hw::cluster_rank()), size(hw::cluster_size()) {
     ring = hw::smem();
-    exchange = reinterpret_cast<float4*>(ring + slots * CHUNK);       // [2][size * WARPS]
-    full = reinterpret_cast<uint64_t*>(exchange + 2 * size * WARPS);  // [slots] data has landed
-    empty = full + slots;                                             // [slots] data has been used
-    arrived = empty + slots;                                          // [2] the exchange is complete
+    exchange = reinterpret_cast<float4*>(ring + slots * CHUNK);  // [2][size * WARPS]
+    rows = reinterpret_cast<Row*>(exchange + 2 * size * WARPS);  // [2][BATCH]
+    full = reinterpret_cast<uint64_t*>(rows + 2 * BATCH);        // [slots] data has landed
+    empty = full + slots;                                        // [slots] data has been used
+    arrived = empty + slots;                                     // [2] the exchange is complete
+    known = arrived + 2;                                         // [2] a batch of rows has been looked up
+    used = known + 2;                                            // [2] and is not needed any more
     first = blockIdx.x / size;
     step = gridDim.x / size;
   }
 };
 
-template <class E, int WARPS> __device__ void produce(const SweepArgs& a, const Team<WARPS>& team) {
+template <class E, int WARPS> __device__ void produce(const SweepArgs& a, const Team<WARPS>& team, float denominator) {
   using raw = typename E::raw;
   const int lane = threadIdx.x & 31;
   Cursor at{0, team.slots, 0};
-  int64_t label = team.first < a.N ? a.labels[team.first] : -1;
-  for (int64_t n = team.first; n < a.N; n += team.step) {
-    const bool skip = label < 0;
-    label = n + team.step < a.N ? a.labels[n + team.step] : -1;
-    if (skip) continue;
+  unsigned i = 0;  // row of this team
+  __syncwarp();    // every lane has its denominator: where that was counted, rows may go
+  for (int64_t n = team.first; n < a.tokens.N; n += team.step, ++i) {
+    Row* const batch = team.rows + i / BATCH % 2 * BATCH;
+    if (i % BATCH == 0) {  // a lane a row, so that a batch waits for memory once, and that while earlier rows are worked on
+      const Row row = lane < BATCH ? look_up(a, n + lane * team.step, denominator) : Row{};
+      hw::bar_wait(&team.used[i / BATCH % 2], (i / BATCH / 2 & 1) ^ 1);
+      if (lane < BATCH) batch[lane] = row;
+      __syncwarp();
+      if (lane == 0) hw::bar_arrive(&team.known[i / BATCH % 2]);
+    }
+    if (batch[i % BATCH].label < 0) continue;
     const Slice<E> s(a, n, team.rank, team.size);
     const int head = s.pad ? min(s.len, VEC<E> - s.pad) : 0, body = (s.len - head) / VEC<E> * VEC<E>, tail = s.len - head - body;
     // Bulk copies move multiples of 16 bytes: up to VEC - 1 elements at each end go through registers, lanes 0.. and 8..
@@ -168,20 +180,19 @@ template <class E, bool CAP, bool ENT, int CONSUMERS> __device__ void consume(co
     if (lane == 0) hw::bar_arrive(&team.empty[slot]);
   };
   Cursor at{0, team.slots, 0};
-  unsigned turn = 0;
-  Row row = load_row(a, team.first);
-  for (int64_t n = team.first; n < a.N; n += team.step) {
-    const Row cur = row;
-    row = load_row(a, n + team.step);  // in flight while this row is worked on
-    const Kind kind = row_kind(a, cur);
+  unsigned turn = 0, i = 0;
+  for (int64_t n = team.first; n < a.tokens.N; n += team.step, ++i) {
+    if (i % BATCH == 0) hw::bar_wait(&team.known[i / BATCH % 2], i / BATCH / 2 & 1);
+    const Row& row = team.rows[i % (2 * BATCH)];
+    const Kind kind = row_kind(a, row);
     const Slice<E> s(a, n, team.rank, team.size);
     raw* const out = a.dlogits.data ? row_at<E>(a.dlogits, n) + s.begin : nullptr;
     bool zero = true;
     if (kind == SKIP) {
       if (writer) finish_skipped(a, n);
     } else {
-      const View<CAP> view(a, cur.temperature);
-      const int label = cur.label - s.begin < s.len && cur.label >= s.begin ? (int)(cur.label - s.begin) : -VEC<E>;
+      const View<CAP> view(a.logit_softcap, row.temperature);
+      const int label = row.label - s.begin < s.len && row.label >= s.begin ? row.label - s.begin : -VEC<E>;
       const int steps = (s.len + SLOT<E> - 1) / SLOT<E>;
       Stat stat;
       Cursor c = at;
@@ -209,7 +220,7 @@ template <class E, bool CAP, bool ENT, int CONSUMERS> __device__ void consume(co
       if (lane < team.size) hw::send(make_float4(stat.ref, stat.sum, stat.dot, stat.label), area + team.rank * WARPS + warp, arrived, lane);
       hw::bar_wait<true>(arrived, (turn >> 1) & 1);
       ++turn;
-      const Slope slope = finish_row(a, n, cur, combine<ENT>(area, entries), view.k, writer);
+      const Slope slope = finish_row(a, n, row, combine<ENT>(area, entries), view.k, writer);
       zero = kind != FULL || slope.zero();
       c = at;
       for (int j = 0; j < s.chunks; ++j, c.next()) {
@@ -219,6 +230,10 @@ template <class E, bool CAP, bool ENT, int CONSUMERS> __device__ void consume(co
       at = c;
     }
     if (zero && out) zero_row<E>(out, s.len, threadIdx.x, CONSUMERS);
+    if (i % BATCH == BATCH - 1) {
+      __syncwarp();
+      if (lane == 0) hw::bar_arrive(&team.used[i / BATCH % 2]);
+    }
   }
 }
 
@@ -232,14 +247,20 @@ __global__ void __launch_bounds__(CONSUMERS + 32, CONSUMERS > 256 ? 1 : 2)
       hw::bar_init(&team.full[i], 1);
       hw::bar_init(&team.empty[i], CONSUMERS / 32);
     }
-    hw::bar_init(&team.arrived[0], 1);
-    hw::bar_init(&team.arrived[1], 1);
+    for (int i = 0; i < 2; ++i) {
+      hw::bar_init(&team.arrived[i], 1);
+      hw::bar_init(&team.known[i], 1);
+      hw::bar_init(&team.used[i], CONSUMERS / 32);
+    }
     hw::fence_bar_init();
   }
+  int* const counted = reinterpret_cast<int*>(team.rows);  // not written before the producer has read it
+  count_outer(a, counted, CONSUMERS + 32);
   hw::cluster_sync();  // no peer may send before the barriers here exist
-  if (threadIdx.x >= CONSUMERS) produce<E>(a, team);
+  if (threadIdx.x >= CONSUMERS) produce<E>(a, team, outer(a, counted, CONSUMERS + 32));
   else consume<E, CAP, ENT, CONSUMERS>(a, team);
   hw::cluster_sync();  // no CTA leaves while a peer may still send to it
+  if (team.rank == 0) sum_losses(a, team.ring, gridDim.x / team.size, CONSUMERS + 32);
 #endif
 }
 

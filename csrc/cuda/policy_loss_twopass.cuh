@@ -1,16 +1,25 @@
 // Two passes over global memory, one CTA a row: any row length, any architecture. The second read comes from L1 or L2, see plan.h.
 #pragma once
-#include "row.cuh"
+#include "lookup.cuh"
 
 namespace ppg {
 
 template <class E, bool CAP, bool ENT>
 __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __grid_constant__ SweepArgs a) {
   using raw = typename E::raw;
-  float4* const part = reinterpret_cast<float4*>(hw::smem());  // one entry a warp
+  Row* const rows = reinterpret_cast<Row*>(hw::smem());      // [2] this row and the next
+  float4* const part = reinterpret_cast<float4*>(rows + 2);  // one entry a warp
   const int V = (int)a.V, tid = threadIdx.x, threads = blockDim.x;
-  for (int64_t n = blockIdx.x; n < a.N; n += gridDim.x) {
-    const Row row = load_row(a, n);
+  int* const counted = reinterpret_cast<int*>(part);
+  count_outer(a, counted, threads);
+  __syncthreads();
+  const float denominator = outer(a, counted, threads);
+  if (tid == 0) rows[0] = look_up(a, blockIdx.x, denominator);
+  __syncthreads();  // part is free again
+  unsigned i = 0;
+  for (int64_t n = blockIdx.x; n < a.tokens.N; n += gridDim.x, ++i) {
+    const Row& row = rows[i % 2];
+    if (tid == threads - 1) rows[(i + 1) % 2] = look_up(a, n + gridDim.x, denominator);  // beside the sweep of the other warps
     const Kind kind = row_kind(a, row);
     raw* const out = a.dlogits.data ? row_at<E>(a.dlogits, n) : nullptr;
     bool zero = true;
@@ -18,7 +27,7 @@ __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __
       if (tid == 0) finish_skipped(a, n);
     } else {
       const raw* const src = row_at<E>(a.logits, n);
-      const View<CAP> view(a, row.temperature);
+      const View<CAP> view(a.logit_softcap, row.temperature);
       const int pad = offset16<E>(src);
       Stat stat;
       // Which thread adds which element depends on its index only: the same bits at any alignment.
@@ -34,12 +43,13 @@ __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __
       if ((tid & 31) == 0) part[tid / 32] = make_float4(stat.ref, stat.sum, stat.dot, stat.label);
       __syncthreads();  // also: the whole row has been read
       const Slope slope = finish_row(a, n, row, combine<ENT>(part, threads / 32), view.k, tid == 0);
-      __syncthreads();  // part is free again
       zero = kind != FULL || slope.zero();
       if (!zero) gradient_row<E, CAP, ENT>(slope, view, src, out, V, row.label, tid, threads);
     }
     if (zero && out) zero_row<E>(out, V, tid, threads);
+    __syncthreads();  // the next row is known, part and this row are free again
   }
+  sum_losses(a, hw::smem(), gridDim.x, threads);
 }
 
 }  // namespace ppg

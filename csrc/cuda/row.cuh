@@ -1,6 +1,6 @@
-// What every kernel over the vocabulary is made of: element types, the mathematics of a row, its scalars, loads and stores.
+// What every kernel over the vocabulary is made of: element types, the mathematics of a row, loads and stores.
 #pragma once
-#include "../policy_term.h"
+#include "../args.h"
 #include "hw.cuh"
 #include "plan.h"
 
@@ -10,14 +10,6 @@ constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float LOWEST = -1e30f;       // start of a running reference: finite, so that 0 * (LOWEST - x) is 0
 constexpr float NEGLIGIBLE = -1000.f;  // an exponent whose ex2 is 0: keeps 0 * -inf out of the entropy sums
 constexpr uint32_t NAN_BITS = 0x7fc00000u;
-
-// policy_loss and logprobs_fwd are one kernel, so that a log-prob has the same bits in both and their ratio is exactly 1.
-struct SweepArgs : PolicyLossArgs {
-  float* lse;  // (N,) out or null; logprobs_fwd: no loss, no advantages, no gradient
-};
-namespace cuda {
-int sweep(const SweepArgs& a, void* stream);  // policy_loss.cu
-}
 
 // ---- element types -------------------------------------------------------------------------------------------------------------
 struct F32 {
@@ -78,8 +70,8 @@ __device__ __forceinline__ uint4 shift16(uint4 lo, uint4 hi, unsigned bytes) {
 // With v = z, or tanh(z / cap) under softcap, the logit after cap and temperature is v * k in units of log 2.
 template <bool CAP> struct View {
   float k, twice;
-  __device__ __forceinline__ View(const Sweep& a, float temperature)
-      : k((CAP ? a.logit_softcap : 1.f) * LOG2E / temperature), twice(CAP ? 2.f * LOG2E / a.logit_softcap : 0.f) {}
+  __device__ __forceinline__ View(float logit_softcap, float temperature)
+      : k((CAP ? logit_softcap : 1.f) * LOG2E / temperature), twice(CAP ? 2.f * LOG2E / logit_softcap : 0.f) {}
   __device__ __forceinline__ float operator()(float z) const {
     if constexpr (CAP) return 1.f - 2.f * hw::rcp(1.f + hw::ex2(z * twice));
     return z;
@@ -163,55 +155,6 @@ template <bool CAP, bool ENT> __device__ __forceinline__ float gradient(const Sl
   const float v = view(z), t = fmaf(v, view.k, -s.ref);
   const float d = fmaf(hw::ex2(t), ENT ? fmaf(s.c1, fmaxf(t, NEGLIGIBLE), s.c0) : s.c0, at_label);
   return CAP ? d * (1.f - v * v) : d;
-}
-
-// ---- the rows ------------------------------------------------------------------------------------------------------------------
-// The scalars of a row, as loaded: nothing is computed from them here, so that they can be fetched one row ahead without a stall.
-struct Row {
-  int64_t label;
-  float weight, advantage, old_logprob, ref_logprob, rollout_logprob, temperature;
-};
-enum Kind { SKIP, FORWARD, FULL };
-
-__device__ __forceinline__ Row load_row(const SweepArgs& a, int64_t n) {
-  Row r{-1, 1.f, 0.f, 0.f, 0.f, 0.f, a.temperature};
-  if (n >= a.N) return r;
-  r.label = a.labels[n];
-  if (a.weights) r.weight = a.weights[n];
-  if (a.advantages) r.advantage = a.advantages[n];
-  if (a.old_logprobs) r.old_logprob = a.old_logprobs[n];
-  if (a.ref_logprobs) r.ref_logprob = a.ref_logprobs[n];
-  if (a.rollout_logprobs) r.rollout_logprob = a.rollout_logprobs[n];
-  if (a.temperatures) r.temperature = a.temperatures[n];
-  return r;
-}
-__device__ __forceinline__ Kind row_kind(const SweepArgs& a, const Row& r) {
-  if (r.label < 0) return SKIP;
-  return a.dlogits.data && (r.advantage != 0.f || a.term.needs_every_row()) ? FULL : FORWARD;
-}
-
-// From the statistics of the whole row to its outputs and slope. Every thread computes it, `writer` stores it.
-__device__ __forceinline__ Slope finish_row(const SweepArgs& a, int64_t n, const Row& row, const Stat& s, float k, bool writer) {
-  const float log_sum = log2f(s.sum), mean = s.dot / s.sum;
-  const float label = row.label < a.V ? s.label : hw::bits_to_float(NAN_BITS);  // an impossible label poisons its row
-  const float logprob = (fmaf(label, k, -s.ref) - log_sum) * LN2, entropy = (log_sum - mean) * LN2;
-  const float old_logprob = a.old_logprobs ? row.old_logprob : logprob, ref_logprob = a.ref_logprobs ? row.ref_logprob : logprob;
-  const float rollout = row.rollout_logprob, importance = a.rollout_logprobs ? importance_weight(a.term, old_logprob, &rollout, 0) : 1.f;
-  const Term term = policy_term(a.term, logprob, entropy, old_logprob, ref_logprob, importance, row.advantage);
-  if (writer) {
-    if (a.loss) a.loss[n] = row.weight * term.loss;
-    if (a.logprob) a.logprob[n] = logprob;
-    if (a.entropy) a.entropy[n] = entropy;
-    if (a.lse) a.lse[n] = (s.ref + log_sum) * LN2;
-  }
-  const float g = row.weight * term.d_logprob / row.temperature, h = row.weight * term.d_entropy / row.temperature * LN2;
-  return {s.ref, (h * mean - g) / s.sum, -h / s.sum, g};
-}
-__device__ __forceinline__ void finish_skipped(const SweepArgs& a, int64_t n) {
-  if (a.loss) a.loss[n] = 0.f;
-  if (a.logprob) a.logprob[n] = 0.f;
-  if (a.entropy) a.entropy[n] = 0.f;
-  if (a.lse) a.lse[n] = 0.f;
 }
 
 // ---- loads and stores ----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ppg_fast import backends, ops
+from ppg_fast.functional.fused import fused_policy_loss, fuses
 from ppg_fast.functional.loss import LossOptions, LossRows, PolicyLossOutput, credit_turns, spec_and_temperatures
 from ppg_fast.functional.tokens import Tokens, check_floats
 from ppg_fast.spec import SEQUENCE_LEVEL, PolicyClass, PolicyLossSpec, require
@@ -109,12 +110,15 @@ def policy_loss(
         outside [0, V). RuntimeError where one loss is differentiated twice (its gradient buffer serves one backward pass).
     """
     x = _rows_of(logits, labels)
-    rows = LossRows.of(
-        labels, advantages, logits.device, loss_mask=loss_mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs, cu_seqlens=cu_seqlens, turn_ids=turn_ids, spec=spec, reduction=reduction,
-        normalizer=normalizer, skip_zero_advantages=skip_zero_advantages, validate=validate,
-    )  # fmt: skip
     backend = backend or backends.default(logits.device.type)
+    options: LossOptions = {
+        "loss_mask": loss_mask, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs,
+        "cu_seqlens": cu_seqlens, "spec": spec, "reduction": reduction, "normalizer": normalizer,
+        "skip_zero_advantages": skip_zero_advantages, "validate": validate,
+    }  # fmt: skip
+    if fuses(backend, spec):
+        return fused_policy_loss(x, labels, advantages, None, inplace, backend, **options)
+    rows = LossRows.of(labels, advantages, logits.device, turn_ids=turn_ids, **options)
     if rows.spec.loss_type in SEQUENCE_LEVEL:
         numbers = float(rows.spec.temperature), float(rows.spec.logit_softcap), True, validate, backend
         logprobs, entropy = ops.token_logprobs(x, rows.tokens.labels, rows.per_row.temperatures, *numbers)
@@ -155,5 +159,9 @@ def partial_policy_loss(
     Returns and raises: as `policy_loss`; also ValueError for a turn id beyond the turns of its dialogue.
     """
     turns = rewards, turn_ids, policy_class, gamma, baseline, group_ids, turn_counts, backend
+    x = _rows_of(logits, labels)
+    chosen = backend or backends.default(logits.device.type)
+    if fuses(chosen, options.get("spec")):
+        return fused_policy_loss(x, labels, None, turns, inplace, chosen, **options)
     options, advantages = credit_turns(options, labels, *turns)
     return policy_loss(logits, labels, advantages, inplace=inplace, turn_ids=turn_ids, backend=backend, **options)

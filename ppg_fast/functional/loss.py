@@ -1,5 +1,6 @@
 """What the losses from logits and from hidden states share: arguments to canonical rows, rows to the reduced loss and its metrics."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypedDict
 
@@ -10,13 +11,13 @@ from ppg_fast import ops, reference
 from ppg_fast.functional.returns import partial_returns, turn_advantages
 from ppg_fast.functional.tokens import (
     Tokens,
+    advantages_per_token,
     check_tensor,
     ordered_sum,
     per_token,
     ratio_groups,
     readable,
     reduction_weights,
-    token_advantages,
 )
 from ppg_fast.ops import PerRow
 from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
@@ -27,13 +28,13 @@ class PolicyLossOutput(NamedTuple):
 
     ``loss``: 0-d float32, or the labels' shape with reduction "none"; the only differentiable field.
     ``logprobs``, ``entropy``: float32 of the labels' shape, in nats, zero where masked.
-    ``metrics``: 0-d float32 tensors by name.
+    ``metrics``: 0-d float32 tensors by name; on a GPU computed when they are read, from the arguments of the call.
     """
 
     loss: Tensor
     logprobs: Tensor
     entropy: Tensor
-    metrics: dict[str, Tensor]
+    metrics: Mapping[str, Tensor]
 
 
 class LossOptions(TypedDict, total=False):
@@ -44,7 +45,7 @@ class LossOptions(TypedDict, total=False):
     ref_logprobs: Tensor | None
     rollout_logprobs: Tensor | None
     cu_seqlens: Tensor | None
-    spec: PolicyLossSpec
+    spec: PolicyLossSpec | None
     reduction: str
     normalizer: float | Tensor | None
     skip_zero_advantages: bool
@@ -80,13 +81,12 @@ class LossRows:
         skip_zero_advantages: bool = False,
         validate: bool = False,
     ) -> "LossRows":
-        spec = PolicyLossSpec() if spec is None else spec
-        require(isinstance(spec, PolicyLossSpec), "spec must be a PolicyLossSpec", type(spec).__name__)
-        require(spec.kl_coef == 0 or ref_logprobs is not None, "a KL term (kl_coef > 0) needs ref_logprobs", None)
+        spec = checked_spec(spec, ref_logprobs)
         tokens = Tokens.of(labels, loss_mask, cu_seqlens, device, validate)
         active, weights = tokens.active, reduction_weights(tokens, reduction, normalizer, validate)
         spec, temperatures = spec_and_temperatures(spec, labels, active, validate)
-        flat_advantages = token_advantages(advantages, labels)
+        flat_advantages = per_token("advantages", advantages_per_token(advantages, labels), labels)
+        assert flat_advantages is not None
         old, ref = per_token("old_logprobs", old_logprobs, labels), per_token("ref_logprobs", ref_logprobs, labels)
         per_row = PerRow(flat_advantages, weights, old, ref, per_token("rollout_logprobs", rollout_logprobs, labels), temperatures)
         groups = ratio_groups(tokens, turn_ids, spec) if old_logprobs is not None else None
@@ -138,14 +138,21 @@ class LossRows:
         return metrics
 
 
+def checked_spec(spec: PolicyLossSpec | None, ref_logprobs: Tensor | None) -> PolicyLossSpec:
+    """The spec, or the default one; ValueError where it does not go with the other arguments."""
+    spec = PolicyLossSpec() if spec is None else spec
+    require(isinstance(spec, PolicyLossSpec), "spec must be a PolicyLossSpec", type(spec).__name__)
+    require(spec.kl_coef == 0 or ref_logprobs is not None, "a KL term (kl_coef > 0) needs ref_logprobs", None)
+    return spec
+
+
 def spec_and_temperatures(spec: PolicyLossSpec, labels: Tensor, active: Tensor, validate: bool) -> tuple[PolicyLossSpec, Tensor | None]:
     """The spec with a number as temperature, and (N,) float32 temperatures where it holds one per token; those of masked rows are free."""
     if not isinstance(spec.temperature, Tensor):
         return spec, None
     temperatures = per_token("temperature", spec.temperature, labels)
     if temperatures is not None and readable(labels, validate):
-        bad = temperatures[active & ~((temperatures > 0) & temperatures.isfinite())]
-        require(bad.numel() == 0, "temperature must be finite and > 0 for every active token", bad[:1].tolist())
+        ops.check_temperatures(temperatures, active)
     return replace(spec, temperature=1.0), temperatures
 
 
@@ -155,6 +162,21 @@ def _unread(advantages: Tensor, active: Tensor, groups: tuple[Tensor, int] | Non
     if groups is None:
         return zero
     return reference.group_sum((~zero).long(), *groups)[groups[0]] == 0
+
+
+def check_turn_ids(turn_ids: Tensor, labels: Tensor) -> None:
+    """ValueError unless there is an integer for every label."""
+    check_tensor("turn_ids", turn_ids, labels.shape, labels.device)
+    require(not turn_ids.is_floating_point(), "turn_ids must be integers", turn_ids.dtype)
+
+
+def check_dialogues(rewards: Tensor, sequences: int) -> None:
+    """ValueError unless there is a row of rewards for every sequence."""
+    require(
+        rewards.shape[0] == sequences,
+        "rewards need one row per sequence of the labels",
+        f"{rewards.shape[0]} rows for {sequences} sequences",
+    )
 
 
 def credit_turns(
@@ -174,14 +196,12 @@ def credit_turns(
     Row b of the rewards belongs to sequence b: row b of a (B, L) batch, run b of ``cu_seqlens``.
     """
     require(isinstance(labels, Tensor), "labels must be a tensor", type(labels).__name__)
-    check_tensor("turn_ids", turn_ids, labels.shape, labels.device)
-    require(not turn_ids.is_floating_point(), "turn_ids must be integers", turn_ids.dtype)
+    check_turn_ids(turn_ids, labels)
     validate = options.get("validate", False)
     returns = partial_returns(rewards, policy_class, gamma, turn_counts, validate=validate, backend=backend)
     advantages = turn_advantages(returns, group_ids, baseline, turn_counts)
     tokens = Tokens.of(labels, options.get("loss_mask"), options.get("cu_seqlens"), labels.device, validate)
-    S, B = tokens.sequence_count, advantages.shape[0]
-    require(S == B, "rewards need one row per sequence of the labels", f"{B} rows for {S} sequences")
+    check_dialogues(advantages, tokens.sequence_count)
     counts = None if turn_counts is None else turn_counts.long()
     credit = ops.turn_credit_op(advantages, turn_ids.reshape(-1).long(), tokens.sequences(), counts, tokens.active, validate)
     mask = tokens.active.view(labels.shape) & (turn_ids >= 0)

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from ppg_fast import backends, ops, reference
 from ppg_fast.ops.checks import check_turn_counts
-from ppg_fast.spec import BASELINES, PolicyClass, RewardMask, Segment, require, require_number, require_one_of
+from ppg_fast.spec import BASELINES, STD_EPS, PolicyClass, RewardMask, Segment, Turns, require, require_number, require_one_of
 from ppg_fast.spec import policy_class as named_policy_class
 
 
 def _check_turns(values: Tensor, name: str, turn_counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Values (B, T) as contiguous float32 and turn_counts (B,) as int64 on their device, or a ValueError."""
+    """Values (B, T) as contiguous float32 and turn_counts (B,) on their device, or a ValueError."""
     require(isinstance(values, Tensor) and values.dim() == 2, f"{name} must be a (B, T) tensor", getattr(values, "shape", values))
     require(values.is_floating_point(), f"{name} must be floating point", values.dtype)
     if turn_counts is not None:
@@ -18,10 +18,27 @@ def _check_turns(values: Tensor, name: str, turn_counts: Tensor | None) -> tuple
         shape_is_valid = turn_counts.shape == values.shape[:1] and not turn_counts.is_floating_point()
         require(shape_is_valid, f"turn_counts must be ({values.shape[0]},) integers", (tuple(turn_counts.shape), turn_counts.dtype))
         require(turn_counts.device == values.device, f"turn_counts must be on the device of {name}, {values.device}", turn_counts.device)
-        turn_counts = turn_counts.long()
         if turn_counts.is_cpu and not torch.compiler.is_compiling():
             check_turn_counts(turn_counts, values.shape[1])
+        turn_counts = _integers(turn_counts)
     return values.detach().float().contiguous(), turn_counts
+
+
+def _integers(values: Tensor) -> Tensor:
+    """Contiguous int32 or int64, as the kernels read them."""
+    return (values if values.dtype in (torch.int32, torch.int64) else values.long()).contiguous()
+
+
+def _check_groups(group_ids: Tensor | None, baseline: str, values: Tensor) -> Tensor | None:
+    """Group ids (B,) on the device of the values (B, T); None for baseline "none"."""
+    require_one_of("baseline", baseline, BASELINES)
+    if baseline == "none":
+        return None
+    require(isinstance(group_ids, Tensor), f'baseline "{baseline}" needs group_ids', group_ids)
+    assert group_ids is not None
+    shape_is_valid = group_ids.shape == values.shape[:1] and not group_ids.is_floating_point()
+    require(shape_is_valid, f"group_ids must be ({values.shape[0]},) integers", (tuple(group_ids.shape), group_ids.dtype))
+    return _integers(group_ids.to(values.device))
 
 
 def _segment_ids(segment: Segment, rewards: Tensor) -> Tensor:
@@ -38,7 +55,25 @@ def _reward_mask(policy_class: RewardMask, rewards: Tensor, gamma: float) -> Ten
     require(mask.dtype == torch.bool, "the mask of RewardMask must be boolean", mask.dtype)
     if gamma == 0:  # gamma^(k-t) has no value for a reward before the turn
         require(bool((mask == mask.triu()).all()), "a RewardMask that credits rewards before the turn needs gamma > 0", gamma)
-    return mask
+    return mask.contiguous()
+
+
+def checked_turns(
+    rewards: Tensor,
+    policy_class: PolicyClass | str,
+    gamma: float,
+    turn_counts: Tensor | None,
+    baseline: str = "none",
+    group_ids: Tensor | None = None,
+) -> Turns:
+    """The arguments of `partial_returns` and `turn_advantages` as the kernels take them, or a ValueError."""
+    chosen = named_policy_class(policy_class)
+    require_number("gamma", gamma, 0.0, 1.0)
+    rewards, turn_counts = _check_turns(rewards, "rewards", turn_counts)
+    segment_ids = _segment_ids(chosen, rewards) if isinstance(chosen, Segment) and chosen.segment_ids is not None else None
+    mask = _reward_mask(chosen, rewards, gamma) if isinstance(chosen, RewardMask) else None
+    groups = _check_groups(group_ids, baseline, rewards)
+    return Turns(rewards, turn_counts, segment_ids, mask, groups, chosen.lookahead, chosen.segment_length, float(gamma), baseline)
 
 
 def partial_returns(
@@ -65,14 +100,11 @@ def partial_returns(
     Returns: (B, T) float32, zero beyond the dialogue. Not differentiable.
     Raises: ValueError for wrong shapes or dtypes, gamma outside [0, 1], non-finite rewards, scattered segments.
     """
-    chosen = named_policy_class(policy_class)
-    require_number("gamma", gamma, 0.0, 1.0)
-    rewards, turn_counts = _check_turns(rewards, "rewards", turn_counts)
-    segment_ids = _segment_ids(chosen, rewards) if isinstance(chosen, Segment) and chosen.segment_ids is not None else None
-    mask = _reward_mask(chosen, rewards, gamma) if isinstance(chosen, RewardMask) else None
+    turns = checked_turns(rewards, policy_class, gamma, turn_counts)
+    counts = None if turns.turn_counts is None else turns.turn_counts.long()
     backend = backend or backends.default(rewards.device.type)
-    window = chosen.lookahead, chosen.segment_length, float(gamma)
-    return ops.partial_returns_op(rewards, segment_ids, turn_counts, mask, *window, validate, backend)
+    window = turns.lookahead, turns.segment_length, turns.gamma
+    return ops.partial_returns_op(turns.rewards, turns.segment_ids, counts, turns.reward_mask, *window, validate, backend)
 
 
 def turn_advantages(
@@ -81,7 +113,7 @@ def turn_advantages(
     baseline: str = "leave_one_out",
     turn_counts: Tensor | None = None,
     *,
-    std_eps: float = 1e-6,
+    std_eps: float = STD_EPS,
 ) -> Tensor:
     """Return of each turn minus the baseline of the same turn over its group of rollouts.
 
@@ -100,19 +132,15 @@ def turn_advantages(
     Returns: (B, T) float32, zero beyond the dialogue. Computed in float64, so that equal returns give exact zeros. Not differentiable.
     Raises: ValueError for wrong shapes, dtypes or names.
     """
-    require_one_of("baseline", baseline, BASELINES)
     returns, turn_counts = _check_turns(returns, "returns", turn_counts)
+    group_ids = _check_groups(group_ids, baseline, returns)
     B, T = returns.shape
     turns = torch.arange(T, device=returns.device)
     there = torch.ones(B, T, dtype=torch.bool, device=returns.device) if turn_counts is None else turns < turn_counts[:, None]
     own = torch.where(there, returns, 0.0).double()
-    if baseline == "none":
+    if group_ids is None:
         return own.float()
-    require(isinstance(group_ids, Tensor), f'baseline "{baseline}" needs group_ids', group_ids)
-    assert group_ids is not None
-    shape_is_valid = group_ids.shape == (B,) and not group_ids.is_floating_point()
-    require(shape_is_valid, f"group_ids must be ({B},) integers", (tuple(group_ids.shape), group_ids.dtype))
-    groups = reference.consecutive_ids(group_ids.to(returns.device))
+    groups = reference.consecutive_ids(group_ids)
     members = reference.group_sum(there.double(), groups, B)[groups]
     total = reference.group_sum(own, groups, B)[groups]
     if baseline == "leave_one_out":

@@ -39,6 +39,21 @@ def per_token(name: str, values: Tensor | None, labels: Tensor) -> Tensor | None
     return values.detach().reshape(-1).float().contiguous()
 
 
+def check_tokens(labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> int:
+    """The number of sequences, or a ValueError where shapes, dtypes or devices do not fit."""
+    check_tensor("labels", labels, None, device)
+    require(labels.dtype == torch.int64, "labels must be int64", labels.dtype)
+    if loss_mask is not None:
+        check_tensor("loss_mask", loss_mask, labels.shape, device)
+    if cu_seqlens is None:
+        return labels.shape[0] if labels.dim() == 2 else 1
+    check_tensor("cu_seqlens", cu_seqlens, None, device)
+    require(labels.dim() == 1 or labels.shape[0] == 1, "cu_seqlens goes with packed labels, (N,) or (1, N)", tuple(labels.shape))
+    is_list = cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1 and cu_seqlens.dtype in (torch.int32, torch.int64)
+    require(is_list, "cu_seqlens must be (S + 1,) int32", (tuple(cu_seqlens.shape), cu_seqlens.dtype))
+    return cu_seqlens.numel() - 1
+
+
 @dataclass(frozen=True)
 class Tokens:
     """The labels of a call as N rows, and which sequence each belongs to."""
@@ -51,20 +66,12 @@ class Tokens:
     @staticmethod
     def of(labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device, validate: bool) -> "Tokens":
         """Checks and flattens; a token is active where its label is not -100 and the mask, if any, is not 0."""
-        check_tensor("labels", labels, None, device)
-        require(labels.dtype == torch.int64, "labels must be int64", labels.dtype)
+        sequence_count = check_tokens(labels, loss_mask, cu_seqlens, device)
         flat = labels.reshape(-1)
         if loss_mask is not None:
-            check_tensor("loss_mask", loss_mask, labels.shape, device)
             flat = torch.where(loss_mask.reshape(-1) != 0, flat, IGNORE)
-        if cu_seqlens is None:
-            return Tokens(labels.shape, flat.contiguous(), labels.shape[0] if labels.dim() == 2 else 1, None)
-        check_tensor("cu_seqlens", cu_seqlens, None, device)
-        require(labels.dim() == 1 or labels.shape[0] == 1, "cu_seqlens goes with packed labels, (N,) or (1, N)", tuple(labels.shape))
-        is_list = cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1 and cu_seqlens.dtype in (torch.int32, torch.int64)
-        require(is_list, "cu_seqlens must be (S + 1,) int32", (tuple(cu_seqlens.shape), cu_seqlens.dtype))
-        packed = ops.sequence_ids_op(cu_seqlens, labels.numel(), validate)
-        return Tokens(labels.shape, flat.contiguous(), cu_seqlens.numel() - 1, packed)
+        packed = None if cu_seqlens is None else ops.sequence_ids_op(cu_seqlens, flat, validate)
+        return Tokens(labels.shape, flat.contiguous(), sequence_count, packed)
 
     @property
     def active(self) -> Tensor:
@@ -73,21 +80,31 @@ class Tokens:
 
     def sequences(self) -> Tensor:
         """(N,) int64, the sequence of each token."""
-        if self.packed is not None:
-            return self.packed
-        N = self.labels.numel()
-        return torch.arange(N, device=self.labels.device) // max(N // max(self.sequence_count, 1), 1)
+        return ops.sequence_ids(None, self.sequence_count, self.labels) if self.packed is None else self.packed
 
     def masked_where(self, condition: Tensor) -> "Tokens":
         return replace(self, labels=torch.where(condition, IGNORE, self.labels))
 
 
-def token_advantages(advantages: Tensor, labels: Tensor) -> Tensor:
-    """Advantages of the labels' shape, or (B,) for a (B, L) batch -> (N,) float32."""
+def advantages_per_token(advantages: Tensor, labels: Tensor) -> Tensor:
+    """Advantages of the labels' shape, from that or from (B,) for a (B, L) batch, which is not copied."""
     require(isinstance(advantages, Tensor), "advantages must be a tensor", type(advantages).__name__)
     if labels.dim() == 2 and advantages.shape == labels.shape[:1] and advantages.shape != labels.shape:
-        advantages = advantages[:, None].expand(labels.shape)
-    return per_token("advantages", advantages, labels)  # type: ignore[return-value]
+        return advantages[:, None].expand(labels.shape)
+    return advantages
+
+
+def checked_normalizer(reduction: str, normalizer: float | Tensor | None, device: torch.device, validate: bool) -> float | Tensor | None:
+    """The normalizer as a number > 0 or a 0-d float32 tensor on the device, or a ValueError for it or the name of the reduction."""
+    require_one_of("reduction", reduction, REDUCTIONS)
+    if isinstance(normalizer, Tensor):
+        require(normalizer.dim() == 0, "normalizer must be a number or a 0-d tensor", tuple(normalizer.shape))
+        if readable(normalizer, validate):
+            require_number("normalizer", float(normalizer), 0.0, open_low=True)
+        return normalizer.detach().to(device, torch.float32)
+    if normalizer is not None:
+        require_number("normalizer", normalizer, 0.0, open_low=True)
+    return normalizer
 
 
 def reduction_weights(tokens: Tokens, reduction: str, normalizer: float | Tensor | None, validate: bool) -> Tensor | None:
@@ -96,14 +113,7 @@ def reduction_weights(tokens: Tokens, reduction: str, normalizer: float | Tensor
     With m active tokens, S sequences that have one, n_s of them in sequence s:  token_mean 1/m, sequence_mean 1/(S n_s),
     sequence_sum 1/S, sum and none 1. A ``normalizer`` stands in place of m, S, S, 1 and 1.
     """
-    require_one_of("reduction", reduction, REDUCTIONS)
-    if isinstance(normalizer, Tensor):
-        require(normalizer.dim() == 0, "normalizer must be a number or a 0-d tensor", tuple(normalizer.shape))
-        if readable(normalizer, validate):
-            require_number("normalizer", float(normalizer), 0.0, open_low=True)
-        normalizer = normalizer.detach().to(tokens.labels.device, torch.float32)
-    elif normalizer is not None:
-        require_number("normalizer", normalizer, 0.0, open_low=True)
+    normalizer = checked_normalizer(reduction, normalizer, tokens.labels.device, validate)
     active = tokens.active
     if reduction in ("sum", "none"):
         return None if normalizer is None else (1.0 / _scalar(normalizer, active)).expand(active.shape).contiguous()

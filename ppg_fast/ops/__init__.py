@@ -4,6 +4,8 @@ They take canonical rows: logits (B, L, V) or hidden states (N, D), per-row argu
 defaults are the business of `functional`; checks of values are made here, where they run under torch.compile too.
 """
 
+from ppg_fast.ops.checks import check_temperatures
+from ppg_fast.ops.fused_policy_loss import fused_policy_loss, fused_policy_loss_op
 from ppg_fast.ops.linear import (
     default_chunk_rows,
     linear_policy_loss,
@@ -13,13 +15,16 @@ from ppg_fast.ops.linear import (
 )
 from ppg_fast.ops.partial_returns import partial_returns_op
 from ppg_fast.ops.policy_loss import NUMBERS, PerRow, policy_loss, policy_loss_op
-from ppg_fast.ops.sequences import sequence_ids_op, turn_credit_op
+from ppg_fast.ops.sequences import sequence_ids, sequence_ids_op, turn_credit_op
 from ppg_fast.ops.token_logprobs import token_logprobs, token_logprobs_op
 
 __all__ = [
     "NUMBERS",
     "PerRow",
+    "check_temperatures",
     "default_chunk_rows",
+    "fused_policy_loss",
+    "fused_policy_loss_op",
     "linear_policy_loss",
     "linear_policy_loss_op",
     "linear_token_logprobs",
@@ -27,6 +32,7 @@ __all__ = [
     "partial_returns_op",
     "policy_loss",
     "policy_loss_op",
+    "sequence_ids",
     "sequence_ids_op",
     "token_logprobs",
     "token_logprobs_op",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ppg_fast.spec import IGNORE
+from ppg_fast.spec import IGNORE, require
 
 
 def check_labels(labels: Tensor, vocabulary: int, validate: bool) -> None:
@@ -21,6 +21,29 @@ def check_turn_counts(turn_counts: Tensor, T: int) -> None:
     if bad.any():
         b = int(bad.nonzero()[0])
         raise ValueError(f"turn_counts must be in [0, {T}], got {int(turn_counts[b])} for dialogue {b}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
+    """ValueError unless the bounds of packed sequences rise from 0 to the number of tokens."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
+        raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}, got {bounds}")
+
+
+def check_turn_ids(turn_ids: Tensor, T: int, sequences: Tensor, turn_counts: Tensor | None, active: Tensor) -> None:
+    """ValueError where an active token has a turn id that is not -1 or one of its dialogue's turns. All (N,) but ``turn_counts`` (B,)."""
+    limit = torch.full_like(turn_ids, T) if turn_counts is None else turn_counts[sequences]
+    bad = active & ((turn_ids < -1) | (turn_ids >= limit))
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        rule = "turn_ids must be -1 (context) or in [0, turns of the dialogue)"
+        raise ValueError(f"{rule}, got {int(turn_ids[row])} at row {row} of a dialogue with {int(limit[row])} turns")
+
+
+def check_temperatures(temperatures: Tensor, active: Tensor) -> None:
+    """ValueError unless every active token has a finite positive temperature; those of masked rows are free."""
+    bad = temperatures[active & ~((temperatures > 0) & temperatures.isfinite())]
+    require(bad.numel() == 0, "temperature must be finite and > 0 for every active token", bad[:1].tolist())
 
 
 def check_rewards(rewards: Tensor, turn_counts: Tensor | None, segment_ids: Tensor | None) -> None:

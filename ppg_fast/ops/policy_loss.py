@@ -24,13 +24,14 @@ class PerRow(NamedTuple):
 
 
 NUMBERS = tuple(f.name for f in fields(PolicyLossSpec))  # the wire format of a spec, in order
+SPEC_SCHEMA = (
+    "str loss_type, float clip_low, float clip_high, float dual_clip, float kl_coef, str kl_estimator, float entropy_coef, "
+    "float importance_cap, float temperature, float logit_softcap, bool entropy, bool with_grad, bool validate, str backend"
+)
 SCHEMA = (
     "Tensor labels, Tensor advantages, Tensor? weights, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? rollout_logprobs, "
-    "Tensor? temperatures, str loss_type, float clip_low, float clip_high, float dual_clip, float kl_coef, str kl_estimator, "
-    "float entropy_coef, float importance_cap, float temperature, float logit_softcap, bool entropy, bool with_grad, bool validate, "
-    "str backend"
+    f"Tensor? temperatures, {SPEC_SCHEMA}"
 )
-LEAF_ARGUMENTS = SCHEMA.count(",") + 1
 
 
 def _policy_loss(logits: Tensor, dlogits: Tensor | None, labels: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,34 +77,37 @@ def _(logits, *arguments):
     return _rows_like(logits, _wants_entropy(arguments))
 
 
-def _setup_traced(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_traced(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # else dlogits gets zeros of its size
     ctx.save_for_backward(output[3])
+    ctx.arguments = len(inputs) - 1
 
 
-def _backward_traced(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def backward_traced(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     (dlogits,) = ctx.saved_tensors
     if d_loss is None:
-        return (None,) * (1 + LEAF_ARGUMENTS)
-    return (dlogits * d_loss.view(dlogits.shape[0], dlogits.shape[1], 1)).to(dlogits.dtype), *[None] * LEAF_ARGUMENTS
+        return (None,) * (1 + ctx.arguments)
+    scale = d_loss if d_loss.dim() == 0 else d_loss.view(dlogits.shape[0], dlogits.shape[1], 1)
+    return (dlogits * scale).to(dlogits.dtype), *[None] * ctx.arguments
 
 
-policy_loss_op.register_autograd(_backward_traced, setup_context=_setup_traced)
+policy_loss_op.register_autograd(backward_traced, setup_context=setup_traced)
 
 
-class _EagerPolicyLoss(torch.autograd.Function):
+class EagerPolicyLoss(torch.autograd.Function):
     """Outside of a tracer the one gradient buffer is scaled by the upstream gradient in place, so that it is never held twice."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, inplace: bool, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, inplace: bool, ops: tuple[Any, Any], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """``ops``: the one that returns dlogits behind its other results, and the one that writes it over the logits."""
         if inplace:
-            out = policy_loss_inplace_op(logits.detach(), *arguments)
+            out = ops[1](logits.detach(), *arguments)
             torch.autograd.graph.increment_version(logits)  # whoever else saved the logits for a backward pass is told that they are gone
             dlogits = logits.detach()
         else:
-            *out, dlogits = policy_loss_op(logits.detach(), *arguments)
+            *out, dlogits = ops[0](logits.detach(), *arguments)
         ctx.save_for_backward(dlogits)
-        ctx.backend, ctx.scaled = arguments[-1], False
+        ctx.backend, ctx.scaled, ctx.arguments = arguments[-1], False, len(arguments)
         ctx.mark_non_differentiable(out[1], out[2])
         return tuple(out)  # type: ignore[return-value]
 
@@ -116,9 +120,9 @@ class _EagerPolicyLoss(torch.autograd.Function):
                 "backward pass: compute the loss again, or build on token_logprobs"
             )
         if not (d_loss.is_cpu and bool((d_loss == 1).all())):
-            backends.load(ctx.backend).rescale_rows(dlogits, d_loss.contiguous())
+            backends.load(ctx.backend).rescale_rows(dlogits, d_loss.reshape(-1).contiguous())
             ctx.scaled = True
-        return dlogits, *[None] * (LEAF_ARGUMENTS + 1)
+        return dlogits, *[None] * (ctx.arguments + 2)
 
 
 def policy_loss(
@@ -132,5 +136,5 @@ def policy_loss(
     with_grad = torch.is_grad_enabled() and logits.requires_grad
     arguments = (labels, *per_row, *(getattr(spec, name) for name in NUMBERS), entropy, with_grad, validate, backend)
     if with_grad and not torch.compiler.is_compiling():
-        return _EagerPolicyLoss.apply(logits, inplace, *arguments)
+        return EagerPolicyLoss.apply(logits, inplace, (policy_loss_op, policy_loss_inplace_op), *arguments)
     return policy_loss_op(logits, *arguments)[:3]

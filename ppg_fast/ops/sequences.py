@@ -3,21 +3,29 @@
 import torch
 from torch import Tensor
 
+from ppg_fast.ops.checks import check_cu_seqlens, check_turn_ids
 
-@torch.library.custom_op("ppg_fast::sequence_ids", mutates_args=())
-def sequence_ids_op(cu_seqlens: Tensor, tokens: int, validate: bool) -> Tensor:
-    """The sequence of each of ``tokens`` packed tokens, (N,) int64; ValueError unless cu_seqlens rises from 0 to their number."""
-    if cu_seqlens.is_cpu or validate:
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != tokens or sorted(bounds) != bounds:
-            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens, {tokens}, got {bounds}")
-    rows = torch.arange(tokens, device=cu_seqlens.device)
+
+def sequence_ids(cu_seqlens: Tensor | None, sequences: int, labels: Tensor) -> Tensor:
+    """The sequence of each of the (N,) labels, (N,) int64: a run of cu_seqlens, or one of so many of equal length."""
+    N = labels.numel()
+    rows = torch.arange(N, device=labels.device)
+    if cu_seqlens is None:
+        return rows // max(N // max(sequences, 1), 1)
     return torch.bucketize(rows, cu_seqlens[1:].long(), right=True).clamp(max=max(cu_seqlens.numel() - 2, 0))
 
 
+@torch.library.custom_op("ppg_fast::sequence_ids", mutates_args=())
+def sequence_ids_op(cu_seqlens: Tensor, labels: Tensor, validate: bool) -> Tensor:
+    """The sequence of each of the packed labels, (N,) int64; ValueError unless cu_seqlens rises from 0 to their number."""
+    if cu_seqlens.is_cpu or validate:
+        check_cu_seqlens(cu_seqlens, labels.numel())
+    return sequence_ids(cu_seqlens, cu_seqlens.numel() - 1, labels)
+
+
 @sequence_ids_op.register_fake
-def _(cu_seqlens, tokens, validate):
-    return torch.empty(tokens, dtype=torch.int64, device=cu_seqlens.device)
+def _(cu_seqlens, labels, validate):
+    return torch.empty(labels.numel(), dtype=torch.int64, device=cu_seqlens.device)
 
 
 @torch.library.custom_op("ppg_fast::turn_credit", mutates_args=())
@@ -31,12 +39,7 @@ def turn_credit_op(
     """
     T = advantages.shape[1]
     if active.is_cpu or validate:
-        limit = torch.full_like(turn_ids, T) if turn_counts is None else turn_counts[sequences]
-        bad = active & ((turn_ids < -1) | (turn_ids >= limit))
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            rule = "turn_ids must be -1 (context) or in [0, turns of the dialogue)"
-            raise ValueError(f"{rule}, got {int(turn_ids[row])} at row {row} of a dialogue with {int(limit[row])} turns")
+        check_turn_ids(turn_ids, T, sequences, turn_counts, active)
     padded = torch.nn.functional.pad(advantages, (0, 1))  # column T: no turn, no advantage
     return padded[sequences, torch.where(turn_ids < 0, T, turn_ids.clamp(max=T))]
 

@@ -85,6 +85,8 @@ inline void store16(void* p, uint4 v) {
   ++emu::stats.vector_stores;
   *static_cast<uint4*>(p) = v;
 }
+inline float load_shared_by_all(const float* p) { return *p; }
+inline unsigned draw_ticket(uint32_t* counter) { return (*counter)++; }
 inline unsigned cluster_rank() { return emu::me->cta->rank; }
 inline unsigned cluster_size() { return (unsigned)emu::ctas.size(); }
 inline void cluster_sync() {

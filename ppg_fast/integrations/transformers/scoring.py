@@ -1,6 +1,6 @@
 """A model's own forward pass with no rows for its head, and the loss of the rows that the head would have had."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class PolicyCausalLMOutput(ModelOutput):
     logits: None = None
     logprobs: Tensor | None = None
     entropy: Tensor | None = None
-    metrics: dict[str, Tensor] | None = None
+    metrics: Mapping[str, Tensor] | None = None
     aux_loss: Tensor | None = None
 
 

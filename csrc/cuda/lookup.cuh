@@ -1,0 +1,145 @@
+// The scalars of a row and of the whole call: looked up in what the caller holds, and what the row's statistics make of them.
+#pragma once
+#include "../policy_term.h"
+#include "row.cuh"
+
+namespace ppg {
+
+// One sweep serves policy_loss, fused_policy_loss and logprobs_fwd, so that a log-prob has the same bits in all of them and the ratio of a
+// first on-policy step is exactly 1.
+struct SweepArgs : FusedPolicyLossArgs {
+  float* lse;  // (N,) out or null; logprobs_fwd: no loss, no advantages, no gradient
+};
+namespace cuda {
+int sweep(const SweepArgs& a, void* stream);  // policy_loss.cu
+}
+
+struct alignas(16) Row {
+  int label;  // negative: SKIP; V: out of range
+  float advantage, weight, temperature, old_logprob, ref_logprob, rollout_logprob, unused;
+};
+enum Kind { SKIP, FORWARD, FULL };
+
+// The sequence of row n, whatever the bounds hold.
+__device__ __forceinline__ int64_t sequence_of(const TokenArgs& t, int64_t n) {
+  if (!t.cu_seqlens.data) return t.sequences > 1 ? n / (t.N / t.sequences) : 0;
+  int64_t low = 0, high = t.sequences - 1;  // the last s with cu_seqlens[s] <= n
+  while (low < high) {
+    const int64_t mid = (low + high + 1) / 2;
+    if (t.cu_seqlens[mid] <= n) low = mid;
+    else high = mid - 1;
+  }
+  return low;
+}
+
+// Of one counted sequence.
+__device__ __forceinline__ int64_t active_tokens(const FusedPolicyLossArgs& a, int64_t sequence) {
+  int64_t sum = 0;
+  for (int64_t k = 0; k < a.slices; ++k) sum += a.counts[sequence * a.slices + k];
+  return sum;
+}
+
+template <class T> __device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(~0u, x, o);
+  return x;
+}
+
+// The denominator of the whole call, in two parts around a barrier of the CTA: each thread's share into `scratch` (one entry a warp), then
+// the sum of all. Integers, so the order does not matter.
+__device__ __forceinline__ bool counts_outer(const FusedPolicyLossArgs& a) {
+  return a.reduction <= Reduction::SEQUENCE_SUM && a.normalizer == 0.f && !a.normalizer_at;
+}
+__device__ __forceinline__ void count_outer(const FusedPolicyLossArgs& a, int* scratch, int threads) {
+  if (!counts_outer(a)) return;
+  int count = 0;
+  for (int64_t s = threadIdx.x; s < a.counted * (a.reduction == Reduction::TOKEN_MEAN ? a.slices : 1); s += threads)
+    count += a.reduction == Reduction::TOKEN_MEAN ? a.counts[s] : active_tokens(a, s) > 0;
+  count = warp_sum(count);
+  if ((threadIdx.x & 31) == 0) scratch[threadIdx.x / 32] = count;
+}
+__device__ __forceinline__ float outer(const FusedPolicyLossArgs& a, const int* scratch, int threads) {
+  if (a.normalizer != 0.f) return a.normalizer;
+  if (a.normalizer_at) return *a.normalizer_at;
+  if (!counts_outer(a)) return 1.f;
+  int count = 0;
+  for (int w = 0; w < threads / 32; ++w) count += scratch[w];
+  return (float)max(count, 1);
+}
+
+// Row n; one that does not exist is SKIP.
+__device__ __forceinline__ Row look_up(const FusedPolicyLossArgs& a, int64_t n, float outer) {
+  Row r{-1, 0.f, 1.f, a.temperature, 0.f, 0.f, 0.f, 0.f};
+  if (n >= a.tokens.N) return r;
+  const int64_t b = n / a.tokens.length, l = n - b * a.tokens.length;
+  const int64_t label = a.tokens.labels.integer(b, l);
+  if (a.tokens.active(b, l)) r.label = (int)min(label, a.V);
+  if (a.advantages.data) r.advantage = a.advantages.number(b, l);
+  if (a.old_logprobs.data) r.old_logprob = a.old_logprobs.number(b, l);
+  if (a.ref_logprobs.data) r.ref_logprob = a.ref_logprobs.number(b, l);
+  if (a.rollout_logprobs.data) r.rollout_logprob = a.rollout_logprobs.number(b, l);
+  if (a.temperatures.data) r.temperature = a.temperatures.number(b, l);
+  const bool by_sequence = a.reduction == Reduction::SEQUENCE_MEAN;
+  const int64_t s = by_sequence || a.turn_advantages ? sequence_of(a.tokens, n) : 0;
+  if (a.turn_advantages) {
+    const int64_t turn = a.tokens.turn_ids.integer(b, l);
+    if (turn >= 0 && turn < a.T) r.advantage = a.turn_advantages[s * a.T + turn];
+  }
+  if (a.weights.data) r.weight = a.weights.number(b, l);
+  else r.weight = 1.f / (by_sequence ? outer * (float)max(active_tokens(a, s), int64_t(1)) : outer);
+  if (a.skip_zero_advantages && r.advantage == 0.f && !a.term.needs_every_row()) r.label = -1;
+  return r;
+}
+__device__ __forceinline__ Kind row_kind(const FusedPolicyLossArgs& a, const Row& r) {
+  if (r.label < 0) return SKIP;
+  return a.dlogits.data && (r.advantage != 0.f || a.term.needs_every_row()) ? FULL : FORWARD;
+}
+
+// From the statistics of the whole row to its outputs and slope. Every thread computes it, `writer` stores it.
+__device__ __forceinline__ Slope finish_row(const SweepArgs& a, int64_t n, const Row& row, const Stat& s, float k, bool writer) {
+  const float log_sum = log2f(s.sum), mean = s.dot / s.sum;
+  const float label = row.label < a.V ? s.label : hw::bits_to_float(NAN_BITS);  // an impossible label poisons its row
+  const float logprob = (fmaf(label, k, -s.ref) - log_sum) * LN2, entropy = (log_sum - mean) * LN2;
+  const float old_logprob = a.old_logprobs.data ? row.old_logprob : logprob, ref_logprob = a.ref_logprobs.data ? row.ref_logprob : logprob;
+  const float rollout = row.rollout_logprob;
+  const float importance = a.rollout_logprobs.data ? importance_weight(a.term, old_logprob, &rollout, 0) : 1.f;
+  const Term term = policy_term(a.term, logprob, entropy, old_logprob, ref_logprob, importance, row.advantage);
+  if (writer) {
+    if (a.loss) a.loss[n] = row.weight * term.loss;
+    if (a.logprob) a.logprob[n] = logprob;
+    if (a.entropy) a.entropy[n] = entropy;
+    if (a.lse) a.lse[n] = (s.ref + log_sum) * LN2;
+  }
+  const float g = row.weight * term.d_logprob / row.temperature, h = row.weight * term.d_entropy / row.temperature * LN2;
+  return {s.ref, (h * mean - g) / s.sum, -h / s.sum, g};
+}
+__device__ __forceinline__ void finish_skipped(const SweepArgs& a, int64_t n) {
+  if (a.loss) a.loss[n] = 0.f;
+  if (a.logprob) a.logprob[n] = 0.f;
+  if (a.entropy) a.entropy[n] = 0.f;
+  if (a.lse) a.lse[n] = 0.f;
+}
+
+// Called by every thread of a CTA after its rows, whose losses its thread 0 has stored; `teams` CTAs call it. The last one sums the losses
+// of all rows, strided over its threads and then by a tree: the same bits whoever is last. `scratch`: (warps + 1) * 8 bytes, free by now.
+__device__ __forceinline__ void sum_losses(const SweepArgs& a, unsigned char* scratch, unsigned teams, int threads) {
+  if (!a.total) return;
+  double* const part = reinterpret_cast<double*>(scratch);
+  int* const last = reinterpret_cast<int*>(part + threads / 32);
+  __syncthreads();
+  if (threadIdx.x == 0) *last = hw::draw_ticket(a.ticket) == teams - 1;
+  __syncthreads();
+  if (!*last) return;
+  double sum = 0.0;
+#pragma unroll 4
+  for (int64_t n = threadIdx.x; n < a.tokens.N; n += threads) sum += hw::load_shared_by_all(a.loss + n);
+  sum = warp_sum(sum);
+  if ((threadIdx.x & 31) == 0) part[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  sum = 0.0;
+  for (int w = 0; w < threads / 32; ++w) sum += part[w];
+  *a.total = (float)sum;
+}
+
+}  // namespace ppg

@@ -1,0 +1,147 @@
+"""The policy loss on a backend that fuses: what the caller holds goes to the kernels as it is, and metrics wait until they are read."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ppg_fast import backends, ops
+from ppg_fast.functional.loss import (
+    LossOptions,
+    LossRows,
+    PolicyLossOutput,
+    check_dialogues,
+    check_turn_ids,
+    checked_spec,
+    credit_turns,
+)
+from ppg_fast.functional.returns import checked_turns
+from ppg_fast.functional.tokens import advantages_per_token, check_tensor, check_tokens, checked_normalizer
+from ppg_fast.spec import SEQUENCE_LEVEL, Columns, PolicyLossSpec, Reduction, Turns, require
+
+TURN_NAMES = ("rewards", "turn_ids", "policy_class", "gamma", "baseline", "group_ids", "turn_counts", "backend")
+TurnArguments = tuple[Any, ...]  # of credit_turns, by these names
+
+
+def fuses(backend: str, spec: PolicyLossSpec | None) -> bool:
+    """Whether this loss goes to the kernels at once. A ratio over a sequence needs the log-probs of other rows first."""
+    return getattr(spec, "loss_type", None) not in SEQUENCE_LEVEL and backends.fuses(backend)
+
+
+class LazyMetrics(Mapping[str, Tensor]):
+    """Metrics by name, computed when the first one is read, from tensors that must not have been modified in place until then.
+
+    Inside a CUDA graph's capture nothing is kept or checked: what is read after a replay belongs to that replay.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]], made_of: Mapping[str, object] | None = None
+    ) -> None:
+        self._values = values
+        self._captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        tensors = {name: t for name, t in (made_of or {}).items() if isinstance(t, Tensor) and not t.is_inference()}
+        self._made_of = {} if self._captured else {name: (t, t._version) for name, t in tensors.items()}
+
+    def _read(self) -> Mapping[str, Tensor]:
+        if isinstance(self._values, Mapping):
+            return self._values
+        for name, (tensor, version) in self._made_of.items():
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"metrics are computed when they are first read, but {name} was modified in place since: read them before"
+                )
+        values = self._values()
+        if not self._captured:
+            self._values, self._made_of = values, {}
+        return values
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __repr__(self) -> str:
+        return repr(dict(self._read()))
+
+
+def fused_policy_loss(
+    logits: Tensor,
+    labels: Tensor,
+    advantages: Tensor | None,
+    turns: TurnArguments | None,
+    inplace: bool,
+    backend: str,
+    **options: Unpack[LossOptions],
+) -> PolicyLossOutput:
+    """`policy_loss` of ``logits`` (B, L, V), or `partial_policy_loss` where ``turns`` are given in place of advantages."""
+    validate, kind, device = options.get("validate", False), options.get("reduction", "token_mean"), logits.device
+    spec = checked_spec(options.get("spec"), options.get("ref_logprobs"))
+    cu_seqlens = options.get("cu_seqlens")
+    sequences = check_tokens(labels, options.get("loss_mask"), cu_seqlens, device)
+    require(sequences > 0 or labels.numel() == 0, "cu_seqlens must rise from 0 to the number of tokens", labels.numel())
+    normalizer = checked_normalizer(kind, options.get("normalizer"), device, validate)
+    given, turn_ids = (None, None) if turns is None else _checked_turns(turns, labels, sequences)
+    columns = _columns(logits.shape[:2], labels, turn_ids, advantages, spec, options)
+    loss, logprobs, entropy = ops.fused_policy_loss(
+        logits, columns, given, Reduction(kind, normalizer, sequences, None if cu_seqlens is None else cu_seqlens.contiguous()),
+        replace(spec, temperature=1.0) if columns.temperatures is not None else spec,
+        options.get("skip_zero_advantages", False), True, inplace, validate, backend,
+    )  # fmt: skip
+    logprobs, entropy = logprobs.detach().view(labels.shape), entropy.detach().view(labels.shape)
+
+    def metrics() -> Mapping[str, Tensor]:
+        with torch.no_grad():
+            with_mask, per_token = (options, advantages) if turns is None else credit_turns(options, labels, *turns)
+            assert per_token is not None
+            rows = LossRows.of(labels, per_token, device, **{**with_mask, "reduction": "sum", "normalizer": None, "validate": False})
+            return rows.metrics(logprobs.reshape(-1), entropy.reshape(-1), rows.tokens.labels >= 0)
+
+    if torch.compiler.is_compiling():
+        lazy = metrics()
+    else:
+        made_of = {"labels": labels, "advantages": advantages, "logprobs": logprobs, "entropy": entropy, "temperature": spec.temperature}
+        lazy = LazyMetrics(metrics, {**made_of, **options, **dict(zip(TURN_NAMES, turns or (), strict=False))})
+    return PolicyLossOutput(loss.view(labels.shape) if kind == "none" else loss, logprobs, entropy, lazy)
+
+
+def _checked_turns(turns: TurnArguments, labels: Tensor, sequences: int) -> tuple[Turns, Tensor]:
+    """What the kernels take of the turns, and turn ids that they can read."""
+    rewards, turn_ids, policy_class, gamma, baseline, group_ids, turn_counts, _ = turns
+    require(isinstance(labels, Tensor), "labels must be a tensor", type(labels).__name__)
+    check_turn_ids(turn_ids, labels)
+    given = checked_turns(rewards, policy_class, gamma, turn_counts, baseline, group_ids)
+    check_dialogues(given.rewards, sequences)
+    return given, turn_ids if turn_ids.dtype in (torch.int32, torch.int64) else turn_ids.long()
+
+
+def _columns(
+    shape: torch.Size, labels: Tensor, turn_ids: Tensor | None, advantages: Tensor | None, spec: PolicyLossSpec, options: LossOptions
+) -> Columns:
+    """Every argument per token as (B, L), without a copy where its strides and dtype allow it."""
+
+    def column(name: str, values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        check_tensor(name, values, labels.shape, labels.device)
+        return values.detach().float().reshape(shape)
+
+    mask = options.get("loss_mask")
+    if turn_ids is None:
+        advantages = advantages_per_token(advantages, labels)  # type: ignore[arg-type]
+    return Columns(
+        labels.reshape(shape),
+        None if mask is None else mask.reshape(shape),
+        None if turn_ids is None else turn_ids.reshape(shape),
+        column("advantages", advantages),
+        column("old_logprobs", options.get("old_logprobs")),
+        column("ref_logprobs", options.get("ref_logprobs")),
+        column("rollout_logprobs", options.get("rollout_logprobs")),
+        column("temperature", spec.temperature) if isinstance(spec.temperature, Tensor) else None,
+    )
