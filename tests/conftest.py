@@ -1,6 +1,4 @@
-import importlib.util
 import os
-import sys
 
 import pytest
 import torch
@@ -28,27 +26,12 @@ def _round_to_bfloat16_in_the_interpreter() -> None:
     interpreter.InterpreterBuilder.cast_impl = cast_impl
 
 
-def _emulate_cuda() -> None:
-    """Where there is no GPU, backend "cuda" is the CUDA sources compiled by g++ under an emulator, on CPU tensors."""
-    from emulator.build import build
-
-    torch.ops.load_library(build())
-    spec = importlib.util.spec_from_file_location("ppg_fast_emulated", backends.load("cpu").__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module._lib, module.require_cuda = torch.ops.ppg_fast_emulated, lambda: None
-    sys.modules["ppg_fast_emulated"] = module
-    backends.MODULES["cuda"] = "ppg_fast_emulated"
-    backends.load.cache_clear()
-    backends.why_not.cache_clear()
-
-
 @pytest.fixture(scope="session")
 def emulated_cuda() -> None:
-    from emulator.build import why_not
+    from emulator.build import build, install, why_not
 
     if not torch.cuda.is_available() and backends.why_not("cpu") is None and why_not() is None:
-        _emulate_cuda()
+        install(build())
 
 
 @pytest.fixture(scope="session")

@@ -262,6 +262,17 @@ def test_no_rows_is_no_launch(emulated):
 FAULTS = {  # a fault and the text it is planted in
     "the data are not waited for": ("policy_loss_onepass.cuh", "hw::bar_wait(&team.full[slot], c.parity);", ""),
     "a slot is refilled while in use": ("policy_loss_onepass.cuh", "hw::bar_wait(&team.empty[at.slot], at.parity ^ 1);", ""),
+    "rows are overwritten while in use": (
+        "policy_loss_onepass.cuh",
+        "hw::bar_wait(&team.used[i / BATCH % 2], (i / BATCH / 2 & 1) ^ 1);",
+        "",
+    ),
+    "rows are not waited for": (
+        "policy_loss_onepass.cuh",
+        "if (i % BATCH == 0) hw::bar_wait(&team.known[i / BATCH % 2], i / BATCH / 2 & 1);",
+        "",
+    ),
+    "the first to finish sums": ("lookup.cuh", "hw::draw_ticket(a.ticket) == teams - 1", "hw::draw_ticket(a.ticket) == 0"),
     "the exchange has one area": ("policy_loss_onepass.cuh", "team.exchange + (turn & 1) * entries", "team.exchange"),
 }
 

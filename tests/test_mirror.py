@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ppg_fast import backends
-from ppg_fast.spec import KLEstimator, LossType
+from ppg_fast.spec import BASELINES, REDUCTIONS, KLEstimator, LossType
 
 ROOT = Path(__file__).parents[1]
 OPS = ["policy_loss", "logprobs", "partial_returns"]
@@ -45,7 +45,16 @@ def test_backends_keep_the_contract(backend):
     assert [name for name in contract if not callable(getattr(module, name, None))] == []
 
 
+def cpp_enum(name):
+    body = re.search(rf"enum class {name} : int {{(.*?)}}", (ROOT / "csrc/args.h").read_text())[1]
+    return {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", body)}
+
+
 @pytest.mark.parametrize("enum", [LossType, KLEstimator], ids=lambda e: e.__name__)
 def test_enums_agree_with_cpp(enum):
-    body = re.search(rf"enum class {enum.__name__} : int {{(.*?)}}", (ROOT / "csrc/args.h").read_text())[1]
-    assert {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", body)} == {member.name: member.value for member in enum}
+    assert cpp_enum(enum.__name__) == {member.name: member.value for member in enum}
+
+
+@pytest.mark.parametrize(("name", "names"), [("Baseline", BASELINES), ("Reduction", REDUCTIONS)])
+def test_names_that_travel_by_their_place_agree_with_cpp(name, names):
+    assert cpp_enum(name) == {text.upper(): place for place, text in enumerate(names)}

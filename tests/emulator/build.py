@@ -6,15 +6,18 @@ torch.ops.load_library(build())      # registers torch.ops.ppg_fast_emulated.*, 
 import ctypes
 import fcntl
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +59,26 @@ def build(patches: Sequence[Patch] = ()) -> Path:
         }
         objects = _compile_all(jobs)
     return _link(objects, ".so", "-shared", *link)
+
+
+def install(library: Path | str) -> ModuleType:
+    """Make the library backend "cuda", for CPU tensors, of this process."""
+    import torch
+
+    from ppg_fast import backends
+
+    torch.ops.load_library(library)
+    spec = importlib.util.spec_from_file_location("ppg_fast_emulated", backends.load("cpu").__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module._lib, module.require_cuda = torch.ops.ppg_fast_emulated, lambda: None
+    sys.modules["ppg_fast_emulated"] = module
+    backends.MODULES["cuda"] = "ppg_fast_emulated"
+    backends.load.cache_clear()
+    backends.why_not.cache_clear()
+    return module
 
 
 def build_sanitized() -> Path:

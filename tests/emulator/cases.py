@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 import torch
-from emulator.build import Control
+from emulator.build import Control, install
 from torch import Tensor
 
+import ppg_fast as ppg
 from ppg_fast import reference
 from ppg_fast.spec import KLEstimator, LossType, PolicyLossSpec
 
@@ -165,12 +166,46 @@ PROBES = [
 ]
 
 
+def fused_case(seed: int) -> tuple[list[Tensor], dict]:
+    """50 tokens of three dialogues, packed: `partial_policy_loss` arguments before the policy class, and options.
+
+    Under odd seeds a run of tokens is masked, over which a producer can run ahead.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    N, V, T = 50, 300, 6
+    logits, labels = torch.randn(N, V, generator=draw) * 3, torch.randint(V, (N,), generator=draw)
+    counts = torch.tensor([6, 3, 5])
+    bounds = torch.tensor([0, 21, 22, 50], dtype=torch.int32)
+    turns = torch.rand(N, generator=draw) * (torch.repeat_interleave(counts, bounds.diff()) + 1)
+    mask = torch.rand(N, generator=draw) < 0.8
+    mask[2 : 40 if seed % 2 else 0] = False
+    options = {
+        "loss_mask": mask, "cu_seqlens": bounds, "turn_counts": counts, "gamma": 0.9,
+        "baseline": "leave_one_out", "group_ids": torch.tensor([4, 4, 4]), "reduction": "sequence_mean",
+        "old_logprobs": torch.randn(N, generator=draw) - 9, "spec": PolicyLossSpec("cispo", clip_high=0.3),
+    }  # fmt: skip
+    return [logits, labels, torch.randn(3, T, generator=draw), turns.long() - 1], options
+
+
+def run_fused(seed: int, backend: str = "cuda", policy_class: str = "lookahead:2", **changed: object) -> tuple[Tensor, ...]:
+    """Loss, log-probs, entropy and gradient of `fused_case`."""
+    arguments, options = fused_case(seed)
+    x = arguments[0].requires_grad_()
+    out = ppg.partial_policy_loss(*arguments, policy_class, **(options | changed), backend=backend)
+    (gradient,) = torch.autograd.grad(out.loss.sum(), x)
+    return out.loss.detach(), out.logprobs, out.entropy, gradient
+
+
 def main(library: str) -> None:
-    torch.ops.load_library(library)
+    install(library)
     control = Control(library)
     for case, cluster, seed, mode in PROBES:
         control.set(resident=1, cluster=cluster, threads=256, slots=shortest_ring(case, cluster) + seed - 1, seed=seed, mode=mode)
         run(torch.ops.ppg_fast_emulated, case)
+    for cluster, seed, mode in itertools.product((1, 2), (1, 2, 3), (1, 2)):  # three batches of rows
+        control.set(resident=seed, cluster=cluster, threads=256, slots=2, seed=seed, mode=mode)
+        for got, want in zip(run_fused(seed), run_fused(seed, "reference"), strict=True):
+            assert torch.allclose(got, want, rtol=1e-5, atol=1e-6), "fused"
 
 
 if __name__ == "__main__":

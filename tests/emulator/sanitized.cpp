@@ -29,6 +29,41 @@ struct Buffer {  // `count` elements that begin `shift` elements behind a 256-by
   ~Buffer() { std::free(base); }
 };
 
+// From rewards and logits to loss and gradient; every column is of exact size, 16-bit masks and 32-bit ids among them.
+void run_fused(const Rows& logits, const Rows& dlogits, int64_t V, DType dtype, bool cap, bool entropy) {
+  constexpr int64_t S = 2, L = 3, T = 5, N = S * L;
+  static int round = 0;
+  const bool packed = ++round % 2, means = round % 3;
+  const std::vector<int64_t> labels{0, -100, V - 1, V / 2, 1 % V, V / 3}, groups{7, 7};
+  const std::vector<uint16_t> mask{1, 1, 1, 0, 1, 1};
+  const std::vector<int32_t> turns{0, 1, 4, 2, -1, 9}, counts{T, 3}, bounds{0, 2, 6};
+  const std::vector<uint8_t> reward_mask(T * T, 1);
+  const std::vector<float> rewards(S * T, 1.5f), old(N, -1.f);
+  std::vector<float> credit(2 * S * T), loss(N), logprob(N), ent(N), total(1);
+  std::vector<int32_t> tokens(S * 2);
+  std::vector<uint32_t> ticket(1, 9);
+  const auto column = [](const auto& v, bool floating) { return Column{v.data(), L, 1, (int)sizeof v[0], floating}; };
+  CreditArgs c{};
+  c.tokens = {column(labels, false), column(mask, round % 2), column(turns, false), N, L, {packed ? bounds.data() : nullptr, false}, S};
+  c.rewards = rewards.data(), c.reward_mask = round % 4 ? nullptr : reward_mask.data();
+  c.turn_counts = {counts.data(), false}, c.group_ids = {groups.data(), true};
+  c.T = T, c.lookahead = 2, c.gamma = 0.9, c.std_eps = 1e-6, c.baseline = Baseline(1 + round % 3);
+  c.returns = credit.data(), c.advantages = credit.data() + S * T;
+  c.counts = tokens.data(), c.counted = means ? S : 1, c.slices = means ? 2 : 4, c.ticket = ticket.data();
+  expect(cuda::credit(c, nullptr), "credit");
+  FusedPolicyLossArgs a{};
+  a.tokens = c.tokens, a.logits = logits, a.dlogits = dlogits, a.V = V, a.dtype = dtype;
+  a.temperature = 1.1f, a.logit_softcap = cap ? 9.f : 0.f, a.old_logprobs = column(old, true);
+  a.turn_advantages = c.advantages, a.T = T;
+  a.term = {LossType::CISPO, KLEstimator::K3, 0.2f, 0.3f, 0.f, 0.f, entropy ? 0.1f : 0.f, 0.f};
+  a.reduction = means ? Reduction(1 + round % 2) : Reduction::TOKEN_MEAN, a.skip_zero_advantages = round % 5 == 0;
+  a.counts = c.counts, a.counted = c.counted, a.slices = c.slices;
+  a.loss = loss.data(), a.logprob = logprob.data(), a.entropy = entropy ? ent.data() : nullptr;
+  a.total = total.data(), a.ticket = ticket.data();
+  expect(cuda::fused_policy_loss(a, nullptr), "fused_policy_loss");
+  if (!std::isfinite(total[0])) ++failures, std::printf("fused loss %g\n", total[0]);
+}
+
 void run(int64_t V, DType dtype, int shift, int gap, int out_shift, bool cap, bool entropy) {
   constexpr int64_t N = 6, L = 3;
   const int size = dtype == DType::F32 ? 4 : 2;
@@ -54,6 +89,7 @@ void run(int64_t V, DType dtype, int shift, int gap, int out_shift, bool cap, bo
     if (!std::isfinite(loss[n]) || logprob[n] != lse[n])
       ++failures, std::printf("row %d: loss %g, log-probs %g %g\n", n, loss[n], logprob[n], lse[n]);
 
+  run_fused(in, out, V, dtype, cap, entropy);
   LogprobsBwdArgs b{sweep};
   b.lse = lse.data(), b.entropy = ent.data(), b.d_logprob = advantages.data(), b.d_entropy = entropy ? ones.data() : nullptr,
   b.dlogits = out;
