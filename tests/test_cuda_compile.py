@@ -75,7 +75,7 @@ def test_wide_accesses(compiled, arch):
     """Every kernel over the vocabulary reads and writes 16 bytes an instruction."""
     checked = 0
     for kernel in disassembled(compiled, arch):
-        if kernel.name.startswith("partial_returns") or (arch == "80" and "onepass" in kernel.name):  # empty there
+        if kernel.name.startswith(("partial_returns", "credit")) or (arch == "80" and "onepass" in kernel.name):  # empty there
             continue
         loads = kernel.count("LDS.128") if "onepass" in kernel.name else kernel.count("LDG.E.128")
         assert loads > 0, kernel.name

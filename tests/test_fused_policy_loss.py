@@ -272,3 +272,31 @@ def test_one_scale_for_all_rows(backend, device):
     expected = (x.float() * -0.3).to(x.dtype)
     backends.load(backend).rescale_rows(x, torch.tensor([-0.3], device=device))
     assert torch.equal(x, expected)
+
+
+def test_in_a_cuda_graph(backend, device):
+    if device != "cuda":
+        pytest.skip("needs a GPU")
+    calls = [partial_call(seed, "lookahead", "padded", "ppo", "sequence_mean") for seed in (5, 17)]
+    options = {name: moved(v, device) for name, v in calls[0][2].items()} | {"backend": backend}
+    held = [moved(a, device).detach().clone() for a in calls[0][1][:-1]]
+    held[0].requires_grad_()
+
+    def loss():
+        out = ppg.partial_policy_loss(*held, "lookahead:3", **options)
+        return out, *torch.autograd.grad(out.loss, held[0])
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        loss()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, gradient = loss()
+    for shift in (1, 2):
+        with torch.no_grad():
+            held[2].copy_(torch.randn(held[2].shape) + shift)
+        graph.replay()
+        expected, dlogits = loss()
+        assert torch.equal(out.loss, expected.loss)
+        assert torch.equal(gradient, dlogits)
+        assert torch.equal(out.metrics["entropy"], expected.metrics["entropy"])

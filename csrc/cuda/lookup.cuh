@@ -16,7 +16,8 @@ int sweep(const SweepArgs& a, void* stream);  // policy_loss.cu
 
 struct alignas(16) Row {
   int label;  // negative: SKIP; V: out of range
-  float advantage, weight, temperature, old_logprob, ref_logprob, rollout_logprob, unused;
+  float advantage, weight, temperature, old_logprob, ref_logprob, rollout_logprob;
+  float denominator;  // of the whole call, for whoever looks up the next row
 };
 enum Kind { SKIP, FORWARD, FULL };
 
@@ -68,8 +69,8 @@ __device__ __forceinline__ float outer(const FusedPolicyLossArgs& a, const int* 
 }
 
 // Row n; one that does not exist is SKIP.
-__device__ __forceinline__ Row look_up(const FusedPolicyLossArgs& a, int64_t n, float outer) {
-  Row r{-1, 0.f, 1.f, a.temperature, 0.f, 0.f, 0.f, 0.f};
+__device__ __forceinline__ Row look_up(const FusedPolicyLossArgs& a, int64_t n, float denominator) {
+  Row r{-1, 0.f, 1.f, a.temperature, 0.f, 0.f, 0.f, denominator};
   if (n >= a.tokens.N) return r;
   const int64_t b = n / a.tokens.length, l = n - b * a.tokens.length;
   const int64_t label = a.tokens.labels.integer(b, l);
@@ -86,7 +87,7 @@ __device__ __forceinline__ Row look_up(const FusedPolicyLossArgs& a, int64_t n, 
     if (turn >= 0 && turn < a.T) r.advantage = a.turn_advantages[s * a.T + turn];
   }
   if (a.weights.data) r.weight = a.weights.number(b, l);
-  else r.weight = 1.f / (by_sequence ? outer * (float)max(active_tokens(a, s), int64_t(1)) : outer);
+  else r.weight = 1.f / (by_sequence ? denominator * (float)max(active_tokens(a, s), int64_t(1)) : denominator);
   if (a.skip_zero_advantages && r.advantage == 0.f && !a.term.needs_every_row()) r.label = -1;
   return r;
 }

@@ -119,8 +119,8 @@ __device__ void count_active(const CreditArgs& a, int64_t s, int64_t k) {
   a.counts[s * a.slices + k] = count;
 }
 
-// CTAs of turns, then CTAs that count.
-__global__ void __launch_bounds__(CREDIT_THREADS) credit_kernel(const __grid_constant__ CreditArgs a) {
+// CTAs of turns, then CTAs that count. Without the bound on resident CTAs ptxas spills for sm_80.
+__global__ void __launch_bounds__(CREDIT_THREADS, 4) credit_kernel(const __grid_constant__ CreditArgs a) {
   if (blockIdx.x == 0 && threadIdx.x == 0 && a.ticket) *a.ticket = 0;
   const int64_t turns = a.rewards ? a.T : 0, i = blockIdx.x - turns;
   if (i < 0) credit_turn(a, blockIdx.x);

@@ -13,13 +13,12 @@ __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __
   int* const counted = reinterpret_cast<int*>(part);
   count_outer(a, counted, threads);
   __syncthreads();
-  const float denominator = outer(a, counted, threads);
-  if (tid == 0) rows[0] = look_up(a, blockIdx.x, denominator);
+  if (tid == 0) rows[0] = look_up(a, blockIdx.x, outer(a, counted, threads));
   __syncthreads();  // part is free again
   unsigned i = 0;
   for (int64_t n = blockIdx.x; n < a.tokens.N; n += gridDim.x, ++i) {
     const Row& row = rows[i % 2];
-    if (tid == threads - 1) rows[(i + 1) % 2] = look_up(a, n + gridDim.x, denominator);  // beside the sweep of the other warps
+    if (tid == threads - 1) rows[(i + 1) % 2] = look_up(a, n + gridDim.x, row.denominator);  // beside the sweep of the other warps
     const Kind kind = row_kind(a, row);
     raw* const out = a.dlogits.data ? row_at<E>(a.dlogits, n) : nullptr;
     bool zero = true;
