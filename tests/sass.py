@@ -28,6 +28,13 @@ class Kernel:
         """Instructions whose mnemonic begins with ``prefix``."""
         return sum(mnemonic(text).startswith(prefix) for _, text in self.code)
 
+    def loop_around(self, prefix: str) -> "Kernel":
+        """The smallest loop with an instruction whose mnemonic begins with ``prefix``, as a kernel of its own."""
+        here = next(address for address, text in self.code if mnemonic(text).startswith(prefix))
+        jumps = [(int(m[1], 16), address) for address, text in self.code if (m := re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", text))]
+        start, end = min((j for j in jumps if j[0] <= here <= j[1]), key=lambda j: j[1] - j[0])
+        return Kernel(self.name, [(address, text) for address, text in self.code if start <= address <= end])
+
     def straight(self) -> Iterator[Counter[str]]:
         """The mnemonics of each run of instructions without a branch or a branch target."""
         jumps = [re.search(r"0x([0-9a-f]+)", text) for _, text in self.code if re.search(r"\b(BRA|BSSY)\b", text)]
