@@ -1,7 +1,7 @@
-"""Many dialogues at once between a model and its environments: batched, turn by turn, token-in token-out.
+"""Many dialogues at once between a policy and its environments: batched, turn by turn, token-in token-out.
 
-All dialogues share one KV cache in lockstep. One that has nothing to say while others speak leaves a hole: masked, and not counted in
-the positions. What was sampled is what is trained on; no token is ever decoded and encoded again.
+What was sampled is what is trained on; no token is ever decoded and encoded again. Where the answers come from is
+`ppg_fast.generation`: the model in this process or a server.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ppg_fast.chat_format import ChatFormat
 from ppg_fast.data import CONTEXT, Sample
 from ppg_fast.dialogue import Message
 from ppg_fast.environment import Environment
-from ppg_fast.model import decoder, head_of
+from ppg_fast.generation import Answer, EndpointSampler, LocalSampler, Request, Sampler
+
+Settled = tuple[Message | None, float, bool]  # what `Environment.step` returns
+Settle = Callable[[Sequence[Environment], Sequence[str]], Sequence[Settled]]
 
 
 @dataclass
@@ -41,6 +43,11 @@ class Rollout:
         return sum(self.sample.rewards)
 
 
+def settle_each(environments: Sequence[Environment], answers: Sequence[str]) -> list[Settled]:
+    """Every environment settles its answer by itself, one after the other."""
+    return [environment.step(answer) for environment, answer in zip(environments, answers, strict=True)]
+
+
 def collect_groups(
     model: Any,
     chat: ChatFormat,
@@ -52,12 +59,18 @@ def collect_groups(
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     max_turns: int = 64,
+    max_dialogue_tokens: int = 0,
+    batch_size: int = 64,
+    settle: Settle = settle_each,
 ) -> list[Rollout]:
     """``group_size`` rollouts of each seed, which share the partner and ``group_id``. Same weights, seeds and generator: same rollouts.
 
-    ``generator`` lives on the model's device; or one on the CPU for each rollout, which then does not depend on who is sampled with it,
-    but for the rounding of a batch. Temperature 0 takes the most likely token. A dialogue stops when its environment is done
-    or at ``max_turns``; an answer at the end token or at ``max_new_tokens``. Special tokens other than the end are never sampled.
+    ``model``: a causal LM, or an `EndpointSampler`, whose own temperature counts. ``generator`` lives on the model's device and gives
+    every dialogue its own randomness, so that ``batch_size``, the dialogues generated at once, decides memory and speed only, up to
+    rounding. Temperature 0 takes the most likely token. A dialogue stops when its environment is done, at ``max_turns``, or where
+    its next answer would not fit ``max_dialogue_tokens`` (0: what the model's positions allow, if it says); an answer at the end
+    token or at ``max_new_tokens``. Special tokens other than the end are never sampled. ``settle`` takes the answers of a turn to
+    their environments, all at once. ValueError for an opening that leaves no room for an answer.
     """
     rollouts = []
     for group, seed in enumerate(seeds):
@@ -66,71 +79,83 @@ def collect_groups(
             rollout = Rollout(environment, Sample([], [], [], group, rollout_logprobs=[]))
             rollout.messages = list(environment.reset(seed))
             rollouts.append(rollout)
+    draws = torch.randint(2**62, (len(rollouts),), generator=generator, device=generator.device).tolist()
+    streams = [torch.Generator().manual_seed(draw) for draw in draws]
+    limits = _Limits(max_new_tokens, max_turns, max_dialogue_tokens or _most_positions(model))
+    if isinstance(model, EndpointSampler):
+        _run(model, chat, rollouts, streams, limits, settle)
+        return rollouts
+    vocab_size = model.get_output_embeddings().weight.shape[0]
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            _run(model, chat, rollouts, _Sampler(model, chat, generator, temperature), max_new_tokens, max_turns)
+            for start in range(0, len(rollouts), batch_size):
+                part = slice(start, start + batch_size)
+                sampler = LocalSampler(model, chat.end_id, chat.unsayable(vocab_size), temperature)
+                _run(sampler, chat, rollouts[part], streams[part], limits, settle)
     finally:
         model.train(was_training)
     return rollouts
 
 
-def _run(model: Any, chat: ChatFormat, rollouts: list[Rollout], sampler: "_Sampler", max_new_tokens: int, max_turns: int) -> None:
-    """Turn after turn until every dialogue is done. ``unread`` holds the tokens that a dialogue's cache has not seen yet."""
-    cache = _Lockstep(model, len(rollouts))
-    unread = [chat.opening(r.messages) for r in rollouts]
-    for rollout, tokens in zip(rollouts, unread, strict=True):
-        _append(rollout, tokens, CONTEXT)
-    for turn in range(max_turns):
+@dataclass(frozen=True)
+class _Limits:
+    new_tokens: int
+    turns: int
+    dialogue_tokens: int
+
+    def room(self, rollout: Rollout) -> int:
+        """Tokens that the next answer may have."""
+        return min(self.new_tokens, self.dialogue_tokens - len(rollout.sample.tokens))
+
+
+def _most_positions(model: Any) -> int:
+    config = None if isinstance(model, EndpointSampler) else model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or 2**62
+
+
+def _run(
+    sampler: Sampler, chat: ChatFormat, rollouts: list[Rollout], streams: list[torch.Generator], limits: _Limits, settle: Settle
+) -> None:
+    """Turn after turn until every dialogue is done; those that are leave the batch."""
+    for rollout in rollouts:
+        _append(rollout, chat.opening(rollout.messages), CONTEXT)
+        if limits.room(rollout) < 1:
+            seen = f"{len(rollout.sample.tokens)} tokens in {rollout.messages[-1].content[:60]!r}"
+            raise ValueError(f"an opening must be shorter than the {limits.dialogue_tokens} tokens of a dialogue, got {seen}")
+    for turn in range(limits.turns):
         live = [i for i, r in enumerate(rollouts) if not r.done]
         if not live:
             return
-        answers = _answer(cache, unread, live, sampler, chat.end_id, max_new_tokens)
-        for i, answer in zip(live, answers, strict=True):
-            unread[i] = answer.tokens[-1:] + _take_turn(rollouts[i], chat, turn, answer)
+        answers = sampler.answer([Request(i, rollouts[i].sample.tokens, limits.room(rollouts[i]), streams[i]) for i in live])
+        texts = [_take(rollouts[i], chat, turn, answer) for i, answer in zip(live, answers, strict=True)]
+        settled = settle([rollouts[i].environment for i in live], texts)
+        for i, (reply, reward, done) in zip(live, settled, strict=True):
+            rollouts[i].sample.rewards.append(float(reward))
+            rollouts[i].done = done or reply is None
+            if not rollouts[i].done:
+                assert reply is not None
+                _hear(rollouts[i], chat, reply, limits)
 
 
-@dataclass
-class _Answer:
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-
-def _answer(cache: "_Lockstep", unread: list[list[int]], live: list[int], sampler: "_Sampler", end_id: int, limit: int) -> list[_Answer]:
-    """One answer for each live dialogue. The last token of an answer is left for the next turn's first pass: one pass saved a turn."""
-    answers = {i: _Answer() for i in live}
-    speaking, feed = list(live), unread
-    for _ in range(limit):
-        tokens, logprobs = sampler(cache.read(feed), speaking)
-        feed = [[] for _ in unread]
-        for i in speaking:
-            answers[i].tokens.append(tokens[i])
-            answers[i].logprobs.append(logprobs[i])
-            feed[i] = [tokens[i]]
-        speaking = [i for i in speaking if tokens[i] != end_id]
-        feed = [row if row != [end_id] else [] for row in feed]
-        if not speaking:
-            break
-    return [answers[i] for i in live]
-
-
-def _take_turn(rollout: Rollout, chat: ChatFormat, turn: int, answer: _Answer) -> list[int]:
-    """Let the environment settle the answer; return the tokens of its reply."""
-    ended = answer.tokens[-1] == chat.end_id
-    text = chat.decode(answer.tokens[:-1] if ended else answer.tokens)
+def _take(rollout: Rollout, chat: ChatFormat, turn: int, answer: Answer) -> str:
+    """Write the answer down; return its text."""
+    text = chat.decode(answer.tokens[:-1] if answer.tokens[-1:] == [chat.end_id] else answer.tokens)
     _append(rollout, answer.tokens, turn, answer.logprobs)
     rollout.messages.append(Message("assistant", text))
-    rollout.cut_off.append(not ended)
-    reply, reward, rollout.done = rollout.environment.step(text)
-    rollout.sample.rewards.append(float(reward))
-    if rollout.done or reply is None:
-        rollout.done = True
-        return []
-    rollout.messages.append(reply)
+    rollout.cut_off.append(not answer.ended)
+    return text
+
+
+def _hear(rollout: Rollout, chat: ChatFormat, reply: Message, limits: _Limits) -> None:
+    """Write the partner's reply down, if an answer to it still fits."""
     said = chat.reply(reply)
+    if limits.dialogue_tokens - len(rollout.sample.tokens) - len(said) < 1:
+        rollout.done = True
+        return
+    rollout.messages.append(reply)
     _append(rollout, said, CONTEXT)
-    return said
 
 
 def _append(rollout: Rollout, tokens: list[int], turn: int, logprobs: list[float] | None = None) -> None:
@@ -138,81 +163,3 @@ def _append(rollout: Rollout, tokens: list[int], turn: int, logprobs: list[float
     rollout.sample.turn_ids.extend([turn] * len(tokens))
     assert rollout.sample.rollout_logprobs is not None
     rollout.sample.rollout_logprobs.extend(logprobs or [0.0] * len(tokens))
-
-
-class _Sampler:
-    """Logits (B, V) to a token and its log-prob, one of each a row."""
-
-    def __init__(self, model: Any, chat: ChatFormat, generator: torch.Generator | Sequence[torch.Generator], temperature: float) -> None:
-        if temperature < 0:
-            raise ValueError(f"temperature must be >= 0, got {temperature}")
-        vocab_size = model.get_output_embeddings().weight.shape[0]
-        self.banned = torch.tensor(chat.unsayable(vocab_size), dtype=torch.int64, device=model.device)
-        self.generator, self.temperature = generator, temperature
-
-    def __call__(self, logits: Tensor, speaking: Sequence[int]) -> tuple[list[int], list[float]]:
-        logp = (logits.float() / (self.temperature or 1.0)).log_softmax(-1)
-        allowed = logp.exp().index_fill(-1, self.banned, 0.0)
-        if not self.temperature:
-            token = allowed.argmax(-1, keepdim=True)
-        elif isinstance(self.generator, torch.Generator):
-            token = torch.multinomial(allowed, 1, generator=self.generator)
-        else:
-            token = _invert(allowed, self.generator, speaking)
-        return token[:, 0].tolist(), logp.gather(-1, token)[:, 0].tolist()
-
-
-def _invert(weights: Tensor, generators: Sequence[torch.Generator], rows: Sequence[int]) -> Tensor:
-    """One draw (B, 1) from each row of ``weights`` (B, V): where its cumulative sum passes a uniform number of the row's own generator.
-
-    Those of other ``rows`` do not move on: how many numbers a dialogue has taken is then its own affair.
-    """
-    uniform = torch.zeros(len(weights), 1, dtype=torch.float64)
-    for row in rows:
-        uniform[row] = torch.rand((), generator=generators[row], dtype=torch.float64)
-    sums = weights.double().cumsum(-1)
-    return torch.searchsorted(sums, uniform.to(sums.device) * sums[:, -1:], right=True).clamp(max=weights.shape[1] - 1)
-
-
-class _Lockstep:
-    """One KV cache for all dialogues; columns that a dialogue does not use are holes."""
-
-    def __init__(self, model: Any, size: int) -> None:
-        from transformers.cache_utils import DynamicCache
-
-        self.model, self.cache = model, DynamicCache()
-        config = model.config.get_text_config()
-        self.layer_types = set(getattr(config, "layer_types", None) or ())
-        self.window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        self.kept = torch.zeros(size, 0, dtype=torch.bool, device=model.device)
-        self.weight, self.bias, self.scale, self.softcap = head_of(model)
-
-    def read(self, rows: list[list[int]]) -> Tensor:
-        """Append one run of tokens a dialogue, right-aligned, some of them empty; return the logits (B, V) after the last column."""
-        width = max(map(len, rows))
-        padded = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=self.kept.device)
-        here = torch.tensor([[False] * (width - len(r)) + [True] * len(r) for r in rows], device=self.kept.device)
-        self.kept = torch.cat([self.kept, here], 1)
-        positions = (self.kept.cumsum(1) - 1).clamp(min=0)
-        out = decoder(self.model)(
-            input_ids=padded,
-            attention_mask=self._mask(positions, width),
-            position_ids=positions[:, -width:],
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        hidden = out.last_hidden_state[:, -1]
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.scale
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
-
-    def _mask(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
-        """(B, 1, W, past + W): earlier kept columns. A hole sees itself, so that no row is empty. One mask a layer type where needed."""
-        total = positions.shape[1]
-        causal = torch.ones(width, total, dtype=torch.bool, device=positions.device).tril(total - width)
-        itself = torch.eye(total, dtype=torch.bool, device=positions.device)[total - width :]
-        full = (self.kept[:, None, None, :] & causal) | itself
-        if self.window is None:
-            return {"full_attention": full} if "sliding_attention" in self.layer_types else full
-        distance = positions[:, None, -width:, None] - positions[:, None, None, :]
-        sliding = (full & (distance < self.window)) | itself
-        return {"full_attention": full, "sliding_attention": sliding} if "sliding_attention" in self.layer_types else sliding
