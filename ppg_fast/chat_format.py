@@ -64,6 +64,14 @@ class ChatFormat:
         """The text of an answer, special tokens left out."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
+    def without_special(self, text: str) -> str:
+        """``text`` without what would be read as a special token of the tokenizer."""
+        names = self.tokenizer.convert_ids_to_tokens(sorted(self._special))
+        while found := [name for name in names if name in text]:  # taking one out may bring another together
+            for name in found:
+                text = text.replace(name, "")
+        return text
+
     def unsayable(self, vocab_size: int) -> list[int]:
         """Token ids that an answer must not hold: special tokens but the end, and rows of the head that name no token."""
         return sorted((self._special - {self.end_id}) | set(range(len(self.tokenizer), vocab_size)))

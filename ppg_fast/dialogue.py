@@ -72,11 +72,11 @@ def read_dialogues(path: str | os.PathLike[str], strict: bool = False) -> list[D
     ValueError. Always a ValueError: a file without any valid dialogue, and a Consistent-LLMs file whose YES/NO cannot be
     calibrated. Turns without a reward are counted in one warning.
     """
-    problems = _Problems(str(path), strict)
+    problems = Problems(str(path), strict)
     raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     if not raw.strip():
         raise ValueError(f"{path} is empty")
-    records = list(_list_elements(raw, problems) if raw.lstrip()[:1] == b"[" else _json_lines(raw, problems))
+    records = list(_list_elements(raw, problems) if raw.lstrip()[:1] == b"[" else json_lines(raw, problems))
     dialogues: list[Dialogue] = []
     seen: dict[str, str] = {}
     for _, where, value in _translated(records, Path(path), problems):
@@ -135,13 +135,14 @@ class _Record(NamedTuple):
     value: Any
 
 
-class _Problems:
+class Problems:
     """What was wrong with one file: raised at once if strict, else warned of, the first few in full."""
 
     def __init__(self, path: str, strict: bool) -> None:
         self.path, self.strict, self.messages = path, strict, []
 
     def add(self, message: str) -> None:
+        """One thing that was wrong."""
         if self.strict:
             raise ValueError(message)
         self.messages.append(message)
@@ -149,13 +150,14 @@ class _Problems:
             warnings.warn(f"{message}; left out", stacklevel=3)
 
     def close(self, kept: int) -> None:
+        """At the end of the file: ValueError where nothing was kept."""
         if not kept:
             raise ValueError(f"{self.path} has no valid dialogue; first problem: {self.messages[0] if self.messages else 'an empty list'}")
         if len(self.messages) > MAX_WARNINGS:
             warnings.warn(f"{self.path}: {len(self.messages)} dialogues left out, {kept} kept", stacklevel=3)
 
 
-def _json_lines(raw: bytes, problems: _Problems) -> Iterator[_Record]:
+def json_lines(raw: bytes, problems: Problems) -> Iterator[_Record]:
     """Each line that is JSON. Blank lines are skipped."""
     for number, line in enumerate(raw.split(b"\n"), 1):
         if not line.strip():
@@ -171,7 +173,7 @@ def _json_lines(raw: bytes, problems: _Problems) -> Iterator[_Record]:
             problems.add(f"{where} is not JSON that can be read: {error}")
 
 
-def _list_elements(raw: bytes, problems: _Problems) -> Iterator[_Record]:
+def _list_elements(raw: bytes, problems: Problems) -> Iterator[_Record]:
     """Each element of a JSON list as far as it can be read, so that a truncated file still gives its whole dialogues."""
     text = raw.decode("utf-8", "surrogateescape")  # a byte that is not UTF-8 spoils its own dialogue only
     decoder, end, line, index = json.JSONDecoder(), text.index("[") + 1, 1, 0
@@ -201,7 +203,7 @@ def _list_elements(raw: bytes, problems: _Problems) -> Iterator[_Record]:
         problems.add(f"{problems.path}, line {1 + text.count(chr(10), 0, skip(start + 1))}: text after the end of the list")
 
 
-def _translated(records: list[_Record], path: Path, problems: _Problems) -> Iterator[_Record]:
+def _translated(records: list[_Record], path: Path, problems: Problems) -> Iterator[_Record]:
     """The records, those of the Consistent-LLMs family translated to ours with the file's own polarity."""
     judged: dict[int, consistent_llms.JudgedDialogue] = {}
     for record in records:
@@ -229,11 +231,12 @@ def _dialogue(record: object) -> Dialogue:
     for key in ("messages", "turn_rewards"):
         if not isinstance(record[key], list):
             raise ValueError(f"{name}: {key} must be a list, got {_brief(record[key])}")
-    messages = tuple(_message(message, f"{name}, message {index}") for index, message in enumerate(record["messages"]))
+    messages = tuple(message_of(message, f"{name}, message {index}") for index, message in enumerate(record["messages"]))
     return Dialogue(record["id"], record["group_id"], messages, tuple(record["turn_rewards"]))
 
 
-def _message(value: object, where: str) -> Message:
+def message_of(value: object, where: str) -> Message:
+    """The message that one JSON value describes; ``where`` begins the ValueError for one that is none."""
     if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
         raise ValueError(f"{where}: must be an object with role and content, got {_brief(value)}")
     try:

@@ -100,7 +100,7 @@ class Endpoint:
             return ""
         if not isinstance(content, str):
             raise EndpointError(f"{self.url}/chat/completions must answer choices[0].message.content, got {json.dumps(answer)[:SHOWN]}")
-        return content
+        return content.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair
 
     def map(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
         """``function`` of each item, at most ``concurrency`` at a time, in their order; after the first error no further item is begun."""

@@ -1,0 +1,75 @@
+"""A sequence-classification model as a reward."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppg_fast.rewards.scoring import Transcript
+
+
+class RewardModel:
+    """The one logit of a Hugging Face sequence-classification folder on the dialogue in its own chat template.
+
+    Batched in order under ``max_tokens`` padded tokens. ValueError for a folder without a model, a head of several labels, a tokenizer
+    without a chat template, and, with its name, a dialogue longer than the model's positions.
+    """
+
+    def __init__(self, folder: str, device: torch.device | str = "cpu", max_tokens: int = 16384) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        if not Path(folder, "config.json").is_file():
+            raise ValueError(f"a reward model must be a folder with a Hugging Face checkpoint (config.json), got {folder!r}")
+        self.folder, self.max_tokens = folder, max_tokens
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        if not self.tokenizer.chat_template:
+            raise ValueError(f"the tokenizer of reward model {folder} must have a chat template, got none")
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        if model.config.num_labels != 1:
+            raise ValueError(f"a reward model must have one label, got {model.config.num_labels} in {folder}")
+        self.model: Any = model.to(device).eval()
+        if self.model.config.get_text_config().pad_token_id is None:  # by it transformers finds the last token of a row
+            self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        self.pad = self.model.config.get_text_config().pad_token_id
+        self.positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def __call__(self, transcripts: Sequence[Transcript], /) -> list[float]:
+        """One logit each."""
+        rows = [self._tokens(transcript) for transcript in transcripts]
+        values: list[float] = []
+        with torch.no_grad():
+            for part in self._batches(rows):
+                longest = max(map(len, part))
+                tokens = torch.tensor([row + [self.pad or 0] * (longest - len(row)) for row in part])
+                mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in part])
+                logits = self.model(input_ids=tokens.to(self.model.device), attention_mask=mask.to(self.model.device)).logits
+                values += logits[:, 0].float().tolist()
+        return values
+
+    def _tokens(self, transcript: Transcript) -> list[int]:
+        messages = [{"role": m.role, "content": self._plain(m.content)} for m in transcript.messages]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if self.positions and len(tokens) > self.positions:
+            rule = f"reward model {self.folder} reads at most {self.positions} tokens"
+            raise ValueError(f"{rule}, got {len(tokens)} in dialogue {transcript.id!r} up to turn {transcript.turns - 1}")
+        return tokens
+
+    def _plain(self, text: str) -> str:
+        """An answer that spells a control token would end its message early or speak for another role."""
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        return text
+
+    def _batches(self, rows: list[list[int]]) -> Iterator[list[list[int]]]:
+        """Consecutive rows; one at a time where the model cannot tell padding."""
+        part: list[list[int]] = []
+        for row in rows:
+            full = (len(part) + 1) * max(map(len, [*part, row])) > self.max_tokens
+            if part and (full or self.pad is None):
+                yield part
+                part = []
+            part.append(row)
+        if part:
+            yield part

@@ -1,0 +1,131 @@
+"""One interface for every kind of reward: dialogues in, one number per assistant turn out."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from ppg_fast.dialogue import Message
+from ppg_fast.spec import require_one_of
+
+SCOPES = ("turn", "dialogue")
+Value = float | None | Sequence[float | None]
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A dialogue as rewards see it. ``info``: what else its prompt or its line of data says of it."""
+
+    id: str
+    messages: tuple[Message, ...]
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def turns(self) -> int:
+        """Number of assistant messages."""
+        return sum(message.role == "assistant" for message in self.messages)
+
+    def prefixes(self) -> list["Transcript"]:
+        """The dialogue so far, once for each answer: up to the answer and with it."""
+        ends = [n + 1 for n, message in enumerate(self.messages) if message.role == "assistant"]
+        return [replace(self, messages=self.messages[:end]) for end in ends]
+
+
+class Scorer(Protocol):
+    """Values of some dialogues at once, in their order. None: not scored."""
+
+    def __call__(self, transcripts: Sequence[Transcript], /) -> Sequence[Value]: ...
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A scorer, what it is asked about, and its weight in the sum.
+
+    ``scope`` turn: it sees the dialogue up to each answer and says one number for that answer. dialogue: it sees the whole and says either
+    one number, which the last turn gets (the others get 0), or one a turn.
+    """
+
+    name: str
+    scorer: Scorer
+    scope: str = "turn"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_one_of("scope of a reward", self.scope, SCOPES)
+
+    def turns(self, transcripts: Sequence[Transcript]) -> list[list[float | None]]:
+        """One value per assistant turn of each dialogue. ValueError names reward, dialogue and turn of a value that is none."""
+        asked = [p for t in transcripts for p in t.prefixes()] if self.scope == "turn" else list(transcripts)
+        values = list(self.scorer(asked)) if asked else []
+        if len(values) != len(asked):
+            raise ValueError(f"reward {self.name} must give one value for each of {len(asked)} dialogues, got {len(values)}")
+        if self.scope == "dialogue":
+            return [self._spread(value, t) for value, t in zip(values, asked, strict=True)]
+        checked = iter([self._number(value, t, t.turns - 1) for value, t in zip(values, asked, strict=True)])
+        return [[next(checked) for _ in range(t.turns)] for t in transcripts]
+
+    def _spread(self, value: Value, transcript: Transcript) -> list[float | None]:
+        """A dialogue's value over its turns."""
+        if value is None:
+            return [None] * transcript.turns
+        try:
+            number = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):  # no number, so one a turn
+            values: list[Any] = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+        else:
+            return [0.0] * (transcript.turns - 1) + [self._number(number, transcript, transcript.turns - 1)]
+        if len(values) != transcript.turns:
+            wanted = f"reward {self.name} must give one number or one per turn, {transcript.turns}, in dialogue {transcript.id!r}"
+            raise ValueError(f"{wanted}, got {len(values)} numbers")
+        return [self._number(one, transcript, turn) for turn, one in enumerate(values)]
+
+    def _number(self, value: Any, transcript: Transcript, turn: int) -> float | None:
+        if value is None:
+            return None
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            rule = f"reward {self.name} must be a finite number or None"
+            hint = " (one per turn wants @dialogue)" if isinstance(value, Sequence) and not isinstance(value, str) else ""
+            raise ValueError(f"{rule}{hint} in dialogue {transcript.id!r}, turn {turn}, got {value!r:.60}")
+        return number
+
+
+@dataclass(frozen=True)
+class Scores:
+    """``totals``: the weighted sum per dialogue and turn, None where no part scored it. ``parts``: each reward's own values by name."""
+
+    totals: list[list[float | None]]
+    parts: dict[str, list[list[float | None]]]
+
+    @property
+    def unscored(self) -> int:
+        """Turns without a total."""
+        return sum(row.count(None) for row in self.totals)
+
+    def describe(self) -> dict[str, float]:
+        """Mean and standard deviation of each part over its scored turns, as rewards/<name>/mean|std, and what was not scored."""
+        metrics: dict[str, float] = {}
+        for name, rows in self.parts.items():
+            values = [value for row in rows for value in row if value is not None]
+            mean = sum(values) / max(1, len(values))
+            metrics[f"rewards/{name}/mean"] = mean
+            metrics[f"rewards/{name}/std"] = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values)))
+        return {**metrics, "rewards/unscored": self.unscored}
+
+
+def score(rewards: Sequence[Reward], transcripts: Sequence[Transcript]) -> Scores:
+    """All rewards of all dialogues. A turn that one part leaves unscored keeps the sum of the others."""
+    parts = {reward.name: reward.turns(transcripts) for reward in rewards}
+    totals: list[list[float | None]] = []
+    for number, transcript in enumerate(transcripts):
+        rows = [parts[reward.name][number] for reward in rewards]
+        totals.append([_sum(rewards, [row[turn] for row in rows]) for turn in range(transcript.turns)])
+    return Scores(totals, parts)
+
+
+def _sum(rewards: Sequence[Reward], values: Sequence[float | None]) -> float | None:
+    scored = [reward.weight * value for reward, value in zip(rewards, values, strict=True) if value is not None]
+    return sum(scored) if scored else None
