@@ -6,7 +6,7 @@ Flags and YAML keys are the field names (dashes and underscores are the same). L
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -32,6 +32,7 @@ SECTIONS = {  # of the help: from this setting on, until the next section begins
     "policy_class": "what is climbed",
     "max_steps": "steps and rollouts",
     "imitation_steps": "the warm start of the persona interview",
+    "prompts": "your own prompts: partners, rewards, endpoints",
     "eval_every": "what is kept and shown",
     "report_to": "where it is reported",
 }
@@ -43,7 +44,7 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run. Without ``data``: on-policy in the persona interview; with it: offline on logged dialogues."""
+    """Everything that decides a run: on-policy in the persona interview, offline with ``data``, on-policy on openings with ``prompts``."""
 
     output_dir: str = _option("runs/persona", "folder of the run; one that holds a run is an error")
     overwrite: bool = _option(False, "replace the run that output_dir holds")
@@ -106,12 +107,37 @@ class TrainConfig:
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
     max_tokens: int = _option(16384, "token budget of one forward pass; gradients accumulate over passes")
     max_skipped_steps: int = _option(3, "a step whose loss or gradient is not finite is skipped; more of them in a row end the run")
-    max_dialogue_tokens: int = _option(0, "offline: read no more than this of a dialogue, 0: all; its rewards stay whole")
+    max_dialogue_tokens: int = _option(0, "a dialogue is generated up to this, offline read up to it (its rewards stay whole); 0: no bound")
 
     imitation_steps: int = _option(400, "warm start: steps that imitate scripted, imperfect answers (on-policy only)")
     imitation_batch: int = _option(16, "dialogues a step of it")
     imitation_learning_rate: float = _option(2e-3, "peak of the optimiser's during it")
     teacher_skill: float = _option(0.5, "how often the script is right")
+
+    prompts: str | None = _option(None, "openings of dialogues (JSONL, docs/data.md): train on-policy on them")
+    partner: str = _option("logged", "who answers the policy: logged, none, self (the weights at the start), or the URL of an endpoint")
+    partner_model: str | None = _option(None, "model of that endpoint; default: the first it lists")
+    partner_key: str | None = _option(None, "where its API key is: env:NAME or file:PATH")
+    partner_prompt: str | None = _option(None, "text file: what a partner that is a model is told to be; default: a user")
+    partner_tokens: int = _option(256, "tokens of its reply")
+    partner_temperature: float = _option(1.0, "of its sampling")
+    stop_phrase: str = _option("", "a reply that holds it ends the dialogue")
+    reward: str | None = _option(None, "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, judge[:RUBRIC], ratings:FILE")
+    judge: str | None = _option(None, "URL of the endpoint that judges")
+    judge_model: str | None = _option(None, "its model; default: the first it lists")
+    judge_key: str | None = _option(None, "where its API key is: env:NAME or file:PATH")
+    judge_range: str = _option("0:10", "LOW:HIGH of its scores, which become rewards from 0 to 1")
+    judge_retries: int = _option(2, "times it is asked again for a score that cannot be read; then the turn stays unscored")
+    sampler: str | None = _option(
+        None, "URL of a vLLM, SGLang or llama.cpp endpoint that generates the rollouts; default: the model itself"
+    )
+    sampler_model: str | None = _option(None, "its model; default: the first it lists")
+    sampler_key: str | None = _option(None, "where its API key is: env:NAME or file:PATH")
+    sampler_refresh: str | None = _option(None, "command that makes it load the weights in {folder}, run before each step's rollouts")
+    timeout: float = _option(120.0, "seconds without an answer after which an endpoint is asked again")
+    retries: int = _option(4, "times that an endpoint is asked again")
+    concurrency: int = _option(16, "requests to an endpoint at a time")
+    rollout_batch: int = _option(64, "dialogues generated at once: memory and speed only")
 
     eval_every: int = _option(10, "steps between evaluations on held-out dialogues")
     eval_dialogues: int = _option(64, "held-out dialogues")
@@ -174,6 +200,13 @@ class TrainConfig:
         for name in self.trackers:
             require_one_of("report_to", name, (*TRACKERS, "none"))
         require_one_of("parallel", self.parallel, PARALLEL)
+        for name in ("partner_tokens", "concurrency", "rollout_batch"):
+            _require_int(name, getattr(self, name), 1)
+        for name in ("retries", "judge_retries"):
+            _require_int(name, getattr(self, name), 0)
+        require_number("timeout", self.timeout, 0.0, open_low=True)
+        require_number("partner_temperature", self.partner_temperature, 0.0)
+        require(not (self.data and self.prompts), "data (offline) and prompts (on-policy) exclude each other, got both", self.prompts)
         policy_class(self.policy_class)
         self.loss_spec()
         if self.data and not self.allow_negative_rewards:
@@ -208,6 +241,22 @@ OFFLINE = {  # other defaults where ``data`` is given
 }
 
 
+PROMPTS = {  # other defaults where ``prompts`` is given
+    "output_dir": "runs/prompts",
+    "learning_rate": 3e-4,
+    "max_new_tokens": 128,
+    "max_turns": 4,
+    "imitation_steps": 0,
+    "eval_dialogues": 32,
+}
+
+
+REWARD_SETTINGS = (  # of `ppg-fast score`
+    *("reward", "judge", "judge_model", "judge_key", "judge_range", "judge_retries"),
+    *("timeout", "retries", "concurrency", "strict", "device"),
+)
+
+
 def _require_int(name: str, value: object, low: int) -> None:
     require(isinstance(value, int) and not isinstance(value, bool) and value >= low, f"{name} must be an integer >= {low}", value)
 
@@ -223,7 +272,8 @@ def make_config(*sources: Mapping[str, Any]) -> TrainConfig:
                 near = difflib.get_close_matches(name, types, 1)
                 raise ValueError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
             given[name] = _converted(name, value, types[name])
-    return TrainConfig(**{**(OFFLINE if given.get("data") else {}), **given})
+    others = OFFLINE if given.get("data") else PROMPTS if given.get("prompts") else {}
+    return TrainConfig(**{**others, **given})
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -248,18 +298,21 @@ def write_yaml(path: Path, config: TrainConfig) -> None:
     path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for every field, in the groups of `SECTIONS`. A flag that is not given leaves no trace, so that a file's value survives."""
+def add_flags(parser: argparse.ArgumentParser, only: Collection[str] = ()) -> None:
+    """One flag for every field, in the groups of `SECTIONS`, or for those in ``only``.
+
+    A flag that is not given leaves no trace, so that a file's value survives.
+    """
     types = get_type_hints(TrainConfig)
     group: Any = parser
     for field in dataclasses.fields(TrainConfig):
-        group = parser.add_argument_group(SECTIONS[field.name]) if field.name in SECTIONS else group
-        default = (
-            ""
-            if field.default is None
-            else f" [{field.default}" + (f"; with data {OFFLINE[field.name]}]" if field.name in OFFLINE else "]")
-        )
-        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": field.metadata["help"] + default}
+        if only and field.name not in only:
+            continue
+        group = parser.add_argument_group(SECTIONS[field.name]) if field.name in SECTIONS and not only else group
+        default = [] if field.default is None else [str(field.default)]
+        default += [f"with {job} {others[field.name]}" for job, others in (("data", OFFLINE), ("prompts", PROMPTS)) if field.name in others]
+        text = field.metadata["help"].replace("%", "%%") + (f" [{'; '.join(default)}]" if default else "")
+        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         if types[field.name] is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
