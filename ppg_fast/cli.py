@@ -1,4 +1,4 @@
-"""`ppg-fast train | merge | push | bench | info`."""
+"""`ppg-fast train | score | merge | push | bench | info`."""
 
 import argparse
 import importlib
@@ -16,10 +16,10 @@ EXTRA = ("transformers", "tokenizers", "safetensors", "rich", "matplotlib", "yam
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0 done, 1 bad input or a missing package, 2 bad usage, 130 Ctrl-C, 143 SIGTERM."""
     parser = argparse.ArgumentParser(prog="ppg-fast", description="Partial policy gradients for language models on multi-turn dialogues.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | merge | push | bench | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | score | merge | push | bench | info")
     train = commands.add_parser(
         "train",
-        help="train a policy: on-policy in the built-in persona interview, or offline on logged dialogues (--data FILE)",
+        help="train a policy: in the built-in persona interview, on your prompts (--prompts), offline on logged dialogues (--data)",
         epilog="Flags win over the file, the file over the defaults.",
     )
     train.add_argument("--config", metavar="FILE", help="YAML file of settings; the keys are the flags' names")
@@ -30,9 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="RUN",
         help="go on with the run in this folder (default: in --output-dir) from its newest checkpoint; other flags win over its settings",
     )
-    from ppg_fast.config import add_flags
+    from ppg_fast.config import REWARD_SETTINGS, add_flags
 
     add_flags(train)
+    score = commands.add_parser("score", help="give every turn of logged dialogues its reward: Python, reward model, judge, human ratings")
+    score.add_argument("data", help="logged dialogues (our JSONL or Consistent-LLMs JSON)")
+    score.add_argument(
+        "-o", "--output", required=True, metavar="FILE", help="our JSONL with turn_rewards filled; one that exists is an error"
+    )
+    score.add_argument("--overwrite", action="store_true", help="replace the output")
+    add_flags(score, REWARD_SETTINGS)
     _add_export_commands(commands)
     commands.add_parser("bench", add_help=False, help="measure against peers and this machine's limits (its own --help)")
     commands.add_parser("info", help="versions, and which backends run here or why not")
@@ -42,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parser.parse_args(given))
     command = arguments.pop("command")
     try:
-        return _info() if command == "info" else _train(arguments) if command == "train" else _export(command, arguments)
+        runs = {"info": lambda _: _info(), "score": _score, "train": _train}
+        return runs[command](arguments) if command in runs else _export(command, arguments)
     except KeyboardInterrupt:
         print("ppg-fast: stopped", file=sys.stderr)
         return 130
@@ -51,10 +59,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _train(flags: dict[str, object]) -> int:
+def _score(flags: dict[str, object]) -> int:
+    from ppg_fast.config import make_config
+
+    data, output, overwrite = (flags.pop(name) for name in ("data", "output", "overwrite"))
+    config = make_config(flags)
+    warnings.showwarning = _show_warning
+    if _lacks_train("score"):  # reward models are transformers', and the package of jobs imports it
+        return 1
+    from ppg_fast.jobs.score import score_file
+
+    score_file(str(data), Path(str(output)), config, overwrite=bool(overwrite))
+    return 0
+
+
+def _lacks_train(command: str) -> bool:
+    """Whether packages of the [train] extra are missing; says which."""
     missing = _missing()
     if missing:
-        print(f"ppg-fast train needs {', '.join(missing)}: pip install ppg_fast[train]", file=sys.stderr)
+        print(f"ppg-fast {command} needs {', '.join(missing)}: pip install ppg_fast[train]", file=sys.stderr)
+    return bool(missing)
+
+
+def _train(flags: dict[str, object]) -> int:
+    if _lacks_train("train"):
         return 1
     from ppg_fast.config import make_config, read_yaml
 

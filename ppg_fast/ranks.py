@@ -89,6 +89,10 @@ class Ranks:
             shares[lightest].append(index)
         return sorted(shares[self.rank])
 
+    def part(self, count: int) -> range:
+        """Which of ``count`` equal pieces of work are this rank's: as many on each as can be, in order of ranks."""
+        return range(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
     def gather(self, value: T) -> list[T]:
         """The ``value`` of every rank, in order of ranks."""
         if self.world == 1:

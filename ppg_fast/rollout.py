@@ -62,6 +62,7 @@ def collect_groups(
     max_dialogue_tokens: int = 0,
     batch_size: int = 64,
     settle: Settle = settle_each,
+    only: range | None = None,
 ) -> list[Rollout]:
     """``group_size`` rollouts of each seed, which share the partner and ``group_id``. Same weights, seeds and generator: same rollouts.
 
@@ -70,17 +71,18 @@ def collect_groups(
     rounding. Temperature 0 takes the most likely token. A dialogue stops when its environment is done, at ``max_turns``, or where
     its next answer would not fit ``max_dialogue_tokens`` (0: what the model's positions allow, if it says); an answer at the end
     token or at ``max_new_tokens``. Special tokens other than the end are never sampled. ``settle`` takes the answers of a turn to
-    their environments, all at once. ValueError for an opening that leaves no room for an answer.
+    their environments, all at once. ``only``: which of the rollouts, numbered in order, are wanted; they are what they would be among
+    all. ValueError for an opening that leaves no room for an answer.
     """
-    rollouts = []
-    for group, seed in enumerate(seeds):
-        for _ in range(group_size):
-            environment = make_environment()
-            rollout = Rollout(environment, Sample([], [], [], group, rollout_logprobs=[]))
-            rollout.messages = list(environment.reset(seed))
-            rollouts.append(rollout)
-    draws = torch.randint(2**62, (len(rollouts),), generator=generator, device=generator.device).tolist()
-    streams = [torch.Generator().manual_seed(draw) for draw in draws]
+    total = len(seeds) * group_size
+    draws = torch.randint(2**62, (total,), generator=generator, device=generator.device).tolist()
+    rollouts, streams = [], []
+    for number in range(total) if only is None else only:
+        environment, group = make_environment(), number // group_size
+        rollout = Rollout(environment, Sample([], [], [], group, rollout_logprobs=[]))
+        rollout.messages = list(environment.reset(seeds[group]))
+        rollouts.append(rollout)
+        streams.append(torch.Generator().manual_seed(draws[number]))
     limits = _Limits(max_new_tokens, max_turns, max_dialogue_tokens or _most_positions(model))
     if isinstance(model, EndpointSampler):
         _run(model, chat, rollouts, streams, limits, settle)

@@ -1,4 +1,4 @@
-"""The two jobs of `ppg-fast train`: on-policy in the persona interview, offline on logged dialogues."""
+"""The jobs of `ppg-fast train`: on-policy in the persona interview or on openings of dialogues, offline on logged dialogues."""
 
 import signal
 import warnings
@@ -7,13 +7,14 @@ from ppg_fast.config import TrainConfig
 from ppg_fast.export import push_to_hub, require_repository
 from ppg_fast.jobs.offline import OfflineJob
 from ppg_fast.jobs.persona import PersonaJob
+from ppg_fast.jobs.prompts import PromptsJob
 from ppg_fast.jobs.report import Progress, RunFolder
 from ppg_fast.jobs.resume import ResumableRun, Stopped
 from ppg_fast.jobs.trackers import require_trackers
 from ppg_fast.ranks import Ranks, lost_a_rank
 from ppg_fast.trainer import NotFinite
 
-__all__ = ["OfflineJob", "PersonaJob", "Progress", "ResumableRun", "RunFolder", "run_job"]
+__all__ = ["OfflineJob", "PersonaJob", "Progress", "PromptsJob", "ResumableRun", "RunFolder", "run_job"]
 
 EXIT = {"finished": 0, "stopped": 130, "terminated": 143}  # the last two as a shell counts: 128 + SIGINT, 128 + SIGTERM
 
@@ -30,9 +31,9 @@ def run_job(config: TrainConfig, resume: bool = False) -> int:
     ranks = Ranks.join(config.parallel, config.bf16, config.sync_each_batch, config.device, config.rank_timeout)
     if not ranks.first:
         warnings.simplefilter("ignore", UserWarning)  # the first says it
-    job = OfflineJob(config, ranks) if config.data else PersonaJob(config, ranks)
+    job = (OfflineJob if config.data else PromptsJob if config.prompts else PersonaJob)(config, ranks)
     if len(set(ranks.gather(job.data_digest))) > 1:
-        raise ValueError(f"all ranks must read the same dialogues, got different ones: data {config.data!r}")
+        raise ValueError(f"all ranks must read the same dialogues, got different ones: data {config.data or config.prompts!r}")
     progress = Progress(config.progress, config.eval_every)
     progress.console.quiet = not ranks.first
     status, together = "failed", ranks.world == 1
@@ -67,7 +68,7 @@ def run_job(config: TrainConfig, resume: bool = False) -> int:
     return EXIT[status]
 
 
-def _conclude(job: OfflineJob | PersonaJob, run: ResumableRun, progress: Progress, status: str, together: bool) -> None:
+def _conclude(job: OfflineJob | PersonaJob | PromptsJob, run: ResumableRun, progress: Progress, status: str, together: bool) -> None:
     """Weights, last evaluation, summary. A terminated run has no time for the evaluation, a failed one hides nothing of its failure.
 
     What needs the other ranks is left out where they may be elsewhere, ``together`` False: a rank that failed has failed alone.

@@ -15,11 +15,12 @@ from ppg_fast.chat_format import ChatFormat
 from ppg_fast.config import TrainConfig
 from ppg_fast.data import Sample
 from ppg_fast.environment import Environment
+from ppg_fast.generation import EndpointSampler
 from ppg_fast.metrics import peak_memory_mb
 from ppg_fast.model import check_vocabulary, load_model, make_model, spread
 from ppg_fast.objective import Objective, Schedule
 from ppg_fast.ranks import Ranks
-from ppg_fast.rollout import Rollout, collect_groups
+from ppg_fast.rollout import Rollout, Settle, collect_groups, settle_each
 from ppg_fast.spec import policy_class
 
 
@@ -34,7 +35,7 @@ class Policy:
         from transformers import set_seed
 
         self.config, self.ranks = config, ranks or Ranks(config.parallel, config.bf16, config.sync_each_batch)
-        device = _device(config.device)
+        device = device_of(config.device)
         set_seed(config.seed % 2**32)  # the global generators: dropout and environments may draw from them
         if config.threads or not config.model:
             torch.set_num_threads(config.threads or 1)
@@ -70,28 +71,36 @@ class Policy:
         make_environment: Callable[[], Environment],
         seeds: Sequence[int],
         group_size: int,
-        generator: torch.Generator | Sequence[torch.Generator],
+        generator: torch.Generator,
+        *,
+        settle: Settle = settle_each,
+        sampler: EndpointSampler | None = None,
+        shared: bool = False,
     ) -> list[Rollout]:
-        """Rollouts with the sampling settings of the config, on this rank; all ranks call it."""
-        limits = {"max_new_tokens": self.config.max_new_tokens, "max_turns": self.config.max_turns}
-        settings = {"generator": generator, "temperature": self.config.temperature, **limits}
-        with self.ranks.sampling(self.model):
-            return collect_groups(self.model, self.chat, make_environment, seeds, group_size, **settings)
+        """Rollouts with the sampling settings of the config, of ``sampler`` where there is one. All ranks call it.
 
-    def collect(self, make_environment: Callable[[], Environment], seeds: Sequence[int], group_size: int) -> list[Sample]:
-        """The dialogues of ``group_size`` rollouts of each seed, shared out over the ranks and known to all afterwards.
-
-        Under a launcher each dialogue is sampled with a generator of its own, so that any number of ranks, be it one, draws the same.
+        ``shared``: each rank rolls out its part of them, and `of_all` makes them whole; any number of ranks draws the same.
         """
-        if not self.ranks.joined:
-            return [rollout.sample for rollout in self.roll_out(make_environment, seeds, group_size, self.generator)]
-        total, (rank, world) = len(seeds) * group_size, (self.ranks.rank, self.ranks.world)
-        numbers = torch.randint(2**62, (total,), generator=self.generator, device=self.model.device).tolist()
-        mine = range(total * rank // world, total * (rank + 1) // world)
-        generators = [torch.Generator().manual_seed(numbers[i]) for i in mine]
-        rollouts = self.roll_out(make_environment, [seeds[i // group_size] for i in mine], 1, generators)
-        for i, rollout in zip(mine, rollouts, strict=True):
-            rollout.sample.group_id = i // group_size
+        c = self.config
+        with self.ranks.sampling(self.model):
+            return collect_groups(
+                sampler or self.model,
+                self.chat,
+                make_environment,
+                seeds,
+                group_size,
+                generator=generator,
+                max_new_tokens=c.max_new_tokens,
+                temperature=c.temperature,
+                max_turns=c.max_turns,
+                max_dialogue_tokens=0 if c.data else c.max_dialogue_tokens,  # offline it bounds what is read
+                batch_size=c.rollout_batch,
+                settle=settle,
+                only=self.ranks.part(len(seeds) * group_size) if shared else None,
+            )
+
+    def of_all(self, rollouts: Sequence[Rollout]) -> list[Sample]:
+        """What was rolled out on all ranks, in order, on each of them."""
         return [sample for part in self.ranks.gather([rollout.sample for rollout in rollouts]) for sample in part]
 
     def objective(self) -> Objective:
@@ -139,7 +148,8 @@ def _adapted(model: Any, config: TrainConfig) -> Any:
     return model
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that a config names; auto: CUDA if there is one. ValueError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,0 +1,50 @@
+"""The endpoints, the partner and the rewards that a config names."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppg_fast.chat_format import ChatFormat
+from ppg_fast.config import TrainConfig
+from ppg_fast.endpoint import Endpoint
+from ppg_fast.partner import INSTRUCTION, EndpointPartner, LoggedPartner, ModelPartner, NoPartner, Partner
+from ppg_fast.rewards import Ratings, Reward, make_rewards
+
+
+def make_endpoint(config: TrainConfig, role: str) -> Endpoint:
+    """The endpoint of ``role``: partner, judge or sampler."""
+    url, model, key = (getattr(config, role + suffix) for suffix in ("", "_model", "_key"))
+    return Endpoint(url, model, key, timeout=config.timeout, retries=config.retries, concurrency=config.concurrency)
+
+
+def rewards_of(config: TrainConfig, device: torch.device | str) -> list[Reward]:
+    """The config's rewards; with a judge and no formula, the judge. ValueError where there is neither."""
+    formula = config.reward or ("judge" if config.judge else None)
+    if not formula:
+        raise ValueError("a reward is needed: --reward file.py:function, model:FOLDER, judge (with --judge URL) or ratings:FILE")
+    judge = (lambda: make_endpoint(config, "judge")) if config.judge else None
+    settings: dict[str, Any] = {"judge_range": config.judge_range, "judge_retries": config.judge_retries, "device": device}
+    return make_rewards(formula, judge, **settings)
+
+
+def rewards_of_new_answers(config: TrainConfig, device: torch.device | str) -> list[Reward]:
+    """The same for answers that nobody has seen: ValueError for ratings, which are of logged ones."""
+    rewards = rewards_of(config, device)
+    if any(isinstance(reward.scorer, Ratings) for reward in rewards):
+        raise ValueError(f"ratings are of logged answers (ppg-fast score, then train --data), not of new ones, got {config.reward!r}")
+    return rewards
+
+
+def partner_of(config: TrainConfig, model: Any, chat: ChatFormat) -> Partner:
+    """The config's partner. ValueError for a name that is none."""
+    name = config.partner
+    if name in ("logged", "none"):
+        return LoggedPartner() if name == "logged" else NoPartner()
+    instruction = Path(config.partner_prompt).read_text(encoding="utf-8").strip() if config.partner_prompt else INSTRUCTION
+    settings: dict[str, Any] = {"temperature": config.partner_temperature, "max_tokens": config.partner_tokens}
+    if name == "self":
+        return ModelPartner(model, chat, instruction, batch_size=config.rollout_batch, **settings)
+    if not name.startswith(("http://", "https://")):
+        raise ValueError(f"partner must be logged, none, self or the URL of an endpoint, got {name!r}")
+    return EndpointPartner(make_endpoint(config, "partner"), instruction, **settings)
