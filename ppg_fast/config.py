@@ -134,7 +134,7 @@ class TrainConfig:
     sampler_model: str | None = _option(None, "its model; default: the first it lists")
     sampler_key: str | None = _option(None, "where its API key is: env:NAME or file:PATH")
     sampler_refresh: str | None = _option(None, "command that makes it load the weights in {folder}, run before each step's rollouts")
-    timeout: float = _option(120.0, "seconds without an answer after which an endpoint is asked again")
+    timeout: float = _option(300.0, "seconds without an answer after which an endpoint is asked again")
     retries: int = _option(4, "times that an endpoint is asked again")
     concurrency: int = _option(16, "requests to an endpoint at a time")
     rollout_batch: int = _option(64, "dialogues generated at once: memory and speed only")

@@ -57,7 +57,7 @@ class Endpoint:
     """
 
     def __init__(
-        self, url: str, model: str | None = None, key: str | None = None, *, timeout: float = 120.0, retries: int = 4, concurrency: int = 16
+        self, url: str, model: str | None = None, key: str | None = None, *, timeout: float = 300.0, retries: int = 4, concurrency: int = 16
     ) -> None:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc and not parts.query

@@ -224,6 +224,18 @@ def test_a_judge_alone_is_the_reward_and_its_failures_are_counted(files):
     assert rows(files["folder"], "rollout")[0]["rewards/judge/mean"] == 0.5
 
 
+def test_a_judge_that_often_fails_is_warned_of_once_and_one_that_always_fails_is_an_error(files, capsys):
+    flags = ["--prompts", files["prompts"], *LEARN, "--partner", "none", "--judge-retries", "0", "--max-steps", "2"]
+    with serve(lambda *_: said("hm" if len(server.requests) % 3 == 0 else "SCORE: 5")) as server:
+        assert main(["train", *flags, "--judge", server.url, "--output-dir", str(files["folder"])]) == 0
+        warning = "turns could not be scored; they count as reward 0"
+        assert capsys.readouterr().err.count(warning) == 1
+        assert rows(files["folder"], "rollout")[1]["rewards/unscored"] == 8
+        server.answer = lambda *_: said("hm")
+        err = failure(capsys, *flags, "--judge", server.url, "--output-dir", str(files["folder"]) + "2")
+    assert "no turn of 2 dialogues could be scored by judge" in err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -37,18 +37,22 @@ class LocalSampler:
             self.lockstep.keep([self.dialogues.index(name) for name in names])
         self.dialogues = names
         answers = [Answer() for _ in requests]
-        draws = [1.0 - torch.rand(r.limit, dtype=torch.float64, generator=r.random) for r in requests]  # in (0, 1]
+        luck = [1.0 - torch.rand(r.limit, dtype=torch.float64, generator=r.random) for r in requests]  # in (0, 1]
+        draws = torch.nn.utils.rnn.pad_sequence(luck, batch_first=True, padding_value=1.0).T
         feed = [request.tokens[self.read[request.dialogue] :] for request in requests]
         speaking = list(range(len(requests)))
-        while speaking:
-            at = [draw[min(len(answer.tokens), len(draw) - 1)] for draw, answer in zip(draws, answers, strict=True)]
-            tokens, logprobs = self._sample(self.lockstep.read(feed), torch.stack(at))
+        for draw in draws:
+            tokens, logprobs = self._sample(self.lockstep.read(feed), draw)
             for i in speaking:
                 answers[i].tokens.append(tokens[i])
                 answers[i].logprobs.append(logprobs[i])
                 answers[i].ended = tokens[i] == self.end_id
             speaking = [i for i in speaking if not answers[i].ended and len(answers[i].tokens) < requests[i].limit]
-            feed = [[tokens[i]] if i in speaking else [] for i in range(len(requests))]
+            if not speaking:
+                break
+            feed = [[] for _ in requests]
+            for i in speaking:
+                feed[i] = [tokens[i]]
         for request, answer in zip(requests, answers, strict=True):
             self.read[request.dialogue] = len(request.tokens) + len(answer.tokens) - 1
         return answers

@@ -46,6 +46,7 @@ class PromptsJob:
         apart = min(config.eval_dialogues, len(order) // 5)
         self.held_out, self.seen = ([self.prompts[i] for i in part] for part in (order[:apart], order[apart:]))
         self.run: ResumableRun | None = None
+        self.warned = False
 
     @property
     def data_digest(self) -> str:
@@ -117,8 +118,10 @@ class PromptsJob:
         turns = sum(map(len, scores.totals))
         if scores.unscored == turns:
             raise ValueError(f"no turn of {len(rollouts)} dialogues could be scored by {', '.join(r.name for r in self.rewards)}")
-        if scores.unscored:
-            warnings.warn(f"{scores.unscored} of {turns} turns could not be scored; they count as reward 0", stacklevel=2)
+        if scores.unscored and not self.warned:
+            self.warned = True
+            seen = f"{scores.unscored} of {turns} turns could not be scored"
+            warnings.warn(f"{seen}; they count as reward 0, and rewards/unscored in the metrics counts them", stacklevel=2)
         for rollout, row in zip(rollouts, scores.totals, strict=True):
             rollout.sample.rewards = [value or 0.0 for value in row]
         return scores
