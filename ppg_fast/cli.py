@@ -42,14 +42,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_flags(score, REWARD_SETTINGS)
     _add_export_commands(commands)
     commands.add_parser("bench", add_help=False, help="measure against peers and this machine's limits (its own --help)")
-    commands.add_parser("info", help="versions, and which backends run here or why not")
+    info = commands.add_parser(
+        "info",
+        help="versions, and which backends run here or why not; with --model or --tokens, the memory of a training step",
+        epilog="With --model or --tokens: peak memory of a step under these settings, which are those of train. A config.json is enough.",
+    )
+    info.add_argument("--config", metavar="FILE", help="YAML file of settings, as in train")
+    info.add_argument("--tokens", type=int, metavar="INT", help="of a forward pass: max_tokens, or a longer dialogue [max_tokens]")
+    info.add_argument("--memory-gb", type=float, metavar="FLOAT", help="say which dialogue fits this much (10^9 bytes) [that of the GPU]")
+    add_flags(info)
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["bench"]:
         return importlib.import_module("ppg_fast.bench.command").main(given[1:])
     arguments = vars(parser.parse_args(given))
     command = arguments.pop("command")
     try:
-        runs = {"info": lambda _: _info(), "score": _score, "train": _train}
+        runs = {"info": _about, "score": _score, "train": _train}
         return runs[command](arguments) if command in runs else _export(command, arguments)
     except KeyboardInterrupt:
         print("ppg-fast: stopped", file=sys.stderr)
@@ -135,6 +143,31 @@ def _export(command: str, arguments: dict[str, Any]) -> int:
         print(f"merged: {folder}")
     if repository:
         print(f"pushed: {export.push_to_hub(folder, repository, arguments['private'])}")
+    return 0
+
+
+def _about(arguments: dict[str, Any]) -> int:
+    """`ppg-fast info`: versions and backends, or with settings the memory of a training step under them."""
+    asked = {name: arguments.pop(name) for name in ("config", "tokens", "memory_gb")}
+    return _memory(arguments, **asked) if arguments or any(v is not None for v in asked.values()) else _info()
+
+
+def _memory(flags: dict[str, object], config: str | None, tokens: int | None, memory_gb: float | None) -> int:
+    """The memory of a training step under the given settings."""
+    import torch
+
+    from ppg_fast.config import make_config, read_yaml
+    from ppg_fast.jobs.memory import report
+    from ppg_fast.spec import require, require_number
+
+    settings = make_config(read_yaml(config) if config else {}, flags)
+    device = settings.device.split(":")[0].replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    tokens = settings.max_tokens if tokens is None else tokens
+    require(tokens >= 1, "tokens must be an integer >= 1", tokens)
+    if memory_gb is not None:
+        require_number("memory_gb", memory_gb, 0.0, open_low=True)
+    there = torch.cuda.get_device_properties(0).total_memory if device == "cuda" and torch.cuda.is_available() else 0
+    print(report(settings, tokens, device, there if memory_gb is None else memory_gb * 1e9))
     return 0
 
 

@@ -53,7 +53,7 @@ class Policy:
             pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
             model = make_model(len(self.tokenizer), config.width, config.layers, config.seed, pad, end)
         model = check_vocabulary(model, len(self.tokenizer)).to(device=device, dtype=getattr(torch, config.dtype)).train()
-        self.model = _adapted(model, config)
+        self.model = adapted(model, config)
         self.parameters = [sum(p.numel() for p in self.model.parameters() if p.requires_grad or not only) for only in (False, True)]
         self.module = spread(self.model, self.ranks)
         if self.ranks.rank:  # weights began alike; what dropout and environments draw must not
@@ -137,7 +137,7 @@ class Policy:
         }
 
 
-def _adapted(model: Any, config: TrainConfig) -> Any:
+def adapted(model: Any, config: TrainConfig) -> Any:
     """``model`` with the adapters, frozen parts and activation checkpointing of ``config``."""
     if config.lora_rank:
         model = add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)

@@ -1,0 +1,264 @@
+"""One training step on the meta device: the model's own code runs, and every tensor that it makes is counted while it lives.
+
+Attention and head, whose kernels have no meta device, stand in by the memory of theirs; autocast, which it has not either, by its casts.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ppg_fast.adaptation import StartingWeights
+from ppg_fast.config import TrainConfig
+from ppg_fast.model import decoder, plain_head
+from ppg_fast.ops.linear import CHUNK_BYTES, GEMM_ROWS, MIN_CHUNK_ROWS
+from ppg_fast.optimisers import make_optimizer, set_learning_rate
+from ppg_fast.varlen_attention import QUERY_BLOCK
+
+NAME = "ppg_counted"  # of the attention that stands in
+BATCH_BYTES = 5 * 8 + 12 * 4  # a token's share of a packed batch: five of int64, and the float32 rows of the loss
+STATE_BYTES = {"8bit": 2.0, "4bit": 1.0}  # of optimisers that a meta device cannot step: two states of a parameter
+WORKSPACE = {"cpu": 16 * 2**20, "cuda": 32 * 2**20}  # of matrix products: seen with MKL on one thread; cuBLAS's default on Hopper
+
+
+class Count(TorchDispatchMode):
+    """Bytes of the storages that are alive, each under the name that was current when it was made; a snapshot at the peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: Counter[str] = Counter()
+        self.known: dict[int, Any] = {}
+        self.name, self.phase = "weights", "forward pass"
+        self.restart()
+
+    def restart(self) -> None:
+        """Look for the peak from here on."""
+        self.peak, self.at_peak, self.peak_phase = 0, Counter(), self.phase
+
+    @contextmanager
+    def under(self, name: str) -> Iterator[None]:
+        """New tensors are called ``name``, while the block runs."""
+        self.name, before = name, self.name
+        try:
+            yield
+        finally:
+            self.name = before
+
+    @contextmanager
+    def phase_of(self, phase: str) -> Iterator[None]:
+        """Where a peak is said to be, while the block runs."""
+        self.phase, before = phase, self.phase
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    def rename(self, tensor: Tensor, name: str) -> None:
+        """What the tensor's memory is called from now on."""
+        key = tensor.untyped_storage()._cdata
+        if key in self.known and self.known[key][1] != name:
+            reference, before, size = self.known[key]
+            self.live[before] -= size
+            self.live[name] += size
+            self.known[key] = (reference, name, size)
+
+    def note(self, tensor: Tensor) -> None:
+        """Count a tensor's memory, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known or tensor.device.type != "meta":
+            return
+
+        def freed(_: object) -> None:
+            entry = self.known.pop(key, None)
+            if entry:
+                self.live[entry[1]] -= entry[2]
+
+        self.known[key] = (weakref.ref(storage, freed), self.name, size)
+        self.live[self.name] += size
+        self.look()
+
+    def look(self, **besides: int) -> None:
+        """Take a snapshot if more is alive than ever, with ``besides`` for a moment."""
+        total = self.live.total() + sum(besides.values())
+        if total > self.peak:
+            self.peak, self.peak_phase = total, self.phase
+            self.at_peak = Counter({k: v for k, v in (self.live + Counter(besides)).items() if v})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, Tensor):
+                self.note(value)
+        return out
+
+
+class Step:
+    """One step of ``model`` on the meta device, each of its tensors under its name in ``count``."""
+
+    def __init__(self, model: Any, config: TrainConfig, device: str) -> None:
+        from transformers import AttentionInterface
+
+        self.model, self.config, self.cuda, self.count = model, config, device == "cuda", Count()
+        self.layers = getattr(decoder(model), "layers", ())
+        if config.activation_offload and self.cuda:
+            for module in model.modules():
+                if keep := getattr(module, "_gradient_checkpointing_func", None):
+                    module._gradient_checkpointing_func = partial(_on_the_host, keep)
+        AttentionInterface.register(NAME, self.attend)
+        model.set_attn_implementation(NAME)
+        for layer in self.layers:
+            layer.register_forward_pre_hook(lambda *_: setattr(self.count, "name", "layers"))
+            layer.register_forward_hook(lambda *_: setattr(self.count, "name", "final"))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: self.count.rename(p.grad, "gradients"))
+
+    def begin(self, tokens: int) -> None:
+        """What is there before the first pass."""
+        count, config = self.count, self.config
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            count.note(tensor)
+        with count.under("reference"):
+            self.reference = StartingWeights(self.model) if config.kl_coef else None
+        with count.under("optimizer"):
+            self.optimizer = self._optimizer()
+        with count.under("batch"):
+            self.batch = torch.empty(tokens * BATCH_BYTES, dtype=torch.uint8, device="meta")
+        with count.under("workspace"):
+            self.workspace = torch.empty(WORKSPACE["cuda" if self.cuda else "cpu"], dtype=torch.uint8, device="meta")
+
+    def _optimizer(self) -> Any:
+        config, trained = self.config, [p for p in self.model.parameters() if p.requires_grad]
+        bits = next((size for name, size in STATE_BYTES.items() if name in config.optim), None)
+        hosted = config.optim_offload or "paged" in config.optim
+        if self.cuda and hosted:
+            return None
+        if bits:
+            self.state = torch.empty(int(bits * sum(p.numel() for p in trained)), dtype=torch.uint8, device="meta")
+            return None
+        if config.optim_offload:  # weights and gradients once more
+            self.copies = [torch.empty_like(p) for p in trained for _ in range(2)]
+        optimizer = make_optimizer(self.model, config.optim, arguments=config.optim_args)
+        for group in optimizer.param_groups:
+            if "foreach" in group:  # what a device would choose; a fused kernel makes no tensors between, no more than single ones
+                group["foreach"], group["fused"] = self.cuda and not group.get("fused"), None
+        with self.count.under("step"):
+            for parameter in trained:
+                parameter.grad = torch.empty_like(parameter)
+        set_learning_rate(optimizer, 1e-3)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return optimizer
+
+    def forward_and_backward(self, tokens: int) -> None:
+        """One micro-batch."""
+        count, bf16 = self.count, self.config.bf16
+        with count.phase_of("forward pass"), count.under("final"), _Autocast(bf16):
+            ids = torch.empty(1, tokens, dtype=torch.int64, device="meta")
+            out = decoder(self.model)(input_ids=ids, attention_mask=None, position_ids=ids, use_cache=False, max_length_q=tokens)
+            hidden = out.last_hidden_state[0]
+            del out
+        with count.phase_of("head"):
+            weight = plain_head(self.model).weight
+            if bf16:
+                with count.under("head"):
+                    hidden, weight = hidden.to(torch.bfloat16), weight.to(torch.bfloat16)
+            loss = _Head.apply(hidden, weight, self)
+            del hidden, weight
+        with count.phase_of("backward pass"), count.under("backward"), _Autocast(bf16, cached=False):
+            loss.backward()
+
+    def optimise(self) -> None:
+        """The step itself."""
+        if self.optimizer is not None:
+            with self.count.phase_of("optimizer step"), self.count.under("step"):
+                self.optimizer.step()
+
+    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, sliding_window: Any = None, **_: Any) -> tuple[Tensor, None]:
+        """The memory of `varlen_attention`, in place of it."""
+        with self.count.under("backward" if self.count.name == "backward" else "attention"):
+            if self.config.bf16:
+                q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
+            if self.cuda and q.dtype != torch.float32:
+                q, k, v = (t.transpose(1, 2).contiguous() for t in (q, k, v))
+                return _Attend.apply(q, k, v, (0,)), None
+            length = q.shape[2]
+            seen = (length, QUERY_BLOCK + sliding_window) if sliding_window and sliding_window < length else (0,)
+            q, k, v = (t.split([length], dim=2)[0] for t in (q, k, v))
+            out = torch.cat([_Attend.apply(q, k, v, seen)], dim=2)
+            return out.transpose(1, 2).contiguous(), None
+
+
+def _on_the_host(checkpoint: Callable[..., Any], *args: Any) -> Any:
+    """What a checkpointed layer keeps is no memory of the device."""
+    with saved_tensors_hooks(lambda t: (t.shape, t.dtype), lambda kept: torch.empty(kept[0], dtype=kept[1], device="meta")):
+        return checkpoint(*args)
+
+
+class _Attend(torch.autograd.Function):
+    """The memory of a fused attention kernel: its inputs, its output and a log-sum-exp a row; a mask of the window where it needs one."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: tuple[int, ...]) -> Tensor:
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse, q.new_empty(seen, dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        return *(torch.empty_like(t) for t in ctx.saved_tensors[:3]), None
+
+
+class _Head(torch.autograd.Function):
+    """The memory of `linear_policy_loss`: gradients made in the forward pass, one chunk of logits."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, step: Step) -> Tensor:
+        ctx.step, wanted = step, weight.requires_grad
+        with step.count.under("head"):
+            d_hidden = torch.empty_like(hidden)
+        with step.count.under("d_weight"):
+            d_weight = torch.empty_like(weight, dtype=torch.float32) if wanted else hidden.new_empty(0)
+        budget = CHUNK_BYTES["cuda" if step.cuda else "cpu"] // (weight.shape[0] * weight.element_size()) // GEMM_ROWS * GEMM_ROWS
+        rows = min(max(MIN_CHUNK_ROWS, budget), -(-hidden.shape[0] // GEMM_ROWS) * GEMM_ROWS)
+        step.count.look(head=rows * (weight.shape[0] + 2 * weight.shape[1]) * weight.element_size())
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.wanted, ctx.dtype = wanted, weight.dtype
+        return hidden.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        d_hidden, d_weight = ctx.saved_tensors
+        with ctx.step.count.under("d_weight"):
+            if ctx.step.cuda:  # a device cannot look whether the factor is one
+                d_hidden, d_weight = d_hidden * 1, d_weight * 1
+            return d_hidden, d_weight.to(ctx.dtype) if ctx.wanted else None, None
+
+
+class _Autocast(TorchFunctionMode):
+    """Autocast's casts of linear layers, which the meta device does not have; leaves that train are cast once in a forward pass."""
+
+    def __init__(self, enabled: bool, cached: bool = True) -> None:
+        super().__init__()
+        self.enabled, self.cache = enabled, {} if cached else None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.enabled and func is nn.functional.linear:
+            args = tuple(self._cast(t) if isinstance(t, Tensor) else t for t in args)
+        return func(*args, **(kwargs or {}))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        if self.cache is None or not (tensor.is_leaf and tensor.requires_grad):
+            return tensor.to(torch.bfloat16)
+        if id(tensor) not in self.cache:
+            self.cache[id(tensor)] = tensor.to(torch.bfloat16)
+        return self.cache[id(tensor)]
