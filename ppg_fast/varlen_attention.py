@@ -1,15 +1,18 @@
 """Causal attention inside each dialogue of a packed row: the "ppg_varlen" entry of transformers' AttentionInterface.
 
 A packed row holds dialogues one after the other, ``cu_seq_lens_q`` their bounds. On a CUDA device in half precision it is
-`torch.nn.attention.varlen.varlen_attn`; elsewhere, and for what that kernel does not know (score softcaps, float32), a loop over the
-dialogues. No mask of the packed row's length squared is ever made. Without ``cu_seq_lens_q`` it is ordinary attention with the given
-mask, so that the same model also generates.
+`torch.nn.attention.varlen.varlen_attn`, or flash-attn's own kernel where it is installed and knows what torch's does not: score softcaps,
+and a deterministic backward pass under torch.use_deterministic_algorithms. Elsewhere (float32, a softcap without flash-attn) it is a loop
+over the dialogues. No mask of the packed row's length squared is ever made. Without ``cu_seq_lens_q`` it is ordinary attention with the
+given mask, so that the same model also generates.
 
 Why an entry of our own: a packed row with restarting position ids is block-diagonal in transformers only if attention_mask is None
 and use_cache is off, silently contaminated otherwise, and its SDPA path builds the dense mask.
 """
 
 import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -41,8 +44,8 @@ def varlen_attention(
         raise ValueError(f"{NAME} attention knows no attention sinks, got a model of type {type(module).__name__}")
     if cu_seq_lens_q is None:
         out = _masked(query, key, value, attention_mask, scaling, softcap)
-    elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not softcap:
-        return _fused(query, key, value, scaling, sliding_window, cu_seq_lens_q, max_length_q), None
+    elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and (not softcap or flash_attn()):
+        return _fused(query, key, value, scaling, sliding_window, softcap, cu_seq_lens_q, max_length_q), None
     else:
         lengths = torch.diff(cu_seq_lens_q).tolist()
         parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
@@ -50,17 +53,34 @@ def varlen_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, bounds: Tensor, longest: int | None) -> Tensor:
-    """The CUDA kernel: (1, H, N, D) -> (1, N, H, D)."""
-    from torch.nn.attention.varlen import varlen_attn
+@cache
+def flash_attn() -> Callable[..., Tensor] | None:
+    """flash-attn's `flash_attn_varlen_func`, None where the package is not installed."""
+    try:
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
 
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None, bounds: Tensor, longest: int | None
+) -> Tensor:
+    """A CUDA kernel: (1, H, N, D) -> (1, N, H, D)."""
     longest = int(torch.diff(bounds).max()) if longest is None else longest
     q, k, v = (t[0].transpose(0, 1).contiguous() for t in (q, k, v))
-    left = -1 if window is None else window - 1  # the kernel counts the keys left of the query, transformers counts it too
+    left = -1 if window is None else window - 1  # the kernels count the keys left of the query, transformers counts it too
+    deterministic, flash = torch.are_deterministic_algorithms_enabled(), flash_attn()
+    lengths = bounds, bounds, longest, longest
+    if flash is not None and (softcap or deterministic):
+        more = {"softcap": softcap or 0.0, "deterministic": deterministic}
+        return flash(q, k, v, *lengths, softmax_scale=scaling, causal=True, window_size=(left, 0), **more)[None]
+    from torch.nn.attention.varlen import varlen_attn
+
     options: dict[str, Any] = {"scale": scaling, "window_size": (left, 0)}
     if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 takes grouped heads unasked
         options["enable_gqa"] = True
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, **options)
+    out = varlen_attn(q, k, v, *lengths, **options)
     assert isinstance(out, Tensor)  # a pair only where auxiliary results are asked for
     return out[None]
 

@@ -1,5 +1,8 @@
 """Packed forward passes and the loss from hidden states, against one dialogue at a time and against plain logits."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -124,6 +127,48 @@ def test_long_windows_are_walked_in_blocks(monkeypatch):
     monkeypatch.setattr(varlen_attention, "QUERY_BLOCK", 3)
     test_packed_log_probs_equal_those_of_each_dialogue_alone("gemma2, softcaps and window 4")
     test_packed_log_probs_equal_those_of_each_dialogue_alone("mistral, window 5")
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
+):  # fmt: skip
+    """What flash-attn 2.7 documents, by plain PyTorch: (N, H, D) with bounds; window_size counts keys beside the query."""
+    assert q.dim() == 3
+    assert all(t.is_contiguous() for t in (q, k, v))
+    assert (cu_seqlens_q.dtype, max_seqlen_q, max_seqlen_k) == (torch.int32, 17, 17)
+    assert causal
+    out = []
+    for start, stop in zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist()[1:], strict=False):
+        query, key, value = (t[start:stop].transpose(0, 1) for t in (q, k, v))
+        key, value = (t.repeat_interleave(query.shape[0] // t.shape[0], 0) for t in (key, value))
+        scores = query @ key.mT * softmax_scale
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        distance = torch.arange(stop - start)[:, None] - torch.arange(stop - start)
+        hidden = (distance < 0) | ((distance > window_size[0]) if window_size[0] >= 0 else False)
+        out.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value)
+    return torch.cat(out, 1).transpose(0, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flash_attn_is_called_by_its_contract_where_torch_does_not_serve(kind, monkeypatch):
+    """Through a stub with flash-attn's signature; the suite's deterministic mode asks for its deterministic backward pass."""
+    module, seen = ModuleType("flash_attn"), []
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    module.flash_attn_varlen_func = lambda *a, **k: (seen.append(k), flash_attn_varlen_func(*a, **k))[1]
+    varlen_attention.flash_attn.cache_clear()
+    model, batch = models.prepare(tiny(kind)), pack(samples())
+    expected = models.policy_hidden(model, batch)
+
+    def always_fused(module, q, k, v, mask, scaling=None, sliding_window=None, softcap=None, cu_seq_lens_q=None, max_length_q=None, **_):
+        return varlen_attention._fused(q, k, v, scaling, sliding_window, softcap, cu_seq_lens_q, max_length_q), None
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, varlen_attention.NAME, always_fused)
+    torch.testing.assert_close(models.policy_hidden(model, batch), expected, rtol=1e-4, atol=1e-5)
+    assert len(seen) == 2
+    assert all(k["deterministic"] for k in seen)
+    monkeypatch.undo()
+    varlen_attention.flash_attn.cache_clear()
 
 
 def test_no_turns_and_no_dialogues_give_a_connected_zero():
