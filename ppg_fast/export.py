@@ -1,37 +1,14 @@
-"""Weights for others: a model saved whole, LoRA adapters merged into it, a folder uploaded to the Hugging Face Hub."""
+"""Weights for others: LoRA adapters merged into their base model, a folder uploaded to the Hugging Face Hub."""
 
-import copy
 import json
 from pathlib import Path
-from typing import Any
 
 ADAPTER_CONFIG = "adapter_config.json"  # peft's mark of an adapter folder
 
 
-def save_model(model: Any, tokenizer: Any, path: Path, adapter_only: bool = False, state_dict: dict[str, Any] | None = None) -> None:
-    """Model and tokenizer to ``path``, as the Auto classes of transformers read them; adapters of peft merged, or they alone.
-
-    The model itself is left as it is: merging works on a copy on the CPU. ``state_dict``: the weights of a model whose own are sharded.
-    """
-    if hasattr(model, "merge_and_unload") and not adapter_only:
-        model = merged(model)
-    model.save_pretrained(path, state_dict=state_dict)
-    tokenizer.save_pretrained(path)
-
-
-def merged(model: Any) -> Any:
-    """A copy of a peft model on the CPU with its adapters added into the weights: W + scale B A. ValueError where that is not finite."""
-    device = model.device
-    try:
-        whole = copy.deepcopy(model.to("cpu"))  # on the CPU, so that a GPU need not hold the weights twice
-    finally:
-        model.to(device)
-    return whole.merge_and_unload(safe_merge=True)
-
-
 def find_adapter(path: Path) -> Path:
     """The adapter folder that ``path`` is, or that the run in ``path`` holds; ValueError where there is none."""
-    for folder in (path, path / "adapter", path / "checkpoint"):
+    for folder in (path, path / "checkpoint"):
         if (folder / ADAPTER_CONFIG).is_file():
             return folder
     if (path / "checkpoint" / "config.json").is_file():

@@ -55,7 +55,7 @@ def collect_groups(
     seeds: Sequence[int],
     group_size: int,
     *,
-    generator: torch.Generator | Sequence[torch.Generator],
+    generator: torch.Generator,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
     max_turns: int = 64,

@@ -14,14 +14,13 @@ WHAT = {
     "learning_curve.png": "training and held-out curve",
     "turns.png": "return and advantage by turn index, at the beginning and at the end of training",
     "checkpoint": "the trained model, its config and tokenizer, as transformers loads them",
-    "adapter": "the LoRA adapter alone, as peft loads it; checkpoint/ holds it merged",
     "checkpoints": "the whole state of the run, for `--resume`; can be deleted once the run is over",
     "trackers": "what tensorboard or wandb keep on disk",
     "not_finite.jsonl": "the dialogues of the steps whose loss or gradient was not finite",
     "config.yaml": "every setting; `ppg-fast train --config config.yaml --output-dir OTHER` runs it again",
     "summary.json": "how it ended, in numbers",
 }
-RARE = ("adapter", "trackers", "not_finite.jsonl")
+RARE = ("trackers", "not_finite.jsonl")
 ENDED = {
     "finished": "It ran to its end.",
     "stopped": "It was stopped by hand (Ctrl-C); what was done is here, and `--resume` goes on.",

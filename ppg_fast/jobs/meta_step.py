@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppg_fast.adaptation import StartingWeights
 from ppg_fast.config import TrainConfig
 from ppg_fast.model import decoder, plain_head
-from ppg_fast.ops.linear import CHUNK_BYTES, GEMM_ROWS, MIN_CHUNK_ROWS
+from ppg_fast.ops.head import CHUNK_BYTES, GEMM_ROWS, MIN_CHUNK_ROWS, equal_chunks
 from ppg_fast.optimisers import make_optimizer, set_learning_rate
 from ppg_fast.varlen_attention import QUERY_BLOCK
 
@@ -229,7 +229,7 @@ class _Head(torch.autograd.Function):
         with step.count.under("d_weight"):
             d_weight = torch.empty_like(weight, dtype=torch.float32) if wanted else hidden.new_empty(0)
         budget = CHUNK_BYTES["cuda" if step.cuda else "cpu"] // (weight.shape[0] * weight.element_size()) // GEMM_ROWS * GEMM_ROWS
-        rows = min(max(MIN_CHUNK_ROWS, budget), -(-hidden.shape[0] // GEMM_ROWS) * GEMM_ROWS)
+        rows = equal_chunks(hidden.shape[0], max(MIN_CHUNK_ROWS, budget))
         step.count.look(head=rows * (weight.shape[0] + 2 * weight.shape[1]) * weight.element_size())
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.wanted, ctx.dtype = wanted, weight.dtype

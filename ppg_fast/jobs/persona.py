@@ -66,7 +66,8 @@ class PersonaJob:
         """Groups of rollouts of the policy as it is now."""
         policy = self.policy
         seeds = [policy.rng.getrandbits(48) for _ in range(self.config.num_prompts)]
-        rollouts = policy.roll_out(PersonaInterview, seeds, self.config.num_generations, policy.generator, shared=True)
+        mine, size = policy.ranks.part(len(seeds) * self.config.num_generations), self.config.num_generations
+        rollouts = policy.roll_out(PersonaInterview, seeds, size, policy.generator, only=mine)
         self.last = samples = policy.of_all(rollouts)
         if step == 1:
             warn_if_hardly_credited(samples, self.objective)

@@ -75,11 +75,11 @@ class Policy:
         *,
         settle: Settle = settle_each,
         sampler: EndpointSampler | None = None,
-        shared: bool = False,
+        only: range | None = None,
     ) -> list[Rollout]:
         """Rollouts with the sampling settings of the config, of ``sampler`` where there is one. All ranks call it.
 
-        ``shared``: each rank rolls out its part of them, and `of_all` makes them whole; any number of ranks draws the same.
+        ``only``: those of them that this rank rolls out (`Ranks.part`); `of_all` makes them whole. Any number of ranks draws the same.
         """
         c = self.config
         with self.ranks.sampling(self.model):
@@ -96,7 +96,7 @@ class Policy:
                 max_dialogue_tokens=0 if c.data else c.max_dialogue_tokens,  # offline it bounds what is read
                 batch_size=c.rollout_batch,
                 settle=settle,
-                only=self.ranks.part(len(seeds) * group_size) if shared else None,
+                only=only,
             )
 
     def of_all(self, rollouts: Sequence[Rollout]) -> list[Sample]:

@@ -13,14 +13,17 @@ from typing import Any
 from ppg_fast.chat_format import make_byte_tokenizer
 from ppg_fast.config import TrainConfig
 from ppg_fast.data import Sample
+from ppg_fast.evaluation import of_rollouts
 from ppg_fast.generation import EndpointSampler
 from ppg_fast.jobs.endpoints import make_endpoint, partner_of, rewards_of_new_answers
 from ppg_fast.jobs.policy import Policy
-from ppg_fast.jobs.report import SHOWN, Progress, RunFolder
+from ppg_fast.jobs.report import Progress, RunFolder
 from ppg_fast.jobs.resume import ResumableRun
+from ppg_fast.jobs.samples import SHOWN
 from ppg_fast.objective import warn_if_hardly_credited
 from ppg_fast.partner import Conversation, LoggedPartner, settle
 from ppg_fast.prompts import Prompt, read_prompts
+from ppg_fast.ranks import Ranks
 from ppg_fast.rewards import Scores, score
 from ppg_fast.rollout import Rollout
 from ppg_fast.spec import require
@@ -31,13 +34,14 @@ REFRESH_FOLDER = "sampler"  # weights for an endpoint that samples
 class PromptsJob:
     """Train on prompts; evaluate on a part of them kept apart (at most a fifth, none of fewer than five)."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, ranks: Ranks | None = None) -> None:
         self.config = config
         prompts = read_prompts(str(config.prompts), config.strict)
         contents = [m.content for p in prompts for m in (*p.messages, *p.logged)]
-        self.policy = Policy(config, lambda: make_byte_tokenizer(contents, config.vocab_size))
+        self.policy = Policy(config, lambda: make_byte_tokenizer(contents, config.vocab_size), ranks)
         self.objective, policy = self.policy.objective(), self.policy
         self.rewards = rewards_of_new_answers(config, policy.model.device)
+        require(config.partner != "self" or not policy.ranks.sharded, "partner self goes with whole models (parallel ddp)", "fsdp2")
         self.partner = partner_of(config, policy.model, policy.chat)
         self.sampler = self._make_sampler()
         self.prompts = self._readable(prompts)
@@ -46,6 +50,7 @@ class PromptsJob:
         apart = min(config.eval_dialogues, len(order) // 5)
         self.held_out, self.seen = ([self.prompts[i] for i in part] for part in (order[:apart], order[apart:]))
         self.run: ResumableRun | None = None
+        self.last: list[Sample] = []  # of the step under way
         self.warned = False
 
     @property
@@ -67,39 +72,48 @@ class PromptsJob:
             for metrics in run.climb("train", self.rollouts, self.objective, self.policy.schedule()):
                 phase.show(metrics, "reward")
                 if metrics["step"] % config.eval_every == 0 and metrics["step"] < config.max_steps:
+                    run.log_samples("train", metrics["step"], self.last, self.policy.chat, self.objective)
                     self.evaluate(run, progress, metrics["step"])
 
     def rollouts(self, step: int) -> list[Sample]:
         """Groups of rollouts of the policy as it is now, paid; what they were like goes to the metrics as phase rollout."""
         config, policy, start = self.config, self.policy, time.perf_counter()
         if self.sampler and config.sampler_refresh:
-            self._refresh(config.sampler_refresh)
+            state = policy.ranks.full_state(policy.model)
+            policy.ranks.by_first(lambda: self._refresh(str(config.sampler_refresh), state))
         seeds = prompt_seeds(step, config.num_prompts, len(self.seen), config.seed)
         make = lambda: self._conversation(self.seen)  # noqa: E731
-        rollouts = policy.roll_out(make, seeds, config.num_generations, policy.generator, settle=settle, sampler=self.sampler)
-        scores = self._pay(rollouts)
-        samples = [rollout.sample for rollout in rollouts]
+        mine = policy.ranks.part(len(seeds) * config.num_generations)
+        settings = {"settle": settle, "sampler": self.sampler, "only": mine}
+        rollouts = policy.roll_out(make, seeds, config.num_generations, policy.generator, **settings)
+        scores = Scores.together(policy.ranks.by_all(lambda: self._pay(rollouts)))
+        self.last = samples = policy.of_all(rollouts)
         if step == 1:
             warn_if_hardly_credited(samples, self.objective)
         if self.run:
-            cut_off = [cut for rollout in rollouts for cut in rollout.cut_off]
-            share = {"completions/clipped_ratio": sum(cut_off) / len(cut_off), "rollout_time": time.perf_counter() - start}
-            self.run.log("rollout", {"step": step, **scores.describe(), **share, **self._usage()})
+            self.run.log("rollout", {"step": step, **scores.describe(), "rollout_time": time.perf_counter() - start, **self._usage()})
         return samples
 
     def evaluate(self, run: RunFolder, progress: Progress, step: int, when: str = "") -> None:
         """Mean return on the prompts kept apart, answered by the model in this process, with the same noise every time."""
         prompts, name = (self.held_out, "held-out") if self.held_out else (self.seen[: self.config.eval_dialogues], "training")
         generator = self.policy.sampling_generator(0)
-        rollouts = self.policy.roll_out(lambda: self._conversation(prompts), range(len(prompts)), 1, generator, settle=settle)
-        scores = self._pay(rollouts)
-        reward = sum(r.total_reward for r in rollouts) / len(rollouts)
-        turns = sum(len(r.sample.rewards) for r in rollouts) / len(rollouts)
-        parts = {f"eval/{key}": value for key, value in scores.describe().items()}
-        run.log("eval", {"step": step, "eval/reward": reward, "eval/turns": turns, **parts})
-        progress.say(f"{name} prompts after step {step}: return {reward:.3f} over {turns:.1f} turns")
+        ranks, make = self.policy.ranks, lambda: self._conversation(prompts)
+        only = None if ranks.first else range(0)  # one rank asks partners and judges, and tells the others
+        rollouts = self.policy.roll_out(make, range(len(prompts)), 1, generator, settle=settle, only=only)
+        metrics = ranks.by_first(lambda: self._measure(rollouts))
+        run.log("eval", {"step": step, **metrics})
+        run.log_samples("eval", step, [r.sample for r in rollouts], self.policy.chat, self.objective)
+        progress.say(
+            f"{name} prompts after step {step}: return {metrics['eval/reward']:.3f} over {metrics['eval/turns/mean_count']:.1f} turns"
+        )
         if when:
             run.write_samples(when, rollouts[:SHOWN], f"{name.capitalize()} prompts, step {step}, temperature {self.config.temperature}.")
+
+    def _measure(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """What the rollouts earn, and each reward's own values."""
+        parts = {f"eval/{name}": value for name, value in self._pay(rollouts).describe().items()}
+        return {**of_rollouts([r.sample for r in rollouts], self.objective), **parts}
 
     def finish(self, run: RunFolder, progress: Progress) -> dict[str, Any]:
         """The last evaluation and the curve; start and end for the summary."""
@@ -116,7 +130,7 @@ class PromptsJob:
         conversations = [r.environment for r in rollouts if isinstance(r.environment, Conversation)]
         scores = score(self.rewards, [c.transcript() for c in conversations])
         turns = sum(map(len, scores.totals))
-        if scores.unscored == turns:
+        if turns and scores.unscored == turns:
             raise ValueError(f"no turn of {len(rollouts)} dialogues could be scored by {', '.join(r.name for r in self.rewards)}")
         if scores.unscored and not self.warned:
             self.warned = True
@@ -140,10 +154,10 @@ class PromptsJob:
             raise ValueError(f"{rule}, got {config.importance_cap}")
         return EndpointSampler(make_endpoint(config, "sampler"), self.policy.chat.end_id)
 
-    def _refresh(self, command: str) -> None:
+    def _refresh(self, command: str, state: dict[str, Any] | None) -> None:
         """Write the weights and have the sampler's server load them. OSError with what the command said where it fails."""
         folder = Path(self.config.output_dir, REFRESH_FOLDER).absolute()
-        self.policy.model.save_pretrained(folder)
+        self.policy.model.save_pretrained(folder, state_dict=state)
         self.policy.tokenizer.save_pretrained(folder)
         arguments = [part.replace("{folder}", str(folder)) for part in shlex.split(command)]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)

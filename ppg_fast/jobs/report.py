@@ -15,7 +15,6 @@ from typing import Any
 from ppg_fast.chat_format import ChatFormat
 from ppg_fast.config import TrainConfig, write_yaml
 from ppg_fast.data import Sample
-from ppg_fast.export import save_model
 from ppg_fast.jobs import cards, plots
 from ppg_fast.jobs.samples import SAMPLES, answer_rows, append_rows, keep_rows, page
 from ppg_fast.jobs.samples import SHOWN as SHOWN
@@ -25,7 +24,7 @@ from ppg_fast.objective import Objective
 from ppg_fast.rollout import Rollout
 
 METRICS, CONFIG, SUMMARY, CURVE, CHECKPOINT = "metrics.jsonl", "config.yaml", "summary.json", "learning_curve.png", "checkpoint"
-CHECKPOINTS, NOT_FINITE, TURNS, ADAPTER, README = "checkpoints", "not_finite.jsonl", "turns.png", "adapter", "README.md"
+CHECKPOINTS, NOT_FINITE, TURNS, README = "checkpoints", "not_finite.jsonl", "turns.png", "README.md"
 STEPS = ("imitation", "train")  # phases that take steps
 OURS = (
     CHECKPOINTS,
@@ -34,7 +33,6 @@ OURS = (
     CURVE,
     TURNS,
     CHECKPOINT,
-    ADAPTER,
     NOT_FINITE,
     SAMPLES,
     TRACKERS,
@@ -157,15 +155,14 @@ class RunFolder:
     def save_checkpoint(self, model: Any, tokenizer: Any, state_dict: dict[str, Any] | None = None) -> None:
         """checkpoint/: safetensors, config and tokenizer, as the Auto classes of transformers read them. Replaces the last one whole.
 
-        A model with adapters is stored merged there, and its adapters alone in adapter/. ``state_dict``: the weights, where ``model``
-        holds a part of them only.
+        Of a model with adapters these alone, as peft saves them. ``state_dict``: the weights, where ``model`` holds a part of them only.
         """
-        for name, adapter in ((CHECKPOINT, False), *(((ADAPTER, True),) if hasattr(model, "merge_and_unload") else ())):
-            new, old = self.path / f"{name}.new", self.path / name
-            shutil.rmtree(new, ignore_errors=True)
-            save_model(model, tokenizer, new, adapter, state_dict)
-            shutil.rmtree(old, ignore_errors=True)
-            new.rename(old)
+        new, old = self.path / f"{CHECKPOINT}.new", self.path / CHECKPOINT
+        shutil.rmtree(new, ignore_errors=True)
+        model.save_pretrained(new, state_dict=state_dict)
+        tokenizer.save_pretrained(new)
+        shutil.rmtree(old, ignore_errors=True)
+        new.rename(old)
 
     def save_batches(self, batches: Sequence[tuple[int, Sequence[Sample]]], decode: Callable[[list[int]], str]) -> Path:
         """not_finite.jsonl: one line a dialogue of the given (step, dialogues): tokens, turn ids, rewards, log-probs, text."""

@@ -100,6 +100,13 @@ class Scores:
     totals: list[list[float | None]]
     parts: dict[str, list[list[float | None]]]
 
+    @classmethod
+    def together(cls, parts: Sequence["Scores"]) -> "Scores":
+        """Those of several sets of dialogues, one after the other."""
+        names = dict.fromkeys(name for part in parts for name in part.parts)
+        totals = [row for part in parts for row in part.totals]
+        return cls(totals, {name: [row for part in parts for row in part.parts[name]] for name in names})
+
     @property
     def unscored(self) -> int:
         """Turns without a total."""
