@@ -9,11 +9,12 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppg_fast import export
+from ppg_fast.adaptation import add_lora
 from ppg_fast.chat_format import make_word_tokenizer
 from ppg_fast.cli import main
 from ppg_fast.config import make_config
@@ -29,15 +30,16 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("export")
     tokenizer = make_word_tokenizer(WORDS)
     model = make_model(len(tokenizer), width=32, layers=2)
-    export.save_model(model, tokenizer, root / "base")
-    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", base_model_name_or_path=str(root / "base"))
-    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(root / "base"), lora)
+    for part in (model, tokenizer):
+        part.save_pretrained(root / "base")
+    adapted = add_lora(AutoModelForCausalLM.from_pretrained(root / "base"), 4, target_modules="q_proj,down_proj")
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0.0, 0.1, generator=generator)
-    export.save_model(adapted, tokenizer, root / "adapter", adapter_only=True)
+    for part in (adapted, tokenizer):
+        part.save_pretrained(root / "adapter")
     ids = torch.randint(len(tokenizer), (2, 9), generator=generator)
     with torch.no_grad():
         return root, adapted, tokenizer, ids, adapted(ids).logits
@@ -60,7 +62,7 @@ def test_merged_weights_give_the_same_logits(folders, tmp_path, capsys):
     torch.testing.assert_close(logits_of(tmp_path / "again", ids), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_with_adapters_leaves_the_whole_model_and_the_adapter(folders, tmp_path):
+def test_a_run_with_adapters_leaves_the_adapter(folders, tmp_path):
     """And training can go on: neither weights nor adapters of the model that is saved change."""
     _, adapted, tokenizer, ids, expected = folders
     run = RunFolder(make_config({"output_dir": str(tmp_path / "run")}))
@@ -68,7 +70,7 @@ def test_a_run_with_adapters_leaves_the_whole_model_and_the_adapter(folders, tmp
     run.save_checkpoint(adapted, tokenizer)
     assert all(torch.equal(before[name], value) for name, value in adapted.state_dict().items())
     torch.testing.assert_close(logits_of(tmp_path / "run/checkpoint", ids), expected, rtol=1e-4, atol=1e-5)
-    assert export.find_adapter(tmp_path / "run") == tmp_path / "run/adapter"
+    assert export.find_adapter(tmp_path / "run") == tmp_path / "run/checkpoint"
     assert main(["merge", str(tmp_path / "run"), "-o", str(tmp_path / "whole")]) == 0
     torch.testing.assert_close(logits_of(tmp_path / "whole", ids), expected, rtol=1e-4, atol=1e-5)
 
