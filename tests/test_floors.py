@@ -16,11 +16,12 @@ FLOORS = [  # ground first; a room is a module or a package
     ["functional", "ranks"],
     ["consistent_llms", "varlen_attention", "config", "checkpoint", "adaptation", "optimisers", "endpoint"],
     ["dialogue"],
-    ["data", "environment", "persona", "chat_format", "rewards", "prompts"],
+    ["data", "environment", "persona", "problems", "chat_format", "rewards", "prompts"],
     ["model", "objective", "metrics"],
     ["generation"],
     ["rollout", "trainer", "partner", "evaluation", "export"],
     ["jobs", "integrations"],
+    ["compare"],
     ["bench"],
     ["cli"],
 ]

@@ -1,0 +1,1 @@
+"""Policy classes side by side."""

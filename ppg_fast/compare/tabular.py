@@ -1,0 +1,126 @@
+"""A problem with a tabular policy, one pair of logits a turn: every expectation by enumeration of all answers, in float64.
+
+Rewards are a function of the answers plus noise of known covariance, and all moments below are at most quadratic in the rewards, so the
+noise enters through its covariance, exactly, whatever its sources are.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.problems import Problem
+from ppg_fast.spec import PolicyClass
+from ppg_fast.spec import policy_class as named_policy_class
+
+HONEST = 0  # index of the action
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Exact moments of a class's gradient estimator at a policy. ``gradient`` (T, 2) is its expectation, the gradient of J_S.
+
+    ``variance``: trace of the covariance of one dialogue's estimate without baseline. ``group_variance``: of the mean over a group with
+    the leave-one-out baseline. ``bias``: distance of ``gradient`` from that of the true value, ``cosine`` the cosine between them.
+    """
+
+    gradient: Tensor
+    variance: float
+    group_variance: float
+    bias: float
+    cosine: float
+
+    def describe(self) -> dict[str, float]:
+        """All but the gradient itself, of which the norm."""
+        norm = float(self.gradient.norm())
+        return {
+            "gradient_norm": norm,
+            "variance": self.variance,
+            "group_variance": self.group_variance,
+            "bias": self.bias,
+            "cosine": self.cosine,
+            "signal_to_noise": norm**2 / max(self.group_variance, 1e-300),
+        }
+
+
+class TabularProblem:
+    """Every course that the answers can take, as (P, T) arrays: P = 2^T."""
+
+    def __init__(self, of: Problem) -> None:
+        self.problem, turns = of, of.turns
+        self.actions = torch.tensor(list(itertools.product((0, 1), repeat=turns)))  # (P, T)
+        honest = (self.actions == HONEST).double()
+        self.rewards = honest @ torch.tensor(of.honest_pays, dtype=torch.float64)
+        self.rewards += (1 - honest) * torch.tensor(of.tempting_pays, dtype=torch.float64)
+        self.rewards[:, -1] += of.finale * honest.mean(1) ** 2
+        self.factor = torch.tensor(of.noise, dtype=torch.float64)  # noise = factor @ standard normals
+
+    def start(self) -> Tensor:
+        """Logits (T, 2) of the policy that tosses a coin."""
+        return torch.zeros(self.problem.turns, 2, dtype=torch.float64)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Of every course, (P,)."""
+        chosen = logits.log_softmax(-1).expand(len(self.actions), -1, -1).gather(-1, self.actions[..., None])
+        return chosen[..., 0].sum(1).exp()
+
+    def value(self, logits: Tensor) -> float:
+        """The expected return; noise adds nothing to it."""
+        return float(self.probabilities(logits) @ self.rewards.sum(1))
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """grad log pi(a_t), (P, T, 2): row t of the logits' gradient; turn t moves no other row."""
+        return torch.nn.functional.one_hot(self.actions, 2).double() - logits.softmax(-1)
+
+    def window(self, policy_class: PolicyClass | str) -> Tensor:
+        """Which rewards each turn is credited for, (T, T) of 0 and 1: column k is the return of a single reward at turn k."""
+        return partial_returns(torch.eye(self.problem.turns), policy_class).double().T
+
+    def gradient(self, logits: Tensor, policy_class: PolicyClass | str) -> Tensor:
+        """E[sum_t grad log pi(a_t) R_t], (T, 2): the gradient of J_S at ``logits``."""
+        returns = self.rewards @ self.window(policy_class).T
+        return torch.einsum("p,ptd,pt->td", self.probabilities(logits), self.scores(logits), returns)
+
+    def moments(self, logits: Tensor, policy_class: PolicyClass | str, group_size: int) -> Moments:
+        """Everything about a class's estimator at ``logits``.
+
+        With the leave-one-out baseline the mean over a group is, turn by turn, the sample covariance of score and return: a
+        U-statistic of the kernel h(i, j) = (s_i - s_j)(R_i - R_j) / 2, so its variance is
+        (4 (G - 2) zeta_1 + 2 zeta_2) / (G (G - 1)),    zeta_1 = Var E[h | i],    zeta_2 = Var h          (Hoeffding, 1948)
+        """
+        p, s, window = self.probabilities(logits), self.scores(logits), self.window(policy_class)
+        returns, noise = self.rewards @ window.T, (window @ self.factor).square().sum(1)  # its variance, turn by turn
+        norm = s.square().sum(-1)  # (P, T); scores of different turns are orthogonal
+        mean, square = p @ returns, p @ returns.square() + noise
+        gradient = torch.einsum("p,ptd,pt->td", p, s, returns)
+        signal = gradient.square().sum()
+        cross = (s * returns[..., None]).flatten(1)
+        variance = p @ cross.square().sum(1) + (p @ norm @ noise) - signal
+        centred = (s * (returns - mean)[..., None]).flatten(1)
+        zeta_1 = (p @ centred.square().sum(1) + p @ norm @ noise - signal) / 4
+        second = p @ (norm * (returns.square() + noise))
+        zeta_2 = (2 * (second + (p @ norm) * square - 2 * (p @ (norm * returns)) * mean) + 4 * gradient.square().sum(1)).sum() / 4 - signal
+        G = group_size
+        group = (4 * (G - 2) * zeta_1 + 2 * zeta_2) / (G * (G - 1)) if G > 1 else variance
+        truth = self.gradient(logits, "full")
+        cosine = float((gradient * truth).sum() / (gradient.norm() * truth.norm()).clamp(min=1e-300))
+        return Moments(gradient, float(variance), float(group), float((gradient - truth).norm()), cosine)
+
+    def sample(self, logits: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Actions (count, T) and rewards (count, T) with noise, of dialogues of the policy."""
+        course = torch.multinomial(self.probabilities(logits), count, replacement=True, generator=generator)
+        noise = torch.randn(count, self.factor.shape[1], dtype=torch.float64, generator=generator) @ self.factor.T
+        return self.actions[course], self.rewards[course] + noise
+
+
+def estimate(
+    tabular: TabularProblem, logits: Tensor, policy_class: PolicyClass | str, actions: Tensor, rewards: Tensor, group_size: int
+) -> Tensor:
+    """The estimator itself: the mean over sampled dialogues with the leave-one-out baseline, (T, 2)."""
+    groups = torch.arange(len(actions)) // group_size
+    returns = partial_returns(rewards, named_policy_class(policy_class))
+    advantages = turn_advantages(returns, groups, "leave_one_out" if group_size > 1 else "none").double()
+    scores = torch.nn.functional.one_hot(actions, 2).double() - logits.softmax(-1)
+    return torch.einsum("btd,bt->td", scores, advantages) / len(actions)
