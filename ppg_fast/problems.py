@@ -2,9 +2,9 @@
 
 A turn is a question with two answers that count: the honest one, and the tempting one that pleases at once. Who is paid what, and when,
 is a table: `honest_pays[t][k]` is what an honest answer of turn t adds to the reward of turn k >= t, `tempting_pays[t]` what a tempting
-one adds to its own, and the finale pays the square of the honest share at the last turn. To that comes noise that no answer causes, Gaussian, of
-mean zero, drawn anew in every dialogue, so no baseline removes it. The policy class of a problem is the smallest window that holds every
-reward which a turn causes: its gradient is that of the true value, and every longer one only adds noise.
+one adds to its own, and the finale pays the square of the honest share at the last turn. To that comes noise that no answer causes,
+Gaussian, of mean zero, drawn anew in every dialogue, so no baseline removes it. The policy class of a problem is the smallest window that
+holds every reward which a turn causes: its gradient is that of the true value, and every longer one only adds noise.
 """
 
 import math
@@ -70,14 +70,14 @@ def _mood(turns: int, deviation: float, stays: float) -> Table:
 def _immediate(turns: int = 12) -> Problem:
     why = "persona consistency: each answer is judged by itself, and at once; what comes later is not of its making"
     pays = _table(turns, *((t, t, 1.0) for t in range(turns)))
-    return Problem("immediate", "greedy", why, turns, pays, (0.0,) * turns, _judge(turns, 1.0))
+    return Problem("immediate", "greedy", why, turns, pays, (0.0,) * turns, _judge(turns, 2.0))
 
 
 def _commitments(turns: int = 12, delay: int = 2) -> Problem:
     why = f"commitments: giving in pleases at once, and {delay} turns later the user finds out; {delay + 1} rewards hold both"
     pressed = turns - delay
     pays = _table(turns, *((t, t + delay if t < pressed else t, 1.0) for t in range(turns)))
-    return Problem("commitments", f"lookahead:{delay + 1}", why, turns, pays, (0.4,) * pressed + (0.0,) * delay, _judge(turns, 1.0))
+    return Problem("commitments", f"lookahead:{delay + 1}", why, turns, pays, (0.4,) * pressed + (0.0,) * delay, _judge(turns, 2.0))
 
 
 def _topics(topics: int = 3, length: int = 4) -> Problem:
@@ -86,7 +86,7 @@ def _topics(topics: int = 3, length: int = 4) -> Problem:
     openings = range(0, turns, length)
     pays = _table(turns, *((t, t + length - 1, 1.0) if t in openings else (t, t, 0.25) for t in range(turns)))
     tempting = tuple(0.4 if t in openings else 0.0 for t in range(turns))
-    luck = _table(turns, *((t, t, 3.0 if t in openings and t else 0.25) for t in range(turns)))
+    luck = _table(turns, *((t, t, 6.0 if t and t in openings else 0.25) for t in range(turns)))
     return Problem("topics", f"segment:{length}", why, turns, pays, tempting, luck)
 
 
@@ -98,7 +98,7 @@ def _plan(turns: int = 8) -> Problem:
 def _mood_problem(turns: int = 12) -> Problem:
     why = "misleading noise: thanks come one turn later; a mood that lasts for many turns pays far more, whatever is said"
     pays = _table(turns, *((t, min(t + 1, turns - 1), 1.0) for t in range(turns)))
-    return Problem("mood", "lookahead:2", why, turns, pays, (0.4,) * (turns - 1) + (0.0,), _mood(turns, 1.5, 0.95))
+    return Problem("mood", "lookahead:2", why, turns, pays, (0.4,) * (turns - 1) + (0.0,), _mood(turns, 2.5, 0.95))
 
 
 PROBLEMS = {p.name: p for p in (_immediate(), _commitments(), _topics(), _plan(), _mood_problem())}
