@@ -18,6 +18,7 @@ from ppg_fast.spec import (
     KL_ESTIMATORS,
     LOSS_TYPES,
     REDUCTIONS,
+    PolicyClass,
     PolicyLossSpec,
     policy_class,
     require,
@@ -74,7 +75,10 @@ class TrainConfig:
     threads: int = _option(0, "CPU threads of PyTorch, 0: one for the model made on the spot, else its default")
     seed: int = _option(0, "of weights, dialogues and sampling")
 
-    policy_class: str = _option("lookahead:3", "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full")
+    policy_class: str = _option("lookahead:3", "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, auto")
+    candidates: str = _option(
+        "greedy,lookahead:2,lookahead:3,lookahead:4,lookahead:6,segment:4,full", "classes that auto chooses among; full must be one"
+    )
     gamma: float = _option(1.0, "discount inside the window")
     baseline: str = _option("leave_one_out", f"subtracted from the windowed return at the same turn: {', '.join(BASELINES)}")
     loss_type: str = _option("reinforce", ", ".join(LOSS_TYPES))
@@ -207,7 +211,12 @@ class TrainConfig:
         require_number("timeout", self.timeout, 0.0, open_low=True)
         require_number("partner_temperature", self.partner_temperature, 0.0)
         require(not (self.data and self.prompts), "data (offline) and prompts (on-policy) exclude each other, got both", self.prompts)
-        policy_class(self.policy_class)
+        if self.policy_class == "auto":
+            rule = "policy_class auto needs rollouts of the policy itself, so there must be no data"
+            require(not self.data, rule, self.data)
+            require("full" in self.candidate_classes(), "candidates must include full", self.candidates)
+        else:
+            policy_class(self.policy_class)
         self.loss_spec()
         if self.data and not self.allow_negative_rewards:
             rule = (
@@ -220,6 +229,11 @@ class TrainConfig:
         """The trackers that ``report_to`` names, each once."""
         names = [name.strip() for name in self.report_to.split(",")]
         return [name for name in dict.fromkeys(names) if name not in ("", "none")]
+
+    def candidate_classes(self) -> dict[str, PolicyClass]:
+        """What auto chooses among, by name; nothing for any other policy class."""
+        names = [name.strip() for name in self.candidates.split(",")] if self.policy_class == "auto" else []
+        return {name: policy_class(name) for name in names}
 
     def loss_spec(self) -> PolicyLossSpec:
         """The policy loss."""

@@ -138,12 +138,14 @@ def policy_loss(
     rollout_logprobs: Tensor | None = None,
     reduction: str = "sequence_sum",
     normalizer: float | Tensor | None = None,
+    skip_zero_advantages: bool = True,
     backend: str | None = None,
 ) -> PolicyLossOutput:
     """The policy loss of a packed batch from hidden states through the model's own head; the (N, V) logits never exist.
 
     ``advantages`` (S, T) float32, one a turn, as is what `turn_advantages` returns; every token of a turn gets its turn's. The
-    log-probs (N,) are those of ``batch.labels``. Turns of advantage zero cost what context costs. The rest as `ppg.policy_loss`.
+    log-probs (N,) are those of ``batch.labels``. Turns of advantage zero cost what context costs, unless
+    ``skip_zero_advantages`` is off. The rest as `ppg.policy_loss`.
     """
     weight, bias, scale, softcap = head_of(model)
     hidden = policy_hidden(model, batch)
@@ -161,7 +163,7 @@ def policy_loss(
         spec=_with_softcap(spec, softcap),
         reduction=reduction,
         normalizer=normalizer,
-        skip_zero_advantages=True,
+        skip_zero_advantages=skip_zero_advantages,
         backend=backend,
     )
 
@@ -174,6 +176,23 @@ def token_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0) -> 
     logprobs = linear_token_logprobs(hidden * scale, weight, batch.labels, bias=bias, temperature=temperature, logit_softcap=softcap)
     assert isinstance(logprobs, Tensor)  # a pair only where the entropy is asked for
     return logprobs
+
+
+def token_score_norms(model: Any, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
+    """|gradient of log pi(label) by its logits|^2 = sum p^2 - 2 p_label + 1 of each token (N,) float32, 0 on context.
+
+    By a forward pass of its own, in plain PyTorch, with the logits of the assistant's tokens in memory: for losses that do not give it.
+    """
+    weight, bias, scale, softcap = head_of(model)
+    out = torch.zeros(len(batch.labels), device=batch.labels.device)
+    with torch.no_grad():
+        taken = batch.labels >= 0
+        logits = nn.functional.linear(policy_hidden(model, batch)[taken], weight, bias).float() * scale
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+        p = (logits / temperature).softmax(-1)
+        chosen = p.gather(-1, batch.labels[taken][:, None])[:, 0]
+        out[taken] = p.square().sum(-1) - 2 * chosen + 1
+    return out
 
 
 def token_advantages(batch: PackedBatch, advantages: Tensor) -> Tensor:

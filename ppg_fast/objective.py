@@ -14,7 +14,10 @@ from ppg_fast.spec import Lookahead, PolicyClass, PolicyLossSpec
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step climbs. ``imitate``: every turn has advantage 1, which is supervised fine-tuning through the same kernel."""
+    """What a step climbs. ``imitate``: every turn has advantage 1, which is supervised fine-tuning through the same kernel.
+
+    ``candidates``: classes among which `ppg_fast.auto` chooses step by step; ``policy_class`` is then not used.
+    """
 
     policy_class: PolicyClass = field(default_factory=lambda: Lookahead(3))
     gamma: float = 1.0
@@ -23,6 +26,7 @@ class Objective:
     reduction: str = "sequence_sum"
     num_iterations: int = 1
     imitate: bool = False
+    candidates: tuple[PolicyClass, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,21 @@ imitation (demonstrations; 1).
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppg_fast.adaptation import StartingWeights, load_trainable_state, trainable_state
+from ppg_fast.auto import WindowChooser
 from ppg_fast.data import NOTHING, PackedBatch, Sample, micro_batches, pack
 from ppg_fast.metrics import TokenMeans, describe, peak_memory_mb
 from ppg_fast.model import PolicyModule
 from ppg_fast.objective import Objective, Schedule, credit, denominator, live_parts, reading
 from ppg_fast.optimisers import make_optimizer, set_learning_rate
 from ppg_fast.ranks import Ranks, spread_like, whole
+from ppg_fast.signals import SignalTokens
 from ppg_fast.spec import PolicyLossSpec
 
 
@@ -34,7 +36,10 @@ class NotFinite(FloatingPointError):
 
 @dataclass
 class TrainingState:
-    """What steps change, but for the sources of randomness. ``reference``: the weights at the start, where a KL term wants them."""
+    """What steps change, but for the sources of randomness. ``reference``: the weights at the start, where a KL term wants them.
+
+    ``chooser``: what has been seen of the policy classes, where the objective leaves the choice open.
+    """
 
     model: Any
     optimizer: torch.optim.Optimizer
@@ -42,6 +47,7 @@ class TrainingState:
     step: int = 0
     num_tokens: int = 0
     skipped_steps: int = 0
+    chooser: WindowChooser | None = None
 
     @classmethod
     def start(cls, model: Any, objective: Objective, schedule: Schedule) -> "TrainingState":
@@ -54,7 +60,8 @@ class TrainingState:
             weight_decay=schedule.weight_decay,
             offload=schedule.optim_offload,
         )
-        return cls(model, optimizer, StartingWeights(model) if objective.spec.kl_coef else None)
+        reference = StartingWeights(model) if objective.spec.kl_coef else None
+        return cls(model, optimizer, reference, chooser=WindowChooser(objective.candidates) if objective.candidates else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes, as `torch.save` likes it: frozen weights are not in it."""
@@ -97,7 +104,8 @@ def optimise(
         start = time.perf_counter()
         samples = collect(step)
         set_learning_rate(state.optimizer, schedule.learning_rate_at(step))
-        metrics = update(model, state.optimizer, samples, objective, schedule, state.reference, ranks)
+        now = replace(objective, policy_class=state.chooser.current) if state.chooser else objective
+        metrics = update(model, state.optimizer, samples, now, schedule, state.reference, ranks)
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
             skipped = []
         else:
@@ -106,6 +114,9 @@ def optimise(
         if len(skipped) > schedule.max_skipped_steps:
             seen = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step}, the last of {len(skipped)} in a row"
             raise NotFinite(f"loss and gradient must be finite (the weights are those before these steps), got {seen}", skipped)
+        signals = metrics.pop("signals", None)
+        if state.chooser and signals:
+            metrics |= state.chooser.observe(signals)
         seconds = time.perf_counter() - start
         tokens = sum(len(s.tokens) for s in samples)
         state.step, state.num_tokens = step, state.num_tokens + tokens
@@ -135,14 +146,15 @@ def update(
     The loss is that of all dialogues at once, whatever the budget of a forward pass and the number of ranks: advantages are made and
     denominators counted over all of them, and only the passes are shared out. Where no turn has an advantage, the loss is a connected
     zero, no step is taken and ``active_turns`` is 0. Where loss or gradient is not finite, as the metrics then say, the weights stay as
-    they are and no further iteration follows.
+    they are and no further iteration follows. Where the objective has candidates, the metrics hold their `Signals` at the weights before
+    the first step.
     """
     ranks = ranks or Ranks()
     everything = pack(samples)
     returns, advantages = credit(everything, objective)
     normalizer = denominator(samples, objective.reduction)
     parts = live_parts(samples, advantages, objective)
-    passes = _passes(parts, advantages, schedule.max_tokens, ranks)
+    passes = _passes(parts, schedule.max_tokens, ranks)
     spec, device = objective.spec, model.device
     module = ranks.module(model) or PolicyModule(model, torch.bfloat16 if schedule.bf16 else None)
     olds = [_frozen(module, b, device, spec, ranks) if objective.num_iterations > 1 else None for b, _ in passes]
@@ -150,25 +162,29 @@ def update(
     if reference is not None:
         with reference.in_place():
             refs = [_frozen(module, b, device, spec, ranks) for b, _ in passes]
+    signals = SignalTokens(samples, everything, objective) if objective.candidates else None
     sums, norm = TokenMeans(), 0.0
-    for _ in range(objective.num_iterations):
+    for iteration in range(objective.num_iterations):
         optimizer.zero_grad(set_to_none=True)
         sums = TokenMeans()
-        for number, ((batch, part), old, ref) in enumerate(zip(passes, olds, refs, strict=True), 1):
+        for number, ((batch, rows), old, ref) in enumerate(zip(passes, olds, refs, strict=True), 1):
             batch = batch.to(device)
             with ranks.accumulate(module, last=number == len(passes)):
                 out = module(
                     batch,
-                    part.to(device),
+                    (advantages[rows] if rows else torch.zeros(1, 1)).to(device),
                     spec,
                     old_logprobs=old,
                     ref_logprobs=ref,
                     rollout_logprobs=batch.rollout_logprobs if spec.importance_cap else None,
                     reduction=objective.reduction,
                     normalizer=normalizer,
+                    skip_zero_advantages=signals is None,  # other classes may have an advantage there
                 )
                 (out.loss * ranks.world).backward()  # the engines take the mean over the ranks
             sums.add(out, batch.rollout_logprobs, old)
+            if signals and iteration == 0:
+                signals.add(model, batch, rows, out, spec.temperature)
         sums = TokenMeans.total(ranks.gather(sums))
         norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)))
         if not (math.isfinite(norm) and math.isfinite(sums.loss)):
@@ -177,17 +193,18 @@ def update(
             optimizer.step()
     read = reading(samples, advantages, objective, [part for part, _ in parts])
     seen = describe(samples, everything, returns, advantages, spec, shared_ratios=objective.num_iterations > 1)
-    return {**sums.means(), "grad_norm": norm, **read, **seen}
+    found = {"signals": signals.measure(ranks)} if signals else {}
+    return {**sums.means(), "grad_norm": norm, **read, **seen, **found}
 
 
-def _passes(parts: Sequence[tuple[Sample, int]], advantages: Tensor, max_tokens: int, ranks: Ranks) -> list[tuple[PackedBatch, Tensor]]:
-    """This rank's micro-batches of ``parts``, each with its rows of ``advantages``; as many as any rank has, and at least one."""
+def _passes(parts: Sequence[tuple[Sample, int]], max_tokens: int, ranks: Ranks) -> list[tuple[PackedBatch, list[int]]]:
+    """This rank's micro-batches of ``parts``, each with its rows of the advantages; as many as any rank has, and at least one."""
     mine = [parts[i] for i in ranks.share([len(part.tokens) for part, _ in parts])]
     row = {id(part): row for part, row in mine}
     batches = list(micro_batches([part for part, _ in mine], max_tokens))
-    passes = [(pack(batch), advantages[[row[id(part)] for part in batch]]) for batch in batches]
+    passes = [(pack(batch), [row[id(part)] for part in batch]) for batch in batches]
     lacking = max(1, ranks.largest(len(passes))) - len(passes)
-    return passes + [(pack([NOTHING]), torch.zeros(1, 1))] * lacking
+    return passes + [(pack([NOTHING]), [])] * lacking
 
 
 def _frozen(module: torch.nn.Module, batch: PackedBatch, device: torch.device, spec: PolicyLossSpec, ranks: Ranks) -> Tensor:

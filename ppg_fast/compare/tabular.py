@@ -5,11 +5,13 @@ noise enters through its covariance, exactly, whatever its sources are.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ppg_fast.auto import Signals, measure_signals
 from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.problems import Problem
 from ppg_fast.spec import PolicyClass
@@ -124,3 +126,15 @@ def estimate(
     advantages = turn_advantages(returns, groups, "leave_one_out" if group_size > 1 else "none").double()
     scores = torch.nn.functional.one_hot(actions, 2).double() - logits.softmax(-1)
     return torch.einsum("btd,bt->td", scores, advantages) / len(actions)
+
+
+def sampled_signals(logits: Tensor, candidates: Sequence[PolicyClass], actions: Tensor, rewards: Tensor, group_size: int) -> Signals:
+    """What `ppg_fast.auto` sees of sampled dialogues: a turn is one token, and its context the turn."""
+    count, turns = actions.shape
+    groups = torch.arange(count) // group_size
+    advantages = torch.stack([turn_advantages(partial_returns(rewards, c), groups) for c in candidates])
+    logprobs = logits.log_softmax(-1).expand(count, -1, -1)
+    chosen = logprobs.gather(-1, actions[..., None]).flatten()
+    norms = logprobs.exp().square().sum(-1).flatten() - 2 * chosen.exp() + 1
+    contexts, dialogues = torch.arange(turns).repeat(count), torch.arange(count).repeat_interleave(turns)
+    return measure_signals(contexts, dialogues, actions.flatten(), chosen, norms, advantages.flatten(1), count)

@@ -106,7 +106,9 @@ class Policy:
     def objective(self) -> Objective:
         """The partial policy gradient that the config describes."""
         c = self.config
-        return Objective(policy_class(c.policy_class), c.gamma, c.baseline, c.loss_spec(), c.reduction, c.num_iterations)
+        candidates = tuple(c.candidate_classes().values())
+        chosen = policy_class("full" if candidates else c.policy_class)
+        return Objective(chosen, c.gamma, c.baseline, c.loss_spec(), c.reduction, c.num_iterations, candidates=candidates)
 
     def schedule(self) -> Schedule:
         """Its steps."""

@@ -1,0 +1,215 @@
+"""`--policy-class auto`: signal and noise of every policy class, from what one training step computes anyway, and the choice among them.
+
+The gradient of log p with respect to a token's logits is e_y - p, and two tokens that the policy chose in the same context have
+
+    <e_y - p, e_y' - p> = 1[y = y'] - p_y - p_y' + sum p^2,        |e_y - p|^2 = sum p^2 - 2 p_y + 1  (the score norm).
+
+So with each token's label, log-prob and score norm the inner product of any two dialogues' gradients is known in logit space, for every
+class at once: a class only changes the advantages that the scores are multiplied with. Averaged over pairs of DIFFERENT dialogues it is an
+unbiased estimate of <G_S, G_S'>, the expected gradients' inner product (a U-statistic: their noise is independent); a dialogue with itself
+gives E|g_S|^2, signal plus noise. That is signal, noise, and, through <G_S, G_full>, bias.
+
+What it assumes. Logit space stands for parameter space: the tokens of one context (the partner's last message and the answer so far) share
+their parameters, others share none. Exact for a tabular policy over such contexts. In a network contexts share parameters too: signal then
+adds up over contexts faster than noise does, so the estimate takes a class for noisier, relative to its signal, than it is. Where a partner
+never says the same twice, no pair is found beyond the opening: ``coverage`` says for how many of the tokens there was one, and where it is
+low nothing is known of bias and the chooser stays. With a leave-one-out baseline, dialogues of one group are not quite independent: signals
+come out larger by a share of at most 1 / (G - 1)^2, the same for every class, and noise smaller by |G_S|^2 / (G - 1).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppg_fast.data import CONTEXT, PackedBatch
+from ppg_fast.spec import FullPlanning, Greedy, Lookahead, PolicyClass, Segment, require
+
+AUTO = "auto"
+CANDIDATES: tuple[PolicyClass, ...] = (Greedy(), Lookahead(2), Lookahead(3), Lookahead(4), Lookahead(6), Segment(4), FullPlanning())
+
+
+def name_of(policy_class: PolicyClass) -> str:
+    """What `ppg_fast.policy_class` reads back: greedy, lookahead:3, segment:4, full."""
+    if isinstance(policy_class, Lookahead):
+        return f"lookahead:{policy_class.k}"
+    if isinstance(policy_class, Segment):
+        return f"segment:{policy_class.ids_or_length}"
+    return "full" if isinstance(policy_class, FullPlanning) else type(policy_class).__name__.lower()
+
+
+@dataclass(frozen=True)
+class Signals:
+    """Of C classes at one policy. ``inner`` (C, C): estimates of <G_S, G_S'>; ``square`` (C,): of E|g_S|^2 of one dialogue; float64.
+
+    ``dialogues``: how many there were. ``coverage``: share of the tokens whose context another dialogue shared.
+    """
+
+    inner: Tensor
+    square: Tensor
+    dialogues: int
+    coverage: float
+
+    @property
+    def noise(self) -> Tensor:
+        """(C,) tr Cov of one dialogue's gradient."""
+        return (self.square - self.inner.diagonal()).clamp(min=0)
+
+    @property
+    def signal_to_noise(self) -> Tensor:
+        """(C,) |G_S|^2 / tr Cov of the mean over the dialogues; an estimate of the signal may be negative."""
+        return self.inner.diagonal() * self.dialogues / self.noise.clamp(min=1e-300)
+
+
+def context_ids(batch: PackedBatch) -> Tensor:
+    """(N,) int64, equal where the predicted tokens follow the same words: the partner's last message and the answer so far."""
+    turns, starts, ids = batch.turn_ids.tolist(), set(batch.cu_seqlens.tolist()), []
+    own, value = CONTEXT, 0
+    for position, token in enumerate(batch.tokens.tolist()):
+        turn = CONTEXT if position in starts else turns[position - 1]  # of the token itself
+        if position in starts or (turn == CONTEXT and own != CONTEXT):
+            value = 0
+        value, own = hash((value, token)), turn
+        ids.append(value)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def measure_signals(
+    contexts: Tensor, dialogues: Tensor, labels: Tensor, logprobs: Tensor, score_norms: Tensor, advantages: Tensor, count: int
+) -> Signals:
+    """Signal and noise of C classes from the N tokens that ``count`` dialogues' policies chose.
+
+    Args:
+        contexts: (N,) int64, equal for tokens chosen in one context, as `context_ids` gives them.
+        dialogues: (N,) int64, the dialogue of each token.
+        labels: (N,) int64, the tokens; logprobs: (N,) their log-probs in nats; score_norms: (N,) sum p^2 - 2 p_y + 1.
+        advantages: (C, N), what each class credits the token's turn with.
+
+    Returns: Signals; zeros where there is no token.
+    """
+    p, A = logprobs.double().exp(), advantages.double()
+    squares = score_norms.double() - 1 + 2 * p
+    context = torch.unique(contexts, return_inverse=True)[1]
+    cell = torch.unique(torch.stack([context, dialogues]), dim=1, return_inverse=True)[1]
+    all_pairs, own = (_pairs(block, labels, p, squares, A) for block in (context, cell))
+    heard = torch.zeros(int(context.max()) + 1 if len(context) else 0, dtype=torch.int64)
+    if len(cell):
+        first = torch.zeros(int(cell.max()) + 1, dtype=torch.int64).scatter_(0, cell, context)
+        heard = first.bincount(minlength=len(heard))
+    coverage = float((heard[context] > 1).double().mean()) if len(context) else 0.0
+    return Signals((all_pairs - own) / max(1, count * (count - 1)), own.diagonal() / max(1, count), count, coverage)
+
+
+def _pairs(block: Tensor, labels: Tensor, p: Tensor, squares: Tensor, advantages: Tensor) -> Tensor:
+    """(C, C) sum over all pairs (i, j) of one block, i = j included, of A_i A'_j (1[y = y'] - p_y - p_y' + mean of sum p^2)."""
+    blocks = int(block.max()) + 1 if len(block) else 0
+    same = torch.unique(torch.stack([block, labels]), dim=1, return_inverse=True)[1]
+    words = int(same.max()) + 1 if len(same) else 0
+
+    by_word, by_block = _totals(advantages, same, words), _totals(advantages, block, blocks)
+    shift = _totals(advantages * (squares / 2 - p), block, blocks) @ by_block.T
+    return by_word @ by_word.T + shift + shift.T
+
+
+def _totals(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """(C, size) sums of the columns of ``values`` (C, N) by ``index``. NumPy's, since torch's deterministic index_add is slow."""
+    return torch.from_numpy(np.stack([np.bincount(index.numpy(), row.numpy(), size) for row in values]))
+
+
+class WindowChooser:
+    """Which of ``candidates`` to train with next. Same observations, same choices.
+
+    The figure of merit of a class is its alignment, the expected cosine of its batch gradient with the true one, up to the factor |G_full|
+    that all have in common:
+
+        <G_S, G_full> / sqrt(|G_S|^2 + tr Cov_S / dialogues)
+
+    Bias lowers the numerator (below zero where the class climbs away from the return), noise raises the denominator, and it is proportional
+    to what a step of given length gains. Numerator and denominator are averages over the last ``memory`` steps. ``current`` moves to the
+    best only when the lead over it exceeds ``confidence`` standard errors of that lead and ``margin`` of the larger of the two, so that it
+    does not follow noise, and never before ``patience`` observations with it. It begins with full planning, which has no bias.
+    """
+
+    def __init__(
+        self,
+        candidates: Sequence[PolicyClass] = CANDIDATES,
+        *,
+        memory: float = 30.0,
+        confidence: float = 1.0,
+        margin: float = 0.05,
+        patience: int = 6,
+        min_coverage: float = 0.5,
+    ) -> None:
+        self.candidates, self.names = list(candidates), [name_of(c) for c in candidates]
+        require("full" in self.names, "the candidates of auto must include full planning", self.names)
+        require(memory >= 1, "memory must be at least one step", memory)
+        self.keep, self.confidence, self.margin, self.patience, self.min_coverage = (
+            1 - 1 / memory,
+            confidence,
+            margin,
+            patience,
+            min_coverage,
+        )
+        self.full = self.chosen = self.names.index("full")
+        count = len(self.names)
+        self.weight = self.weight_square = 0.0
+        self.inner, self.noise = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+        self.product = torch.zeros(count, count, dtype=torch.float64)  # of the <G_S, G_full> of a step
+        self.since = 0
+
+    @property
+    def current(self) -> PolicyClass:
+        """What the next step should credit."""
+        return self.candidates[self.chosen]
+
+    def observe(self, signals: Signals) -> dict[str, Any]:
+        """Take in one step's signals; metrics for the log, ``auto/reason`` where the class changes. ``policy_class`` is the next one."""
+        self.since += 1
+        if signals.coverage < self.min_coverage or not bool(signals.square[self.full] > 0):
+            return {"policy_class": self.names[self.chosen], "auto/coverage": signals.coverage}
+        fresh, step = 1 - self.keep, signals.inner[:, self.full]
+        self.weight = self.keep * self.weight + fresh
+        self.weight_square = self.keep**2 * self.weight_square + fresh**2
+        for total, value in ((self.inner, signals.inner), (self.noise, signals.noise), (self.product, step[:, None] * step)):
+            total.mul_(self.keep).add_(value, alpha=fresh)
+        merit, error = self._merit(signals.dialogues)
+        best = int(merit.argmax())
+        row: dict[str, Any] = {"auto/coverage": signals.coverage}
+        row |= {f"auto/alignment/{n}": float(m) for n, m in zip(self.names, merit, strict=True)}
+        average = Signals(self.inner / self.weight, (self.noise + self.inner.diagonal()) / self.weight, signals.dialogues, signals.coverage)
+        row |= {f"auto/signal_to_noise/{n}": float(x) for n, x in zip(self.names, average.signal_to_noise, strict=True)}
+        lead, needed = float(merit[best] - merit[self.chosen]), self.confidence * float(error[best])
+        needed = max(needed, self.margin * float(merit[best].abs()))
+        if best != self.chosen and self.since >= self.patience and lead > needed:
+            row["auto/reason"] = (
+                f"{self.names[self.chosen]} -> {self.names[best]}: alignment {float(merit[best]):.3g} against "
+                f"{float(merit[self.chosen]):.3g}, a lead of {lead:.2g} where {needed:.2g} is noise"
+            )
+            self.chosen, self.since = best, 0
+        return {"policy_class": self.names[self.chosen], **row}
+
+    def _merit(self, dialogues: int) -> tuple[Tensor, Tensor]:
+        """Alignment of each class, and the standard error of its lead over the current one."""
+        scale = 1 / (self.inner.diagonal().clamp(min=0) + self.noise / dialogues).div(self.weight).sqrt().clamp(min=1e-150)
+        mean = self.inner[:, self.full] / self.weight
+        spread = self.product / self.weight - mean[:, None] * mean  # covariance of one step's numerators
+        own = self.chosen
+        variance = scale**2 * spread.diagonal() + scale[own] ** 2 * spread[own, own] - 2 * scale * scale[own] * spread[:, own]
+        steps = self.weight**2 / self.weight_square  # as many equally weighted ones
+        variance = variance.clamp(min=0) / max(steps - 1, 1e-3)
+        return scale * mean, variance.sqrt()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that choices depend on, of plain types and tensors."""
+        names = ("chosen", "since", "weight", "weight_square", "inner", "noise", "product")
+        values = {name: getattr(self, name) for name in names}
+        return {"names": self.names, **{n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave; ValueError for other candidates."""
+        require(saved["names"] == self.names, f"auto goes on with the candidates it began with, {self.names}", saved["names"])
+        for name, value in saved.items():
+            setattr(self, name, value.clone() if isinstance(value, Tensor) else value)

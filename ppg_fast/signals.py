@@ -1,0 +1,44 @@
+"""What one step shows of every policy class: the tokens, norms and advantages that `ppg_fast.auto` reads, collected pass by pass."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppg_fast.auto import Signals, context_ids, measure_signals
+from ppg_fast.data import PackedBatch, Sample
+from ppg_fast.model import token_advantages, token_score_norms
+from ppg_fast.objective import Objective, credit
+from ppg_fast.ranks import Ranks
+
+
+class SignalTokens:
+    """Collects, micro-batch by micro-batch, what the signals of all candidate classes are made of."""
+
+    def __init__(self, samples: Sequence[Sample], everything: PackedBatch, objective: Objective) -> None:
+        self.count = len(samples)
+        self.advantages = torch.stack([credit(everything, replace(objective, policy_class=c))[1] for c in objective.candidates])
+        self.parts: list[tuple[Tensor, ...]] = []
+
+    def add(self, model: Any, batch: PackedBatch, rows: Sequence[int], out: Any, temperature: Any) -> None:
+        """The tokens of a pass over the dialogues ``rows``. Their score norms are taken from the loss where it gives them."""
+        if not rows:
+            return
+        norms = out.metrics.get("score_norms")
+        norms = token_score_norms(model, batch, temperature) if norms is None else norms
+        device, lengths = batch.tokens.device, torch.diff(batch.cu_seqlens).long()
+        by_token = torch.stack([token_advantages(batch, a) for a in self.advantages[:, list(rows)].to(device)])
+        dialogue = torch.repeat_interleave(torch.tensor(rows, device=device), lengths)
+        columns = context_ids(batch).to(device), dialogue, batch.labels, norms
+        taken = batch.labels >= 0
+        self.parts.append(tuple(c[..., taken].cpu() for c in (*columns, by_token)))
+
+    def measure(self, ranks: Ranks) -> Signals | None:
+        """Of all tokens of all ranks together; None where there are none."""
+        parts = [part for of_rank in ranks.gather(self.parts) for part in of_rank]
+        if not parts:
+            return None
+        contexts, rows, labels, norms, advantages = (torch.cat(c, -1) for c in zip(*parts, strict=True))
+        return measure_signals(contexts, rows, labels, norms, advantages, self.count)

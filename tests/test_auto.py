@@ -1,0 +1,284 @@
+"""Auto: what is estimated from score norms is the truth where its assumptions hold, and the choice follows it and not the noise."""
+
+import json
+import warnings
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ppg_fast.auto import CANDIDATES, Signals, WindowChooser, context_ids, measure_signals, name_of
+from ppg_fast.compare.tabular import TabularProblem, sampled_signals
+from ppg_fast.data import Sample, pack
+from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.problems import PROBLEMS
+from ppg_fast.spec import FullPlanning, Greedy, Lookahead, policy_class
+
+GROUP, DIALOGUES = 4, 32
+CLASSES = (Greedy(), Lookahead(3), policy_class("segment:4"), FullPlanning())
+
+
+def skewed(tabular, seed=0):
+    return torch.randn(tabular.problem.turns, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) / 2
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_signal_noise_and_bias_are_those_of_the_enumeration(name):
+    """With one pair of logits a turn the assumptions hold: the mean over many steps is the exact value, within its standard error."""
+    of = PROBLEMS[name]
+    quiet = tuple(tuple(x / 4 for x in row) for row in of.noise)  # or no number of steps that fits a test could tell anything
+    tabular, generator, steps = TabularProblem(replace(of, noise=quiet)), torch.Generator().manual_seed(1), 100
+    logits = skewed(tabular)
+    seen = []
+    for _ in range(steps):
+        actions, rewards = tabular.sample(logits, DIALOGUES, generator)
+        seen.append(sampled_signals(logits, CLASSES, actions, rewards, GROUP))
+    exact = [tabular.moments(logits, c, GROUP) for c in CLASSES]
+    gradients = torch.stack([m.gradient.flatten() for m in exact])
+    products = gradients @ gradients.T
+    inner = torch.stack([s.inner for s in seen])
+    error = inner.std(0) / steps**0.5
+    dependence = 1 + (GROUP - 1) / (DIALOGUES - 1) / (GROUP - 1) ** 2  # pairs of one group, diluted by all others
+    assert float(((inner.mean(0) - products * dependence).abs() / error).max()) < 4
+    assert float(((inner.mean(0) - products * 2).abs() / error).max()) > 4, "the test could not fail"
+    noise = torch.stack([s.noise for s in seen]).mean(0) / DIALOGUES
+    truth = torch.tensor([m.group_variance for m in exact], dtype=torch.float64) * GROUP / DIALOGUES
+    torch.testing.assert_close(noise, truth - products.diagonal() / (GROUP - 1) / DIALOGUES, rtol=0.1, atol=0)
+    assert all(s.coverage == 1.0 for s in seen)
+
+
+def test_pairs_are_the_inner_products_of_the_scores():
+    """The sums over blocks against the scores themselves, several tokens an answer and some contexts shared."""
+    generator = torch.Generator().manual_seed(0)
+    contexts = torch.tensor([7, 7, 7, 3, 3, 9, 7])
+    dialogues = torch.tensor([0, 0, 1, 1, 2, 2, 3])
+    table = {c: torch.randn(5, dtype=torch.float64, generator=generator).softmax(-1) for c in (3, 7, 9)}
+    p = torch.stack([table[int(c)] for c in contexts])
+    labels = torch.tensor([0, 4, 0, 2, 2, 1, 3])
+    advantages = torch.randn(3, 7, dtype=torch.float64, generator=generator)
+    norms = p.square().sum(1) - 2 * p.gather(1, labels[:, None])[:, 0] + 1
+    found = measure_signals(contexts, dialogues, labels, p.gather(1, labels[:, None])[:, 0].log(), norms, advantages, 4)
+    score = torch.nn.functional.one_hot(labels, 5) - p
+    torch.testing.assert_close(norms, score.square().sum(1))
+    by_dialogue = torch.zeros(4, 3, 10, 5, dtype=torch.float64)  # dialogue, class, context, word
+    for i in range(7):
+        by_dialogue[dialogues[i], :, contexts[i]] += advantages[:, i, None] * score[i]
+    flat = by_dialogue.flatten(2)
+    products = torch.einsum("acx,bdx->abcd", flat, flat)
+    own = products.diagonal(dim1=0, dim2=1).sum(-1)
+    torch.testing.assert_close(found.inner, (products.sum((0, 1)) - own) / 12)
+    torch.testing.assert_close(found.square, own.diagonal() / 4)
+    assert found.coverage == pytest.approx(6 / 7)
+
+
+def test_shared_parameters_hide_signal():
+    """The documented failure: where all turns share one pair of logits, gradients add up over turns and noise mostly does not, so the
+    true ratio of signal to noise is several times what is estimated from contexts that are taken to share nothing."""
+    tabular = TabularProblem(PROBLEMS["immediate"])
+    logits = tabular.start()
+    apart = tabular.moments(logits, "greedy", GROUP)
+    p, scores = tabular.probabilities(logits), tabular.scores(logits)
+    single = torch.einsum("ptd,pt->pd", scores, tabular.rewards)  # d of the pair that all turns share
+    shared = p @ single
+    judge = float(tabular.factor[0].square().sum())  # independent from turn to turn
+    noise = p @ single.square().sum(1) + judge * p @ scores.square().sum((1, 2)) - shared.square().sum()
+    estimated = apart.gradient.square().sum() / apart.variance
+    assert float(shared.square().sum() / noise / estimated) > 5
+
+
+def test_contexts_are_the_partner_s_words_and_the_answer_so_far():
+    one = Sample([5, 6, 1, 2, 5, 6, 1, 3], [-1, -1, 0, 0, -1, -1, 1, 1], [0.0, 0.0], 0)  # the same message twice
+    other = Sample([9, 6, 1, 2], [-1, -1, 0, 0], [0.0], 0)
+    batch = pack([one, other])
+    ids = context_ids(batch).tolist()
+    assert ids[1] == ids[5]  # first token after [5, 6]
+    assert ids[2] == ids[6]  # second one after [5, 6, 1]
+    assert ids[1] != ids[9]  # after [9, 6]
+    assert len({*ids}) == len(ids) - 3  # [5], [5, 6] and [5, 6, 1] stand twice, and nothing else does
+    assert context_ids(pack([other, one])).tolist() == ids[8:] + ids[:8]
+
+
+def fed(numerators, squares, steps, **settings):
+    """A chooser between greedy, lookahead:3 and full that saw ``steps`` steps: <G_S, G_full> with noise, and E|g|^2."""
+    chooser = WindowChooser([Greedy(), Lookahead(3), FullPlanning()], **settings)
+    generator, rows = torch.Generator().manual_seed(0), []
+    for _ in range(steps):
+        inner = torch.zeros(3, 3, dtype=torch.float64)
+        inner[:, 2] = inner[2] = torch.tensor(numerators).double() + 0.1 * torch.randn(3, dtype=torch.float64, generator=generator)
+        rows.append(chooser.observe(Signals(inner, torch.tensor(squares).double(), 16, 1.0)))
+    return chooser, rows
+
+
+def test_the_chooser_takes_the_least_noise_that_has_no_bias():
+    chooser, rows = fed([-0.5, 1.0, 1.0], [4.0, 16.0, 100.0], 12)
+    assert chooser.current == Lookahead(3)
+    reasons = [r["auto/reason"] for r in rows if "auto/reason" in r]
+    assert len(reasons) == 1
+    assert reasons[0].startswith("full -> lookahead:3: alignment ")
+    assert rows[-1]["policy_class"] == "lookahead:3"
+    assert rows[-1]["auto/alignment/greedy"] < 0 < rows[-1]["auto/alignment/full"] < rows[-1]["auto/alignment/lookahead:3"]
+
+
+def test_the_chooser_does_not_follow_noise():
+    """Equal classes: hardly a change in two hundred steps, where a chooser without hysteresis changes often."""
+    changes = [
+        sum("auto/reason" in r for r in fed([1.0, 1.0, 1.0], [100.0, 100.0, 100.0], 200, **settings)[1])
+        for settings in ({}, {"confidence": 0.0, "margin": 0.0, "patience": 0})
+    ]
+    assert changes[0] <= 2 < 10 < changes[1]
+
+
+def test_the_chooser_waits_and_leaves_a_class_that_turns_bad():
+    chooser, rows = fed([1.0, 1.0, 1.0], [4.0, 16.0, 100.0], 5)
+    assert not any("auto/reason" in r for r in rows)  # patience
+    generator = torch.Generator().manual_seed(0)
+    seen = []
+    for step in range(80):
+        inner = torch.zeros(3, 3, dtype=torch.float64)
+        greedy = 1.0 if step < 20 else -1.0
+        inner[:, 2] = inner[2] = torch.tensor([greedy, 1.0, 1.0]).double() + 0.1 * torch.randn(3, dtype=torch.float64, generator=generator)
+        seen.append(chooser.observe(Signals(inner, torch.tensor([4.0, 16.0, 100.0]).double(), 16, 1.0))["policy_class"])
+    assert seen[19] == "greedy"
+    assert seen[-1] == "lookahead:3"
+
+
+def test_nothing_is_concluded_without_pairs():
+    chooser = WindowChooser()
+    signals = Signals(torch.full((7, 7), -5.0).double(), torch.ones(7).double(), 16, 0.1)
+    rows = [chooser.observe(signals) for _ in range(30)]
+    assert chooser.current == FullPlanning()
+    assert rows[-1] == {"policy_class": "full", "auto/coverage": 0.1}
+
+
+def test_the_state_goes_on_where_it_was():
+    whole, _ = fed([1.0, 1.0, 1.0], [4.0, 16.0, 100.0], 9)
+    saved = whole.state_dict()
+    fresh = WindowChooser([Greedy(), Lookahead(3), FullPlanning()])
+    fresh.load_state_dict(saved)
+    signals = Signals(torch.ones(3, 3).double(), torch.tensor([4.0, 16.0, 100.0]).double(), 16, 1.0)
+    assert json.dumps(whole.observe(signals)) == json.dumps(fresh.observe(signals))
+    assert torch.equal(saved["inner"], fresh.inner) is False  # what was saved is not changed by going on
+    with pytest.raises(ValueError, match=r"candidates it began with, \['greedy', 'full'\], got \['greedy', 'lookahead:3', 'full'\]"):
+        WindowChooser([Greedy(), FullPlanning()]).load_state_dict(saved)
+    with pytest.raises(ValueError, match="must include full planning"):
+        WindowChooser([Greedy()])
+
+
+def test_names_are_read_back():
+    assert [policy_class(name_of(c)) for c in CANDIDATES] == list(CANDIDATES)
+
+
+# ---- in the trainer ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def rollouts():
+    transformers = pytest.importorskip("transformers")
+    import random
+
+    from ppg_fast.chat_format import ChatFormat, make_word_tokenizer
+    from ppg_fast.model import make_model
+    from ppg_fast.problems import ProblemDialogue, words
+    from ppg_fast.rollout import collect_groups
+
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    tokenizer = make_word_tokenizer(words())
+    model = make_model(len(tokenizer), 16, 1, 0)
+    noise, generator = random.Random(0), torch.Generator().manual_seed(0)
+
+    def collect(step):
+        make = lambda: ProblemDialogue(PROBLEMS["commitments"], noise)  # noqa: E731
+        seeds = [2 * step, 2 * step + 1]
+        groups = collect_groups(model, ChatFormat(tokenizer), make, seeds, 4, generator=generator, max_new_tokens=2)
+        return [rollout.sample for rollout in groups]
+
+    return model, collect
+
+
+def test_a_step_measures_every_class_once_and_whatever_the_micro_batches(rollouts):
+    from ppg_fast import model as models
+    from ppg_fast.objective import Objective, Schedule
+    from ppg_fast.trainer import update
+
+    model, collect = rollouts
+    samples = collect(0)
+    objective = Objective(policy_class=Greedy(), candidates=CANDIDATES)
+
+    def signals(max_tokens, **changes):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        return update(model, optimizer, samples, replace(objective, **changes), Schedule(1, 1.0, max_tokens=max_tokens))["signals"]
+
+    whole, split = signals(10_000), signals(200)
+    torch.testing.assert_close(whole.inner, split.inner, rtol=1e-4, atol=1e-4)
+    again = signals(10_000, policy_class=FullPlanning(), num_iterations=2)
+    torch.testing.assert_close(whole.square, again.square, rtol=1e-4, atol=1e-4)  # whatever class trains, before the weights move
+    batch = pack(samples)
+    returns = torch.stack([partial_returns(batch.rewards, c, turn_counts=batch.turn_counts) for c in CANDIDATES])
+    advantages = torch.stack([turn_advantages(r, batch.group_ids, turn_counts=batch.turn_counts) for r in returns])
+    taken = batch.labels >= 0
+    rows = torch.repeat_interleave(torch.arange(len(samples)), torch.diff(batch.cu_seqlens).long())
+    with torch.no_grad():
+        logits = model.get_output_embeddings()(models.policy_hidden(model, batch))[taken]
+    p = logits.double().softmax(-1)
+    labels = batch.labels[taken]
+    scores = torch.nn.functional.one_hot(labels, p.shape[1]) - p
+    chosen = p.gather(1, labels[:, None])[:, 0]
+    by_token = advantages[:, rows[taken], batch.turn_ids[taken]]
+    found = measure_signals(context_ids(batch)[taken], rows[taken], labels, chosen.log(), scores.square().sum(1), by_token, len(samples))
+    torch.testing.assert_close(whole.square, found.square, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole.inner, found.inner, rtol=1e-3, atol=1e-3)
+    assert 0.5 < whole.coverage <= 1
+
+
+def test_score_norms_of_the_loss_are_used_where_it_gives_them(rollouts, monkeypatch):
+    from ppg_fast import trainer
+    from ppg_fast.objective import Objective, Schedule
+
+    model, collect = rollouts
+    samples, loss = collect(1), trainer.policy_loss
+
+    def squares():
+        objective = Objective(candidates=(Greedy(), FullPlanning()))
+        return trainer.update(model, torch.optim.SGD(model.parameters(), lr=0.0), samples, objective, Schedule(1, 1.0))["signals"].square
+
+    def with_norms(model, batch, *args, **options):
+        out = loss(model, batch, *args, **options)
+        return SimpleNamespace(**out._asdict(), score_norms=torch.full(batch.labels.shape, 0.25))
+
+    own = squares()
+    monkeypatch.setattr(trainer, "policy_loss", with_norms)
+    monkeypatch.setattr(trainer, "token_score_norms", lambda *a: pytest.fail("a forward pass of its own"))
+    assert not torch.allclose(squares(), own)
+
+
+def test_auto_trains_logs_why_and_resumes(tmp_path):
+    pytest.importorskip("transformers")
+    from ppg_fast.config import make_config
+    from ppg_fast.jobs import run_job
+
+    sizes = {"width": 16, "layers": 1, "imitation_steps": 2, "num_prompts": 2, "num_generations": 4, "eval_dialogues": 2, "progress": False}
+    settings = {**sizes, "policy_class": "auto", "candidates": "greedy, lookahead:3, full", "output_dir": str(tmp_path), "eval_every": 99}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert run_job(make_config({**settings, "max_steps": 3})) == 0
+        assert run_job(make_config({**settings, "max_steps": 5}), resume=True) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in rows if r["phase"] == "train"]
+    assert [r["step"] for r in steps] == [1, 2, 3, 4, 5]
+    assert all(r["policy_class"] in ("greedy", "lookahead:3", "full") for r in steps)
+    assert all(0 <= r["auto/coverage"] <= 1 for r in steps)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"data": "x.jsonl"}, "auto needs rollouts of the policy itself, so there must be no data, got 'x.jsonl'"),
+        ({"candidates": "greedy"}, "candidates must include full, got 'greedy'"),
+        ({"candidates": "greedy,fully"}, 'a policy class is "greedy"'),
+    ],
+)
+def test_errors(settings, words):
+    from ppg_fast.config import make_config
+
+    with pytest.raises(ValueError, match=words):
+        make_config({"policy_class": "auto", **settings})
