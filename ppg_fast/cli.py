@@ -1,4 +1,4 @@
-"""`ppg-fast train | score | merge | push | bench | info`."""
+"""`ppg-fast train | score | compare | merge | push | bench | info`."""
 
 import argparse
 import importlib
@@ -16,7 +16,7 @@ EXTRA = ("transformers", "tokenizers", "safetensors", "rich", "matplotlib", "yam
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0 done, 1 bad input or a missing package, 2 bad usage, 130 Ctrl-C, 143 SIGTERM."""
     parser = argparse.ArgumentParser(prog="ppg-fast", description="Partial policy gradients for language models on multi-turn dialogues.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | score | merge | push | bench | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | score | compare | merge | push | bench | info")
     train = commands.add_parser(
         "train",
         help="train a policy: in the built-in persona interview, on your prompts (--prompts), offline on logged dialogues (--data)",
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     score.add_argument("--overwrite", action="store_true", help="replace the output")
     add_flags(score, REWARD_SETTINGS)
+    commands.add_parser("compare", add_help=False, help="policy classes side by side, with a report (its own --help)")
     _add_export_commands(commands)
     commands.add_parser("bench", add_help=False, help="measure against peers and this machine's limits (its own --help)")
     info = commands.add_parser(
@@ -54,10 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["bench"]:
         return importlib.import_module("ppg_fast.bench.command").main(given[1:])
-    arguments = vars(parser.parse_args(given))
+    arguments = vars(parser.parse_args(given[:1] if given[:1] == ["compare"] else given))
     command = arguments.pop("command")
     try:
-        runs = {"info": _about, "score": _score, "train": _train}
+        runs = {"info": _about, "score": _score, "train": _train, "compare": lambda _: _compare(given[1:])}
         return runs[command](arguments) if command in runs else _export(command, arguments)
     except KeyboardInterrupt:
         print("ppg-fast: stopped", file=sys.stderr)
@@ -169,6 +170,17 @@ def _memory(flags: dict[str, object], config: str | None, tokens: int | None, me
     there = torch.cuda.get_device_properties(0).total_memory if device == "cuda" and torch.cuda.is_available() else 0
     print(report(settings, tokens, device, there if memory_gb is None else memory_gb * 1e9))
     return 0
+
+
+def _compare(flags: Sequence[str]) -> int:
+    missing = _missing()
+    if missing and not {"-h", "--help"} & set(flags):
+        print(f"ppg-fast compare needs {', '.join(missing)}: pip install ppg_fast[train]", file=sys.stderr)
+        return 1
+    warnings.showwarning = _show_warning
+    from ppg_fast.compare.command import main as compare
+
+    return compare(flags)
 
 
 def _missing(modules: Sequence[str] = EXTRA) -> list[str]:

@@ -75,15 +75,17 @@ def live_parts(samples: Sequence[Sample], advantages: Tensor, objective: Objecti
 
     A dialogue ends after its last turn whose advantage is not zero and is left out where it has none: what follows has no gradient.
     With a KL or entropy term every assistant token has one; where a dialogue's tokens share a ratio (gspo) or a mean (sequence_mean),
-    a live dialogue keeps them all. The denominator stays that of all ``samples``.
+    a live dialogue keeps them all; with candidates all keep theirs, since other classes may have an advantage elsewhere. The
+    denominator stays that of all ``samples``.
     """
     spec, credited = objective.spec, (advantages != 0).tolist()
     shared = objective.reduction == "sequence_mean" or (spec.loss_type == "gspo" and objective.num_iterations > 1)
     parts: list[tuple[Sample, int]] = []
     for row, (sample, turns) in enumerate(zip(samples, credited, strict=True)):
-        if not (spec.needs_every_row or any(turns)):
+        every = spec.needs_every_row or bool(objective.candidates)
+        if not (every or any(turns)):
             continue
-        whole = shared or spec.needs_every_row
+        whole = shared or every
         part = trim_after_last_turn(sample, None if whole else {turn for turn, live in enumerate(turns) if live})
         if part.tokens:
             parts.append((part, row))

@@ -14,7 +14,7 @@ FLOORS = [  # ground first; a room is a module or a package
     ["backends"],
     ["ops"],
     ["functional", "ranks"],
-    ["consistent_llms", "varlen_attention", "config", "checkpoint", "adaptation", "optimisers", "endpoint"],
+    ["consistent_llms", "varlen_attention", "config", "checkpoint", "adaptation", "optimisers", "endpoint", "decomposition"],
     ["dialogue"],
     ["data", "environment", "persona", "problems", "chat_format", "rewards", "prompts"],
     ["model", "objective", "metrics", "auto"],

@@ -1,0 +1,86 @@
+"""Cells of a comparison, one JSON file each: what is there is not computed again, and a killed run keeps what was done."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+CELLS = "cells"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``version``: tabular, language or logged. ``policy_class``: one to train with, or "gradient" for the measurement of all of them."""
+
+    version: str
+    problem: str
+    policy_class: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its file; digits of a hash keep apart what file systems take for the same."""
+        text = "-".join(str(v) for v in asdict(self).values())
+        plain = "".join(c if c.isalnum() or c == "-" else "_" for c in text)
+        return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}.json"
+
+
+Work = Callable[[Cell], dict[str, Any]]
+
+
+def read(folder: Path, cell: Cell) -> dict[str, Any] | None:
+    """The result of ``cell``, None where there is none (or half of one, which cannot be: files appear whole)."""
+    path = folder / CELLS / cell.name
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def run(folder: Path, cells: Sequence[Cell], work: Work, jobs: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Compute the cells that are not there, ``jobs`` at a time in processes of one thread each; yield each as it is done.
+
+    ``work`` must be picklable for jobs > 1. A cell that fails does not stop the others; the first failure is raised at the end.
+    """
+    (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    missing = [cell for cell in cells if read(folder, cell) is None]
+    if jobs <= 1:
+        for cell in missing:
+            yield cell, _compute(folder, cell, work)
+        return
+    import multiprocessing
+
+    failure: BaseException | None = None
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
+        futures = {pool.submit(_compute, folder, cell, work): cell for cell in missing}
+        try:
+            for future in as_completed(futures):
+                if (error := future.exception()) is not None:
+                    failure = failure or error
+                    continue
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if failure:
+        raise failure
+
+
+def _one_thread() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _compute(folder: Path, cell: Cell, work: Work) -> dict[str, Any]:
+    start = time.perf_counter()
+    result = work(cell)
+    result = {**asdict(cell), "seconds": round(time.perf_counter() - start, 2), **result}
+    path = folder / CELLS / cell.name
+    new = path.with_suffix(f".{os.getpid()}.new")
+    new.write_text(json.dumps(result), encoding="utf-8")
+    new.replace(path)
+    return result

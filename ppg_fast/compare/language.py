@@ -1,0 +1,136 @@
+"""A problem with a language model: training runs of the real trainer, and the gradient of every class measured on common rollouts."""
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppg_fast.auto import Signals, context_ids, measure_signals
+from ppg_fast.chat_format import make_word_tokenizer
+from ppg_fast.config import TrainConfig
+from ppg_fast.data import Sample, pack
+from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.jobs.persona import demonstrate
+from ppg_fast.jobs.policy import Policy
+from ppg_fast.model import token_advantages, token_logprobs, token_score_norms
+from ppg_fast.objective import Objective, Schedule
+from ppg_fast.problems import ProblemDialogue, problem, words
+from ppg_fast.spec import policy_class
+from ppg_fast.trainer import optimise
+
+DEFAULTS: dict[str, Any] = {
+    "width": 32, "layers": 1, "threads": 1, "max_new_tokens": 2, "num_prompts": 4, "num_generations": 8, "learning_rate": 2e-3,
+    "max_steps": 40, "imitation_steps": 40, "imitation_batch": 16, "imitation_learning_rate": 5e-3, "eval_every": 5, "eval_dialogues": 64,
+}  # fmt: skip
+
+
+class Student:
+    """A small model after its warm start, which is common to all classes of a seed; kept in ``folder`` so that it is made once."""
+
+    def __init__(self, name: str, config: TrainConfig, folder: Path) -> None:
+        self.problem, self.config = problem(name), config
+        self.policy = Policy(config, lambda: make_word_tokenizer(words()))
+        path = folder / f"warm-{name}-{config.seed}.pt"
+        if path.exists():
+            self.policy.model.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            self._imitate()
+            new = path.with_suffix(f".{os.getpid()}.new")
+            torch.save(self.policy.model.state_dict(), new)
+            new.replace(path)
+        self.policy.rng, self.policy.generator = random.Random(config.seed + 1), self.policy.sampling_generator(config.seed + 1)
+
+    def _imitate(self) -> None:
+        """A script that tosses a coin between the two answers."""
+        c, policy = self.config, self.policy
+        make = lambda g: demonstrate(policy.chat, ProblemDialogue(self.problem), policy.rng, c.teacher_skill, g)  # noqa: E731
+        collect = lambda step: [make(g) for g in range(c.imitation_batch)]  # noqa: E731
+        schedule = Schedule(c.imitation_steps, c.imitation_learning_rate, 10, 1.0)
+        for _ in optimise(policy.model, collect, Objective(imitate=True, reduction="token_mean"), schedule):
+            pass
+
+    def rollouts(self, step: int) -> list[Sample]:
+        """Groups of dialogues with noise."""
+        del step
+        policy, c = self.policy, self.config
+        seeds = [policy.rng.getrandbits(48) for _ in range(c.num_prompts)]
+        make = lambda: ProblemDialogue(self.problem, policy.rng)  # noqa: E731
+        return [r.sample for r in policy.roll_out(make, seeds, c.num_generations, policy.generator)]
+
+    def evaluate(self) -> float:
+        """Mean return without noise, of the same dialogues and sampling every time."""
+        count = self.config.eval_dialogues
+        make = lambda: ProblemDialogue(self.problem)  # noqa: E731
+        rollouts = self.policy.roll_out(make, range(count), 1, self.policy.sampling_generator(0))
+        return sum(r.total_reward for r in rollouts) / count
+
+
+def train(name: str, config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """One run: steps, mean returns at them, and the changes of window where auto makes some."""
+    student = Student(name, config, folder)
+    steps, returns, changes = [0], [student.evaluate()], []
+    for row in optimise(student.policy.model, student.rollouts, student.policy.objective(), student.policy.schedule()):
+        if "auto/reason" in row:
+            changes.append([row["step"], row["policy_class"], row["auto/reason"]])
+        if row["step"] % config.eval_every == 0 or row["step"] == config.max_steps:
+            steps.append(row["step"])
+            returns.append(student.evaluate())
+    return {"steps": steps, "returns": returns, "changes": changes, "dialogues_per_step": config.num_prompts * config.num_generations}
+
+
+def measure(name: str, config: TrainConfig, folder: Path, classes: Sequence[str], batches: int) -> dict[str, Any]:
+    """Every class's batch gradient at the warm start, in the space of all parameters, over ``batches`` independent batches.
+
+    With g_m the gradient of batch m, unbiased (sums over pairs of different batches):
+        |G_S|^2 = <g_m, g_m'>,  bias^2 = <d_m, d_m'> with d = g_S - g_full,  cosine from <g_S, g_full>;  variance = E|g|^2 - |G_S|^2
+    ``alignment``: expected cosine of a batch gradient with G_full, measured here and as auto estimates it from score norms.
+    """
+    student = Student(name, config, folder)
+    chosen = [policy_class(c) for c in classes]
+    full, gradients, seen = list(classes).index("full"), [], []
+    for step in range(batches):
+        samples = student.rollouts(step)
+        batch = pack(samples)
+        returns = (partial_returns(batch.rewards, c, turn_counts=batch.turn_counts) for c in chosen)
+        advantages = [token_advantages(batch, turn_advantages(r, batch.group_ids, turn_counts=batch.turn_counts)) for r in returns]
+        parameters = [p for p in student.policy.model.parameters() if p.requires_grad]
+        logprobs = token_logprobs(student.policy.model, batch)
+        rows = []
+        for number, a in enumerate(advantages):
+            out = torch.autograd.grad((logprobs * a).sum() / len(samples), parameters, retain_graph=number + 1 < len(advantages))
+            rows.append(torch.cat([g.flatten() for g in out]))
+        gradients.append(torch.stack(rows))
+        taken = batch.labels >= 0
+        dialogue = torch.repeat_interleave(torch.arange(len(samples)), torch.diff(batch.cu_seqlens).long())
+        norms, A = token_score_norms(student.policy.model, batch), torch.stack(advantages)
+        tokens = (part[taken] for part in (context_ids(batch), dialogue, batch.labels, logprobs.detach(), norms))
+        seen.append(measure_signals(*tokens, advantages=A[:, taken], count=len(samples)))
+    return _statistics(torch.stack(gradients).double(), seen, classes, full)
+
+
+def _statistics(gradients: Tensor, seen: list[Signals], classes: Sequence[str], full: int) -> dict[str, Any]:
+    """By class, from (M, C, D) batch gradients."""
+    M = len(gradients)
+    total = gradients.sum(0)
+    own = torch.einsum("mcd,med->ce", gradients, gradients)
+    inner, square = (total @ total.T - own) / (M * (M - 1)), own.diagonal() / M
+    estimate = torch.stack([s.inner for s in seen]).mean(0)
+    noise = torch.stack([s.noise for s in seen]).mean(0) / seen[0].dialogues
+    out = {}
+    for c, name in enumerate(classes):
+        bias = float(inner[c, c] + inner[full, full] - 2 * inner[c, full])
+        scale, true = float(inner[c, c].clamp(min=1e-12)) ** 0.5, float(inner[full, full].clamp(min=1e-12)) ** 0.5
+        guess = estimate.diagonal().clamp(min=0) + noise
+        out[name] = {
+            "gradient_norm": scale,
+            "variance": float(square[c] - inner[c, c]),
+            "bias": max(0.0, bias) ** 0.5,
+            "cosine": max(-1.0, min(1.0, float(inner[c, full]) / (scale * true))),
+            "alignment": float(inner[c, full] / square[c].sqrt()) / true,
+            "alignment_by_score_norms": float(estimate[c, full] / guess[c].sqrt() / estimate[full, full].clamp(min=1e-12).sqrt()),
+        }
+    return out

@@ -1,0 +1,88 @@
+"""Plots of a comparison as SVG text. Same numbers, same text."""
+
+import io
+from typing import Any
+
+COLOURS = {"greedy": "C0", "full": "C3", "auto": "black", "imitation": "gray"}
+CYCLE = ("C1", "C2", "C4", "C5", "C6", "C8", "C9")
+
+
+def _colours(names: list[str]) -> dict[str, str]:
+    others = [n for n in names if n not in COLOURS]
+    return {**COLOURS, **{n: CYCLE[i % len(CYCLE)] for i, n in enumerate(others)}}
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "ppg_fast", "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def curves(problems: list[dict[str, Any]]) -> str:
+    """Return against steps, one panel a version of a problem: mean over seeds and its 95 % band."""
+    figure, panels = _figure(5.4 * len(problems), 3.6, len(problems))
+    for axes, p in zip(panels, problems, strict=True):
+        colours = _colours(list(p["classes"]))
+        for name, c in p["classes"].items():
+            own = name == p["policy_class"]
+            label = f"{name} (made for)" if own else name
+            axes.plot(c["steps"], c["mean"], color=colours[name], label=label, linewidth=2.4 if own or name == "auto" else 1.2)
+            axes.fill_between(c["steps"], c["low"], c["high"], color=colours[name], alpha=0.15, linewidth=0)
+        axes.axhline(p["best_return"], color="gray", linestyle=":", linewidth=1)
+        seeds = max((len(c["seeds"]) for c in p["classes"].values()), default=0)
+        axes.set(title=f"{p['problem']}, {p['version']} ({seeds} seeds)", xlabel="step", ylabel="expected return")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    return _svg(figure)
+
+
+def gradients(problems: list[dict[str, Any]]) -> str:
+    """Variance against bias of each class's batch gradient at the start, one panel a version of a problem."""
+    shown = [p for p in problems if p["gradient"]]
+    figure, panels = _figure(5.4 * len(shown), 3.2, len(shown))
+    for axes, p in zip(panels, shown, strict=True):
+        colours = _colours(list(p["classes"]))
+        for name, g in p["gradient"].items():
+            axes.scatter(g["bias"], g["variance"], color=colours.get(name, "C7"), s=45)
+            axes.annotate(name, (g["bias"], g["variance"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        axes.set(title=f"{p['problem']}, {p['version']}", xlabel="bias", ylabel="variance", yscale="log")
+        axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def credits(log: dict[str, Any]) -> str:
+    """Mean windowed return of each turn, by class."""
+    figure, (axes,) = _figure(7.5, 3.4)
+    classes = log["credits"]["classes"]
+    colours = _colours(list(classes))
+    for name, c in classes.items():
+        axes.plot(range(1, len(c["by_turn"]) + 1), c["by_turn"], color=colours[name], label=name)
+    axes.set(xlabel="turn", ylabel="mean return credited", title="What each class credits")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    return _svg(figure)
+
+
+def scores(log: dict[str, Any]) -> str:
+    """Held-out likelihood while training, weighted by the reward of the turn and of the dialogue."""
+    figure, panels = _figure(10.8, 3.4, 2)
+    colours = _colours(list(log["classes"]))
+    for axes, key in zip(panels, ("per_turn", "per_dialogue"), strict=True):
+        for name, c in log["classes"].items():
+            axes.plot(c["steps"], c["curves"][key], color=colours[name], label=name)
+        axes.set(xlabel="step", ylabel="nats a token", title=f"held-out likelihood, weighted {key.replace('_', ' ')}")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    return _svg(figure)

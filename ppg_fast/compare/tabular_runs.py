@@ -1,0 +1,51 @@
+"""Training runs of a tabular policy, whose return is exact at every step."""
+
+from typing import Any
+
+import torch
+
+from ppg_fast.auto import WindowChooser
+from ppg_fast.compare.tabular import TabularProblem, estimate, sampled_signals
+from ppg_fast.objective import Schedule
+from ppg_fast.problems import problem
+from ppg_fast.spec import PolicyClass, policy_class
+
+PROMPTS, GROUP, STEPS, LEARNING_RATE, EVERY = 4, 8, 60, 0.1, 2
+
+
+def train(name: str, chosen: str, seed: int, candidates: tuple[PolicyClass, ...], max_steps: int = STEPS) -> dict[str, Any]:
+    """One run from the policy that tosses a coin, with the trainer's optimizer and schedule."""
+    tabular, generator = TabularProblem(problem(name)), torch.Generator().manual_seed(seed)
+    logits = tabular.start().requires_grad_()
+    schedule = Schedule(max_steps, LEARNING_RATE, warmup_steps=1)
+    optimizer = torch.optim.AdamW([logits], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    chooser = WindowChooser(candidates) if chosen == "auto" else None
+    steps, returns, changes = [0], [tabular.value(logits.detach())], []
+    for step in range(1, max_steps + 1):
+        now = logits.detach()
+        actions, rewards = tabular.sample(now, PROMPTS * GROUP, generator)
+        window = chooser.current if chooser else policy_class(chosen)
+        logits.grad = -estimate(tabular, now, window, actions, rewards, GROUP)
+        if chooser:
+            row = chooser.observe(sampled_signals(now, candidates, actions, rewards, GROUP))
+            if "auto/reason" in row:
+                changes.append([step, row["policy_class"], row["auto/reason"]])
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate_at(step)
+        optimizer.step()
+        if step % EVERY == 0 or step == max_steps:
+            steps.append(step)
+            returns.append(tabular.value(logits.detach()))
+    return {"steps": steps, "returns": returns, "changes": changes, "dialogues_per_step": PROMPTS * GROUP}
+
+
+def measure(name: str, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Exact moments at the start, of the mean over a step's dialogues."""
+    tabular = TabularProblem(problem(name))
+    out = {}
+    for c in classes:
+        m = tabular.moments(tabular.start(), c, GROUP)
+        signal, variance = float(m.gradient.square().sum()), m.group_variance / PROMPTS
+        row = {"gradient_norm": signal**0.5, "variance": variance, "bias": m.bias, "cosine": m.cosine}
+        out[c] = {**row, "alignment": m.cosine * (signal / (signal + variance)) ** 0.5}
+    return out

@@ -1,0 +1,240 @@
+"""`ppg-fast compare`: cells that resume, numbers that are what they are called, a report that stands alone, real dialogues offline."""
+
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from ppg_fast import cli
+from ppg_fast.compare import cells, summary
+from ppg_fast.compare.cells import Cell
+from ppg_fast.compare.command import main
+from ppg_fast.decomposition import prefix_maximum_rewards, telescoping_rewards
+
+TABULAR = ["--problem", "plan", "--version", "tabular", "--policy-classes", "greedy,full,auto", "--max-steps", "6"]
+
+
+def files(folder):
+    return {p.name: p.stat().st_mtime_ns for p in (folder / cells.CELLS).iterdir()}
+
+
+def test_a_comparison_resumes_cell_by_cell_and_reports(tmp_path, capsys):
+    flags = [*TABULAR, "--output-dir", str(tmp_path)]
+    assert cli.main(["compare", *flags, "--seeds", "2"]) == 0
+    first = json.loads((tmp_path / "compare.json").read_text())
+    before = files(tmp_path)
+    assert len(before) == 7  # two seeds of three classes, and the gradients
+    gone = next(p for p in (tmp_path / cells.CELLS).iterdir() if "auto-1" in p.name)
+    gone.unlink()
+    assert main([*flags, "--seeds", "3"]) == 0
+    after = files(tmp_path)
+    assert len(after) == 10
+    assert all(after[name] == time for name, time in before.items() if name != gone.name)  # what was there was not computed again
+    second = json.loads((tmp_path / "compare.json").read_text())
+    for name, c in second["problems"][0]["classes"].items():
+        assert c["seeds"] == [0, 1, 2]
+        assert c["final"]["each"][:2] == first["problems"][0]["classes"][name]["final"]["each"]  # same cell, same numbers
+    page = (tmp_path / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert page.count("data:image/svg+xml;base64,") == 2
+    assert "http" not in page.split("</style>")[1].replace("data:image", "")
+    assert "as it should be: mean return over training: full" in page
+    assert "auto: mean return over training" in capsys.readouterr().out
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path):
+    flags = [*TABULAR, "--seeds", "1", "--output-dir", str(tmp_path)]
+    assert main(flags) == 0
+    with pytest.raises(ValueError, match=r"holds a comparison with other settings .* got 'max_steps 6 -> 7'"):
+        main([*flags, "--max-steps", "7"])
+    assert main([*flags, "--max-steps", "7", "--overwrite"]) == 0
+    assert json.loads((tmp_path / "compare.json").read_text())["problems"][0]["classes"]["full"]["steps"][-1] == 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--problem", "moody"], "problem must be one of"),
+        (["--version", "spoken"], "version must be one of tabular, language, both, got 'spoken'"),
+        (["--policy-classes", "greedy,imitation"], 'a policy class is "greedy"'),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--batches", "1"], "batches must be at least 2, got 1"),
+        (["--decompose", "telescoping"], "decompose needs data"),
+        (["--data", "x", "--decompose", "halves"], "decompose must be one of telescoping, prefix_maximum, got 'halves'"),
+        (["--data", "x", "--policy-classes", "auto"], 'a policy class is "greedy"'),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_written(flags, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        main([*flags, "--output-dir", str(tmp_path / "new")])
+    assert not (tmp_path / "new").exists()
+
+
+def failing(cell):
+    if cell.seed == 1:
+        raise ValueError("this cell cannot be")
+    return {"value": cell.seed}
+
+
+def test_a_cell_that_fails_leaves_the_others(tmp_path):
+    wanted = [Cell("tabular", "plan", "full", s) for s in range(4)]
+    done = []
+    with pytest.raises(ValueError, match="this cell cannot be"):
+        done.extend(r["value"] for _, r in cells.run(tmp_path, wanted, failing, jobs=2))
+    assert [cells.read(tmp_path, c) is not None for c in wanted] == [True, False, True, True]
+    with pytest.raises(ValueError, match="this cell cannot be"):
+        list(cells.run(tmp_path, wanted, failing, jobs=1))
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------------------------------------
+def a_run(seed, returns, seconds=1.0):
+    return {"seed": seed, "steps": [0, 10, 20], "returns": returns, "changes": [], "dialogues_per_step": 4, "seconds": seconds}
+
+
+def test_samples_to_a_level_are_on_the_straight_line_between_evaluations():
+    assert summary.samples_to(6.0, [0, 10, 20], [2.0, 4.0, 8.0], 4) == pytest.approx(60.0)
+    assert summary.samples_to(9.0, [0, 10, 20], [2.0, 4.0, 8.0], 4) is None
+    assert summary.samples_to(2.0, [0, 10, 20], [2.0, 4.0, 8.0], 4) == 0.0
+
+
+def test_a_class_is_summed_up_over_its_seeds():
+    c = summary.of_class([a_run(0, [0.0, 4.0, 8.0]), a_run(1, [0.0, 8.0, 10.0]), a_run(2, [0.0, 1.0, 2.0])], 10.0)
+    assert c["level"] == 8.0
+    assert c["level_reached"] == 2
+    assert c["level_samples"] == pytest.approx(60.0)
+    assert c["area"]["each"] == pytest.approx([4.0, 6.5, 1.0])
+    assert c["final"]["mean"] == pytest.approx(20 / 3)
+    assert c["low"][2] < 20 / 3 < c["high"][2]
+    assert c["low"][0] == c["high"][0] == 0.0
+    few = summary.of_class([a_run(0, [0.0, 8.0, 9.0]), a_run(1, [0.0, 1.0, 2.0])], 10.0)
+    assert few["level_samples"] is None  # half of the seeds is not most
+
+
+def test_bands_hold_the_mean_as_often_as_they_say():
+    rng = np.random.default_rng(3)
+    held = [low < 0 < high for low, high in (summary.band(rng.normal(size=20)) for _ in range(200))]
+    assert 0.87 <= np.mean(held) <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("others", "word"), [([3.0, 3.2, 2.9], "as it should be"), ([9.0, 9.1, 9.3], "NOT as"), ([7.0, 3.0, 5.0], "no clear")]
+)
+def test_verdicts_say_when_a_class_does_not_win(others, word):
+    runs = {
+        "full": [a_run(s, [0.0, 5.0, x]) for s, x in enumerate([5.0, 5.1, 4.9])],
+        "greedy": [a_run(s, [0.0, 5.0, x]) for s, x in enumerate(others)],
+    }
+    p = summary.of_problem("plan", "tabular", runs, None)
+    assert all(v.startswith(word) for v in p["verdict"])
+    alone = summary.of_problem("plan", "tabular", {"greedy": runs["greedy"]}, None)
+    assert "no verdict" in alone["verdict"][0]
+
+
+# ---- the language version ----------------------------------------------------------------------------------------------------------------
+def test_the_language_version_trains_and_measures(tmp_path):
+    pytest.importorskip("transformers")
+    flags = ["--problem", "plan", "--version", "language", "--policy-classes", "greedy,full,auto", "--seeds", "1", "--max-steps", "2"]
+    assert main([*flags, "--batches", "3", "--output-dir", str(tmp_path)]) == 0
+    p = json.loads((tmp_path / "compare.json").read_text())["problems"][0]
+    assert {c: len(v["mean"]) for c, v in p["classes"].items()} == {"greedy": 2, "full": 2, "auto": 2}
+    starts = {c: v["mean"][0] for c, v in p["classes"].items()}
+    assert len(set(starts.values())) == 1  # one warm start for all
+    assert list(tmp_path.glob("warm-plan-0.pt"))
+    g = p["gradient"]
+    assert g["full"]["bias"] == 0.0
+    assert g["greedy"]["variance"] < g["full"]["variance"]
+    assert all(math.isfinite(x) for row in g.values() for x in row.values())
+
+
+def test_gradient_statistics_are_unbiased():
+    """Batch gradients of known mean and covariance: variance, bias and cosine come out, where plain averages would not."""
+    from ppg_fast.auto import Signals
+    from ppg_fast.compare.language import _statistics
+
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.zeros(2, 40, dtype=torch.float64)
+    mean[0, 0], mean[1, 0], mean[1, 1] = 1.0, 1.0, 1.0  # greedy and full: bias 1, cosine 1/sqrt(2)
+    drawn = mean + 0.5 * torch.randn(4000, 2, 40, dtype=torch.float64, generator=generator)
+    seen = [Signals(torch.eye(2).double(), torch.ones(2).double(), 4, 1.0)]
+    out = _statistics(drawn, seen, ["greedy", "full"], 1)
+    assert out["greedy"]["variance"] == pytest.approx(10.0, rel=0.05)
+    assert out["greedy"]["bias"] == pytest.approx(1.0, rel=0.05)
+    assert out["greedy"]["cosine"] == pytest.approx(0.5**0.5, rel=0.05)
+    assert out["greedy"]["alignment"] == pytest.approx(1 / 2**0.5 / 11**0.5, rel=0.05)
+
+
+# ---- real dialogues ----------------------------------------------------------------------------------------------------------------------
+def log_file(path, scores=None):
+    lines = []
+    for d in range(10):
+        messages = [{"role": "system", "content": "you are calm"}]
+        for t in range(3 + d % 2):
+            messages += [{"role": "user", "content": f"word {t}"}, {"role": "assistant", "content": "yes" if (d + t) % 2 else "no no"}]
+        rewards = scores[d] if scores else [float((d + t) % 2) for t in range(3 + d % 2)]
+        lines.append(json.dumps({"id": f"d{d}", "group_id": f"d{d}", "messages": messages, "turn_rewards": rewards}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_logged_dialogues_are_credited_and_trained_on(tmp_path):
+    pytest.importorskip("transformers")
+    path = log_file(tmp_path / "log.jsonl")
+    flags = ["--data", str(path), "--policy-classes", "greedy,lookahead:2,full,imitation", "--seeds", "1", "--max-steps", "12"]
+    assert main([*flags, "--output-dir", str(tmp_path / "out")]) == 0
+    log = json.loads((tmp_path / "out/compare.json").read_text())["log"]
+    credits = log["credits"]
+    assert (credits["dialogues"], credits["turns"]) == (10, 35)
+    by_turn = {name: c["by_turn"] for name, c in credits["classes"].items()}
+    own = np.array([[float((d + t) % 2) if t < 3 + d % 2 else np.nan for t in range(4)] for d in range(10)])
+    assert by_turn["greedy"] == pytest.approx(np.nanmean(own, 0).tolist())
+    full = np.where(np.isnan(own), np.nan, np.nancumsum(own[:, ::-1], 1)[:, ::-1])
+    assert by_turn["full"] == pytest.approx(np.nanmean(full, 0).tolist())
+    assert credits["classes"]["greedy"]["credited"] == pytest.approx(float(np.nanmean(own)))
+    assert credits["classes"]["greedy"]["effective"] == pytest.approx(credits["classes"]["greedy"]["credited"])  # of weights 0 and 1
+    for c in log["classes"].values():
+        assert c["curves"]["plain"][-1] > c["curves"]["plain"][0]
+    assert log["classes"]["greedy"]["final"]["contrast"]["mean"] > log["classes"]["imitation"]["final"]["contrast"]["mean"]
+    page = (tmp_path / "out/report.html").read_text()
+    assert "log.jsonl" in page
+    assert str(tmp_path) not in page
+
+
+def test_a_running_score_is_decomposed_with_its_warning(tmp_path):
+    pytest.importorskip("transformers")
+    scores = [[0.2, 0.6, 0.4, 0.9][: 3 + d % 2] for d in range(10)]
+    path = log_file(tmp_path / "log.jsonl", scores)
+    flags = ["--data", str(path), "--policy-classes", "greedy,full", "--seeds", "1", "--max-steps", "1"]
+    with pytest.raises(ValueError, match=r"offline rewards must be >= 0 .* got -0.2"):
+        main([*flags, "--decompose", "telescoping", "--output-dir", str(tmp_path / "a")])
+    assert main([*flags, "--decompose", "prefix_maximum", "--output-dir", str(tmp_path / "b")]) == 0
+    log = json.loads((tmp_path / "b/compare.json").read_text())["log"]
+    assert log["credits"]["classes"]["greedy"]["by_turn"] == pytest.approx([0.2, 0.4, 0.0, 0.3])
+    assert any("in 5 of 10 dialogues the best score is not the last one" in w for w in log["warnings"])
+
+
+# ---- decompositions ----------------------------------------------------------------------------------------------------------------------
+SCORES = torch.tensor([[0.5, 0.25, 1.0, 9.0], [0.0, 0.5, 0.75, 1.0], [2.0, 1.0, 1.5, 0.5]])
+COUNTS = torch.tensor([3, 4, 4])
+
+
+def test_telescoping_sums_to_the_last_score_and_warns_of_negative_rewards():
+    with pytest.warns(UserWarning, match="3 of 11 telescoping rewards are negative: offline"):
+        rewards = telescoping_rewards(SCORES, COUNTS)
+    assert rewards.tolist() == [[0.5, -0.25, 0.75, 0.0], [0.0, 0.5, 0.25, 0.25], [2.0, -1.0, 0.5, -1.0]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert telescoping_rewards(SCORES[1:2], start=-1.0).sum() == 2.0
+
+
+def test_prefix_maxima_sum_to_the_best_score_and_warn_where_it_is_not_the_last():
+    with pytest.warns(UserWarning, match="in 1 of 3 dialogues the best score is not the last one"):
+        rewards = prefix_maximum_rewards(SCORES, COUNTS)
+    assert rewards.tolist() == [[0.5, 0.0, 0.5, 0.0], [0.0, 0.5, 0.25, 0.25], [2.0, 0.0, 0.0, 0.0]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(prefix_maximum_rewards(SCORES[1:2]), telescoping_rewards(SCORES[1:2]))  # equal where the score never falls
+    with pytest.raises(ValueError, match="scores must be finite"):
+        telescoping_rewards(torch.tensor([[math.nan]]))
