@@ -202,6 +202,89 @@ def test_fact_4_a_longer_window_may_have_the_smaller_variance(correlation, short
     assert (variance(ppg.Greedy()) < variance(ppg.FullPlanning())) == shorter_is_better
 
 
+def test_apart_from_full_planning_a_class_is_the_gradient_of_no_function():
+    """The Jacobian of theta -> E[g] is symmetric for a gradient field; for a short window it is not: no objective to improve."""
+    tree = Tree(3, replies=2, seed=4)
+    start = tree.theta.clone()
+
+    def curl(policy_class):
+        columns = []
+        for step in torch.eye(len(start), dtype=torch.float64) * 1e-5:
+            ends = []
+            for tree.theta in (start + step, start - step):
+                ends.append(tree.expected_gradient(tree.returns(policy_class)))
+            columns.append((ends[0] - ends[1]) / 2e-5)
+        tree.theta = start
+        jacobian = torch.stack(columns)
+        return float((jacobian - jacobian.T).abs().max() / jacobian.abs().max())
+
+    assert curl(ppg.FullPlanning()) < 1e-7
+    assert all(curl(c) > FAR for c in (ppg.Greedy(), ppg.Lookahead(2), ppg.Segment(2)))
+
+
+# ------------------------------------------------------------------------------------------------ variance and soft windows
+
+
+def _variance(tree, returns):
+    """tr Cov of one dialogue's gradient, exactly."""
+    single = (tree.scores(tree.theta) * returns.double()[..., None]).sum(1)
+    p = tree.probabilities(tree.theta)
+    return float(p @ single.square().sum(1) - (p @ single).square().sum())
+
+
+def _bound(tree, policy_class):
+    """Worst case over rewards of this size: n (max |score|)^2 (max |reward|)^2 sum_t |S_t|^2, by Cauchy-Schwarz over turns."""
+    credited_rewards = ppg.partial_returns(torch.eye(tree.turns), policy_class).sum(0)
+    largest = float(tree.scores(tree.theta).norm(dim=-1).max()) * float(tree.rewards.abs().max())
+    return tree.turns * largest**2 * float(credited_rewards.square().sum())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fact_4_measured_variance_beside_the_bound(seed):
+    """The bound falls with the number of credited rewards; the variance lies below it and is measured, not assumed."""
+    tree = Tree(3, replies=2, seed=seed)
+    bounds = [_bound(tree, c) for c in (ppg.Greedy(), ppg.Lookahead(2), ppg.FullPlanning())]
+    variances = [_variance(tree, tree.returns(c)) for c in (ppg.Greedy(), ppg.Lookahead(2), ppg.FullPlanning())]
+    assert bounds == sorted(bounds)
+    assert all(0 < v < b for v, b in zip(variances, bounds, strict=True))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2 / 3])
+def test_a_soft_discount_of_matched_length_is_not_the_hard_window(gamma):
+    """gamma with 1/(1-gamma) = K has the effective length of Lookahead(K), and both have bias; but the hard window is exact where what a
+    turn causes comes within K turns, and the soft one is not: it shrinks every delayed reward."""
+    length = round(1 / (1 - gamma))
+    tree = Tree(4, replies=1, seed=2)
+    hard, soft, truth = tree.returns(ppg.Lookahead(length)), tree.returns(ppg.FullPlanning(), gamma), tree.true_gradient()
+    for returns in (hard, soft):
+        assert (tree.expected_gradient(returns) - truth).norm() > FAR * truth.norm()
+    p, delay = 0.5, length - 1  # one choice, paid ``delay`` turns later, and noise-free otherwise
+    action = torch.tensor([0.0, 1.0])
+    rewards = torch.zeros(2, 4)
+    rewards[:, delay] = action
+
+    def gradient(returns):
+        return float(((action - p) * returns[:, 0]).mean())
+
+    assert gradient(ppg.partial_returns(rewards, ppg.Lookahead(length))) == pytest.approx(p * (1 - p))
+    assert gradient(ppg.partial_returns(rewards, ppg.FullPlanning(), gamma)) == pytest.approx(gamma**delay * p * (1 - p))
+    assert gradient(ppg.partial_returns(rewards, ppg.Lookahead(length - 1))) == 0.0
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_classes_that_are_one_another(count):
+    """One reward is greedy, a window past the end full planning, one segment full planning, segments of one turn greedy; n = 1 too."""
+    rewards = torch.randn(5, count, generator=torch.Generator().manual_seed(0))
+    counts = torch.tensor([1, count, max(1, count - 1), 1, count])
+    equal = {
+        "greedy": [ppg.Lookahead(1), ppg.Segment(1), ppg.Segment(list(range(count)))],
+        "full": [ppg.Lookahead(count), ppg.Lookahead(99), ppg.Segment(count), ppg.Segment([3] * count)],
+    }
+    for name, classes in equal.items():
+        expected = ppg.partial_returns(rewards, name, 0.75, counts)
+        assert all(torch.equal(ppg.partial_returns(rewards, c, 0.75, counts), expected) for c in classes)
+
+
 # ------------------------------------------------------------------------------------------- from rewards to dlogits in one op
 
 
