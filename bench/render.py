@@ -10,6 +10,7 @@ from .aims import aims_section
 from .chart import Bar, bars
 from .gpu.report import gpu_section, summary_section
 from .linear_tables import active_section, contributions_section
+from .policy_classes import logs_section, overview_section, problems_section
 from .step_tables import whole_step_table
 from .tables import (
     NOT_MEASURED,
@@ -30,7 +31,7 @@ from .tables import (
 )  # fmt: skip
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
-DOCUMENTS = ("docs/benchmarks.md", "docs/integrations.md", "README.md")
+DOCUMENTS = ("docs/benchmarks.md", "docs/integrations.md", "docs/policy_classes.md", "README.md")
 RESULTS = Path("bench/results")
 
 
@@ -170,6 +171,9 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "learning_curve": _learning_section,
     "gpu": gpu_section,
     "gpu_summary": summary_section,
+    "policy_classes": overview_section,
+    "policy_class_problems": problems_section,
+    "policy_class_logs": logs_section,
     **{op: _op_section(op) for op in ("policy_loss", "logprobs", "linear", "partial_returns")},
 }
 

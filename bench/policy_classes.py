@@ -1,0 +1,152 @@
+"""A finished `ppg-fast compare` as a result file and charts: `python -m ppg_fast.bench.policy_classes runs/compare runs/compare-log`."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ppg_fast.compare import plots
+
+from . import machine
+from .tables import NOT_MEASURED, Results, of, table
+
+NAME = "policy_classes"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write ``policy_classes.cpu.json`` and one chart a problem, one of the credits and one of the scores of each log."""
+    parser = argparse.ArgumentParser(description="Store finished comparisons of policy classes.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `ppg-fast compare` wrote")
+    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    arguments = parser.parse_args(argv)
+    summaries = [json.loads((run / "compare.json").read_text()) for run in arguments.runs]
+    problems = [p for s in summaries for p in s["problems"]]
+    logs = [s["log"] for s in summaries if s["log"]]
+    file = {
+        "machine_info": machine.machine_info("cpu"),
+        "commit_info": machine.commit_info(),
+        "datetime": machine.now(),
+        "version": "1",
+        "benchmarks": [],
+        "ppg_fast": {
+            "command": " ; ".join(s["command"] for s in summaries),
+            "versions": machine.versions(),
+            "load_before": machine.load(),
+            "missing": {},
+            "cpu_seconds": sum(s["cpu_seconds"] for s in summaries),
+        },
+        "problems": problems,
+        "logs": logs,
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / f"{NAME}.cpu.json").write_text(json.dumps(_rounded(file), indent=1) + "\n")
+    for name, svg in charts(file).items():
+        (arguments.output / name).write_text(svg)
+
+
+def charts(file: dict[str, Any]) -> dict[str, str]:
+    """Name -> SVG."""
+    found = {}
+    for name in dict.fromkeys(p["problem"] for p in file["problems"]):
+        versions = [p for p in file["problems"] if p["problem"] == name]
+        found[f"{NAME}.{name}.svg"] = plots.curves(versions)
+        if any(p["gradient"] for p in versions):
+            found[f"{NAME}.{name}.gradients.svg"] = plots.gradients(versions)
+    for log in file["logs"]:
+        found[f"{NAME}.{_stem(log)}.credits.svg"] = plots.credits(log)
+        found[f"{NAME}.{_stem(log)}.scores.svg"] = plots.scores(log)
+    return found
+
+
+def _stem(log: dict[str, Any]) -> str:
+    return Path(log["data"]).stem + (f".{log['decompose']}" if log["decompose"] else "")
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits: what the charts need, in a file that can be read."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
+
+
+# ---- sections ----------------------------------------------------------------------------------------------------------------------------
+def overview_section(results: Results) -> str:
+    """One row a version of a problem: the class it was made for, its rival, auto, and the verdict on the mean return over training."""
+    text = ""
+    for _, file in of(results, NAME):
+        rows = []
+        for p in file["problems"]:
+            own, classes = p["policy_class"], p["classes"]
+            others = [c for c in classes if c not in (own, "auto")]
+            if own not in classes or not others:
+                continue
+            rival = max(others, key=lambda c, classes=classes: classes[c]["area"]["mean"])
+            row = [f"{p['problem']}, {p['version']}", own, f"{classes[own]['area']['mean']:.2f}"]
+            row += [f"{rival} {classes[rival]['area']['mean']:.2f}"]
+            row += [f"{classes['auto']['area']['mean']:.2f}" if "auto" in classes else "", p["verdict"][0].split(":")[0]]
+            rows.append(tuple(row))
+        seeds = {len(c["seeds"]) for p in file["problems"] for c in p["classes"].values()}
+        heads = ("problem", "made for", "its mean return", "best other class", "auto", "verdict")
+        text += (
+            f"{' or '.join(map(str, sorted(seeds)))} seeds; {file['ppg_fast']['cpu_seconds'] / 60:.0f} minutes of computing on one core\n\n"
+        )
+        text += table(heads, rows)
+    return text or NOT_MEASURED
+
+
+def problems_section(results: Results) -> str:
+    """Charts, numbers and verdicts of every problem."""
+    text = ""
+    for _, file in of(results, NAME):
+        for name in dict.fromkeys(p["problem"] for p in file["problems"]):
+            versions = [p for p in file["problems"] if p["problem"] == name]
+            text += f"\n### {name}: made for {versions[0]['policy_class']}\n\n{versions[0]['why'].capitalize()}.\n\n"
+            text += f"![{name}](../bench/results/{NAME}.{name}.svg)\n\n"
+            if any(p["gradient"] for p in versions):
+                text += f"![gradients of {name}](../bench/results/{NAME}.{name}.gradients.svg)\n\n"
+            for p in versions:
+                text += f"**{p['version']}**, best return {p['best_return']:g}\n\n{_class_table(p)}\n"
+                text += "".join(f"- {v}\n" for v in p["verdict"]) + "\n"
+    return text.strip("\n") + "\n" if text else NOT_MEASURED
+
+
+def _class_table(p: dict[str, Any]) -> str:
+    rows = []
+    for name, c in p["classes"].items():
+        g = (p["gradient"] or {}).get(name, {})
+        level = f"{c['level_samples']:,.0f}" if c["level_samples"] is not None else "not reached"
+        cells = [f"{c[k]['mean']:.2f} ± {c[k]['std']:.2f}" for k in ("final", "area")] + [
+            f"{level} ({c['level_reached']}/{len(c['seeds'])})"
+        ]
+        shown = ("variance", "bias", "cosine", "alignment", "alignment_by_score_norms")
+        rows.append((name, *cells, *(f"{g[k]:.3f}" if k in g else "" for k in shown)))
+    heads = ("", "final return", "mean return", "dialogues to level (seeds)", "variance", "bias", "cosine", "alignment", "by score norms")
+    return table(heads, rows)
+
+
+def logs_section(results: Results) -> str:
+    """What each class credits of logged dialogues, and the held-out scores of models trained with it."""
+    text = ""
+    for _, file in of(results, NAME):
+        for log in file["logs"]:
+            credit, stem = log["credits"], _stem(log)
+            text += f"\n**{log['data']}**: {credit['dialogues']} dialogues, {credit['turns']} turns, mean reward {credit['reward']:.3f}\n\n"
+            text += f"![credits](../bench/results/{NAME}.{stem}.credits.svg)\n\n"
+            shown = credit["shown"]
+            rows = [
+                (n, f"{c['credited']:.0%}", f"{c['effective']:.0%}", *(f"{c['by_turn'][t - 1]:.2f}" for t in shown))
+                for n, c in credit["classes"].items()
+            ]
+            text += table(("", "turns credited", "effective share", *(f"turn {t}" for t in shown)), rows)
+            text += f"\n![scores](../bench/results/{NAME}.{stem}.scores.svg)\n\n"
+            names = ("per_turn", "per_dialogue", "plain", "contrast")
+            rows = [(n, *(f"{c['final'][k]['mean']:.3f} ± {c['final'][k]['std']:.3f}" for k in names)) for n, c in log["classes"].items()]
+            text += table(("", "weighted per turn", "weighted per dialogue", "plain", "paid minus unpaid"), rows)
+    return text.lstrip("\n") or NOT_MEASURED
+
+
+if __name__ == "__main__":
+    main()
