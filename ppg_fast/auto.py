@@ -2,9 +2,9 @@
 
 The gradient of log p with respect to a token's logits is e_y - p, and two tokens that the policy chose in the same context have
 
-    <e_y - p, e_y' - p> = 1[y = y'] - p_y - p_y' + sum p^2,        |e_y - p|^2 = sum p^2 - 2 p_y + 1  (the score norm).
+    <e_y - p, e_y' - p> = 1[y = y'] - p_y - p_y' + sum p^2 = 1[y = y'] - 1 + (n + n') / 2,     n = |e_y - p|^2 = sum p^2 - 2 p_y + 1.
 
-So with each token's label, log-prob and score norm the inner product of any two dialogues' gradients is known in logit space, for every
+So with each token's label and its score norm n the inner product of any two dialogues' gradients is known in logit space, for every
 class at once: a class only changes the advantages that the scores are multiplied with. Averaged over pairs of DIFFERENT dialogues it is an
 unbiased estimate of <G_S, G_S'>, the expected gradients' inner product (a U-statistic: their noise is independent); a dialogue with itself
 gives E|g_S|^2, signal plus noise. That is signal, noise, and, through <G_S, G_full>, bias.
@@ -77,24 +77,21 @@ def context_ids(batch: PackedBatch) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def measure_signals(
-    contexts: Tensor, dialogues: Tensor, labels: Tensor, logprobs: Tensor, score_norms: Tensor, advantages: Tensor, count: int
-) -> Signals:
+def measure_signals(contexts: Tensor, dialogues: Tensor, labels: Tensor, score_norms: Tensor, advantages: Tensor, count: int) -> Signals:
     """Signal and noise of C classes from the N tokens that ``count`` dialogues' policies chose.
 
     Args:
         contexts: (N,) int64, equal for tokens chosen in one context, as `context_ids` gives them.
         dialogues: (N,) int64, the dialogue of each token.
-        labels: (N,) int64, the tokens; logprobs: (N,) their log-probs in nats; score_norms: (N,) sum p^2 - 2 p_y + 1.
+        labels: (N,) int64, the tokens; score_norms: (N,) their sum p^2 - 2 p_y + 1.
         advantages: (C, N), what each class credits the token's turn with.
 
     Returns: Signals; zeros where there is no token.
     """
-    p, A = logprobs.double().exp(), advantages.double()
-    squares = score_norms.double() - 1 + 2 * p
+    norms, A = score_norms.double(), advantages.double()
     context = torch.unique(contexts, return_inverse=True)[1]
     cell = torch.unique(torch.stack([context, dialogues]), dim=1, return_inverse=True)[1]
-    all_pairs, own = (_pairs(block, labels, p, squares, A) for block in (context, cell))
+    all_pairs, own = (_pairs(block, labels, norms, A) for block in (context, cell))
     heard = torch.zeros(int(context.max()) + 1 if len(context) else 0, dtype=torch.int64)
     if len(cell):
         first = torch.zeros(int(cell.max()) + 1, dtype=torch.int64).scatter_(0, cell, context)
@@ -103,14 +100,14 @@ def measure_signals(
     return Signals((all_pairs - own) / max(1, count * (count - 1)), own.diagonal() / max(1, count), count, coverage)
 
 
-def _pairs(block: Tensor, labels: Tensor, p: Tensor, squares: Tensor, advantages: Tensor) -> Tensor:
-    """(C, C) sum over all pairs (i, j) of one block, i = j included, of A_i A'_j (1[y = y'] - p_y - p_y' + mean of sum p^2)."""
+def _pairs(block: Tensor, labels: Tensor, norms: Tensor, advantages: Tensor) -> Tensor:
+    """(C, C) sum over all pairs (i, j) of one block, i = j included, of A_i A'_j (1[y = y'] - 1 + (n_i + n_j) / 2)."""
     blocks = int(block.max()) + 1 if len(block) else 0
     same = torch.unique(torch.stack([block, labels]), dim=1, return_inverse=True)[1]
     words = int(same.max()) + 1 if len(same) else 0
 
     by_word, by_block = _totals(advantages, same, words), _totals(advantages, block, blocks)
-    shift = _totals(advantages * (squares / 2 - p), block, blocks) @ by_block.T
+    shift = _totals(advantages * (norms - 1) / 2, block, blocks) @ by_block.T
     return by_word @ by_word.T + shift + shift.T
 
 

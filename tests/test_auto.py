@@ -58,7 +58,7 @@ def test_pairs_are_the_inner_products_of_the_scores():
     labels = torch.tensor([0, 4, 0, 2, 2, 1, 3])
     advantages = torch.randn(3, 7, dtype=torch.float64, generator=generator)
     norms = p.square().sum(1) - 2 * p.gather(1, labels[:, None])[:, 0] + 1
-    found = measure_signals(contexts, dialogues, labels, p.gather(1, labels[:, None])[:, 0].log(), norms, advantages, 4)
+    found = measure_signals(contexts, dialogues, labels, norms, advantages, 4)
     score = torch.nn.functional.one_hot(labels, 5) - p
     torch.testing.assert_close(norms, score.square().sum(1))
     by_dialogue = torch.zeros(4, 3, 10, 5, dtype=torch.float64)  # dialogue, class, context, word
@@ -201,7 +201,7 @@ def test_a_step_measures_every_class_once_and_whatever_the_micro_batches(rollout
     from ppg_fast.trainer import update
 
     model, collect = rollouts
-    samples = collect(0)
+    samples = [replace(s, rewards=[0.0] * (len(s.rewards) - 1) + s.rewards[-1:]) for s in collect(0)]  # greedy credits one turn only
     objective = Objective(policy_class=Greedy(), candidates=CANDIDATES)
 
     def signals(max_tokens, **changes):
@@ -222,9 +222,8 @@ def test_a_step_measures_every_class_once_and_whatever_the_micro_batches(rollout
     p = logits.double().softmax(-1)
     labels = batch.labels[taken]
     scores = torch.nn.functional.one_hot(labels, p.shape[1]) - p
-    chosen = p.gather(1, labels[:, None])[:, 0]
     by_token = advantages[:, rows[taken], batch.turn_ids[taken]]
-    found = measure_signals(context_ids(batch)[taken], rows[taken], labels, chosen.log(), scores.square().sum(1), by_token, len(samples))
+    found = measure_signals(context_ids(batch)[taken], rows[taken], labels, scores.square().sum(1), by_token, len(samples))
     torch.testing.assert_close(whole.square, found.square, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole.inner, found.inner, rtol=1e-3, atol=1e-3)
     assert 0.5 < whole.coverage <= 1
@@ -242,6 +241,7 @@ def test_score_norms_of_the_loss_are_used_where_it_gives_them(rollouts, monkeypa
         return trainer.update(model, torch.optim.SGD(model.parameters(), lr=0.0), samples, objective, Schedule(1, 1.0))["signals"].square
 
     def with_norms(model, batch, *args, **options):
+        assert not options["skip_zero_advantages"]  # rows without an advantage in this class have one in another
         out = loss(model, batch, *args, **options)
         return SimpleNamespace(**out._asdict(), score_norms=torch.full(batch.labels.shape, 0.25))
 

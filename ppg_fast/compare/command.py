@@ -119,7 +119,9 @@ def main(argv: Sequence[str]) -> int:
         what = f"{cell.version} {cell.problem} {cell.policy_class} seed {cell.seed}"
         last = f"  return {result['returns'][-1]:.2f}" if "returns" in result else ""
         print(f"{number}/{missing}  {what}{last}  {result['seconds']:.1f} s", flush=True)
-    command = " ".join(Path(word).name if word == given.data else word for word in argv)  # a report is shown to others: no folders
+    command = " ".join(
+        Path(word).name if word in (given.data, given.output_dir) else word for word in argv
+    )  # a report is shown to others: no folders
     summary = summarise(study, wanted, folder, f"ppg-fast compare {command}")
     (folder / NUMBERS).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     from ppg_fast.compare.report import render

@@ -107,7 +107,7 @@ def measure(name: str, config: TrainConfig, folder: Path, classes: Sequence[str]
         taken = batch.labels >= 0
         dialogue = torch.repeat_interleave(torch.arange(len(samples)), torch.diff(batch.cu_seqlens).long())
         norms, A = token_score_norms(student.policy.model, batch), torch.stack(advantages)
-        tokens = (part[taken] for part in (context_ids(batch), dialogue, batch.labels, logprobs.detach(), norms))
+        tokens = (part[taken] for part in (context_ids(batch), dialogue, batch.labels, norms))
         seen.append(measure_signals(*tokens, advantages=A[:, taken], count=len(samples)))
     return _statistics(torch.stack(gradients).double(), seen, classes, full)
 

@@ -58,6 +58,8 @@ def gradients(problems: list[dict[str, Any]]) -> str:
             axes.scatter(g["bias"], g["variance"], color=colours.get(name, "C7"), s=45)
             axes.annotate(name, (g["bias"], g["variance"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
         axes.set(title=f"{p['problem']}, {p['version']}", xlabel="bias", ylabel="variance", yscale="log")
+        largest = max(0.1, *(g["bias"] for g in p["gradient"].values()))
+        axes.set_xlim(-0.05 * largest, 1.25 * largest)  # room for the names
         axes.grid(alpha=0.3)
     return _svg(figure)
 

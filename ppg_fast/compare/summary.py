@@ -99,7 +99,8 @@ def _of_auto(classes: dict[str, Any], fixed: list[str]) -> str:
     order = sorted(fixed, key=lambda c: -classes[c]["area"]["mean"])
     mine = classes["auto"]["area"]["mean"]
     ahead = [c for c in order if classes[c]["area"]["mean"] > mine]
+    level = [c for c in order if classes[c]["area"]["each"] == classes["auto"]["area"]["each"]]
     last = [changes[-1][1] if changes else "full" for changes in classes["auto"]["changes"]]
     counts = ", ".join(f"{c} {last.count(c)}" for c in sorted(set(last), key=lambda c: -last.count(c)))
-    place = f"behind {', '.join(ahead)}" if ahead else "before every fixed class"
+    place = f"behind {', '.join(ahead)}" if ahead else f"the same runs as {level[0]}" if level else "before every fixed class"
     return f"auto: mean return over training {mine:.2f}, {place}; it ended with: {counts}."

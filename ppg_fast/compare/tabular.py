@@ -137,4 +137,4 @@ def sampled_signals(logits: Tensor, candidates: Sequence[PolicyClass], actions: 
     chosen = logprobs.gather(-1, actions[..., None]).flatten()
     norms = logprobs.exp().square().sum(-1).flatten() - 2 * chosen.exp() + 1
     contexts, dialogues = torch.arange(turns).repeat(count), torch.arange(count).repeat_interleave(turns)
-    return measure_signals(contexts, dialogues, actions.flatten(), chosen, norms, advantages.flatten(1), count)
+    return measure_signals(contexts, dialogues, actions.flatten(), norms, advantages.flatten(1), count)

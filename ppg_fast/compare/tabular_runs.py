@@ -10,6 +10,7 @@ from ppg_fast.objective import Schedule
 from ppg_fast.problems import problem
 from ppg_fast.spec import PolicyClass, policy_class
 
+ROUNDING = 1e-9  # of the enumeration: less bias than this is none
 PROMPTS, GROUP, STEPS, LEARNING_RATE, EVERY = 4, 8, 60, 0.1, 2
 
 
@@ -46,6 +47,6 @@ def measure(name: str, classes: tuple[str, ...]) -> dict[str, Any]:
     for c in classes:
         m = tabular.moments(tabular.start(), c, GROUP)
         signal, variance = float(m.gradient.square().sum()), m.group_variance / PROMPTS
-        row = {"gradient_norm": signal**0.5, "variance": variance, "bias": m.bias, "cosine": m.cosine}
+        row = {"gradient_norm": signal**0.5, "variance": variance, "bias": m.bias if m.bias > ROUNDING else 0.0, "cosine": m.cosine}
         out[c] = {**row, "alignment": m.cosine * (signal / (signal + variance)) ** 0.5}
     return out
