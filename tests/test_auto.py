@@ -3,7 +3,6 @@
 import json
 import warnings
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,11 +229,12 @@ def test_a_step_measures_every_class_once_and_whatever_the_micro_batches(rollout
 
 
 def test_score_norms_of_the_loss_are_used_where_it_gives_them(rollouts, monkeypatch):
-    from ppg_fast import trainer
+    from ppg_fast import model as models
+    from ppg_fast import signals, trainer
     from ppg_fast.objective import Objective, Schedule
 
     model, collect = rollouts
-    samples, loss = collect(1), trainer.policy_loss
+    samples, loss = collect(1), models.policy_loss
 
     def squares():
         objective = Objective(candidates=(Greedy(), FullPlanning()))
@@ -243,11 +243,11 @@ def test_score_norms_of_the_loss_are_used_where_it_gives_them(rollouts, monkeypa
     def with_norms(model, batch, *args, **options):
         assert not options["skip_zero_advantages"]  # rows without an advantage in this class have one in another
         out = loss(model, batch, *args, **options)
-        return SimpleNamespace(**out._asdict(), score_norms=torch.full(batch.labels.shape, 0.25))
+        return out._replace(metrics={**out.metrics, "score_norms": torch.full(batch.labels.shape, 0.25)})
 
     own = squares()
-    monkeypatch.setattr(trainer, "policy_loss", with_norms)
-    monkeypatch.setattr(trainer, "token_score_norms", lambda *a: pytest.fail("a forward pass of its own"))
+    monkeypatch.setattr(models, "policy_loss", with_norms)
+    monkeypatch.setattr(signals, "token_score_norms", lambda *a: pytest.fail("a forward pass of its own"))
     assert not torch.allclose(squares(), own)
 
 
