@@ -27,7 +27,7 @@ from ppg_fast.chat_format import ChatFormat, make_word_tokenizer
 from ppg_fast.model import make_model
 from ppg_fast.persona import PersonaInterview, words
 from ppg_fast.ranks import Ranks
-from ppg_fast.rollout import _invert, collect_groups
+from ppg_fast.rollout import collect_groups
 
 HERE = Path(__file__).parent
 
@@ -258,23 +258,19 @@ def test_work_is_shared_out_evenly_and_completely():
     assert Ranks().share(sizes) == list(range(len(sizes)))
 
 
-def test_a_dialogue_with_a_generator_of_its_own_does_not_depend_on_the_others():
-    tokenizer = make_word_tokenizer(words())
-    model, chat = make_model(len(tokenizer), width=16, layers=1), ChatFormat(tokenizer)
+def test_a_part_of_the_rollouts_is_what_it_would_be_among_all():
+    """So that any number of ranks draws the same dialogues."""
+    chat = ChatFormat(make_word_tokenizer(words()))
+    model = make_model(len(chat.tokenizer), width=16, layers=1)
 
-    def sample(*seeds):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        limits = {"max_new_tokens": 3, "max_turns": 4, "temperature": 2.0}
-        return [r.sample.tokens for r in collect_groups(model, chat, PersonaInterview, seeds, 1, generator=generators, **limits)]
+    def roll_out(only=None):
+        generator = torch.Generator().manual_seed(3)
+        limits = {"generator": generator, "max_new_tokens": 4, "max_turns": 2, "only": only}
+        found = collect_groups(model, chat, PersonaInterview, [5, 6, 7], 2, **limits)
+        return [(r.sample.group_id, r.sample.tokens) for r in found], int(torch.randint(2**30, (), generator=generator))
 
-    together = sample(1, 2, 3, 2)
-    assert together[1] == together[3] != together[2]
-    assert [*sample(1), *sample(3, 2)] == [together[0], together[2], together[1]]
-
-
-def test_inverted_draws_have_the_weights_as_frequencies():
-    weights = torch.tensor([0.0, 0.5, 0.0, 1.5, 0.0]).expand(4000, -1)
-    tokens = _invert(weights, [torch.Generator().manual_seed(i) for i in range(4000)], range(4000))
-    counts = tokens[:, 0].bincount(minlength=5).tolist()
-    assert counts[0] == counts[2] == counts[4] == 0
-    assert abs(counts[1] - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5
+    everything, after = roll_out()
+    for only in (range(0), range(2), range(2, 5), range(5, 6)):
+        part, then = roll_out(only)
+        assert part == [everything[i] for i in only]
+        assert then == after, "all ranks go on from the same state"
