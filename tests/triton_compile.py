@@ -1,6 +1,6 @@
 """Compiles the Triton kernels ahead of time, as their own launchers launch them, and prints what came out, one JSON line a kernel.
 
-``triton_compile.py TARGET`` or ``triton_compile.py specialise``.
+``triton_compile.py TARGET ...`` or ``triton_compile.py specialise``.
 
 A script of its own, because the interpreter that other tests run under patches ``triton.language`` for good. Run by test_triton_compile.py.
 """
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from ppg_fast.spec import PolicyLossSpec
+from ppg_fast.spec import Columns, PolicyLossSpec, Reduction, Turns
 
 # the package refuses to load without a device; its modules do not
 package = importlib.util.find_spec("ppg_fast.kernels")
 assert package is not None
 sys.modules["ppg_fast.kernels"] = importlib.util.module_from_spec(package)
 
-from ppg_fast.kernels import logprobs, partial_returns, policy_loss, row
+from ppg_fast.kernels import fused_policy_loss, launch, logprobs, partial_returns, policy_loss
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -79,7 +80,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
 
 
 def facts(asm: dict[str, Any]) -> dict[str, int]:
-    """What one thread does: spilled bytes or registers, 128-bit and narrower accesses to global memory, exponentials."""
+    """What one thread does: spilled bytes or registers, 128-bit and narrower accesses to global memory, exponentials, cluster barriers."""
     if "amdgcn" in asm:
         code = asm["amdgcn"]
         spilled = re.search(r"\.vgpr_spill_count:\s+(\d+)", code)
@@ -104,8 +105,9 @@ def facts(asm: dict[str, Any]) -> dict[str, int]:
             r"ex2\.approx",
         )
     assert spilled is not None
-    counts = [len(re.findall(pattern, code)) for pattern in patterns]
-    return dict(zip(("spilled", "wide_loads", "wide_stores", "narrow", "exponentials"), (int(spilled[1]), *counts), strict=True))
+    counts = [len(re.findall(pattern, code)) for pattern in (*patterns, r"barrier\.cluster\.wait")]
+    names = ("spilled", "wide_loads", "wide_stores", "narrow", "exponentials", "exchanges")
+    return dict(zip(names, (int(spilled[1]), *counts), strict=True))
 
 
 def some_logits(dtype: torch.dtype, B: int, L: int, V: int) -> torch.Tensor:
@@ -147,52 +149,110 @@ def returns_case(B: int = 2, T: int = 5, lookahead: int = 3, segment_length: int
     partial_returns.partial_returns(torch.empty(B, T), torch.empty(B, T, dtype=torch.int64), counts, lookahead, segment_length, gamma)
 
 
-def largest_in_registers(dtype: torch.dtype, softcap: float) -> int:
-    """The longest row that is held in the registers of one program."""
-    return max(v for v in (2**i for i in range(10, 20)) if policy_loss.launch_shape(v, dtype.itemsize, softcap != 0, True)["ONE_BLOCK"])
+def fused_case(
+    dtype: torch.dtype, V: int, softcap: float, entropy: bool, B: int = 2, L: int = 3, T: int = 5, number: float = 0.5, at: int = 0,
+    lookahead: int = 3, normalizer: bool = False, kind: str = "sequence_mean",
+) -> None:  # fmt: skip
+    """From rewards to the loss; arguments as in `policy_loss_case`, ``at`` makes every column a view with strides of its own."""
+    column = lambda of: torch.empty(B, L + at, 1 + at, dtype=of)[:, at:, at]  # noqa: E731
+    columns = Columns(column(torch.int64), column(torch.bool), column(torch.int32), None, *(column(torch.float32) for _ in range(4)))
+    ids = torch.empty(B, T, dtype=torch.int64)
+    counts, groups = (torch.empty(B + at, dtype=torch.int64)[at:] for _ in range(2))
+    turns = Turns(torch.empty(B, T), counts, ids, None, groups, lookahead, 2, number, "group_std")
+    bounds = torch.empty(B + 1, dtype=torch.int32)
+    spec = PolicyLossSpec(
+        "ppo", number, number, 2 + number, number, "k3", number if entropy else 0, number, logit_softcap=softcap and softcap + number
+    )
+    logits = some_logits(dtype, B, L, V)
+    fused_policy_loss.fused_policy_loss(
+        logits, columns, turns, Reduction(kind, 2 + number if normalizer else None, B, bounds), spec, False, True, logits
+    )
 
 
-# name: launches, softcap, columns (0: the most that registers hold); flags that need most registers in each form of a kernel
-CASES: dict[str, tuple[Callable[..., None], float, int]] = {
-    "in registers": (policy_loss_case, 0.0, 0),
-    "in registers, softcap": (policy_loss_case, 30.0, 0),
-    "in blocks": (policy_loss_case, 0.0, 131072),
-    "in blocks, softcap": (policy_loss_case, 30.0, 131072),
-    "in blocks, unaligned": (policy_loss_case, 0.0, 50257),
-    "log-probs": (logprobs_case, 0.0, 131072),
-    "log-probs, softcap": (logprobs_case, 30.0, 131072),
+def largest_in_registers(dtype: torch.dtype, softcap: float, exponentials: bool) -> int:
+    """The longest row that the registers of one CTA hold, together with its exponentials if these are kept."""
+    shape = lambda V: launch.row_shape(some_logits(dtype, 1, 1, V), softcap != 0)  # noqa: E731
+    return max(v for v in (2**i for i in range(10, 20)) if shape(v)["ONE_BLOCK"] and shape(v)["KEEP_EXP"] >= exponentials)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Launches with the flags that need most registers in each form of a kernel."""
+
+    launches: Callable[..., None]
+    V: int  # 0: the most that the registers of a CTA hold; 1: with the exponentials
+    softcap: float = 0.0
+    entropy_term: bool = True
+    cluster: bool = False
+
+
+CASES = {
+    "in registers": Case(policy_loss_case, 0),
+    "in registers, without an entropy term": Case(policy_loss_case, 0, entropy_term=False),
+    "in registers, softcap": Case(policy_loss_case, 0, 30.0),
+    "with exponentials": Case(policy_loss_case, 1, entropy_term=False),
+    "in blocks": Case(policy_loss_case, 131072),
+    "in blocks, softcap": Case(policy_loss_case, 131072, 30.0),
+    "in blocks, unaligned": Case(policy_loss_case, 50257),
+    "fused, with exponentials": Case(fused_case, 1, entropy_term=False),
+    "fused, in registers": Case(fused_case, 0),
+    "fused, in blocks": Case(fused_case, 151936),
+    "log-probs": Case(logprobs_case, 131072),
+    "log-probs, softcap": Case(logprobs_case, 131072, 30.0),
+    "log-probs, in registers": Case(logprobs_case, 0),
+    "cluster of 2": Case(fused_case, 65536, cluster=True),
+    "cluster of 4": Case(fused_case, 128256, entropy_term=False, cluster=True),
+    "cluster of 8": Case(fused_case, 262144, cluster=True),
+    "cluster, softcap": Case(fused_case, 128256, 30.0, cluster=True),
+    "cluster, log-probs": Case(logprobs_case, 151936, cluster=True),
 }
 
 
 def compile_all(target: str) -> None:
-    """Print the facts of every case for one target."""
-    row.WARP_SIZE = TARGETS[target].warp_size
-    for (name, (case, softcap, V)), dtype in itertools.product(CASES.items(), (torch.bfloat16, torch.float32)):
+    """Print the facts of every case for one target; clusters where this Triton and the target have them."""
+    launch.WARP_SIZE = TARGETS[target].warp_size
+    seen: set[str] = set()
+    triton_has_clusters = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= launch.FIRST_WITH_CLUSTERS
+    for (name, case), dtype in itertools.product(CASES.items(), (torch.bfloat16, torch.float32)):
+        if case.cluster and not (triton_has_clusters and target in ("sm_90", "sm_100")):
+            continue
+        launch.why_no_clusters = lambda device, cluster=case.cluster: None if cluster else "not this case"
         with recorded() as launches:
-            case(dtype, V or largest_in_registers(dtype, softcap), softcap, True)
-        for launch in launches:
-            options = launch[2]
-            if softcap and launch[0] is logprobs.rescale_rows_kernel:
-                continue
-            columns = options["BLOCK_V"] // (options["num_warps"] * row.WARP_SIZE)
-            about = {"kernel": launch[0].__name__, "case": name, "target": target, "dtype": str(dtype).removeprefix("torch.")}
-            held = {
-                "softcap": softcap != 0,
+            V = case.V if case.V > 1 else largest_in_registers(dtype, case.softcap, case.V == 1)
+            case.launches(dtype, V, case.softcap, case.entropy_term)
+        for one in launches:
+            _, key, options, _ = specialised(one, TARGETS[target])
+            if (variant := repr((one[0].__name__, key, options))) in seen:
+                continue  # does not depend on what the cases differ in
+            seen.add(variant)
+            about = {"triton": triton.__version__, "kernel": one[0].__name__, "case": name, "target": target}
+            about |= {
+                "dtype": str(dtype).removeprefix("torch."),
+                "softcap": case.softcap != 0,
+                "entropy_term": case.entropy_term,
                 "aligned": V % 16 == 0,
-                "columns": columns,
-                "wide": columns * dtype.itemsize // 16,
-                "one_block": options.get("ONE_BLOCK"),
             }
-            print(json.dumps(about | held | facts(compiled(launch, TARGETS[target]).asm)))
+            print(json.dumps(about | shape_of(one[2], dtype.itemsize) | facts(compiled(one, TARGETS[target]).asm)))
     with recorded() as launches:
         returns_case()
-    about = {"kernel": launches[0][0].__name__, "case": "returns", "target": target, "dtype": "float32"}
+    about = {"triton": triton.__version__, "kernel": launches[0][0].__name__, "case": "returns", "target": target, "dtype": "float32"}
     print(json.dumps(about | facts(compiled(launches[0], TARGETS[target]).asm)))
+
+
+def shape_of(options: dict[str, Any], element_size: int) -> dict[str, Any]:
+    """What one thread holds of a row, and how."""
+    if "BLOCK_V" not in options:
+        return {}
+    ctas = options.get("num_ctas", 1)
+    columns = options["BLOCK_V"] // (options["num_warps"] * launch.WARP_SIZE * ctas)
+    held = {"columns": columns, "wide": columns * element_size // 16, "ctas": ctas}
+    return held | {"one_block": options.get("ONE_BLOCK"), "keep_exp": options.get("KEEP_EXP")}
 
 
 def specialise_all() -> None:
     """Print for each kernel how many variants Triton would compile for calls that differ in lengths, numbers and alignment."""
     shapes = [{}, {"B": 1}, {"L": 1}, {"B": 16, "L": 48}, {"at": 1}, {"number": 1}, {"number": 0.25}]
+    fused = [*shapes, {"T": 1}, {"T": 48}, {"lookahead": 1}, {"lookahead": 2**31 - 1}]
     windows = [
         {},
         {"B": 1},
@@ -204,18 +264,24 @@ def specialise_all() -> None:
         {"gamma": 1},
         {"at": 1},
     ]
-    with recorded() as launches:
-        for changed in shapes:
-            policy_loss_case(torch.bfloat16, 4096, 30.0, True, **changed)
-            logprobs_case(torch.bfloat16, 4096, 30.0, True, **changed)
-        for changed in windows:
-            returns_case(**changed)
+    launch.why_no_clusters = lambda device: "not here"
     variants: dict[str, set[str]] = {}
-    for launch in launches:
-        _, key, options, _ = specialised(launch, TARGETS["sm_90"])
-        variants.setdefault(launch[0].__name__, set()).add(repr((key, options)))
+    for case, kwargs in (
+        (lambda **of: policy_loss_case(torch.bfloat16, 4096, 30.0, True, **of), shapes),
+        (lambda **of: logprobs_case(torch.bfloat16, 4096, 30.0, True, **of), shapes),
+        (lambda **of: fused_case(torch.bfloat16, 4096, 30.0, True, **of), fused),
+        (returns_case, windows),
+    ):
+        with recorded() as launches:
+            for changed in kwargs:
+                case(**changed)
+        for one in launches:
+            _, key, options, _ = specialised(one, TARGETS["sm_90"])
+            name = one[0].__name__ + (" (fused)" if one[0] is policy_loss.policy_loss_kernel and one[1][8] is not None else "")
+            variants.setdefault(name, set()).add(repr((key, options)))
     print(json.dumps({name: len(keys) for name, keys in variants.items()}))
 
 
 if __name__ == "__main__":
-    specialise_all() if sys.argv[1] == "specialise" else compile_all(sys.argv[1])
+    for what in sys.argv[1:]:
+        specialise_all() if what == "specialise" else compile_all(what)

@@ -8,18 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import loop_shape, number_or_off, on_device, programs, row_shape, strides
 from .row import (
     LN2,
     LOG2E,
     block_gradient,
     entropy_of,
-    loop_shape,
-    number_or_off,
-    on_device,
+    held_row,
+    label_logit,
+    logprob_of,
     row_offset,
-    row_statistics,
-    softcapped,
-    strides,
+    swept_row,
     temperature_of,
     zero_row,
 )
@@ -35,9 +34,9 @@ def logprobs_fwd_kernel(
     logits, labels, temperatures,  # (N,); temperatures may be None
     logprob, entropy, lse,  # (N,) out; entropy may be None
     L, V: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, temperature, logit_softcap,
-    BLOCK_V: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, KEEP_EXP: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: one read of it."""
+    """One program a row: one read of it, in the shape `policy_loss` reads it, so that both see the same bits."""
     n = tl.program_id(0)
     label = tl.load(labels + n)
     if label < 0:
@@ -48,11 +47,15 @@ def logprobs_fwd_kernel(
     else:
         row = logits + row_offset(n, L, batch_stride, row_stride)
         factor = 1.0 / temperature_of(n, temperatures, temperature) * LOG2E
-        z_label = softcapped(tl.load(row + label), logit_softcap)
-        m, s, sd = row_statistics(row, V, factor, logit_softcap, entropy is not None, BLOCK_V)
-        log2_s = tl.log2(s)
-        tl.store(logprob + n, ((z_label - m) * factor - log2_s) * LN2)
-        tl.store(lse + n, (m * factor + log2_s) * LN2)
+        z_label = label_logit(row, label, V, logit_softcap)
+        if ONE_BLOCK:
+            cols = tl.arange(0, BLOCK_V)
+            x = tl.load(row + cols, mask=cols < V, other=float("-inf"))
+            m, s, sd, _ = held_row(x, cols < V, factor, logit_softcap, entropy is not None)
+        else:
+            m, s, sd = swept_row(row, V, factor, logit_softcap, entropy is not None, BLOCK_V, LANES)
+        tl.store(logprob + n, logprob_of(z_label, m, s, factor))
+        tl.store(lse + n, (m * factor + tl.log2(s)) * LN2)
         if entropy is not None:
             tl.store(entropy + n, entropy_of(s, sd))
 
@@ -63,7 +66,7 @@ def logprobs_bwd_kernel(
     dlogits,  # out, may be the logits themselves
     L, V: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, d_batch_stride: tl.int64, d_row_stride: tl.int64,
     temperature, logit_softcap,
-    BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program a row: one read and one write of it, or no read where there is no gradient."""
     n = tl.program_id(0)
@@ -94,18 +97,22 @@ def logprobs_bwd_kernel(
         zero_row(d_row, V, BLOCK_V)
 
 
-@triton.jit(do_not_specialize=PER_CALL)
-def rescale_rows_kernel(dlogits, scale, L, V: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, BLOCK_V: tl.constexpr):
-    """One program a row, done at once where its scale is 1."""
-    n = tl.program_id(0)
-    factor = tl.load(scale + n)
-    if factor != 1.0:
-        row = dlogits + row_offset(n, L, batch_stride, row_stride)
-        cols = tl.arange(0, BLOCK_V)
-        for start in range(0, V, BLOCK_V):
-            at = start + cols
-            dz = tl.load(row + at, mask=at < V).to(tl.float32) * factor
-            tl.store(row + at, dz.to(dlogits.dtype.element_ty), mask=at < V)
+@triton.jit(do_not_specialize=[*PER_CALL, "N", "scale_stride"])
+def rescale_rows_kernel(
+    dlogits, scale,  # (N,), or one for all with a stride of 0
+    N, L, V: tl.int32, scale_stride, batch_stride: tl.int64, row_stride: tl.int64,
+    BLOCK_V: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """A program takes every so-manieth row, and is done with it at once where its scale is 1."""
+    for n in range(tl.program_id(0), N, tl.num_programs(0)):
+        factor = tl.load(scale + n * scale_stride)
+        if factor != 1.0:
+            row = dlogits + row_offset(n, L, batch_stride, row_stride)
+            cols = tl.arange(0, BLOCK_V)
+            for start in range(0, V, BLOCK_V):
+                at = start + cols
+                dz = tl.load(row + at, mask=at < V).to(tl.float32) * factor
+                tl.store(row + at, dz.to(dlogits.dtype.element_ty), mask=at < V)
 
 
 def logprobs_fwd(
@@ -121,7 +128,7 @@ def logprobs_fwd(
     N = B * L
     logprob, ent, lse = (torch.empty(n, dtype=torch.float32, device=logits.device) for n in (N, N if entropy else 0, N))
     if N:
-        shape = loop_shape(V, THREADS, logits.element_size(), bool(logit_softcap), entropy)
+        shape = row_shape(logits, bool(logit_softcap))
         with on_device(logits):
             logprobs_fwd_kernel[(N,)](
                 logits, labels, temperatures, logprob, ent if entropy else None, lse,
@@ -154,9 +161,13 @@ def logprobs_bwd(
 
 
 def rescale_rows(dlogits: Tensor, scale: Tensor) -> None:
-    """Multiply row n of ``dlogits`` (B, L, V) by scale[n], (N,) float32, in place; rows whose scale is 1 are not touched."""
+    """Multiply row n of ``dlogits`` (B, L, V) by scale[n], (N,) float32 or (1,) for all, in place; rows of scale 1 are not touched."""
     B, L, V = dlogits.shape
-    if B * L:
+    N = B * L
+    if N:
         shape = loop_shape(V, THREADS, dlogits.element_size(), False, False)
+        count = programs(dlogits.device, 8 * THREADS)  # 4 an SM: for most calls all there is to do is to look
         with on_device(dlogits):
-            rescale_rows_kernel[(B * L,)](dlogits, scale, L, V, *strides(dlogits), **shape)
+            rescale_rows_kernel[(min(N, count),)](
+                dlogits, scale, N, L, V, 0 if scale.numel() == 1 else 1, *strides(dlogits), **shape
+            )  # fmt: skip

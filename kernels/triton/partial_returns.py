@@ -3,45 +3,84 @@
 Mirrors ppg_fast/reference/partial_returns.py and csrc/*/partial_returns.*
 """
 
+import ctypes
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .row import on_device
+from .launch import on_device
 
 BLOCK = 128  # turns of one program
+STEPS = tl.constexpr(4)  # rewards that are loaded at once
+
+
+@triton.jit
+def double(high, low):
+    """The float64 number that `split` took apart: Triton passes numbers as float32, and 0.9 is none."""
+    return tl.zeros((), tl.float64) + high + low
+
+
+@triton.jit
+def window_end(t, lookahead, segment_length, count):
+    """One past the last turn whose reward turn t is credited for, but for segments by ids."""
+    end = tl.minimum(t + lookahead, count)
+    if segment_length is not None:
+        end = tl.minimum(end, (t // segment_length + 1) * segment_length)
+    return end
+
+
+@triton.jit
+def window_return(rewards, segment_ids, row, t, here, end, longest, gamma):
+    """Horner's rule down the windows of turns t of dialogues at ``row``, last reward first, in float64; one of t and row is a vector.
+
+    ``here``: there is such a turn; no window is longer than ``longest``.
+    """
+    if segment_ids is not None:
+        segment = tl.load(segment_ids + row + t, mask=here, other=0)
+    total = here.to(tl.float64) * 0.0
+    last = t + tl.cdiv(longest, STEPS) * STEPS - 1
+    for back in range(0, longest, STEPS):
+        for step in tl.static_range(STEPS):
+            k = last - back - step
+            inside = here & (k < end)
+            if segment_ids is not None:
+                inside = inside & (tl.load(segment_ids + row + k, mask=inside, other=0) == segment)
+            reward = tl.load(rewards + row + k, mask=inside, other=0.0).to(tl.float64)
+            total = tl.where(inside, reward + gamma * total, total)
+    return total
 
 
 @triton.jit(do_not_specialize=["rewards", "segment_ids", "turn_counts", "returns", "T", "lookahead", "segment_length"])
 def partial_returns_kernel(
     rewards, segment_ids, turn_counts,  # (B, T), (B, T) or None, (B,) or None
     returns,  # (B, T) out
-    T, lookahead, segment_length, gamma,  # lookahead and segment_length in [1, T]; segment_length None: off
+    T, lookahead, segment_length, gamma, gamma_low,  # lookahead and segment_length in [1, T]; segment_length None: off
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T turns of one dialogue: Horner's rule down the window of each, last reward first."""
+    """BLOCK_T turns of one dialogue."""
     blocks = tl.cdiv(T, BLOCK_T)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * T
     t = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     count = T
     if turn_counts is not None:
-        count = tl.load(turn_counts + b).to(tl.int32)
-    end = tl.minimum(t + lookahead, count)
-    if segment_length is not None:
-        end = tl.minimum(end, (t // segment_length + 1) * segment_length)
-    here = t < count
-    if segment_ids is not None:
-        segment = tl.load(segment_ids + b * T + t, mask=here, other=0)
-    total = tl.zeros((BLOCK_T,), tl.float32)
-    for back in range(lookahead):
-        k = t + (lookahead - 1 - back)
-        inside = k < end
-        if segment_ids is not None:
-            inside = inside & (tl.load(segment_ids + b * T + k, mask=inside, other=0) == segment)
-        reward = tl.load(rewards + b * T + k, mask=inside, other=0.0)
-        total = tl.where(inside, reward + gamma * total, total)
-    tl.store(returns + b * T + t, total, mask=t < T)
+        count = tl.load(turn_counts + tl.program_id(0) // blocks).to(tl.int32)
+    end = window_end(t, lookahead, segment_length, count)
+    total = window_return(rewards, segment_ids, row, t, t < count, end, lookahead, double(gamma, gamma_low))
+    tl.store(returns + row + t, total.to(tl.float32), mask=t < T)
+
+
+def split(number: float) -> tuple[float, float]:
+    """A number as a float32 and what is missing: together 48 bits."""
+    high = ctypes.c_float(number).value
+    return high, float(number) - high
+
+
+def window(T: int, lookahead: int, segment_length: int) -> tuple[int, int | None]:
+    """Lookahead and segment length as the kernels take them: in [1, T]; no segments: None."""
+    segment_length = min(segment_length, T)
+    return min(lookahead, segment_length or T, T), segment_length or None
 
 
 def partial_returns(
@@ -59,10 +98,9 @@ def partial_returns(
     B, T = rewards.shape
     returns = torch.empty(B, T, dtype=torch.float32, device=rewards.device)
     if returns.numel():
-        segment_length = min(segment_length, T)
         with on_device(rewards):
             partial_returns_kernel[(B * triton.cdiv(T, BLOCK),)](
                 rewards.contiguous(), None if segment_ids is None else segment_ids.contiguous(), turn_counts, returns,
-                T, min(lookahead, segment_length or T, T), segment_length or None, float(gamma), BLOCK_T=BLOCK, num_warps=4,
+                T, *window(T, lookahead, segment_length), *split(gamma), BLOCK_T=BLOCK, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return returns

@@ -10,130 +10,169 @@ from torch import Tensor
 
 from ppg_fast.spec import KLEstimator, LossType, PolicyLossSpec
 
+from .launch import WARP_SIZE, number_or_off, on_device, programs, row_shape, strides
 from .policy_term import importance_weight, policy_term
 from .row import (
-    LN2,
     LOG2E,
-    LOWEST,
     block_gradient,
-    block_shape,
     entropy_of,
-    fold_block,
-    loop_shape,
-    narrow,
-    number_or_off,
-    on_device,
-    row_offset,
-    row_statistics,
-    softcapped,
-    strides,
-    temperature_of,
+    held_row,
+    label_logit,
+    logprob_of,
+    swept_row,
+    tile,
     zero_row,
 )
+from .weights import SUM, ordered_sum, outer_denominator, row_weight
 
-# lengths, counts and per-row pointers change from call to call: a kernel specialised on them would be compiled again
-PER_CALL = ["L", "labels", "advantages", "weights", "old_logprobs", "ref_logprobs", "rollout_logprobs", "temperatures"]
-PER_CALL += ["losses", "logprobs", "entropies"]
+# lengths, counts, strides of columns and per-row pointers change from call to call: a kernel specialised on them would be compiled again
+COLUMNS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "temperatures")
+PER_CALL = ["N", "L", "S", "labels", "weights", "slots", "sequences", "counts", "normalizer_at", "ticket", "total"]
+PER_CALL += ["losses", "logprobs", "entropies", *COLUMNS]
+PER_CALL += [f"{column}_{of}" for column in COLUMNS for of in ("batch", "row")]
 
 
 @triton.jit(do_not_specialize=PER_CALL)
 def policy_loss_kernel(
-    logits, labels, advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures,  # labels and on: (N,), or None
+    logits, labels,  # (B, L, V), (N,)
+    advantages, old_logprobs, ref_logprobs, rollout_logprobs, temperatures,  # (B, L) of any strides, all but the advantages may be None
+    weights,  # (N,) or None
+    slots, sequences, counts, normalizer, normalizer_at,  # where given: `plan`'s advantages (S T,), and what weights are made of
     losses, logprobs, entropies, dlogits,  # out; entropies and dlogits may be None
-    L, V: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, d_batch_stride: tl.int64, d_row_stride: tl.int64,
+    ticket, total,  # () int32, 0, and out: the sum of the losses; or None
+    advantages_batch: tl.int64, advantages_row: tl.int64, old_logprobs_batch: tl.int64, old_logprobs_row: tl.int64,
+    ref_logprobs_batch: tl.int64, ref_logprobs_row: tl.int64, rollout_logprobs_batch: tl.int64, rollout_logprobs_row: tl.int64,
+    temperatures_batch: tl.int64, temperatures_row: tl.int64,
+    N, L, S, V: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, d_batch_stride: tl.int64, d_row_stride: tl.int64,
     temperature, logit_softcap, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap,  # softcap and coefs None: off
-    LOSS_TYPE: tl.constexpr, KL_ESTIMATOR: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
+    LOSS_TYPE: tl.constexpr, KL_ESTIMATOR: tl.constexpr, REDUCTION: tl.constexpr, SKIP_ZERO: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, KEEP_EXP: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program a row.
+    """A program takes every so-manieth row.
 
-    ONE_BLOCK: the row stays in registers. Else it is read twice, backwards the second time: what was read last is still in the L2.
+    A row of PARTS blocks stays in registers. One of none is read twice, backwards the second time: what was read last is still in the L2.
     """
-    n = tl.program_id(0)
-    label = tl.load(labels + n)
-    if label < 0:
-        if dlogits is not None:
-            zero_row(dlogits + row_offset(n, L, d_batch_stride, d_row_stride), V, BLOCK_V)
-        tl.store(losses + n, 0.0)
-        tl.store(logprobs + n, 0.0)
-        if entropies is not None:
-            tl.store(entropies + n, 0.0)
-    else:
-        row = logits + row_offset(n, L, batch_stride, row_stride)
-        cols = tl.arange(0, BLOCK_V)
-        inverse_temperature = 1.0 / temperature_of(n, temperatures, temperature)
-        factor = inverse_temperature * LOG2E
-        # every thread has the label's logit before the barrier of the first reduction, so no store in place can overtake it
-        z_label = softcapped(tl.load(row + label), logit_softcap)
-        if ONE_BLOCK:
-            x = tl.load(row + cols, mask=cols < V, other=float("-inf"))
-            lowest = tl.full((), LOWEST, tl.float32)
-            none = tl.zeros((BLOCK_V,), tl.float32)
-            m, s_lanes, sd_lanes = fold_block(lowest, none, none, x, cols < V, factor, logit_softcap, entropies is not None)
-            s = tl.sum(s_lanes)
-            sd = tl.sum(sd_lanes)
+    outer = outer_denominator(counts, S, normalizer, normalizer_at, REDUCTION)
+    # nothing is hoisted out of the loop: constants that are kept from row to row would take the registers that hold the row
+    for n in tl.range(tl.program_id(0), N, tl.num_programs(0), disable_licm=True):
+        b = (n // L).to(tl.int64)
+        l = (n % L).to(tl.int64)
+        label = tl.minimum(tl.load(labels + n), V).to(tl.int32)  # beyond the vocabulary is beyond it
+        if slots is not None:
+            slot = tl.load(slots + n)
+            advantage = tl.load(advantages + slot, mask=slot >= 0, other=0.0)
         else:
-            m, s, sd = row_statistics(row, V, factor, logit_softcap, entropies is not None, BLOCK_V)
-        log2_s = tl.log2(s)
-        logprob = ((z_label - m) * factor - log2_s) * LN2
-        entropy = 0.0
-        if entropies is not None:
-            entropy = entropy_of(s, sd)
-            tl.store(entropies + n, entropy)
-
-        old_logprob = logprob
-        if old_logprobs is not None:
-            old_logprob = tl.load(old_logprobs + n)
-        ref_logprob = logprob
-        if ref_logprobs is not None:
-            ref_logprob = tl.load(ref_logprobs + n)
-        importance = 1.0
-        if rollout_logprobs is not None:
-            importance = importance_weight(old_logprob, tl.load(rollout_logprobs + n), importance_cap)
-        advantage = tl.load(advantages + n)
-        loss, d_logprob = policy_term(
-            logprob, entropy, old_logprob, ref_logprob, importance, advantage,
-            clip_low, clip_high, dual_clip, kl_coef, entropy_coef, LOSS_TYPE, KL_ESTIMATOR,
-        )  # fmt: skip
-        weight = 1.0
-        if weights is not None:
-            weight = tl.load(weights + n)
-        tl.store(losses + n, loss * weight)
-        tl.store(logprobs + n, logprob)
-
-        if dlogits is not None:
-            d_row = dlogits + row_offset(n, L, d_batch_stride, d_row_stride)
-            weight *= inverse_temperature
-            g = d_logprob * weight
-            h = None
-            full = True
-            if entropy_coef is not None:
-                h = -entropy_coef * weight
-            elif kl_coef is None:
-                full = advantage != 0.0
-            if ONE_BLOCK:
-                dz = block_gradient(x, cols, label, m, log2_s, entropy, g, h, factor, logit_softcap)
-                tl.store(d_row + cols, tl.where(full, dz, 0.0).to(dlogits.dtype.element_ty), mask=cols < V)
-            elif full:
-                last = (V - 1) // BLOCK_V * BLOCK_V
-                for done in range(0, V, BLOCK_V):
-                    back = last - done + cols
-                    x = tl.load(row + back, mask=back < V, other=float("-inf"), eviction_policy="evict_first")
-                    dz = block_gradient(x, back, label, m, log2_s, entropy, g, h, factor, logit_softcap)
-                    tl.store(d_row + back, dz.to(dlogits.dtype.element_ty), mask=back < V, eviction_policy="evict_first")
+            advantage = tl.load(advantages + b * advantages_batch + l * advantages_row)
+        wanted = label >= 0
+        if SKIP_ZERO:
+            wanted = wanted & (advantage != 0.0)
+        if wanted:
+            # what the row's loss needs beside its logits is on its way while they are
+            if old_logprobs is not None:
+                old = tl.load(old_logprobs + b * old_logprobs_batch + l * old_logprobs_row)
+            if ref_logprobs is not None:
+                ref = tl.load(ref_logprobs + b * ref_logprobs_batch + l * ref_logprobs_row)
+            if rollout_logprobs is not None:
+                rollout = tl.load(rollout_logprobs + b * rollout_logprobs_batch + l * rollout_logprobs_row)
+            weight = row_weight(n, weights, sequences, counts, outer, REDUCTION)
+            row = logits + b * batch_stride + l * row_stride
+            if temperatures is not None:
+                inverse_temperature = 1.0 / tl.load(temperatures + b * temperatures_batch + l * temperatures_row)
             else:
-                zero_row(d_row, V, BLOCK_V)
+                inverse_temperature = 1.0 / temperature
+            factor = inverse_temperature * LOG2E
+            z_label = label_logit(row, label, V, logit_softcap)
+            if ONE_BLOCK:
+                cols = tl.arange(0, BLOCK_V)
+                x = tl.load(row + cols, mask=cols < V, other=float("-inf"))
+                m, s, sd, e = held_row(x, cols < V, factor, logit_softcap, entropies is not None)
+            else:
+                cols = tile(BLOCK_V, LANES)
+                m, s, sd = swept_row(row, V, factor, logit_softcap, entropies is not None, BLOCK_V, LANES)
+            logprob = logprob_of(z_label, m, s, factor)
+            entropy = 0.0
+            if entropies is not None:
+                entropy = entropy_of(s, sd)
+                tl.store(entropies + n, entropy)
+
+            old_logprob = logprob if old_logprobs is None else old
+            ref_logprob = logprob if ref_logprobs is None else ref
+            importance = 1.0
+            if rollout_logprobs is not None:
+                importance = importance_weight(old_logprob, rollout, importance_cap)
+            loss, d_logprob = policy_term(
+                logprob, entropy, old_logprob, ref_logprob, importance, advantage,
+                clip_low, clip_high, dual_clip, kl_coef, entropy_coef, LOSS_TYPE, KL_ESTIMATOR,
+            )  # fmt: skip
+            tl.store(losses + n, loss * weight)
+            tl.store(logprobs + n, logprob)
+
+            if dlogits is not None:
+                d_row = dlogits + b * d_batch_stride + l * d_row_stride
+                weight *= inverse_temperature
+                g = d_logprob * weight
+                h = None
+                full = True
+                if entropy_coef is not None:
+                    h = -entropy_coef * weight
+                elif kl_coef is None:
+                    full = advantage != 0.0
+                log2_s = tl.log2(s)
+                if ONE_BLOCK:
+                    if KEEP_EXP and entropy_coef is None and logit_softcap is None:
+                        dz = tl.where(cols == label, g, 0.0) - e * (g / s)
+                    else:
+                        dz = block_gradient(x, cols, label, m, log2_s, entropy, g, h, factor, logit_softcap)
+                    tl.store(d_row + cols, tl.where(full, dz, 0.0).to(dlogits.dtype.element_ty), mask=cols < V)
+                elif full:
+                    last = (V - 1) // BLOCK_V * BLOCK_V
+                    for done in range(0, V, BLOCK_V):
+                        back = last - done + cols
+                        x = tl.load(row + back, mask=back < V, other=float("-inf"), eviction_policy="evict_first")
+                        dz = block_gradient(x, back, label, m, log2_s, entropy, g, h, factor, logit_softcap)
+                        tl.store(d_row + back, dz.to(dlogits.dtype.element_ty), mask=back < V, eviction_policy="evict_first")
+                else:
+                    zero_row(d_row, V, BLOCK_V)
+        else:
+            if dlogits is not None:
+                zero_row(dlogits + b * d_batch_stride + l * d_row_stride, V, BLOCK_V)
+            tl.store(losses + n, 0.0)
+            tl.store(logprobs + n, 0.0)
+            if entropies is not None:
+                tl.store(entropies + n, 0.0)
+    if ticket is not None:
+        ordered_sum(losses, N, ticket, total)
 
 
-def launch_shape(V: int, element_size: int, softcap: bool, entropy: bool) -> dict[str, int]:
-    """How a row is held: whole in the registers of 1024 threads while that needs no spill (test_triton_compile.py), else in blocks.
-
-    A thread has 64 registers then: 32 columns fit, 16 where a softcap, an entropy of float32 logits or a narrow access keeps a second
-    value of each alive. In blocks, 512 threads fill an SM: few rows are in flight, and the L2 still holds them when they are read again.
-    """
-    per_thread = 16 if softcap or narrow(V) or (entropy and element_size == 4) else 32
-    one_block = 1024 * per_thread >= V
-    shape = block_shape(V, 1024, per_thread) if one_block else loop_shape(V, 512, element_size, softcap, entropy)
-    return {"ONE_BLOCK": one_block, **shape}
+def sweep(
+    logits: Tensor, labels: Tensor, advantages: Tensor, weights: Tensor | None,
+    old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_logprobs: Tensor | None, temperatures: Tensor | None,
+    spec: PolicyLossSpec, losses: Tensor, logprobs: Tensor, entropies: Tensor, dlogits: Tensor | None, *,
+    slots: Tensor | None = None, sequences: Tensor | None = None, counts: Tensor | None = None, normalizer: float | Tensor | None = None,
+    kind: int = SUM.value, sequence_count: int = 0, skip_zero: bool = False, ticket: Tensor | None = None, total: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Launch the sweep over N > 0 rows. Per-row tensors are (B, L) of any strides, or (N,); the keywords come from `plan`."""
+    B, L, V = logits.shape
+    columns = (advantages, old_logprobs, ref_logprobs, rollout_logprobs if spec.importance_cap else None, temperatures)
+    column_strides = ((L, 1) if c is None or c.dim() < 2 else c.stride() for c in columns)
+    shape = row_shape(logits, bool(spec.logit_softcap))
+    threads = shape["num_warps"] * WARP_SIZE * shape["num_ctas"]
+    count = programs(logits.device, threads, 0 if shape["ONE_BLOCK"] or dlogits is None else V * logits.element_size())
+    by_pointer = isinstance(normalizer, Tensor)
+    policy_loss_kernel[(min(B * L, count),)](
+        logits, labels, *columns, weights,
+        slots, sequences, counts, None if by_pointer or normalizer is None else float(normalizer), normalizer if by_pointer else None,
+        losses, logprobs, entropies if entropies.numel() else None, dlogits,
+        ticket if total is not None else None, total,
+        *(s for pair in column_strides for s in pair),
+        B * L, L, sequence_count, V, *strides(logits), *(strides(logits) if dlogits is None else strides(dlogits)),
+        float(spec.temperature) if temperatures is None else 1.0, number_or_off(spec.logit_softcap),
+        float(spec.clip_low), float(spec.clip_high), float(spec.dual_clip),
+        number_or_off(spec.kl_coef), number_or_off(spec.entropy_coef), float(spec.importance_cap),
+        LOSS_TYPE=int(LossType[spec.loss_type.upper()]),
+        KL_ESTIMATOR=int(KLEstimator[spec.kl_estimator.upper()]) if spec.kl_coef else 0,
+        REDUCTION=kind, SKIP_ZERO=skip_zero, **shape,
+    )  # fmt: skip
 
 
 def policy_loss(
@@ -150,23 +189,11 @@ def policy_loss(
     dlogits: Tensor | None,  # (B, L, V) out, may be the logits themselves
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> weighted loss, log-prob and entropy of each row, (N,) float32; writes ``dlogits`` where given. Contract: ppg_fast/backends.py"""
-    B, L, V = logits.shape
-    N = B * L
-    loss, logprob = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
-    ent = torch.empty(N if entropy or spec.entropy_coef else 0, dtype=torch.float32, device=logits.device)
-    rollout_logprobs = rollout_logprobs if spec.importance_cap else None
-    shape = launch_shape(V, logits.element_size(), bool(spec.logit_softcap), ent.numel() > 0)
-    with on_device(logits):
-        if N:
-            policy_loss_kernel[(N,)](
-                logits, labels, advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures,
-                loss, logprob, ent if ent.numel() else None, dlogits,
-                L, V, *strides(logits), *(strides(logits) if dlogits is None else strides(dlogits)),
-                float(spec.temperature) if temperatures is None else 1.0, number_or_off(spec.logit_softcap),
-                float(spec.clip_low), float(spec.clip_high), float(spec.dual_clip),
-                number_or_off(spec.kl_coef), number_or_off(spec.entropy_coef), float(spec.importance_cap),
-                LOSS_TYPE=int(LossType[spec.loss_type.upper()]),
-                KL_ESTIMATOR=int(KLEstimator[spec.kl_estimator.upper()]) if spec.kl_coef else 0,
-                **shape,
-            )  # fmt: skip
-    return loss, logprob, ent
+    N = logits.shape[0] * logits.shape[1]
+    losses, logprobs = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
+    entropies = torch.empty(N if entropy or spec.entropy_coef else 0, dtype=torch.float32, device=logits.device)
+    if N:
+        rows = old_logprobs, ref_logprobs, rollout_logprobs, temperatures
+        with on_device(logits):
+            sweep(logits, labels, advantages, weights, *rows, spec, losses, logprobs, entropies, dlogits)
+    return losses, logprobs, entropies

@@ -4,19 +4,13 @@ Exponents are kept in base 2, the hardware's own: with z = softcap(x) and factor
 2^((z - max z) factor). One exponential per element and sweep (two with a softcap), none for a rescale.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1.0e38)  # below every finite logit of interest, and unlike -inf it can be subtracted from itself
 FAR = tl.constexpr(-256.0)  # 2^FAR is 0 in float32: exponents are clamped here before they multiply, because 0 * -inf is NaN
-
-WARP_SIZE = 64 if torch.version.hip else 32
 
 
 @triton.jit
@@ -62,39 +56,85 @@ def temperature_of(n, temperatures, temperature):
 
 
 @triton.jit
+def tile(BLOCK_V: tl.constexpr, LANES: tl.constexpr):
+    """The columns of a block, (BLOCK_V / LANES, LANES): a thread holds all rows of its lanes, so a sum over rows stays inside a thread."""
+    return tl.arange(0, BLOCK_V // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+
+
+@triton.jit
+def load_block(row, at, V):
+    """Columns ``at`` of a row that will be read once more: -inf, which weighs nothing, beyond its end."""
+    return tl.load(row + at, mask=at < V, other=float("-inf"), eviction_policy="evict_last")
+
+
+@triton.jit
+def capped(x, there, logit_softcap):
+    """`softcapped`, and -inf where there is no column: a softcapped -inf would weigh something."""
+    z = softcapped(x, logit_softcap)
+    if logit_softcap is not None:
+        z = tl.where(there, z, float("-inf"))
+    return z
+
+
+@triton.jit
+def held_row(x, there, factor, logit_softcap, ENTROPY: tl.constexpr):
+    """-> m, s, sd, e of a row that is held whole: m = max z, e = 2^d with d = (z - m) factor, s = sum e, sd = sum e d."""
+    z = capped(x, there, logit_softcap)
+    m = tl.maximum(tl.max(z, 0), LOWEST)
+    d = (z - m) * factor
+    e = tl.exp2(d)
+    sd = 0.0
+    if ENTROPY:
+        sd = tl.sum(e * tl.maximum(d, FAR), 0)
+    return m, tl.sum(e, 0), sd, e
+
+
+@triton.jit
 def fold_block(m, s, sd, x, there, factor, logit_softcap, ENTROPY: tl.constexpr):
-    """Fold a block of logits into the running statistics: m = max z, and per lane s = sum of 2^d, sd = sum of 2^d d, d = (z - m) factor.
+    """Fold a tile of logits into the running statistics: m = max z, and per lane s = sum of 2^d, sd = sum of 2^d d, d = (z - m) factor.
 
     Lanes are summed by the caller at the end, so that a block costs one reduction, and they are rescaled by one factor a block.
     """
-    z = softcapped(x, logit_softcap)
-    if logit_softcap is not None:
-        z = tl.where(there, z, float("-inf"))  # a softcapped -inf would weigh something
-    m_new = tl.maximum(m, tl.max(z))
+    z = capped(x, there, logit_softcap)
+    m_new = tl.maximum(m, tl.max(tl.max(z, 0), 0))
     shift = tl.maximum((m - m_new) * factor, FAR)
     rescale = tl.exp2(shift)
     d = (z - m_new) * factor
     e = tl.exp2(d)
     if ENTROPY:
-        sd = (sd + s * shift) * rescale + e * tl.maximum(d, FAR)
-    s = s * rescale + e
+        sd = (sd + s * shift) * rescale + tl.sum(e * tl.maximum(d, FAR), 0)
+    s = s * rescale + tl.sum(e, 0)
     return m_new, s, sd
 
 
 @triton.jit
-def row_statistics(row, V, factor, logit_softcap, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr):
+def swept_row(row, V, factor, logit_softcap, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr):
     """-> m, s, sd of the row at ``row``, see `fold_block`, in one read of it; a block is loaded while the one before it is folded."""
-    cols = tl.arange(0, BLOCK_V)
+    cols = tile(BLOCK_V, LANES)
     m = tl.full((), LOWEST, tl.float32)
-    s = tl.zeros((BLOCK_V,), tl.float32)
-    sd = tl.zeros((BLOCK_V,), tl.float32)
-    x = tl.load(row + cols, mask=cols < V, other=float("-inf"), eviction_policy="evict_last")
+    s = tl.zeros((LANES,), tl.float32)
+    sd = tl.zeros((LANES,), tl.float32)
+    x = load_block(row, cols, V)
     for start in range(0, V, BLOCK_V):
-        after = start + BLOCK_V + cols
-        x_after = tl.load(row + after, mask=after < V, other=float("-inf"), eviction_policy="evict_last")
+        x_after = load_block(row, start + BLOCK_V + cols, V)
         m, s, sd = fold_block(m, s, sd, x, start + cols < V, factor, logit_softcap, ENTROPY)
         x = x_after
     return m, tl.sum(s), tl.sum(sd)
+
+
+@triton.jit
+def label_logit(row, label, V, logit_softcap):
+    """The label's logit behind the softcap; NaN for a label beyond the vocabulary, so that an error the caller did not check is seen.
+
+    Called before the first reduction: its barrier makes every thread have this logit before any store in place.
+    """
+    return softcapped(tl.load(row + label, mask=label < V, other=float("nan")), logit_softcap)
+
+
+@triton.jit
+def logprob_of(z_label, m, s, factor):
+    """log p of the label in nats from the statistics of its row."""
+    return ((z_label - m) * factor - tl.log2(s)) * LN2
 
 
 @triton.jit
@@ -129,38 +169,3 @@ def zero_row(row, V, BLOCK_V: tl.constexpr):
     zeros = tl.zeros((BLOCK_V,), row.dtype.element_ty)
     for start in range(0, V, BLOCK_V):
         tl.store(row + start + cols, zeros, mask=start + cols < V)
-
-
-def strides(rows: Tensor) -> tuple[int, int]:
-    """Batch and row stride of (B, L, V) in elements; 0 where the size is 1: an arbitrary stride would ask for a kernel of its own."""
-    B, L, V = rows.shape
-    if V > 1 and rows.stride(2) != 1:
-        raise ValueError(f"logits must have unit stride along the vocabulary, got strides {rows.stride()}")
-    return rows.stride(0) if B > 1 else 0, rows.stride(1) if L > 1 else 0
-
-
-def block_shape(V: int, threads: int, per_thread: int) -> dict[str, int]:
-    """The columns of a block and the warps that share it, ``per_thread`` columns a thread and at most ``threads`` threads."""
-    block = min(threads * per_thread, max(1024, triton.next_power_of_2(V)))
-    return {"BLOCK_V": block, "num_warps": max(128, block // per_thread) // WARP_SIZE}
-
-
-def loop_shape(V: int, threads: int, element_size: int, softcap: bool, entropy: bool) -> dict[str, int]:
-    """`block_shape` of a row that is swept in blocks: 64 bytes a thread, fewer where something else takes registers."""
-    held = 16 if softcap and entropy else 32 if softcap or narrow(V) else 64
-    return block_shape(V, threads, held // element_size)
-
-
-def narrow(V: int) -> bool:
-    """Whether rows of V columns are accessed one by one, which takes a mask and an address a column: they are not all aligned."""
-    return V % 16 != 0
-
-
-def number_or_off(number: float) -> float | None:
-    """A number as the kernels take it, always a float: an int would be a kernel of its own. None, compiled out, where it is 0."""
-    return float(number) if number else None
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager:
-    """Launches inside go to the device of ``tensor``, whichever is current outside."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -1,0 +1,124 @@
+"""How rows are laid over a device: blocks and warps, clusters, programs in flight. Fixed by V and the device, never by the number of rows.
+
+Numbers that differ from call to call never choose a shape, so they never ask for another kernel.
+"""
+
+import os
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+WARP_SIZE = 64 if torch.version.hip else 32
+THREADS = 512  # of a CTA that holds a row, or a part of one: it fills the registers of an SM
+WAVES = 16  # of programs, where the device may take them in any order
+LARGEST_CLUSTER = 8  # CTAs; more is not portable
+FIRST_WITH_CLUSTERS = (3, 8)  # Triton 3.6 fails to compile one, 3.7 aborts the process
+
+Shape = dict[str, int | bool]
+
+
+def strides(rows: Tensor) -> tuple[int, int]:
+    """Batch and row stride of (B, L, V) in elements; 0 where the size is 1: an arbitrary stride would ask for a kernel of its own."""
+    B, L, V = rows.shape
+    if V > 1 and rows.stride(2) != 1:
+        raise ValueError(f"logits must have unit stride along the vocabulary, got strides {rows.stride()}")
+    return rows.stride(0) if B > 1 else 0, rows.stride(1) if L > 1 else 0
+
+
+def block_shape(V: int, threads: int, per_thread: int, element_size: int) -> Shape:
+    """The columns of a block and the warps that share it: ``per_thread`` columns a thread and at most ``threads`` threads.
+
+    LANES columns are what all threads access at once by 16 bytes each. Fused multiply-adds are asked for: Triton 3.10 makes none unasked.
+    """
+    block = min(threads * per_thread, max(1024, triton.next_power_of_2(V)))
+    threads = max(128, block // per_thread)
+    lanes = min(block, threads * 16 // element_size)
+    return {"BLOCK_V": block, "LANES": lanes, "num_warps": threads // WARP_SIZE, "enable_fp_fusion": True}
+
+
+def row_shape(logits: Tensor, softcap: bool) -> Shape:
+    """How a row is read whose log-prob is wanted, the same for every kernel that reads one: sums in another order have other bits.
+
+    512 threads have 128 registers each. They hold 64 columns of a row; 32 where a softcap or a narrow access keeps a second value of each
+    alive, and up to 32 columns keep their exponential for the gradient. A longer row is held by a cluster of CTAs, or read in blocks.
+    """
+    V, element_size = logits.shape[-1], logits.element_size()
+    columns = 32 if softcap or narrow(V) or V <= THREADS * 32 else 64
+    ctas = triton.next_power_of_2(triton.cdiv(V, THREADS * columns))
+    if ctas == 1 or (ctas <= LARGEST_CLUSTER and why_no_clusters(logits.device) is None):
+        shape = block_shape(V, ctas * THREADS, columns, element_size)
+        shape["num_warps"] //= ctas
+        return {"ONE_BLOCK": True, "KEEP_EXP": columns == 32, "num_ctas": ctas, **shape}
+    return {"ONE_BLOCK": False, "KEEP_EXP": False, "num_ctas": 1, **block_shape(V, THREADS, 32, element_size)}
+
+
+def loop_shape(V: int, threads: int, element_size: int, softcap: bool, entropy: bool) -> Shape:
+    """`block_shape` of a row that is swept in blocks: 64 bytes a thread, fewer where something else takes registers."""
+    held = 16 if softcap and entropy else 32 if softcap or narrow(V) else 64
+    return block_shape(V, threads, held // element_size, element_size)
+
+
+def narrow(V: int) -> bool:
+    """Whether rows of V columns are accessed one by one, which takes a mask and an address a column: they are not all aligned."""
+    return V % 16 != 0
+
+
+def number_or_off(number: float) -> float | None:
+    """A number as the kernels take it, always a float: an int would be a kernel of its own. None, compiled out, where it is 0."""
+    return float(number) if number else None
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Launches inside go to the device of ``tensor``, whichever is current outside."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@cache
+def programs(device: torch.device, threads: int, read_again: int = 0) -> int:
+    """How many programs of ``threads`` threads, those of its whole cluster, share the rows.
+
+    Rows that are read once: a multiple of what runs at a time, so that none waits long for the last. Rows of ``read_again`` bytes that are
+    read a second time: as many as half of the L2 holds, the rest of it is for writes, so that the second read hits it; but at least a
+    quarter of the SMs has a row, since memory would idle otherwise, and at most each has one. On ROCm each does: behind the small L2 of
+    a die stands a cache for all of them.
+    """
+    if device.type != "cuda":
+        return 2  # interpreted
+    about = torch.cuda.get_device_properties(device)
+    if not read_again:
+        return WAVES * max(about.multi_processor_count * THREADS // threads, 1)
+    if torch.version.hip:
+        return about.multi_processor_count
+    return min(max(about.L2_cache_size // 2 // read_again, about.multi_processor_count // 4), about.multi_processor_count)
+
+
+def why_no_clusters(device: torch.device) -> str | None:
+    """None where a row can be spread over the registers of a cluster of CTAs on ``device``, else the reason."""
+    if torch.version.hip:
+        return "clusters are NVIDIA's, this is ROCm"
+    if device.type != "cuda":
+        return "interpreted programs have no clusters"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 9:
+        return f"clusters need sm_90, this is sm_{major}{minor}"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < FIRST_WITH_CLUSTERS:
+        return f"clusters need Triton 3.8, this is {triton.__version__}"
+    return cluster_probe(10 * major + minor)
+
+
+@cache
+def cluster_probe(sm: int) -> str | None:
+    """None if this Triton compiles a cluster for ``sm``, tried once a process in a process of its own, else what it said."""
+    command = [sys.executable, str(Path(__file__).with_name("cluster_probe.py")), str(sm)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+    return (
+        f"Triton {triton.__version__} ended with {done.returncode} on a cluster for sm_{sm} and said: {said}" if done.returncode else None
+    )
