@@ -8,11 +8,13 @@ NATIVE := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 VERL := .venv-verl
+# versions beside the installed one that the kernels must compile under: torch 2.11 brings the first, torch 2.15 the last
+TRITON_VERSIONS := 3.6.0 3.8.0 3.9.0
 # what verl imports on a CPU, within the bounds of its own metadata, which also asks for trackers, profilers and a dashboard
 VERL_IMPORTS := "tensordict>=0.8,<=0.10,!=0.9.0" "ray>=2.41" codetiming hydra-core datasets pylatexenc torchdata dill pandas pyarrow \
 	"transformers>=5.5.3,<5.11,!=5.6.0" peft accelerate pillow cachetools uvicorn fastapi "TransferQueue>=0.1.10"
 
-.PHONY: train test test-verl lint types check bench gpu docs format clean
+.PHONY: train test test-verl test-triton triton-versions lint types check bench gpu docs format clean
 
 train: $(VENV)/.train
 	$(BIN)/ppg-fast train --overwrite $(ARGS)
@@ -25,6 +27,16 @@ check: $(VENV)/.dev
 # verl pins another transformers, so it lives in an environment of its own, built once. Not part of `make test`.
 test-verl: $(VERL)/.verl
 	$(VERL)/bin/python -m pytest -q -W ignore::DeprecationWarning tests/test_integrations_verl*.py $(ARGS)
+
+# The Triton kernels under other versions of Triton, which lie in a folder each and are never imported by anything else.
+test-triton: triton-versions
+	$(PYTEST) -q tests/test_triton_compile.py $(ARGS)
+
+triton-versions: $(TRITON_VERSIONS:%=.triton/%/.installed)
+
+.triton/%/.installed: | $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton/$* triton==$*
+	touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
