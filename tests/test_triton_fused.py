@@ -3,6 +3,7 @@
 import itertools
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -91,7 +92,7 @@ class Drawn:
         place = lambda values, dtype=torch.float32: strewn(values.reshape(B, L), dtype)  # noqa: E731
         self.columns = Columns(
             place(np.where(label_on, labels, oracle.IGNORE), torch.int64),
-            None if mask is None else place(mask_on & True, mask),
+            None if mask is None else place(np.where(mask_on, (0.25, np.nan)[i % 2], -0.0) if mask.is_floating_point else mask_on, mask),
             place(turn, (torch.int32, torch.int64)[i % 2]) if policy_class else None,
             None if policy_class else place(np.where(active, advantages, np.nan)),
             *(place(c * poison) for c in column.values()),
@@ -230,3 +231,42 @@ def test_a_row_over_a_cluster(triton, monkeypatch):
     assert (shape["ONE_BLOCK"], shape["num_ctas"], shape["BLOCK_V"], shape["num_warps"]) == (True, 2, 65_536, 16)
     case = Drawn(4, "padded", LOSSES["ppo"], "token_mean", V=40_000)
     case.check(case.run(triton))
+
+
+H200 = SimpleNamespace(multi_processor_count=132, L2_cache_size=50 * 2**20)
+
+
+@pytest.mark.parametrize(
+    ("hip", "capability", "version", "reason"),
+    [
+        ("6.4", (9, 4), "3.9.0", "ROCm"),
+        (None, (8, 0), "3.9.0", "sm_80"),
+        (None, (9, 0), "3.7.1", "3.7.1"),
+        (None, (9, 0), "3.10.0+git1", None),
+        (None, (10, 0), "3.8.0", None),
+    ],
+)
+def test_who_may_use_clusters(triton, monkeypatch, hip, capability, version, reason):
+    from ppg_fast.kernels import launch
+
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(launch.triton, "__version__", version)
+    monkeypatch.setattr(launch, "cluster_probe", lambda sm: None)
+    said = launch.why_no_clusters(torch.device("cuda", 0))
+    assert said is None if reason is None else reason in said
+    monkeypatch.setattr(launch, "cluster_probe", lambda sm: f"not on sm_{sm}")
+    assert launch.why_no_clusters(torch.device("cuda", 0)) is not None
+
+
+def test_rows_that_are_read_twice_fit_the_cache(triton, monkeypatch):
+    """Half of the L2, but a quarter of the SMs at least; on ROCm one for each compute unit."""
+    from ppg_fast.kernels import launch
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H200)
+    cuda, count = torch.device("cuda", 0), launch.programs.__wrapped__
+    assert [count(cuda, 512, 2 * V) for V in (50_257, 128_256, 151_936, 262_144)] == [132, 102, 86, 50]
+    assert count(cuda, 512, 4 * 262_144) == 33
+    assert count(cuda, 4 * 512) * 4 == count(cuda, 512) == launch.WAVES * 132
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert count(cuda, 512, 2 * 262_144) == 132
