@@ -15,6 +15,7 @@ enum class LossType : int { REINFORCE = 0, PPO = 1, CISPO = 2, GSPO = 3, GSPO_TU
 enum class KLEstimator : int { K1 = 1, K2 = 2, K3 = 3 };
 enum class Baseline : int { NONE = 0, LEAVE_ONE_OUT = 1, GROUP_MEAN = 2, GROUP_STD = 3 };
 enum class Reduction : int { TOKEN_MEAN = 0, SEQUENCE_MEAN = 1, SEQUENCE_SUM = 2, SUM = 3, NONE = 4 };
+enum Sums { PLAIN, ENTROPY, SCORE_NORM };  // what is added up over a row beside the exponentials; each has the one before too
 
 // A (B, L, V) tensor with unit stride along V, seen as B * L rows, so that a view such as logits[:, :-1] needs no copy.
 struct Rows {
@@ -36,6 +37,7 @@ struct Sweep {
 
 struct LogprobsFwdArgs : Sweep {
   float *logprob, *entropy, *lse;  // (N,) out; entropy may be null; masked rows get 0
+  float* score_norm;               // (N,) out or null, then entropy is not: |d logprob / d z|^2 = sum p^2 - 2 p_label + 1
 };
 
 // dlogits = g (1[v = label] - p) - h p (log p + H), through temperature and softcap. Rows with g = h = 0 are not read and get zeros.
@@ -61,6 +63,7 @@ struct PolicyLossArgs : Sweep {
   const float *old_logprobs, *ref_logprobs, *rollout_logprobs;  // (N,) or null: on-policy, no reference, no sampler mismatch
   TermArgs term;
   float *loss, *logprob, *entropy;  // (N,) out; loss already weighted; entropy may be null unless entropy_coef != 0
+  float* score_norm;                // (N,) out or null, then entropy is not: |d logprob / d z|^2 = sum p^2 - 2 p_label + 1
   Rows dlogits;                     // data null: no gradient wanted; may be the logits themselves
 };
 
@@ -157,6 +160,7 @@ struct FusedPolicyLossArgs {
   const int32_t* counts;       // as CreditArgs left them; null where they are not needed
   int64_t counted, slices;
   float *loss, *logprob, *entropy;  // (N,) out; loss already weighted; entropy may be null unless entropy_coef != 0
+  float* score_norm;                // (N,) out or null, as above
   float* total;                     // out: sum of the losses in an order of their own, or null
   uint32_t* ticket;                 // 0; who draws the last one sums
 };

@@ -80,11 +80,12 @@ TermArgs term_of(int64_t loss_type, int64_t kl_estimator, double clip_low, doubl
 }
 
 void logprobs_fwd(const Tensor& logits, const Tensor& labels, const Optional& temperatures, double temperature, double logit_softcap,
-                  const Tensor& logprob, const Optional& entropy, const Tensor& lse) {
+                  const Tensor& logprob, const Optional& entropy, const Tensor& lse, const Optional& score_norm) {
   LogprobsFwdArgs a{sweep_of(logits, labels, temperatures, temperature, logit_softcap)};
   a.logprob = floats(logprob, a.N, "logprob");
   a.entropy = floats(entropy, a.N, "entropy");
   a.lse = floats(lse, a.N, "lse");
+  a.score_norm = score_norm_of(score_norm, a.entropy, a.N);
   run(PPG_ON_CPU(logprobs_fwd), PPG_ON_CUDA(logprobs_fwd), a, a.N, logits);
 }
 
@@ -105,7 +106,7 @@ void policy_loss(const Tensor& logits, const Tensor& labels, const Tensor& advan
                  const Optional& old_logprobs, const Optional& ref_logprobs, const Optional& rollout_logprobs, const Optional& temperatures,
                  int64_t loss_type, int64_t kl_estimator, double clip_low, double clip_high, double dual_clip, double kl_coef,
                  double entropy_coef, double importance_cap, double temperature, double logit_softcap, const Tensor& loss,
-                 const Tensor& logprob, const Optional& entropy, const Optional& dlogits) {
+                 const Tensor& logprob, const Optional& entropy, const Optional& dlogits, const Optional& score_norm) {
   PolicyLossArgs a{sweep_of(logits, labels, temperatures, temperature, logit_softcap)};
   a.advantages = floats(advantages, a.N, "advantages");
   a.weights = floats(weights, a.N, "weights");
@@ -117,6 +118,7 @@ void policy_loss(const Tensor& logits, const Tensor& labels, const Tensor& advan
   a.logprob = floats(logprob, a.N, "logprob");
   a.entropy = floats(entropy, a.N, "entropy");
   STD_TORCH_CHECK(a.entropy || a.term.entropy_coef == 0.f, "an entropy term needs the entropy output");
+  a.score_norm = score_norm_of(score_norm, a.entropy, a.N);
   a.dlogits = gradient_rows(dlogits, logits);
   run(PPG_ON_CPU(policy_loss), PPG_ON_CUDA(policy_loss), a, a.N, logits);
 }
@@ -158,7 +160,7 @@ void fused_policy_loss(const Tensor& logits, const Tensor& labels, const Optiona
                        bool skip_zero_advantages, int64_t loss_type, int64_t kl_estimator, double clip_low, double clip_high,
                        double dual_clip, double kl_coef, double entropy_coef, double importance_cap, double temperature,
                        double logit_softcap, const Optional& turns, const Tensor& work, const Tensor& loss, const Optional& total,
-                       const Tensor& logprob, const Optional& entropy, const Optional& dlogits) {
+                       const Tensor& logprob, const Optional& entropy, const Optional& dlogits, const Optional& score_norm) {
   CreditArgs c{};
   TokenArgs& t = c.tokens;
   const Rows rows = rows_of(logits, "logits");
@@ -221,6 +223,7 @@ void fused_policy_loss(const Tensor& logits, const Tensor& labels, const Optiona
   a.logprob = floats(logprob, t.N, "logprob");
   a.entropy = floats(entropy, t.N, "entropy");
   STD_TORCH_CHECK(a.entropy || a.term.entropy_coef == 0.f, "an entropy term needs the entropy output");
+  a.score_norm = score_norm_of(score_norm, a.entropy, t.N);
   a.total = floats(total, 1, "total");
   a.ticket = c.ticket;
   if (!a.total) c.ticket = nullptr;

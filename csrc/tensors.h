@@ -36,6 +36,10 @@ template <class T> T* per_row(const Tensor& t, int64_t N, ScalarType type, const
 }
 inline float* floats(const Tensor& t, int64_t N, const char* name) { return per_row<float>(t, N, ScalarType::Float, name); }
 inline float* floats(const Optional& t, int64_t N, const char* name) { return t ? floats(*t, N, name) : nullptr; }
+inline float* score_norm_of(const Optional& score_norm, const float* entropy, int64_t N) {
+  STD_TORCH_CHECK(!score_norm || entropy || N == 0, "a score norm needs the entropy output");
+  return floats(score_norm, N, "score_norm");
+}
 inline const int64_t* longs(const Optional& t, int64_t N, const char* name) {
   return t ? per_row<int64_t>(*t, N, ScalarType::Long, name) : nullptr;
 }

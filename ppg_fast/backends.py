@@ -6,7 +6,7 @@ such a row is not read). ``temperatures`` (N,) overrides ``temperature`` where i
 
     partial_returns(rewards, segment_ids, turn_counts, lookahead, segment_length, gamma) -> returns (B, T)
 
-    logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, entropy: bool) -> logprob, entropy, lse
+    logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, entropy: bool, score_norm=None) -> logprob, entropy, lse
         Log-prob, entropy ((0,) where it is not wanted) and log-sum-exp of each row, zero where masked.
 
     logprobs_bwd(logits, labels, lse, entropy, d_logprob, d_entropy, temperatures, temperature, logit_softcap, dlogits) -> None
@@ -14,7 +14,7 @@ such a row is not read). ``temperatures`` (N,) overrides ``temperature`` where i
         d_logprob = d_entropy = 0 are not read and get exact zeros. ``entropy`` is not read where ``d_entropy`` is None.
 
     policy_loss(logits, labels, advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures, spec, entropy: bool,
-                dlogits) -> loss, logprob, entropy
+                dlogits, score_norm=None) -> loss, logprob, entropy
         Weighted loss, log-prob and entropy of each row; d(sum of losses) into dlogits where it is given, which may be the logits.
         A row is SKIP where masked; FULL where dlogits is given and its advantage is not zero or the spec has a KL or entropy term; else
         FORWARD-ONLY. SKIP rows are not read; SKIP and FORWARD-ONLY rows get exact zeros in dlogits. Entropy is (0,) unless wanted or
@@ -23,10 +23,14 @@ such a row is not read). ``temperatures`` (N,) overrides ``temperature`` where i
     rescale_rows(dlogits, scale) -> None
         Multiplies row n of dlogits by scale[n], or all by the one of scale (1,), in place; rows whose scale is 1 are not touched.
 
+``score_norm``, (N,) or (B, L) float32 where given, is written like dlogits: |d logprob / d z|^2 = sum_v p_v^2 - 2 p_label + 1 of each
+row that is read, z the logit after softcap and temperature, never below 0; 0 elsewhere. The entropy then counts as wanted. What else is
+returned or written has the same bits with and without it.
+
 A backend that FUSES, one for a device where launches and passes over small arrays are dear, has one more:
 
     fused_policy_loss(logits, columns: Columns, turns: Turns | None, reduction: Reduction, spec, skip_zero_advantages: bool,
-                      entropy: bool, dlogits) -> loss, logprob, entropy
+                      entropy: bool, dlogits, score_norm=None) -> loss, logprob, entropy
         From what the caller holds to the reduced loss and dlogits: at most two launches, no other work on the device, no host sync.
         Row n = b L + l is active where its label is not negative, its mask not 0 and, under ``turns``, its turn id not negative; s is the
         run of cu_seqlens that it lies in, or n // (N // sequences). Its advantage A is that of the column, or of its turn: the return

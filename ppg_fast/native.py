@@ -60,11 +60,17 @@ def _term(spec: PolicyLossSpec) -> tuple[float, ...]:
 
 
 def logprobs_fwd(
-    logits: Tensor, labels: Tensor, temperatures: Tensor | None, temperature: float, logit_softcap: float, entropy: bool
+    logits: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    logit_softcap: float,
+    entropy: bool,
+    score_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    N = labels.numel()
+    N, entropy = labels.numel(), entropy or score_norm is not None
     logprob, ent, lse = _new(logits, N), _new(logits, N if entropy else 0), _new(logits, N)
-    _lib.logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, logprob, ent if entropy else None, lse)
+    _lib.logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, logprob, ent if entropy else None, lse, score_norm)
     return logprob, ent, lse
 
 
@@ -95,13 +101,14 @@ def policy_loss(
     spec: PolicyLossSpec,
     entropy: bool,
     dlogits: Tensor | None,
+    score_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     N = labels.numel()
-    entropy = entropy or spec.entropy_coef != 0
+    entropy = entropy or spec.entropy_coef != 0 or score_norm is not None
     loss, logprob, ent = _new(logits, N), _new(logits, N), _new(logits, N if entropy else 0)
     _lib.policy_loss(
         logits, labels, advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures, *_term(spec),
-        loss, logprob, ent if entropy else None, dlogits,
+        loss, logprob, ent if entropy else None, dlogits, score_norm,
     )  # fmt: skip
     return loss, logprob, ent
 
@@ -115,9 +122,10 @@ def fused_policy_loss(
     skip_zero_advantages: bool,
     entropy: bool,
     dlogits: Tensor | None,
+    score_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, summed, given = logits.shape[:2], reduction.kind != "none", reduction.normalizer
-    entropy = entropy or spec.entropy_coef != 0
+    entropy = entropy or spec.entropy_coef != 0 or score_norm is not None
     loss, logprob, ent = _new(logits, *shape), _new(logits, *shape), _new(logits, *shape if entropy else (0,))
     if shape.numel() == 0:
         return torch.zeros((), device=logits.device) if summed else loss, logprob, ent
@@ -131,7 +139,7 @@ def fused_policy_loss(
     _lib.fused_policy_loss(
         logits, *columns, *given_turns, REDUCTIONS.index(reduction.kind), *normalizer,
         reduction.sequences, reduction.cu_seqlens, counted, slices, skip_zero_advantages, *_term(spec),
-        credit, work, loss, total, logprob, ent if entropy else None, dlogits,
+        credit, work, loss, total, logprob, ent if entropy else None, dlogits, score_norm,
     )  # fmt: skip
     return loss if total is None else total, logprob, ent
 

@@ -21,7 +21,7 @@ def cuobjdump() -> str | None:
 
 @dataclass
 class Kernel:
-    name: str  # without namespaces and arguments: policy_loss_onepass<BF16, false, true, 512>
+    name: str  # without namespaces and arguments: policy_loss_onepass<BF16, false, 1, 512>
     code: list[tuple[int, str]]  # address, instruction
 
     def count(self, prefix: str) -> int:

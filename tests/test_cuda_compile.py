@@ -13,6 +13,7 @@ from sass import cuobjdump, kernels
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 ARCHITECTURES = ("80", "90a", "100")
+SCORE_NORM = 2  # enum Sums in csrc/args.h
 WIDE_STORE = "STG.E.EF.128"  # EF: evict first, as the gradient is not read again here
 NVCC = shutil.which("nvcc")
 
@@ -88,11 +89,17 @@ def test_wide_accesses(compiled, arch):
 def test_the_one_pass_kernel_on_hopper(compiled):
     """Bulk copies, mbarriers, remote stores; in the row loop no CTA barrier, no load from memory, no more exponentials than elements."""
     found = [kernel for kernel in disassembled(compiled, "90a") if "onepass" in kernel.name]
-    assert found
+    assert {re.search(r"<(.*)>", kernel.name)[1] for kernel in found} == {
+        f"{dtype}, {softcap}, {sums}, {consumers}"
+        for dtype in ("F32", "BF16", "F16")
+        for softcap, consumers in (("false", 256), ("false", 512), ("true", 512))
+        for sums in range(SCORE_NORM + 1)
+    }
     for kernel in found:
-        dtype, softcap, _, consumers = re.search(r"<(\w+), (\w+), (\w+), (\d+)>", kernel.name).groups()
+        dtype, softcap, sums, consumers = re.search(r"<(\w+), (\w+), (\w+), (\d+)>", kernel.name).groups()
         assert kernel.count("UBLKCP") == 1, f"{kernel.name}: one bulk copy instruction"
         assert kernel.count("STAS.128") == 1, f"{kernel.name}: one remote store"
+        assert kernel.count("STAS") == 1 + (int(sums) == SCORE_NORM), f"{kernel.name}: and one of 4 bytes with a score norm"
         assert kernel.count("SYNCS.PHASECHK") > 0, f"{kernel.name}: waits for mbarriers"
         assert kernel.count("UCGABAR_WAIT") == 2, f"{kernel.name}: two cluster barriers"
         rows = kernel.loop_around("STAS")

@@ -71,7 +71,7 @@ def test_every_plan_agrees_with_the_reference(emulated, plan):
             holes = V > 8 and not spec.logit_softcap and draw.random() < 0.3
             case = Case(
                 V, dtype, spec, shift, draw.choice((0, 3, 8)), out, on_policy=draw.random() < 0.3, row_temperatures=draw.random() < 0.4,
-                entropy=draw.random() < 0.5, holes=holes,
+                entropy=draw.random() < 0.5, holes=holes, score_norm=draw.random() < 0.4,
             )  # fmt: skip
             how = {"resident": draw.randrange(1, 4), "seed": draw.randrange(1 << 20), "mode": draw.randrange(3)}
             force(emulated, plan, case, draw.randrange(3), **how)
@@ -108,6 +108,8 @@ def test_same_bits_for_any_schedule_alignment_ring_and_batch(emulated, plan, dty
         other = replace(case, shift=(3 * k + 1) % 8, out=(None, (3 * k + 1) % 8, k)[k], gap=k)
         force(emulated, plan, other, spare=k, resident=1 + k, seed=100 + k, mode=k)
         assert run(emulated.ops, other).same_bits(whole)
+    force(emulated, plan, case)
+    assert run(emulated.ops, replace(case, score_norm=True)).same_bits(whole)
     alone = run(emulated.ops, replace(case, rows=(4,)))
     assert torch.equal(alone.logprob[0], whole.logprob[4])
     assert torch.equal(alone.dlogits[0], whole.dlogits[4])
@@ -152,6 +154,19 @@ def test_masked_rows_are_not_read(emulated, plan):
     assert (stats.copied_bytes, stats.vector_loads) == (0, 0)
     assert not torch.stack(zeros).any()
     assert not x.view(torch.uint8).any()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 9.0])
+@pytest.mark.parametrize("V", [32000, 151669, 172000])  # two CTAs an SM; a cluster; one whose ring is a slot shorter with a score norm
+def test_a_score_norm_changes_no_plan(emulated, V, softcap):
+    """So that a log-prob has the same bits with and without one."""
+    case = Case(V, torch.float32, PolicyLossSpec(logit_softcap=softcap), rows=(0, 2))
+    emulated.set(resident=1)
+    without, plan = run(emulated.ops, case), emulated.take_stats()
+    assert run(emulated.ops, replace(case, score_norm=True)).same_bits(without)
+    stats = emulated.take_stats()
+    assert (stats.cluster, stats.block) == (plan.cluster, plan.block)
+    assert stats.sends == 2 * plan.sends, "4 bytes more for every 16"
 
 
 @pytest.mark.parametrize("plan", [(0, 128), (2, 256)], ids=str)
@@ -273,6 +288,7 @@ FAULTS = {  # a fault and the text it is planted in
         "",
     ),
     "the first to finish sums": ("lookup.cuh", "hw::draw_ticket(a.ticket) == teams - 1", "hw::draw_ticket(a.ticket) == 0"),
+    "the squares have one area": ("policy_loss_onepass.cuh", "team.squares + (turn & 1) * entries", "team.squares"),
     "the exchange has one area": ("policy_loss_onepass.cuh", "team.exchange + (turn & 1) * entries", "team.exchange"),
 }
 

@@ -9,27 +9,33 @@ void logprobs_bwd(const LogprobsBwdArgs& a, int64_t first, int64_t last) { PPG_D
 }  // namespace ppg::cpu
 #else
 
-template <class E, bool CAP, bool ENT> void logprobs_fwd_rows(const LogprobsFwdArgs& a, int64_t first, int64_t last) {
+template <class E, bool CAP, Sums SUMS> void logprobs_fwd_rows(const LogprobsFwdArgs& a, int64_t first, int64_t last) {
+  constexpr bool ENT = SUMS >= ENTROPY;
   for (int64_t n = first; n < last; ++n) {
     const int64_t label = a.labels[n];
     a.logprob[n] = a.lse[n] = 0.f;
     if (ENT) a.entropy[n] = 0.f;
+    if (SUMS == SCORE_NORM) a.score_norm[n] = 0.f;
     if (label < 0) continue;
     const auto* x = static_cast<const typename E::raw*>(a.logits.data) + a.logits.offset(n);
     const View<CAP> view(a, n);
     Fetch fetch = fetch_next<E>(a, n, last, 1);
-    const Stats stats = row_stats<E, CAP, ENT, false>(x, a.V, view, {}, fetch);
+    const Stats stats = row_stats<E, CAP, SUMS, false>(x, a.V, view, {}, fetch);
     const double log2_sum = std::log2(stats.sum);
-    a.logprob[n] = float((double(view(load_one<E>(x + label))) - stats.max - log2_sum) * LN2);
+    const float x_label = load_one<E>(x + label);
+    a.logprob[n] = float((double(view(x_label)) - stats.max - log2_sum) * LN2);
     a.lse[n] = float((stats.max + log2_sum) * LN2);
     if (ENT) a.entropy[n] = float((log2_sum - stats.dot / stats.sum) * LN2);
+    if (SUMS == SCORE_NORM) a.score_norm[n] = score_norm(stats, view, x_label);
   }
 }
 
+template <class E, bool CAP> void logprobs_fwd_of(const LogprobsFwdArgs& a, int64_t first, int64_t last) {
+  if (a.score_norm) return logprobs_fwd_rows<E, CAP, SCORE_NORM>(a, first, last);
+  a.entropy ? logprobs_fwd_rows<E, CAP, ENTROPY>(a, first, last) : logprobs_fwd_rows<E, CAP, PLAIN>(a, first, last);
+}
 template <class E> void logprobs_fwd_of(const LogprobsFwdArgs& a, int64_t first, int64_t last) {
-  const bool cap = a.logit_softcap != 0.f;
-  if (a.entropy) return cap ? logprobs_fwd_rows<E, true, true>(a, first, last) : logprobs_fwd_rows<E, false, true>(a, first, last);
-  return cap ? logprobs_fwd_rows<E, true, false>(a, first, last) : logprobs_fwd_rows<E, false, false>(a, first, last);
+  a.logit_softcap != 0.f ? logprobs_fwd_of<E, true>(a, first, last) : logprobs_fwd_of<E, false>(a, first, last);
 }
 
 static void logprobs_fwd(const LogprobsFwdArgs& a, int64_t first, int64_t last) { PPG_BY_DTYPE(a.dtype, logprobs_fwd_of, a, first, last); }

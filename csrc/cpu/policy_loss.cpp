@@ -54,7 +54,7 @@ PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, i
   store_one<E>(out + label, at_label);
 }
 
-// What the statistics of a row make of it: its three outputs and the slope of its gradient.
+// What the statistics of a row make of it: its outputs and the slope of its gradient.
 template <bool CAP, bool ENT> PPG_INLINE Slope finish_row(const PolicyLossArgs& a, int64_t n, const Stats& stats, float z_label) {
   const double log2_sum = std::log2(stats.sum), mean = ENT ? stats.dot / stats.sum : 0.0;
   const float logprob = float((double(z_label) - stats.max - log2_sum) * LN2), entropy = float((log2_sum - mean) * LN2);
@@ -80,13 +80,15 @@ PPG_INLINE Kept keep(std::vector<float>& memory, const typename E::raw* x, typen
   return {memory.data() + blocks, memory.data()};
 }
 
-template <class E, bool CAP, bool ENT> void policy_loss_rows(const PolicyLossArgs& a, int64_t first, int64_t last) {
+template <class E, bool CAP, Sums SUMS> void policy_loss_rows(const PolicyLossArgs& a, int64_t first, int64_t last) {
+  constexpr bool ENT = SUMS >= ENTROPY;
   static thread_local std::vector<float> memory;
   for (int64_t n = first; n < last; ++n) {
     const int64_t label = a.labels[n];
     if (label < 0) {
       a.loss[n] = a.logprob[n] = 0.f;
       if (ENT) a.entropy[n] = 0.f;
+      if (SUMS == SCORE_NORM) a.score_norm[n] = 0.f;
       if (a.dlogits.data) zero_row<E>(a.dlogits, n, a.V);
       continue;
     }
@@ -98,8 +100,9 @@ template <class E, bool CAP, bool ENT> void policy_loss_rows(const PolicyLossArg
     const Kept kept = full ? keep<E, CAP>(memory, x, out, a) : Kept{};
     Fetch fetch = fetch_next<E>(a, n, last, full ? 2 : 1);
     const Stats stats =
-        full ? row_stats<E, CAP, ENT, true>(x, a.V, view, kept, fetch) : row_stats<E, CAP, ENT, false>(x, a.V, view, kept, fetch);
+        full ? row_stats<E, CAP, SUMS, true>(x, a.V, view, kept, fetch) : row_stats<E, CAP, SUMS, false>(x, a.V, view, kept, fetch);
     const Slope slope = finish_row<CAP, ENT>(a, n, stats, view(x_label, 0.f)[0]);
+    if constexpr (SUMS == SCORE_NORM) a.score_norm[n] = score_norm(stats, view, x_label[0]);
     if (!out) continue;
     if (!full || slope.zero()) {
       zero_row<E>(a.dlogits, n, a.V);  // only now: it may be the row that was read
@@ -114,10 +117,12 @@ template <class E, bool CAP, bool ENT> void policy_loss_rows(const PolicyLossArg
   finish_streaming();
 }
 
+template <class E, bool CAP> void policy_loss_of(const PolicyLossArgs& a, int64_t first, int64_t last) {
+  if (a.score_norm) return policy_loss_rows<E, CAP, SCORE_NORM>(a, first, last);
+  a.entropy ? policy_loss_rows<E, CAP, ENTROPY>(a, first, last) : policy_loss_rows<E, CAP, PLAIN>(a, first, last);
+}
 template <class E> void policy_loss_of(const PolicyLossArgs& a, int64_t first, int64_t last) {
-  const bool cap = a.logit_softcap != 0.f;
-  if (a.entropy) return cap ? policy_loss_rows<E, true, true>(a, first, last) : policy_loss_rows<E, false, true>(a, first, last);
-  return cap ? policy_loss_rows<E, true, false>(a, first, last) : policy_loss_rows<E, false, false>(a, first, last);
+  a.logit_softcap != 0.f ? policy_loss_of<E, true>(a, first, last) : policy_loss_of<E, false>(a, first, last);
 }
 
 static void policy_loss(const PolicyLossArgs& a, int64_t first, int64_t last) { PPG_BY_DTYPE(a.dtype, policy_loss_of, a, first, last); }

@@ -26,8 +26,8 @@ constexpr float NEGLIGIBLE = -1e4f;  // an exponent whose exp2 is 0: keeps 0 * -
 PPG_INLINE Vec at_least(Vec t, float low) { return vmax(splat(low), t); }
 
 struct Stats {
-  float max;        // of z, in units of log 2
-  double sum, dot;  // sum 2^t, sum 2^t t, with t = z - max
+  float max;                // of z, in units of log 2
+  double sum, dot, square;  // sum 2^t, sum 2^t t, sum (2^t)^2, with t = z - max
 };
 
 constexpr int STEP = 4 * LANES;       // elements in flight
@@ -88,17 +88,19 @@ struct Kept {
 };
 
 // One visit, one exp2 per element, `kept` if the gradient will need them. `kept.exps` may be the row itself.
-template <class E, bool CAP, bool ENT, bool KEEP>
+template <class E, bool CAP, Sums SUMS, bool KEEP>
 PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>& view, const Kept& kept, Fetch& fetch) {
-  Vec sum[4] = {}, dot[4] = {};
+  constexpr bool ENT = SUMS >= ENTROPY, NORM = SUMS == SCORE_NORM;
+  Vec sum[4] = {}, dot[4] = {}, square[4] = {};
   float max = LOWEST;
-  const auto add = [&](Vec x, float* exps, Vec& sum, Vec& dot) __attribute__((always_inline)) {
+  const auto add = [&](Vec x, float* exps, Vec& sum, Vec& dot, Vec& square) __attribute__((always_inline)) {
     Vec t = view(x, max);
     if constexpr (ENT) t = at_least(t, NEGLIGIBLE);
     const Vec e = exp2_(t);
     if constexpr (KEEP) F32::store(exps, e);
     sum += e;
     if constexpr (ENT) dot += e * t;
+    if constexpr (NORM) square += e * e;
   };
   for (int64_t first = 0; first < V; first += BLOCK) {
     const int64_t last = first + BLOCK < V ? first + BLOCK : V;
@@ -107,6 +109,7 @@ PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>&
       const float shift = max - most, scale = exp2_(splat(shift))[0];
       for (int i = 0; i < 4; ++i) {
         if constexpr (ENT) dot[i] = (dot[i] + sum[i] * shift) * scale;
+        if constexpr (NORM) square[i] *= scale * scale;
         sum[i] *= scale;
       }
       max = most;
@@ -116,10 +119,10 @@ PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>&
     for (; v + STEP <= last; v += STEP) {
       fetch.step();
       const Pair p = E::load_pair(x + v), q = E::load_pair(x + v + 2 * LANES);
-      add(p.a, kept.exps + v, sum[0], dot[0]);
-      add(p.b, kept.exps + v + LANES, sum[1], dot[1]);
-      add(q.a, kept.exps + v + 2 * LANES, sum[2], dot[2]);
-      add(q.b, kept.exps + v + 3 * LANES, sum[3], dot[3]);
+      add(p.a, kept.exps + v, sum[0], dot[0], square[0]);
+      add(p.b, kept.exps + v + LANES, sum[1], dot[1], square[1]);
+      add(q.a, kept.exps + v + 2 * LANES, sum[2], dot[2], square[2]);
+      add(q.b, kept.exps + v + 3 * LANES, sum[3], dot[3], square[3]);
     }
     for (; v < last; v += LANES) {
       const int count = int(last - v < LANES ? last - v : LANES);
@@ -130,10 +133,20 @@ PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>&
       if constexpr (KEEP) store_tail<F32>(kept.exps + v, count, e);
       sum[0] += e;
       if constexpr (ENT) dot[0] += e * t;
+      if constexpr (NORM) square[0] += e * e;
     }
   }
   const double total = reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  return {total == 0 ? NAN : max, total, reduce_add((dot[0] + dot[1]) + (dot[2] + dot[3]))};
+  return {total == 0 ? NAN : max, total, reduce_add((dot[0] + dot[1]) + (dot[2] + dot[3])),
+          reduce_add((square[0] + square[1]) + (square[2] + square[3]))};
+}
+
+// |d logprob / d z|^2 = sum p^2 - 2 p_label + 1, never below 0. The label's exponential has the roundings that it has in the sums, which
+// cancel where the label is certain: inlined, x * scale could be shared with the log-prob, and no multiply-add be made of it.
+template <bool CAP> [[gnu::noinline]] float score_norm(const Stats& s, const View<CAP>& view, float x_label) {
+  const double e_label = exp2_(at_least(view(splat(x_label), s.max), NEGLIGIBLE))[0];
+  const double norm = s.square / (s.sum * s.sum) - 2 * e_label / s.sum + 1;
+  return norm < 0 ? 0.f : float(norm);  // a NaN stays one
 }
 
 // Fetches the row behind row n, if it will be read, in `passes` equal parts.

@@ -116,6 +116,14 @@ __device__ __forceinline__ void send(float4 v, void* dst, uint64_t* bar, unsigne
       "r"(addr(bar)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
       : "memory");
 }
+// The same with 4 bytes.
+__device__ __forceinline__ void send(float v, void* dst, uint64_t* bar, unsigned rank) {
+  asm volatile(
+      "{ .reg .b32 d, b; mapa.shared::cluster.u32 d, %0, %2; mapa.shared::cluster.u32 b, %1, %2;\n\t"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [d], %3, [b]; }" ::"r"(addr(dst)),
+      "r"(addr(bar)), "r"(rank), "r"(float_to_bits(v))
+      : "memory");
+}
 // Orders this thread's ordinary shared-memory stores before later copies into the same bytes.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif

@@ -97,6 +97,7 @@ __device__ __forceinline__ Kind row_kind(const FusedPolicyLossArgs& a, const Row
 }
 
 // From the statistics of the whole row to its outputs and slope. Every thread computes it, `writer` stores it.
+template <int SUMS>
 __device__ __forceinline__ Slope finish_row(const SweepArgs& a, int64_t n, const Row& row, const Stat& s, float k, bool writer) {
   const float log_sum = log2f(s.sum), mean = s.dot / s.sum;
   const float label = row.label < a.V ? s.label : hw::bits_to_float(NAN_BITS);  // an impossible label poisons its row
@@ -110,15 +111,20 @@ __device__ __forceinline__ Slope finish_row(const SweepArgs& a, int64_t n, const
     if (a.logprob) a.logprob[n] = logprob;
     if (a.entropy) a.entropy[n] = entropy;
     if (a.lse) a.lse[n] = (s.ref + log_sum) * LN2;
+    if constexpr (SUMS == SCORE_NORM) {
+      const float per = 1.f / s.sum, norm = fmaf(s.square * per, per, fmaf(hw::ex2(fmaf(label, k, -s.ref)), -2.f * per, 1.f));
+      a.score_norm[n] = norm < 0.f ? 0.f : norm;  // a NaN stays one
+    }
   }
   const float g = row.weight * term.d_logprob / row.temperature, h = row.weight * term.d_entropy / row.temperature * LN2;
   return {s.ref, (h * mean - g) / s.sum, -h / s.sum, g};
 }
-__device__ __forceinline__ void finish_skipped(const SweepArgs& a, int64_t n) {
+template <int SUMS> __device__ __forceinline__ void finish_skipped(const SweepArgs& a, int64_t n) {
   if (a.loss) a.loss[n] = 0.f;
   if (a.logprob) a.logprob[n] = 0.f;
   if (a.entropy) a.entropy[n] = 0.f;
   if (a.lse) a.lse[n] = 0.f;
+  if constexpr (SUMS == SCORE_NORM) a.score_norm[n] = 0.f;
 }
 
 // Called by every thread of a CTA after its rows, whose losses its thread 0 has stored; `teams` CTAs call it. The last one sums the losses

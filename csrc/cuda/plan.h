@@ -20,9 +20,12 @@ constexpr int ROW_BYTES = 32;  // of what it hands on of each
 
 constexpr int SMALL_THREADS = 128, LARGE_THREADS = 512;  // of the two-pass kernels
 
+// What a warp sends to every CTA of its cluster; the sum of squares that a score norm is made of comes on top.
+template <bool NORM> constexpr int ENTRY_BYTES = NORM ? 20 : 16;
+
 // Ring, two exchange areas, two batches of rows, barriers.
-constexpr int ring_bytes(int cluster, int consumers, int slots) {
-  return slots * CHUNK + 2 * cluster * (consumers / 32) * 16 + 2 * BATCH * ROW_BYTES + (2 * slots + 6) * 8;
+constexpr int ring_bytes(int cluster, int consumers, int slots, int entry_bytes) {
+  return slots * CHUNK + 2 * cluster * (consumers / 32) * entry_bytes + 2 * BATCH * ROW_BYTES + (2 * slots + 6) * 8;
 }
 
 // The slots that a row can touch in the worst alignment.
@@ -34,16 +37,18 @@ inline int64_t row_chunks(int64_t V, int elem_bytes, int cluster) {
 
 // The smallest cluster whose shared memory holds a row and leaves >= 32 KB per SM for the next ones. Depends on V, never on N, so that
 // a row gives the same bits in every batch. A row of one chunk stays in the L1 cache between two passes: small CTAs, many an SM.
-// max_per_sm 1: the kernel exists for 512 consumers only.
-inline Plan plan_row(int64_t V, int elem_bytes, bool has_clusters, int max_per_sm, int smem_block, int smem_sm) {
+// max_per_sm 1: the kernel exists for 512 consumers only. With a score norm the same, at times by a slot fewer, for the same reason.
+inline Plan plan_row(int64_t V, int elem_bytes, bool has_clusters, int max_per_sm, int smem_block, int smem_sm, int entry_bytes) {
   if (V * elem_bytes <= CHUNK) return {0, SMALL_THREADS, 0, 0};
   for (int cluster = 1; has_clusters && cluster <= MAX_CLUSTER; cluster *= 2)
     for (int per_sm = max_per_sm; per_sm >= 1; --per_sm) {
       const int consumers = 512 / per_sm, room = per_sm == 1 ? smem_block : smem_sm / 2 - 1024;  // 1 KB of each block is the system's
       const int64_t chunks = row_chunks(V, elem_bytes, cluster);
       int slots = room / CHUNK;
-      while (slots > 0 && ring_bytes(cluster, consumers, slots) > room) --slots;
-      if (slots >= chunks + (per_sm == 1 ? 3 : 2)) return {cluster, consumers, slots, static_cast<int>(chunks)};
+      while (slots > 0 && ring_bytes(cluster, consumers, slots, ENTRY_BYTES<false>) > room) --slots;
+      if (slots < chunks + (per_sm == 1 ? 3 : 2)) continue;
+      if (ring_bytes(cluster, consumers, slots, entry_bytes) > room) --slots;
+      return {cluster, consumers, slots, static_cast<int>(chunks)};
     }
   return {0, LARGE_THREADS, 0, 0};
 }

@@ -5,39 +5,44 @@
 namespace ppg {
 namespace {
 
-template <class E, bool CAP, bool ENT, int CONSUMERS>
+template <class E, bool CAP, int SUMS, int CONSUMERS>
 int launch_onepass(const SweepArgs& a, const hw::Device& d, const Plan& p, void* stream) {
   // The number of slots follows from the device and the cluster, so the answer does too: asked for once by each thread.
   static thread_local int resident[hw::MAX_DEVICES][MAX_CLUSTER + 1];
-  const int smem = ring_bytes(p.cluster, CONSUMERS, p.slots);
+  const int smem = ring_bytes(p.cluster, CONSUMERS, p.slots, ENTRY_BYTES<SUMS == SCORE_NORM>);
   int& clusters = resident[d.id][p.cluster];
   if (!clusters) {
-    const int error = hw::resident_clusters(d, policy_loss_onepass<E, CAP, ENT, CONSUMERS>, CONSUMERS + 32, p.cluster, smem, &clusters);
+    const int error = hw::resident_clusters(d, policy_loss_onepass<E, CAP, SUMS, CONSUMERS>, CONSUMERS + 32, p.cluster, smem, &clusters);
     if (error) return error;
   }
   const unsigned grid = (unsigned)std::min<int64_t>(a.tokens.N, clusters) * p.cluster;
-  return hw::launch(policy_loss_onepass<E, CAP, ENT, CONSUMERS>, grid, CONSUMERS + 32, p.cluster, smem, stream, a, p.slots);
+  return hw::launch(policy_loss_onepass<E, CAP, SUMS, CONSUMERS>, grid, CONSUMERS + 32, p.cluster, smem, stream, a, p.slots);
 }
 
-template <class E, bool CAP, bool ENT> int launch_sweep(const SweepArgs& a, const hw::Device& d, const Plan& p, void* stream) {
+template <class E, bool CAP, int SUMS> int launch_sweep(const SweepArgs& a, const hw::Device& d, const Plan& p, void* stream) {
   if constexpr (!CAP)  // softcap goes with vocabularies that take 512; its kernel for 256 would spill registers
-    if (p.cluster && p.threads == 256) return launch_onepass<E, CAP, ENT, 256>(a, d, p, stream);
-  if (p.cluster) return launch_onepass<E, CAP, ENT, 512>(a, d, p, stream);
+    if (p.cluster && p.threads == 256) return launch_onepass<E, CAP, SUMS, 256>(a, d, p, stream);
+  if (p.cluster) return launch_onepass<E, CAP, SUMS, 512>(a, d, p, stream);
   const int resident = d.sms * two_pass_ctas_per_sm(a.V, sizeof(typename E::raw), p.threads);
-  return hw::launch(policy_loss_twopass<E, CAP, ENT>, (unsigned)std::min<int64_t>(a.tokens.N, resident), p.threads, 0,
-                    2 * sizeof(Row) + p.threads / 32 * sizeof(float4), stream, a);
+  return hw::launch(policy_loss_twopass<E, CAP, SUMS>, (unsigned)std::min<int64_t>(a.tokens.N, resident), p.threads, 0,
+                    2 * sizeof(Row) + p.threads / 32 * ENTRY_BYTES<SUMS == SCORE_NORM>, stream, a);
+}
+
+template <class E, bool CAP> int launch_sweep(const SweepArgs& a, const hw::Device& d, const Plan& p, void* stream) {
+  if (a.score_norm) return launch_sweep<E, CAP, SCORE_NORM>(a, d, p, stream);
+  const bool entropy = a.entropy || a.term.entropy_coef != 0.f;
+  return entropy ? launch_sweep<E, CAP, ENTROPY>(a, d, p, stream) : launch_sweep<E, CAP, PLAIN>(a, d, p, stream);
 }
 
 template <class E> int launch_sweep(const SweepArgs& a, void* stream) {
   hw::Device d;
   if (const int error = hw::current_device(&d)) return error;
-  Plan p = plan_row(a.V, sizeof(typename E::raw), d.major >= 9, a.logit_softcap != 0.f ? 1 : 2, d.smem_block, d.smem_sm);
+  const int entry_bytes = a.score_norm ? ENTRY_BYTES<true> : ENTRY_BYTES<false>;
+  Plan p = plan_row(a.V, sizeof(typename E::raw), d.major >= 9, a.logit_softcap != 0.f ? 1 : 2, d.smem_block, d.smem_sm, entry_bytes);
 #ifdef PPG_EMULATED
   if (emu::settings.forced) p = {emu::settings.cluster, emu::settings.threads, emu::settings.slots, 0};
 #endif
-  const bool entropy = a.entropy || a.term.entropy_coef != 0.f;
-  if (a.logit_softcap != 0.f) return entropy ? launch_sweep<E, true, true>(a, d, p, stream) : launch_sweep<E, true, false>(a, d, p, stream);
-  return entropy ? launch_sweep<E, false, true>(a, d, p, stream) : launch_sweep<E, false, false>(a, d, p, stream);
+  return a.logit_softcap != 0.f ? launch_sweep<E, true>(a, d, p, stream) : launch_sweep<E, false>(a, d, p, stream);
 }
 
 // One scale for all: a few CTAs an SM, since nearly always it is 1 and there is nothing to do.
@@ -108,6 +113,7 @@ int policy_loss(const PolicyLossArgs& args, void* stream) {
   a.loss = args.loss;
   a.logprob = args.logprob;
   a.entropy = args.entropy;
+  a.score_norm = args.score_norm;
   return sweep(a, stream);
 }
 
@@ -116,6 +122,7 @@ int logprobs_fwd(const LogprobsFwdArgs& args, void* stream) {
   a.logprob = args.logprob;
   a.entropy = args.entropy;
   a.lse = args.lse;
+  a.score_norm = args.score_norm;
   return sweep(a, stream);
 }
 

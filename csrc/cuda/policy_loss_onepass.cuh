@@ -45,6 +45,7 @@ template <int WARPS> struct Team {  // what the threads of a CTA share
   float4* exchange;
   Row* rows;
   uint64_t *full, *empty, *arrived, *known, *used;
+  float* squares;
   int slots, rank, size;
   int64_t first, step;
   __device__ __forceinline__ explicit Team(int slots_) : slots(slots_), rank(hw::cluster_rank()), size(hw::cluster_size()) {
@@ -56,6 +57,7 @@ template <int WARPS> struct Team {  // what the threads of a CTA share
     arrived = empty + slots;                                     // [2] the exchange is complete
     known = arrived + 2;                                         // [2] a batch of rows has been looked up
     used = known + 2;                                            // [2] and is not needed any more
+    squares = reinterpret_cast<float*>(used + 2);                // SCORE_NORM: as exchange, which is full
     first = blockIdx.x / size;
     step = gridDim.x / size;
   }
@@ -103,7 +105,7 @@ template <class E, int WARPS> __device__ void produce(const SweepArgs& a, const 
 
 // Sweep 1 over the chunk at `slot`: statistics of elements j * SLOT .. of the slice. Which thread adds which element depends on its
 // index only, so a row gives the same bits at any alignment; an unaligned group is cut out of two vectors.
-template <class E, bool CAP, bool ENT, bool ALIGNED, bool WHOLE, int CONSUMERS, int WARPS>
+template <class E, bool CAP, int SUMS, bool ALIGNED, bool WHOLE, int CONSUMERS, int WARPS>
 __device__ __forceinline__ void sweep_stats(Stat& stat, const Team<WARPS>& team, const Slice<E>& s, const View<CAP>& view, int j,
                                             int slot) {
   constexpr int U = CHUNK / 16 / CONSUMERS;
@@ -119,7 +121,7 @@ __device__ __forceinline__ void sweep_stats(Stat& stat, const Team<WARPS>& team,
         w = shift16(w, *reinterpret_cast<const uint4*>(q + 16 == end ? team.ring : q + 16), s.pad * (int)sizeof(typename E::raw));
       unpack16<E>(w, z + u * VEC<E>);
     }
-    add<CAP, ENT, true>(stat, z, view, 0);
+    add<CAP, SUMS, true>(stat, z, view, 0);
   } else {
     for (int u = 0; u < U; ++u) {
       const int e = first + u * CONSUMERS * VEC<E>, count = s.len - e;
@@ -132,7 +134,7 @@ __device__ __forceinline__ void sweep_stats(Stat& stat, const Team<WARPS>& team,
       }
       float z[VEC<E>];
       unpack16<E>(w, z);
-      add<CAP, ENT, false>(stat, z, view, count);
+      add<CAP, SUMS, false>(stat, z, view, count);
     }
   }
 }
@@ -170,7 +172,7 @@ __device__ __forceinline__ void sweep_gradient(const Slope& slope, const Team<WA
   }
 }
 
-template <class E, bool CAP, bool ENT, int CONSUMERS> __device__ void consume(const SweepArgs& a, const Team<CONSUMERS / 32>& team) {
+template <class E, bool CAP, int SUMS, int CONSUMERS> __device__ void consume(const SweepArgs& a, const Team<CONSUMERS / 32>& team) {
   using raw = typename E::raw;
   constexpr int WARPS = CONSUMERS / 32;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, entries = team.size * WARPS;
@@ -189,7 +191,7 @@ template <class E, bool CAP, bool ENT, int CONSUMERS> __device__ void consume(co
     raw* const out = a.dlogits.data ? row_at<E>(a.dlogits, n) + s.begin : nullptr;
     bool zero = true;
     if (kind == SKIP) {
-      if (writer) finish_skipped(a, n);
+      if (writer) finish_skipped<SUMS>(a, n);
     } else {
       const View<CAP> view(a.logit_softcap, row.temperature);
       const int label = row.label - s.begin < s.len && row.label >= s.begin ? row.label - s.begin : -VEC<E>;
@@ -202,9 +204,9 @@ template <class E, bool CAP, bool ENT, int CONSUMERS> __device__ void consume(co
         c.next();
         if (s.pad && j + 1 < s.chunks) hw::bar_wait(&team.full[c.slot], c.parity);  // an unaligned group may reach into the next slot
         const bool whole = (j + 1) * SLOT<E> <= s.len;
-        if (whole && !s.pad) sweep_stats<E, CAP, ENT, true, true, CONSUMERS>(stat, team, s, view, j, slot);
-        else if (whole) sweep_stats<E, CAP, ENT, false, true, CONSUMERS>(stat, team, s, view, j, slot);
-        else sweep_stats<E, CAP, ENT, false, false, CONSUMERS>(stat, team, s, view, j, slot);
+        if (whole && !s.pad) sweep_stats<E, CAP, SUMS, true, true, CONSUMERS>(stat, team, s, view, j, slot);
+        else if (whole) sweep_stats<E, CAP, SUMS, false, true, CONSUMERS>(stat, team, s, view, j, slot);
+        else sweep_stats<E, CAP, SUMS, false, false, CONSUMERS>(stat, team, s, view, j, slot);
         if (warp == 0 && label >= j * SLOT<E> && label < (j + 1) * SLOT<E>) {  // one lane adds the label's view to the statistics
           const int i = slot * SLOT<E> + s.pad + label - j * SLOT<E>, all = team.slots * SLOT<E>;
           if (lane == 0) stat.label = view(load1<E>(reinterpret_cast<const raw*>(team.ring) + (i < all ? i : i - all)));
@@ -213,18 +215,23 @@ template <class E, bool CAP, bool ENT, int CONSUMERS> __device__ void consume(co
       }
       // Every warp of every CTA pushes its part to every CTA. Two areas in turn: a peer can only send for row i + 2 after it has
       // received row i + 1 from every warp here, and those were sent after row i was read.
-      warp_combine<ENT>(stat);
+      warp_combine<SUMS>(stat);
       float4* const area = team.exchange + (turn & 1) * entries;
       uint64_t* const arrived = &team.arrived[turn & 1];
-      if (threadIdx.x == 0) hw::bar_expect(arrived, entries * 16);
-      if (lane < team.size) hw::send(make_float4(stat.ref, stat.sum, stat.dot, stat.label), area + team.rank * WARPS + warp, arrived, lane);
+      float* const squares = team.squares + (turn & 1) * entries;
+      const int mine = team.rank * WARPS + warp;
+      if (threadIdx.x == 0) hw::bar_expect(arrived, entries * ENTRY_BYTES<SUMS == SCORE_NORM>);
+      if (lane < team.size) {
+        hw::send(make_float4(stat.ref, stat.sum, stat.dot, stat.label), area + mine, arrived, lane);
+        if constexpr (SUMS == SCORE_NORM) hw::send(stat.square, squares + mine, arrived, lane);
+      }
       hw::bar_wait<true>(arrived, (turn >> 1) & 1);
       ++turn;
-      const Slope slope = finish_row(a, n, row, combine<ENT>(area, entries), view.k, writer);
+      const Slope slope = finish_row<SUMS>(a, n, row, combine<SUMS>(area, squares, entries), view.k, writer);
       zero = kind != FULL || slope.zero();
       c = at;
       for (int j = 0; j < s.chunks; ++j, c.next()) {
-        if (!zero) sweep_gradient<E, CAP, ENT, CONSUMERS>(slope, team, s, view, out, label, j, c.slot);
+        if (!zero) sweep_gradient<E, CAP, SUMS >= ENTROPY, CONSUMERS>(slope, team, s, view, out, label, j, c.slot);
         if (kind == FULL || j >= steps) release(c.slot);
       }
       at = c;
@@ -237,7 +244,7 @@ template <class E, bool CAP, bool ENT, int CONSUMERS> __device__ void consume(co
   }
 }
 
-template <class E, bool CAP, bool ENT, int CONSUMERS>
+template <class E, bool CAP, int SUMS, int CONSUMERS>
 __global__ void __launch_bounds__(CONSUMERS + 32, CONSUMERS > 256 ? 1 : 2)
     policy_loss_onepass(const __grid_constant__ SweepArgs a, int slots) {
 #if defined(PPG_EMULATED) || __CUDA_ARCH__ >= 900
@@ -258,7 +265,7 @@ __global__ void __launch_bounds__(CONSUMERS + 32, CONSUMERS > 256 ? 1 : 2)
   count_outer(a, counted, CONSUMERS + 32);
   hw::cluster_sync();  // no peer may send before the barriers here exist
   if (threadIdx.x >= CONSUMERS) produce<E>(a, team, outer(a, counted, CONSUMERS + 32));
-  else consume<E, CAP, ENT, CONSUMERS>(a, team);
+  else consume<E, CAP, SUMS, CONSUMERS>(a, team);
   hw::cluster_sync();  // no CTA leaves while a peer may still send to it
   if (team.rank == 0) sum_losses(a, team.ring, gridDim.x / team.size, CONSUMERS + 32);
 #endif

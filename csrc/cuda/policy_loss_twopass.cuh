@@ -4,12 +4,13 @@
 
 namespace ppg {
 
-template <class E, bool CAP, bool ENT>
+template <class E, bool CAP, int SUMS>
 __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __grid_constant__ SweepArgs a) {
   using raw = typename E::raw;
   Row* const rows = reinterpret_cast<Row*>(hw::smem());      // [2] this row and the next
   float4* const part = reinterpret_cast<float4*>(rows + 2);  // one entry a warp
   const int V = (int)a.V, tid = threadIdx.x, threads = blockDim.x;
+  float* const squares = reinterpret_cast<float*>(part + threads / 32);  // SCORE_NORM: the same
   int* const counted = reinterpret_cast<int*>(part);
   count_outer(a, counted, threads);
   __syncthreads();
@@ -23,7 +24,7 @@ __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __
     raw* const out = a.dlogits.data ? row_at<E>(a.dlogits, n) : nullptr;
     bool zero = true;
     if (kind == SKIP) {
-      if (tid == 0) finish_skipped(a, n);
+      if (tid == 0) finish_skipped<SUMS>(a, n);
     } else {
       const raw* const src = row_at<E>(a.logits, n);
       const View<CAP> view(a.logit_softcap, row.temperature);
@@ -34,16 +35,19 @@ __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __
       for (int e = tid * VEC<E>; e < V; e += threads * VEC<E>) {
         float z[VEC<E>];
         unpack16<E>(load_group<E>(src, pad, e, V), z);
-        if (e + VEC<E> <= V) add<CAP, ENT, true>(stat, z, view, 0);
-        else add<CAP, ENT, false>(stat, z, view, V - e);
+        if (e + VEC<E> <= V) add<CAP, SUMS, true>(stat, z, view, 0);
+        else add<CAP, SUMS, false>(stat, z, view, V - e);
       }
       if (tid == 0 && row.label < V) stat.label = view(load1<E>(src + row.label));
-      warp_combine<ENT>(stat);
-      if ((tid & 31) == 0) part[tid / 32] = make_float4(stat.ref, stat.sum, stat.dot, stat.label);
+      warp_combine<SUMS>(stat);
+      if ((tid & 31) == 0) {
+        part[tid / 32] = make_float4(stat.ref, stat.sum, stat.dot, stat.label);
+        if constexpr (SUMS == SCORE_NORM) squares[tid / 32] = stat.square;
+      }
       __syncthreads();  // also: the whole row has been read
-      const Slope slope = finish_row(a, n, row, combine<ENT>(part, threads / 32), view.k, tid == 0);
+      const Slope slope = finish_row<SUMS>(a, n, row, combine<SUMS>(part, squares, threads / 32), view.k, tid == 0);
       zero = kind != FULL || slope.zero();
-      if (!zero) gradient_row<E, CAP, ENT>(slope, view, src, out, V, row.label, tid, threads);
+      if (!zero) gradient_row<E, CAP, SUMS >= ENTROPY>(slope, view, src, out, V, row.label, tid, threads);
     }
     if (zero && out) zero_row<E>(out, V, tid, threads);
     __syncthreads();  // the next row is known, part and this row are free again

@@ -78,19 +78,21 @@ template <bool CAP> struct View {
   }
 };
 
-struct Stat {  // over a set of elements, with t = v * k - ref:  sum 2^t,  sum 2^t t,  and v of the label if it is among them
-  float ref = LOWEST, sum = 0.f, dot = 0.f, label = 0.f;
+// Over a set of elements, with t = v * k - ref:  sum 2^t,  sum 2^t t,  sum (2^t)^2,  and v of the label if it is among them.
+struct Stat {
+  float ref = LOWEST, sum = 0.f, dot = 0.f, label = 0.f, square = 0.f;
 };
 
-template <bool ENT> __device__ __forceinline__ void rebase(Stat& s, float ref) {
+template <int SUMS> __device__ __forceinline__ void rebase(Stat& s, float ref) {
   const float d = s.ref - ref, r = hw::ex2(d);
-  if constexpr (ENT) s.dot = (s.dot + s.sum * d) * r;
+  if constexpr (SUMS >= ENTROPY) s.dot = (s.dot + s.sum * d) * r;
+  if constexpr (SUMS == SCORE_NORM) s.square *= r * r;
   s.sum *= r;
   s.ref = ref;
 }
 
 // One exponential per element; the reference moves at most once per call. Elements at or beyond `count` do not exist.
-template <bool CAP, bool ENT, bool WHOLE, int M>
+template <bool CAP, int SUMS, bool WHOLE, int M>
 __device__ __forceinline__ void add(Stat& s, float (&z)[M], const View<CAP>& view, int count) {
   float top[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
 #pragma unroll
@@ -98,7 +100,7 @@ __device__ __forceinline__ void add(Stat& s, float (&z)[M], const View<CAP>& vie
     z[i] = WHOLE || i < count ? view(z[i]) : -INFINITY;
     top[i & 3] = fmaxf(top[i & 3], z[i]);
   }
-  rebase<ENT>(s, fmaxf(s.ref, fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3])) * view.k));
+  rebase<SUMS>(s, fmaxf(s.ref, fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3])) * view.k));
 #pragma unroll
   for (int i = 0; i < M; i += 4) {
     float e[4], et[4];
@@ -106,28 +108,30 @@ __device__ __forceinline__ void add(Stat& s, float (&z)[M], const View<CAP>& vie
     for (int j = 0; j < 4; ++j) {
       const float t = fmaf(z[i + j], view.k, -s.ref);
       e[j] = hw::ex2(t);  // of t itself: a maximum would swallow a NaN
-      if constexpr (ENT) et[j] = e[j] * fmaxf(t, NEGLIGIBLE);
+      if constexpr (SUMS >= ENTROPY) et[j] = e[j] * fmaxf(t, NEGLIGIBLE);
     }
     s.sum += (e[0] + e[1]) + (e[2] + e[3]);
-    if constexpr (ENT) s.dot += (et[0] + et[1]) + (et[2] + et[3]);
+    if constexpr (SUMS >= ENTROPY) s.dot += (et[0] + et[1]) + (et[2] + et[3]);
+    if constexpr (SUMS == SCORE_NORM) s.square += fmaf(e[0], e[0], e[1] * e[1]) + fmaf(e[2], e[2], e[3] * e[3]);
   }
 }
 
 // All lanes get the same bits: maxima and a + b do not depend on the order of their two operands.
-template <bool ENT> __device__ __forceinline__ void warp_combine(Stat& s) {
+template <int SUMS> __device__ __forceinline__ void warp_combine(Stat& s) {
   float ref = s.ref;
 #pragma unroll
   for (int o = 16; o; o >>= 1) ref = fmaxf(ref, __shfl_xor_sync(~0u, ref, o));
-  rebase<ENT>(s, ref);
+  rebase<SUMS>(s, ref);
 #pragma unroll
   for (int o = 16; o; o >>= 1) {
     s.sum += __shfl_xor_sync(~0u, s.sum, o);
     s.label += __shfl_xor_sync(~0u, s.label, o);
-    if constexpr (ENT) s.dot += __shfl_xor_sync(~0u, s.dot, o);
+    if constexpr (SUMS >= ENTROPY) s.dot += __shfl_xor_sync(~0u, s.dot, o);
+    if constexpr (SUMS == SCORE_NORM) s.square += __shfl_xor_sync(~0u, s.square, o);
   }
 }
-// Entries first, first + 32, ... of `part` by lane, then over the lanes: a fixed order.
-template <bool ENT> __device__ __forceinline__ Stat combine(const float4* part, int count) {
+// Entries first, first + 32, ... of `part` (and `squares`) by lane, then over the lanes: a fixed order.
+template <int SUMS> __device__ __forceinline__ Stat combine(const float4* part, const float* squares, int count) {
   Stat s;
   for (int i = threadIdx.x & 31; i < count; i += 32) {
     const float4 p = part[i];
@@ -135,14 +139,16 @@ template <bool ENT> __device__ __forceinline__ Stat combine(const float4* part, 
     o.ref = p.x;
     o.sum = p.y;
     o.dot = p.z;
+    if constexpr (SUMS == SCORE_NORM) o.square = squares[i];
     const float ref = fmaxf(s.ref, o.ref);
-    rebase<ENT>(s, ref);
-    rebase<ENT>(o, ref);
+    rebase<SUMS>(s, ref);
+    rebase<SUMS>(o, ref);
     s.sum += o.sum;
     s.dot += o.dot;
+    if constexpr (SUMS == SCORE_NORM) s.square += o.square;
     s.label += p.w;
   }
-  warp_combine<ENT>(s);
+  warp_combine<SUMS>(s);
   return s;
 }
 

@@ -1,7 +1,7 @@
 """The specification, executed: plain differentiable PyTorch in any floating dtype. In float64 it is the truth of every test."""
 
 from ppg_fast.reference.groups import consecutive_ids, group_sum
-from ppg_fast.reference.logprobs import token_logprobs
+from ppg_fast.reference.logprobs import score_norms, token_logprobs
 from ppg_fast.reference.partial_returns import masked_returns, partial_returns
 from ppg_fast.reference.policy_loss import grouped_old_logprobs, loss_from_logprobs, policy_loss
 from ppg_fast.reference.policy_term import importance_weight, policy_term
@@ -16,5 +16,6 @@ __all__ = [
     "partial_returns",
     "policy_loss",
     "policy_term",
+    "score_norms",
     "token_logprobs",
 ]

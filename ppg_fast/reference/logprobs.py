@@ -1,4 +1,4 @@
-"""Log-probability of each label and entropy of each row. Mirrors kernels/triton/logprobs.py and csrc/*/logprobs.*"""
+"""Log-probability of each label, entropy and score norm of each row. Mirrors kernels/triton/logprobs.py and csrc/*/logprobs.*"""
 
 import torch
 from torch import Tensor
@@ -11,13 +11,24 @@ def token_logprobs(logits: Tensor, labels: Tensor, temperature: Tensor | float =
     zeros. ``temperature`` a number or (N,). Returns two (N,) tensors in the dtype of the logits, differentiable in them.
     """
     rows = (labels >= 0).nonzero().squeeze(-1)
-    z = logits[rows]
-    if logit_softcap:
-        z = logit_softcap * torch.tanh(z / logit_softcap)
-    z = z / (temperature[rows, None].to(z.dtype) if isinstance(temperature, Tensor) else temperature)
-    logp = torch.log_softmax(z, -1)
+    logp = _log_softmax(logits, rows, temperature, logit_softcap)
     p = logp.exp()
     entropy = -(p * logp.masked_fill(p == 0, 0.0)).sum(-1)  # 0 log 0 = 0, also where a logit is -inf
     logprobs = logp.gather(-1, labels[rows, None]).squeeze(-1)
     zeros = torch.zeros(labels.shape, dtype=logits.dtype, device=logits.device)
     return zeros.index_put((rows,), logprobs), zeros.index_put((rows,), entropy)
+
+
+def score_norms(logits: Tensor, labels: Tensor, temperature: Tensor | float = 1.0, logit_softcap: float = 0.0) -> Tensor:
+    """|d l / d z|^2 = sum p^2 - 2 p[label] + 1 in [0, 2], (N,); zero where masked, no gradient. Arguments as in `token_logprobs`."""
+    rows = (labels >= 0).nonzero().squeeze(-1)
+    p = _log_softmax(logits.detach(), rows, temperature, logit_softcap).exp()
+    norms = p.square().sum(-1) - 2 * p.gather(-1, labels[rows, None]).squeeze(-1) + 1
+    return torch.zeros(labels.shape, dtype=logits.dtype, device=logits.device).index_put((rows,), norms.clamp(min=0))
+
+
+def _log_softmax(logits: Tensor, rows: Tensor, temperature: Tensor | float, logit_softcap: float) -> Tensor:
+    z = logits[rows]
+    if logit_softcap:
+        z = logit_softcap * torch.tanh(z / logit_softcap)
+    return torch.log_softmax(z / (temperature[rows, None].to(z.dtype) if isinstance(temperature, Tensor) else temperature), -1)

@@ -34,6 +34,7 @@ class Case:
     on_policy: bool = False
     row_temperatures: bool = False
     entropy: bool = True
+    score_norm: bool = False
     holes: bool = False  # -inf logits
     rows: tuple[int, ...] = (0, 1, 2, 3, 4, 5)  # which of the six; data belong to the row, not to its place
 
@@ -48,6 +49,7 @@ class Result:
     logprob: Tensor
     entropy: Tensor
     dlogits: Tensor
+    score_norm: Tensor | None = None
 
     def bits(self) -> list[Tensor]:
         return [t.contiguous().view(torch.uint8) for t in (self.loss, self.logprob, self.entropy, self.dlogits)]
@@ -122,13 +124,17 @@ def run(ops, case: Case) -> Result:
     gradient = torch.where(live[:, None], gradient, 0.0)
 
     got = [torch.full((N,), torch.nan) for _ in range(3)]
-    entropy = case.entropy or spec.entropy_coef != 0
+    entropy = case.entropy or spec.entropy_coef != 0 or case.score_norm
+    norm = torch.full((N,), torch.nan) if case.score_norm else None
     ops.policy_loss(
         x, c["labels"], c["advantages"], c["weights"], *given, temperatures, LossType[spec.loss_type.upper()],
         KLEstimator[spec.kl_estimator.upper()], spec.clip_low, spec.clip_high, spec.dual_clip, spec.kl_coef, spec.entropy_coef,
-        spec.importance_cap, spec.temperature, spec.logit_softcap, got[0], got[1], got[2] if entropy else None, dlogits,
+        spec.importance_cap, spec.temperature, spec.logit_softcap, got[0], got[1], got[2] if entropy else None, dlogits, norm,
     )  # fmt: skip
-    result = Result(*got, dlogits.reshape(N, case.V).clone())
+    result = Result(*got, dlogits.reshape(N, case.V).clone(), norm)
+    if norm is not None:
+        norms = reference.score_norms(truth_in, c["labels"], truth_spec.temperature, spec.logit_softcap)
+        assert ((norm - norms).abs() <= 2e-6).all(), f"score norm {norm.tolist()}, expected {norms.tolist()}"
     for name, actual, want in zip(("loss", "logprob", "entropy"), got[: 3 if entropy else 2], truth, strict=False):
         error = (actual.double() - want).abs()
         assert (error <= 5e-6 * (1 + want.abs())).all(), f"{name} {actual.tolist()}, expected {want.tolist()}"
@@ -152,7 +158,7 @@ def outside(case: Case, memory: Tensor, rows: Tensor) -> Tensor:
 
 # What a planted fault must not survive: every cluster, aligned and not, shortest rings, late delivery.
 PROBES = [
-    (Case(V, dtype, shift=shift, out=out), cluster, seed, mode)
+    (Case(V, dtype, shift=shift, out=out, score_norm=seed == 2), cluster, seed, mode)
     for (V, dtype, shift, out, cluster), seed, mode in itertools.product(
         (
             (20011, torch.bfloat16, 0, None, 1),

@@ -128,15 +128,15 @@ inline void copy_in(void* dst, const void* src, unsigned bytes, uint64_t* p) {
   emu::stats.copied_bytes += bytes;
   push({c, dst, src, bytes, {}, emu::bar(c, p)});
 }
-inline void send(float4 v, void* dst, uint64_t* p, unsigned rank) {
+template <class T> void send(T v, void* dst, uint64_t* p, unsigned rank) {
   auto* c = emu::me->cta;
   auto* to = rank < emu::ctas.size() ? &emu::ctas[rank] : nullptr;
   if (!to) emu::fail("send to a rank outside the cluster");
   if (!to->live) emu::fail("send to a CTA that has left");
-  if ((uintptr_t)dst % 16) emu::fail("misaligned send");
+  if ((uintptr_t)dst % sizeof v) emu::fail("misaligned send");
   const auto there = [&](void* q) { return to->smem + ((unsigned char*)q - c->smem); };
-  emu::Op o{to, there(dst), nullptr, 16, {}, emu::bar(to, reinterpret_cast<uint64_t*>(there(p)))};
-  std::memcpy(o.value, &v, 16);
+  emu::Op o{to, there(dst), nullptr, sizeof v, {}, emu::bar(to, reinterpret_cast<uint64_t*>(there(p)))};
+  std::memcpy(o.value, &v, sizeof v);
   ++emu::stats.sends;
   push(o);
 }

@@ -39,7 +39,7 @@ void run_fused(const Rows& logits, const Rows& dlogits, int64_t V, DType dtype, 
   const std::vector<int32_t> turns{0, 1, 4, 2, -1, 9}, counts{T, 3}, bounds{0, 2, 6};
   const std::vector<uint8_t> reward_mask(T * T, 1);
   const std::vector<float> rewards(S * T, 1.5f), old(N, -1.f);
-  std::vector<float> credit(2 * S * T), loss(N), logprob(N), ent(N), total(1);
+  std::vector<float> credit(2 * S * T), loss(N), logprob(N), ent(N), norm(N), total(1);
   std::vector<int32_t> tokens(S * 2);
   std::vector<uint32_t> ticket(1, 9);
   const auto column = [](const auto& v, bool floating) { return Column{v.data(), L, 1, (int)sizeof v[0], floating}; };
@@ -59,6 +59,7 @@ void run_fused(const Rows& logits, const Rows& dlogits, int64_t V, DType dtype, 
   a.reduction = means ? Reduction(1 + round % 2) : Reduction::TOKEN_MEAN, a.skip_zero_advantages = round % 5 == 0;
   a.counts = c.counts, a.counted = c.counted, a.slices = c.slices;
   a.loss = loss.data(), a.logprob = logprob.data(), a.entropy = entropy ? ent.data() : nullptr;
+  a.score_norm = entropy && round % 3 ? norm.data() : nullptr;
   a.total = total.data(), a.ticket = ticket.data();
   expect(cuda::fused_policy_loss(a, nullptr), "fused_policy_loss");
   if (!std::isfinite(total[0])) ++failures, std::printf("fused loss %g\n", total[0]);
@@ -72,11 +73,11 @@ void run(int64_t V, DType dtype, int shift, int gap, int out_shift, bool cap, bo
   const Rows in{logits.data, L, batch, stride}, out{out_shift < 0 ? logits.data : other.data, L, batch, stride};
   const std::vector<int64_t> labels{0, -100, V - 1, V / 2, -1, V / 3};
   const std::vector<float> advantages{1.f, 1.f, -0.5f, 0.f, 1.f, 2.f}, ones(N, 1.25f), zeros(N, 0.f);
-  std::vector<float> loss(N), logprob(N), ent(N), lse(N);
+  std::vector<float> loss(N), logprob(N), ent(N), lse(N), norm(N);
   const Sweep sweep{in, labels.data(), nullptr, N, V, dtype, 1.3f, cap ? 9.f : 0.f};
 
   LogprobsFwdArgs f{sweep};
-  f.logprob = logprob.data(), f.entropy = ent.data(), f.lse = lse.data();
+  f.logprob = logprob.data(), f.entropy = ent.data(), f.lse = lse.data(), f.score_norm = entropy ? norm.data() : nullptr;
   expect(cuda::logprobs_fwd(f, nullptr), "logprobs_fwd");
 
   PolicyLossArgs a{sweep};
