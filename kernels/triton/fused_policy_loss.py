@@ -67,12 +67,14 @@ def fused_policy_loss(
     skip_zero_advantages: bool,
     entropy: bool,
     dlogits: Tensor | None,  # (B, L, V) out, may be the logits themselves
+    score_norm: Tensor | None = None,  # (B, L) out
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> reduced loss, log-prob and entropy of each row (B, L) float32; writes ``dlogits`` where given. Contract: ppg_fast/backends.py"""
     B, L, _ = logits.shape
     N, each = B * L, reduction.kind == "none"
     losses, logprobs = (torch.empty(B, L, dtype=torch.float32, device=logits.device) for _ in range(2))
-    entropies = torch.empty((B, L) if entropy or spec.entropy_coef else (0,), dtype=torch.float32, device=logits.device)
+    entropy = entropy or spec.entropy_coef != 0 or score_norm is not None
+    entropies = torch.empty((B, L) if entropy else (0,), dtype=torch.float32, device=logits.device)
     if N == 0:
         return losses if each else torch.zeros((), dtype=torch.float32, device=logits.device), logprobs, entropies
     total = None if each else torch.empty((), dtype=torch.float32, device=logits.device)
@@ -81,6 +83,6 @@ def fused_policy_loss(
         sweep(
             logits, planned.pop("labels"), planned.pop("advantages"), None, *columns[4:], spec, losses, logprobs, entropies, dlogits,
             normalizer=reduction.normalizer, kind=REDUCTIONS[reduction.kind].value, sequence_count=reduction.sequences, total=total,
-            skip_zero=skip_zero_advantages and not spec.needs_every_row, **planned,
+            skip_zero=skip_zero_advantages and not spec.needs_every_row, score_norms=score_norm, **planned,
         )  # fmt: skip
     return losses if total is None else total, logprobs, entropies

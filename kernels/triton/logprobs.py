@@ -18,6 +18,7 @@ from .row import (
     label_logit,
     logprob_of,
     row_offset,
+    score_norm_of,
     swept_row,
     temperature_of,
     zero_row,
@@ -26,13 +27,13 @@ from .row import (
 THREADS = 256  # of one program: several share an SM, and one loads while another waits for its reduction
 
 # lengths, counts and per-row pointers change from call to call: a kernel specialised on them would be compiled again
-PER_CALL = ["L", "labels", "temperatures", "lse", "entropy", "logprob", "d_logprob", "d_entropy", "scale"]
+PER_CALL = ["L", "labels", "temperatures", "lse", "entropy", "logprob", "d_logprob", "d_entropy", "scale", "score_norm"]
 
 
 @triton.jit(do_not_specialize=PER_CALL)
 def logprobs_fwd_kernel(
     logits, labels, temperatures,  # (N,); temperatures may be None
-    logprob, entropy, lse,  # (N,) out; entropy may be None
+    logprob, entropy, lse, score_norm,  # (N,) out; entropy and score_norm may be None
     L, V: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, temperature, logit_softcap,
     ONE_BLOCK: tl.constexpr, KEEP_EXP: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -44,6 +45,8 @@ def logprobs_fwd_kernel(
         tl.store(lse + n, 0.0)
         if entropy is not None:
             tl.store(entropy + n, 0.0)
+        if score_norm is not None:
+            tl.store(score_norm + n, 0.0)
     else:
         row = logits + row_offset(n, L, batch_stride, row_stride)
         factor = 1.0 / temperature_of(n, temperatures, temperature) * LOG2E
@@ -51,13 +54,15 @@ def logprobs_fwd_kernel(
         if ONE_BLOCK:
             cols = tl.arange(0, BLOCK_V)
             x = tl.load(row + cols, mask=cols < V, other=float("-inf"))
-            m, s, sd, _ = held_row(x, cols < V, factor, logit_softcap, entropy is not None)
+            m, s, sd, ss, _ = held_row(x, cols < V, factor, logit_softcap, entropy is not None, score_norm is not None)
         else:
-            m, s, sd = swept_row(row, V, factor, logit_softcap, entropy is not None, BLOCK_V, LANES)
+            m, s, sd, ss = swept_row(row, V, factor, logit_softcap, entropy is not None, score_norm is not None, BLOCK_V, LANES)
         tl.store(logprob + n, logprob_of(z_label, m, s, factor))
         tl.store(lse + n, (m * factor + tl.log2(s)) * LN2)
         if entropy is not None:
             tl.store(entropy + n, entropy_of(s, sd))
+        if score_norm is not None:
+            tl.store(score_norm + n, score_norm_of(z_label, m, s, ss, factor))
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -122,16 +127,17 @@ def logprobs_fwd(
     temperature: float,
     logit_softcap: float,
     entropy: bool,
+    score_norm: Tensor | None = None,  # (N,) out
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> log-prob, entropy and log-sum-exp of each row, (N,) float32; entropy (0,) where not wanted. Contract: ppg_fast/backends.py"""
     B, L, V = logits.shape
-    N = B * L
+    N, entropy = B * L, entropy or score_norm is not None
     logprob, ent, lse = (torch.empty(n, dtype=torch.float32, device=logits.device) for n in (N, N if entropy else 0, N))
     if N:
         shape = row_shape(logits, bool(logit_softcap))
         with on_device(logits):
             logprobs_fwd_kernel[(N,)](
-                logits, labels, temperatures, logprob, ent if entropy else None, lse,
+                logits, labels, temperatures, logprob, ent if entropy else None, lse, score_norm,
                 L, V, *strides(logits), float(temperature), number_or_off(logit_softcap), **shape,
             )  # fmt: skip
     return logprob, ent, lse

@@ -19,6 +19,7 @@ from .row import (
     held_row,
     label_logit,
     logprob_of,
+    score_norm_of,
     swept_row,
     tile,
     zero_row,
@@ -28,7 +29,7 @@ from .weights import SUM, ordered_sum, outer_denominator, row_weight
 # lengths, counts, strides of columns and per-row pointers change from call to call: a kernel specialised on them would be compiled again
 COLUMNS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "temperatures")
 PER_CALL = ["N", "L", "S", "labels", "weights", "slots", "sequences", "counts", "normalizer_at", "ticket", "total"]
-PER_CALL += ["losses", "logprobs", "entropies", *COLUMNS]
+PER_CALL += ["losses", "logprobs", "entropies", "score_norms", *COLUMNS]
 PER_CALL += [f"{column}_{of}" for column in COLUMNS for of in ("batch", "row")]
 
 
@@ -38,7 +39,7 @@ def policy_loss_kernel(
     advantages, old_logprobs, ref_logprobs, rollout_logprobs, temperatures,  # (B, L) of any strides, all but the advantages may be None
     weights,  # (N,) or None
     slots, sequences, counts, normalizer, normalizer_at,  # where given: `plan`'s advantages (S T,), and what weights are made of
-    losses, logprobs, entropies, dlogits,  # out; entropies and dlogits may be None
+    losses, logprobs, entropies, score_norms, dlogits,  # out; the last three may be None
     ticket, total,  # () int32, 0, and out: the sum of the losses; or None
     advantages_batch: tl.int64, advantages_row: tl.int64, old_logprobs_batch: tl.int64, old_logprobs_row: tl.int64,
     ref_logprobs_batch: tl.int64, ref_logprobs_row: tl.int64, rollout_logprobs_batch: tl.int64, rollout_logprobs_row: tl.int64,
@@ -85,15 +86,19 @@ def policy_loss_kernel(
             if ONE_BLOCK:
                 cols = tl.arange(0, BLOCK_V)
                 x = tl.load(row + cols, mask=cols < V, other=float("-inf"))
-                m, s, sd, e = held_row(x, cols < V, factor, logit_softcap, entropies is not None)
+                m, s, sd, ss, e = held_row(x, cols < V, factor, logit_softcap, entropies is not None, score_norms is not None)
             else:
                 cols = tile(BLOCK_V, LANES)
-                m, s, sd = swept_row(row, V, factor, logit_softcap, entropies is not None, BLOCK_V, LANES)
+                m, s, sd, ss = swept_row(
+                    row, V, factor, logit_softcap, entropies is not None, score_norms is not None, BLOCK_V, LANES
+                )  # fmt: skip
             logprob = logprob_of(z_label, m, s, factor)
             entropy = 0.0
             if entropies is not None:
                 entropy = entropy_of(s, sd)
                 tl.store(entropies + n, entropy)
+            if score_norms is not None:
+                tl.store(score_norms + n, score_norm_of(z_label, m, s, ss, factor))
 
             old_logprob = logprob if old_logprobs is None else old
             ref_logprob = logprob if ref_logprobs is None else ref
@@ -140,6 +145,8 @@ def policy_loss_kernel(
             tl.store(logprobs + n, 0.0)
             if entropies is not None:
                 tl.store(entropies + n, 0.0)
+            if score_norms is not None:
+                tl.store(score_norms + n, 0.0)
     if ticket is not None:
         ordered_sum(losses, N, ticket, total)
 
@@ -150,6 +157,7 @@ def sweep(
     spec: PolicyLossSpec, losses: Tensor, logprobs: Tensor, entropies: Tensor, dlogits: Tensor | None, *,
     slots: Tensor | None = None, sequences: Tensor | None = None, counts: Tensor | None = None, normalizer: float | Tensor | None = None,
     kind: int = SUM.value, sequence_count: int = 0, skip_zero: bool = False, ticket: Tensor | None = None, total: Tensor | None = None,
+    score_norms: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launch the sweep over N > 0 rows. Per-row tensors are (B, L) of any strides, or (N,); the keywords come from `plan`."""
     B, L, V = logits.shape
@@ -162,7 +170,7 @@ def sweep(
     policy_loss_kernel[(min(B * L, count),)](
         logits, labels, *columns, weights,
         slots, sequences, counts, None if by_pointer or normalizer is None else float(normalizer), normalizer if by_pointer else None,
-        losses, logprobs, entropies if entropies.numel() else None, dlogits,
+        losses, logprobs, entropies if entropies.numel() else None, score_norms, dlogits,
         ticket if total is not None else None, total,
         *(s for pair in column_strides for s in pair),
         B * L, L, sequence_count, V, *strides(logits), *(strides(logits) if dlogits is None else strides(dlogits)),
@@ -187,13 +195,14 @@ def policy_loss(
     spec: PolicyLossSpec,
     entropy: bool,
     dlogits: Tensor | None,  # (B, L, V) out, may be the logits themselves
+    score_norm: Tensor | None = None,  # (N,) out
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> weighted loss, log-prob and entropy of each row, (N,) float32; writes ``dlogits`` where given. Contract: ppg_fast/backends.py"""
     N = logits.shape[0] * logits.shape[1]
     losses, logprobs = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
-    entropies = torch.empty(N if entropy or spec.entropy_coef else 0, dtype=torch.float32, device=logits.device)
+    entropies = torch.empty(N if entropy or spec.entropy_coef or score_norm is not None else 0, dtype=torch.float32, device=logits.device)
     if N:
         rows = old_logprobs, ref_logprobs, rollout_logprobs, temperatures
         with on_device(logits):
-            sweep(logits, labels, advantages, weights, *rows, spec, losses, logprobs, entropies, dlogits)
+            sweep(logits, labels, advantages, weights, *rows, spec, losses, logprobs, entropies, dlogits, score_norms=score_norm)
     return losses, logprobs, entropies

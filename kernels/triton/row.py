@@ -77,8 +77,8 @@ def capped(x, there, logit_softcap):
 
 
 @triton.jit
-def held_row(x, there, factor, logit_softcap, ENTROPY: tl.constexpr):
-    """-> m, s, sd, e of a row that is held whole: m = max z, e = 2^d with d = (z - m) factor, s = sum e, sd = sum e d."""
+def held_row(x, there, factor, logit_softcap, ENTROPY: tl.constexpr, SCORE_NORM: tl.constexpr):
+    """-> m, s, sd, ss, e of a row that is held whole: m = max z, e = 2^d with d = (z - m) factor, s = sum e, sd = sum e d, ss = sum e^2."""
     z = capped(x, there, logit_softcap)
     m = tl.maximum(tl.max(z, 0), LOWEST)
     d = (z - m) * factor
@@ -86,12 +86,15 @@ def held_row(x, there, factor, logit_softcap, ENTROPY: tl.constexpr):
     sd = 0.0
     if ENTROPY:
         sd = tl.sum(e * tl.maximum(d, FAR), 0)
-    return m, tl.sum(e, 0), sd, e
+    ss = 0.0
+    if SCORE_NORM:
+        ss = tl.sum(e * e, 0)
+    return m, tl.sum(e, 0), sd, ss, e
 
 
 @triton.jit
-def fold_block(m, s, sd, x, there, factor, logit_softcap, ENTROPY: tl.constexpr):
-    """Fold a tile of logits into the running statistics: m = max z, and per lane s = sum of 2^d, sd = sum of 2^d d, d = (z - m) factor.
+def fold_block(m, s, sd, ss, x, there, factor, logit_softcap, ENTROPY: tl.constexpr, SCORE_NORM: tl.constexpr):
+    """Fold a tile of logits into the running statistics: m = max z, and per lane the sums of `held_row`.
 
     Lanes are summed by the caller at the end, so that a block costs one reduction, and they are rescaled by one factor a block.
     """
@@ -104,22 +107,25 @@ def fold_block(m, s, sd, x, there, factor, logit_softcap, ENTROPY: tl.constexpr)
     if ENTROPY:
         sd = (sd + s * shift) * rescale + tl.sum(e * tl.maximum(d, FAR), 0)
     s = s * rescale + tl.sum(e, 0)
-    return m_new, s, sd
+    if SCORE_NORM:
+        ss = ss * (rescale * rescale) + tl.sum(e * e, 0)
+    return m_new, s, sd, ss
 
 
 @triton.jit
-def swept_row(row, V, factor, logit_softcap, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr):
-    """-> m, s, sd of the row at ``row``, see `fold_block`, in one read of it; a block is loaded while the one before it is folded."""
+def swept_row(row, V, factor, logit_softcap, ENTROPY: tl.constexpr, SCORE_NORM: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr):
+    """-> m, s, sd, ss of the row at ``row``, see `fold_block`, in one read of it; a block is loaded while the one before it is folded."""
     cols = tile(BLOCK_V, LANES)
     m = tl.full((), LOWEST, tl.float32)
     s = tl.zeros((LANES,), tl.float32)
     sd = tl.zeros((LANES,), tl.float32)
+    ss = tl.zeros((LANES,), tl.float32)
     x = load_block(row, cols, V)
     for start in range(0, V, BLOCK_V):
         x_after = load_block(row, start + BLOCK_V + cols, V)
-        m, s, sd = fold_block(m, s, sd, x, start + cols < V, factor, logit_softcap, ENTROPY)
+        m, s, sd, ss = fold_block(m, s, sd, ss, x, start + cols < V, factor, logit_softcap, ENTROPY, SCORE_NORM)
         x = x_after
-    return m, tl.sum(s), tl.sum(sd)
+    return m, tl.sum(s), tl.sum(sd), tl.sum(ss)
 
 
 @triton.jit
@@ -141,6 +147,13 @@ def logprob_of(z_label, m, s, factor):
 def entropy_of(s, sd):
     """H = -sum p log p in nats from the statistics of a row; p = 2^d / s."""
     return (tl.log2(s) - sd / s) * LN2
+
+
+@triton.jit
+def score_norm_of(z_label, m, s, ss, factor):
+    """|d log p[label] / d z|^2 = sum p^2 - 2 p[label] + 1 from the statistics of a row, never below 0; NaN stays NaN."""
+    norm = ss / (s * s) - 2.0 * tl.exp2((z_label - m) * factor) / s + 1.0
+    return tl.where(norm < 0.0, 0.0, norm)
 
 
 @triton.jit
