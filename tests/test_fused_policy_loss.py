@@ -217,7 +217,7 @@ def op_arguments(device, backend, reduction, with_grad):
         torch.randn(2, 3, device=device),
         *(None,) * 3,
     )
-    rest = ("leave_one_out", 1e-6, reduction, None, None, 2, None, False, *numbers, True, with_grad, False, backend)
+    rest = ("leave_one_out", 1e-6, reduction, None, None, 2, None, False, *numbers, True, False, with_grad, False, backend)
     return x.requires_grad_(with_grad), *columns, *window, *rest
 
 

@@ -160,7 +160,7 @@ def test_ops_are_well_formed(backend, device, bias):
     head = [None if t is None else t.nan_to_num().requires_grad_() for t in head]
     numbers = [getattr(LOSSES["ppo"], name) for name in ops.NUMBERS]
     wanted = [t is not None for t in head]
-    arguments = (*head, labels, advantages, *[None] * 5, *numbers, True, True, False, backend, 8, None, wanted)
+    arguments = (*head, labels, advantages, *[None] * 5, *numbers, True, False, True, False, backend, 8, None, wanted)
     torch.library.opcheck(ops.linear_policy_loss_op, arguments)
     torch.library.opcheck(ops.linear_token_logprobs_op, (*head, labels, None, 0.7, 3.0, True, False, backend, 8, 20))
 
@@ -246,10 +246,12 @@ def test_one_sync_or_none(as_on_a_gpu, monkeypatch, bound, expected):
     numbers = [getattr(LOSSES["ppo"], name) for name in ops.NUMBERS]
     plan = (False, "cpu", 8, bound)
     with Watch():
-        linear_ops._loss_and_gradients(hidden, weight, bias, labels, advantages, *[None] * 5, *numbers, True, True, *plan, [True] * 3)
+        linear_ops._loss_and_gradients(
+            hidden, weight, bias, labels, advantages, *[None] * 5, *numbers, True, False, True, *plan, [True] * 3
+        )
     assert len(looked) == expected
     with Watch():
-        _, entropy, lse = linear_ops._logprobs(hidden, weight, bias, labels, None, 0.7, 0.0, True, *plan)
+        _, entropy, lse, _ = linear_ops._logprobs(hidden, weight, bias, labels, None, 0.7, 0.0, True, *plan)
     assert len(looked) == 2 * expected
     with Watch():
         rows = lse, entropy, advantages, None, None

@@ -17,7 +17,7 @@ def numbers_of(case):
 
 def ours(case, backend, d_logprob, d_entropy):
     x = case.logits.detach().requires_grad_()
-    logprob, entropy = ops.token_logprobs(x, case.labels, case.temperatures, *numbers_of(case), d_entropy is not None, False, backend)
+    logprob, entropy, _ = ops.token_logprobs(x, case.labels, case.temperatures, *numbers_of(case), d_entropy is not None, False, backend)
     total = (logprob * d_logprob).sum() + (0 if d_entropy is None else (entropy * d_entropy).sum())
     return {"logprob": logprob, "dlogits": torch.autograd.grad(total, x)[0]} | ({} if d_entropy is None else {"entropy": entropy})
 
@@ -56,7 +56,7 @@ def test_rows_without_a_gradient_are_not_read(backend, device):
     case = make_case((1, 5, 100), PolicyLossSpec(temperature=0.8), device=device)
     upstream = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.0], device=device)
     x = case.logits.detach().requires_grad_()
-    logprob, _ = ops.token_logprobs(x, case.labels, None, 0.8, 0.0, False, False, backend)
+    logprob, *_ = ops.token_logprobs(x, case.labels, None, 0.8, 0.0, False, False, backend)
     if backend == "reference":
         pytest.skip("reference: plain autograd reads what it likes")
     x.data[0, 1] = torch.nan  # .data: behind autograd's back

@@ -18,7 +18,7 @@ SHAPES = {"1x1": (1, 1, 1), "one-row": (1, 1, 7), "tails": (1, 9, 1003), "batch"
 def run(case, backend, dlogits=None):
     """The op's outputs on ``backend`` by name; the gradient through autograd, or into ``dlogits`` straight through the contract."""
     x = case.logits.detach().requires_grad_()
-    loss, logprob, entropy = ops.policy_loss(x, case.labels, case.per_row, case.spec, True, False, False, backend)
+    loss, logprob, entropy, _ = ops.policy_loss(x, case.labels, case.per_row, case.spec, True, False, False, backend)
     return {"loss": loss, "logprob": logprob, "entropy": entropy, "dlogits": torch.autograd.grad(loss.sum(), x)[0]}
 
 
@@ -96,7 +96,7 @@ def test_a_row_does_not_depend_on_its_neighbours(backend, device):
     for n in range(8):
         rows = ops.PerRow(*(None if t is None else t[n : n + 1] for t in case.per_row))
         x = case.logits[:, n : n + 1].detach().requires_grad_()
-        loss, logprob, entropy = ops.policy_loss(x, case.labels[n : n + 1], rows, case.spec, True, False, False, backend)
+        loss, logprob, entropy, _ = ops.policy_loss(x, case.labels[n : n + 1], rows, case.spec, True, False, False, backend)
         alone = {"loss": loss, "logprob": logprob, "entropy": entropy}
         assert all(torch.equal(alone[name], together[name][n : n + 1]) for name in alone), n
         assert torch.equal(torch.autograd.grad(loss.sum(), x)[0][0], together["dlogits"][0, n : n + 1]), n
@@ -154,6 +154,7 @@ def test_op_is_well_formed(backend, device):
             *case.per_row,
             *numbers,
             True,
+            False,
             with_grad,
             False,
             backend,

@@ -30,12 +30,13 @@ def policy_loss_from_logprobs(
             no effect.
 
     Returns: `PolicyLossOutput` with the entropy zero where none was given.
-    Raises: ValueError as `policy_loss`, and for an entropy term without ``entropy``.
+    Raises: ValueError as `policy_loss`, for an entropy term without ``entropy``, and for ``score_norms``, which log-probs do not tell.
     """
     require(isinstance(logprobs, Tensor) and logprobs.is_floating_point(), "logprobs must be a floating point tensor", logprobs)
     labels = torch.zeros(logprobs.shape, dtype=torch.int64, device=logprobs.device)
     rows = LossRows.of(labels, advantages, logprobs.device, turn_ids=turn_ids, **options)
     require(rows.spec.entropy_coef == 0 or entropy is not None, "an entropy term (entropy_coef != 0) needs entropy", entropy)
+    require(not rows.score_norms, "score_norms are made of logits: policy_loss and linear_policy_loss have them", True)
     read = rows.tokens.labels >= 0
     given = {"logprobs": logprobs, "entropy": entropy}
     for name, values in given.items():

@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from ppg_fast import backends, ops
 from ppg_fast.functional.loss import (
+    SCORE_NORMS,
     LossOptions,
     LossRows,
     PolicyLossOutput,
@@ -34,13 +35,17 @@ def fuses(backend: str, spec: PolicyLossSpec | None) -> bool:
 class LazyMetrics(Mapping[str, Tensor]):
     """Metrics by name, computed when the first one is read, from tensors that must not have been modified in place until then.
 
-    Inside a CUDA graph's capture nothing is kept or checked: what is read after a replay belongs to that replay.
+    ``known`` are there already and cost nothing. Inside a CUDA graph's capture nothing is kept or checked: what is read after a replay
+    belongs to that replay.
     """
 
     def __init__(
-        self, values: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]], made_of: Mapping[str, object] | None = None
+        self,
+        values: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]],
+        made_of: Mapping[str, object] | None = None,
+        known: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._values = values
+        self._values, self._known = values, dict(known or {})
         self._captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         tensors = {name: t for name, t in (made_of or {}).items() if isinstance(t, Tensor) and not t.is_inference()}
         self._made_of = {} if self._captured else {name: (t, t._version) for name, t in tensors.items()}
@@ -53,13 +58,13 @@ class LazyMetrics(Mapping[str, Tensor]):
                 raise RuntimeError(
                     f"metrics are computed when they are first read, but {name} was modified in place since: read them before"
                 )
-        values = self._values()
+        values = {**self._values(), **self._known}
         if not self._captured:
             self._values, self._made_of = values, {}
         return values
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._read()[name]
+        return self._known[name] if name in self._known else self._read()[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._read())
@@ -89,12 +94,14 @@ def fused_policy_loss(
     normalizer = checked_normalizer(kind, options.get("normalizer"), device, validate)
     given, turn_ids = (None, None) if turns is None else _checked_turns(turns, labels, sequences)
     columns = _columns(logits.shape[:2], labels, turn_ids, advantages, spec, options)
-    loss, logprobs, entropy = ops.fused_policy_loss(
+    wants_norms = options.get("score_norms", False)
+    loss, logprobs, entropy, norms = ops.fused_policy_loss(
         logits, columns, given, Reduction(kind, normalizer, sequences, None if cu_seqlens is None else cu_seqlens.contiguous()),
         replace(spec, temperature=1.0) if columns.temperatures is not None else spec,
-        options.get("skip_zero_advantages", False), True, inplace, validate, backend,
+        options.get("skip_zero_advantages", False), True, inplace, validate, backend, wants_norms,
     )  # fmt: skip
     logprobs, entropy = logprobs.detach().view(labels.shape), entropy.detach().view(labels.shape)
+    known = {SCORE_NORMS: norms.detach().view(labels.shape)} if wants_norms else {}
 
     def metrics() -> Mapping[str, Tensor]:
         with torch.no_grad():
@@ -104,10 +111,10 @@ def fused_policy_loss(
             return rows.metrics(logprobs.reshape(-1), entropy.reshape(-1), rows.tokens.labels >= 0)
 
     if torch.compiler.is_compiling():
-        lazy = metrics()
+        lazy: Mapping[str, Tensor] = {**metrics(), **known}
     else:
         made_of = {"labels": labels, "advantages": advantages, "logprobs": logprobs, "entropy": entropy, "temperature": spec.temperature}
-        lazy = LazyMetrics(metrics, {**made_of, **options, **dict(zip(TURN_NAMES, turns or (), strict=False))})
+        lazy = LazyMetrics(metrics, {**made_of, **options, **dict(zip(TURN_NAMES, turns or (), strict=False))}, known)
     return PolicyLossOutput(loss.view(labels.shape) if kind == "none" else loss, logprobs, entropy, lazy)
 
 

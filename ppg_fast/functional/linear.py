@@ -77,7 +77,7 @@ def linear_token_logprobs(
     )
     backend = backend or backends.default(hidden.device.type)
     numbers = float(spec.temperature), float(logit_softcap), entropy, validate, backend, chunk, max_active_rows
-    logprobs, ent = ops.linear_token_logprobs(x, weight, bias, tokens.labels, temperatures, *numbers)
+    logprobs, ent, _ = ops.linear_token_logprobs(x, weight, bias, tokens.labels, temperatures, *numbers)
     return (logprobs.view(labels.shape), ent.view(labels.shape)) if entropy else logprobs.view(labels.shape)
 
 
@@ -100,6 +100,7 @@ def linear_policy_loss(
     reduction: str = "token_mean",
     normalizer: float | Tensor | None = None,
     skip_zero_advantages: bool = False,
+    score_norms: bool = False,
     validate: bool = False,
     backend: str | None = None,
 ) -> PolicyLossOutput:
@@ -124,18 +125,20 @@ def linear_policy_loss(
     rows = LossRows.of(
         labels, advantages, hidden.device, loss_mask=loss_mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs, cu_seqlens=cu_seqlens, turn_ids=turn_ids, spec=spec, reduction=reduction,
-        normalizer=normalizer, skip_zero_advantages=skip_zero_advantages, validate=validate,
+        normalizer=normalizer, skip_zero_advantages=skip_zero_advantages, score_norms=score_norms, validate=validate,
     )  # fmt: skip
     backend = backend or backends.default(hidden.device.type)
     if rows.spec.loss_type in SEQUENCE_LEVEL or reduction == "none":
         numbers = float(rows.spec.temperature), float(rows.spec.logit_softcap), True, validate, backend, chunk, max_active_rows
-        logprobs, entropy = ops.linear_token_logprobs(x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, *numbers)
+        logprobs, entropy, norms = ops.linear_token_logprobs(
+            x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, *numbers, score_norms
+        )
         loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)
     else:
-        loss, logprobs, entropy = ops.linear_policy_loss(
-            x, weight, bias, rows.tokens.labels, rows.per_row, rows.spec, validate, backend, chunk, max_active_rows
+        loss, logprobs, entropy, norms = ops.linear_policy_loss(
+            x, weight, bias, rows.tokens.labels, rows.per_row, rows.spec, validate, backend, chunk, max_active_rows, score_norms
         )
-    return rows.output(loss, logprobs, entropy, skip_zero_advantages)
+    return rows.output(loss, logprobs, entropy, skip_zero_advantages, norms)
 
 
 def linear_partial_policy_loss(

@@ -59,7 +59,7 @@ def token_logprobs(
     )
     backend = backend or backends.default(logits.device.type)
     numbers = float(spec.temperature), float(logit_softcap), entropy, validate, backend
-    logprobs, ent = ops.token_logprobs(x, tokens.labels, temperatures, *numbers)
+    logprobs, ent, _ = ops.token_logprobs(x, tokens.labels, temperatures, *numbers)
     return (logprobs.view(labels.shape), ent.view(labels.shape)) if entropy else logprobs.view(labels.shape)
 
 
@@ -78,6 +78,7 @@ def policy_loss(
     reduction: str = "token_mean",
     normalizer: float | Tensor | None = None,
     skip_zero_advantages: bool = False,
+    score_norms: bool = False,
     inplace: bool = False,
     validate: bool = False,
     backend: str | None = None,
@@ -101,6 +102,8 @@ def policy_loss(
         normalizer: a number or 0-d tensor in place of the reduction's outer denominator (active tokens, sequences, or 1).
         skip_zero_advantages: rows of zero advantage cost what masked rows cost and their log-prob reads 0 (unless a KL or entropy term
             needs them); without it they are read once for their log-prob. The loss and its gradient are the same.
+        score_norms: also |d l / d z|^2 = sum_v p_v^2 - 2 p_label + 1 of each token, z the logit after softcap and temperature, in the same
+            sweep: ``metrics["score_norms"]``, (...) float32 in [0, 2], 0 where a row was not read. What the signals of `auto` are made of.
         inplace: the gradient takes the memory of the logits, which are gone after this call.
         validate: on a GPU, also make the checks of values, which need a sync. On a CPU they are always made.
         backend: "cpu" | "triton" | "cuda" | "reference"; default the fastest that runs here.
@@ -114,18 +117,19 @@ def policy_loss(
     options: LossOptions = {
         "loss_mask": loss_mask, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs,
         "cu_seqlens": cu_seqlens, "spec": spec, "reduction": reduction, "normalizer": normalizer,
-        "skip_zero_advantages": skip_zero_advantages, "validate": validate,
+        "skip_zero_advantages": skip_zero_advantages, "score_norms": score_norms, "validate": validate,
     }  # fmt: skip
     if fuses(backend, spec):
         return fused_policy_loss(x, labels, advantages, None, inplace, backend, **options)
     rows = LossRows.of(labels, advantages, logits.device, turn_ids=turn_ids, **options)
     if rows.spec.loss_type in SEQUENCE_LEVEL:
-        numbers = float(rows.spec.temperature), float(rows.spec.logit_softcap), True, validate, backend
-        logprobs, entropy = ops.token_logprobs(x, rows.tokens.labels, rows.per_row.temperatures, *numbers)
+        numbers = float(rows.spec.temperature), float(rows.spec.logit_softcap), True, validate, backend, score_norms
+        logprobs, entropy, norms = ops.token_logprobs(x, rows.tokens.labels, rows.per_row.temperatures, *numbers)
         loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)
     else:
-        loss, logprobs, entropy = ops.policy_loss(x, rows.tokens.labels, rows.per_row, rows.spec, True, inplace, validate, backend)
-    return rows.output(loss, logprobs, entropy, skip_zero_advantages)
+        flags = True, inplace, validate, backend, score_norms
+        loss, logprobs, entropy, norms = ops.policy_loss(x, rows.tokens.labels, rows.per_row, rows.spec, *flags)
+    return rows.output(loss, logprobs, entropy, skip_zero_advantages, norms)
 
 
 def partial_policy_loss(

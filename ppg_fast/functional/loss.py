@@ -22,13 +22,16 @@ from ppg_fast.functional.tokens import (
 from ppg_fast.ops import PerRow
 from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
 
+SCORE_NORMS = "score_norms"  # among the metrics
+
 
 class PolicyLossOutput(NamedTuple):
     """What a policy loss returns.
 
     ``loss``: 0-d float32, or the labels' shape with reduction "none"; the only differentiable field.
     ``logprobs``, ``entropy``: float32 of the labels' shape, in nats, zero where masked.
-    ``metrics``: 0-d float32 tensors by name; on a GPU computed when they are read, from the arguments of the call.
+    ``metrics``: 0-d float32 tensors by name; on a GPU computed when they are read, from the arguments of the call. Where they were asked
+        for, "score_norms" among them, float32 of the labels' shape, which is there already.
     """
 
     loss: Tensor
@@ -49,6 +52,7 @@ class LossOptions(TypedDict, total=False):
     reduction: str
     normalizer: float | Tensor | None
     skip_zero_advantages: bool
+    score_norms: bool
     validate: bool
 
 
@@ -62,6 +66,7 @@ class LossRows:
     spec: PolicyLossSpec  # with a number as temperature
     groups: tuple[Tensor, int] | None  # who shares a ratio
     reduction: str
+    score_norms: bool  # wanted
 
     @staticmethod
     def of(
@@ -79,6 +84,7 @@ class LossRows:
         reduction: str = "token_mean",
         normalizer: float | Tensor | None = None,
         skip_zero_advantages: bool = False,
+        score_norms: bool = False,
         validate: bool = False,
     ) -> "LossRows":
         spec = checked_spec(spec, ref_logprobs)
@@ -92,19 +98,24 @@ class LossRows:
         groups = ratio_groups(tokens, turn_ids, spec) if old_logprobs is not None else None
         if skip_zero_advantages and not spec.needs_every_row:
             tokens = tokens.masked_where(_unread(flat_advantages, active, groups))
-        return LossRows(tokens, active, per_row, spec, groups, reduction)
+        return LossRows(tokens, active, per_row, spec, groups, reduction, score_norms)
 
     def loss_from_logprobs(self, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
         """Weighted loss of each row by plain PyTorch over differentiable log-probs: the second phase of a sequence-level loss."""
         return reference.loss_from_logprobs(logprobs, entropy, self.tokens.labels >= 0, *self.per_row[:5], self.spec, self.groups)
 
-    def output(self, loss: Tensor, logprobs: Tensor, entropy: Tensor, skip_zero_advantages: bool) -> PolicyLossOutput:
-        """Rows back in the caller's shape."""
+    def output(
+        self, loss: Tensor, logprobs: Tensor, entropy: Tensor, skip_zero_advantages: bool, norms: Tensor | None = None
+    ) -> PolicyLossOutput:
+        """Rows back in the caller's shape, the score norms among the metrics if they are wanted."""
         logprobs, entropy = logprobs.detach(), entropy.detach()
         metrics = self.metrics(logprobs, entropy, self.tokens.labels >= 0)
         if skip_zero_advantages and self.groups is not None and not self.spec.needs_every_row:
             skipped = self.per_row.advantages == 0  # read for the sake of their group's ratio, but skipped by contract
             logprobs, entropy = torch.where(skipped, 0.0, logprobs), torch.where(skipped, 0.0, entropy)
+            norms = torch.where(skipped, 0.0, norms) if self.score_norms and norms is not None else None
+        if self.score_norms and norms is not None:
+            metrics[SCORE_NORMS] = norms.detach().view(self.tokens.shape)
         loss = loss.view(self.tokens.shape) if self.reduction == "none" else ordered_sum(loss)
         return PolicyLossOutput(loss, logprobs.view(self.tokens.shape), entropy.view(self.tokens.shape), metrics)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from ppg_fast import backends, reference
 from ppg_fast.ops.checks import check_labels
 from ppg_fast.ops.memory import fresh
+from ppg_fast.ops.policy_loss import given_norm, wanted_norm
 
 
 @torch.library.custom_op("ppg_fast::token_logprobs", mutates_args=())
@@ -20,10 +21,13 @@ def token_logprobs_op(
     entropy: bool,
     validate: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> log-prob, entropy ((0,) unless wanted) and log-sum-exp of each row, (N,) float32; zeros where masked."""
+    score_norms: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> log-prob, entropy, log-sum-exp and score norm of each row, (N,) float32; zeros where masked, (0,) unless wanted."""
     check_labels(labels, logits.shape[-1], validate)
-    return backends.load(backend).logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, entropy)
+    norm = wanted_norm(logits, score_norms, labels.numel())
+    out = backends.load(backend).logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, entropy, norm)
+    return *out, given_norm(logits, norm)
 
 
 @torch.library.custom_op("ppg_fast::token_logprobs_bwd", mutates_args=())
@@ -39,9 +43,9 @@ def token_logprobs_bwd_op(
 
 
 @token_logprobs_op.register_fake
-def _(logits, labels, temperatures, temperature, logit_softcap, entropy, validate, backend):
+def _(logits, labels, temperatures, temperature, logit_softcap, entropy, validate, backend, score_norms=False):
     N = logits.shape[0] * logits.shape[1]
-    return tuple(logits.new_empty(n, dtype=torch.float32) for n in (N, N if entropy else 0, N))
+    return tuple(logits.new_empty(n, dtype=torch.float32) for n in (N, N if entropy or score_norms else 0, N, N if score_norms else 0))
 
 
 @token_logprobs_bwd_op.register_fake
@@ -50,18 +54,18 @@ def _(logits, *_):
 
 
 def _setup_token_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, temperatures, temperature, logit_softcap, entropy, _, backend = inputs
+    logits, labels, temperatures, temperature, logit_softcap, entropy, _, backend, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, labels, output[2], output[1], temperatures)
     ctx.numbers, ctx.entropy = (temperature, logit_softcap, backend), entropy
 
 
-def _backward_token_logprobs(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _backward_token_logprobs(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     logits, labels, lse, entropy, temperatures = ctx.saved_tensors
     d_logprob = torch.zeros_like(lse) if d_logprob is None else d_logprob
     d_entropy = d_entropy.contiguous() if ctx.entropy and d_entropy is not None else None
     grad = token_logprobs_bwd_op(logits, labels, lse, entropy, d_logprob.contiguous(), d_entropy, temperatures, *ctx.numbers)
-    return grad, *[None] * 7
+    return grad, *[None] * 8
 
 
 token_logprobs_op.register_autograd(_backward_token_logprobs, setup_context=_setup_token_logprobs)
@@ -76,10 +80,16 @@ def token_logprobs(
     entropy: bool,
     validate: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Log-prob and entropy ((0,) unless wanted) of each row, (N,) float32, differentiable in the logits."""
+    score_norms: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Log-prob, entropy, both differentiable in the logits, and score norm of each row, (N,) float32; (0,) unless wanted."""
     if backend == "reference":
         check_labels(labels, logits.shape[-1], validate)
         scale = temperature if temperatures is None else temperatures
-        return reference.token_logprobs(logits.flatten(0, 1).float(), labels, scale, logit_softcap)
-    return token_logprobs_op(logits, labels, temperatures, temperature, logit_softcap, entropy, validate, backend)[:2]
+        z = logits.flatten(0, 1).float()
+        norms = reference.score_norms(z, labels, scale, logit_softcap) if score_norms else z.new_empty(0)
+        return *reference.token_logprobs(z, labels, scale, logit_softcap), norms
+    logprob, ent, _, norms = token_logprobs_op(
+        logits, labels, temperatures, temperature, logit_softcap, entropy, validate, backend, score_norms
+    )
+    return logprob, ent, norms
