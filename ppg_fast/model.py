@@ -139,6 +139,7 @@ def policy_loss(
     reduction: str = "sequence_sum",
     normalizer: float | Tensor | None = None,
     skip_zero_advantages: bool = True,
+    score_norms: bool = False,
     backend: str | None = None,
 ) -> PolicyLossOutput:
     """The policy loss of a packed batch from hidden states through the model's own head; the (N, V) logits never exist.
@@ -164,6 +165,7 @@ def policy_loss(
         reduction=reduction,
         normalizer=normalizer,
         skip_zero_advantages=skip_zero_advantages,
+        score_norms=score_norms,
         backend=backend,
     )
 

@@ -180,6 +180,7 @@ def update(
                     reduction=objective.reduction,
                     normalizer=normalizer,
                     skip_zero_advantages=signals is None,  # other classes may have an advantage there
+                    score_norms=signals is not None and iteration == 0,
                 )
                 (out.loss * ranks.world).backward()  # the engines take the mean over the ranks
             sums.add(out, batch.rollout_logprobs, old)

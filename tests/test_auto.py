@@ -242,13 +242,35 @@ def test_score_norms_of_the_loss_are_used_where_it_gives_them(rollouts, monkeypa
 
     def with_norms(model, batch, *args, **options):
         assert not options["skip_zero_advantages"]  # rows without an advantage in this class have one in another
+        assert options["score_norms"]
         out = loss(model, batch, *args, **options)
         return out._replace(metrics={**out.metrics, "score_norms": torch.full(batch.labels.shape, 0.25)})
 
-    own = squares()
-    monkeypatch.setattr(models, "policy_loss", with_norms)
+    def without_norms(model, batch, *args, score_norms, **options):
+        return loss(model, batch, *args, **options)
+
+    monkeypatch.setattr(models, "policy_loss", without_norms)
+    by_a_pass = squares()
+    monkeypatch.setattr(models, "policy_loss", loss)
     monkeypatch.setattr(signals, "token_score_norms", lambda *a: pytest.fail("a forward pass of its own"))
-    assert not torch.allclose(squares(), own)
+    torch.testing.assert_close(squares(), by_a_pass, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr(models, "policy_loss", with_norms)
+    assert not torch.allclose(squares(), by_a_pass)
+
+
+def test_score_norms_are_asked_of_the_first_iteration_alone(rollouts, monkeypatch):
+    from ppg_fast import model as models
+    from ppg_fast import trainer
+    from ppg_fast.objective import Objective, Schedule
+
+    model, collect = rollouts
+    asked, loss = [], models.policy_loss
+    monkeypatch.setattr(models, "policy_loss", lambda *a, **o: (asked.append(o["score_norms"]), loss(*a, **o))[1])
+    for candidates, wanted in (((Greedy(), FullPlanning()), [True, False]), ((), [False, False])):
+        asked.clear()
+        objective = Objective(candidates=candidates, num_iterations=2)
+        trainer.update(model, torch.optim.SGD(model.parameters(), lr=1e-3), collect(1), objective, Schedule(1, 1.0))
+        assert asked == wanted
 
 
 def test_auto_trains_logs_why_and_resumes(tmp_path):
