@@ -183,7 +183,7 @@ def token_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0) -> 
 def token_score_norms(model: Any, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
     """|gradient of log pi(label) by its logits|^2 = sum p^2 - 2 p_label + 1 of each token (N,) float32, 0 on context.
 
-    By a forward pass of its own, in plain PyTorch, with the logits of the assistant's tokens in memory: for losses that do not give it.
+    By a forward pass of its own in plain PyTorch, with the logits of the assistant's tokens in memory: for a look without a loss.
     """
     weight, bias, scale, softcap = head_of(model)
     out = torch.zeros(len(batch.labels), device=batch.labels.device)

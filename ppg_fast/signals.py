@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppg_fast.auto import Signals, context_ids, measure_signals
 from ppg_fast.data import PackedBatch, Sample
-from ppg_fast.model import token_advantages, token_score_norms
+from ppg_fast.functional import PolicyLossOutput
+from ppg_fast.model import token_advantages
 from ppg_fast.objective import Objective, credit
 from ppg_fast.ranks import Ranks
 
@@ -22,16 +22,14 @@ class SignalTokens:
         self.advantages = torch.stack([credit(everything, replace(objective, policy_class=c))[1] for c in objective.candidates])
         self.parts: list[tuple[Tensor, ...]] = []
 
-    def add(self, model: Any, batch: PackedBatch, rows: Sequence[int], out: Any, temperature: Any) -> None:
-        """The tokens of a pass over the dialogues ``rows``. Their score norms are taken from the loss where it gives them."""
+    def add(self, batch: PackedBatch, rows: Sequence[int], out: PolicyLossOutput) -> None:
+        """The tokens of a pass over the dialogues ``rows``, with the score norms that its loss gave."""
         if not rows:
             return
-        norms = out.metrics.get("score_norms")
-        norms = token_score_norms(model, batch, temperature) if norms is None else norms
         device, lengths = batch.tokens.device, torch.diff(batch.cu_seqlens).long()
         by_token = torch.stack([token_advantages(batch, a) for a in self.advantages[:, list(rows)].to(device)])
         dialogue = torch.repeat_interleave(torch.tensor(rows, device=device), lengths)
-        columns = context_ids(batch).to(device), dialogue, batch.labels, norms
+        columns = context_ids(batch).to(device), dialogue, batch.labels, out.metrics["score_norms"]
         taken = batch.labels >= 0
         self.parts.append(tuple(c[..., taken].cpu() for c in (*columns, by_token)))
 

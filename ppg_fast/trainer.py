@@ -185,7 +185,7 @@ def update(
                 (out.loss * ranks.world).backward()  # the engines take the mean over the ranks
             sums.add(out, batch.rollout_logprobs, old)
             if signals and iteration == 0:
-                signals.add(model, batch, rows, out, spec.temperature)
+                signals.add(batch, rows, out)
         sums = TokenMeans.total(ranks.gather(sums))
         norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)))
         if not (math.isfinite(norm) and math.isfinite(sums.loss)):

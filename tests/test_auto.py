@@ -228,9 +228,9 @@ def test_a_step_measures_every_class_once_and_whatever_the_micro_batches(rollout
     assert 0.5 < whole.coverage <= 1
 
 
-def test_score_norms_of_the_loss_are_used_where_it_gives_them(rollouts, monkeypatch):
+def test_the_score_norms_are_those_of_the_loss(rollouts, monkeypatch):
     from ppg_fast import model as models
-    from ppg_fast import signals, trainer
+    from ppg_fast import trainer
     from ppg_fast.objective import Objective, Schedule
 
     model, collect = rollouts
@@ -246,16 +246,15 @@ def test_score_norms_of_the_loss_are_used_where_it_gives_them(rollouts, monkeypa
         out = loss(model, batch, *args, **options)
         return out._replace(metrics={**out.metrics, "score_norms": torch.full(batch.labels.shape, 0.25)})
 
-    def without_norms(model, batch, *args, score_norms, **options):
-        return loss(model, batch, *args, **options)
+    def by_a_pass(model, batch, *args, **options):
+        out = loss(model, batch, *args, **options)
+        return out._replace(metrics={**out.metrics, "score_norms": models.token_score_norms(model, batch)})
 
-    monkeypatch.setattr(models, "policy_loss", without_norms)
-    by_a_pass = squares()
-    monkeypatch.setattr(models, "policy_loss", loss)
-    monkeypatch.setattr(signals, "token_score_norms", lambda *a: pytest.fail("a forward pass of its own"))
-    torch.testing.assert_close(squares(), by_a_pass, rtol=1e-4, atol=1e-6)
+    own = squares()
+    monkeypatch.setattr(models, "policy_loss", by_a_pass)
+    torch.testing.assert_close(own, squares(), rtol=1e-4, atol=1e-6)
     monkeypatch.setattr(models, "policy_loss", with_norms)
-    assert not torch.allclose(squares(), by_a_pass)
+    assert not torch.allclose(squares(), own)
 
 
 def test_score_norms_are_asked_of_the_first_iteration_alone(rollouts, monkeypatch):
