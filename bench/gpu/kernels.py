@@ -27,7 +27,8 @@ def _call(V: int, N: int, dtype: torch.dtype, spec: ppg.PolicyLossSpec, backend:
     advantages[:, 1::4] = 0.0
     logits.requires_grad_()
     old = torch.zeros(1, N, device=device)
-    out = ppg.policy_loss(logits, labels, advantages, old_logprobs=old, ref_logprobs=old, spec=spec, backend=backend)
+    rows = {"old_logprobs": old, "ref_logprobs": old, "score_norms": V % 2 == 1}  # kernels of their own
+    out = ppg.policy_loss(logits, labels, advantages, **rows, spec=spec, backend=backend)
     torch.autograd.grad(out.loss * 2, logits)
     pair = ppg.token_logprobs(logits, labels, entropy=True, logit_softcap=spec.logit_softcap, backend=backend)
     torch.autograd.grad(pair[0].sum() + pair[1].sum(), logits)

@@ -12,8 +12,8 @@
 
 namespace ppg {
 inline Plan forced{-1, 0, 0, 0};  // cluster -1: as plan_row chooses
-inline Plan plan_or_forced(int64_t V, int elem_bytes, bool has_clusters, int max_per_sm, int smem_block, int smem_sm) {
-  const Plan chosen = plan_row(V, elem_bytes, has_clusters, max_per_sm, smem_block, smem_sm);
+inline Plan plan_or_forced(int64_t V, int elem_bytes, bool has_clusters, int max_per_sm, int smem_block, int smem_sm, int entry_bytes) {
+  const Plan chosen = plan_row(V, elem_bytes, has_clusters, max_per_sm, smem_block, smem_sm, entry_bytes);
   if (forced.cluster < 0) return chosen;
   return forced.cluster == 0 ? forced : Plan{forced.cluster, forced.threads, forced.slots, int(row_chunks(V, elem_bytes, forced.cluster))};
 }
