@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,9 @@ def some_logits(dtype: torch.dtype, B: int, L: int, V: int) -> torch.Tensor:
 
 
 def policy_loss_case(
-    dtype: torch.dtype, V: int, softcap: float, entropy: bool, B: int = 2, L: int = 3, number: float = 0.5, at: int = 0
-) -> None:
+    dtype: torch.dtype, V: int, softcap: float, entropy: bool, B: int = 2, L: int = 3, number: float = 0.5, at: int = 0,
+    score_norm: bool = False,
+) -> None:  # fmt: skip
     """The heaviest policy loss over (B, L, V) logits.
 
     ``number`` stands in for every number of the spec, ``at`` shifts every per-row argument.
@@ -128,7 +130,8 @@ def policy_loss_case(
     spec = PolicyLossSpec(
         "ppo", number, number, 2 + number, number, "k3", number if entropy else 0, number, logit_softcap=softcap and softcap + number
     )
-    policy_loss.policy_loss(logits, labels, *rows, spec, entropy, logits)
+    norm = (torch.empty(B * L + at)[at:],) if score_norm else ()
+    policy_loss.policy_loss(logits, labels, *rows, spec, entropy, logits, *norm)
 
 
 def logprobs_case(
@@ -186,6 +189,7 @@ class Case:
     cluster: bool = False
 
 
+with_norm = partial(policy_loss_case, score_norm=True)
 CASES = {
     "in registers": Case(policy_loss_case, 0),
     "in registers, without an entropy term": Case(policy_loss_case, 0, entropy_term=False),
@@ -194,6 +198,11 @@ CASES = {
     "in blocks": Case(policy_loss_case, 131072),
     "in blocks, softcap": Case(policy_loss_case, 131072, 30.0),
     "in blocks, unaligned": Case(policy_loss_case, 50257),
+    "in registers, score norm": Case(with_norm, 0, entropy_term=False),  # with that term too, 16-bit rows spill 72 bytes a row on sm_90
+    "in registers, softcap, score norm": Case(with_norm, 0, 30.0),
+    "with exponentials, score norm": Case(with_norm, 1, entropy_term=False),
+    "in blocks, score norm": Case(with_norm, 131072),
+    "in blocks, softcap, score norm": Case(with_norm, 131072, 30.0),
     "fused, with exponentials": Case(fused_case, 1, entropy_term=False),
     "fused, in registers": Case(fused_case, 0),
     "fused, in blocks": Case(fused_case, 151936),
