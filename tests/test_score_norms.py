@@ -221,3 +221,15 @@ def test_they_are_there_before_any_metric_is_computed(loss_type, backend, device
     torch.testing.assert_close(late.metrics["score_norms"], want, rtol=0, atol=2e-6)
     with pytest.raises(RuntimeError, match="labels was modified in place"):
         late.metrics["entropy"]
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_skipped_row_that_is_read_for_its_group_has_none(linear, backend, device):
+    hidden, weight = torch.randn(1, 4, 8, device=device), torch.randn(21, 8, device=device)
+    rows = (hidden, weight) if linear else (hidden @ weight.T,)
+    labels, advantages = torch.tensor([[3, 4, 5, 6]], device=device), torch.tensor([[1.0, 0.0, -2.0, 0.0]], device=device)
+    options = {"spec": ppg.PolicyLossSpec("gspo"), "old_logprobs": torch.full((1, 4), -3.0, device=device), "backend": backend}
+    function = ppg.linear_policy_loss if linear else ppg.policy_loss
+    for skip in (False, True):
+        out = function(*rows, labels, advantages, **options, skip_zero_advantages=skip, score_norms=True)
+        assert (out.metrics["score_norms"] != 0).tolist() == [[True, not skip, True, not skip]]
