@@ -24,7 +24,7 @@ inline Plan plan_or_forced(int64_t V, int elem_bytes, bool has_clusters, int max
 
 using namespace ppg;
 
-namespace {
+namespace plans {  // not a second unnamed one: nvcc 13 cannot tell it from that of ppg
 
 void check(int error, const char* what) {
   if (!error) return;
@@ -146,7 +146,8 @@ void measure(Bench& b, int full, const std::vector<Plan>& plans, int rounds, FIL
   std::fflush(out);
 }
 
-}  // namespace
+}  // namespace plans
+using namespace plans;
 
 int main(int argc, char** argv) {
   if (argc < 2) return 2;
