@@ -63,6 +63,18 @@ class Signals:
         """(C,) |G_S|^2 / tr Cov of the mean over the dialogues; an estimate of the signal may be negative."""
         return self.inner.diagonal() * self.dialogues / self.noise.clamp(min=1e-300)
 
+    @property
+    def length(self) -> Tensor:
+        """(C,) root mean square length of the mean over the dialogues, sqrt(|G_S|^2 + tr Cov / dialogues)."""
+        return (self.inner.diagonal().clamp(min=0) + self.noise / self.dialogues).sqrt()
+
+    def alignment(self, full: int) -> Tensor:
+        """(C,) <G_S, G_full> / `length`, ``full`` the row of full planning.
+
+        Divided by |G_full| it is the expected cosine between a batch's gradient and the true one, to first order.
+        """
+        return self.inner[:, full] / self.length.clamp(min=1e-150)
+
 
 def context_ids(batch: PackedBatch) -> Tensor:
     """(N,) int64, equal where the predicted tokens follow the same words: the partner's last message and the answer so far."""
@@ -125,83 +137,64 @@ class WindowChooser:
         <G_S, G_full> / sqrt(|G_S|^2 + tr Cov_S / dialogues)
 
     Bias lowers the numerator (below zero where the class climbs away from the return), noise raises the denominator, and it is proportional
-    to what a step of given length gains. Numerator and denominator are averages over the last ``memory`` steps. ``current`` moves to the
-    best only when the lead over it exceeds ``confidence`` standard errors of that lead and ``margin`` of the larger of the two, so that it
-    does not follow noise, and never before ``patience`` observations with it. It begins with full planning, which has no bias.
+    to what a step of given length gains. What is observed is averaged over the last ``memory`` steps. ``current`` is the best class, unless
+    its lead over the one before is less than ``margin`` of it: waiting for a lead that is statistically clear costs more than a wrong step
+    now and then (docs/log.md). It begins with full planning, which has no bias.
     """
 
     def __init__(
-        self,
-        candidates: Sequence[PolicyClass] = CANDIDATES,
-        *,
-        memory: float = 30.0,
-        confidence: float = 1.0,
-        margin: float = 0.05,
-        patience: int = 6,
-        min_coverage: float = 0.5,
+        self, candidates: Sequence[PolicyClass] = CANDIDATES, *, memory: float = 30.0, margin: float = 0.05, min_coverage: float = 0.5
     ) -> None:
         self.candidates, self.names = list(candidates), [name_of(c) for c in candidates]
         require("full" in self.names, "the candidates of auto must include full planning", self.names)
         require(memory >= 1, "memory must be at least one step", memory)
-        self.keep, self.confidence, self.margin, self.patience, self.min_coverage = (
-            1 - 1 / memory,
-            confidence,
-            margin,
-            patience,
-            min_coverage,
-        )
+        self.keep, self.margin, self.min_coverage = 1 - 1 / memory, margin, min_coverage
         self.full = self.chosen = self.names.index("full")
         count = len(self.names)
-        self.weight = self.weight_square = 0.0
-        self.inner, self.noise = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-        self.product = torch.zeros(count, count, dtype=torch.float64)  # of the <G_S, G_full> of a step
-        self.since = 0
+        self.weight, self.dialogues = 0.0, 1
+        self.inner, self.square = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
 
     @property
     def current(self) -> PolicyClass:
         """What the next step should credit."""
         return self.candidates[self.chosen]
 
+    @property
+    def scale(self) -> float:
+        """What the next step should multiply the advantages of `current` with: its gradients are then as long as those of full planning.
+
+        Adam divides by the gradients it remembers: after a class of large ones, those of a class with less noise would hardly move it.
+        """
+        if self.chosen == self.full:
+            return 1.0
+        lengths = self._average().length
+        return float(lengths[self.full] / lengths[self.chosen])
+
+    def _average(self) -> Signals:
+        return Signals(self.inner / self.weight, self.square / self.weight, self.dialogues, coverage=1.0)
+
     def observe(self, signals: Signals) -> dict[str, Any]:
         """Take in one step's signals; metrics for the log, ``auto/reason`` where the class changes. ``policy_class`` is the next one."""
-        self.since += 1
+        row: dict[str, Any] = {"policy_class": self.names[self.chosen], "auto/coverage": signals.coverage}
         if signals.coverage < self.min_coverage or not bool(signals.square[self.full] > 0):
-            return {"policy_class": self.names[self.chosen], "auto/coverage": signals.coverage}
-        fresh, step = 1 - self.keep, signals.inner[:, self.full]
-        self.weight = self.keep * self.weight + fresh
-        self.weight_square = self.keep**2 * self.weight_square + fresh**2
-        for total, value in ((self.inner, signals.inner), (self.noise, signals.noise), (self.product, step[:, None] * step)):
-            total.mul_(self.keep).add_(value, alpha=fresh)
-        merit, error = self._merit(signals.dialogues)
+            return row
+        self.weight, self.dialogues = self.keep * self.weight + 1 - self.keep, signals.dialogues
+        for total, value in ((self.inner, signals.inner), (self.square, signals.square)):
+            total.mul_(self.keep).add_(value, alpha=1 - self.keep)
+        average = self._average()
+        merit = average.alignment(self.full)
+        for what, values in (("alignment", merit), ("signal_to_noise", average.signal_to_noise)):
+            row |= {f"auto/{what}/{n}": float(x) for n, x in zip(self.names, values, strict=True)}
         best = int(merit.argmax())
-        row: dict[str, Any] = {"auto/coverage": signals.coverage}
-        row |= {f"auto/alignment/{n}": float(m) for n, m in zip(self.names, merit, strict=True)}
-        average = Signals(self.inner / self.weight, (self.noise + self.inner.diagonal()) / self.weight, signals.dialogues, signals.coverage)
-        row |= {f"auto/signal_to_noise/{n}": float(x) for n, x in zip(self.names, average.signal_to_noise, strict=True)}
-        lead, needed = float(merit[best] - merit[self.chosen]), self.confidence * float(error[best])
-        needed = max(needed, self.margin * float(merit[best].abs()))
-        if best != self.chosen and self.since >= self.patience and lead > needed:
-            row["auto/reason"] = (
-                f"{self.names[self.chosen]} -> {self.names[best]}: alignment {float(merit[best]):.3g} against "
-                f"{float(merit[self.chosen]):.3g}, a lead of {lead:.2g} where {needed:.2g} is noise"
-            )
-            self.chosen, self.since = best, 0
-        return {"policy_class": self.names[self.chosen], **row}
-
-    def _merit(self, dialogues: int) -> tuple[Tensor, Tensor]:
-        """Alignment of each class, and the standard error of its lead over the current one."""
-        scale = 1 / (self.inner.diagonal().clamp(min=0) + self.noise / dialogues).div(self.weight).sqrt().clamp(min=1e-150)
-        mean = self.inner[:, self.full] / self.weight
-        spread = self.product / self.weight - mean[:, None] * mean  # covariance of one step's numerators
-        own = self.chosen
-        variance = scale**2 * spread.diagonal() + scale[own] ** 2 * spread[own, own] - 2 * scale * scale[own] * spread[:, own]
-        steps = self.weight**2 / self.weight_square  # as many equally weighted ones
-        variance = variance.clamp(min=0) / max(steps - 1, 1e-3)
-        return scale * mean, variance.sqrt()
+        before, after = float(merit[self.chosen]), float(merit[best])
+        if after > 0 and after - before > self.margin * after:  # below zero nothing is known of any
+            row["auto/reason"] = f"{self.names[self.chosen]} -> {self.names[best]}: alignment {after:.3g} against {before:.3g}"
+            self.chosen = best
+        return {**row, "policy_class": self.names[self.chosen], "auto/scale": self.scale}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that choices depend on, of plain types and tensors."""
-        names = ("chosen", "since", "weight", "weight_square", "inner", "noise", "product")
+        names = ("chosen", "weight", "dialogues", "inner", "square")
         values = {name: getattr(self, name) for name in names}
         return {"names": self.names, **{n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}}
 

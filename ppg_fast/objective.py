@@ -16,7 +16,8 @@ from ppg_fast.spec import Lookahead, PolicyClass, PolicyLossSpec
 class Objective:
     """What a step climbs. ``imitate``: every turn has advantage 1, which is supervised fine-tuning through the same kernel.
 
-    ``candidates``: classes among which `ppg_fast.auto` chooses step by step; ``policy_class`` is then not used.
+    ``candidates``: classes among which `ppg_fast.auto` chooses step by step; ``policy_class`` is then not used. ``scale``: what it
+    multiplies the advantages of the chosen class with.
     """
 
     policy_class: PolicyClass = field(default_factory=lambda: Lookahead(3))
@@ -27,6 +28,7 @@ class Objective:
     num_iterations: int = 1
     imitate: bool = False
     candidates: tuple[PolicyClass, ...] = ()
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def credit(batch: PackedBatch, objective: Objective) -> tuple[Tensor, Tensor]:
     if not len(counts):
         return batch.rewards, batch.rewards
     returns = partial_returns(batch.rewards, objective.policy_class, gamma=objective.gamma, turn_counts=counts)
-    return returns, turn_advantages(returns, batch.group_ids, baseline=objective.baseline, turn_counts=counts)
+    advantages = turn_advantages(returns, batch.group_ids, baseline=objective.baseline, turn_counts=counts)
+    return returns, advantages * objective.scale
 
 
 def live_parts(samples: Sequence[Sample], advantages: Tensor, objective: Objective) -> list[tuple[Sample, int]]:

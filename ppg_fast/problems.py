@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ppg_fast.dialogue import Message
-from ppg_fast.spec import require_one_of
+from ppg_fast.spec import require, require_one_of
 
 Table = tuple[tuple[float, ...], ...]
+DRAWN = "drawn:"  # and a seed: the name of a problem that nobody chose
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,52 @@ def _mood_problem(turns: int = 12) -> Problem:
 PROBLEMS = {p.name: p for p in (_immediate(), _commitments(), _topics(), _plan(), _mood_problem())}
 
 
+def drawn(seed: int) -> Problem:
+    """A problem that nobody chose: when answers are paid, what temptation pays and the noise are all drawn by ``seed``.
+
+    Six in ten pay each answer within a reach of up to five turns, two at once or at the end of its topic, two mostly at the end of the
+    dialogue. Settings are found, and claims tested, on these: the five above were made to make a point.
+    """
+    rng = random.Random(f"drawn-{seed}")
+    turns, kind = rng.randint(6, 12), rng.choices(("reach", "topics", "plan"), (6, 2, 2))[0]
+    reach, length = rng.choice((0, 0, 1, 2, 3, 5)), rng.randint(3, 5)
+    size, finale = (0.25, turns * rng.uniform(0.3, 1.0)) if kind == "plan" else (1.0, 0.0)
+    pays, tempting = [], []
+    for t in range(turns):
+        last = min(t - t % length + length, turns) - 1
+        k = rng.choice((t, last)) if kind == "topics" else min(t + rng.randint(0, 0 if finale else reach), turns - 1)
+        pays.append((t, k, size * rng.uniform(0.5, 1.5)))
+        tempting.append(rng.uniform(0.0, 0.6) * pays[t][2] if k > t or finale else 0.0)
+    luck = rng.uniform(1.0, 6.0) if kind == "topics" else 0.0
+    openings = _table(turns, *((t, t, luck) for t in range(length, turns, length)))
+    mood = _mood(turns, rng.choice((0.0, 1.0)) * rng.uniform(0.0, 3.0), rng.uniform(0.5, 0.95))
+    noise = tuple(a + b + c for a, b, c in zip(_judge(turns, rng.uniform(0.25, 3.0)), mood, openings, strict=True))
+    needed = max(k - t for t, k, _ in pays) + 1
+    own = "full" if finale else "greedy" if needed == 1 else f"segment:{length}" if kind == "topics" else f"lookahead:{needed}"
+    return Problem(f"{DRAWN}{seed}", own, f"drawn: {kind}", turns, _table(turns, *pays), tuple(tempting), noise, finale)
+
+
 def problem(name: str) -> Problem:
-    """The problem of that name; ValueError names those there are."""
-    require_one_of("problem", name, tuple(PROBLEMS))
+    """The problem of that name, one of the five or `drawn:SEED`; ValueError names those there are."""
+    if name.startswith(DRAWN) and name.removeprefix(DRAWN).isdecimal():
+        return drawn(int(name.removeprefix(DRAWN)))
+    require_one_of("problem", name, (*PROBLEMS, f"{DRAWN}SEED"))
     return PROBLEMS[name]
+
+
+def problem_names(text: str) -> list[str]:
+    """Names with commas, `all` for the five, `drawn:0..39` for forty drawn ones; each once. ValueError where one of them is not there."""
+    found: list[str] = []
+    for part in (p.strip() for p in text.split(",")):
+        ends = part.removeprefix(DRAWN).split("..")
+        if part == "all":
+            found += PROBLEMS
+        elif part.startswith(DRAWN) and len(ends) == 2 and all(e.isdecimal() for e in ends):
+            require(int(ends[0]) <= int(ends[1]), "a range of drawn problems must not end before it begins", part)
+            found += [f"{DRAWN}{seed}" for seed in range(int(ends[0]), int(ends[1]) + 1)]
+        else:
+            found.append(problem(part).name)
+    return list(dict.fromkeys(found))
 
 
 # ---- in words --------------------------------------------------------------------------------------------------------------------------

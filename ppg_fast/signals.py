@@ -19,7 +19,7 @@ class SignalTokens:
 
     def __init__(self, samples: Sequence[Sample], everything: PackedBatch, objective: Objective) -> None:
         self.count = len(samples)
-        self.advantages = torch.stack([credit(everything, replace(objective, policy_class=c))[1] for c in objective.candidates])
+        self.advantages = torch.stack([credit(everything, replace(objective, policy_class=c, scale=1.0))[1] for c in objective.candidates])
         self.parts: list[tuple[Tensor, ...]] = []
 
     def add(self, batch: PackedBatch, rows: Sequence[int], out: PolicyLossOutput) -> None:

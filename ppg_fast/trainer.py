@@ -104,7 +104,8 @@ def optimise(
         start = time.perf_counter()
         samples = collect(step)
         set_learning_rate(state.optimizer, schedule.learning_rate_at(step))
-        now = replace(objective, policy_class=state.chooser.current) if state.chooser else objective
+        auto = state.chooser
+        now = replace(objective, policy_class=auto.current, scale=auto.scale) if auto else objective
         metrics = update(model, state.optimizer, samples, now, schedule, state.reference, ranks)
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
             skipped = []
@@ -115,8 +116,8 @@ def optimise(
             seen = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step}, the last of {len(skipped)} in a row"
             raise NotFinite(f"loss and gradient must be finite (the weights are those before these steps), got {seen}", skipped)
         signals = metrics.pop("signals", None)
-        if state.chooser and signals:
-            metrics |= state.chooser.observe(signals)
+        if auto and signals:
+            metrics |= auto.observe(signals)
         seconds = time.perf_counter() - start
         tokens = sum(len(s.tokens) for s in samples)
         state.step, state.num_tokens = step, state.num_tokens + tokens

@@ -61,6 +61,8 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
         (["--version", "spoken"], "version must be one of tabular, language, both, got 'spoken'"),
         (["--policy-classes", "greedy,imitation"], 'a policy class is "greedy"'),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--first-seed", "-1"], "first_seed must be at least 0, got -1"),
+        (["--problem", "plan,drawn:0..3"], "drawn problems are not in words, so version must be tabular, got 'both'"),
         (["--batches", "1"], "batches must be at least 2, got 1"),
         (["--decompose", "telescoping"], "decompose needs data"),
         (["--data", "x", "--decompose", "halves"], "decompose must be one of telescoping, prefix_maximum, got 'halves'"),
@@ -131,6 +133,31 @@ def test_verdicts_say_when_a_class_does_not_win(others, word):
     assert all(v.startswith(word) for v in p["verdict"])
     alone = summary.of_problem("plan", "tabular", {"greedy": runs["greedy"]}, None)
     assert "no verdict" in alone["verdict"][0]
+
+
+def test_many_problems_together_say_what_a_class_is_worth_without_knowing_which(tmp_path, capsys):
+    flags = ["--version", "tabular", "--problem", "plan,immediate,drawn:0..2", "--policy-classes", "greedy,full,auto", "--max-steps", "8"]
+    assert main([*flags, "--seeds", "2", "--first-seed", "7", "--output-dir", str(tmp_path)]) == 0
+    saved = json.loads((tmp_path / "compare.json").read_text())
+    made, drawn = saved["across"]
+    assert (made["drawn"], drawn["drawn"], drawn["problems"]) == (False, True, ["drawn:0", "drawn:1", "drawn:2"])
+    shares = {c: [] for c in ("greedy", "full", "auto")}
+    for p in saved["problems"][:2]:
+        for c, seen in p["classes"].items():
+            assert seen["seeds"] == [7, 8]
+            shares[c].append((seen["area"]["mean"] - seen["mean"][0]) / (p["best_return"] - seen["mean"][0]))
+    for c, x in shares.items():
+        assert made["classes"][c]["each"] == pytest.approx(x)
+        assert made["classes"][c]["worst"] == pytest.approx(min(x))
+        behind = np.mean(np.maximum(shares["greedy"], shares["full"]) - x)
+        assert made["classes"][c]["behind_best"] == pytest.approx(behind)
+    assert made["classes"]["full"]["auto_minus"]["mean"] == pytest.approx(np.mean(shares["auto"]) - np.mean(shares["full"]))
+    assert made["classes"]["auto"]["auto_minus"] is None
+    assert [p["verdict"] for p in saved["problems"][2:]] == [[]] * 3  # nobody made them for a class
+    page, said = (tmp_path / "report.html").read_text(), capsys.readouterr().out
+    assert "3 drawn problems, tabular, seeds: 2" in page
+    assert page.count("<h2>") == 2 + 2 + 1  # two kinds, two problems that were made, how to read it
+    assert "2 made problems, tabular, seeds: 2" in said
 
 
 # ---- the language version ----------------------------------------------------------------------------------------------------------------

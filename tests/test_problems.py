@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ppg_fast.compare.tabular import TabularProblem, estimate
-from ppg_fast.problems import FACTS, PROBLEMS, Problem, ProblemDialogue, problem, words
+from ppg_fast.problems import FACTS, PROBLEMS, Problem, ProblemDialogue, drawn, problem, problem_names, words
 from ppg_fast.spec import policy_class
 
 CLASSES = ("greedy", "lookahead:2", "lookahead:3", "lookahead:4", "segment:4", "full")
@@ -175,7 +175,30 @@ def test_noise_has_the_covariance_of_the_table():
     assert float(expected[0, 5] / expected[0, 0]) == pytest.approx(0.95**5)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_drawn_problems_need_the_window_that_they_say(seed):
+    """The smallest of all classes without bias, by enumeration; honesty is best; the same seed, the same problem."""
+    of = drawn(seed)
+    assert of == problem(f"drawn:{seed}") != drawn(seed + 1)
+    tabular = TabularProblem(of)
+    assert float(tabular.rewards.sum(1).max()) == pytest.approx(of.best_return)
+    every = ("greedy", *(f"lookahead:{k}" for k in range(2, of.turns)), *(f"segment:{n}" for n in range(2, 6)), "full")
+    unbiased = [c for c in every if tabular.moments(skewed(tabular), c, GROUP).bias < EXACT]
+    assert of.policy_class in unbiased
+    assert min(size(tabular, c) for c in unbiased) == size(tabular, of.policy_class)
+
+
+def test_drawn_problems_are_of_every_kind():
+    kinds = [drawn(seed).policy_class.split(":")[0] for seed in range(40)]
+    assert min(kinds.count(k) for k in ("greedy", "lookahead", "segment", "full")) >= 3
+
+
 def test_names():
     assert all(policy_class(p.policy_class) for p in PROBLEMS.values())
+    assert problem_names("plan, drawn:3..5,drawn:4,all") == ["plan", "drawn:3", "drawn:4", "drawn:5", *(n for n in PROBLEMS if n != "plan")]
+    with pytest.raises(ValueError, match=r"must not end before it begins, got 'drawn:5..3'"):
+        problem_names("drawn:5..3")
+    with pytest.raises(ValueError, match=r"problem must be one of .*, drawn:SEED, got 'drawn:x'"):
+        problem_names("drawn:x")
     with pytest.raises(ValueError, match=r"problem must be one of immediate, .*, got 'moody'"):
         problem("moody")

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ppg_fast.compare import cells
+from ppg_fast.compare import across, cells
 from ppg_fast.compare.cells import Cell
 from ppg_fast.compare.summary import of_problem
 from ppg_fast.decomposition import DECOMPOSITIONS
-from ppg_fast.problems import PROBLEMS, problem
+from ppg_fast.problems import DRAWN, PROBLEMS, drawn, problem_names
 from ppg_fast.spec import policy_class, require, require_one_of
 
 CLASSES = "greedy,lookahead:2,lookahead:3,lookahead:4,segment:4,full,auto"
@@ -82,7 +82,7 @@ class Study:
         own = dataclasses.asdict(self)
         own.pop("folder")
         own["classes"] = sorted(self.fixed) if "auto" in self.classes else []
-        own["problems"] = hashlib.sha256(repr(sorted(PROBLEMS.items())).encode()).hexdigest()[:16]
+        own["problems"] = hashlib.sha256(repr([*sorted(PROBLEMS.items()), *map(drawn, range(9))]).encode()).hexdigest()[:16]
         own["data_digest"] = hashlib.sha256(Path(self.data).read_bytes()).hexdigest()[:16] if self.data else ""
         return own
 
@@ -90,13 +90,14 @@ class Study:
 def parser() -> argparse.ArgumentParser:
     """All flags."""
     p = argparse.ArgumentParser(prog="ppg-fast compare", description="Policy classes side by side: curves, gradients, a report.")
-    p.add_argument("--problem", default="all", help=f"{', '.join(PROBLEMS)}, several with commas, or all [all]")
+    p.add_argument("--problem", default="all", help=f"{', '.join(PROBLEMS)}, drawn:A..B, several with commas, or all [all]")
     p.add_argument("--version", default="both", help="tabular (exact, seconds), language (the real trainer, a small model), or both [both]")
     p.add_argument("--data", help="logged dialogues instead: what each class credits, and training with each on a part of them")
     p.add_argument("--decompose", help=f"with data: turn_rewards are a running score; {' or '.join(DECOMPOSITIONS)} makes rewards of it")
     p.add_argument("--strict", action="store_true", help="with data: a bad line is an error instead of a warning")
     p.add_argument("--policy-classes", help=f"with commas [{CLASSES}; with data {LOG_CLASSES}]")
-    p.add_argument("--seeds", type=int, default=3, help="seeds 0 .. N-1 [3]")
+    p.add_argument("--seeds", type=int, default=3, help="how many [3]")
+    p.add_argument("--first-seed", type=int, default=0, help="the first of them: others than those that a choice was made on [0]")
     p.add_argument("--max-steps", type=int, help="training steps [60 tabular, 40 language, 60 with data]")
     p.add_argument("--batches", type=int, default=24, help="independent batches for the gradients of the language version [24]")
     p.add_argument("--jobs", type=int, default=1, help="processes, of one thread each [1]")
@@ -127,9 +128,12 @@ def main(argv: Sequence[str]) -> int:
     from ppg_fast.compare.report import render
 
     (folder / REPORT).write_text(render(summary), encoding="utf-8")
-    for p in summary["problems"]:
+    for p in (p for p in summary["problems"] if p["verdict"]):
         print(f"\n{p['problem']}, {p['version']} (made for {p['policy_class']})")
         print("\n".join(f"  {v}" for v in p["verdict"]))
+    for entry in summary["across"]:
+        lines = [across.HEADS, *across.rows(entry)]
+        print(f"\n{across.title(entry)}\n" + "\n".join("  ".join(f"{cell:>15}" for cell in line) for line in lines))
     print(f"\nreport: {folder / REPORT}   numbers: {folder / NUMBERS}")
     return 0
 
@@ -142,6 +146,7 @@ def _plan(given: argparse.Namespace) -> tuple[Study, list[Cell]]:
             f"{name} must be at least {2 if name == 'batches' else 1}",
             getattr(given, name),
         )
+    require(given.first_seed >= 0, "first_seed must be at least 0", given.first_seed)
     require(given.max_steps is None or given.max_steps >= 1, "max_steps must be at least 1", given.max_steps)
     text = given.policy_classes or (LOG_CLASSES if given.data else CLASSES)
     classes = tuple(dict.fromkeys(c.strip() for c in text.split(",")))
@@ -154,13 +159,15 @@ def _plan(given: argparse.Namespace) -> tuple[Study, list[Cell]]:
         require_one_of("decompose", given.decompose, tuple(DECOMPOSITIONS))
     settings = {"data": given.data, "decompose": given.decompose, "strict": given.strict}
     study = Study(given.output_dir, classes, given.max_steps, given.batches, **settings)
-    seeds = range(given.seeds)
+    seeds = range(given.first_seed, given.first_seed + given.seeds)
     if given.data:
-        return study, [Cell("logged", "", "gradient", 0), *(Cell("logged", "", c, s) for s in seeds for c in classes)]
-    names = list(PROBLEMS) if given.problem == "all" else [problem(n.strip()).name for n in given.problem.split(",")]
+        return study, [Cell("logged", "", "gradient", seeds[0]), *(Cell("logged", "", c, s) for s in seeds for c in classes)]
+    names = problem_names(given.problem)
     require_one_of("version", given.version, (*VERSIONS, "both"))
+    exact = given.version == "tabular" or not any(n.startswith(DRAWN) for n in names)
+    require(exact, "drawn problems are not in words, so version must be tabular", given.version)
     versions = VERSIONS if given.version == "both" else (given.version,)
-    looked = [Cell(v, n, "gradient", 0) for v in versions for n in names]
+    looked = [Cell(v, n, "gradient", seeds[0]) for v in versions for n in names]
     return study, looked + [Cell(v, n, c, s) for v in versions for s in seeds for n in names for c in classes]
 
 
@@ -189,13 +196,13 @@ def summarise(study: Study, wanted: list[Cell], folder: Path, command: str) -> d
     out: dict[str, Any] = {"command": command, "cpu_seconds": round(seconds, 1), "settings": study.settings(), "problems": [], "log": None}
     for version, name in dict.fromkeys((c.version, c.problem) for c in wanted):
         mine = {c: r for c, r in results.items() if (c.version, c.problem) == (version, name)}
-        looked = mine.get(Cell(version, name, "gradient", 0), {})
+        looked = next((r for c, r in mine.items() if c.policy_class == "gradient"), {})
         runs = {c: [r for cell, r in mine.items() if cell.policy_class == c] for c in study.classes}
         if version == "logged":
             out["log"] = _of_log(study, looked, runs)
         else:
             out["problems"].append(of_problem(name, version, runs, looked.get("gradient")))
-    return out
+    return {**out, "across": across.across(out["problems"])}
 
 
 def _of_log(study: Study, looked: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

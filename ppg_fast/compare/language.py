@@ -118,19 +118,19 @@ def _statistics(gradients: Tensor, seen: list[Signals], classes: Sequence[str], 
     total = gradients.sum(0)
     own = torch.einsum("mcd,med->ce", gradients, gradients)
     inner, square = (total @ total.T - own) / (M * (M - 1)), own.diagonal() / M
-    estimate = torch.stack([s.inner for s in seen]).mean(0)
-    noise = torch.stack([s.noise for s in seen]).mean(0) / seen[0].dialogues
+    products, squares = (torch.stack(part).mean(0) for part in zip(*((s.inner, s.square) for s in seen), strict=True))
+    estimate = Signals(products, squares, seen[0].dialogues, coverage=1.0)
+    guess = estimate.alignment(full) / estimate.inner[full, full].clamp(min=1e-12).sqrt()
     out = {}
     for c, name in enumerate(classes):
         bias = float(inner[c, c] + inner[full, full] - 2 * inner[c, full])
         scale, true = float(inner[c, c].clamp(min=1e-12)) ** 0.5, float(inner[full, full].clamp(min=1e-12)) ** 0.5
-        guess = estimate.diagonal().clamp(min=0) + noise
         out[name] = {
             "gradient_norm": scale,
             "variance": float(square[c] - inner[c, c]),
             "bias": max(0.0, bias) ** 0.5,
             "cosine": max(-1.0, min(1.0, float(inner[c, full]) / (scale * true))),
             "alignment": float(inner[c, full] / square[c].sqrt()) / true,
-            "alignment_by_score_norms": float(estimate[c, full] / guess[c].sqrt() / estimate[full, full].clamp(min=1e-12).sqrt()),
+            "alignment_by_score_norms": float(guess[c]),
         }
     return out

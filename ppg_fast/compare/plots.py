@@ -64,6 +64,20 @@ def gradients(problems: list[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
+def shares(entry: dict[str, Any]) -> str:
+    """Share of the way to the best return, a point a problem and a bar for the mean, by class."""
+    figure, (axes,) = _figure(7.5, 0.6 + 0.36 * len(entry["classes"]))
+    order = sorted(entry["classes"], key=lambda c: entry["classes"][c]["mean"])
+    colours = _colours(list(entry["classes"]))
+    for height, name in enumerate(order):
+        each = entry["classes"][name]["each"]
+        axes.scatter(each, [height] * len(each), color=colours[name], alpha=0.35, s=14)
+        axes.plot([entry["classes"][name]["mean"]] * 2, [height - 0.35, height + 0.35], color=colours[name], linewidth=2.5)
+    axes.set(yticks=range(len(order)), yticklabels=order, xlabel="mean return over training: 0 as at the start, 1 the best there is")
+    axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
 def credits(log: dict[str, Any]) -> str:
     """Mean windowed return of each turn, by class."""
     figure, (axes,) = _figure(7.5, 3.4)

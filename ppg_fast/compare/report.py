@@ -5,7 +5,8 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ppg_fast.compare import plots
+from ppg_fast.compare import across, plots
+from ppg_fast.problems import DRAWN
 
 STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:.7em 0}td,th{padding:.15em .7em;text-align:right;border-bottom:1px solid #ddd}
@@ -75,6 +76,18 @@ def _problem(versions: list[dict[str, Any]]) -> str:
     return text
 
 
+def _across(entry: dict[str, Any], problems: list[dict[str, Any]]) -> str:
+    text = f"<h2>{html.escape(across.title(entry))}</h2>" + _image(plots.shares(entry))
+    text += table(across.HEADS, ((row, row[0] == "auto") for row in across.rows(entry)))
+    text += f"<p><small>{across.READING}</small></p>"
+    if entry["drawn"]:
+        facts = {p["problem"]: f"{p['problem']} ({p['why'].removeprefix('drawn: ')}, {p['policy_class']})" for p in problems}
+        shares = zip(*(c["each"] for c in entry["classes"].values()), strict=True)
+        rows = (([facts[n], *(f"{x:.0%}" for x in each)], False) for n, each in zip(entry["problems"], shares, strict=True))
+        text += f"<details><summary>every one of them</summary>{table(('', *entry['classes']), rows)}</details>"
+    return text
+
+
 def _log(log: dict[str, Any]) -> str:
     credit = log["credits"]
     text = f"<h2>{html.escape(log['data'])}</h2><p>{credit['dialogues']} dialogues, {credit['turns']} turns, mean reward "
@@ -101,7 +114,8 @@ def render(summary: dict[str, Any]) -> str:
     """The page."""
     body = "<h1>Policy classes side by side</h1>"
     body += f"<p><small>{html.escape(summary['command'])}; {summary['cpu_seconds']:,.0f} s of computing</small></p>"
-    names = list(dict.fromkeys(p["problem"] for p in summary["problems"]))
+    body += "".join(_across(entry, summary["problems"]) for entry in summary["across"])
+    names = list(dict.fromkeys(p["problem"] for p in summary["problems"] if not p["problem"].startswith(DRAWN)))
     body += "".join(_problem([p for p in summary["problems"] if p["problem"] == name]) for name in names)
     body += _log(summary["log"]) if summary.get("log") else ""
     body += f"<h2>How to read it</h2><p>{READING}</p>" if names else ""

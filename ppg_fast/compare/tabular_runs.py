@@ -26,7 +26,7 @@ def train(name: str, chosen: str, seed: int, candidates: tuple[PolicyClass, ...]
         now = logits.detach()
         actions, rewards = tabular.sample(now, PROMPTS * GROUP, generator)
         window = chooser.current if chooser else policy_class(chosen)
-        logits.grad = -estimate(tabular, now, window, actions, rewards, GROUP)
+        logits.grad = -estimate(tabular, now, window, actions, rewards, GROUP) * (chooser.scale if chooser else 1.0)
         if chooser:
             row = chooser.observe(sampled_signals(now, candidates, actions, rewards, GROUP))
             if "auto/reason" in row:
