@@ -14,7 +14,12 @@ TRITON_VERSIONS := 3.6.0 3.8.0 3.9.0
 VERL_IMPORTS := "tensordict>=0.8,<=0.10,!=0.9.0" "ray>=2.41" codetiming hydra-core datasets pylatexenc torchdata dill pandas pyarrow \
 	"transformers>=5.5.3,<5.11,!=5.6.0" peft accelerate pillow cachetools uvicorn fastapi "TransferQueue>=0.1.10"
 
-.PHONY: train test test-verl test-triton triton-versions lint types check bench gpu docs format clean
+# The study of policy classes: seeds that no setting was chosen on, and logged dialogues where LOGS names files of them.
+STUDY := compare --jobs 2 --first-seed 100
+LOGS ?=
+STUDIES := runs/study-made runs/study-drawn runs/study-language $(foreach log,$(LOGS),runs/study-log-$(notdir $(basename $(log))))
+
+.PHONY: train test test-verl test-triton triton-versions lint types check bench study gpu docs format clean
 
 train: $(VENV)/.train
 	$(BIN)/ppg-fast train --overwrite $(ARGS)
@@ -53,6 +58,15 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/ppg-fast bench $(ARGS)
+
+# An hour on two cores; what is there is not computed again. Writes docs/policy_classes.md.
+study: $(VENV)/.dev
+	$(BIN)/ppg-fast $(STUDY) --version tabular --seeds 100 --output-dir runs/study-made
+	$(BIN)/ppg-fast $(STUDY) --version tabular --seeds 10 --problem drawn:0..79 --output-dir runs/study-drawn
+	$(BIN)/ppg-fast $(STUDY) --version language --seeds 20 --output-dir runs/study-language
+	$(foreach log,$(LOGS),$(BIN)/ppg-fast $(STUDY) --data $(log) --seeds 5 --max-steps 200 --output-dir runs/study-log-$(notdir $(basename $(log))) &&) true
+	$(BIN)/python -m ppg_fast.bench.policy_classes $(STUDIES)
+	$(BIN)/python -m ppg_fast.bench --render
 
 # On a machine that has torch, nvcc and pytest: builds in place for its GPU, installs nothing, needs no network and no .venv.
 gpu:

@@ -7,6 +7,7 @@ from .tables import NOT_MEASURED, Entry, Results, of, table
 
 Time = Callable[..., float | None]  # (provider, **what its case must have) -> median seconds, the fastest of several names
 OURS, INPLACE, KEEPING = "ppg_fast cpu", "ppg_fast cpu, in place", "ppg_fast cpu, skip_zero_advantages=False"
+NORMS = "ppg_fast cpu, in place, score norms"
 READ, GEMMS = ("read (sum)", "read (dot)"), "three bare GEMMs"
 DTYPES = ("float32", "bfloat16")
 
@@ -39,6 +40,9 @@ def _policy_loss(time: Time) -> list[Row]:
         two = {"dtype": dtype, "threads": 2, "allocator": "default"}
         ratio = _ratio(time(INPLACE, **two), time("eager PyTorch", **two))
         rows.append((f"in place, {dtype}, 2 threads, default allocator / eager PyTorch", 0.1, ratio))
+    for case in ({"dtype": dtype, "threads": threads, "allocator": "tuned"} for dtype in DTYPES for threads in (1, 2)):
+        what = f"in place with score norms, {case['dtype']}, threads: {case['threads']} / without"
+        rows.append((what, 1.05, _ratio(time(NORMS, **case), time(INPLACE, **case))))
     return rows
 
 

@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ppg_fast.compare import plots
+from ppg_fast.compare import across, plots
+from ppg_fast.problems import DRAWN
 
 from . import machine
 from .tables import NOT_MEASURED, Results, of, table
@@ -21,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("bench/results"))
     arguments = parser.parse_args(argv)
     summaries = [json.loads((run / "compare.json").read_text()) for run in arguments.runs]
-    problems = [p for s in summaries for p in s["problems"]]
+    problems = [p for s in summaries for p in s["problems"] if not p["problem"].startswith(DRAWN)]
     logs = [s["log"] for s in summaries if s["log"]]
     file = {
         "machine_info": machine.machine_info("cpu"),
@@ -37,10 +39,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             "cpu_seconds": sum(s["cpu_seconds"] for s in summaries),
         },
         "problems": problems,
+        "across": [entry for s in summaries for entry in s["across"]],
         "logs": logs,
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / f"{NAME}.cpu.json").write_text(json.dumps(_rounded(file), indent=1) + "\n")
+    text = json.dumps(_rounded(file), indent=1)
+    text = re.sub(r"\[[^][{}\"]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)  # a list of numbers is one line
+    (arguments.output / f"{NAME}.cpu.json").write_text(text + "\n")
     for name, svg in charts(file).items():
         (arguments.output / name).write_text(svg)
 
@@ -53,10 +58,15 @@ def charts(file: dict[str, Any]) -> dict[str, str]:
         found[f"{NAME}.{name}.svg"] = plots.curves(versions)
         if any(p["gradient"] for p in versions):
             found[f"{NAME}.{name}.gradients.svg"] = plots.gradients(versions)
+    found |= {_chart_of(entry): plots.shares(entry) for entry in file["across"]}
     for log in file["logs"]:
         found[f"{NAME}.{_stem(log)}.credits.svg"] = plots.credits(log)
         found[f"{NAME}.{_stem(log)}.scores.svg"] = plots.scores(log)
     return found
+
+
+def _chart_of(entry: dict[str, Any]) -> str:
+    return f"{NAME}.{'drawn' if entry['drawn'] else 'made'}.{entry['version']}.svg"
 
 
 def _stem(log: dict[str, Any]) -> str:
@@ -84,17 +94,23 @@ def overview_section(results: Results) -> str:
             if own not in classes or not others:
                 continue
             rival = max(others, key=lambda c, classes=classes: classes[c]["area"]["mean"])
-            row = [f"{p['problem']}, {p['version']}", own, f"{classes[own]['area']['mean']:.2f}"]
+            row = [f"{p['problem']}, {p['version']}", str(len(classes[own]["seeds"])), own, f"{classes[own]['area']['mean']:.2f}"]
             row += [f"{rival} {classes[rival]['area']['mean']:.2f}"]
             row += [f"{classes['auto']['area']['mean']:.2f}" if "auto" in classes else "", p["verdict"][0].split(":")[0]]
             rows.append(tuple(row))
-        seeds = {len(c["seeds"]) for p in file["problems"] for c in p["classes"].values()}
-        heads = ("problem", "made for", "its mean return", "best other class", "auto", "verdict")
-        text += (
-            f"{' or '.join(map(str, sorted(seeds)))} seeds; {file['ppg_fast']['cpu_seconds'] / 60:.0f} minutes of computing on one core\n\n"
-        )
-        text += table(heads, rows)
+        heads = ("problem", "seeds", "made for", "its mean return", "best other class", "auto", "verdict")
+        text += f"{file['ppg_fast']['cpu_seconds'] / 60:.0f} minutes of computing on one core\n\n" + table(heads, rows)
     return text or NOT_MEASURED
+
+
+def across_section(results: Results) -> str:
+    """What a class is worth where nobody knows the problem: its share of each, together."""
+    text = ""
+    for _, file in of(results, NAME):
+        for entry in file["across"]:
+            text += f"\n**{across.title(entry)}**\n\n![shares](../bench/results/{_chart_of(entry)})\n\n"
+            text += table(across.HEADS, across.rows(entry))
+    return text.lstrip("\n") or NOT_MEASURED
 
 
 def problems_section(results: Results) -> str:

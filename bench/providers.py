@@ -77,12 +77,12 @@ def our_backends(case: Case) -> list[str]:
     return names
 
 
-def loss_from_logits(backend: str, inplace: bool, skip: bool) -> Callable[[Problem], Tensor]:
+def loss_from_logits(backend: str, inplace: bool, skip: bool, score_norms: bool = False) -> Callable[[Problem], Tensor]:
     """Our `policy_loss` on one backend."""
 
     def compute(p: Problem) -> Tensor:
         assert p.logits is not None
-        options = {"spec": SPEC, "inplace": inplace, "skip_zero_advantages": skip, "backend": backend}
+        options = {"spec": SPEC, "inplace": inplace, "skip_zero_advantages": skip, "score_norms": score_norms, "backend": backend}
         return policy_loss(p.logits, p.labels, p.advantages, old_logprobs=p.old_logprobs, **options).loss
 
     return compute
@@ -93,7 +93,8 @@ def ours_from_logits(case: Case) -> list[Provider]:
     names = our_backends(case)
     inplace = [Provider(f"ppg_fast {name}, in place", loss_from_logits(name, True, False), "ours", destroys=True) for name in names]
     separate = [Provider(f"ppg_fast {name}", loss_from_logits(name, False, False), "ours") for name in names]
-    return inplace + separate
+    norms = [Provider(f"ppg_fast {n}, in place, score norms", loss_from_logits(n, True, False, True), "ours", destroys=True) for n in names]
+    return inplace + separate + norms
 
 
 def loss_from_hidden(backend: str, skip: bool) -> Callable[[Problem], Tensor]:

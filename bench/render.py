@@ -10,7 +10,7 @@ from .aims import aims_section
 from .chart import Bar, bars
 from .gpu.report import gpu_section, summary_section
 from .linear_tables import active_section, contributions_section
-from .policy_classes import logs_section, overview_section, problems_section
+from .policy_classes import across_section, logs_section, overview_section, problems_section
 from .step_tables import whole_step_table
 from .tables import (
     NOT_MEASURED,
@@ -172,6 +172,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "gpu": gpu_section,
     "gpu_summary": summary_section,
     "policy_classes": overview_section,
+    "policy_class_across": across_section,
     "policy_class_problems": problems_section,
     "policy_class_logs": logs_section,
     **{op: _op_section(op) for op in ("policy_loss", "logprobs", "linear", "partial_returns")},

@@ -317,24 +317,3 @@ def test_the_row_kernel_needs_no_more_instructions_than_when_it_was_measured(tmp
     assert instructions.per_element(program, **case) < 1.1 * before
     with pytest.raises(ValueError, match="exit status 3"):
         instructions.count(program, "policy_loss", "float32", "avx1024", 1, 8)
-
-
-def test_comparisons_of_policy_classes_become_sections_and_charts(tmp_path):
-    from ppg_fast.bench import policy_classes
-
-    from ppg_fast.compare.command import main
-
-    flags = ["--problem", "plan", "--version", "tabular", "--policy-classes", "greedy,full", "--seeds", "2", "--max-steps", "4"]
-    assert main([*flags, "--output-dir", str(tmp_path / "run")]) == 0
-    policy_classes.main([str(tmp_path / "run"), "--output", str(tmp_path)])
-    results = render.load(tmp_path)
-    assert "| plan, tabular | full |" in render.SECTIONS["policy_classes"](results)
-    text = render.SECTIONS["policy_class_problems"](results)
-    assert "### plan: made for full" in text
-    for name in ("policy_classes.plan.svg", "policy_classes.plan.gradients.svg"):
-        assert f"({'../bench/results/' + name})" in text
-        assert (tmp_path / name).read_text().startswith("<?xml")
-    first = (tmp_path / "policy_classes.plan.svg").read_bytes()
-    policy_classes.main([str(tmp_path / "run"), "--output", str(tmp_path)])
-    assert (tmp_path / "policy_classes.plan.svg").read_bytes() == first
-    assert render.SECTIONS["policy_class_logs"](results) == render.NOT_MEASURED

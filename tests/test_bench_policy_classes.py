@@ -1,0 +1,51 @@
+"""Finished comparisons become a results file, charts and sections of the documents."""
+
+import json
+
+import pytest
+from ppg_fast.bench import policy_classes, render
+
+from ppg_fast.compare.command import main
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Two comparisons of different problems, stored together."""
+    folder = tmp_path_factory.mktemp("stored")
+    shared = ["--version", "tabular", "--policy-classes", "greedy,full,auto", "--max-steps", "4", "--seeds", "2"]
+    for name, problems in (("made", "plan"), ("drawn", "drawn:0..2")):
+        assert main([*shared, "--problem", problems, "--output-dir", str(folder / name)]) == 0
+    policy_classes.main([str(folder / "made"), str(folder / "drawn"), "--output", str(folder)])
+    return folder, render.load(folder)
+
+
+def test_a_problem_that_was_made_has_its_row_and_its_charts(stored):
+    folder, results = stored
+    assert "| plan, tabular | 2 | full |" in render.SECTIONS["policy_classes"](results)
+    text = render.SECTIONS["policy_class_problems"](results)
+    assert "### plan: made for full" in text
+    for name in ("policy_classes.plan.svg", "policy_classes.plan.gradients.svg"):
+        assert f"({'../bench/results/' + name})" in text
+        assert (folder / name).read_text().startswith("<?xml")
+    assert render.SECTIONS["policy_class_logs"](results) == render.NOT_MEASURED
+
+
+def test_drawn_problems_have_one_table_and_one_chart_together(stored):
+    folder, results = stored
+    text = render.SECTIONS["policy_class_across"](results)
+    assert "**3 drawn problems, tabular, seeds: 2**" in text
+    assert "(../bench/results/policy_classes.drawn.tabular.svg)" in text
+    assert (folder / "policy_classes.drawn.tabular.svg").exists()
+    assert "drawn:" not in render.SECTIONS["policy_class_problems"](results)
+    stored_problems = json.loads((folder / "policy_classes.cpu.json").read_text())["problems"]
+    assert [p["problem"] for p in stored_problems] == ["plan"]
+
+
+def test_the_same_comparison_makes_the_same_files(stored, tmp_path):
+    folder, _ = stored
+    policy_classes.main([str(folder / "made"), str(folder / "drawn"), "--output", str(tmp_path)])
+    charts = sorted(p.name for p in tmp_path.glob("*.svg"))
+    assert charts == sorted(p.name for p in folder.glob("*.svg"))
+    assert all((tmp_path / name).read_bytes() == (folder / name).read_bytes() for name in charts)
+    one, other = (json.loads((f / "policy_classes.cpu.json").read_text()) for f in (folder, tmp_path))
+    assert [one[k] for k in ("problems", "across", "logs")] == [other[k] for k in ("problems", "across", "logs")]
