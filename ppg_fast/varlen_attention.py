@@ -3,8 +3,8 @@
 A packed row holds dialogues one after the other, ``cu_seq_lens_q`` their bounds. On a CUDA device in half precision it is
 `torch.nn.attention.varlen.varlen_attn`, or flash-attn's own kernel where it is installed and knows what torch's does not: score softcaps,
 and a deterministic backward pass under torch.use_deterministic_algorithms. Elsewhere (float32, a softcap without flash-attn) it is a loop
-over the dialogues. No mask of the packed row's length squared is ever made. Without ``cu_seq_lens_q`` it is ordinary attention with the
-given mask, so that the same model also generates.
+over the dialogues. No mask of the packed row's length squared is ever made. Without ``cu_seq_lens_q`` the bounds are where position ids
+restart; in a padded batch or with a cache it is ordinary attention, so that the same model also generates.
 
 Why an entry of our own: a packed row with restarting position ids is block-diagonal in transformers only if attention_mask is None
 and use_cache is off, silently contaminated otherwise, and its SDPA path builds the dense mask.
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 NAME = "ppg_varlen"
 QUERY_BLOCK = 512  # rows of scores made at once where a mask or softcap forbids the fused kernel
@@ -29,7 +30,7 @@ def varlen_attention(
     query: Tensor,  # (B, H, Q, D); B = 1 when packed
     key: Tensor,  # (B, Hkv, K, D)
     value: Tensor,
-    attention_mask: Tensor | None,  # (B, 1, Q, K) bool, True = seen; ignored when packed
+    attention_mask: Tensor | None,  # (B, K) bool, True = no padding; or (B, 1, Q, K), what each query sees; ignored when packed
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -40,16 +41,20 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """softmax(causal(Q K^T scaling)) V, one dialogue at a time -> (B, Q, H, D), and no weights."""
     del dropout  # a policy is trained without it: the sampler's policy must be the trainer's
-    if kwargs.get("s_aux") is not None:
-        raise ValueError(f"{NAME} attention knows no attention sinks, got a model of type {type(module).__name__}")
+    _refuse(module, key.shape[2], kwargs)
+    if cu_seq_lens_q is None and attention_mask is None:
+        cu_seq_lens_q = _restarts(query, key, kwargs.get("position_ids"))
     if cu_seq_lens_q is None:
-        out = _masked(query, key, value, attention_mask, scaling, softcap)
+        if attention_mask is not None and attention_mask.dim() == 4:
+            out = _masked(query, key, value, attention_mask, scaling, softcap)
+        else:
+            out = _causal(query, key, value, attention_mask, scaling, sliding_window, softcap)
     elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and (not softcap or flash_attn()):
         return _fused(query, key, value, scaling, sliding_window, softcap, cu_seq_lens_q, max_length_q), None
     else:
         lengths = torch.diff(cu_seq_lens_q).tolist()
         parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
-        out = torch.cat([_causal(q, k, v, scaling, sliding_window, softcap) for q, k, v in parts], dim=2)
+        out = torch.cat([_causal(q, k, v, None, scaling, sliding_window, softcap) for q, k, v in parts], dim=2)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -85,36 +90,85 @@ def _fused(
     return out[None]
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None) -> Tensor:
-    """One dialogue, (1, H, L, D). Where the fused kernel does not serve, in blocks of queries, so that no (L, L) mask is made."""
-    length = q.shape[2]
-    window = length if window is None else min(window, length)
-    if not softcap and window == length:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+def _refuse(module: nn.Module, length: int, given: dict[str, Any]) -> None:
+    """ValueError for what a model asks of its attention and this one does not know."""
+    if given.get("s_aux") is not None:
+        raise ValueError(f"{NAME} attention knows no attention sinks, got a model of type {type(module).__name__}")
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    chunk, types = getattr(config, "attention_chunk_size", None), getattr(config, "layer_types", None)
+    if chunk and types and layer is not None and types[layer] == "chunked_attention" and length > chunk:
+        raise ValueError(f"{NAME} attention knows no chunks, so a row must have at most the {chunk} tokens of the first, got {length}")
+
+
+def _restarts(query: Tensor, key: Tensor, positions: object) -> Tensor | None:
+    """Bounds (S + 1,) int32 of the dialogues of a row whose position ids restart; None for one that is not packed."""
+    if not isinstance(positions, Tensor) or query.shape[0] != 1 or query.shape[2] in (0, 1) or query.shape[2] != key.shape[2]:
+        return None
+    starts = (torch.diff(positions[0]) != 1).nonzero()[:, 0] + 1
+    ends = starts.new_tensor([0]), starts, starts.new_tensor([query.shape[2]])
+    return torch.cat(ends).int() if len(starts) else None
+
+
+def _causal(
+    q: Tensor, k: Tensor, v: Tensor, there: Tensor | None, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """Queries (B, H, Q, D) that are the last of K keys; ``there`` (B, K) bool, False = padding.
+
+    Where the fused kernel does not serve, in blocks of queries, so that no (Q, K) mask is made. Padding sees itself: no row is empty.
+    """
+    length, past = q.shape[2], k.shape[2] - q.shape[2]
+    window = k.shape[2] if window is None else min(window, k.shape[2])
+    if not softcap and there is None and window == k.shape[2] and (past == 0 or length == 1):
+        return scaled_dot_product_attention(q, k, v, is_causal=length > 1, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     blocks = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
-        first = max(0, start - window + 1)
-        distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
+        first, end = max(0, past + start - window + 1), past + stop
+        distance = torch.arange(past + start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
         seen = (distance >= 0) & (distance < window)
-        blocks.append(_masked(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], seen, scaling, softcap))
+        if there is not None:
+            seen = (seen & there[:, None, None, first:end]) | (distance == 0)
+        blocks.append(_masked(q[:, :, start:stop], k[:, :, first:end], v[:, :, first:end], seen, scaling, softcap))
     return torch.cat(blocks, dim=2)
 
 
-def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scaling: float | None, softcap: float | None) -> Tensor:
-    """Attention under a boolean mask, with Gemma-2's softcap * tanh(score / softcap) where asked."""
+def _masked(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
+    """Attention under a mask, boolean or added to the scores, with Gemma-2's softcap * tanh(score / softcap) where asked."""
     if not softcap:
-        grouped, causal = q.shape[1] != k.shape[1], seen is None and q.shape[2] > 1
-        return scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, scale=scaling, enable_gqa=grouped)
+        return scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scaling is None else scaling)
     scores = softcap * torch.tanh(scores / softcap)
-    if seen is None and q.shape[2] > 1:
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-    if seen is not None:
-        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min) if seen.dtype == torch.bool else scores + seen
     return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
+def varlen_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask that transformers hands to `varlen_attention`: padding (B, K), None without; causality and windows it knows itself.
+
+    A whole mask where a caller adds rules of its own, and for a cache of fixed size, whose last columns are not filled yet. Without an
+    entry in this interface transformers drops every mask without a word, padding included.
+    """
+    if use_vmap or int(q_offset) + q_length != kv_offset + kv_length:
+        places: dict[str, Any] = {"q_offset": q_offset, "kv_offset": kv_offset, "attention_mask": attention_mask, "use_vmap": use_vmap}
+        places |= {} if mask_function is None else {"mask_function": mask_function}
+        return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=False, device=kwargs["device"], **places)
+    if attention_mask is None:
+        return None
+    there = attention_mask[:, -kv_length:]
+    return None if bool(there.all()) else there
+
+
 AttentionInterface.register(NAME, varlen_attention)
+AttentionMaskInterface.register(NAME, varlen_mask)

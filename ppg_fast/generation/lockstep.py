@@ -1,5 +1,6 @@
 """One KV cache for many dialogues: a column is a token of each of them, or a hole where one has nothing to say while others speak."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class Lockstep:
         self.layer_types = set(getattr(config, "layer_types", None) or ())
         self.window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         self.kept = torch.zeros(size, 0, dtype=torch.bool, device=model.device)
+        arguments = inspect.signature(decoder(model).forward).parameters
+        self.cached = {"cache" if "cache" in arguments else "past_key_values": self.cache, "use_cache": True}  # named anew in 5.24
         self.weight, self.bias, self.scale, self.softcap = head_of(model)
 
     def read(self, rows: list[list[int]]) -> Tensor:
@@ -100,8 +103,7 @@ class Lockstep:
             input_ids=tokens,
             attention_mask=self._mask(positions, width),
             position_ids=positions[:, -width:],
-            past_key_values=self.cache,
-            use_cache=True,
+            **self.cached,
         )
         return out.last_hidden_state[:, -1]
 
