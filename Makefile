@@ -59,7 +59,7 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/ppg-fast bench $(ARGS)
 
-# An hour on two cores; what is there is not computed again. Writes docs/policy_classes.md.
+# About an hour on two cores; what is there is not computed again. Writes docs/policy_classes.md.
 study: $(VENV)/.dev
 	$(BIN)/ppg-fast $(STUDY) --version tabular --seeds 100 --output-dir runs/study-made
 	$(BIN)/ppg-fast $(STUDY) --version tabular --seeds 10 --problem drawn:0..79 --output-dir runs/study-drawn

@@ -158,11 +158,7 @@ def update(
     passes = _passes(parts, schedule.max_tokens, ranks)
     spec, device = objective.spec, model.device
     module = ranks.module(model) or PolicyModule(model, torch.bfloat16 if schedule.bf16 else None)
-    olds = [_frozen(module, b, device, spec, ranks) if objective.num_iterations > 1 else None for b, _ in passes]
-    refs: list[Tensor | None] = [None] * len(passes)
-    if reference is not None:
-        with reference.in_place():
-            refs = [_frozen(module, b, device, spec, ranks) for b, _ in passes]
+    olds, refs = _given_logprobs(module, [batch for batch, _ in passes], device, objective, reference, ranks)
     signals = SignalTokens(samples, everything, objective) if objective.candidates else None
     sums, norm = TokenMeans(), 0.0
     for iteration in range(objective.num_iterations):
@@ -207,6 +203,23 @@ def _passes(parts: Sequence[tuple[Sample, int]], max_tokens: int, ranks: Ranks) 
     passes = [(pack(batch), [row[id(part)] for part in batch]) for batch in batches]
     lacking = max(1, ranks.largest(len(passes))) - len(passes)
     return passes + [(pack([NOTHING]), [])] * lacking
+
+
+def _given_logprobs(
+    module: torch.nn.Module,
+    batches: Sequence[PackedBatch],
+    device: torch.device,
+    objective: Objective,
+    reference: StartingWeights | None,
+    ranks: Ranks,
+) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """Of each batch under the weights before the first of several iterations, and under the reference; None where nothing asks for them."""
+    spec, none = objective.spec, [None] * len(batches)
+    olds = [_frozen(module, b, device, spec, ranks) for b in batches] if objective.num_iterations > 1 else none
+    if reference is None:
+        return olds, none
+    with reference.in_place():
+        return olds, [_frozen(module, b, device, spec, ranks) for b in batches]
 
 
 def _frozen(module: torch.nn.Module, batch: PackedBatch, device: torch.device, spec: PolicyLossSpec, ranks: Ranks) -> Tensor:

@@ -33,6 +33,12 @@ SECTIONS = {  # of the help: from this setting on, until the next section begins
     "report_to": "where it is reported",
 }
 
+POSITIVE = """width layers vocab_size num_iterations num_prompts num_generations max_new_tokens max_turns max_tokens imitation_batch
+    eval_every eval_dialogues keep_checkpoints activation_checkpointing_every_n_layers rank_timeout partner_tokens
+    concurrency rollout_batch"""
+COUNTS = """max_steps warmup_steps imitation_steps max_dialogue_tokens threads save_every seed max_skipped_steps lora_rank lora_alpha
+    retries judge_retries"""
+
 
 def _option(default: Any, help: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help})
@@ -153,32 +159,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """ValueError with the rule and the value."""
-        for name in ("width", "layers", "vocab_size", "num_iterations", "num_prompts", "num_generations", "max_new_tokens", "max_turns"):
-            _require_int(name, getattr(self, name), 1)
-        for name in (
-            "max_tokens",
-            "imitation_batch",
-            "eval_every",
-            "eval_dialogues",
-            "keep_checkpoints",
-            "activation_checkpointing_every_n_layers",
-            "rank_timeout",
-        ):
-            _require_int(name, getattr(self, name), 1)
-        counts = (
-            "max_steps",
-            "warmup_steps",
-            "imitation_steps",
-            "max_dialogue_tokens",
-            "threads",
-            "save_every",
-            "seed",
-            "max_skipped_steps",
-            "lora_rank",
-            "lora_alpha",
-        )
-        for name in counts:
-            _require_int(name, getattr(self, name), 0)
+        for names, least in ((POSITIVE, 1), (COUNTS, 0)):
+            for name in names.split():
+                _require_int(name, getattr(self, name), least)
         for name in ("learning_rate", "imitation_learning_rate", "max_grad_norm", "temperature"):
             require_number(name, getattr(self, name), 0.0, open_low=True)
         for name in ("gamma", "final_learning_rate", "teacher_skill"):
@@ -199,10 +182,6 @@ class TrainConfig:
         for name in self.trackers:
             require_one_of("report_to", name, (*TRACKERS, "none"))
         require_one_of("parallel", self.parallel, PARALLEL)
-        for name in ("partner_tokens", "concurrency", "rollout_batch"):
-            _require_int(name, getattr(self, name), 1)
-        for name in ("retries", "judge_retries"):
-            _require_int(name, getattr(self, name), 0)
         require_number("timeout", self.timeout, 0.0, open_low=True)
         require_number("partner_temperature", self.partner_temperature, 0.0)
         require(not (self.data and self.prompts), "data (offline) and prompts (on-policy) exclude each other, got both", self.prompts)
