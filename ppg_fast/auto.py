@@ -28,7 +28,6 @@ from torch import Tensor
 from ppg_fast.data import CONTEXT, PackedBatch
 from ppg_fast.spec import FullPlanning, Greedy, Lookahead, PolicyClass, Segment, require
 
-AUTO = "auto"
 CANDIDATES: tuple[PolicyClass, ...] = (Greedy(), Lookahead(2), Lookahead(3), Lookahead(4), Lookahead(6), Segment(4), FullPlanning())
 
 
@@ -129,7 +128,7 @@ def _totals(values: Tensor, index: Tensor, size: int) -> Tensor:
 
 
 class WindowChooser:
-    """Which of ``candidates`` to train with next. Same observations, same choices.
+    """Which of ``candidates`` to train with next; with ``fixed``, that class whatever is seen. Same observations, same choices.
 
     The figure of merit of a class is its alignment, the expected cosine of its batch gradient with the true one, up to the factor |G_full|
     that all have in common:
@@ -143,12 +142,18 @@ class WindowChooser:
     """
 
     def __init__(
-        self, candidates: Sequence[PolicyClass] = CANDIDATES, *, memory: float = 30.0, margin: float = 0.05, min_coverage: float = 0.5
+        self,
+        candidates: Sequence[PolicyClass] = CANDIDATES,
+        *,
+        fixed: PolicyClass | None = None,
+        memory: float = 30.0,
+        margin: float = 0.05,
+        min_coverage: float = 0.5,
     ) -> None:
         self.candidates, self.names = list(candidates), [name_of(c) for c in candidates]
         require("full" in self.names, "the candidates of auto must include full planning", self.names)
         require(memory >= 1, "memory must be at least one step", memory)
-        self.keep, self.margin, self.min_coverage = 1 - 1 / memory, margin, min_coverage
+        self.fixed, self.keep, self.margin, self.min_coverage = fixed, 1 - 1 / memory, margin, min_coverage
         self.full = self.chosen = self.names.index("full")
         count = len(self.names)
         self.weight, self.dialogues = 0.0, 1
@@ -157,7 +162,7 @@ class WindowChooser:
     @property
     def current(self) -> PolicyClass:
         """What the next step should credit."""
-        return self.candidates[self.chosen]
+        return self.fixed or self.candidates[self.chosen]
 
     @property
     def scale(self) -> float:
@@ -165,7 +170,7 @@ class WindowChooser:
 
         Adam divides by the gradients it remembers: after a class of large ones, those of a class with less noise would hardly move it.
         """
-        if self.chosen == self.full:
+        if self.fixed or self.chosen == self.full:
             return 1.0
         lengths = self._average().length
         return float(lengths[self.full] / lengths[self.chosen])
@@ -175,7 +180,7 @@ class WindowChooser:
 
     def observe(self, signals: Signals) -> dict[str, Any]:
         """Take in one step's signals; metrics for the log, ``auto/reason`` where the class changes. ``policy_class`` is the next one."""
-        row: dict[str, Any] = {"policy_class": self.names[self.chosen], "auto/coverage": signals.coverage}
+        row: dict[str, Any] = {"policy_class": name_of(self.current), "auto/coverage": signals.coverage}
         if signals.coverage < self.min_coverage or not bool(signals.square[self.full] > 0):
             return row
         self.weight, self.dialogues = self.keep * self.weight + 1 - self.keep, signals.dialogues
@@ -185,6 +190,8 @@ class WindowChooser:
         merit = average.alignment(self.full)
         for what, values in (("alignment", merit), ("signal_to_noise", average.signal_to_noise)):
             row |= {f"auto/{what}/{n}": float(x) for n, x in zip(self.names, values, strict=True)}
+        if self.fixed:
+            return row
         best = int(merit.argmax())
         before, after = float(merit[self.chosen]), float(merit[best])
         if after > 0 and after - before > self.margin * after:  # below zero nothing is known of any

@@ -16,8 +16,8 @@ from ppg_fast.spec import Lookahead, PolicyClass, PolicyLossSpec
 class Objective:
     """What a step climbs. ``imitate``: every turn has advantage 1, which is supervised fine-tuning through the same kernel.
 
-    ``candidates``: classes among which `ppg_fast.auto` chooses step by step; ``policy_class`` is then not used. ``scale``: what it
-    multiplies the advantages of the chosen class with.
+    ``candidates``: classes whose signals `ppg_fast.auto` measures at every step; ``auto``: it chooses one of them for the next, in place of
+    ``policy_class``. ``scale``: what the advantages are multiplied with then.
     """
 
     policy_class: PolicyClass = field(default_factory=lambda: Lookahead(3))
@@ -28,6 +28,7 @@ class Objective:
     num_iterations: int = 1
     imitate: bool = False
     candidates: tuple[PolicyClass, ...] = ()
+    auto: bool = False
     scale: float = 1.0
 
 

@@ -38,7 +38,7 @@ class NotFinite(FloatingPointError):
 class TrainingState:
     """What steps change, but for the sources of randomness. ``reference``: the weights at the start, where a KL term wants them.
 
-    ``chooser``: what has been seen of the policy classes, where the objective leaves the choice open.
+    ``chooser``: what has been seen of the policy classes, where the objective has candidates.
     """
 
     model: Any
@@ -61,7 +61,8 @@ class TrainingState:
             offload=schedule.optim_offload,
         )
         reference = StartingWeights(model) if objective.spec.kl_coef else None
-        return cls(model, optimizer, reference, chooser=WindowChooser(objective.candidates) if objective.candidates else None)
+        fixed = None if objective.auto else objective.policy_class
+        return cls(model, optimizer, reference, chooser=WindowChooser(objective.candidates, fixed=fixed) if objective.candidates else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training changes, as `torch.save` likes it: frozen weights are not in it."""
@@ -104,8 +105,8 @@ def optimise(
         start = time.perf_counter()
         samples = collect(step)
         set_learning_rate(state.optimizer, schedule.learning_rate_at(step))
-        auto = state.chooser
-        now = replace(objective, policy_class=auto.current, scale=auto.scale) if auto else objective
+        chooser = state.chooser
+        now = replace(objective, policy_class=chooser.current, scale=chooser.scale) if chooser else objective
         metrics = update(model, state.optimizer, samples, now, schedule, state.reference, ranks)
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
             skipped = []
@@ -116,8 +117,8 @@ def optimise(
             seen = f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step}, the last of {len(skipped)} in a row"
             raise NotFinite(f"loss and gradient must be finite (the weights are those before these steps), got {seen}", skipped)
         signals = metrics.pop("signals", None)
-        if auto and signals:
-            metrics |= auto.observe(signals)
+        if chooser and signals:
+            metrics |= chooser.observe(signals)
         seconds = time.perf_counter() - start
         tokens = sum(len(s.tokens) for s in samples)
         state.step, state.num_tokens = step, state.num_tokens + tokens

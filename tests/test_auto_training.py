@@ -114,7 +114,7 @@ def test_the_trainer_scales_the_advantages_of_the_class_and_not_the_signals(roll
 
     def one_step(scale):
         monkeypatch.setattr(WindowChooser, "scale", scale)
-        objective, schedule = Objective(candidates=(Greedy(), FullPlanning())), Schedule(1, 0.0, max_grad_norm=1e9)
+        objective, schedule = Objective(candidates=(Greedy(), FullPlanning()), auto=True), Schedule(1, 0.0, max_grad_norm=1e9)
         list(optimise(model, lambda step: samples, objective, schedule, TrainingState.start(model, objective, schedule)))
         return seen[-1][1]
 
@@ -157,9 +157,41 @@ def test_auto_trains_logs_why_and_resumes(tmp_path):
     assert all(0 <= r["auto/coverage"] <= 1 for r in steps)
 
 
+def test_signals_are_logged_whatever_class_trains(tmp_path):
+    """The same run, with what auto would look at in its metrics; the class that trains need not be a candidate."""
+    pytest.importorskip("transformers")
+    from ppg_fast.config import make_config
+    from ppg_fast.jobs import run_job
+
+    sizes = {"width": 16, "layers": 1, "imitation_steps": 2, "num_prompts": 1, "num_generations": 8, "eval_dialogues": 2, "progress": False}
+    settings = {**sizes, "policy_class": "lookahead:2", "candidates": "greedy,full", "eval_every": 99, "max_steps": 3}
+    settings["max_new_tokens"] = 1  # so that every answer begins, and ends, after words of the partner alone
+    runs = []
+    for signals in (False, True):
+        folder = tmp_path / str(signals)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert run_job(make_config({**settings, "signals": signals, "output_dir": str(folder)})) == 0
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        runs.append([r for r in rows if r["phase"] == "train"])
+    for plain, measured in zip(*runs, strict=True):
+        assert measured["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+        assert measured["policy_class"] == "lookahead:2"
+        seen = {k for k in measured if k.startswith("auto/signal_to_noise/")}
+        assert seen == ({f"auto/signal_to_noise/{c}" for c in ("greedy", "full")} if measured["active_turns"] else set())
+        assert not any(k.startswith("auto/") for k in plain)
+        assert "auto/reason" not in measured
+    assert any(measured["active_turns"] for measured in runs[1])
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        (
+            {"policy_class": "full", "signals": True, "data": "x.jsonl"},
+            "signals need rollouts of the policy itself, so",
+        ),
+        ({"policy_class": "full", "signals": True, "candidates": "greedy"}, "candidates must include full, got 'greedy'"),
         ({"data": "x.jsonl"}, "auto needs rollouts of the policy itself, so there must be no data, got 'x.jsonl'"),
         ({"candidates": "greedy"}, "candidates must include full, got 'greedy'"),
         ({"candidates": "greedy,fully"}, 'a policy class is "greedy"'),

@@ -21,6 +21,11 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
+def _legend(figure: Any, axes: Any) -> None:
+    """Beside the panels, once, so that it hides no curve."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+
+
 def _svg(figure: Any) -> str:
     import matplotlib
 
@@ -32,7 +37,7 @@ def _svg(figure: Any) -> str:
 
 def curves(problems: list[dict[str, Any]]) -> str:
     """Return against steps, one panel a version of a problem: mean over seeds and its 95 % band."""
-    figure, panels = _figure(5.4 * len(problems), 3.6, len(problems))
+    figure, panels = _figure(4.8 * len(problems) + 1.6, 3.6, len(problems))
     for axes, p in zip(panels, problems, strict=True):
         colours = _colours(list(p["classes"]))
         for name, c in p["classes"].items():
@@ -44,7 +49,7 @@ def curves(problems: list[dict[str, Any]]) -> str:
         seeds = max((len(c["seeds"]) for c in p["classes"].values()), default=0)
         axes.set(title=f"{p['problem']}, {p['version']} ({seeds} seeds)", xlabel="step", ylabel="expected return")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+    _legend(figure, panels[0])
     return _svg(figure)
 
 
@@ -60,6 +65,7 @@ def gradients(problems: list[dict[str, Any]]) -> str:
         axes.set(title=f"{p['problem']}, {p['version']}", xlabel="bias", ylabel="variance", yscale="log")
         largest = max(0.1, *(g["bias"] for g in p["gradient"].values()))
         axes.set_xlim(-0.05 * largest, 1.25 * largest)  # room for the names
+        axes.margins(y=0.12)
         axes.grid(alpha=0.3)
     return _svg(figure)
 
@@ -87,7 +93,7 @@ def credits(log: dict[str, Any]) -> str:
         axes.plot(range(1, len(c["by_turn"]) + 1), c["by_turn"], color=colours[name], label=name)
     axes.set(xlabel="turn", ylabel="mean return credited", title="What each class credits")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    _legend(figure, axes)
     return _svg(figure)
 
 
@@ -100,5 +106,5 @@ def scores(log: dict[str, Any]) -> str:
             axes.plot(c["steps"], c["curves"][key], color=colours[name], label=name)
         axes.set(xlabel="step", ylabel="nats a token", title=f"held-out likelihood, weighted {key.replace('_', ' ')}")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+    _legend(figure, panels[0])
     return _svg(figure)

@@ -1,9 +1,10 @@
 """The configuration of `ppg-fast train`: one frozen dataclass, readable from YAML and from flags."""
 
 from ppg_fast.config.sources import add_flags, make_config, read_yaml, write_yaml
-from ppg_fast.config.train import OFFLINE, PROMPTS, REWARD_SETTINGS, SECTIONS, TRACKERS, TrainConfig
+from ppg_fast.config.train import AUTO, OFFLINE, PROMPTS, REWARD_SETTINGS, SECTIONS, TRACKERS, TrainConfig
 
 __all__ = [
+    "AUTO",
     "OFFLINE",
     "PROMPTS",
     "REWARD_SETTINGS",

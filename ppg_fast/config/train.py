@@ -18,6 +18,7 @@ from ppg_fast.spec import (
     require_one_of,
 )
 
+AUTO = "auto"  # in place of a policy class: one of the candidates, chosen while training
 TRACKERS = ("tensorboard", "wandb", "trackio")
 SECTIONS = {  # of the help: from this setting on, until the next section begins
     "output_dir": "the run and its data",
@@ -80,6 +81,7 @@ class TrainConfig:
     candidates: str = _option(
         "greedy,lookahead:2,lookahead:3,lookahead:4,lookahead:6,segment:4,full", "classes that auto chooses among; full must be one"
     )
+    signals: bool = _option(False, "log what auto looks at, whatever class trains; reads turns without advantage too")
     gamma: float = _option(1.0, "discount inside the window")
     baseline: str = _option("leave_one_out", f"subtracted from the windowed return at the same turn: {', '.join(BASELINES)}")
     loss_type: str = _option("reinforce", ", ".join(LOSS_TYPES))
@@ -185,12 +187,12 @@ class TrainConfig:
         require_number("timeout", self.timeout, 0.0, open_low=True)
         require_number("partner_temperature", self.partner_temperature, 0.0)
         require(not (self.data and self.prompts), "data (offline) and prompts (on-policy) exclude each other, got both", self.prompts)
-        if self.policy_class == "auto":
-            rule = "policy_class auto needs rollouts of the policy itself, so there must be no data"
-            require(not self.data, rule, self.data)
-            require("full" in self.candidate_classes(), "candidates must include full", self.candidates)
-        else:
+        if self.policy_class != AUTO:
             policy_class(self.policy_class)
+        if self.policy_class == AUTO or self.signals:
+            what = "policy_class auto needs" if self.policy_class == AUTO else "signals need"
+            require(not self.data, f"{what} rollouts of the policy itself, so there must be no data", self.data)
+            require("full" in self.candidate_classes(), "candidates must include full", self.candidates)
         self.loss_spec()
         if self.data and not self.allow_negative_rewards:
             rule = (
@@ -205,8 +207,8 @@ class TrainConfig:
         return [name for name in dict.fromkeys(names) if name not in ("", "none")]
 
     def candidate_classes(self) -> dict[str, PolicyClass]:
-        """What auto chooses among, by name; nothing for any other policy class."""
-        names = [name.strip() for name in self.candidates.split(",")] if self.policy_class == "auto" else []
+        """Classes whose signals a step measures, by name: what auto chooses among, and ``signals`` logs."""
+        names = [name.strip() for name in self.candidates.split(",")] if self.policy_class == AUTO or self.signals else []
         return {name: policy_class(name) for name in names}
 
     def loss_spec(self) -> PolicyLossSpec:

@@ -51,8 +51,6 @@ class PersonaJob:
         with progress.phase(config.policy_class, config.max_steps) as phase:
             for metrics in run.climb("train", self.rollouts, self.objective, self.policy.schedule()):
                 phase.show(metrics, "reward")
-                if "auto/reason" in metrics:
-                    progress.say(f"step {metrics['step']}: {metrics['auto/reason']}")
                 if metrics["step"] % config.eval_every == 0:
                     run.log_samples("train", metrics["step"], self.last, self.policy.chat, self.objective)
                     if metrics["step"] < config.max_steps:

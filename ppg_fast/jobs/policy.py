@@ -12,7 +12,7 @@ import torch
 from ppg_fast import backends
 from ppg_fast.adaptation import add_lora, checkpoint_activations, freeze
 from ppg_fast.chat_format import ChatFormat
-from ppg_fast.config import TrainConfig
+from ppg_fast.config import AUTO, TrainConfig
 from ppg_fast.data import Sample
 from ppg_fast.environment import Environment
 from ppg_fast.generation import EndpointSampler
@@ -107,8 +107,9 @@ class Policy:
         """The partial policy gradient that the config describes."""
         c = self.config
         candidates = tuple(c.candidate_classes().values())
-        chosen = policy_class("full" if candidates else c.policy_class)
-        return Objective(chosen, c.gamma, c.baseline, c.loss_spec(), c.reduction, c.num_iterations, candidates=candidates)
+        auto = c.policy_class == AUTO
+        chosen = policy_class("full" if auto else c.policy_class)
+        return Objective(chosen, c.gamma, c.baseline, c.loss_spec(), c.reduction, c.num_iterations, candidates=candidates, auto=auto)
 
     def schedule(self) -> Schedule:
         """Its steps."""
