@@ -63,8 +63,8 @@ bench: $(VENV)/.dev
 study: $(VENV)/.dev
 	$(BIN)/ppg-fast $(STUDY) --version tabular --seeds 100 --output-dir runs/study-made
 	$(BIN)/ppg-fast $(STUDY) --version tabular --seeds 10 --problem drawn:0..79 --output-dir runs/study-drawn
-	$(BIN)/ppg-fast $(STUDY) --version language --seeds 20 --output-dir runs/study-language
-	$(foreach log,$(LOGS),$(BIN)/ppg-fast $(STUDY) --data $(log) --seeds 5 --max-steps 200 --output-dir runs/study-log-$(notdir $(basename $(log))) &&) true
+	$(BIN)/ppg-fast $(STUDY) --version language --seeds 20 --batches 200 --output-dir runs/study-language
+	$(foreach log,$(LOGS),$(BIN)/ppg-fast $(STUDY) --data $(log) --seeds 5 --max-steps 120 --output-dir runs/study-log-$(notdir $(basename $(log))) &&) true
 	$(BIN)/python -m ppg_fast.bench.policy_classes $(STUDIES)
 	$(BIN)/python -m ppg_fast.bench --render
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppg_fast.compare import across, plots
+from ppg_fast.compare.report import bias_text
 from ppg_fast.problems import DRAWN
 
 from . import machine
@@ -137,8 +138,8 @@ def _class_table(p: dict[str, Any]) -> str:
         cells = [f"{c[k]['mean']:.2f} ± {c[k]['std']:.2f}" for k in ("final", "area")] + [
             f"{level} ({c['level_reached']}/{len(c['seeds'])})"
         ]
-        shown = ("variance", "bias", "cosine", "alignment", "alignment_by_score_norms")
-        rows.append((name, *cells, *(f"{g[k]:.3f}" if k in g else "" for k in shown)))
+        variance, *others = (f"{g[k]:.3f}" if k in g else "" for k in ("variance", "cosine", "alignment", "alignment_by_score_norms"))
+        rows.append((name, *cells, variance, bias_text(g), *others))
     heads = ("", "final return", "mean return", "dialogues to level (seeds)", "variance", "bias", "cosine", "alignment", "by score norms")
     return table(heads, rows)
 

@@ -63,7 +63,7 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--first-seed", "-1"], "first_seed must be at least 0, got -1"),
         (["--problem", "plan,drawn:0..3"], "drawn problems are not in words, so version must be tabular, got 'both'"),
-        (["--batches", "1"], "batches must be at least 2, got 1"),
+        (["--batches", "2"], "batches must be at least 3, got 2"),
         (["--decompose", "telescoping"], "decompose needs data"),
         (["--data", "x", "--decompose", "halves"], "decompose must be one of telescoping, prefix_maximum, got 'halves'"),
         (["--data", "x", "--policy-classes", "auto"], 'a policy class is "greedy"'),
@@ -192,6 +192,11 @@ def test_gradient_statistics_are_unbiased():
     assert out["bias"] == pytest.approx(1.0, rel=0.05)
     assert out["cosine"] == pytest.approx(0.5**0.5, rel=0.05)
     assert out["alignment"] == pytest.approx(1 / 2**0.5 / 11**0.5, rel=0.05)
+    held = [_statistics(batches, seen, ["greedy", "full"], 1)["greedy"] for batches in drawn.reshape(200, 20, 2, 40)]
+    assert 0.9 <= np.mean([g["bias_low"] <= 1.0 <= g["bias_high"] for g in held]) < 1.0  # two standard errors
+    drawn[:, :, 0] += mean[1] - mean[0]  # no bias left
+    held = [_statistics(batches, seen, ["greedy", "full"], 1)["greedy"] for batches in drawn.reshape(200, 20, 2, 40)]
+    assert np.mean([g["bias_low"] == 0.0 for g in held]) > 0.93
 
 
 # ---- real dialogues ----------------------------------------------------------------------------------------------------------------------

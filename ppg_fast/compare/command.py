@@ -140,13 +140,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _plan(given: argparse.Namespace) -> tuple[Study, list[Cell]]:
     """What to compute, seed by seed, so that a run cut short has every class of the seeds it got to."""
-    for name in ("seeds", "jobs", "batches"):
-        require(
-            getattr(given, name) >= (2 if name == "batches" else 1),
-            f"{name} must be at least {2 if name == 'batches' else 1}",
-            getattr(given, name),
-        )
-    require(given.first_seed >= 0, "first_seed must be at least 0", given.first_seed)
+    for name, least in (("seeds", 1), ("jobs", 1), ("batches", 3), ("first_seed", 0)):
+        require(getattr(given, name) >= least, f"{name} must be at least {least}", getattr(given, name))
     require(given.max_steps is None or given.max_steps >= 1, "max_steps must be at least 1", given.max_steps)
     text = given.policy_classes or (LOG_CLASSES if given.data else CLASSES)
     classes = tuple(dict.fromkeys(c.strip() for c in text.split(",")))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppg_fast.auto import Signals, context_ids, measure_signals
 from ppg_fast.chat_format import make_word_tokenizer
+from ppg_fast.compare.summary import CLEAR
 from ppg_fast.config import TrainConfig
 from ppg_fast.data import Sample, pack
 from ppg_fast.functional import partial_returns, turn_advantages
@@ -87,6 +88,7 @@ def measure(name: str, config: TrainConfig, folder: Path, classes: Sequence[str]
 
     With g_m the gradient of batch m, unbiased (sums over pairs of different batches):
         |G_S|^2 = <g_m, g_m'>,  bias^2 = <d_m, d_m'> with d = g_S - g_full,  cosine from <g_S, g_full>;  variance = E|g|^2 - |G_S|^2
+    ``bias_low``, ``bias_high``: two standard errors beside its square; where the first is 0, none was seen.
     ``alignment``: expected cosine of a batch gradient with G_full, measured here and as auto estimates it from score norms.
     """
     student = Student(name, config, folder)
@@ -112,6 +114,14 @@ def measure(name: str, config: TrainConfig, folder: Path, classes: Sequence[str]
     return _statistics(torch.stack(gradients).double(), seen, classes, full)
 
 
+def _squared_length(drawn: Tensor) -> tuple[float, float]:
+    """|E d|^2 of (M, D) independent draws, without bias, and its standard error by the jackknife over draws."""
+    M, products = len(drawn), drawn @ drawn.T
+    pairs, own, rows = products.sum() - products.trace(), products.diagonal(), products.sum(1)
+    without = (pairs - 2 * (rows - own)) / ((M - 1) * (M - 2))  # each draw left out in turn
+    return float(pairs / (M * (M - 1))), float(((M - 1) / M * (without - without.mean()).square().sum()).sqrt())
+
+
 def _statistics(gradients: Tensor, seen: list[Signals], classes: Sequence[str], full: int) -> dict[str, Any]:
     """By class, from (M, C, D) batch gradients."""
     M = len(gradients)
@@ -123,12 +133,14 @@ def _statistics(gradients: Tensor, seen: list[Signals], classes: Sequence[str], 
     guess = estimate.alignment(full) / estimate.inner[full, full].clamp(min=1e-12).sqrt()
     out = {}
     for c, name in enumerate(classes):
-        bias = float(inner[c, c] + inner[full, full] - 2 * inner[c, full])
+        bias, error = _squared_length(gradients[:, c] - gradients[:, full])
         scale, true = float(inner[c, c].clamp(min=1e-12)) ** 0.5, float(inner[full, full].clamp(min=1e-12)) ** 0.5
         out[name] = {
             "gradient_norm": scale,
             "variance": float(square[c] - inner[c, c]),
             "bias": max(0.0, bias) ** 0.5,
+            "bias_low": max(0.0, bias - CLEAR * error) ** 0.5,
+            "bias_high": max(0.0, bias + CLEAR * error) ** 0.5,
             "cosine": max(-1.0, min(1.0, float(inner[c, full]) / (scale * true))),
             "alignment": float(inner[c, full] / square[c].sqrt()) / true,
             "alignment_by_score_norms": float(guess[c]),

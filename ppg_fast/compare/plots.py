@@ -61,9 +61,11 @@ def gradients(problems: list[dict[str, Any]]) -> str:
         colours = _colours(list(p["classes"]))
         for name, g in p["gradient"].items():
             axes.scatter(g["bias"], g["variance"], color=colours.get(name, "C7"), s=45)
+            if "bias_high" in g:
+                axes.hlines(g["variance"], g["bias_low"], g["bias_high"], color=colours.get(name, "C7"), linewidth=1)
             axes.annotate(name, (g["bias"], g["variance"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
         axes.set(title=f"{p['problem']}, {p['version']}", xlabel="bias", ylabel="variance", yscale="log")
-        largest = max(0.1, *(g["bias"] for g in p["gradient"].values()))
+        largest = max(0.1, *(g.get("bias_high", g["bias"]) for g in p["gradient"].values()))
         axes.set_xlim(-0.05 * largest, 1.25 * largest)  # room for the names
         axes.margins(y=0.12)
         axes.grid(alpha=0.3)

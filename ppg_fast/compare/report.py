@@ -18,8 +18,8 @@ the number is the median of the dialogues it took, where more than half of the s
 the others after the fact, which favours it. Gradient columns are at the start, for the mean over one step's dialogues: variance is the
 trace of the covariance; bias the distance of the expected gradient from that of the true return; cosine the angle between the two;
 alignment the expected cosine of ONE step's gradient with the true one, which bias and variance lower both. Tabular: exact, by enumeration.
-Language model: measured on independent batches, in the space of all its parameters; beside it the alignment that auto estimates from score
-norms."""
+Language model: measured on independent batches, in the space of all its parameters, a bias by two standard errors to both sides of its
+square; beside it the alignment that auto estimates from score norms."""
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -41,8 +41,15 @@ def class_row(name: str, c: dict[str, Any], g: dict[str, Any] | None) -> list[st
     level = f"{c['level_samples']:,.0f}" if c["level_samples"] is not None else "not reached"
     row = [name, final, area, f"{level} ({c['level_reached']}/{len(c['seeds'])})"]
     g = g or {}
-    row += [_number(g.get(k), 3) for k in ("variance", "bias", "cosine", "alignment")]
-    return [*row, _number(g.get("alignment_by_score_norms"), 3)]
+    row += [_number(g.get("variance"), 3), bias_text(g)]
+    return [*row, *(_number(g.get(k), 3) for k in ("cosine", "alignment", "alignment_by_score_norms"))]
+
+
+def bias_text(g: dict[str, Any]) -> str:
+    """An exact bias, or the interval of a measured one."""
+    if not g.get("bias_high"):  # exact, or the measure of all others
+        return _number(g.get("bias"), 3)
+    return f"{g['bias_low']:.1f} to {g['bias_high']:.1f}" if g["bias_low"] else f"below {g['bias_high']:.1f}"
 
 
 HEADS = (
