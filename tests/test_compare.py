@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+import time
 import warnings
 
 import numpy as np
@@ -43,6 +46,27 @@ def test_a_comparison_resumes_cell_by_cell_and_reports(tmp_path, capsys):
     assert "http" not in page.split("</style>")[1].replace("data:image", "")
     assert "as it should be: mean return over training: full" in page
     assert "auto: mean return over training" in capsys.readouterr().out
+
+
+def test_a_comparison_that_is_killed_goes_on_to_the_same_numbers(tmp_path):
+    """kill -9 as soon as some cells are there; what was half written does not count."""
+    flags = ["--version", "tabular", "--problem", "plan", "--policy-classes", "full,auto", "--max-steps", "12", "--seeds", "8"]
+    assert main([*flags, "--output-dir", str(tmp_path / "whole")]) == 0
+    folder = tmp_path / "killed"
+    call = "import sys; from ppg_fast.cli import main; sys.exit(main(['compare', *sys.argv[1:]]))"
+    process = subprocess.Popen([sys.executable, "-c", call, *flags, "--output-dir", str(folder)], stdout=subprocess.DEVNULL)
+    while process.poll() is None and len(list(folder.glob("cells/*.json"))) < 3:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    (folder / cells.CELLS / "half.1.new").write_text('{"returns": [')
+    assert 3 <= len(list(folder.glob("cells/*.json"))) < 17
+    assert main([*flags, "--output-dir", str(folder)]) == 0
+    one, other = (json.loads((f / "compare.json").read_text())["problems"] for f in (tmp_path / "whole", folder))
+    for name, c in one[0]["classes"].items():
+        same = {k: v for k, v in c.items() if k != "seconds"}
+        assert same == {k: v for k, v in other[0]["classes"][name].items() if k != "seconds"}
+    assert one[0]["gradient"] == other[0]["gradient"]
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path):

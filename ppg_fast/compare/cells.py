@@ -79,8 +79,12 @@ def _compute(folder: Path, cell: Cell, work: Work) -> dict[str, Any]:
     start = time.perf_counter()
     result = work(cell)
     result = {**asdict(cell), "seconds": round(time.perf_counter() - start, 2), **result}
-    path = folder / CELLS / cell.name
-    new = path.with_suffix(f".{os.getpid()}.new")
-    new.write_text(json.dumps(result), encoding="utf-8")
-    new.replace(path)
+    write_whole(folder / CELLS / cell.name, json.dumps(result))
     return result
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole, or as it was, whenever the process is killed."""
+    new = path.with_suffix(f".{os.getpid()}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)

@@ -124,10 +124,10 @@ def main(argv: Sequence[str]) -> int:
         Path(word).name if word in (given.data, given.output_dir) else word for word in argv
     )  # a report is shown to others: no folders
     summary = summarise(study, wanted, folder, f"ppg-fast compare {command}")
-    (folder / NUMBERS).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    cells.write_whole(folder / NUMBERS, json.dumps(summary, indent=1) + "\n")
     from ppg_fast.compare.report import render
 
-    (folder / REPORT).write_text(render(summary), encoding="utf-8")
+    cells.write_whole(folder / REPORT, render(summary))
     for p in (p for p in summary["problems"] if p["verdict"]):
         print(f"\n{p['problem']}, {p['version']} (made for {p['policy_class']})")
         print("\n".join(f"  {v}" for v in p["verdict"]))
@@ -181,7 +181,7 @@ def _open(folder: Path, study: Study, overwrite: bool) -> None:
         rule = f"{folder} holds a comparison with other settings (give another --output-dir, or --overwrite)"
         require(not other, rule, ", ".join(f"{k} {a} -> {b}" for k, (a, b) in other.items()))
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    cells.write_whole(path, json.dumps(settings, indent=1) + "\n")
 
 
 def summarise(study: Study, wanted: list[Cell], folder: Path, command: str) -> dict[str, Any]:
