@@ -254,9 +254,15 @@ def test_logged_dialogues_are_credited_and_trained_on(tmp_path):
     for c in log["classes"].values():
         assert c["curves"]["plain"][-1] > c["curves"]["plain"][0]
     assert log["classes"]["greedy"]["final"]["contrast"]["mean"] > log["classes"]["imitation"]["final"]["contrast"]["mean"]
-    page = (tmp_path / "out/report.html").read_text()
+    page, numbers = ((tmp_path / "out" / name).read_text() for name in ("report.html", "compare.json"))
     assert "log.jsonl" in page
-    assert str(tmp_path) not in page
+    assert str(tmp_path) not in page + numbers
+    (tmp_path / "elsewhere").mkdir()
+    moved = path.rename(tmp_path / "elsewhere" / path.name)
+    flags[1] = str(moved)
+    before = files(tmp_path / "out")
+    assert main([*flags, "--output-dir", str(tmp_path / "out")]) == 0  # the same dialogues, wherever they lie
+    assert files(tmp_path / "out") == before
 
 
 def test_a_running_score_is_decomposed_with_its_warning(tmp_path):

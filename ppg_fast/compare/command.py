@@ -83,7 +83,8 @@ class Study:
         own.pop("folder")
         own["classes"] = sorted(self.fixed) if "auto" in self.classes else []
         own["problems"] = hashlib.sha256(repr([*sorted(PROBLEMS.items()), *map(drawn, range(9))]).encode()).hexdigest()[:16]
-        own["data_digest"] = hashlib.sha256(Path(self.data).read_bytes()).hexdigest()[:16] if self.data else ""
+        if self.data:  # by what it holds, wherever it lies
+            own |= {"data": Path(self.data).name, "data_digest": hashlib.sha256(Path(self.data).read_bytes()).hexdigest()[:16]}
         return own
 
 
