@@ -138,7 +138,9 @@ def _class_table(p: dict[str, Any]) -> str:
         cells = [f"{c[k]['mean']:.2f} ± {c[k]['std']:.2f}" for k in ("final", "area")] + [
             f"{level} ({c['level_reached']}/{len(c['seeds'])})"
         ]
-        variance, *others = (f"{g[k]:.3f}" if k in g else "" for k in ("variance", "cosine", "alignment", "alignment_by_score_norms"))
+        variance, *others = (
+            "" if g.get(k) is None else f"{g[k]:.3f}" for k in ("variance", "cosine", "alignment", "alignment_by_score_norms")
+        )
         rows.append((name, *cells, variance, bias_text(g), *others))
     heads = ("", "final return", "mean return", "dialogues to level (seeds)", "variance", "bias", "cosine", "alignment", "by score norms")
     return table(heads, rows)

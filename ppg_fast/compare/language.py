@@ -89,7 +89,8 @@ def measure(name: str, config: TrainConfig, folder: Path, classes: Sequence[str]
     With g_m the gradient of batch m, unbiased (sums over pairs of different batches):
         |G_S|^2 = <g_m, g_m'>,  bias^2 = <d_m, d_m'> with d = g_S - g_full,  cosine from <g_S, g_full>;  variance = E|g|^2 - |G_S|^2
     ``bias_low``, ``bias_high``: two standard errors beside its square; where the first is 0, none was seen.
-    ``alignment``: expected cosine of a batch gradient with G_full, measured here and as auto estimates it from score norms.
+    ``cosine`` is a ratio of such estimates, cut at 1. ``alignment``: expected cosine of a batch gradient with G_full, measured here and as
+    auto estimates it from score norms, None where its estimate of |G_full|^2 is below zero.
     """
     student = Student(name, config, folder)
     chosen = [policy_class(c) for c in classes]
@@ -130,7 +131,8 @@ def _statistics(gradients: Tensor, seen: list[Signals], classes: Sequence[str], 
     inner, square = (total @ total.T - own) / (M * (M - 1)), own.diagonal() / M
     products, squares = (torch.stack(part).mean(0) for part in zip(*((s.inner, s.square) for s in seen), strict=True))
     estimate = Signals(products, squares, seen[0].dialogues, coverage=1.0)
-    guess = estimate.alignment(full) / estimate.inner[full, full].clamp(min=1e-12).sqrt()
+    signal = float(estimate.inner[full, full])
+    guess = (estimate.alignment(full) / max(signal, 1e-12) ** 0.5).tolist() if signal > 0 else [None] * len(classes)
     out = {}
     for c, name in enumerate(classes):
         bias, error = _squared_length(gradients[:, c] - gradients[:, full])
@@ -143,6 +145,6 @@ def _statistics(gradients: Tensor, seen: list[Signals], classes: Sequence[str], 
             "bias_high": max(0.0, bias + CLEAR * error) ** 0.5,
             "cosine": max(-1.0, min(1.0, float(inner[c, full]) / (scale * true))),
             "alignment": float(inner[c, full] / square[c].sqrt()) / true,
-            "alignment_by_score_norms": float(guess[c]),
+            "alignment_by_score_norms": guess[c],
         }
     return out
