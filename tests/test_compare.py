@@ -1,11 +1,10 @@
-"""`ppg-fast compare`: cells that resume, numbers that are what they are called, a report that stands alone, real dialogues offline."""
+"""`ppg-fast compare`: cells that resume, numbers that are what they are called, a report that stands alone."""
 
 import json
 import math
 import subprocess
 import sys
 import time
-import warnings
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from ppg_fast import cli
 from ppg_fast.compare import cells, summary
 from ppg_fast.compare.cells import Cell
 from ppg_fast.compare.command import main
-from ppg_fast.decomposition import prefix_maximum_rewards, telescoping_rewards
 
 TABULAR = ["--problem", "plan", "--version", "tabular", "--policy-classes", "greedy,full,auto", "--max-steps", "6"]
 
@@ -87,6 +85,7 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--first-seed", "-1"], "first_seed must be at least 0, got -1"),
         (["--problem", "plan,drawn:0..3"], "drawn problems are not in words, so version must be tabular, got 'both'"),
+        (["--max-dialogue-tokens", "-1"], "max_dialogue_tokens must be at least 0, got -1"),
         (["--batches", "2"], "batches must be at least 3, got 2"),
         (["--decompose", "telescoping"], "decompose needs data"),
         (["--data", "x", "--decompose", "halves"], "decompose must be one of telescoping, prefix_maximum, got 'halves'"),
@@ -221,83 +220,3 @@ def test_gradient_statistics_are_unbiased():
     drawn[:, :, 0] += mean[1] - mean[0]  # no bias left
     held = [_statistics(batches, seen, ["greedy", "full"], 1)["greedy"] for batches in drawn.reshape(200, 20, 2, 40)]
     assert np.mean([g["bias_low"] == 0.0 for g in held]) > 0.93
-
-
-# ---- real dialogues ----------------------------------------------------------------------------------------------------------------------
-def log_file(path, scores=None):
-    lines = []
-    for d in range(10):
-        messages = [{"role": "system", "content": "you are calm"}]
-        for t in range(3 + d % 2):
-            messages += [{"role": "user", "content": f"word {t}"}, {"role": "assistant", "content": "yes" if (d + t) % 2 else "no no"}]
-        rewards = scores[d] if scores else [float((d + t) % 2) for t in range(3 + d % 2)]
-        lines.append(json.dumps({"id": f"d{d}", "group_id": f"d{d}", "messages": messages, "turn_rewards": rewards}))
-    path.write_text("\n".join(lines))
-    return path
-
-
-def test_logged_dialogues_are_credited_and_trained_on(tmp_path):
-    pytest.importorskip("transformers")
-    path = log_file(tmp_path / "log.jsonl")
-    flags = ["--data", str(path), "--policy-classes", "greedy,lookahead:2,full,imitation", "--seeds", "1", "--max-steps", "12"]
-    assert main([*flags, "--output-dir", str(tmp_path / "out")]) == 0
-    log = json.loads((tmp_path / "out/compare.json").read_text())["log"]
-    credits = log["credits"]
-    assert (credits["dialogues"], credits["turns"]) == (10, 35)
-    by_turn = {name: c["by_turn"] for name, c in credits["classes"].items()}
-    own = np.array([[float((d + t) % 2) if t < 3 + d % 2 else np.nan for t in range(4)] for d in range(10)])
-    assert by_turn["greedy"] == pytest.approx(np.nanmean(own, 0).tolist())
-    full = np.where(np.isnan(own), np.nan, np.nancumsum(own[:, ::-1], 1)[:, ::-1])
-    assert by_turn["full"] == pytest.approx(np.nanmean(full, 0).tolist())
-    assert credits["classes"]["greedy"]["credited"] == pytest.approx(float(np.nanmean(own)))
-    assert credits["classes"]["greedy"]["effective"] == pytest.approx(credits["classes"]["greedy"]["credited"])  # of weights 0 and 1
-    for c in log["classes"].values():
-        assert c["curves"]["plain"][-1] > c["curves"]["plain"][0]
-    assert log["classes"]["greedy"]["final"]["contrast"]["mean"] > log["classes"]["imitation"]["final"]["contrast"]["mean"]
-    page, numbers = ((tmp_path / "out" / name).read_text() for name in ("report.html", "compare.json"))
-    assert "log.jsonl" in page
-    assert str(tmp_path) not in page + numbers
-    (tmp_path / "elsewhere").mkdir()
-    moved = path.rename(tmp_path / "elsewhere" / path.name)
-    flags[1] = str(moved)
-    before = files(tmp_path / "out")
-    assert main([*flags, "--output-dir", str(tmp_path / "out")]) == 0  # the same dialogues, wherever they lie
-    assert files(tmp_path / "out") == before
-
-
-def test_a_running_score_is_decomposed_with_its_warning(tmp_path):
-    pytest.importorskip("transformers")
-    scores = [[0.2, 0.6, 0.4, 0.9][: 3 + d % 2] for d in range(10)]
-    path = log_file(tmp_path / "log.jsonl", scores)
-    flags = ["--data", str(path), "--policy-classes", "greedy,full", "--seeds", "1", "--max-steps", "1"]
-    with pytest.raises(ValueError, match=r"offline rewards must be >= 0 .* got -0.2"):
-        main([*flags, "--decompose", "telescoping", "--output-dir", str(tmp_path / "a")])
-    assert main([*flags, "--decompose", "prefix_maximum", "--output-dir", str(tmp_path / "b")]) == 0
-    log = json.loads((tmp_path / "b/compare.json").read_text())["log"]
-    assert log["credits"]["classes"]["greedy"]["by_turn"] == pytest.approx([0.2, 0.4, 0.0, 0.3])
-    assert any("in 5 of 10 dialogues the best score is not the last one" in w for w in log["warnings"])
-
-
-# ---- decompositions ----------------------------------------------------------------------------------------------------------------------
-SCORES = torch.tensor([[0.5, 0.25, 1.0, 9.0], [0.0, 0.5, 0.75, 1.0], [2.0, 1.0, 1.5, 0.5]])
-COUNTS = torch.tensor([3, 4, 4])
-
-
-def test_telescoping_sums_to_the_last_score_and_warns_of_negative_rewards():
-    with pytest.warns(UserWarning, match="3 of 11 telescoping rewards are negative: offline"):
-        rewards = telescoping_rewards(SCORES, COUNTS)
-    assert rewards.tolist() == [[0.5, -0.25, 0.75, 0.0], [0.0, 0.5, 0.25, 0.25], [2.0, -1.0, 0.5, -1.0]]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert telescoping_rewards(SCORES[1:2], start=-1.0).sum() == 2.0
-
-
-def test_prefix_maxima_sum_to_the_best_score_and_warn_where_it_is_not_the_last():
-    with pytest.warns(UserWarning, match="in 1 of 3 dialogues the best score is not the last one"):
-        rewards = prefix_maximum_rewards(SCORES, COUNTS)
-    assert rewards.tolist() == [[0.5, 0.0, 0.5, 0.0], [0.0, 0.5, 0.25, 0.25], [2.0, 0.0, 0.0, 0.0]]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(prefix_maximum_rewards(SCORES[1:2]), telescoping_rewards(SCORES[1:2]))  # equal where the score never falls
-    with pytest.raises(ValueError, match="scores must be finite"):
-        telescoping_rewards(torch.tensor([[math.nan]]))

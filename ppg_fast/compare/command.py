@@ -36,6 +36,7 @@ class Study:
     data: str | None = None
     decompose: str | None = None
     strict: bool = False
+    max_dialogue_tokens: int = 1024
 
     def __call__(self, cell: Cell) -> dict[str, Any]:
         if cell.version == "tabular":
@@ -57,7 +58,8 @@ class Study:
             return language.train(cell.problem, config, Path(self.folder))
         from ppg_fast.compare import logged
 
-        log, said = logged.open_log(self.config({**logged.DEFAULTS, "data": self.data, "strict": self.strict}, cell), self.decompose)
+        given = {"data": self.data, "strict": self.strict, "max_dialogue_tokens": self.max_dialogue_tokens}
+        log, said = logged.open_log(self.config({**logged.DEFAULTS, **given}, cell), self.decompose)
         if cell.policy_class == "gradient":
             return {"credits": log.credits(self.fixed), "warnings": said}
         return log.train(cell.policy_class)
@@ -96,6 +98,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", help="logged dialogues instead: what each class credits, and training with each on a part of them")
     p.add_argument("--decompose", help=f"with data: turn_rewards are a running score; {' or '.join(DECOMPOSITIONS)} makes rewards of it")
     p.add_argument("--strict", action="store_true", help="with data: a bad line is an error instead of a warning")
+    p.add_argument(
+        "--max-dialogue-tokens",
+        type=int,
+        default=1024,
+        help="with data: train on the turns that end within these, 0: all; credits are whole [1024]",
+    )
     p.add_argument("--policy-classes", help=f"with commas [{CLASSES}; with data {LOG_CLASSES}]")
     p.add_argument("--seeds", type=int, default=3, help="how many [3]")
     p.add_argument("--first-seed", type=int, default=0, help="the first of them: others than those that a choice was made on [0]")
@@ -141,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _plan(given: argparse.Namespace) -> tuple[Study, list[Cell]]:
     """What to compute, seed by seed, so that a run cut short has every class of the seeds it got to."""
-    for name, least in (("seeds", 1), ("jobs", 1), ("batches", 3), ("first_seed", 0)):
+    for name, least in (("seeds", 1), ("jobs", 1), ("batches", 3), ("first_seed", 0), ("max_dialogue_tokens", 0)):
         require(getattr(given, name) >= least, f"{name} must be at least {least}", getattr(given, name))
     require(given.max_steps is None or given.max_steps >= 1, "max_steps must be at least 1", given.max_steps)
     text = given.policy_classes or (LOG_CLASSES if given.data else CLASSES)
@@ -153,7 +161,7 @@ def _plan(given: argparse.Namespace) -> tuple[Study, list[Cell]]:
     if given.decompose is not None:
         require(bool(given.data), "decompose needs data", given.decompose)
         require_one_of("decompose", given.decompose, tuple(DECOMPOSITIONS))
-    settings = {"data": given.data, "decompose": given.decompose, "strict": given.strict}
+    settings = {name: getattr(given, name) for name in ("data", "decompose", "strict", "max_dialogue_tokens")}
     study = Study(given.output_dir, classes, given.max_steps, given.batches, **settings)
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     if given.data:

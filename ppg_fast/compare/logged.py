@@ -18,7 +18,7 @@ from ppg_fast.spec import policy_class
 from ppg_fast.trainer import optimise
 
 IMITATION = "imitation"  # every turn counts 1, whatever it was paid: what the rewards are worth is measured against it
-DEFAULTS: dict[str, Any] = {"width": 64, "layers": 1, "threads": 1, "max_steps": 60, "learning_rate": 2e-3, "max_dialogue_tokens": 1024}
+DEFAULTS: dict[str, Any] = {"width": 64, "layers": 1, "threads": 1, "max_steps": 60, "learning_rate": 2e-3}
 SHOWN = 60  # turns in the table of credits
 
 
