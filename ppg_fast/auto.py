@@ -170,7 +170,7 @@ class WindowChooser:
 
         Adam divides by the gradients it remembers: after a class of large ones, those of a class with less noise would hardly move it.
         """
-        if self.fixed or self.chosen == self.full:
+        if self.chosen == self.full:
             return 1.0
         lengths = self._average().length
         return float(lengths[self.full] / lengths[self.chosen])

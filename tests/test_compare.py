@@ -220,3 +220,14 @@ def test_gradient_statistics_are_unbiased():
     drawn[:, :, 0] += mean[1] - mean[0]  # no bias left
     held = [_statistics(batches, seen, ["greedy", "full"], 1)["greedy"] for batches in drawn.reshape(200, 20, 2, 40)]
     assert np.mean([g["bias_low"] == 0.0 for g in held]) > 0.93
+
+
+def test_the_standard_error_of_a_squared_length_is_the_jackknife_s():
+    """Each of five draws left out in turn, by the definition of the estimate itself."""
+    from ppg_fast.compare.language import _squared_length
+
+    drawn = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    without = torch.tensor([_squared_length(torch.cat([drawn[:i], drawn[i + 1 :]]))[0] for i in range(5)], dtype=torch.float64)
+    value, error = _squared_length(drawn)
+    assert value == pytest.approx(float(without.mean()))  # a U-statistic is the mean of those of all but one
+    assert error == pytest.approx(float((4 / 5 * (without - without.mean()).square().sum()).sqrt()))
