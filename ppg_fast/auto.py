@@ -137,8 +137,8 @@ class WindowChooser:
 
     Bias lowers the numerator (below zero where the class climbs away from the return), noise raises the denominator, and it is proportional
     to what a step of given length gains. What is observed is averaged over the last ``memory`` steps. ``current`` is the best class, unless
-    its lead over the one before is less than ``margin`` of it: waiting for a lead that is statistically clear costs more than a wrong step
-    now and then (docs/log.md). It begins with full planning, which has no bias.
+    its lead over the one before is less than ``margin`` of it; it does not wait for a lead that is statistically clear (docs/log.md says
+    what was tried). It begins with full planning, which has no bias.
     """
 
     def __init__(
