@@ -46,7 +46,7 @@ triton-versions: $(TRITON_VERSIONS:%=.triton/%/.installed)
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/helpers/*.h' 'tests/helpers/*.cpp')
 
 types: $(VENV)/.dev
 	$(BIN)/pyright
@@ -54,7 +54,7 @@ types: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'tests/helpers/*.h' 'tests/helpers/*.cpp')
 
 bench: $(VENV)/.dev
 	$(BIN)/ppg-fast bench $(ARGS)

@@ -1,4 +1,5 @@
-"""Only what pyproject.toml cannot say: compile csrc/ into ppg_fast/_C, with CUDA where there is an nvcc, not at all without a compiler."""
+"""Only what pyproject.toml cannot say: compile csrc/ into ppg_fast/_C, with CUDA where there is an nvcc, not at all
+without a compiler."""
 
 import os
 import shutil
@@ -58,7 +59,10 @@ class Build(BuildExtension):
                 *(f"-gencode={a}" for a in architectures()),
             ]
             objects = [folder / f"{source.stem}.o" for source in sources]
-            running = [subprocess.Popen([nvcc, *flags, "-c", str(s), "-o", str(o)]) for s, o in zip(sources, objects, strict=True)]
+            running = [
+                subprocess.Popen([nvcc, *flags, "-c", str(s), "-o", str(o)])
+                for s, o in zip(sources, objects, strict=True)
+            ]
             if sum(process.wait() for process in running):
                 raise RuntimeError("nvcc failed, see above; hide nvcc from PATH to build without CUDA")
             extension.extra_objects += map(str, objects)
@@ -77,7 +81,8 @@ native = CppExtension(
     ],
     extra_link_args=["-Wl,--no-as-needed"],
 )  # fmt: skip
-# Without a compiler the package still installs, and `ppg-fast info` says what is missing; a compiler that fails is an error.
+# Without a compiler the package still installs, and `ppg-fast info` says what is missing; a compiler that fails is an
+# error.
 has_compiler = shutil.which(os.environ.get("CXX", "c++")) is not None
 
 setup(

@@ -5,7 +5,8 @@ from typing import Any
 
 from .tables import NOT_MEASURED, Entry, Results, of, table
 
-Time = Callable[..., float | None]  # (provider, **what its case must have) -> median seconds, the fastest of several names
+# (provider, **what its case must have) -> median seconds, the fastest of several names
+Time = Callable[..., float | None]
 OURS, INPLACE, KEEPING = "ppg_fast cpu", "ppg_fast cpu, in place", "ppg_fast cpu, skip_zero_advantages=False"
 NORMS = "ppg_fast cpu, in place, score norms"
 READ, GEMMS = ("read (sum)", "read (dot)"), "three bare GEMMs"
@@ -15,7 +16,11 @@ DTYPES = ("float32", "bfloat16")
 def _times(file: dict[str, Any]) -> Time:
     def time(names: str | tuple[str, ...], **case: Any) -> float | None:
         wanted = (names,) if isinstance(names, str) else names
-        found = [e["stats"]["median"] for e in file["benchmarks"] if e["param"] in wanted and case.items() <= e["params"].items()]
+        found = [
+            e["stats"]["median"]
+            for e in file["benchmarks"]
+            if e["param"] in wanted and case.items() <= e["params"].items()
+        ]
         return min(found, default=None)
 
     return time
@@ -32,10 +37,22 @@ def _policy_loss(time: Time) -> list[Row]:
     rows = []
     for dtype, bar in zip(DTYPES, (1.1, 1.7), strict=True):
         one = {"dtype": dtype, "threads": 1}
-        rows.append((f"loss and gradient in place, {dtype}, 1 thread / memcpy", bar, _ratio(time(INPLACE, **one), time("memcpy", **one))))
+        rows.append(
+            (
+                f"loss and gradient in place, {dtype}, 1 thread / memcpy",
+                bar,
+                _ratio(time(INPLACE, **one), time("memcpy", **one)),
+            )
+        )
     for dtype in DTYPES:
         two = {"dtype": dtype, "threads": 2, "allocator": "tuned"}
-        rows.append((f"in place, {dtype}, 2 threads / torch.compile", 0.2, _ratio(time(INPLACE, **two), time("torch.compile", **two))))
+        rows.append(
+            (
+                f"in place, {dtype}, 2 threads / torch.compile",
+                0.2,
+                _ratio(time(INPLACE, **two), time("torch.compile", **two)),
+            )
+        )
     for dtype in DTYPES:
         two = {"dtype": dtype, "threads": 2, "allocator": "default"}
         ratio = _ratio(time(INPLACE, **two), time("eager PyTorch", **two))
@@ -62,9 +79,21 @@ def _linear(time: Time, file: dict[str, Any]) -> list[Row]:
         rows.append((f"from hidden states, {dtype} / three bare GEMMs", bar, _ratio(full, time(GEMMS, **whole))))
         rows.append((f"its peak of memory, {dtype} / the leanest other's", 1.0, _leanest(file, whole)))
         rows.append((f"10% of the rows active, {dtype} / all", 1 / 7, _ratio(time(OURS, **tenth), full)))
-        rows.append((f"half of the turns with zero advantage, skipped, {dtype} / masked", 1.0, _ratio(time(OURS, **zero), masked)))
+        rows.append(
+            (
+                f"half of the turns with zero advantage, skipped, {dtype} / masked",
+                1.0,
+                _ratio(time(OURS, **zero), masked),
+            )
+        )
         if full and masked and kept:  # both halves have as many rows
-            rows.append((f"a row of zero advantage that is not skipped, {dtype} / a full row", 1 / 3, _ratio(kept - masked, full - masked)))
+            rows.append(
+                (
+                    f"a row of zero advantage that is not skipped, {dtype} / a full row",
+                    1 / 3,
+                    _ratio(kept - masked, full - masked),
+                )
+            )
     return rows
 
 
@@ -80,7 +109,9 @@ def _leanest(file: dict[str, Any], case: dict[str, Any]) -> float | None:
 def _returns(time: Time) -> list[Row]:
     windows = ("greedy", "lookahead:3", "lookahead:100", "segment:10", "full")
     found = [seconds for w in windows if (seconds := time(OURS, N=1000, V=500, variant=w)) is not None]
-    return [("returns of 1,000 dialogues of 500 turns, the slowest window, in ms", 5.0, max(found) * 1e3 if found else None)]
+    return [
+        ("returns of 1,000 dialogues of 500 turns, the slowest window, in ms", 5.0, max(found) * 1e3 if found else None)
+    ]
 
 
 def aims_section(results: Results) -> str:
@@ -89,5 +120,9 @@ def aims_section(results: Results) -> str:
     for op, make in (("policy_loss", _policy_loss), ("logprobs", _logprobs), ("partial_returns", _returns)):
         rows += [row for device, file in of(results, op) if device == "cpu" for row in make(_times(file))]
     rows += [row for device, file in of(results, "linear") if device == "cpu" for row in _linear(_times(file), file)]
-    lines = [(what, f"{bar:.2f}", f"{got:.2f}", "yes" if got <= bar else "**no**") for what, bar, got in rows if got is not None]
+    lines = [
+        (what, f"{bar:.2f}", f"{got:.2f}", "yes" if got <= bar else "**no**")
+        for what, bar, got in rows
+        if got is not None
+    ]
     return table(("", "at most", "measured", "met"), lines) if lines else NOT_MEASURED

@@ -60,7 +60,7 @@ def make(case: Case, seed: int = 0, near: bool = True) -> Hosted:
         import transformers  # noqa: F401
     except ImportError as error:
         raise Unavailable("needs transformers (pip install ppg_fast[train])") from error
-    from ppg_fast.model import make_model
+    from ppg_fast.models.causal_lm import make_model
 
     draw = torch.Generator().manual_seed(seed)
     length = case.N // ROWS
@@ -93,7 +93,8 @@ def _cross_entropy(model: Any, problem: Hosted) -> Tensor:
 
 
 def _with_scores(model: Any, problem: Hosted) -> Tensor:
-    """TRL's call, and the surrogate of an on-policy step on top; scaled to be the cross-entropy where every advantage is 1."""
+    """TRL's call, and the surrogate of an on-policy step on top; scaled to be the cross-entropy where every advantage
+    is 1."""
     scores = model(problem.input_ids, labels=problem.labels, fused_lm_head=True).log_probs
     return -(scores * problem.advantages).sum() / (problem.labels[:, 1:] != IGNORE).sum()
 
@@ -138,7 +139,8 @@ def ceiling_of(provider: Provider) -> tuple[str, ...]:
 
 
 def checker(problem: Hosted, case: Case) -> Callable[[Any], dict[str, float]]:
-    """Errors against the loss that plain log-softmax gives, with advantages and without: the nearer one is the provider's."""
+    """Errors against the loss that plain log-softmax gives, with advantages and without: the nearer one is the
+    provider's."""
     truths = []
     for advantages in (torch.ones_like(problem.advantages), problem.advantages):
         model = problem.model

@@ -1,4 +1,5 @@
-"""linear_policy_loss: the loss and the gradients of hidden states and head, from hidden states; the cost of rows that do not count."""
+"""linear_policy_loss: the loss and the gradients of hidden states and head, from hidden states; the cost of rows that
+do not count."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -30,7 +31,8 @@ MATERIALISING = ("eager PyTorch", "torch.compile")
 
 
 def cases(grid: str, device: str) -> list[Case]:
-    """All rows active, fewer, and turns of zero advantage; then a head of today's size, at two shares unless the grid is full."""
+    """All rows active, fewer, and turns of zero advantage; then a head of today's size, at two shares unless the grid
+    is full."""
     if grid == "quick":
         shares = ((1.0, 0.0), (0.25, 0.0), (1.0, 0.5))
         return [Case("linear", 64, 512, 32, device=device, active=active, zero=zero) for active, zero in shares]
@@ -66,7 +68,9 @@ def participants(case: Case) -> Providers:
         needed = rows * case.V * (3 * 4 + case.torch_dtype.itemsize)
         free = _free_bytes(case.device)
         if provider.name.startswith(MATERIALISING) and needed > 0.7 * free:
-            missing[provider.name] = f"holds the logits several times, about {needed / 2**30:.0f} GiB, and {free / 2**30:.0f} GiB are free"
+            missing[provider.name] = (
+                f"holds the logits several times, about {needed / 2**30:.0f} GiB, and {free / 2**30:.0f} GiB are free"
+            )
         else:
             kept.append(provider)
     return kept, missing

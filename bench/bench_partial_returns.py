@@ -23,7 +23,8 @@ GAMMA = 0.99
 
 @dataclass
 class Dialogues:
-    """Rewards (B, T) of dialogues of turn_counts (B,) turns; ``mask`` (T, T): which rewards the window credits a turn for."""
+    """Rewards (B, T) of dialogues of turn_counts (B,) turns; ``mask`` (T, T): which rewards the window credits a turn
+    for."""
 
     rewards: Tensor
     turn_counts: Tensor
@@ -37,7 +38,9 @@ def cases(grid: str, device: str) -> list[Case]:
     if grid == "quick":
         return [Case("partial_returns", 20, 30, variant=window, device=device) for window in WINDOWS]
     found = [Case("partial_returns", 1000, 500, variant=window, device=device) for window in WINDOWS]
-    return found + [Case("partial_returns", 1000, turns, variant="lookahead:100", device=device) for turns in (250, 1000)]
+    return found + [
+        Case("partial_returns", 1000, turns, variant="lookahead:100", device=device) for turns in (250, 1000)
+    ]
 
 
 def settings(device: str, threads: Sequence[int]) -> list[tuple[int, str]]:

@@ -35,13 +35,19 @@ def cases(grid: str, device: str) -> list[Case]:
 
 def settings(device: str, threads: Sequence[int]) -> list[tuple[int, str]]:
     """Both allocators at the most threads: the default one decides how fast PyTorch gets fresh memory."""
-    return [(max(threads), "default")] if device == "cuda" else [*((n, "tuned") for n in threads), (max(threads), "default")]
+    return (
+        [(max(threads), "default")]
+        if device == "cuda"
+        else [*((n, "tuned") for n in threads), (max(threads), "default")]
+    )
 
 
 def participants(case: Case) -> Providers:
     """Ours and the peers; where rows are masked, the peers also behind a caller who compacts."""
     found, missing = gather(MAKERS, case)
-    return found + [p.with_compaction() for p in found if p.kind == "peer" and not p.destroys and case.active < 1], missing
+    return found + [
+        p.with_compaction() for p in found if p.kind == "peer" and not p.destroys and case.active < 1
+    ], missing
 
 
 def ceilings(problem: Problem, case: Case) -> list[Contestant]:

@@ -1,4 +1,5 @@
-"""A whole training step on long dialogues: forward, loss, backward, optimizer, with the loss swapped; and the share of time it takes.
+"""A whole training step on long dialogues: forward, loss, backward, optimizer, with the loss swapped; and the share of
+time it takes.
 
 A case with a ``shape`` is the other comparison, of whole trainers: `whole_step`.
 """
@@ -40,7 +41,8 @@ class Step:
 
 
 def cases(grid: str, device: str) -> list[Case]:
-    """N tokens at most, from the front of the file that ``--dialogues`` names; a synthetic dialogue without it. Then whole trainers."""
+    """N tokens at most, from the front of the file that ``--dialogues`` names; a synthetic dialogue without it. Then
+    whole trainers."""
     if grid == "quick":
         return [Case("training_step", 256, 512, 32, device=device), whole_step.case("smallest", 512, device)]
     dtype = "bfloat16" if device == "cuda" else "float32"
@@ -54,8 +56,9 @@ def settings(device: str, threads: Sequence[int]) -> list[tuple[int, str]]:
 
 
 def _word_sample(messages: Sequence[tuple[str, str]], rewards: Sequence[float], vocabulary: int) -> Any:
-    """One token a word or sign, by a hash of it: lengths and repetitions are those of the text, and no tokenizer has to be downloaded."""
-    from ppg_fast.data import CONTEXT, Sample
+    """One token a word or sign, by a hash of it: lengths and repetitions are those of the text, and no tokenizer has to
+    be downloaded."""
+    from ppg_fast.dialogues.packing import CONTEXT, Sample
 
     tokens, turn_ids, turn = [], [], 0
     for role, content in messages:
@@ -68,7 +71,7 @@ def _word_sample(messages: Sequence[tuple[str, str]], rewards: Sequence[float], 
 
 def _dialogues(case: Case) -> list[tuple[list[tuple[str, str]], list[float]]]:
     if case.variant:
-        from ppg_fast.dialogue import read_dialogues
+        from ppg_fast.dialogues.dialogue import read_dialogues
 
         read = read_dialogues(case.variant)
         return [([(m.role, m.content) for m in d.messages], [r or 0.0 for r in d.turn_rewards]) for d in read]
@@ -79,16 +82,17 @@ def _dialogues(case: Case) -> list[tuple[list[tuple[str, str]], list[float]]]:
 
 
 def make(case: Case, seed: int = 0, near: bool = True) -> Any:
-    """A two-layer Qwen3, not pretrained; advantages are returns over three turns; the learning rate is 0, so that every step is alike."""
+    """A two-layer Qwen3, not pretrained; advantages are returns over three turns; the learning rate is 0, so that every
+    step is alike."""
     if case.shape:
         return whole_step.make(case)
     try:
         import transformers  # noqa: F401
     except ImportError as error:
         raise Unavailable("needs transformers (pip install ppg_fast[train])") from error
-    from ppg_fast.data import micro_batches, pack
+    from ppg_fast.dialogues.packing import micro_batches, pack
     from ppg_fast.jobs.offline import cut_tokens
-    from ppg_fast.model import make_model, policy_hidden, token_advantages
+    from ppg_fast.models.causal_lm import make_model, policy_hidden, token_advantages
 
     samples = [_word_sample(*dialogue, case.V) for dialogue in _dialogues(case)]
     batch = pack(next(micro_batches([cut_tokens(s, case.N) for s in samples], case.N))).to(case.device)
@@ -110,11 +114,12 @@ def _clock(device: str) -> float:
 
 
 def _step_with(provider: Provider, case: Case) -> Provider:
-    """A training step whose loss is the provider's. The backward pass runs in two parts, so that the loss can be clocked inside."""
+    """A training step whose loss is the provider's. The backward pass runs in two parts, so that the loss can be
+    clocked inside."""
 
     @torch.enable_grad()
     def compute(step: Step) -> tuple[Tensor, Tensor]:
-        from ppg_fast.model import policy_hidden
+        from ppg_fast.models.causal_lm import policy_hidden
 
         begin = _clock(case.device)
         hidden = policy_hidden(step.model, step.batch)
@@ -135,7 +140,10 @@ def _step_with(provider: Provider, case: Case) -> Provider:
 
 def _ours(case: Case) -> list[Provider]:
     """ppg_fast."""
-    return [Provider(f"ppg_fast {name}", providers.loss_from_hidden(name, True), "ours") for name in providers.our_backends(case)]
+    return [
+        Provider(f"ppg_fast {name}", providers.loss_from_hidden(name, True), "ours")
+        for name in providers.our_backends(case)
+    ]
 
 
 def participants(case: Case) -> Providers:
@@ -170,7 +178,8 @@ def checker(problem: Any, case: Case) -> Callable[[Any], dict[str, float]]:
 
 
 def facts(problem: Any, provider: str, seconds: float) -> dict[str, Any]:
-    """Tokens per second, and the share of the step that the head and the loss take; of whole trainers, the longest dialogue that fits."""
+    """Tokens per second, and the share of the step that the head and the loss take; of whole trainers, the longest
+    dialogue that fits."""
     if isinstance(problem, whole_step.WholeStep):
         tokens = len(problem.sample.tokens)
         speed = {"tokens": tokens, "active_tokens": problem.active_tokens, "tokens_per_second": tokens / seconds}

@@ -16,14 +16,17 @@ Line = tuple[str, str, float]  # role, text, reward of an assistant's line
 
 @functools.lru_cache(maxsize=1)
 def lines_of(path: str) -> list[Line]:
-    """The lines of every dialogue in a file, one dialogue after the other; a synthetic one of the same form without a file."""
+    """The lines of every dialogue in a file, one dialogue after the other; a synthetic one of the same form without a
+    file."""
     if path:
-        from ppg_fast.dialogue import read_dialogues
+        from ppg_fast.dialogues.dialogue import read_dialogues
 
         lines: list[Line] = []
         for dialogue in read_dialogues(path):
             rewards = iter(dialogue.turn_rewards)
-            lines += [(m.role, m.content, (next(rewards) or 0.0) if m.role == "assistant" else 0.0) for m in dialogue.messages]
+            lines += [
+                (m.role, m.content, (next(rewards) or 0.0) if m.role == "assistant" else 0.0) for m in dialogue.messages
+            ]
         return lines
     draw = random.Random(0)
     words = ["".join(draw.choice("etaoinshrdlu") for _ in range(draw.randint(2, 9))) for _ in range(500)]
@@ -35,8 +38,9 @@ def lines_of(path: str) -> list[Line]:
 
 
 def byte_sample(lines: Sequence[Line], tokens: int) -> Any:
-    """One dialogue of ``tokens`` tokens, a token a byte: ``lines`` from the front, again from the front if they do not reach."""
-    from ppg_fast.data import CONTEXT, Sample
+    """One dialogue of ``tokens`` tokens, a token a byte: ``lines`` from the front, again from the front if they do not
+    reach."""
+    from ppg_fast.dialogues.packing import CONTEXT, Sample
 
     found: list[int] = []
     turn_ids: list[int] = []

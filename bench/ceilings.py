@@ -1,4 +1,5 @@
-"""What the machine can do, measured among the others: moving the same bytes, reading them once, the bare matrix products."""
+"""What the machine can do, measured among the others: moving the same bytes, reading them once, the bare matrix
+products."""
 
 import ctypes
 from collections.abc import Callable
@@ -32,14 +33,20 @@ def copy_and_update(problem: Problem, threads: int) -> list[Contestant]:
 def read(problem: Problem) -> list[Contestant]:
     """1R of the logits: the fastest of two ways to add them up, seen as float32."""
     assert problem.logits is not None
-    words = problem.logits.detach().view(torch.float32) if problem.logits.element_size() == 2 else problem.logits.detach()
+    words = (
+        problem.logits.detach().view(torch.float32) if problem.logits.element_size() == 2 else problem.logits.detach()
+    )
     words = words.flatten()
     half = words.numel() // 2
-    return [_ceiling("read (sum)", words.sum), _ceiling("read (dot)", lambda: torch.dot(words[:half], words[half : 2 * half]))]
+    return [
+        _ceiling("read (sum)", words.sum),
+        _ceiling("read (dot)", lambda: torch.dot(words[:half], words[half : 2 * half])),
+    ]
 
 
 def bare_products(problem: Problem, case: Case) -> list[Contestant]:
-    """The matrix products that the rows with a gradient cannot do without: logits, d_hidden, d_weight, into memory that is there."""
+    """The matrix products that the rows with a gradient cannot do without: logits, d_hidden, d_weight, into memory that
+    is there."""
     hidden, weight = (t.detach() for t in problem.leaves)
     rows = (problem.mask & (problem.advantages != 0)).nonzero().squeeze(1)
     x = hidden[rows]

@@ -32,6 +32,8 @@ def bars(title: str, lines: Sequence[Bar]) -> str:
         y = 36 + ROW * number
         width = max(1.0, BAR * line.value / longest)
         out.append(f'<text x="{LEFT - 8}" y="{y + 15}" text-anchor="end" fill="#1f2430">{escape(line.label)}</text>')
-        out.append(f'<rect x="{LEFT}" y="{y + 3}" width="{width:.1f}" height="{ROW - 8}" rx="2" fill="{COLOURS[line.kind]}"/>')
+        out.append(
+            f'<rect x="{LEFT}" y="{y + 3}" width="{width:.1f}" height="{ROW - 8}" rx="2" fill="{COLOURS[line.kind]}"/>'
+        )
         out.append(f'<text x="{LEFT + width + 6:.1f}" y="{y + 15}" fill="#1f2430">{escape(line.text)}</text>')
     return "\n".join([*out, "</svg>", ""])

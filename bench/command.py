@@ -15,21 +15,36 @@ import torch
 from . import machine, render
 from .harness import OPS, PACES
 
-LIKE = ("op", "N", "V", "D", "dtype", "active", "zero", "variant", "device", "shape")  # what a peak of memory depends on
+# what a peak of memory depends on
+LIKE = ("op", "N", "V", "D", "dtype", "active", "zero", "variant", "device", "shape")
 VERSION = "5.3.1"  # of pytest-benchmark, whose file format this is
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ppg-fast bench", description="Measure ppg_fast against its peers and this machine's limits.")
+    parser = argparse.ArgumentParser(
+        prog="ppg-fast bench", description="Measure ppg_fast against its peers and this machine's limits."
+    )
     parser.add_argument("--ops", default=",".join(OPS), help=f"comma-separated: {', '.join(OPS)} [all]")
-    parser.add_argument("--grid", default="default", choices=tuple(PACES), help="how much to measure [default: minutes]")
-    parser.add_argument("--quick", action="store_const", dest="grid", const="quick", help="tiny sizes, only to see that everything runs")
+    parser.add_argument(
+        "--grid", default="default", choices=tuple(PACES), help="how much to measure [default: minutes]"
+    )
+    parser.add_argument(
+        "--quick", action="store_const", dest="grid", const="quick", help="tiny sizes, only to see that everything runs"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", default="", help="comma-separated thread counts [1 and every core]")
-    parser.add_argument("--dialogues", default="", metavar="FILE", help="logged dialogues for training_step [a synthetic one]")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench"), help="folder of the result files [runs/bench]")
+    parser.add_argument(
+        "--dialogues", default="", metavar="FILE", help="logged dialogues for training_step [a synthetic one]"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/bench"), help="folder of the result files [runs/bench]"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out the peaks of memory")
-    parser.add_argument("--render", action="store_true", help="measure nothing: write bench/results into docs/benchmarks.md and README.md")
+    parser.add_argument(
+        "--render",
+        action="store_true",
+        help="measure nothing: write bench/results into docs/benchmarks.md and README.md",
+    )
     return parser
 
 
@@ -62,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "versions": machine.versions(),
             "load_before": load,
             "allocators": machine.ALLOCATORS,
-            "environment": {name: value for name, value in machine.environment(0, "default").items() if name != "OMP_NUM_THREADS"},
+            "environment": {
+                name: value for name, value in machine.environment(0, "default").items() if name != "OMP_NUM_THREADS"
+            },
         },
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -77,13 +94,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _plans(arguments: argparse.Namespace, ops: list[str]) -> list[dict[str, Any]]:
     """One process for each setting of threads and allocator, one for the memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = [int(n) for n in arguments.threads.split(",") if n] or ([1] if arguments.grid == "quick" else sorted({1, cores}))
+    threads = [int(n) for n in arguments.threads.split(",") if n] or (
+        [1] if arguments.grid == "quick" else sorted({1, cores})
+    )
     wanted: dict[tuple[int, str], list[str]] = {}
     for op in ops:
         for setting in OPS[op].settings(arguments.device, threads)[: 1 if arguments.grid == "quick" else None]:
             wanted.setdefault((setting[0], "tuned") if arguments.grid == "quick" else setting, []).append(op)
     shared = {"grid": arguments.grid, "device": arguments.device, "dialogues": arguments.dialogues}
-    plans = [{**shared, "ops": chosen, "threads": n, "allocator": name, "memory": False} for (n, name), chosen in wanted.items()]
+    plans = [
+        {**shared, "ops": chosen, "threads": n, "allocator": name, "memory": False}
+        for (n, name), chosen in wanted.items()
+    ]
     if not arguments.no_memory:
         plans.append({**shared, "ops": ops, "threads": max(threads), "allocator": "default", "memory": True})
     return plans
@@ -100,7 +122,9 @@ def _measure(plan: dict[str, Any]) -> dict[str, Any]:
 
 def _merged(op: str, header: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
     """One op's file: entries of every setting, each with the peak that belongs to it."""
-    peaks = {_likeness(p["case"], name): value for r in results for p in r["peaks"] for name, value in p["bytes"].items()}
+    peaks = {
+        _likeness(p["case"], name): value for r in results for p in r["peaks"] for name, value in p["bytes"].items()
+    }
     entries = [e for r in results for e in r["entries"] if e["params"]["op"] == op]
     for entry in entries:
         peak = peaks.get(_likeness(entry["params"], entry["param"]))

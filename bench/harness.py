@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-from . import bench_hosts, bench_linear, bench_logprobs, bench_partial_returns, bench_policy_loss, bench_training_step, memory
+from . import (
+    bench_hosts,
+    bench_linear,
+    bench_logprobs,
+    bench_partial_returns,
+    bench_policy_loss,
+    bench_training_step,
+    memory,
+)
 from .problem import Case, Problem
 from .providers import Provider, Unavailable
 from .timing import Contestant, Pace, cache_bytes, interleave, stats
@@ -28,7 +36,8 @@ PACES = {
     "full": Pace(rounds=40, budget=12.0, least=3),
 }
 FLOOR = {"float32": 2e-5, "bfloat16": 1e-2}  # a few roundings, relative to the largest element
-PEER_FLOOR = {"float32": 2e-5, "bfloat16": 6e-2}  # some keep log-probs of order 10 in bfloat16, whose last digit is 2^-5
+# some keep log-probs of order 10 in bfloat16, whose last digit is 2^-5
+PEER_FLOOR = {"float32": 2e-5, "bfloat16": 6e-2}
 TOO_LONG = 20.0  # seconds a call
 LARGE = 2e11  # multiply-adds of one product of the head
 Known = list[tuple[Case, dict[str, float]]]  # medians of every provider, by case
@@ -43,10 +52,13 @@ def pool(case: Case, module: ModuleType) -> list[Any]:
     return [first, *(module.make(case, seed) for seed in range(1, COPIES if small else 1))]
 
 
-def measure(case: Case, pace: Pace, compilers: bool = True, known: Known | None = None) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def measure(
+    case: Case, pace: Pace, compilers: bool = True, known: Known | None = None
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Entries in pytest-benchmark's form, one a contestant, and why the others are not there.
 
-    ``compilers``: those who compile too. ``known``: the op's cases before this one and their providers' seconds; a slow one is left out,
+    ``compilers``: those who compile too. ``known``: the op's cases before this one and their providers' seconds; a slow
+        one is left out,
     with a line saying so.
     """
     module = OPS[case.op]
@@ -71,7 +83,9 @@ def measure(case: Case, pace: Pace, compilers: bool = True, known: Known | None 
             if provider.compiles:
                 contestant.call()
         except Exception as error:  # a peer that fails is a line in the result, not the end of the run
-            missing[provider.name] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            missing[provider.name] = (
+                f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            )
             continue
         finally:
             if contestant.before:
@@ -95,7 +109,8 @@ def measure(case: Case, pace: Pace, compilers: bool = True, known: Known | None 
 
 
 def _too_late(provider: Provider, case: Case, pace: Pace, known: Known) -> str | None:
-    """Why a provider is not worth its time here: slow at this size already, or too slow by its time at a smaller one."""
+    """Why a provider is not worth its time here: slow at this size already, or too slow by its time at a smaller
+    one."""
     for before, seconds in known:
         if provider.name not in seconds:
             continue
@@ -107,7 +122,10 @@ def _too_late(provider: Provider, case: Case, pace: Pace, known: Known) -> str |
             share = case.active / before.active if provider.compacted else 1.0
             expected = took * share * case.N * case.V * case.D / (before.N * before.V * before.D)
             if expected > TOO_LONG:
-                return f"not measured at N {case.N:,}, V {case.V:,}: about {expected:.0f} s a call, by its time at N {before.N:,}"
+                return (
+                    f"not measured at N {case.N:,}, V {case.V:,}: about {expected:.0f} s a call, by its time at N "
+                    f"{before.N:,}"
+                )
     return None
 
 
@@ -144,12 +162,16 @@ def _judge(contestants: list[Contestant], case: Case) -> None:
 
 def public(case: Case) -> dict[str, Any]:
     """The case as it is stored: a file by its name alone."""
-    return asdict(replace(case, variant=Path(case.variant).name if case.op == "training_step" and case.variant else case.variant))
+    return asdict(
+        replace(case, variant=Path(case.variant).name if case.op == "training_step" and case.variant else case.variant)
+    )
 
 
 def _entry(case: Case, contestant: Contestant, seconds: list[float], work: dict[str, float]) -> dict[str, Any]:
     params = public(case)
-    numbers = " ".join(f"{name}={value}" for name, value in params.items() if name != "op" and value not in ("", 0, 0.0))
+    numbers = " ".join(
+        f"{name}={value}" for name, value in params.items() if name != "op" and value not in ("", 0, 0.0)
+    )
     return {
         "group": f"{case.op} {numbers}",
         "name": f"{contestant.name} [{numbers}]",
@@ -163,7 +185,8 @@ def _entry(case: Case, contestant: Contestant, seconds: list[float], work: dict[
 
 
 def peaks(case: Case, compilers: bool = True) -> tuple[dict[str, int], dict[str, str]]:
-    """Peak extra bytes of one call of every participant, and why some have none. On a CPU nothing may have been computed before."""
+    """Peak extra bytes of one call of every participant, and why some have none. On a CPU nothing may have been
+    computed before."""
     module = OPS[case.op]
     found: dict[str, int] = {}
     failed: dict[str, str] = {}
@@ -171,7 +194,8 @@ def peaks(case: Case, compilers: bool = True) -> tuple[dict[str, int], dict[str,
         providers, _ = module.participants(case)
     except Unavailable:
         return {}, {}
-    if case.device == "cpu" and case.N * case.V * case.D > LARGE:  # a peer would take minutes for a number that the smaller case has
+    # a peer would take minutes for a number that the smaller case has
+    if case.device == "cpu" and case.N * case.V * case.D > LARGE:
         providers = [p for p in providers if p.kind == "ours"]
     quick = module.cases("quick", case.device)
     tiny = next((c for c in quick if bool(c.shape) == bool(case.shape)), case)

@@ -1,7 +1,7 @@
 """Instructions of the CPU row kernels for each element, counted by callgrind: `python -m ppg_fast.bench.instructions`.
 
-A figure that does not depend on the machine's mood. A run without a kernel is counted too and taken off: loading and the making of inputs.
-valgrind knows no AVX-512.
+A figure that does not depend on the machine's mood. A run without a kernel is counted too and taken off: loading and
+the making of inputs. valgrind knows no AVX-512.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Held-out return of finished training runs as a result file: `python -m ppg_fast.bench.learning_curve runs/a runs/b`."""
+"""Held-out return of finished training runs as a result file: `python -m ppg_fast.bench.learning_curve runs/a
+runs/b`."""
 
 import argparse
 import json
@@ -12,9 +13,14 @@ KEPT = ("policy_class", "loss_type", "seed", "parameters", "device", "backend", 
 
 
 def curve(run: Path) -> dict[str, Any]:
-    """What a run folder says of itself, and its evaluations: step, mean return per dialogue, share of the highest return there is."""
+    """What a run folder says of itself, and its evaluations: step, mean return per dialogue, share of the highest
+    return there is."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    points = [{"step": r["step"], "reward": r["eval/reward"], "share": r["eval/reward_share"]} for r in rows if r["phase"] == "eval"]
+    points = [
+        {"step": r["step"], "reward": r["eval/reward"], "share": r["eval/reward_share"]}
+        for r in rows
+        if r["phase"] == "eval"
+    ]
     summary = json.loads((run / "summary.json").read_text())
     return {**{name: summary[name] for name in KEPT}, "points": points}
 

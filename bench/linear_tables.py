@@ -31,9 +31,15 @@ def active_section(results: Results) -> str:
                 continue
             cell = {(e["param"], e["params"]["active"], e["params"]["zero"]): e for e in ordered(entries)}
             heads = [f"{active:.0%} active" + (f", {zero:.0%} zero" if zero else "") for active, zero in columns]
-            rows = [[name, *(_right(cell.get((name, *column))) for column in columns)] for name in dict.fromkeys(name for name, *_ in cell)]
+            rows = [
+                [name, *(_right(cell.get((name, *column))) for column in columns)]
+                for name in dict.fromkeys(name for name, *_ in cell)
+            ]
             N, V, D, dtype, threads = shape
-            text += f"\n**N {N:,}, V {V:,}, D {D:,}, {dtype}** ({device}, {threads} threads; medians)\n\n{table(['', *heads], rows)}"
+            text += (
+                f"\n**N {N:,}, V {V:,}, D {D:,}, {dtype}** ({device}, {threads} threads; "
+                f"medians)\n\n{table(['', *heads], rows)}"
+            )
     return text.lstrip("\n") or NOT_MEASURED
 
 
@@ -54,11 +60,17 @@ def contributions_section(results: Results) -> str:
             if provider not in ("ppg_fast cpu", "ppg_fast cuda", "ppg_fast triton"):
                 continue
             for what, without, with_it in IDEAS if zero else IDEAS[:3]:
-                before = (*case, 0.0, provider) if without == "all advantages" else (*case, zero, _named(without, provider, case[-1]))
+                before = (
+                    (*case, 0.0, provider)
+                    if without == "all advantages"
+                    else (*case, zero, _named(without, provider, case[-1]))
+                )
                 pair = seconds.get(before), seconds.get((*case, zero, _named(with_it, provider, case[-1])))
                 if None not in pair and pair[0] != pair[1] and not (zero and without in (PICKED, FOUR)):
                     N, V, _, dtype, active = case
-                    rows.append((what, _case(N, V, dtype, active, zero), *map(duration, pair), f"{pair[0] / pair[1]:.2f} x"))
+                    rows.append(
+                        (what, _case(N, V, dtype, active, zero), *map(duration, pair), f"{pair[0] / pair[1]:.2f} x")
+                    )
         rows.sort(key=lambda row: [idea[0] for idea in IDEAS].index(row[0]))
         text += table((device, "case", "without", "with", "without / with"), rows) if rows else ""
     return text or NOT_MEASURED

@@ -1,4 +1,5 @@
-"""The longest dialogue whose training step fits into a budget of memory: `python -m ppg_fast.bench.longest PLAN`, a process of its own."""
+"""The longest dialogue whose training step fits into a budget of memory: `python -m ppg_fast.bench.longest PLAN`, a
+process of its own."""
 
 import json
 import math
@@ -13,7 +14,8 @@ from typing import Any
 
 from .problem import Case
 
-BUDGETS = {"bytes": 512 * 2**20}  # bytes above model, optimizer and inputs, by the model's shape; a shape without one is not asked
+# bytes above model, optimizer and inputs, by the model's shape; a shape without one is not asked
+BUDGETS = {"bytes": 512 * 2**20}
 SECONDS = 60.0  # of search for each trainer
 FIRST, MOST = 1024, 2**22  # tokens
 TOLERANCE = 0.05  # of the answer
@@ -21,9 +23,11 @@ TOLERANCE = 0.05  # of the answer
 
 @dataclass(frozen=True)
 class Longest:
-    """``tokens`` fit. ``measured``: a dialogue at most `TOLERANCE` longer was seen not to; else it is foreseen from the peaks measured.
+    """``tokens`` fit. ``measured``: a dialogue at most `TOLERANCE` longer was seen not to; else it is foreseen from the
+    peaks measured.
 
-    ``probes``: (tokens, peak in bytes, seconds) of every dialogue that was tried, in their order; infinite where memory ran out.
+    ``probes``: (tokens, peak in bytes, seconds) of every dialogue that was tried, in their order; infinite where memory
+        ran out.
     """
 
     tokens: int
@@ -36,7 +40,8 @@ def longest_that_fits(
 ) -> Longest:
     """Bisection on the number of tokens, guided by the line through the last two peaks, until ``seconds`` are used.
 
-    ``peak(tokens)`` is the peak in bytes, infinite where it does not fit at all. A probe whose time, growing with the square of the
+    ``peak(tokens)`` is the peak in bytes, infinite where it does not fit at all. A probe whose time, growing with the
+    square of the
     tokens, would pass the limit is not begun: the answer is then the guess. ``most`` where nothing is too long.
     """
     probes: list[tuple[int, float, float]] = []
@@ -58,7 +63,8 @@ def longest_that_fits(
 
 
 def _guess(probes: list[tuple[int, float, float]], budget: float) -> int | None:
-    """Where the line through the shortest dialogue's peak and the one nearest to the budget meets it; None before there are two."""
+    """Where the line through the shortest dialogue's peak and the one nearest to the budget meets it; None before there
+    are two."""
     finite = sorted(p for p in probes if math.isfinite(p[1]))
     if len(finite) < 2:
         return None
@@ -68,7 +74,8 @@ def _guess(probes: list[tuple[int, float, float]], budget: float) -> int | None:
 
 
 def _next(fits: int, fails: int | None, guess: int | None, first: int, most: int) -> int:
-    """Beside the guess, on the side that is open, where the guess is near or nothing has failed yet; else doubled or halfway."""
+    """Beside the guess, on the side that is open, where the guess is near or nothing has failed yet; else doubled or
+    halfway."""
     low = max(first, fits)
     if guess is not None and guess <= 8 * low:  # a line through two short dialogues is not trusted further than that
         margin = TOLERANCE * guess / 2
@@ -83,7 +90,8 @@ def _next(fits: int, fails: int | None, guess: int | None, first: int, most: int
 
 
 def peak_of(case: Case, provider: str) -> Callable[[int], float]:
-    """Tokens -> peak of one step of ``provider``, above what was there before it; on a CPU each in a fork of its own."""
+    """Tokens -> peak of one step of ``provider``, above what was there before it; on a CPU each in a fork of its
+    own."""
     import torch
 
     from . import byte_dialogue, memory, whole_step
@@ -113,13 +121,18 @@ def peak_of(case: Case, provider: str) -> Callable[[int], float]:
 
 
 def longest_facts(case: Case, provider: str, budget: int | None = None, seconds: float = SECONDS) -> dict[str, Any]:
-    """What a result file keeps of the answer, found in a process of its own; nothing where no budget is set for the model's shape."""
+    """What a result file keeps of the answer, found in a process of its own; nothing where no budget is set for the
+    model's shape."""
     budget = BUDGETS.get(case.shape) if budget is None else budget
     if budget is None:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         plan, out = Path(folder, "plan.json"), Path(folder, "out.json")
-        plan.write_text(json.dumps({"case": asdict(case), "provider": provider, "budget": budget, "seconds": seconds, "out": str(out)}))
+        plan.write_text(
+            json.dumps(
+                {"case": asdict(case), "provider": provider, "budget": budget, "seconds": seconds, "out": str(out)}
+            )
+        )
         subprocess.run([sys.executable, "-m", "ppg_fast.bench.longest", str(plan)], check=True)
         found = json.loads(out.read_text())
     return {"longest": found, "memory_budget_bytes": budget} if found["probes"] else {}

@@ -19,7 +19,8 @@ PACKAGES = (
 )  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**28)}
-ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "tuned": TUNED}  # glibc's malloc; tuned: freed memory is kept and used again
+# glibc's malloc; tuned: freed memory is kept and used again
+ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "tuned": TUNED}
 
 
 def environment(threads: int, allocator: str) -> dict[str, str]:
@@ -59,7 +60,9 @@ def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    numbers = " ".join(f"{short} {fields[name]}" for short, name in (("family", "cpu family"), ("model", "model")) if name in fields)
+    numbers = " ".join(
+        f"{short} {fields[name]}" for short, name in (("family", "cpu family"), ("model", "model")) if name in fields
+    )
     return f"{fields.get('model name', platform.processor())} ({numbers})" if numbers else platform.processor()
 
 
@@ -69,7 +72,9 @@ def _first_line(path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Of every package that takes part and is installed."""
-    present = {(d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    present = {
+        (d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()
+    }
     return {name: present[name.replace("_", "-")] for name in PACKAGES if name.replace("_", "-") in present}
 
 
@@ -78,12 +83,18 @@ def commit_info() -> dict[str, Any]:
 
     def git(*arguments: str) -> str | None:
         try:
-            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.run(
+                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return None
 
     changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"id": git("rev-parse", "HEAD") or "unknown", "time": git("log", "-1", "--format=%cI"), "dirty": bool(changed)}
+    return {
+        "id": git("rev-parse", "HEAD") or "unknown",
+        "time": git("log", "-1", "--format=%cI"),
+        "dirty": bool(changed),
+    }
 
 
 def load() -> float | None:

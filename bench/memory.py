@@ -1,4 +1,5 @@
-"""Peak extra memory of one call: on a CPU the growth of the resident set in a process of its own, on a GPU what the allocator saw."""
+"""Peak extra memory of one call: on a CPU the growth of the resident set in a process of its own, on a GPU what the
+allocator saw."""
 
 import ctypes
 import gc
@@ -42,8 +43,10 @@ def _child(build: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]], com
 def cpu_peak(build: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]], compiles: bool) -> int | None:
     """Bytes by which the resident set grew above the inputs; None where Linux does not tell.
 
-    ``build`` makes a small call, which loads libraries and starts threads, and the call itself. It runs in a fork of this process,
-    which must not have computed anything yet: thread pools do not survive a fork. RuntimeError with the reason if the call failed.
+    ``build`` makes a small call, which loads libraries and starts threads, and the call itself. It runs in a fork of
+    this process,
+    which must not have computed anything yet: thread pools do not survive a fork. RuntimeError with the reason if the
+    call failed.
     """
     if not sys.platform.startswith("linux") or not CLEAR.exists():
         return None

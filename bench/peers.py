@@ -21,7 +21,9 @@ def _load(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         installed = importlib.util.find_spec(module.split(".")[0]) is not None
-        raise Unavailable(f"cannot be imported: {error}" if installed else f"not installed (pip install {package})") from error
+        raise Unavailable(
+            f"cannot be imported: {error}" if installed else f"not installed (pip install {package})"
+        ) from error
 
 
 def _needs_cuda(case: Case, what: str) -> None:
@@ -29,7 +31,7 @@ def _needs_cuda(case: Case, what: str) -> None:
         raise Unavailable(f"{what} needs a GPU")
 
 
-# ---- from logits -------------------------------------------------------------------------------------------------------------------------
+# ---- from logits -----------------------------------------------------------------------------------------------------
 def liger_triton(case: Case, interpreted: bool = False) -> Provider:
     """Liger GRPO (Triton)."""
     if not interpreted:
@@ -79,7 +81,9 @@ def trl_selective(case: Case) -> Provider:
     """TRL selective_log_softmax."""
     utils = _load("trl.trainer.utils", "trl")
     if case.op == "policy_loss":
-        return Provider("TRL selective_log_softmax", lambda p: ppo(utils.selective_log_softmax(p.logits, p.labels.clamp(min=0)), p))
+        return Provider(
+            "TRL selective_log_softmax", lambda p: ppo(utils.selective_log_softmax(p.logits, p.labels.clamp(min=0)), p)
+        )
     return Provider("TRL selective_log_softmax", lambda p: utils.selective_log_softmax(p.logits, p.labels.clamp(min=0)))
 
 
@@ -95,7 +99,7 @@ def liger_selective(case: Case) -> Provider:
     return Provider("Liger selective log-softmax (Triton)", compute)
 
 
-# ---- from hidden states ------------------------------------------------------------------------------------------------------------------
+# ---- from hidden states ----------------------------------------------------------------------------------------------
 def trl_head(case: Case) -> Provider:
     """TRL head."""
     kernels, utils = _load("trl.kernels", "trl"), _load("trl.trainer.utils", "trl")
@@ -108,7 +112,9 @@ def trl_head(case: Case) -> Provider:
         rows = (hidden[mask], labels[mask]) if compact else (hidden, labels)
         arguments = (rows[0], weight, None, rows[1], 1.0, width, None, 1.0, ("log_probs", "entropy"))
         logprobs = kernels.ChunkedLogProbFunction.apply(*arguments)[0]
-        logprobs = logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs) if compact else logprobs.masked_fill(~mask, 0)
+        logprobs = (
+            logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs) if compact else logprobs.masked_fill(~mask, 0)
+        )
         return ppo(logprobs, p)
 
     return Provider("TRL head", compute)
@@ -130,7 +136,11 @@ def _liger_chunked(case: Case, is_compiled: bool) -> Callable[[Problem], Tensor]
     def compute(p: Problem) -> Tensor:
         hidden, weight = p.leaves
         batch = (p.sequences, -1)
-        x, labels, old = hidden.view(*batch, hidden.shape[-1]), p.labels.clamp(min=0).view(batch), p.old_logprobs.view(batch)
+        x, labels, old = (
+            hidden.view(*batch, hidden.shape[-1]),
+            p.labels.clamp(min=0).view(batch),
+            p.old_logprobs.view(batch),
+        )
         return loss(x, weight, labels, p.mask.view(batch), p.sequence_advantages, old_per_token_logps=old)[0]
 
     return compute

@@ -1,4 +1,5 @@
-"""A finished `ppg-fast compare` as a result file and charts: `python -m ppg_fast.bench.policy_classes runs/compare runs/compare-log`."""
+"""A finished `ppg-fast compare` as a result file and charts: `python -m ppg_fast.bench.policy_classes runs/compare
+runs/compare-log`."""
 
 import argparse
 import json
@@ -9,7 +10,7 @@ from typing import Any
 
 from ppg_fast.compare import across, plots
 from ppg_fast.compare.report import bias_text
-from ppg_fast.problems import DRAWN
+from ppg_fast.rollouts.problems import DRAWN
 
 from . import machine
 from .tables import NOT_MEASURED, Results, of, table
@@ -18,7 +19,8 @@ NAME = "policy_classes"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write ``policy_classes.cpu.json`` and one chart a problem, one of the credits and one of the scores of each log."""
+    """Write ``policy_classes.cpu.json`` and one chart a problem, one of the credits and one of the scores of each
+    log."""
     parser = argparse.ArgumentParser(description="Store finished comparisons of policy classes.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `ppg-fast compare` wrote")
     parser.add_argument("--output", type=Path, default=Path("bench/results"))
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_rounded(file), indent=1)
-    text = re.sub(r"\[[^][{}\"]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)  # a list of numbers is one line
+    # a list of numbers is one line
+    text = re.sub(r"\[[^][{}\"]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
     (arguments.output / f"{NAME}.cpu.json").write_text(text + "\n")
     for name, svg in charts(file).items():
         (arguments.output / name).write_text(svg)
@@ -83,9 +86,10 @@ def _rounded(value: Any) -> Any:
     return [_rounded(v) for v in value] if isinstance(value, list) else value
 
 
-# ---- sections ----------------------------------------------------------------------------------------------------------------------------
+# ---- sections --------------------------------------------------------------------------------------------------------
 def overview_section(results: Results) -> str:
-    """One row a version of a problem: the class it was made for, its rival, auto, and the verdict on the mean return over training."""
+    """One row a version of a problem: the class it was made for, its rival, auto, and the verdict on the mean return
+    over training."""
     text = ""
     for _, file in of(results, NAME):
         rows = []
@@ -95,9 +99,17 @@ def overview_section(results: Results) -> str:
             if own not in classes or not others:
                 continue
             rival = max(others, key=lambda c, classes=classes: classes[c]["area"]["mean"])
-            row = [f"{p['problem']}, {p['version']}", str(len(classes[own]["seeds"])), own, f"{classes[own]['area']['mean']:.2f}"]
+            row = [
+                f"{p['problem']}, {p['version']}",
+                str(len(classes[own]["seeds"])),
+                own,
+                f"{classes[own]['area']['mean']:.2f}",
+            ]
             row += [f"{rival} {classes[rival]['area']['mean']:.2f}"]
-            row += [f"{classes['auto']['area']['mean']:.2f}" if "auto" in classes else "", p["verdict"][0].split(":")[0]]
+            row += [
+                f"{classes['auto']['area']['mean']:.2f}" if "auto" in classes else "",
+                p["verdict"][0].split(":")[0],
+            ]
             rows.append(tuple(row))
         heads = ("problem", "seeds", "made for", "its mean return", "best other class", "auto", "verdict")
         text += f"{file['ppg_fast']['cpu_seconds'] / 60:.0f} minutes of computing on one core\n\n" + table(heads, rows)
@@ -139,10 +151,21 @@ def _class_table(p: dict[str, Any]) -> str:
             f"{level} ({c['level_reached']}/{len(c['seeds'])})"
         ]
         variance, *others = (
-            "" if g.get(k) is None else f"{g[k]:.3f}" for k in ("variance", "cosine", "alignment", "alignment_by_score_norms")
+            "" if g.get(k) is None else f"{g[k]:.3f}"
+            for k in ("variance", "cosine", "alignment", "alignment_by_score_norms")
         )
         rows.append((name, *cells, variance, bias_text(g), *others))
-    heads = ("", "final return", "mean return", "dialogues to level (seeds)", "variance", "bias", "cosine", "alignment", "by score norms")
+    heads = (
+        "",
+        "final return",
+        "mean return",
+        "dialogues to level (seeds)",
+        "variance",
+        "bias",
+        "cosine",
+        "alignment",
+        "by score norms",
+    )
     return table(heads, rows)
 
 
@@ -152,7 +175,10 @@ def logs_section(results: Results) -> str:
     for _, file in of(results, NAME):
         for log in file["logs"]:
             credit, stem = log["credits"], _stem(log)
-            text += f"\n**{log['data']}**: {credit['dialogues']} dialogues, {credit['turns']} turns, mean reward {credit['reward']:.3f}\n\n"
+            text += (
+                f"\n**{log['data']}**: {credit['dialogues']} dialogues, {credit['turns']} turns, mean reward "
+                f"{credit['reward']:.3f}\n\n"
+            )
             text += f"![credits](../bench/results/{NAME}.{stem}.credits.svg)\n\n"
             shown = credit["shown"]
             rows = [
@@ -162,7 +188,10 @@ def logs_section(results: Results) -> str:
             text += table(("", "turns credited", "effective share", *(f"turn {t}" for t in shown)), rows)
             text += f"\n![scores](../bench/results/{NAME}.{stem}.scores.svg)\n\n"
             names = ("per_turn", "per_dialogue", "plain", "contrast")
-            rows = [(n, *(f"{c['final'][k]['mean']:.3f} ± {c['final'][k]['std']:.3f}" for k in names)) for n, c in log["classes"].items()]
+            rows = [
+                (n, *(f"{c['final'][k]['mean']:.3f} ± {c['final'][k]['std']:.3f}" for k in names))
+                for n, c in log["classes"].items()
+            ]
             text += table(("", "weighted per turn", "weighted per dialogue", "plain", "paid minus unpaid"), rows)
     return text.lstrip("\n") or NOT_MEASURED
 

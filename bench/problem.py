@@ -18,7 +18,8 @@ WHOLE_TRUTH = 4e10  # multiply-adds up to which every row is computed in float64
 
 @dataclass(frozen=True)
 class Case:
-    """One point of the grid. ``D`` 0: from logits. ``active``: share of rows that are the policy's. ``zero``: share of their turns
+    """One point of the grid. ``D`` 0: from logits. ``active``: share of rows that are the policy's. ``zero``: share of
+    their turns
     whose advantage is exactly zero. ``variant``: what else an op varies."""
 
     op: str
@@ -47,8 +48,10 @@ class Case:
 class Problem:
     """Inputs of the loss, N = sequences x L rows.
 
-    ``labels`` (N,) int64, -100 where masked; ``advantages``, ``old_logprobs`` (N,) float32. ``sequence_advantages`` (B,) where a dialogue
-    has one advantage, None where its turns differ. From logits: ``base`` (N + 1, V), whose first N rows are ``logits`` and which some
+    ``labels`` (N,) int64, -100 where masked; ``advantages``, ``old_logprobs`` (N,) float32. ``sequence_advantages``
+    (B,) where a dialogue
+    has one advantage, None where its turns differ. From logits: ``base`` (N + 1, V), whose first N rows are ``logits``
+    and which some
     peers want whole. From hidden states: ``hidden`` (N, D) and ``weight`` (V, D).
     """
 
@@ -123,7 +126,8 @@ def ppo(logprobs: Tensor, problem: Problem) -> Tensor:
 
 
 def make_problem(case: Case, seed: int = 0, near: bool = True) -> Problem:
-    """Random inputs, logits of standard deviation 3, and one advantage a dialogue unless ``zero`` asks for turns without one.
+    """Random inputs, logits of standard deviation 3, and one advantage a dialogue unless ``zero`` asks for turns
+    without one.
 
     ``near``: the policy that acted was close by (`act_near_by`), which takes a forward pass to arrange.
     """
@@ -135,16 +139,22 @@ def make_problem(case: Case, seed: int = 0, near: bool = True) -> Problem:
     place = torch.arange(length, device=case.device) % (length // TURNS)
     context = place < length // TURNS - max(1, round(length // TURNS * case.active))
     labels[context.repeat(sequences)] = IGNORE
-    per_sequence = (0.5 + torch.rand(sequences, **options)) * torch.where(torch.rand(sequences, **options) < 0.5, -1.0, 1.0)
+    per_sequence = (0.5 + torch.rand(sequences, **options)) * torch.where(
+        torch.rand(sequences, **options) < 0.5, -1.0, 1.0
+    )
     advantages = per_sequence.repeat_interleave(length)
     if case.zero:
         turn = torch.arange(length, device=case.device) // (length // TURNS)
         zeroed = torch.floor((turn + 1) * case.zero) > torch.floor(turn * case.zero)  # spread over the dialogue
         advantages = torch.where(zeroed.repeat(sequences), 0.0, advantages)
-    problem = Problem(labels, advantages, torch.zeros(case.N, device=case.device), sequences, None if case.zero else per_sequence)
+    problem = Problem(
+        labels, advantages, torch.zeros(case.N, device=case.device), sequences, None if case.zero else per_sequence
+    )
     if case.D:
         problem.hidden = torch.randn(case.N, case.D, dtype=case.torch_dtype, **options).requires_grad_()
-        problem.weight = (torch.randn(case.V, case.D, dtype=case.torch_dtype, **options).mul_(3 / math.sqrt(case.D))).requires_grad_()
+        problem.weight = (
+            torch.randn(case.V, case.D, dtype=case.torch_dtype, **options).mul_(3 / math.sqrt(case.D))
+        ).requires_grad_()
     else:
         problem.base = torch.randn(case.N + 1, case.V, dtype=case.torch_dtype, **options).mul_(3).requires_grad_()
         problem.logits = problem.base.detach()[: case.N].requires_grad_()
@@ -154,13 +164,17 @@ def make_problem(case: Case, seed: int = 0, near: bool = True) -> Problem:
 def act_near_by(problem: Problem, generator: torch.Generator) -> Problem:
     """Set ``old_logprobs`` to those of the policy itself, shifted to both sides of the clip and away from its kink."""
     count, device = problem.labels.numel(), problem.labels.device
-    shifts = torch.tensor([-0.5, -0.05, 0.05, 0.5], device=device)[torch.randint(4, (count,), generator=generator, device=device)]
+    shifts = torch.tensor([-0.5, -0.05, 0.05, 0.5], device=device)[
+        torch.randint(4, (count,), generator=generator, device=device)
+    ]
     for rows, logprobs, _ in _row_chunks(problem, torch.float32):
         problem.old_logprobs[rows] = logprobs + shifts[rows]
     return problem
 
 
-def _row_chunks(problem: Problem, dtype: torch.dtype, rows: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _row_chunks(
+    problem: Problem, dtype: torch.dtype, rows: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Row numbers, label log-probs and log-probs of the vocabulary, a few active rows at a time."""
     rows = problem.mask.nonzero().squeeze(1) if rows is None else rows
     for chunk in rows.split(max(1, 2**24 // problem.vocabulary)):
@@ -170,7 +184,8 @@ def _row_chunks(problem: Problem, dtype: torch.dtype, rows: Tensor | None = None
 
 @dataclass
 class Truth:
-    """The loss and pieces of its gradient in float64, at ``rows`` (of dlogits or d_hidden) and ``columns`` (rows of d_weight)."""
+    """The loss and pieces of its gradient in float64, at ``rows`` (of dlogits or d_hidden) and ``columns`` (rows of
+    d_weight)."""
 
     rows: Tensor
     columns: Tensor
@@ -187,7 +202,9 @@ class Truth:
             pieces["loss"] = (loss, self.loss)
         if self.d_weight is not None:
             pieces["d_weight"] = (gradients[1][self.columns], self.d_weight)
-        return {name: relative_error(*pair, self.loss_scale if name == "loss" else None) for name, pair in pieces.items()}
+        return {
+            name: relative_error(*pair, self.loss_scale if name == "loss" else None) for name, pair in pieces.items()
+        }
 
 
 def relative_error(actual: Tensor, truth: Tensor, scale: Tensor | None = None) -> float:
@@ -198,23 +215,30 @@ def relative_error(actual: Tensor, truth: Tensor, scale: Tensor | None = None) -
 
 
 def make_truth(problem: Problem, count: int = 8, budget: float = WHOLE_TRUTH) -> Truth:
-    """Every row in float64 where that takes at most ``budget`` multiply-adds, else ``count`` rows: then loss and d_weight go unchecked."""
+    """Every row in float64 where that takes at most ``budget`` multiply-adds, else ``count`` rows: then loss and
+    d_weight go unchecked."""
     mask, device = problem.mask, problem.labels.device
     active = mask.nonzero().squeeze(1)
     generator = torch.Generator().manual_seed(1)
     picked = active[torch.randperm(len(active), generator=generator)[:count].to(device)]
     rows = torch.cat([picked, (~mask).nonzero().squeeze(1)[:1]])  # and a masked one, whose gradient is zero
-    columns = torch.cat([torch.randint(problem.vocabulary, (4,), generator=generator).to(device), problem.labels[picked[:4]]]).unique()
+    columns = torch.cat(
+        [torch.randint(problem.vocabulary, (4,), generator=generator).to(device), problem.labels[picked[:4]]]
+    ).unique()
     width = 1 if problem.logits is not None else problem.leaves[0].shape[1]
     whole = len(active) * problem.vocabulary * width <= budget
     loss, scale = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
     weights: list[tuple[Tensor, Tensor]] = []
     logprobs = torch.zeros(len(mask), dtype=torch.float64, device=device)
-    d_weight = None if problem.logits is not None else torch.zeros(len(columns), width, dtype=torch.float64, device=device)
+    d_weight = (
+        None if problem.logits is not None else torch.zeros(len(columns), width, dtype=torch.float64, device=device)
+    )
     d_rows = torch.zeros(len(rows), problem.leaves[0].shape[1], dtype=torch.float64, device=device)
     for chunk, label_logprobs, logp in _row_chunks(problem, torch.float64, active if whole else picked):
         label_logprobs = label_logprobs.detach().requires_grad_()
-        part = replace(problem, advantages=problem.advantages[chunk].double(), old_logprobs=problem.old_logprobs[chunk].double())
+        part = replace(
+            problem, advantages=problem.advantages[chunk].double(), old_logprobs=problem.old_logprobs[chunk].double()
+        )
         each = terms(label_logprobs, part) / len(active)
         (upstream,) = torch.autograd.grad(each.sum(), label_logprobs)
         loss, scale = loss + each.detach().sum(), scale + each.detach().abs().sum()

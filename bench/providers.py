@@ -22,8 +22,10 @@ class Unavailable(Exception):
 class Provider:
     """A way to compute what an op asks for.
 
-    ``compute``: the loss of a problem, differentiable in ``leaves``; with ``forward_only`` whatever the op returns. ``kind``: "ours" or
-    "peer". ``destroys``: its backward pass takes the memory of the logits. ``compiles``: its first call invokes a compiler.
+    ``compute``: the loss of a problem, differentiable in ``leaves``; with ``forward_only`` whatever the op returns.
+        ``kind``: "ours" or
+    "peer". ``destroys``: its backward pass takes the memory of the logits. ``compiles``: its first call invokes a
+    compiler.
     ``compacted``: the caller picks the active rows first.
     """
 
@@ -46,8 +48,11 @@ class Provider:
         return loss.detach(), torch.autograd.grad(loss, leaves)
 
     def with_compaction(self) -> "Provider":
-        """The same behind a caller who picks the active rows; the pick and its backward pass are inside of the clock."""
-        return replace(self, name=f"{self.name}, caller compacts", compute=lambda p: self.compute(p.compacted()), compacted=True)
+        """The same behind a caller who picks the active rows; the pick and its backward pass are inside of the
+        clock."""
+        return replace(
+            self, name=f"{self.name}, caller compacts", compute=lambda p: self.compute(p.compacted()), compacted=True
+        )
 
 
 Providers = tuple[list[Provider], dict[str, str]]  # who takes part, and why the others do not
@@ -82,7 +87,13 @@ def loss_from_logits(backend: str, inplace: bool, skip: bool, score_norms: bool 
 
     def compute(p: Problem) -> Tensor:
         assert p.logits is not None
-        options = {"spec": SPEC, "inplace": inplace, "skip_zero_advantages": skip, "score_norms": score_norms, "backend": backend}
+        options = {
+            "spec": SPEC,
+            "inplace": inplace,
+            "skip_zero_advantages": skip,
+            "score_norms": score_norms,
+            "backend": backend,
+        }
         return policy_loss(p.logits, p.labels, p.advantages, old_logprobs=p.old_logprobs, **options).loss
 
     return compute
@@ -91,9 +102,15 @@ def loss_from_logits(backend: str, inplace: bool, skip: bool, score_norms: bool 
 def ours_from_logits(case: Case) -> list[Provider]:
     """ppg_fast."""
     names = our_backends(case)
-    inplace = [Provider(f"ppg_fast {name}, in place", loss_from_logits(name, True, False), "ours", destroys=True) for name in names]
+    inplace = [
+        Provider(f"ppg_fast {name}, in place", loss_from_logits(name, True, False), "ours", destroys=True)
+        for name in names
+    ]
     separate = [Provider(f"ppg_fast {name}", loss_from_logits(name, False, False), "ours") for name in names]
-    norms = [Provider(f"ppg_fast {n}, in place, score norms", loss_from_logits(n, True, False, True), "ours", destroys=True) for n in names]
+    norms = [
+        Provider(f"ppg_fast {n}, in place, score norms", loss_from_logits(n, True, False, True), "ours", destroys=True)
+        for n in names
+    ]
     return inplace + separate + norms
 
 
@@ -114,7 +131,9 @@ def ours_from_hidden(case: Case) -> list[Provider]:
     for name in our_backends(case):
         providers.append(Provider(f"ppg_fast {name}", loss_from_hidden(name, bool(case.zero)), "ours"))
         if case.zero:
-            providers.append(Provider(f"ppg_fast {name}, skip_zero_advantages=False", loss_from_hidden(name, False), "ours"))
+            providers.append(
+                Provider(f"ppg_fast {name}, skip_zero_advantages=False", loss_from_hidden(name, False), "ours")
+            )
     return providers
 
 
@@ -142,11 +161,16 @@ def ours_logprobs(case: Case) -> list[Provider]:
 
     names = our_backends(case)
     found = [Provider(f"ppg_fast {name}", using(name), "ours") for name in names]
-    return found + [Provider(f"ppg_fast {name}, with entropy", with_entropy(name), "ours") for name in names if case.device == "cuda"]
+    return found + [
+        Provider(f"ppg_fast {name}, with entropy", with_entropy(name), "ours")
+        for name in names
+        if case.device == "cuda"
+    ]
 
 
 def selected_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
-    """log softmax of float32 logits at the labels, 0 where masked: what transformers and verl do with bfloat16 logits."""
+    """log softmax of float32 logits at the labels, 0 where masked: what transformers and verl do with bfloat16
+    logits."""
     active = labels >= 0
     picked = torch.log_softmax(logits.float(), -1).gather(-1, labels.clamp(min=0)[:, None]).squeeze(-1)
     return torch.where(active, picked, 0.0)
@@ -162,7 +186,8 @@ def _plain_linear_loss(problem: Problem) -> Tensor:
 
 
 def _compiled(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.compile with its own defaults, for one case: `torch._dynamo.reset` between cases keeps it from turning to dynamic shapes."""
+    """torch.compile with its own defaults, for one case: `torch._dynamo.reset` between cases keeps it from turning to
+    dynamic shapes."""
     return torch.compile(compute)
 
 
@@ -181,7 +206,9 @@ def compiled(case: Case) -> Provider:
         return loss(F.linear(hidden, weight), labels, advantages, old_logprobs)
 
     function = _compiled(linear_loss if case.D else loss)
-    return Provider("torch.compile", lambda p: function(*p.leaves, p.labels, p.advantages, p.old_logprobs), compiles=True)
+    return Provider(
+        "torch.compile", lambda p: function(*p.leaves, p.labels, p.advantages, p.old_logprobs), compiles=True
+    )
 
 
 def eager_logprobs(case: Case) -> list[Provider]:

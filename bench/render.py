@@ -1,4 +1,5 @@
-"""From result files to documents: every number between `<!-- bench:NAME -->` and `<!-- /bench -->` is written here and nowhere else."""
+"""From result files to documents: every number between `<!-- bench:NAME -->` and `<!-- /bench -->` is written here and
+nowhere else."""
 
 import json
 import re
@@ -40,7 +41,7 @@ def load(folder: Path) -> Results:
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
-# ---- sections --------------------------------------------------------------------------------------------------------------------------
+# ---- sections --------------------------------------------------------------------------------------------------------
 def _absent(file: dict[str, Any]) -> str:
     return "".join(f"- {name}: {reason}\n" for name, reason in sorted(file["ppg_fast"]["missing"].items()))
 
@@ -81,12 +82,18 @@ def _step_section(results: Results) -> str:
             rows, ours = [], best_of_ours(entries)
             for entry in ordered(entries):
                 info = entry["extra_info"]
-                step = duration(entry["stats"]["median"]), f"{info['tokens_per_second']:,.0f}", f"{info['loss_share']:.0%}"
+                step = (
+                    duration(entry["stats"]["median"]),
+                    f"{info['tokens_per_second']:,.0f}",
+                    f"{info['loss_share']:.0%}",
+                )
                 rows.append((entry["param"], *step, speedup(entry, ours), memory(info), error(info)))
             some = entries[0]["extra_info"]
             text += f"\n**{title(entries[0]['params'])}** ({device}): "
             text += f"{some['tokens']:,} tokens, {some['active_tokens']:,} of them the policy's\n\n"
-            text += table(("", "step", "tokens/s", "of it head and loss", "time / ours", "peak extra memory", "error"), rows)
+            text += table(
+                ("", "step", "tokens/s", "of it head and loss", "time / ours", "peak extra memory", "error"), rows
+            )
         text += f"\nDid not take part ({device}):\n\n{_absent(file)}" if file["ppg_fast"]["missing"] else ""
     return text.lstrip("\n") or NOT_MEASURED
 
@@ -102,7 +109,10 @@ def _hosts_section(results: Results) -> str:
                 speed = duration(entry["stats"]["median"]), f"{info['tokens_per_second']:,.0f}"
                 rows.append((entry["param"], *speed, memory(info), error(info)))
             some = entries[0]["extra_info"]
-            text += f"\n**{title(entries[0]['params'])}** ({device}): {some['tokens']:,} tokens, {some['active_tokens']:,} with a label\n\n"
+            text += (
+                f"\n**{title(entries[0]['params'])}** ({device}): {some['tokens']:,} tokens, "
+                f"{some['active_tokens']:,} with a label\n\n"
+            )
             text += table(("", "forward, loss, backward", "tokens/s", "peak extra memory", "error"), rows)
         text += f"\nDid not take part ({device}):\n\n{_absent(file)}" if file["ppg_fast"]["missing"] else ""
     return text.lstrip("\n") or NOT_MEASURED
@@ -114,11 +124,16 @@ def _machine_section(results: Results) -> str:
         info, ours = file["machine_info"], file["ppg_fast"]
         cpu, gpu = info["cpu"], info.get("gpu")
         place = f"{gpu['name']}, " if gpu else ""
-        place += f"{cpu['brand_raw']}, {cpu['count']} cores, {cpu['last_level_cache'] / 2**20:.0f} MiB last-level cache, "
+        place += (
+            f"{cpu['brand_raw']}, {cpu['count']} cores, {cpu['last_level_cache'] / 2**20:.0f} MiB last-level cache, "
+        )
         place += f"{info['memory_bytes'] / 2**30:.0f} GiB"
         versions = ", ".join(f"{package} {version}" for package, version in ours["versions"].items())
         commit = file["commit_info"]["id"][:12] + (" with changes" if file["commit_info"]["dirty"] else "")
-        text += f"- `{name}`: {place}; {info['system']} {info['release']}, {info['libc']}, Python {info['python_version']}; {versions}; "
+        text += (
+            f"- `{name}`: {place}; {info['system']} {info['release']}, {info['libc']}, Python "
+            f"{info['python_version']}; {versions}; "
+        )
         text += f"commit {commit}; {file['datetime']}; `{ours['command']}`; load before {ours['load_before']}\n"
     return text or NOT_MEASURED
 
@@ -154,7 +169,13 @@ def _learning_section(results: Results) -> str:
             first, last = c["points"][0]["reward"], c["points"][-1]["reward"]
             shares = (f"{point['share']:.0%}" for point in c["points"])
             rows.append((f"seed {c['seed']}", *shares, f"{first:.2f}", f"{last:.2f}", duration(c["seconds"])))
-        heads = (f"{curves[0]['policy_class']} ({device})", *(f"step {step}" for step in steps), "return before", "after", "all of it")
+        heads = (
+            f"{curves[0]['policy_class']} ({device})",
+            *(f"step {step}" for step in steps),
+            "return before",
+            "after",
+            "all of it",
+        )
         text += table(heads, rows)
     return text or NOT_MEASURED
 
@@ -179,7 +200,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
 }
 
 
-# ---- documents -------------------------------------------------------------------------------------------------------------------------
+# ---- documents -------------------------------------------------------------------------------------------------------
 def _charts_of(op: str, device: str, file: dict[str, Any]) -> dict[str, str]:
     """Name -> SVG, one a dtype: every row active, the most threads, the last allocator measured."""
     if op not in ("policy_loss", "linear"):
@@ -194,7 +215,10 @@ def _charts_of(op: str, device: str, file: dict[str, Any]) -> dict[str, str]:
         median = entry["stats"]["median"]
         return Bar(entry["param"], median, entry["extra_info"]["kind"], duration(median))
 
-    return {name: bars(f"{op}: {title(g[0]['params'])} ({device})", [bar(e) for e in ordered(g)]) for name, g in chosen.items()}
+    return {
+        name: bars(f"{op}: {title(g[0]['params'])} ({device})", [bar(e) for e in ordered(g)])
+        for name, g in chosen.items()
+    }
 
 
 def fill(text: str, results: Results) -> str:

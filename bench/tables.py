@@ -14,7 +14,7 @@ def of(results: Results, op: str) -> list[tuple[str, dict[str, Any]]]:
     return [(device, results[f"{op}.{device}"]) for device in DEVICES if f"{op}.{device}" in results]
 
 
-# ---- one number ------------------------------------------------------------------------------------------------------------------------
+# ---- one number ------------------------------------------------------------------------------------------------------
 def duration(seconds: float) -> str:
     """Three digits with their unit."""
     value, unit = (seconds * 1e6, "µs") if seconds < 1e-3 else (seconds * 1e3, "ms") if seconds < 10 else (seconds, "s")
@@ -31,7 +31,9 @@ def share(info: dict[str, Any]) -> str:
 
 
 def error(info: dict[str, Any]) -> str:
-    return "" if not info.get("error") else f"{max(info['error'].values()):.1e}" + ("" if info["correct"] else " (wrong)")
+    return (
+        "" if not info.get("error") else f"{max(info['error'].values()):.1e}" + ("" if info["correct"] else " (wrong)")
+    )
 
 
 def spread(stats: dict[str, Any]) -> str:
@@ -52,8 +54,18 @@ def speedup(entry: Entry, ours: Entry | None) -> str:
     return f"{entry['stats']['median'] / ours['stats']['median']:.2f} x"
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------------------------
-HEADINGS = ("", "median", "p20 to p80", "min", "rounds", "time / ours", "share of the ceiling", "peak extra memory", "error")
+# ---- tables ----------------------------------------------------------------------------------------------------------
+HEADINGS = (
+    "",
+    "median",
+    "p20 to p80",
+    "min",
+    "rounds",
+    "time / ours",
+    "share of the ceiling",
+    "peak extra memory",
+    "error",
+)
 
 
 def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -81,7 +93,9 @@ def group_table(entries: list[Entry]) -> str:
 
 def title(params: dict[str, Any]) -> str:
     names = {"partial_returns": ("dialogues", "turns")}.get(params["op"], ("N", "V"))
-    parts = [f"{names[0]} {params['N']:,}", f"{names[1]} {params['V']:,}"] + ([f"D {params['D']:,}"] if params["D"] else [])
+    parts = [f"{names[0]} {params['N']:,}", f"{names[1]} {params['V']:,}"] + (
+        [f"D {params['D']:,}"] if params["D"] else []
+    )
     parts += [f"{params['shape']} model"] if params.get("shape") else []
     parts += [params["variant"]] if params["variant"] else []
     parts += [params["dtype"]] if params["op"] != "partial_returns" else []

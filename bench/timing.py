@@ -1,4 +1,5 @@
-"""Interleaved rounds: every contestant once a round, the order turned round each time, the caches emptied before each call."""
+"""Interleaved rounds: every contestant once a round, the order turned round each time, the caches emptied before each
+call."""
 
 import gc
 import math
@@ -14,7 +15,8 @@ import torch
 
 @dataclass
 class Contestant:
-    """Something to be timed. ``before`` restores what ``call`` destroyed; it is outside of the clock, and so is dropping the result."""
+    """Something to be timed. ``before`` restores what ``call`` destroyed; it is outside of the clock, and so is
+    dropping the result."""
 
     name: str
     kind: str  # "ours" | "peer" | "ceiling"
@@ -25,9 +27,11 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long to measure: ``rounds`` at most; a contestant that has used ``budget`` seconds leaves, after ``least`` rounds.
+    """How long to measure: ``rounds`` at most; a contestant that has used ``budget`` seconds leaves, after ``least``
+    rounds.
 
-    One whose call takes longer than ``slow`` seconds is measured once, and not again where other rows are masked: `harness.measure`.
+    One whose call takes longer than ``slow`` seconds is measured once, and not again where other rows are masked:
+    `harness.measure`.
     """
 
     rounds: int
@@ -111,7 +115,10 @@ def stats(seconds: Sequence[float]) -> dict[str, Any]:
     q1, q3 = percentile(seconds, 0.25), percentile(seconds, 0.75)
     mean, spread = statistics.fmean(seconds), statistics.stdev(seconds) if len(seconds) > 1 else 0.0
     inside = [s for s in seconds if q1 - 1.5 * (q3 - q1) <= s <= q3 + 1.5 * (q3 - q1)] or list(seconds)
-    outliers = {"iqr_outliers": len(seconds) - len(inside), "stddev_outliers": sum(abs(s - mean) > spread for s in seconds)}
+    outliers = {
+        "iqr_outliers": len(seconds) - len(inside),
+        "stddev_outliers": sum(abs(s - mean) > spread for s in seconds),
+    }
     return {
         "min": min(seconds), "max": max(seconds), "mean": mean, "stddev": spread, "median": statistics.median(seconds),
         "rounds": len(seconds), "iterations": 1, "total": sum(seconds), "ops": 1 / mean,

@@ -1,4 +1,5 @@
-"""A whole training step on one long dialogue: our trainer's beside TRL's GRPO, on one model, one optimizer and the same tokens."""
+"""A whole training step on one long dialogue: our trainer's beside TRL's GRPO, on one model, one optimizer and the same
+tokens."""
 
 import copy
 import functools
@@ -59,7 +60,9 @@ class WholeStep:
 
 def case(shape: str, tokens: int, device: str = "cpu", dtype: str = "float32") -> Case:
     """One dialogue of ``tokens`` tokens on a model of ``shape``."""
-    return Case("training_step", tokens, SHAPES[shape].vocab_size, SHAPES[shape].width, device=device, dtype=dtype, shape=shape)
+    return Case(
+        "training_step", tokens, SHAPES[shape].vocab_size, SHAPES[shape].width, device=device, dtype=dtype, shape=shape
+    )
 
 
 @functools.lru_cache(maxsize=2)
@@ -88,7 +91,8 @@ def _model(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Any, torch.op
 
 
 def make(case: Case) -> WholeStep:
-    """The dialogue of `byte_sample`, cut to the case's length, and the model of its shape. ``variant``: the file of dialogues, if any."""
+    """The dialogue of `byte_sample`, cut to the case's length, and the model of its shape. ``variant``: the file of
+    dialogues, if any."""
     try:
         import transformers  # noqa: F401
     except ImportError as error:
@@ -97,11 +101,12 @@ def make(case: Case) -> WholeStep:
     return WholeStep(case, model, optimizer, byte_sample(lines_of(case.variant), case.N), {})
 
 
-# ---- the two steps -------------------------------------------------------------------------------------------------------------------
+# ---- the two steps ---------------------------------------------------------------------------------------------------
 def _objective() -> Any:
-    """What both climb: returns over three turns, no baseline, PPO's surrogate on-policy, one mean over the assistant's tokens."""
-    from ppg_fast.objective import Objective
+    """What both climb: returns over three turns, no baseline, PPO's surrogate on-policy, one mean over the assistant's
+    tokens."""
     from ppg_fast.spec import Lookahead, PolicyLossSpec
+    from ppg_fast.training.objective import Objective
 
     return Objective(Lookahead(3), baseline="none", spec=PolicyLossSpec("ppo"), reduction="token_mean")
 
@@ -112,10 +117,10 @@ def _checkpointing(problem: WholeStep) -> None:
 
 
 def our_step(problem: WholeStep) -> Callable[[], tuple[Tensor, Tensor]]:
-    """A step of `ppg_fast.trainer.optimise`, packing and credit included."""
-    from ppg_fast.model import prepare
-    from ppg_fast.objective import Schedule
-    from ppg_fast.trainer import TrainingState, optimise
+    """A step of `ppg_fast.training.trainer.optimise`, packing and credit included."""
+    from ppg_fast.models.causal_lm import prepare
+    from ppg_fast.training.objective import Schedule
+    from ppg_fast.training.trainer import TrainingState, optimise
 
     schedule = Schedule(10**9, 0.0, max_tokens=problem.case.N, max_grad_norm=1e9)
     state = TrainingState(problem.model, problem.optimizer)
@@ -130,7 +135,8 @@ def our_step(problem: WholeStep) -> Callable[[], tuple[Tensor, Tensor]]:
 
 
 def trl_step(problem: WholeStep) -> Callable[[], tuple[Tensor, Tensor]]:
-    """A step of TRL's GRPOTrainer: its chunked head, its loss on the same advantages, then backward, clipping and the optimizer."""
+    """A step of TRL's GRPOTrainer: its chunked head, its loss on the same advantages, then backward, clipping and the
+    optimizer."""
     trainer = _grpo_trainer(problem)
     inputs = _grpo_inputs(problem)
     model = problem.model
@@ -154,12 +160,23 @@ def _grpo_trainer(problem: WholeStep) -> Any:
         from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise Unavailable(f"needs trl (pip install ppg_fast[trl]): {error}") from error
-    from ppg_fast.chat_format import make_byte_tokenizer
+    from ppg_fast.dialogues.chat_format import make_byte_tokenizer
 
     problem.model.set_attn_implementation("sdpa")
     with tempfile.TemporaryDirectory() as folder:
-        options = {"per_device_train_batch_size": 2, "num_generations": 2, "gradient_checkpointing": False, "loss_type": "bnpo"}
-        options |= {"use_cpu": problem.case.device == "cpu", "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
+        options = {
+            "per_device_train_batch_size": 2,
+            "num_generations": 2,
+            "gradient_checkpointing": False,
+            "loss_type": "bnpo",
+        }
+        options |= {
+            "use_cpu": problem.case.device == "cpu",
+            "bf16": False,
+            "report_to": [],
+            "save_strategy": "no",
+            "disable_tqdm": True,
+        }
         data = Dataset.from_dict({"prompt": ["a", "b"]})
         given = {"train_dataset": data, "processing_class": make_byte_tokenizer(["a"], 263)}
         with warnings.catch_warnings():
@@ -171,9 +188,10 @@ def _grpo_trainer(problem: WholeStep) -> Any:
 
 
 def _grpo_inputs(problem: WholeStep) -> dict[str, Tensor]:
-    """What `_generate_and_score_completions` hands to the loss: prompt and completion, the assistant's tokens marked as a tool mask."""
-    from ppg_fast.data import pack
-    from ppg_fast.objective import credit
+    """What `_generate_and_score_completions` hands to the loss: prompt and completion, the assistant's tokens marked as
+    a tool mask."""
+    from ppg_fast.dialogues.packing import pack
+    from ppg_fast.training.objective import credit
 
     sample, device = problem.sample, problem.case.device
     _, advantages = credit(pack([sample]), _objective())
@@ -182,7 +200,11 @@ def _grpo_inputs(problem: WholeStep) -> dict[str, Tensor]:
     mask = turn_ids[:, first:] >= 0
     per_token = torch.where(mask, advantages.to(device)[0][turn_ids[:, first:].clamp(min=0)], 0.0)
     completion = tokens[:, first:]
-    masks = {"prompt_mask": torch.ones_like(tokens[:, :first]), "completion_mask": torch.ones_like(completion), "tool_mask": mask.long()}
+    masks = {
+        "prompt_mask": torch.ones_like(tokens[:, :first]),
+        "completion_mask": torch.ones_like(completion),
+        "tool_mask": mask.long(),
+    }
     return {"prompt_ids": tokens[:, :first], "completion_ids": completion, **masks, "advantages": per_token}
 
 
@@ -215,11 +237,11 @@ def participants(case: Case) -> Providers:
     return gather([ours, trl], case)
 
 
-# ---- is it right ---------------------------------------------------------------------------------------------------------------------
+# ---- is it right -----------------------------------------------------------------------------------------------------
 def truth(problem: WholeStep) -> tuple[Tensor, Tensor]:
     """Loss and the embedding's gradient in float64 from plain logits; only for short dialogues."""
-    from ppg_fast.data import pack
-    from ppg_fast.objective import credit
+    from ppg_fast.dialogues.packing import pack
+    from ppg_fast.training.objective import credit
 
     model = copy.deepcopy(problem.model).double()
     model.__dict__.pop("forward", None)  # TRL's, which is bound to the model that was copied
@@ -238,12 +260,15 @@ def truth(problem: WholeStep) -> tuple[Tensor, Tensor]:
 
 
 def checker(problem: WholeStep, case: Case) -> Callable[[Any], dict[str, float]]:
-    """Each step on a short dialogue against float64; at full length the two against each other, the first one being the measure.
+    """Each step on a short dialogue against float64; at full length the two against each other, the first one being the
+    measure.
 
     A model too large to be copied in float64 is stood in for by a small one in the same dtype, on the same device.
     """
     small = case.shape if not SHAPES[case.shape].checkpointing else "bytes"
-    short = make(replace(case, N=min(case.N, CHECKED_TOKENS), V=SHAPES[small].vocab_size, D=SHAPES[small].width, shape=small))
+    short = make(
+        replace(case, N=min(case.N, CHECKED_TOKENS), V=SHAPES[small].vocab_size, D=SHAPES[small].width, shape=small)
+    )
     expected = truth(short)
     first: list[tuple[Tensor, Tensor]] = []
 

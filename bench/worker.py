@@ -15,7 +15,10 @@ from .problem import Case
 
 def planned(plan: dict[str, Any], op: str) -> list[Case]:
     """The cases of one op under the plan's setting."""
-    cases = [replace(c, threads=plan["threads"], allocator=plan["allocator"]) for c in OPS[op].cases(plan["grid"], plan["device"])]
+    cases = [
+        replace(c, threads=plan["threads"], allocator=plan["allocator"])
+        for c in OPS[op].cases(plan["grid"], plan["device"])
+    ]
     return [replace(c, variant=plan["dialogues"]) if op == "training_step" and plan["dialogues"] else c for c in cases]
 
 
@@ -30,14 +33,18 @@ def run(plan: dict[str, Any]) -> dict[str, Any]:
     if not plan["memory"]:
         torch.set_num_threads(plan["threads"])
     start = time.monotonic()
-    quick = plan["grid"] == "quick"  # there one case of each op shows that the compilers run, and one that memory is seen
+    # there one case of each op shows that the compilers run, and one that memory is seen
+    quick = plan["grid"] == "quick"
     for op in plan["ops"]:
         known: Known = []
         for number, case in enumerate(planned(plan, op)):
             if plan["memory"] and (not wants_memory(case) or (quick and number)):
                 continue
             what = "memory" if plan["memory"] else f"{plan['threads']} threads, {plan['allocator']} allocator"
-            size = f"N={case.N} V={case.V} D={case.D} {case.dtype} active={case.active} zero={case.zero} {public(case)['variant']}"
+            size = (
+                f"N={case.N} V={case.V} D={case.D} {case.dtype} active={case.active} zero={case.zero} "
+                f"{public(case)['variant']}"
+            )
             print(f"  {time.monotonic() - start:4.0f} s  {op} {size}: {what}", file=sys.stderr, flush=True)
             if plan["memory"]:
                 found, missing = peaks(case, not quick)

@@ -15,7 +15,11 @@ enum class LossType : int { REINFORCE = 0, PPO = 1, CISPO = 2, GSPO = 3, GSPO_TU
 enum class KLEstimator : int { K1 = 1, K2 = 2, K3 = 3 };
 enum class Baseline : int { NONE = 0, LEAVE_ONE_OUT = 1, GROUP_MEAN = 2, GROUP_STD = 3 };
 enum class Reduction : int { TOKEN_MEAN = 0, SEQUENCE_MEAN = 1, SEQUENCE_SUM = 2, SUM = 3, NONE = 4 };
-enum Sums { PLAIN, ENTROPY, SCORE_NORM };  // what is added up over a row beside the exponentials; each has the one before too
+enum Sums {
+  PLAIN,
+  ENTROPY,
+  SCORE_NORM
+};  // what is added up over a row beside the exponentials; each has the one before too
 
 // A (B, L, V) tensor with unit stride along V, seen as B * L rows, so that a view such as logits[:, :-1] needs no copy.
 struct Rows {
@@ -37,10 +41,11 @@ struct Sweep {
 
 struct LogprobsFwdArgs : Sweep {
   float *logprob, *entropy, *lse;  // (N,) out; entropy may be null; masked rows get 0
-  float* score_norm;               // (N,) out or null, then entropy is not: |d logprob / d z|^2 = sum p^2 - 2 p_label + 1
+  float* score_norm;  // (N,) out or null, then entropy is not: |d logprob / d z|^2 = sum p^2 - 2 p_label + 1
 };
 
-// dlogits = g (1[v = label] - p) - h p (log p + H), through temperature and softcap. Rows with g = h = 0 are not read and get zeros.
+// dlogits = g (1[v = label] - p) - h p (log p + H), through temperature and softcap. Rows with g = h = 0 are not read
+// and get zeros.
 struct LogprobsBwdArgs : Sweep {
   const float *lse, *entropy, *d_logprob, *d_entropy;  // (N,); d_entropy (then also entropy) may be null
   Rows dlogits;                                        // may be the logits themselves
@@ -59,12 +64,13 @@ struct TermArgs {
 //   FULL          a gradient is wanted and advantage != 0 or a KL or entropy term is on
 //   FORWARD-ONLY  else: loss, log-prob and entropy; its gradient row is zero
 struct PolicyLossArgs : Sweep {
-  const float *advantages, *weights;                            // (N,); weights may be null: 1
-  const float *old_logprobs, *ref_logprobs, *rollout_logprobs;  // (N,) or null: on-policy, no reference, no sampler mismatch
+  const float *advantages, *weights;  // (N,); weights may be null: 1
+  const float *old_logprobs, *ref_logprobs,
+      *rollout_logprobs;  // (N,) or null: on-policy, no reference, no sampler mismatch
   TermArgs term;
   float *loss, *logprob, *entropy;  // (N,) out; loss already weighted; entropy may be null unless entropy_coef != 0
-  float* score_norm;                // (N,) out or null, then entropy is not: |d logprob / d z|^2 = sum p^2 - 2 p_label + 1
-  Rows dlogits;                     // data null: no gradient wanted; may be the logits themselves
+  float* score_norm;  // (N,) out or null, then entropy is not: |d logprob / d z|^2 = sum p^2 - 2 p_label + 1
+  Rows dlogits;       // data null: no gradient wanted; may be the logits themselves
 };
 
 // Multiplies row n of dlogits by scale[n]; rows whose scale is 1 are not touched.
@@ -76,8 +82,8 @@ struct RescaleRowsArgs {
   bool one_scale;
 };
 
-// returns[b, t] = sum of gamma^(k-t) rewards[b, k] over k = t .. end - 1; end = the smallest of t + lookahead, the end of t's segment
-// and the end of the dialogue. Zero beyond the dialogue, whatever the rewards hold there.
+// returns[b, t] = sum of gamma^(k-t) rewards[b, k] over k = t .. end - 1; end = the smallest of t + lookahead, the end
+// of t's segment and the end of the dialogue. Zero beyond the dialogue, whatever the rewards hold there.
 struct PartialReturnsArgs {
   const float* rewards;                     // (B, T)
   const int64_t* segment_ids;               // (B, T) or null
@@ -91,7 +97,9 @@ struct PartialReturnsArgs {
 struct Ints {
   const void* data;
   bool wide;
-  PPG_HD int64_t operator[](int64_t i) const { return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i]; }
+  PPG_HD int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
 };
 
 // One value a token as the caller holds it: (B, L) of any strides, null where absent.
@@ -114,19 +122,23 @@ struct Column {
   }
 };
 
-// Which tokens take part and which sequence each belongs to, from what the caller holds. Row n = b * length + l of N < 2^31.
+// Which tokens take part and which sequence each belongs to, from what the caller holds. Row n = b * length + l of N <
+// 2^31.
 struct TokenArgs {
-  Column labels, loss_mask, turn_ids;  // int64; any dtype or null; int32, int64 or null. Negative labels and turn ids, mask 0: masked
+  Column labels, loss_mask,
+      turn_ids;  // int64; any dtype or null; int32, int64 or null. Negative labels and turn ids, mask 0: masked
   int64_t N, length;
   Ints cu_seqlens;    // (sequences + 1,), or null: sequences of N / sequences rows
   int64_t sequences;  // S
   PPG_HD bool active(int64_t b, int64_t l) const {
-    return labels.integer(b, l) >= 0 && (!loss_mask.data || loss_mask.nonzero(b, l)) && (!turn_ids.data || turn_ids.integer(b, l) >= 0);
+    return labels.integer(b, l) >= 0 && (!loss_mask.data || loss_mask.nonzero(b, l)) &&
+           (!turn_ids.data || turn_ids.integer(b, l) >= 0);
   }
 };
 
-// What the sweep of the fused loss needs to know of other rows, in one launch before it: the advantage of every turn, and how many active
-// tokens there are. Counts are of whole sequences under the sequence reductions, else of the batch as one; each in `slices` parts.
+// What the sweep of the fused loss needs to know of other rows, in one launch before it: the advantage of every turn,
+// and how many active tokens there are. Counts are of whole sequences under the sequence reductions, else of the batch
+// as one; each in `slices` parts.
 struct CreditArgs {
   TokenArgs tokens;
   const float* rewards;         // (S, T), or null: no turns
@@ -150,7 +162,7 @@ struct FusedPolicyLossArgs {
   DType dtype;
   float temperature, logit_softcap;
   Column advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures;  // float32 or null
-  const float* turn_advantages;                                                            // (S, T), in place of `advantages` where given
+  const float* turn_advantages;  // (S, T), in place of `advantages` where given
   int64_t T;
   TermArgs term;
   Reduction reduction;

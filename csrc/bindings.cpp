@@ -1,5 +1,6 @@
-// The only file that knows torch (with tensors.h), by its stable headers alone: checks tensors, fills the argument structs, shares rows
-// out among torch's threads or launches on torch's current stream. Outputs are allocated by ppg_fast/native.py.
+// The only file that knows torch (with tensors.h), by its stable headers alone: checks tensors, fills the argument
+// structs, shares rows out among torch's threads or launches on torch's current stream. Outputs are allocated by
+// ppg_fast/native.py.
 //   PPG_WITH_CUDA   the CUDA launchers are linked in
 //   PPG_EMULATED    test build: the CUDA launchers compiled by g++ under an emulator, registered for CPU tensors
 #include <Python.h>
@@ -16,7 +17,8 @@
 namespace {
 using namespace ppg;
 
-Sweep sweep_of(const Tensor& logits, const Tensor& labels, const Optional& temperatures, double temperature, double logit_softcap) {
+Sweep sweep_of(const Tensor& logits, const Tensor& labels, const Optional& temperatures, double temperature,
+               double logit_softcap) {
   Sweep s;
   s.logits = rows_of(logits, "logits");
   s.N = logits.size(0) * logits.size(1);
@@ -55,11 +57,11 @@ void* current_stream(int device) {
   return stream;
 }
 
-// Runs one op on the device of `like`. On a CPU the n rows are cut by index, a whole row by one thread, so that the bits do not depend
-// on the number of threads.
+// Runs one op on the device of `like`. On a CPU the n rows are cut by index, a whole row by one thread, so that the
+// bits do not depend on the number of threads.
 template <class Args>
-void run(std::type_identity_t<void (*)(const Args&, int64_t, int64_t)> on_cpu, std::type_identity_t<int (*)(const Args&, void*)> on_cuda,
-         const Args& args, int64_t n, const Tensor& like) {
+void run(std::type_identity_t<void (*)(const Args&, int64_t, int64_t)> on_cpu,
+         std::type_identity_t<int (*)(const Args&, void*)> on_cuda, const Args& args, int64_t n, const Tensor& like) {
   if (n == 0) return;
   if (on_cpu && like.is_cpu()) {
     torch::stable::parallel_for(0, n, 1, [&](int64_t first, int64_t last) { on_cpu(args, first, last); });
@@ -73,14 +75,15 @@ void run(std::type_identity_t<void (*)(const Args&, int64_t, int64_t)> on_cpu, s
   }
 }
 
-TermArgs term_of(int64_t loss_type, int64_t kl_estimator, double clip_low, double clip_high, double dual_clip, double kl_coef,
-                 double entropy_coef, double importance_cap) {
+TermArgs term_of(int64_t loss_type, int64_t kl_estimator, double clip_low, double clip_high, double dual_clip,
+                 double kl_coef, double entropy_coef, double importance_cap) {
   return {LossType(loss_type), KLEstimator(kl_estimator), float(clip_low),      float(clip_high), float(dual_clip),
           float(kl_coef),      float(entropy_coef),       float(importance_cap)};
 }
 
-void logprobs_fwd(const Tensor& logits, const Tensor& labels, const Optional& temperatures, double temperature, double logit_softcap,
-                  const Tensor& logprob, const Optional& entropy, const Tensor& lse, const Optional& score_norm) {
+void logprobs_fwd(const Tensor& logits, const Tensor& labels, const Optional& temperatures, double temperature,
+                  double logit_softcap, const Tensor& logprob, const Optional& entropy, const Tensor& lse,
+                  const Optional& score_norm) {
   LogprobsFwdArgs a{sweep_of(logits, labels, temperatures, temperature, logit_softcap)};
   a.logprob = floats(logprob, a.N, "logprob");
   a.entropy = floats(entropy, a.N, "entropy");
@@ -89,9 +92,9 @@ void logprobs_fwd(const Tensor& logits, const Tensor& labels, const Optional& te
   run(PPG_ON_CPU(logprobs_fwd), PPG_ON_CUDA(logprobs_fwd), a, a.N, logits);
 }
 
-void logprobs_bwd(const Tensor& logits, const Tensor& labels, const Tensor& lse, const Optional& entropy, const Tensor& d_logprob,
-                  const Optional& d_entropy, const Optional& temperatures, double temperature, double logit_softcap,
-                  const Tensor& dlogits) {
+void logprobs_bwd(const Tensor& logits, const Tensor& labels, const Tensor& lse, const Optional& entropy,
+                  const Tensor& d_logprob, const Optional& d_entropy, const Optional& temperatures, double temperature,
+                  double logit_softcap, const Tensor& dlogits) {
   LogprobsBwdArgs a{sweep_of(logits, labels, temperatures, temperature, logit_softcap)};
   a.lse = floats(lse, a.N, "lse");
   a.d_logprob = floats(d_logprob, a.N, "d_logprob");
@@ -103,10 +106,11 @@ void logprobs_bwd(const Tensor& logits, const Tensor& labels, const Tensor& lse,
 }
 
 void policy_loss(const Tensor& logits, const Tensor& labels, const Tensor& advantages, const Optional& weights,
-                 const Optional& old_logprobs, const Optional& ref_logprobs, const Optional& rollout_logprobs, const Optional& temperatures,
-                 int64_t loss_type, int64_t kl_estimator, double clip_low, double clip_high, double dual_clip, double kl_coef,
-                 double entropy_coef, double importance_cap, double temperature, double logit_softcap, const Tensor& loss,
-                 const Tensor& logprob, const Optional& entropy, const Optional& dlogits, const Optional& score_norm) {
+                 const Optional& old_logprobs, const Optional& ref_logprobs, const Optional& rollout_logprobs,
+                 const Optional& temperatures, int64_t loss_type, int64_t kl_estimator, double clip_low,
+                 double clip_high, double dual_clip, double kl_coef, double entropy_coef, double importance_cap,
+                 double temperature, double logit_softcap, const Tensor& loss, const Tensor& logprob,
+                 const Optional& entropy, const Optional& dlogits, const Optional& score_norm) {
   PolicyLossArgs a{sweep_of(logits, labels, temperatures, temperature, logit_softcap)};
   a.advantages = floats(advantages, a.N, "advantages");
   a.weights = floats(weights, a.N, "weights");
@@ -149,18 +153,20 @@ void partial_returns(const Tensor& rewards, const Optional& segment_ids, const O
   run(PPG_ON_CPU(partial_returns), PPG_ON_CUDA(partial_returns), a, a.B, rewards);
 }
 
-// `work`: counts (counted, slices) and behind them the ticket. `turns`: returns and advantages (1 or 2, S, T). `total` without: loss per
-// row.
+// `work`: counts (counted, slices) and behind them the ticket. `turns`: returns and advantages (1 or 2, S, T). `total`
+// without: loss per row.
 void fused_policy_loss(const Tensor& logits, const Tensor& labels, const Optional& loss_mask, const Optional& turn_ids,
                        const Optional& advantages, const Optional& old_logprobs, const Optional& ref_logprobs,
-                       const Optional& rollout_logprobs, const Optional& temperatures, const Optional& rewards, const Optional& turn_counts,
-                       const Optional& segment_ids, const Optional& reward_mask, const Optional& group_ids, int64_t lookahead,
-                       int64_t segment_length, double gamma, int64_t baseline, double std_eps, int64_t reduction, double normalizer,
-                       const Optional& normalizer_at, int64_t sequences, const Optional& cu_seqlens, int64_t counted, int64_t slices,
-                       bool skip_zero_advantages, int64_t loss_type, int64_t kl_estimator, double clip_low, double clip_high,
-                       double dual_clip, double kl_coef, double entropy_coef, double importance_cap, double temperature,
-                       double logit_softcap, const Optional& turns, const Tensor& work, const Tensor& loss, const Optional& total,
-                       const Tensor& logprob, const Optional& entropy, const Optional& dlogits, const Optional& score_norm) {
+                       const Optional& rollout_logprobs, const Optional& temperatures, const Optional& rewards,
+                       const Optional& turn_counts, const Optional& segment_ids, const Optional& reward_mask,
+                       const Optional& group_ids, int64_t lookahead, int64_t segment_length, double gamma,
+                       int64_t baseline, double std_eps, int64_t reduction, double normalizer,
+                       const Optional& normalizer_at, int64_t sequences, const Optional& cu_seqlens, int64_t counted,
+                       int64_t slices, bool skip_zero_advantages, int64_t loss_type, int64_t kl_estimator,
+                       double clip_low, double clip_high, double dual_clip, double kl_coef, double entropy_coef,
+                       double importance_cap, double temperature, double logit_softcap, const Optional& turns,
+                       const Tensor& work, const Tensor& loss, const Optional& total, const Tensor& logprob,
+                       const Optional& entropy, const Optional& dlogits, const Optional& score_norm) {
   CreditArgs c{};
   TokenArgs& t = c.tokens;
   const Rows rows = rows_of(logits, "logits");
@@ -173,14 +179,17 @@ void fused_policy_loss(const Tensor& logits, const Tensor& labels, const Optiona
   t.length = rows.length;
   t.sequences = sequences;
   t.cu_seqlens = ints(cu_seqlens, sequences + 1, "cu_seqlens");
-  STD_TORCH_CHECK(t.N == 0 || (sequences >= 1 && (cu_seqlens || t.N % sequences == 0)), "rows do not make ", sequences, " sequences");
-  STD_TORCH_CHECK(work.scalar_type() == ScalarType::Int && work.is_contiguous() && work.numel() == counted * slices + 1, "work is amiss");
+  STD_TORCH_CHECK(t.N == 0 || (sequences >= 1 && (cu_seqlens || t.N % sequences == 0)), "rows do not make ", sequences,
+                  " sequences");
+  STD_TORCH_CHECK(work.scalar_type() == ScalarType::Int && work.is_contiguous() && work.numel() == counted * slices + 1,
+                  "work is amiss");
   c.ticket = static_cast<uint32_t*>(work.data_ptr()) + counted * slices;
   c.counts = counted ? static_cast<int32_t*>(work.data_ptr()) : nullptr;
   c.counted = counted;
   c.slices = slices;
   if (rewards) {
-    STD_TORCH_CHECK(turn_ids && turns && rewards->dim() == 2 && rewards->size(0) == sequences, "rewards (S, T) go with turn_ids and turns");
+    STD_TORCH_CHECK(turn_ids && turns && rewards->dim() == 2 && rewards->size(0) == sequences,
+                    "rewards (S, T) go with turn_ids and turns");
     c.T = rewards->size(1);
     c.baseline = Baseline(baseline);
     const int64_t size = sequences * c.T;

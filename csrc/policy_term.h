@@ -1,5 +1,6 @@
 // The scalar loss of one token and its two derivatives, once for g++ and nvcc.
-// Mirrors ppg_fast/reference/policy_term.py and kernels/triton/policy_term.py. Runs once a row: the vocabulary loops never see it.
+// Mirrors ppg_fast/reference/policy_term.py and kernels/triton/policy_term.py. Runs once a row: the vocabulary loops
+// never see it.
 #pragma once
 #include <cmath>
 #include "args.h"
@@ -11,8 +12,8 @@ struct Term {
 };
 
 // old_logprob is the log-prob itself where the caller has none (on-policy), ref_logprob likewise, importance 1.
-PPG_HD Term policy_term(const TermArgs& a, float logprob, float entropy, float old_logprob, float ref_logprob, float importance,
-                        float advantage) {
+PPG_HD Term policy_term(const TermArgs& a, float logprob, float entropy, float old_logprob, float ref_logprob,
+                        float importance, float advantage) {
   const float ratio = expf(logprob - old_logprob);
   float loss, d;
   if (a.loss_type == LossType::REINFORCE) {
@@ -53,7 +54,8 @@ PPG_HD Term policy_term(const TermArgs& a, float logprob, float entropy, float o
   return {loss, d, -a.entropy_coef};
 }
 
-// The importance weight min(exp(old - rollout), cap) of a token whose sampler disagrees with the trainer; 1 where it is off.
+// The importance weight min(exp(old - rollout), cap) of a token whose sampler disagrees with the trainer; 1 where it is
+// off.
 PPG_HD float importance_weight(const TermArgs& a, float old_logprob, const float* rollout_logprobs, int64_t n) {
   if (!rollout_logprobs || a.importance_cap == 0.f) return 1.f;
   return fminf(expf(old_logprob - rollout_logprobs[n]), a.importance_cap);

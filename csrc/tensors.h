@@ -31,10 +31,13 @@ inline Rows rows_of(const Tensor& t, const char* name) {
 
 template <class T> T* per_row(const Tensor& t, int64_t N, ScalarType type, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == type, name, " has the wrong dtype");
-  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == N, name, " must be contiguous of ", N, " elements, got ", t.numel());
+  STD_TORCH_CHECK(t.is_contiguous() && t.numel() == N, name, " must be contiguous of ", N, " elements, got ",
+                  t.numel());
   return static_cast<T*>(t.data_ptr());
 }
-inline float* floats(const Tensor& t, int64_t N, const char* name) { return per_row<float>(t, N, ScalarType::Float, name); }
+inline float* floats(const Tensor& t, int64_t N, const char* name) {
+  return per_row<float>(t, N, ScalarType::Float, name);
+}
 inline float* floats(const Optional& t, int64_t N, const char* name) { return t ? floats(*t, N, name) : nullptr; }
 inline float* score_norm_of(const Optional& score_norm, const float* entropy, int64_t N) {
   STD_TORCH_CHECK(!score_norm || entropy || N == 0, "a score norm needs the entropy output");
@@ -46,7 +49,8 @@ inline const int64_t* longs(const Optional& t, int64_t N, const char* name) {
 
 inline Rows gradient_rows(const Optional& dlogits, const Tensor& logits) {
   if (!dlogits) return {nullptr, 1, 0, 0};
-  STD_TORCH_CHECK(dlogits->numel() == logits.numel() && dlogits->scalar_type() == logits.scalar_type(), "dlogits must be like logits");
+  STD_TORCH_CHECK(dlogits->numel() == logits.numel() && dlogits->scalar_type() == logits.scalar_type(),
+                  "dlogits must be like logits");
   return rows_of(*dlogits, "dlogits");
 }
 
@@ -54,7 +58,8 @@ inline Ints ints(const Optional& t, int64_t N, const char* name) {
   if (!t) return {nullptr, false};
   const bool wide = t->scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(wide || t->scalar_type() == ScalarType::Int, name, " must be int32 or int64");
-  STD_TORCH_CHECK(t->is_contiguous() && t->numel() == N, name, " must be contiguous of ", N, " elements, got ", t->numel());
+  STD_TORCH_CHECK(t->is_contiguous() && t->numel() == N, name, " must be contiguous of ", N, " elements, got ",
+                  t->numel());
   return {t->data_ptr(), wide};
 }
 
@@ -62,9 +67,11 @@ inline Ints ints(const Optional& t, int64_t N, const char* name) {
 inline Column column(const Optional& t, const Tensor& logits, std::optional<ScalarType> type, const char* name) {
   if (!t) return {nullptr, 0, 0, 4, false};
   STD_TORCH_CHECK(!type || t->scalar_type() == *type, name, " has the wrong dtype");
-  STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == logits.size(0) && t->size(1) == logits.size(1), name, " must be (B, L)");
+  STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == logits.size(0) && t->size(1) == logits.size(1), name,
+                  " must be (B, L)");
   const ScalarType s = t->scalar_type();
-  const bool floating = s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half || s == ScalarType::Double;
+  const bool floating =
+      s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half || s == ScalarType::Double;
   return {t->data_ptr(), t->stride(0), t->stride(1), int(t->element_size()), floating};
 }
 

@@ -1,6 +1,7 @@
 """Partial policy gradients with accelerate: packed rows, accumulation, and one denominator for the window on all ranks.
 
-Offline in seconds: `python examples/accelerate_loop.py`, or on two processes `torchrun --nproc_per_node 2 examples/accelerate_loop.py`.
+Offline in seconds: `python examples/accelerate_loop.py`, or on two processes `torchrun --nproc_per_node 2
+examples/accelerate_loop.py`.
 """
 
 import torch
@@ -26,7 +27,8 @@ def main(epochs: int = 4) -> list[float]:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes))
-    patch(model, spec=ppg.PolicyLossSpec("reinforce"), policy_class="greedy", baseline="leave_one_out")  # before DDP wraps it
+    # before DDP wraps it
+    patch(model, spec=ppg.PolicyLossSpec("reinforce"), policy_class="greedy", baseline="leave_one_out")
     loader = DataLoader([logged_dialogue(n) for n in range(64)], batch_size=8, collate_fn=PackedCollator())
     model, optimizer, loader = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=3e-3), loader)
     even = []
@@ -36,7 +38,8 @@ def main(epochs: int = 4) -> list[float]:
             window = batches[start : start + WINDOW]
             tokens = accelerator.gather(sum((batch["shift_labels"] != -100).sum() for batch in window)).sum()
             for batch in window:
-                with accelerator.accumulate(model):  # backward divides by WINDOW, DDP by the ranks: the denominator is the window's tokens
+                # backward divides by WINDOW, DDP by the ranks: the denominator is the window's tokens
+                with accelerator.accumulate(model):
                     out = model(**batch, normalizer=tokens / (WINDOW * accelerator.num_processes))
                     accelerator.backward(out.loss)
                     optimizer.step()

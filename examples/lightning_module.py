@@ -1,4 +1,5 @@
-"""Partial policy gradients in Lightning, from logged dialogues with a reward per turn: packed rows, no logits. Runs offline in seconds."""
+"""Partial policy gradients in Lightning, from logged dialogues with a reward per turn: packed rows, no logits. Runs
+offline in seconds."""
 
 import lightning
 import torch
@@ -21,9 +22,21 @@ def logged_dialogue(number: int) -> dict:
 class PolicyModule(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
         self.policy = Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCABULARY, head_dim=8, **sizes))
-        patch(self.policy, spec=ppg.PolicyLossSpec("reinforce"), policy_class="greedy", baseline="leave_one_out", reduction="sequence_sum")
+        patch(
+            self.policy,
+            spec=ppg.PolicyLossSpec("reinforce"),
+            policy_class="greedy",
+            baseline="leave_one_out",
+            reduction="sequence_sum",
+        )
         self.even: list[float] = []
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:
@@ -39,7 +52,12 @@ class PolicyModule(lightning.LightningModule):
 def main(epochs: int = 4) -> list[float]:
     lightning.seed_everything(0, verbose=False)
     loader = DataLoader([logged_dialogue(n) for n in range(64)], batch_size=16, collate_fn=PackedCollator())
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     module = PolicyModule()
     lightning.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, **quiet).fit(module, loader)
     return module.even

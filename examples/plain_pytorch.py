@@ -25,7 +25,8 @@ def main(steps: int = 40) -> list[float]:
                 tokens = torch.cat([tokens, said], 1)
         rewards = torch.stack([((tokens % 2 == 0) & (turn_ids == turn)).float().sum(1) / 3 for turn in range(2)], 1)
         out = ppg.linear_partial_policy_loss(
-            body(embedding(tokens[:, :-1]))[0], head.weight, tokens[:, 1:], rewards, turn_ids[:, 1:], "lookahead:1", bias=head.bias,
+            body(embedding(tokens[:, :-1]))[0], head.weight, tokens[:, 1:], rewards, turn_ids[:, 1:], "lookahead:1",
+            bias=head.bias,
             baseline="leave_one_out", group_ids=torch.zeros(DIALOGUES, dtype=torch.long), reduction="sequence_sum",
         )  # fmt: skip
         optimizer.zero_grad()

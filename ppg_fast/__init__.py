@@ -1,6 +1,7 @@
 """ppg_fast: fused kernels for partial policy gradients (arXiv:2603.06138) on long multi-turn dialogues.
 
-`import ppg_fast as ppg` gives the loss backend: policy classes, windowed returns, and the policy loss from logits or from hidden states.
+`import ppg_fast as ppg` gives the loss backend: policy classes, windowed returns, and the policy loss from logits or
+from hidden states.
 """
 
 from ppg_fast.functional import (
@@ -15,7 +16,16 @@ from ppg_fast.functional import (
     token_logprobs,
     turn_advantages,
 )
-from ppg_fast.spec import FullPlanning, Greedy, Lookahead, PolicyClass, PolicyLossSpec, RewardMask, Segment, policy_class
+from ppg_fast.spec import (
+    FullPlanning,
+    Greedy,
+    Lookahead,
+    PolicyClass,
+    PolicyLossSpec,
+    RewardMask,
+    Segment,
+    policy_class,
+)
 
 __version__ = "0.1.0"
 

@@ -1,46 +1,55 @@
 """Who computes: one contract, and the one place that chooses.
 
-A backend is a module with the CONTRACT functions. Logits are (B, L, V) with unit stride along V and any other strides, in float32,
-bfloat16 or float16, seen as N = B L rows; per-row arguments are contiguous (N,), float32 but for ``labels`` (int64, negative = masked:
-such a row is not read). ``temperatures`` (N,) overrides ``temperature`` where it is given. Optional tensors may be None.
+A backend is a module with the CONTRACT functions. Logits are (B, L, V) with unit stride along V and any other strides,
+in float32, bfloat16 or float16, seen as N = B L rows; per-row arguments are contiguous (N,), float32 but for ``labels``
+(int64, negative = masked: such a row is not read). ``temperatures`` (N,) overrides ``temperature`` where it is given.
+Optional tensors may be None.
 
     partial_returns(rewards, segment_ids, turn_counts, lookahead, segment_length, gamma) -> returns (B, T)
 
-    logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, entropy: bool, score_norm=None) -> logprob, entropy, lse
+    logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, entropy: bool, score_norm=None) -> logprob,
+    entropy, lse
         Log-prob, entropy ((0,) where it is not wanted) and log-sum-exp of each row, zero where masked.
 
-    logprobs_bwd(logits, labels, lse, entropy, d_logprob, d_entropy, temperatures, temperature, logit_softcap, dlogits) -> None
-        Writes d_logprob (1[v = label] - p) - d_entropy p (log p + H) into dlogits, which may be the logits. Rows that are masked or have
-        d_logprob = d_entropy = 0 are not read and get exact zeros. ``entropy`` is not read where ``d_entropy`` is None.
+    logprobs_bwd(logits, labels, lse, entropy, d_logprob, d_entropy, temperatures, temperature, logit_softcap, dlogits)
+    -> None
+        Writes d_logprob (1[v = label] - p) - d_entropy p (log p + H) into dlogits, which may be the logits. Rows that
+        are masked or have d_logprob = d_entropy = 0 are not read and get exact zeros. ``entropy`` is not read where
+        ``d_entropy`` is None.
 
-    policy_loss(logits, labels, advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures, spec, entropy: bool,
+    policy_loss(logits, labels, advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures, spec,
+    entropy: bool,
                 dlogits, score_norm=None) -> loss, logprob, entropy
-        Weighted loss, log-prob and entropy of each row; d(sum of losses) into dlogits where it is given, which may be the logits.
-        A row is SKIP where masked; FULL where dlogits is given and its advantage is not zero or the spec has a KL or entropy term; else
-        FORWARD-ONLY. SKIP rows are not read; SKIP and FORWARD-ONLY rows get exact zeros in dlogits. Entropy is (0,) unless wanted or
-        needed. The spec is of a token-level loss with a number as temperature.
+        Weighted loss, log-prob and entropy of each row; d(sum of losses) into dlogits where it is given, which may be
+        the logits. A row is SKIP where masked; FULL where dlogits is given and its advantage is not zero or the spec
+        has a KL or entropy term; else FORWARD-ONLY. SKIP rows are not read; SKIP and FORWARD-ONLY rows get exact zeros
+        in dlogits. Entropy is (0,) unless wanted or needed. The spec is of a token-level loss with a number as
+        temperature.
 
     rescale_rows(dlogits, scale) -> None
-        Multiplies row n of dlogits by scale[n], or all by the one of scale (1,), in place; rows whose scale is 1 are not touched.
+        Multiplies row n of dlogits by scale[n], or all by the one of scale (1,), in place; rows whose scale is 1 are
+        not touched.
 
-``score_norm``, (N,) or (B, L) float32 where given, is written like dlogits: |d logprob / d z|^2 = sum_v p_v^2 - 2 p_label + 1 of each
-row that is read, z the logit after softcap and temperature, never below 0; 0 elsewhere. The entropy then counts as wanted. What else is
-returned or written has the same bits with and without it.
+``score_norm``, (N,) or (B, L) float32 where given, is written like dlogits: |d logprob / d z|^2 = sum_v p_v^2 - 2
+p_label + 1 of each row that is read, z the logit after softcap and temperature, never below 0; 0 elsewhere. The entropy
+then counts as wanted. What else is returned or written has the same bits with and without it.
 
 A backend that FUSES, one for a device where launches and passes over small arrays are dear, has one more:
 
-    fused_policy_loss(logits, columns: Columns, turns: Turns | None, reduction: Reduction, spec, skip_zero_advantages: bool,
+    fused_policy_loss(logits, columns: Columns, turns: Turns | None, reduction: Reduction, spec, skip_zero_advantages:
+    bool,
                       entropy: bool, dlogits, score_norm=None) -> loss, logprob, entropy
-        From what the caller holds to the reduced loss and dlogits: at most two launches, no other work on the device, no host sync.
-        Row n = b L + l is active where its label is not negative, its mask not 0 and, under ``turns``, its turn id not negative; s is the
-        run of cu_seqlens that it lies in, or n // (N // sequences). Its advantage A is that of the column, or of its turn: the return
-        of turn t of dialogue s minus the baseline of that turn over its group, in float64 from float32 returns, dialogues in their order,
-        so that equal returns give exact zeros; 0 at and beyond the turns of the dialogue. Its weight is 1 / (outer inner): outer is the
-        normalizer where given, else max(active rows, 1) for token_mean, max(sequences with an active row, 1) for sequence_mean and
-        sequence_sum, else 1; inner is max(active rows of s, 1) for sequence_mean, else 1. SKIP: a row that is not active, or under
-        skip_zero_advantages one with A = 0 whose spec does not need every row; it was counted nevertheless. The rest as in policy_loss.
-        Log-probs and entropies (B, L) have the bits of logprobs_fwd. The loss is 0-d, summed in an order that does not depend on the
-        schedule; (B, L), not summed, for "none".
+        From what the caller holds to the reduced loss and dlogits: at most two launches, no other work on the device,
+        no host sync. Row n = b L + l is active where its label is not negative, its mask not 0 and, under ``turns``,
+        its turn id not negative; s is the run of cu_seqlens that it lies in, or n // (N // sequences). Its advantage A
+        is that of the column, or of its turn: the return of turn t of dialogue s minus the baseline of that turn over
+        its group, in float64 from float32 returns, dialogues in their order, so that equal returns give exact zeros; 0
+        at and beyond the turns of the dialogue. Its weight is 1 / (outer inner): outer is the normalizer where given,
+        else max(active rows, 1) for token_mean, max(sequences with an active row, 1) for sequence_mean and
+        sequence_sum, else 1; inner is max(active rows of s, 1) for sequence_mean, else 1. SKIP: a row that is not
+        active, or under skip_zero_advantages one with A = 0 whose spec does not need every row; it was counted
+        nevertheless. The rest as in policy_loss. Log-probs and entropies (B, L) have the bits of logprobs_fwd. The loss
+        is 0-d, summed in an order that does not depend on the schedule; (B, L), not summed, for "none".
 
 "reference", plain PyTorch, stands in where no backend can run: the ops then call its functions in their place.
 """
@@ -54,12 +63,18 @@ import torch
 NAMES = ("cpu", "triton", "cuda")
 CONTRACT = ("partial_returns", "logprobs_fwd", "logprobs_bwd", "policy_loss", "rescale_rows")
 FUSES = ("triton", "cuda")
-MODULES = {"cpu": "ppg_fast.native", "cuda": "ppg_fast.native", "triton": "ppg_fast.kernels", "reference": "ppg_fast.reference"}
+MODULES = {
+    "cpu": "ppg_fast.native",
+    "cuda": "ppg_fast.native",
+    "triton": "ppg_fast.kernels",
+    "reference": "ppg_fast.reference",
+}
 
 
 @cache
 def load(name: str) -> ModuleType:
-    """The module that holds the CONTRACT functions of backend ``name``: "cpu", "triton", "cuda", or "reference" for plain PyTorch."""
+    """The module that holds the CONTRACT functions of backend ``name``: "cpu", "triton", "cuda", or "reference" for
+    plain PyTorch."""
     if name not in MODULES:
         raise ValueError(f"backend must be one of {', '.join(MODULES)}, got {name!r}")
     module = importlib.import_module(MODULES[name])
@@ -80,7 +95,8 @@ def why_not(name: str) -> str | None:
 
 @torch.compiler.assume_constant_result  # torch.compile need not look inside
 def fuses(name: str) -> bool:
-    """Whether backend ``name`` takes a whole policy loss at once; else it is composed of small operations around the row kernels."""
+    """Whether backend ``name`` takes a whole policy loss at once; else it is composed of small operations around the
+    row kernels."""
     return name in FUSES and hasattr(load(name), "fused_policy_loss")
 
 

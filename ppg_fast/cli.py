@@ -14,12 +14,20 @@ EXTRA = ("transformers", "tokenizers", "safetensors", "rich", "matplotlib", "yam
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0 done, 1 bad input or a missing package, 2 bad usage, 130 Ctrl-C, 143 SIGTERM."""
-    parser = argparse.ArgumentParser(prog="ppg-fast", description="Partial policy gradients for language models on multi-turn dialogues.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | score | compare | merge | push | bench | info")
+    """Run the command line; return the exit status: 0 done, 1 bad input or a missing package, 2 bad usage, 130 Ctrl-C,
+    143 SIGTERM."""
+    parser = argparse.ArgumentParser(
+        prog="ppg-fast", description="Partial policy gradients for language models on multi-turn dialogues."
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="train | score | compare | merge | push | bench | info"
+    )
     train = commands.add_parser(
         "train",
-        help="train a policy: in the built-in persona interview, on your prompts (--prompts), offline on logged dialogues (--data)",
+        help=(
+            "train a policy: in the built-in persona interview, on your prompts (--prompts), offline on logged "
+            "dialogues (--data)"
+        ),
         epilog="Flags win over the file, the file over the defaults.",
     )
     train.add_argument("--config", metavar="FILE", help="YAML file of settings; the keys are the flags' names")
@@ -28,29 +36,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="?",
         const="",
         metavar="RUN",
-        help="go on with the run in this folder (default: in --output-dir) from its newest checkpoint; other flags win over its settings",
+        help=(
+            "go on with the run in this folder (default: in --output-dir) from its newest checkpoint; other flags "
+            "win over its settings"
+        ),
     )
     from ppg_fast.config import REWARD_SETTINGS, add_flags
 
     add_flags(train)
-    score = commands.add_parser("score", help="give every turn of logged dialogues its reward: Python, reward model, judge, human ratings")
+    score = commands.add_parser(
+        "score", help="give every turn of logged dialogues its reward: Python, reward model, judge, human ratings"
+    )
     score.add_argument("data", help="logged dialogues (our JSONL or Consistent-LLMs JSON)")
     score.add_argument(
-        "-o", "--output", required=True, metavar="FILE", help="our JSONL with turn_rewards filled; one that exists is an error"
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE",
+        help="our JSONL with turn_rewards filled; one that exists is an error",
     )
     score.add_argument("--overwrite", action="store_true", help="replace the output")
     add_flags(score, REWARD_SETTINGS)
     commands.add_parser("compare", add_help=False, help="policy classes side by side, with a report (its own --help)")
     _add_export_commands(commands)
-    commands.add_parser("bench", add_help=False, help="measure against peers and this machine's limits (its own --help)")
+    commands.add_parser(
+        "bench", add_help=False, help="measure against peers and this machine's limits (its own --help)"
+    )
     info = commands.add_parser(
         "info",
-        help="versions, and which backends run here or why not; with --model or --tokens, the memory of a training step",
-        epilog="With --model or --tokens: peak memory of a step under these settings, which are those of train. A config.json is enough.",
+        help=(
+            "versions, and which backends run here or why not; with --model or --tokens, the memory of a training step"
+        ),
+        epilog=(
+            "With --model or --tokens: peak memory of a step under these settings, which are those of train. A "
+            "config.json is enough."
+        ),
     )
     info.add_argument("--config", metavar="FILE", help="YAML file of settings, as in train")
-    info.add_argument("--tokens", type=int, metavar="INT", help="of a forward pass: max_tokens, or a longer dialogue [max_tokens]")
-    info.add_argument("--memory-gb", type=float, metavar="FLOAT", help="say which dialogue fits this much (10^9 bytes) [that of the GPU]")
+    info.add_argument(
+        "--tokens", type=int, metavar="INT", help="of a forward pass: max_tokens, or a longer dialogue [max_tokens]"
+    )
+    info.add_argument(
+        "--memory-gb",
+        type=float,
+        metavar="FLOAT",
+        help="say which dialogue fits this much (10^9 bytes) [that of the GPU]",
+    )
     add_flags(info)
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["bench"]:
@@ -63,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ppg-fast: stopped", file=sys.stderr)
         return 130
-    except (ValueError, IndexError, OSError, FloatingPointError) as error:  # bad input, named; anything else is a bug and shows its trace
+    # bad input, named; anything else is a bug and shows its trace
+    except (ValueError, IndexError, OSError, FloatingPointError) as error:
         print(f"ppg-fast: {error}", file=sys.stderr)
         return 1
 
@@ -118,15 +150,25 @@ def _train(flags: dict[str, object]) -> int:
 
 def _add_export_commands(commands: Any) -> None:
     merge = commands.add_parser("merge", help="merge the LoRA adapter of a run into its base model")
-    merge.add_argument("source", metavar="RUN_OR_ADAPTER", help="folder of a run, or of an adapter (adapter_config.json)")
-    merge.add_argument("-o", "--output", required=True, metavar="FOLDER", help="new folder for the whole model and its tokenizer")
+    merge.add_argument(
+        "source", metavar="RUN_OR_ADAPTER", help="folder of a run, or of an adapter (adapter_config.json)"
+    )
+    merge.add_argument(
+        "-o", "--output", required=True, metavar="FOLDER", help="new folder for the whole model and its tokenizer"
+    )
     merge.add_argument("--base", metavar="MODEL", help="folder of the base model [the one that the adapter names]")
-    merge.add_argument("--push-to-hub", metavar="REPO", help="upload it to this Hugging Face repository (user/name) too")
+    merge.add_argument(
+        "--push-to-hub", metavar="REPO", help="upload it to this Hugging Face repository (user/name) too"
+    )
     push = commands.add_parser("push", help="upload a trained model with its model card to the Hugging Face Hub")
-    push.add_argument("source", metavar="RUN_OR_MODEL", help="folder of a run (its checkpoint/ is taken), of a model or of an adapter")
+    push.add_argument(
+        "source", metavar="RUN_OR_MODEL", help="folder of a run (its checkpoint/ is taken), of a model or of an adapter"
+    )
     push.add_argument("repository", metavar="REPO", help="user/name; made if it does not exist")
     for command in (merge, push):
-        command.add_argument("--private", action="store_true", help="make the repository private where it does not exist yet")
+        command.add_argument(
+            "--private", action="store_true", help="make the repository private where it does not exist yet"
+        )
 
 
 def _export(command: str, arguments: dict[str, Any]) -> int:
@@ -134,7 +176,7 @@ def _export(command: str, arguments: dict[str, Any]) -> int:
     if missing:
         print(f"ppg-fast {command} needs {', '.join(missing)}: pip install ppg_fast[train]", file=sys.stderr)
         return 1
-    from ppg_fast import export
+    from ppg_fast.models import export
 
     folder, repository = arguments["source"], arguments.get("repository") or arguments.get("push_to_hub")
     if repository:
@@ -158,7 +200,7 @@ def _memory(flags: dict[str, object], config: str | None, tokens: int | None, me
     import torch
 
     from ppg_fast.config import make_config, read_yaml
-    from ppg_fast.jobs.memory import report
+    from ppg_fast.jobs.memory_estimate import report
     from ppg_fast.spec import require, require_number
 
     settings = make_config(read_yaml(config) if config else {}, flags)
@@ -211,13 +253,18 @@ def _info() -> int:
         print(f"  {name:<8}{(backends.why_not(name) or 'runs here').removeprefix(name + ': ')}")
     for device in ("cpu", "cuda") if devices else ("cpu",):
         chosen = backends.default(device)
-        print(f"  tensors on {device} use {chosen}" + (" (plain PyTorch: right, but slow)" if chosen == "reference" else ""))
+        print(
+            f"  tensors on {device} use {chosen}"
+            + (" (plain PyTorch: right, but slow)" if chosen == "reference" else "")
+        )
     print("\ntrain")
     missing = _missing()
     if missing:
         print(f"  not ready, {', '.join(missing)} missing: pip install ppg_fast[train]")
     else:
-        versions = (f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "tokenizers", "safetensors"))
+        versions = (
+            f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "tokenizers", "safetensors")
+        )
         print(f"  ready ({', '.join(versions)}): ppg-fast train")
         print("  several GPUs: torchrun --nproc-per-node N -m ppg_fast.cli train")
         print(f"  configs for accelerate launch: {Path(__file__).parent / 'launch'}")

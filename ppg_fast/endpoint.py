@@ -1,7 +1,8 @@
-"""A client for servers that speak the OpenAI protocol (vLLM, SGLang, llama.cpp, OpenAI): retries, timeouts, bounded concurrency.
+"""A client for servers that speak the OpenAI protocol (vLLM, SGLang, llama.cpp, OpenAI): retries, timeouts, bounded
+concurrency.
 
-The transport is httpx2, which Hugging Face's hub client brings along. The openai package would bring its own models of every response,
-of which the fields that matter here (token ids) are no part.
+The transport is httpx2, which Hugging Face's hub client brings along. The openai package would bring its own models of
+every response, of which the fields that matter here (token ids) are no part.
 """
 
 import email.utils
@@ -48,20 +49,34 @@ class Usage:
 
 
 class Endpoint:
-    """One server. ``url`` is the base of its API, as in ``http://localhost:8000/v1``; a ``model`` that is not given is asked of the server.
+    """One server. ``url`` is the base of its API, as in ``http://localhost:8000/v1``; a ``model`` that is not given is
+    asked of the server.
 
-    ``key``: where the API key is, ``env:NAME`` or ``file:PATH``; the key itself is kept in memory only. A request that times out after
-    ``timeout`` seconds without an answer, cannot connect, breaks off, is no JSON or has a status of ``RETRIED`` is tried again up to
-    ``retries`` times, after 0.5 s, 1 s, 2 s... or what ``Retry-After`` says. Other statuses are an error at once. At most ``concurrency``
-    requests are under way at a time. ValueError for a bad address or key; `EndpointError` where the server gives no answer.
+    ``key``: where the API key is, ``env:NAME`` or ``file:PATH``; the key itself is kept in memory only. A request that
+        times out after
+    ``timeout`` seconds without an answer, cannot connect, breaks off, is no JSON or has a status of ``RETRIED`` is
+    tried again up to ``retries`` times, after 0.5 s, 1 s, 2 s... or what ``Retry-After`` says. Other statuses are an
+    error at once. At most ``concurrency`` requests are under way at a time. ValueError for a bad address or key;
+    `EndpointError` where the server gives no answer.
     """
 
     def __init__(
-        self, url: str, model: str | None = None, key: str | None = None, *, timeout: float = 300.0, retries: int = 4, concurrency: int = 16
+        self,
+        url: str,
+        model: str | None = None,
+        key: str | None = None,
+        *,
+        timeout: float = 300.0,
+        retries: int = 4,
+        concurrency: int = 16,
     ) -> None:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc and not parts.query
-        require(good, "an endpoint must be http(s)://host[:port]/path without a user, password or query", _without_user(url))
+        good = (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc and not parts.query
+        )
+        require(
+            good, "an endpoint must be http(s)://host[:port]/path without a user, password or query", _without_user(url)
+        )
         require_number("timeout", timeout, 0.0, open_low=True)
         require(retries >= 0, "retries must be >= 0", retries)
         require(concurrency >= 1, "concurrency must be >= 1", concurrency)
@@ -90,7 +105,8 @@ class Endpoint:
         return self.request("POST", self.url + path, payload)
 
     def chat(self, messages: Sequence[dict[str, str]], **settings: Any) -> str:
-        """The text of one chat completion; ``settings`` as the protocol names them (max_tokens, temperature, seed, ...)."""
+        """The text of one chat completion; ``settings`` as the protocol names them (max_tokens, temperature, seed,
+        ...)."""
         answer = self.post("/chat/completions", {"model": self.model, "messages": list(messages), **settings})
         try:
             content = answer["choices"][0]["message"]["content"]
@@ -99,11 +115,14 @@ class Endpoint:
         if content is None:  # a reasoning model that ran out of tokens before its answer
             return ""
         if not isinstance(content, str):
-            raise EndpointError(f"{self.url}/chat/completions must answer choices[0].message.content, got {json.dumps(answer)[:SHOWN]}")
+            raise EndpointError(
+                f"{self.url}/chat/completions must answer choices[0].message.content, got {json.dumps(answer)[:SHOWN]}"
+            )
         return content.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair
 
     def map(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-        """``function`` of each item, at most ``concurrency`` at a time, in their order; after the first error no further item is begun."""
+        """``function`` of each item, at most ``concurrency`` at a time, in their order; after the first error no
+        further item is begun."""
         if len(items) < 2:
             return [function(item) for item in items]
         pool = ThreadPoolExecutor(min(self.concurrency, len(items)), thread_name_prefix="endpoint")
@@ -123,7 +142,11 @@ class Endpoint:
             except _Unusable as failure:
                 if attempt == self.retries:
                     raise EndpointError(f"{url}: {failure}, after {attempt + 1} attempts") from failure
-                wait = FIRST_WAIT * 2**attempt * (1 + 0.25 * self._jitter.random()) if failure.wait is None else failure.wait
+                wait = (
+                    FIRST_WAIT * 2**attempt * (1 + 0.25 * self._jitter.random())
+                    if failure.wait is None
+                    else failure.wait
+                )
                 time.sleep(min(wait, LONGEST_WAIT))
         raise AssertionError("the last attempt returns or raises")
 
@@ -137,7 +160,9 @@ class Endpoint:
         except httpx2.TransportError as error:
             raise _Unusable(f"{type(error).__name__}: {error}") from error
         if response.status_code in RETRIED:
-            raise _Unusable(f"status {response.status_code}: {self._shown(response.text)}", _retry_after(response.headers))
+            raise _Unusable(
+                f"status {response.status_code}: {self._shown(response.text)}", _retry_after(response.headers)
+            )
         if not response.is_success:
             raise EndpointError(f"{url}: status {response.status_code}: {self._shown(response.text)}")
         try:
@@ -173,14 +198,19 @@ def read_key(where: str | None) -> str | None:
         return None
     kind, _, place = where.partition(":")
     if kind not in ("env", "file") or not place:
-        raise ValueError("a key must be given as env:NAME or file:PATH, never itself (settings are written to disk), got something else")
+        raise ValueError(
+            "a key must be given as env:NAME or file:PATH, never itself (settings are written to disk), got "
+            "something else"
+        )
     try:
         key = os.environ.get(place, "") if kind == "env" else Path(place).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"no API key at {where}: {error}") from error
     key = key.strip()
     require(
-        bool(key) and key.isascii() and key.isprintable() and " " not in key, f"{where} must hold one API key", f"{len(key)} characters"
+        bool(key) and key.isascii() and key.isprintable() and " " not in key,
+        f"{where} must hold one API key",
+        f"{len(key)} characters",
     )
     return key
 

@@ -1,4 +1,5 @@
-"""The C++ and CUDA backends: allocates outputs and unpacks the spec, nothing else. One contract, dispatched by the tensors' device."""
+"""The C++ and CUDA backends: allocates outputs and unpacks the spec, nothing else. One contract, dispatched by the
+tensors' device."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ def _load_extension() -> Any:
     """The extension's operators; ImportError with the remedy where it was not built."""
     built = sorted(Path(__file__).parent.glob("_C*.so"))
     if not built:
-        raise ImportError("the C++ extension is not built: install a C++20 compiler, then `pip install --no-build-isolation -e .` again")
+        raise ImportError(
+            "the C++ extension is not built: install a C++20 compiler, then `pip install --no-build-isolation -e "
+            ".` again"
+        )
     torch.ops.load_library(built[0])
     return torch.ops.ppg_fast_native
 
@@ -29,7 +33,8 @@ def isa() -> str:
 
 
 def use_isa(name: str) -> None:
-    """Run the CPU kernels on another instruction set of this processor, for tests and benchmarks; ValueError where it lacks it."""
+    """Run the CPU kernels on another instruction set of this processor, for tests and benchmarks; ValueError where it
+    lacks it."""
     if not _lib.use_isa(name):
         raise ValueError(f"the instruction set must be one of {', '.join(ISAS)} that this processor has, got {name!r}")
 
@@ -42,7 +47,9 @@ def want_huge_pages(memory: Tensor) -> None:
 def require_cuda() -> None:
     """ImportError with the remedy unless the CUDA kernels can run here."""
     if not HAS_CUDA:
-        raise ImportError("the extension was built without CUDA (no nvcc was on PATH): install the CUDA toolkit, then ppg_fast again")
+        raise ImportError(
+            "the extension was built without CUDA (no nvcc was on PATH): install the CUDA toolkit, then ppg_fast again"
+        )
     if not torch.cuda.is_available():
         raise ImportError("torch sees no CUDA device")
 
@@ -54,7 +61,8 @@ def _new(like: Tensor, *shape: int) -> Tensor:
 def _term(spec: PolicyLossSpec) -> tuple[float, ...]:
     """The numbers of the scalar loss, as the operators take them."""
     return (
-        LossType[spec.loss_type.upper()], KLEstimator[spec.kl_estimator.upper()], spec.clip_low, spec.clip_high, spec.dual_clip,
+        LossType[spec.loss_type.upper()], KLEstimator[spec.kl_estimator.upper()], spec.clip_low, spec.clip_high,
+        spec.dual_clip,
         spec.kl_coef, spec.entropy_coef, spec.importance_cap, spec.temperature, spec.logit_softcap,
     )  # fmt: skip
 
@@ -70,7 +78,9 @@ def logprobs_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     N, entropy = labels.numel(), entropy or score_norm is not None
     logprob, ent, lse = _new(logits, N), _new(logits, N if entropy else 0), _new(logits, N)
-    _lib.logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, logprob, ent if entropy else None, lse, score_norm)
+    _lib.logprobs_fwd(
+        logits, labels, temperatures, temperature, logit_softcap, logprob, ent if entropy else None, lse, score_norm
+    )
     return logprob, ent, lse
 
 
@@ -86,7 +96,9 @@ def logprobs_bwd(
     logit_softcap: float,
     dlogits: Tensor,
 ) -> None:
-    _lib.logprobs_bwd(logits, labels, lse, entropy, d_logprob, d_entropy, temperatures, temperature, logit_softcap, dlogits)
+    _lib.logprobs_bwd(
+        logits, labels, lse, entropy, d_logprob, d_entropy, temperatures, temperature, logit_softcap, dlogits
+    )
 
 
 def policy_loss(
@@ -145,7 +157,8 @@ def fused_policy_loss(
 
 
 def _counts(rows: int, reduction: Reduction) -> tuple[int, int]:
-    """How many sequences have their active tokens counted, and in how many slices each, so that a slice is a few thousand tokens."""
+    """How many sequences have their active tokens counted, and in how many slices each, so that a slice is a few
+    thousand tokens."""
     if reduction.kind == "sequence_mean" or (reduction.kind == "sequence_sum" and reduction.normalizer is None):
         return reduction.sequences, max(1, min(rows // reduction.sequences // 4096, 16))
     if reduction.kind == "token_mean" and reduction.normalizer is None:
@@ -158,7 +171,12 @@ def rescale_rows(dlogits: Tensor, scale: Tensor) -> None:
 
 
 def partial_returns(
-    rewards: Tensor, segment_ids: Tensor | None, turn_counts: Tensor | None, lookahead: int, segment_length: int, gamma: float
+    rewards: Tensor,
+    segment_ids: Tensor | None,
+    turn_counts: Tensor | None,
+    lookahead: int,
+    segment_length: int,
+    gamma: float,
 ) -> Tensor:
     returns = _new(rewards, *rewards.shape)
     _lib.partial_returns(rewards, segment_ids, turn_counts, lookahead, segment_length, gamma, returns)

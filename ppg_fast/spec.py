@@ -1,4 +1,5 @@
-"""What a policy loss is and which future rewards a turn is credited for. No torch, no kernels: everything else imports this."""
+"""What a policy loss is and which future rewards a turn is credited for. No torch, no kernels: everything else imports
+this."""
 
 from __future__ import annotations
 
@@ -49,7 +50,9 @@ def require_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def require_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     """Raise ValueError unless ``value`` is a finite number in [low, high] (open at ``low`` when asked)."""
-    bounds = f"{name} must be a finite number {'>' if open_low else '>='} {low}" + (f" and <= {high}" if high < math.inf else "")
+    bounds = f"{name} must be a finite number {'>' if open_low else '>='} {low}" + (
+        f" and <= {high}" if high < math.inf else ""
+    )
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     require(number and (value > low if open_low else value >= low) and value <= high, bounds, value)  # type: ignore[operator]
 
@@ -58,9 +61,10 @@ def require_number(name: str, value: object, low: float, high: float = math.inf,
 class PolicyLossSpec:
     """A policy loss: the surrogate and its numbers.
 
-    ``temperature`` is a number, or one per token as a tensor of the labels' shape; logits pass through the softcap first and
-    are divided by the temperature then. ``dual_clip`` (> 1), ``importance_cap`` and ``logit_softcap`` are off at 0.
-    ``kl_coef`` is the weight of ``kl_estimator``(l, ref), ``entropy_coef`` of the entropy bonus. Numbers in nats or ratios.
+    ``temperature`` is a number, or one per token as a tensor of the labels' shape; logits pass through the softcap
+    first and are divided by the temperature then. ``dual_clip`` (> 1), ``importance_cap`` and ``logit_softcap`` are off
+    at 0. ``kl_coef`` is the weight of ``kl_estimator``(l, ref), ``entropy_coef`` of the entropy bonus. Numbers in nats
+    or ratios.
     """
 
     loss_type: str = "reinforce"
@@ -101,8 +105,8 @@ UNBOUNDED = 2**31 - 1
 class PolicyClass:
     """Which future rewards a turn is credited for, as a window.
 
-    R_t = sum over k in S_t of gamma^(k-t) r_k, and S_t = {t, ..., end_t - 1} where end_t is the smallest of t + ``lookahead``,
-    the end of t's segment and the end of the dialogue.  Source: arXiv:2603.06138
+    R_t = sum over k in S_t of gamma^(k-t) r_k, and S_t = {t, ..., end_t - 1} where end_t is the smallest of t +
+    ``lookahead``, the end of t's segment and the end of the dialogue.  Source: arXiv:2603.06138
     """
 
     lookahead: int = field(default=UNBOUNDED, init=False)
@@ -124,7 +128,11 @@ class Lookahead(PolicyClass):
     k: int = 1
 
     def __post_init__(self) -> None:
-        require(isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1, "K of Lookahead must be an integer >= 1", self.k)
+        require(
+            isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1,
+            "K of Lookahead must be an integer >= 1",
+            self.k,
+        )
         object.__setattr__(self, "lookahead", min(self.k, UNBOUNDED))
 
 
@@ -132,7 +140,8 @@ class Lookahead(PolicyClass):
 class Segment(PolicyClass):
     """S_t = {t, ..., last turn of t's segment}.
 
-    ``ids_or_length``: an integer >= 1 for segments of that many turns, or (B, T) integer ids, constant on contiguous runs.
+    ``ids_or_length``: an integer >= 1 for segments of that many turns, or (B, T) integer ids, constant on contiguous
+        runs.
     """
 
     ids_or_length: Any = 1
@@ -154,7 +163,8 @@ class FullPlanning(PolicyClass):
 
 @dataclass(frozen=True)
 class RewardMask(PolicyClass):
-    """S_t = {k : mask[t, k]}: any subset of the rewards. ``mask`` is a (T, T) boolean matrix, row t = the rewards credited to turn t."""
+    """S_t = {k : mask[t, k]}: any subset of the rewards. ``mask`` is a (T, T) boolean matrix, row t = the rewards
+    credited to turn t."""
 
     mask: Any = None
 
@@ -171,12 +181,17 @@ def policy_class(text: str | PolicyClass) -> PolicyClass:
     if name in ("greedy", "full") and not number:
         return Greedy() if name == "greedy" else FullPlanning()
     digits = number.removeprefix("-").isdecimal()
-    require(name in ("lookahead", "segment") and digits, 'a policy class is "greedy", "full", "lookahead:K" or "segment:LENGTH"', text)
+    require(
+        name in ("lookahead", "segment") and digits,
+        'a policy class is "greedy", "full", "lookahead:K" or "segment:LENGTH"',
+        text,
+    )
     return Lookahead(int(number)) if name == "lookahead" else Segment(int(number))
 
 
 class Columns(NamedTuple):
-    """What each token brings along to a fused loss: tensors (B, L) in any strides, as the caller holds them; None where absent."""
+    """What each token brings along to a fused loss: tensors (B, L) in any strides, as the caller holds them; None where
+    absent."""
 
     labels: Any  # int64, negative = masked
     loss_mask: Any  # any dtype, 0 = masked
@@ -204,7 +219,8 @@ class Turns(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """How the losses of tokens become one: ``kind``, one of REDUCTIONS, over ``sequences`` equal ones or those that cu_seqlens bounds."""
+    """How the losses of tokens become one: ``kind``, one of REDUCTIONS, over ``sequences`` equal ones or those that
+    cu_seqlens bounds."""
 
     kind: str
     normalizer: Any  # None, a number, or a 0-d float32 tensor on the device

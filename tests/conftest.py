@@ -68,7 +68,8 @@ def _strict():
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m gpu` chooses what runs on a GPU: tests marked so, and every test of a backend that is there because of the GPU."""
+    """`-m gpu` chooses what runs on a GPU: tests marked so, and every test of a backend that is there because of the
+    GPU."""
     there = torch.cuda.is_available()
     for item in items:
         on_gpu = item.callspec.params.get("backend") in ("triton", "cuda") if hasattr(item, "callspec") else False

@@ -1,4 +1,5 @@
-"""Adapters, frozen parts, activation checkpointing: what trains, what is kept, and that the gradient stays what it was."""
+"""Adapters, frozen parts, activation checkpointing: what trains, what is kept, and that the gradient stays what it
+was."""
 
 import json
 import shutil
@@ -10,9 +11,10 @@ from torch.autograd.graph import saved_tensors_hooks
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from ppg_fast import checkpoint
-from ppg_fast import model as models
-from ppg_fast.adaptation import (
+from ppg_fast.cli import main
+from ppg_fast.dialogues.packing import Sample, pack
+from ppg_fast.models import causal_lm as models
+from ppg_fast.models.adaptation import (
     StartingWeights,
     add_lora,
     checkpoint_activations,
@@ -22,10 +24,9 @@ from ppg_fast.adaptation import (
     plain_head,
     trainable_state,
 )
-from ppg_fast.cli import main
-from ppg_fast.data import Sample, pack
 from ppg_fast.ops.linear import Head
 from ppg_fast.spec import PolicyLossSpec
+from ppg_fast.training import checkpoint
 
 V = 29
 
@@ -79,7 +80,9 @@ def test_adapters_have_the_gradient_of_the_weights_they_stand_for():
     found = gradients(model)
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"):
         a = model.get_submodule(name).lora_A["default"].weight
-        torch.testing.assert_close(found[f"{name}.lora_B.default.weight"], 3.0 * whole[f"{name}.weight"] @ a.T, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            found[f"{name}.lora_B.default.weight"], 3.0 * whole[f"{name}.weight"] @ a.T, rtol=1e-4, atol=1e-6
+        )
 
 
 def test_adapters_of_a_bfloat16_model_are_float32():
@@ -92,7 +95,9 @@ def test_adapters_of_a_bfloat16_model_are_float32():
 
 
 def test_adapters_on_the_head_are_refused():
-    with pytest.raises(ValueError, match=r"must not be on the head \(leave it out of lora_target_modules\), got 'Linear'"):
+    with pytest.raises(
+        ValueError, match=r"must not be on the head \(leave it out of lora_target_modules\), got 'Linear'"
+    ):
         add_lora(tiny(), 2, target_modules="q_proj,lm_head")
     assert plain_head(tiny()).weight.shape == (V, 16)
 
@@ -215,7 +220,8 @@ def test_a_small_state_is_the_weights_that_train():
 
 
 RUN = (
-    "--device cpu --no-progress --imitation-steps 1 --imitation-batch 2 --max-steps 3 --num-prompts 2 --num-generations 2 "
+    "--device cpu --no-progress --imitation-steps 1 --imitation-batch 2 --max-steps 3 --num-prompts 2 "
+    "--num-generations 2 "
     "--max-new-tokens 2 --eval-dialogues 1 --save-every 2 --entropy-coef 0.1 --kl-coef 0.1"
 )
 LORA = "--lora-rank 2 --activation-checkpointing --bf16 --optim adafactor"
@@ -242,7 +248,11 @@ def test_a_run_with_adapters_resumes_to_the_same_bits(tmp_path, capsys):
     )
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(f"{base}/checkpoint"), f"{run}/checkpoint")
     mine = {n.replace(".default", ""): v for n, v in last["training"]["model"].items()}
-    theirs = {n.removeprefix("base_model.model.").replace(".default", ""): v for n, v in adapted.named_parameters() if "lora_" in n}
+    theirs = {
+        n.removeprefix("base_model.model.").replace(".default", ""): v
+        for n, v in adapted.named_parameters()
+        if "lora_" in n
+    }
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[n], theirs[n]) for n in mine)
     capsys.readouterr()

@@ -1,4 +1,5 @@
-"""Auto: what is estimated from score norms is the truth where its assumptions hold, and the choice follows it and not the noise."""
+"""Auto: what is estimated from score norms is the truth where its assumptions hold, and the choice follows it and not
+the noise."""
 
 import json
 from dataclasses import replace
@@ -6,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ppg_fast.auto import CANDIDATES, Signals, WindowChooser, context_ids, measure_signals, name_of
 from ppg_fast.compare.tabular import TabularProblem, sampled_signals
-from ppg_fast.data import Sample, pack
-from ppg_fast.problems import PROBLEMS
+from ppg_fast.dialogues.packing import Sample, pack
+from ppg_fast.rollouts.problems import PROBLEMS
 from ppg_fast.spec import FullPlanning, Greedy, Lookahead, policy_class
+from ppg_fast.training.auto import CANDIDATES, Signals, WindowChooser, context_ids, measure_signals, name_of
 
 GROUP, DIALOGUES = 4, 32
 CLASSES = (Greedy(), Lookahead(3), policy_class("segment:4"), FullPlanning())
@@ -22,9 +23,11 @@ def skewed(tabular, seed=0):
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_signal_noise_and_bias_are_those_of_the_enumeration(name):
-    """With one pair of logits a turn the assumptions hold: the mean over many steps is the exact value, within its standard error."""
+    """With one pair of logits a turn the assumptions hold: the mean over many steps is the exact value, within its
+    standard error."""
     of = PROBLEMS[name]
-    quiet = tuple(tuple(x / 4 for x in row) for row in of.noise)  # or no number of steps that fits a test could tell anything
+    # or no number of steps that fits a test could tell anything
+    quiet = tuple(tuple(x / 4 for x in row) for row in of.noise)
     tabular, generator, steps = TabularProblem(replace(of, noise=quiet)), torch.Generator().manual_seed(1), 100
     logits = skewed(tabular)
     seen = []
@@ -70,8 +73,9 @@ def test_pairs_are_the_inner_products_of_the_scores():
 
 
 def test_shared_parameters_hide_signal():
-    """The documented failure: where all turns share one pair of logits, gradients add up over turns and noise mostly does not, so the
-    true ratio of signal to noise is several times what is estimated from contexts that are taken to share nothing."""
+    """The documented failure: where all turns share one pair of logits, gradients add up over turns and noise mostly
+    does not, so the true ratio of signal to noise is several times what is estimated from contexts that are taken to
+    share nothing."""
     tabular = TabularProblem(PROBLEMS["immediate"])
     logits = tabular.start()
     apart = tabular.moments(logits, "greedy", GROUP)
@@ -102,7 +106,9 @@ def fed(numerators, squares, steps, **settings):
     generator, rows = torch.Generator().manual_seed(0), []
     for _ in range(steps):
         inner = torch.zeros(3, 3, dtype=torch.float64)
-        inner[:, 2] = inner[2] = torch.tensor(numerators).double() + 0.1 * torch.randn(3, dtype=torch.float64, generator=generator)
+        inner[:, 2] = inner[2] = torch.tensor(numerators).double() + 0.1 * torch.randn(
+            3, dtype=torch.float64, generator=generator
+        )
         rows.append(chooser.observe(Signals(inner, torch.tensor(squares).double(), 16, 1.0)))
     return chooser, rows
 
@@ -114,13 +120,18 @@ def test_the_chooser_takes_the_least_noise_that_has_no_bias():
     assert len(reasons) == 1
     assert reasons[0].startswith("full -> lookahead:3: alignment ")
     assert rows[-1]["policy_class"] == "lookahead:3"
-    assert rows[-1]["auto/alignment/greedy"] < 0 < rows[-1]["auto/alignment/full"] < rows[-1]["auto/alignment/lookahead:3"]
+    assert (
+        rows[-1]["auto/alignment/greedy"] < 0 < rows[-1]["auto/alignment/full"] < rows[-1]["auto/alignment/lookahead:3"]
+    )
 
 
 def test_the_chooser_does_not_follow_noise():
-    """Equal classes: hardly a change in two hundred steps, where a chooser without a margin changes often, and one without memory more."""
+    """Equal classes: hardly a change in two hundred steps, where a chooser without a margin changes often, and one
+    without memory more."""
     settings = ({}, {"margin": 0.0}, {"memory": 1.0})
-    changes = [sum("auto/reason" in r for r in fed([1.0, 1.0, 1.0], [100.0, 100.0, 100.0], 200, **s)[1]) for s in settings]
+    changes = [
+        sum("auto/reason" in r for r in fed([1.0, 1.0, 1.0], [100.0, 100.0, 100.0], 200, **s)[1]) for s in settings
+    ]
     assert changes[0] <= 2 < 10 < changes[1] < 50 < changes[2]
 
 
@@ -132,7 +143,9 @@ def test_the_chooser_leaves_a_class_that_turns_bad():
     for step in range(80):
         inner = torch.zeros(3, 3, dtype=torch.float64)
         greedy = 1.0 if step < 20 else -1.0
-        inner[:, 2] = inner[2] = torch.tensor([greedy, 1.0, 1.0]).double() + 0.1 * torch.randn(3, dtype=torch.float64, generator=generator)
+        inner[:, 2] = inner[2] = torch.tensor([greedy, 1.0, 1.0]).double() + 0.1 * torch.randn(
+            3, dtype=torch.float64, generator=generator
+        )
         seen.append(chooser.observe(Signals(inner, torch.tensor([4.0, 16.0, 100.0]).double(), 16, 1.0))["policy_class"])
     assert seen[19] == "greedy"
     assert seen[-1] == "lookahead:3"
@@ -143,7 +156,9 @@ def test_a_class_that_credits_nothing_or_climbs_nowhere_is_not_chosen():
     chooser = WindowChooser([Greedy(), Lookahead(3), FullPlanning()])
     inner = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, -0.5], [0.0, -0.5, -1.0]]).double()
     rows = [chooser.observe(Signals(inner, torch.tensor([0.0, 16.0, 100.0]).double(), 16, 1.0)) for _ in range(20)]
-    assert rows[-1]["auto/alignment/greedy"] > max(rows[-1]["auto/alignment/lookahead:3"], rows[-1]["auto/alignment/full"])
+    assert rows[-1]["auto/alignment/greedy"] > max(
+        rows[-1]["auto/alignment/lookahead:3"], rows[-1]["auto/alignment/full"]
+    )
     assert {r["policy_class"] for r in rows} == {"full"}
     assert chooser.scale == 1.0
 
@@ -174,7 +189,9 @@ def test_the_state_goes_on_where_it_was():
     signals = Signals(torch.ones(3, 3).double(), torch.tensor([4.0, 16.0, 100.0]).double(), 16, 1.0)
     assert json.dumps(whole.observe(signals)) == json.dumps(fresh.observe(signals))
     assert torch.equal(saved["inner"], fresh.inner) is False  # what was saved is not changed by going on
-    with pytest.raises(ValueError, match=r"candidates it began with, \['greedy', 'full'\], got \['greedy', 'lookahead:3', 'full'\]"):
+    with pytest.raises(
+        ValueError, match=r"candidates it began with, \['greedy', 'full'\], got \['greedy', 'lookahead:3', 'full'\]"
+    ):
         WindowChooser([Greedy(), FullPlanning()]).load_state_dict(saved)
     with pytest.raises(ValueError, match="must include full planning"):
         WindowChooser([Greedy()])

@@ -1,4 +1,5 @@
-"""The harness: it runs, its peers compute our loss, its files have their fields, and the documents say what the files say."""
+"""The harness: it runs, its peers compute our loss, its files have their fields, and the documents say what the files
+say."""
 
 import json
 import os
@@ -43,7 +44,7 @@ def policy_loss_results(tmp_path_factory):
     return folder
 
 
-# ---- what is measured is right -----------------------------------------------------------------------------------------------------------
+# ---- what is measured is right ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize("op", harness.OPS)
 def test_every_provider_computes_the_same(op):
     """The checks against float64 of loss and gradients that decide whether a speed-up may be shown."""
@@ -83,7 +84,9 @@ def test_the_check_sees_a_wrong_gradient():
     case = TINY["linear"][0]
     problem = make_problem(case)
     truth = make_truth(problem)
-    loss, (d_hidden, d_weight) = next(p for p in harness.OPS["linear"].participants(case)[0] if p.kind == "ours").run(problem)
+    loss, (d_hidden, d_weight) = next(p for p in harness.OPS["linear"].participants(case)[0] if p.kind == "ours").run(
+        problem
+    )
     assert max(truth.errors(loss, (d_hidden, d_weight)).values()) < harness.FLOOR["float32"]
     assert truth.errors(loss * 1.01, (d_hidden, d_weight))["loss"] > harness.FLOOR["float32"]
     for index, (name, row) in enumerate((("d_hidden", truth.rows[0]), ("d_weight", truth.columns[0]))):
@@ -94,7 +97,8 @@ def test_the_check_sees_a_wrong_gradient():
 
 
 def test_inputs_are_as_described():
-    """Shares of active and worthless rows, the same count in every dialogue, no zeros in the data, ratios on both sides of the clip."""
+    """Shares of active and worthless rows, the same count in every dialogue, no zeros in the data, ratios on both sides
+    of the clip."""
     case = Case("linear", 2048, 97, 16, active=0.25, zero=0.5)
     problem = make_problem(case)
     mask = problem.mask.view(problem.sequences, -1)
@@ -109,7 +113,7 @@ def test_inputs_are_as_described():
     assert compact.leaves[0].shape == (512, 16)
 
 
-# ---- how it is measured ------------------------------------------------------------------------------------------------------------------
+# ---- how it is measured ----------------------------------------------------------------------------------------------
 def test_rounds_are_interleaved_and_slow_ones_leave_early():
     order = []
     clock = iter(range(10**6))
@@ -187,7 +191,8 @@ def test_memory_sees_what_a_call_allocates():
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     if run.stdout.strip() == "None":
         pytest.skip("the system does not tell")
-    assert 63 * 2**20 <= int(run.stdout) < 128 * 2**20  # the system may take back pages of libraries meanwhile, and they come again
+    # the system may take back pages of libraries meanwhile, and they come again
+    assert 63 * 2**20 <= int(run.stdout) < 128 * 2**20
 
 
 @pytest.mark.parametrize("grid", harness.PACES)
@@ -202,7 +207,7 @@ def test_every_grid_is_planned(grid, device):
         assert all(name in machine.ALLOCATORS for _, name in module.settings(device, (1, 2)))
 
 
-# ---- files and documents -----------------------------------------------------------------------------------------------------------------
+# ---- files and documents ---------------------------------------------------------------------------------------------
 def assert_schema(file):
     assert set(file) >= {"machine_info", "commit_info", "datetime", "version", "benchmarks", "ppg_fast"}
     assert set(file["ppg_fast"]) >= {"command", "versions", "load_before", "missing"}
@@ -212,7 +217,19 @@ def assert_schema(file):
         assert set(entry) >= {"group", "name", "fullname", "param", "params", "extra_info", "stats"}
         assert set(entry["stats"]) >= STATS
         assert len(entry["stats"]["data"]) == entry["stats"]["rounds"]
-        assert set(entry["params"]) >= {"op", "N", "V", "D", "dtype", "active", "zero", "device", "threads", "allocator", "provider"}
+        assert set(entry["params"]) >= {
+            "op",
+            "N",
+            "V",
+            "D",
+            "dtype",
+            "active",
+            "zero",
+            "device",
+            "threads",
+            "allocator",
+            "provider",
+        }
         if entry["extra_info"]["kind"] != "ceiling":
             assert set(entry["extra_info"]) >= {"error", "correct", "compacted"}
 
@@ -229,7 +246,9 @@ def test_results_have_their_fields(policy_loss_results):
 def test_pytest_benchmark_reads_them(policy_loss_results):
     pytest.importorskip("pytest_benchmark")
     file = policy_loss_results / render.RESULTS / "policy_loss.cpu.json"
-    run = subprocess.run([sys.executable, "-m", "pytest_benchmark", "compare", str(file)], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest_benchmark", "compare", str(file)], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert "eager PyTorch" in run.stdout
 
@@ -240,7 +259,9 @@ def test_committed_results_and_documents_agree():
         assert_schema(json.loads(path.read_text()))
     for path, text in render.expected(ROOT).items():
         assert path.exists(), path
-        assert path.read_text() == text, f"{path.relative_to(ROOT)} is not what bench/results says: python -m ppg_fast.bench --render"
+        assert path.read_text() == text, (
+            f"{path.relative_to(ROOT)} is not what bench/results says: python -m ppg_fast.bench --render"
+        )
     marked = [name for path in render.DOCUMENTS for _, name, _, _ in render.MARKED.findall((ROOT / path).read_text())]
     assert sorted(marked) == sorted(render.SECTIONS)  # each has one place
 
@@ -248,7 +269,10 @@ def test_committed_results_and_documents_agree():
 def test_render_replaces_what_stood_there(policy_loss_results):
     root = policy_loss_results
     (root / "docs").mkdir(exist_ok=True)
-    page = "before\n<!-- bench:policy_loss -->\n12.3 ms, made up\n<!-- /bench -->\nafter <!-- bench:logprobs -->\n<!-- /bench -->\n"
+    page = (
+        "before\n<!-- bench:policy_loss -->\n12.3 ms, made up\n<!-- /bench -->\nafter <!-- bench:logprobs "
+        "-->\n<!-- /bench -->\n"
+    )
     (root / "docs/benchmarks.md").write_text(page)
     assert root / "docs/benchmarks.md" in render.write(root)
     text = (root / "docs/benchmarks.md").read_text()
@@ -297,9 +321,17 @@ def test_learning_curves_become_a_table(tmp_path):
     for seed in (1, 0):
         run = tmp_path / f"run{seed}"
         run.mkdir()
-        summary = dict.fromkeys(learning_curve.KEPT, 1) | {"seed": seed, "policy_class": "lookahead:3", "device": "cpu", "seconds": 12.3}
+        summary = dict.fromkeys(learning_curve.KEPT, 1) | {
+            "seed": seed,
+            "policy_class": "lookahead:3",
+            "device": "cpu",
+            "seconds": 12.3,
+        }
         (run / "summary.json").write_text(json.dumps(summary))
-        points = [{"phase": "eval", "step": step, "eval/reward": 2.0 + step / 8, "eval/reward_share": 0.4 + step / 20} for step in (0, 8)]
+        points = [
+            {"phase": "eval", "step": step, "eval/reward": 2.0 + step / 8, "eval/reward_share": 0.4 + step / 20}
+            for step in (0, 8)
+        ]
         (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*points, {"phase": "train", "step": 1}])))
     learning_curve.main([str(tmp_path / "run1"), str(tmp_path / "run0"), "--output", str(tmp_path)])
     text = render.SECTIONS["learning_curve"](render.load(tmp_path))
@@ -307,7 +339,7 @@ def test_learning_curves_become_a_table(tmp_path):
     assert text.index("seed 0") < text.index("seed 1")
 
 
-# ---- instructions ------------------------------------------------------------------------------------------------------------------------
+# ---- instructions ----------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(instructions.why_not() is not None, reason=str(instructions.why_not()))
 def test_the_row_kernel_needs_no_more_instructions_than_when_it_was_measured(tmp_path):
     stored = json.loads((ROOT / "bench/results/instructions.cpu.json").read_text())["instructions"]

@@ -1,4 +1,5 @@
-"""`make gpu` as far as a CPU allows: the parts run, are bounded and recorded, the tools are read, the files become documents."""
+"""`make gpu` as far as a CPU allows: the parts run, are bounded and recorded, the tools are read, the files become
+documents."""
 
 import json
 import os
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 SAY = [sys.executable, "-S", "-c"]
 
 
-# ---- the driver ------------------------------------------------------------------------------------------------------------------------
+# ---- the driver ------------------------------------------------------------------------------------------------------
 def told(statuses, output, lines):
     """Collects everything, and passes where all commands did."""
     return {"output": output, "count": len(lines)}, None if statuses == [0] * len(statuses) else f"{statuses}"
@@ -61,7 +62,10 @@ def test_a_part_is_stopped_with_all_that_it_started(tmp_path):
     store, mark = stored(tmp_path), tmp_path / "alive"
     child = f"import time, pathlib\nwhile True: pathlib.Path({str(mark)!r}).touch(); time.sleep(0.05)"
     parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-S', '-c', {child!r}]); time.sleep(600)"
-    parts = [driver.Part("long", 2.0, [[*SAY, parent], [*SAY, "pass"]], told), driver.Part("late", 60, [["true"]], told)]
+    parts = [
+        driver.Part("long", 2.0, [[*SAY, parent], [*SAY, "pass"]], told),
+        driver.Part("late", 60, [["true"]], told),
+    ]
     start = time.monotonic()
     assert not driver.run(parts, store, 6.0, tmp_path / "logs")
     assert time.monotonic() - start < 30
@@ -83,9 +87,12 @@ from pathlib import Path
 from bench.gpu.driver import Part, Store, header, run
 here, tell = Path({str(tmp_path)!r}), lambda *_: ({{}}, None)
 two = Part("two", 60, [[*{SAY!r}, {slow!r}]], tell, lines=here / "lines.jsonl")
-run([Part("one", 60, [[*{SAY!r}, "pass"]], tell), two], Store(here / "gpu.cuda.json", header(here, "make gpu", "abc")), 300, here / "logs")
+store = Store(here / "gpu.cuda.json", header(here, "make gpu", "abc"))
+run([Part("one", 60, [[*{SAY!r}, "pass"]], tell), two], store, 300, here / "logs")
 """
-    running = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not ('"found": 2' in _text(tmp_path / "gpu.cuda.json") and _text(pid)):
         time.sleep(0.1)
@@ -108,13 +115,15 @@ def test_the_driver_needs_nothing_but_python():
     subprocess.run([sys.executable, "-S", "-c", program], cwd=ROOT, check=True)
 
 
-# ---- the package without installing ----------------------------------------------------------------------------------------------------
+# ---- the package without installing ----------------------------------------------------------------------------------
 def test_the_package_is_found_without_being_installed(tmp_path):
-    """In a Python that has torch and its needs but none of our tools, and not this package: found, built for nothing, imported."""
+    """In a Python that has torch and its needs but none of our tools, and not this package: found, built for nothing,
+    imported."""
     bare = tmp_path / "bare"
     bare.mkdir()
     wanted = (
-        "torch", "torchgen", "functorch", "numpy", "typing_extensions.py", "sympy", "mpmath", "jinja2", "markupsafe", "networkx",
+        "torch", "torchgen", "functorch", "numpy", "typing_extensions.py", "sympy", "mpmath", "jinja2", "markupsafe",
+        "networkx",
         "filelock", "fsspec", "triton", "setuptools", "numpy.libs", "torch.libs",
     )  # fmt: skip
     packages = Path(torch.__file__).parents[1]
@@ -130,11 +139,14 @@ def test_the_package_is_found_without_being_installed(tmp_path):
         "import sys, ppg_fast, ppg_fast.bench.gpu.worker, ppg_fast.bench.command\n"
         "from ppg_fast import backends\n"
         "assert backends.why_not('cpu') is None, backends.why_not('cpu')\n"
-        "assert 'triton' not in (backends.why_not('triton') or '') or 'CUDA' in backends.why_not('triton'), backends.why_not('triton')\n"
+        "assert 'triton' not in (backends.why_not('triton') or '') or 'CUDA' in backends.why_not('triton'), "
+        "backends.why_not('triton')\n"
         f"assert ppg_fast.__file__.startswith({str(site)!r}), ppg_fast.__file__\n"
         "assert not {'trl', 'liger_kernel', 'transformers', 'pytest'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-S", "-c", program], cwd=site, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", program], cwd=site, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -155,7 +167,10 @@ def test_the_links_are_the_package_as_installed(tmp_path):
     [
         ("9.0", ["arch=compute_90a,code=sm_90a"]),
         ("9.0a", ["arch=compute_90a,code=sm_90a"]),
-        ("8.0 8.9+PTX", ["arch=compute_80,code=sm_80", "arch=compute_89,code=compute_89", "arch=compute_89,code=sm_89"]),
+        (
+            "8.0 8.9+PTX",
+            ["arch=compute_80,code=sm_80", "arch=compute_89,code=compute_89", "arch=compute_89,code=sm_89"],
+        ),
         ("Hopper", ["arch=compute_90,code=compute_90", "arch=compute_90a,code=sm_90a"]),
         ("", None),
     ],
@@ -177,11 +192,17 @@ def test_architectures_are_chosen_as_torch_does(monkeypatch, asked, expected):
 
 def test_gpu_tests_are_found():
     names = [Path(path).name for path in build.gpu_tests(ROOT)]
-    assert {"test_gpu.py", "test_policy_loss.py", "test_linear.py", "test_logprobs.py", "test_partial_returns.py"} <= set(names)
+    assert {
+        "test_gpu.py",
+        "test_policy_loss.py",
+        "test_linear.py",
+        "test_logprobs.py",
+        "test_partial_returns.py",
+    } <= set(names)
     assert "test_trainer.py" not in names
 
 
-# ---- what the tools say ----------------------------------------------------------------------------------------------------------------
+# ---- what the tools say ----------------------------------------------------------------------------------------------
 NCU_COLUMNS = """==PROF== Connected to process 77 (/usr/bin/python3.12)
 some line of the program, with "quotes"
 ==PROF== Profiling "policy_loss_onepass": 0%....50%....100% - 1 pass
@@ -190,7 +211,7 @@ some line of the program, with "quotes"
 "0","77","python3.12","policy_loss_onepass","1","2.10","2,050.5","1,012.3"
 "1","77","python3.12","policy_loss_twopass","1","1.00","0.5","2.0"
 ==PROF== Disconnected from process 77
-"""
+"""  # noqa: E501
 NCU_LINES = """"ID","Process ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
 "0","77","policy_loss_onepass","Command line profiler metrics","dram__bytes_read.sum","byte","2,100,000,000"
 "0","77","policy_loss_onepass","Command line profiler metrics","dram__bytes_write.sum","byte","2,050,500,000"
@@ -206,12 +227,20 @@ SANITIZER = """========= COMPUTE-SANITIZER
 
 
 def test_ncu_is_read_in_both_layouts():
-    first = {"kernel": "policy_loss_onepass", tools.DRAM[0]: 2.1e9, tools.DRAM[1]: 2.0505e9, tools.DRAM[2]: pytest.approx(1.0123e-3)}
+    first = {
+        "kernel": "policy_loss_onepass",
+        tools.DRAM[0]: 2.1e9,
+        tools.DRAM[1]: 2.0505e9,
+        tools.DRAM[2]: pytest.approx(1.0123e-3),
+    }
     assert tools.ncu_kernels(NCU_COLUMNS)[0] == first
     assert len(tools.ncu_kernels(NCU_COLUMNS)) == 2
     assert tools.ncu_kernels(NCU_LINES) == [first]
     assert tools.ncu_kernels("==ERROR== no counters") == []
-    lines = [{"op": "policy_loss", "V": 7, "read": 2e9, "write": 2e9}, {"op": "logprobs", "V": 7, "read": 1e9, "write": 0}]
+    lines = [
+        {"op": "policy_loss", "V": 7, "read": 2e9, "write": 2e9},
+        {"op": "logprobs", "V": 7, "read": 1e9, "write": 0},
+    ]
     assert command._moved([0], NCU_COLUMNS, lines) == ({}, None)
     assert lines[0]["over_least"] == pytest.approx(4.1505 / 4)
     assert command._moved([0], NCU_LINES, lines)[1].startswith("1 kernels for 2 calls")
@@ -219,13 +248,19 @@ def test_ncu_is_read_in_both_layouts():
 
 def test_the_sanitizers_are_read():
     found, reason = command._sanitized([9, 9], SANITIZER, [])
-    assert found["summaries"] == [{"tool": "memcheck", "errors": 3}, {"tool": "racecheck", "hazards": 2, "errors": 1, "warnings": 1}]
+    assert found["summaries"] == [
+        {"tool": "memcheck", "errors": 3},
+        {"tool": "racecheck", "hazards": 2, "errors": 1, "warnings": 1},
+    ]
     assert reason == "memcheck: 3 errors; racecheck: 1 errors"
     clean = SANITIZER.replace("3 errors", "0 errors").replace(
         "2 hazards displayed (1 error, 1 warning)", "0 hazards displayed (0 errors, 0 warnings)"
     )
     assert command._sanitized([0, 0], clean, [])[1] is None
-    assert command._sanitized([0, 0], clean.split("=========     at")[0], [])[1] == "memcheck gave no summary; racecheck gave no summary"
+    assert (
+        command._sanitized([0, 0], clean.split("=========     at")[0], [])[1]
+        == "memcheck gave no summary; racecheck gave no summary"
+    )
     assert command._sanitized([1, 0], clean, [])[1].startswith("exit status 1")
 
 
@@ -235,7 +270,9 @@ def test_pytest_is_read(tmp_path):
         "@pytest.mark.skip(reason='no such thing')\ndef test_absent(): pass\n"
     )
     (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\nmarkers = ["gpu: x"]\n')
-    made = tools.pytest_command(tmp_path, [str(tmp_path / "test_some.py")], tmp_path / "junit.xml", 0, ["-p", "no:xdist"])
+    made = tools.pytest_command(
+        tmp_path, [str(tmp_path / "test_some.py")], tmp_path / "junit.xml", 0, ["-p", "no:xdist"]
+    )
     subprocess.run(made, cwd=tmp_path, capture_output=True)
     found, reason = tools.junit(tmp_path / "junit.xml")
     assert (found["passed"], found["failed"], found["skipped"], found["why_skipped"]) == (1, 1, 1, ["no such thing"])
@@ -244,7 +281,7 @@ def test_pytest_is_read(tmp_path):
     assert tools.junit(tmp_path / "other.xml") == ({}, "pytest wrote no report")
 
 
-# ---- what is measured ------------------------------------------------------------------------------------------------------------------
+# ---- what is measured ------------------------------------------------------------------------------------------------
 class Lines(worker.Report):
     def __init__(self, seconds=60.0):
         super().__init__(None, "cpu", seconds, True)
@@ -265,8 +302,17 @@ def test_every_measured_part_runs(part):
     if part == "counts":
         assert {line["path"] for line in found} == set(counts.calls("cpu", True))
     if part == "bench":
-        assert {e["params"]["op"] for line in lines.lines for e in line.get("benchmarks", [])} == {"policy_loss", "logprobs", "linear"}
-        assert [(line["chunk_rows"], line["second_stream"]) for line in found] == [(16, False), (16, True), (32, False), (32, True)]
+        assert {e["params"]["op"] for line in lines.lines for e in line.get("benchmarks", [])} == {
+            "policy_loss",
+            "logprobs",
+            "linear",
+        }
+        assert [(line["chunk_rows"], line["second_stream"]) for line in found] == [
+            (16, False),
+            (16, True),
+            (32, False),
+            (32, True),
+        ]
     if part == "steps":
         assert {line["tokens"] for line in found} == {128, 256}
         assert all(line["fits"] and 0 < line["loss_seconds"] < line["seconds"] for line in found)
@@ -286,7 +332,9 @@ def test_what_there_is_no_time_for_is_a_line():
 
 
 def test_the_grid_asks_what_the_bars_ask():
-    found = {(case.op, case.N, case.V, case.D, case.dtype, case.active, case.zero) for case, _, _ in cases("cuda", False)}
+    found = {
+        (case.op, case.N, case.V, case.D, case.dtype, case.active, case.zero) for case, _, _ in cases("cuda", False)
+    }
     wanted = {("policy_loss", 8192, V, 0, "bfloat16", 1.0, 0.0) for V in bars.VOCABULARIES}
     wanted |= {("logprobs", 8192, V, 0, "bfloat16", 1.0, 0.0) for V in bars.VOCABULARIES}
     wanted |= {("linear", 8192, 128256, 4096, "bfloat16", active, 0.0) for active in (1.0, 0.25)}
@@ -318,20 +366,34 @@ def test_the_plans_program_compiles(tmp_path):
     from emulator.build import cached, digest
 
     texts = [
-        p.read_text() for p in sorted([*(ROOT / "csrc").rglob("*.*"), ROOT / "bench/gpu/plans.cu"]) if p.suffix in (".h", ".cuh", ".cu")
+        p.read_text()
+        for p in sorted([*(ROOT / "csrc").rglob("*.*"), ROOT / "bench/gpu/plans.cu"])
+        if p.suffix in (".h", ".cuh", ".cu")
     ]
 
     def make(out):
         flags = ["-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "--ptx"]
-        done = subprocess.run([NVCC, *flags, "-o", out, str(ROOT / "bench/gpu/plans.cu")], capture_output=True, text=True)
+        done = subprocess.run(
+            [NVCC, *flags, "-o", out, str(ROOT / "bench/gpu/plans.cu")], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
 
     cached(digest("plans", *texts), ".ptx", make)
 
 
-# ---- documents -------------------------------------------------------------------------------------------------------------------------
+# ---- documents -------------------------------------------------------------------------------------------------------
 def entry(op, provider, median, kind="peer", **params):
-    case = {"op": op, "N": 8192, "V": 128256, "D": 0, "dtype": "bfloat16", "active": 1.0, "zero": 0.0, "variant": "", "device": "cuda"}
+    case = {
+        "op": op,
+        "N": 8192,
+        "V": 128256,
+        "D": 0,
+        "dtype": "bfloat16",
+        "active": 1.0,
+        "zero": 0.0,
+        "variant": "",
+        "device": "cuda",
+    }
     case |= {"threads": 1, "allocator": "default", "provider": provider, **params}
     stats = {"median": median, "p20": median, "p80": median, "min": median, "rounds": 5}
     group = f"{op} {case['V']} {case['active']}"
@@ -358,23 +420,62 @@ def measured():
     head = entry("linear", "ppg_fast cuda", 0.036, "ours", D=4096)
     head["extra_info"] |= {"peak_extra_bytes": 4.0e9, "chunk_bytes": 8192 * 128256 * 2}
     file = synthetic(
-        "2026-01-01T00:00:00+00:00", "c" * 40,
-        dram=[{"op": "policy_loss", "N": 8192, "V": 128256, "read": 2e9, "write": 2e9, "bytes": 4.1e9, "over_least": 1.025}],
+        "2026-01-01T00:00:00+00:00",
+        "c" * 40,
+        dram=[
+            {
+                "op": "policy_loss",
+                "N": 8192,
+                "V": 128256,
+                "read": 2e9,
+                "write": 2e9,
+                "bytes": 4.1e9,
+                "over_least": 1.025,
+            }
+        ],
         counts=[{"path": "rewards and logits to loss and dlogits", "launches": ["a", "b", "c"], "syncs": 0}],
         bench=[{"chunk_rows": 4096, "second_stream": True, "stats": {"median": 0.035}, "share_of_bare_gemms": 0.94}],
         steps=[
-            {"model": "Qwen3-8B", "tokens": 262144, "offload": True, "provider": "ppg_fast cuda", "fits": True, "seconds": 60.0,
-             "loss_seconds": 3.0, "peak_bytes": 2**36},
-            {"model": "Qwen3-8B", "tokens": 32768, "offload": False, "provider": "eager PyTorch", "fits": False, "reason": "out of memory"},
+            {
+                "model": "Qwen3-8B",
+                "tokens": 262144,
+                "offload": True,
+                "provider": "ppg_fast cuda",
+                "fits": True,
+                "seconds": 60.0,
+                "loss_seconds": 3.0,
+                "peak_bytes": 2**36,
+            },
+            {
+                "model": "Qwen3-8B",
+                "tokens": 32768,
+                "offload": False,
+                "provider": "eager PyTorch",
+                "fits": False,
+                "reason": "out of memory",
+            },
         ],
-        plans=[{"plan": {"cluster": 4, "threads": 256, "slots": 5}, "N": 8192, "V": 128256, "full": 100, "launched": True, "ms": 1.1,
-                "copy_ms": 1.0, "share_of_copy": 0.91, "difference": 1e-6}],
-    )  # fmt: skip
+        plans=[
+            {
+                "plan": {"cluster": 4, "threads": 256, "slots": 5},
+                "N": 8192,
+                "V": 128256,
+                "full": 100,
+                "launched": True,
+                "ms": 1.1,
+                "copy_ms": 1.0,
+                "share_of_copy": 0.91,
+                "difference": 1e-6,
+            }
+        ],
+    )
     file["benchmarks"] = [
-        entry("policy_loss", "copy", 0.0010, "ceiling"), entry("policy_loss", "ppg_fast cuda, in place", 0.0011, "ours"),
+        entry("policy_loss", "copy", 0.0010, "ceiling"),
+        entry("policy_loss", "ppg_fast cuda, in place", 0.0011, "ours"),
         entry("policy_loss", "torch.compile", 0.0022), entry("policy_loss", "quack cross-entropy", 0.00105), bare, head,
         entry("linear", "ppg_fast cuda", 0.0099, "ours", D=4096, active=0.25),
-        entry("logprobs", "read (sum)", 0.00050, "ceiling"), entry("logprobs", "ppg_fast cuda, with entropy", 0.00060, "ours"),
+        entry("logprobs", "read (sum)", 0.00050, "ceiling"),
+        entry("logprobs", "ppg_fast cuda, with entropy", 0.00060, "ours"),
     ]  # fmt: skip
     return file
 
@@ -385,7 +486,10 @@ def test_bars_are_met_or_not():
     assert found["V 128,256: share of the rate of a device copy"] == (pytest.approx(1 / 1.1), "met")
     assert found["V 128,256: time of torch.compile / ours"] == (pytest.approx(2.0), "met")
     assert found["V 128,256: time of quack's cross-entropy / ours"] == (pytest.approx(1.05 / 1.1), "**not met**")
-    assert found["V 128,256: log-prob and entropy alone, share of the read rate"] == (pytest.approx(5 / 6), "**not met**")
+    assert found["V 128,256: log-prob and entropy alone, share of the read rate"] == (
+        pytest.approx(5 / 6),
+        "**not met**",
+    )
     assert found["from hidden states, V 128,256, D 4,096: share of three bare GEMMs"] == (pytest.approx(11 / 12), "met")
     assert found["its peak memory / (a chunk of logits + float32 d_weight + d_hidden)"][1] == "met"
     assert found["25% of the rows active: time / that of all"] == (pytest.approx(0.275), "met")
@@ -397,17 +501,24 @@ def test_a_wrong_result_meets_no_bar():
     file = measured()
     for e in file["benchmarks"]:
         e["extra_info"]["correct"] = e["extra_info"]["kind"] != "ours"
-    assert {bars.met(bar) for bar in bars.bars(file) if "DRAM" not in bar[0] and "launches" not in bar[0]} == {"not measured", "met"}
+    assert {bars.met(bar) for bar in bars.bars(file) if "DRAM" not in bar[0] and "launches" not in bar[0]} == {
+        "not measured",
+        "met",
+    }
     assert [bar[0] for bar in bars.bars(file) if bars.met(bar) == "met" and "DRAM" not in bar[0]] == [
         "rewards and logits to loss and dlogits: syncs"
     ]
 
 
 def test_a_results_file_becomes_sections(tmp_path):
-    """From a file that is made up and lives in a temporary folder: the documents of the repository know no such figures."""
+    """From a file that is made up and lives in a temporary folder: the documents of the repository know no such
+    figures."""
     results = tmp_path / render.RESULTS
     results.mkdir(parents=True)
-    page = "<!-- bench:gpu -->\n<!-- /bench -->\n<!-- bench:gpu_summary -->\n<!-- /bench -->\n<!-- bench:machine -->\n<!-- /bench -->\n"
+    page = (
+        "<!-- bench:gpu -->\n<!-- /bench -->\n<!-- bench:gpu_summary -->\n<!-- /bench -->\n<!-- bench:machine "
+        "-->\n<!-- /bench -->\n"
+    )
     (tmp_path / "README.md").write_text(page)
     render.write(tmp_path)
     assert (tmp_path / "README.md").read_text().count(NOT_MEASURED) == 3
@@ -415,13 +526,17 @@ def test_a_results_file_becomes_sections(tmp_path):
     render.write(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert text.count("| V 128,256: share of the rate of a device copy | >= 90% | 91% | met |") == 2
-    assert "| Qwen3-8B, 262,144 tokens, checkpoints on the host | ppg_fast cuda | 60.0 s | 4,369 | 5% | 64.0 GiB |" in text
+    assert (
+        "| Qwen3-8B, 262,144 tokens, checkpoints on the host | ppg_fast cuda | 60.0 s | 4,369 | 5% | 64.0 GiB |" in text
+    )
     assert "| Qwen3-8B, 32,768 tokens | eager PyTorch | does not fit |" in text
     assert "| 128,256 | 100% | cluster 4, 256 threads, 5 slots | 1.100 ms | 91% | 1.0e-06 |" in text
     assert "| 4,096 | yes | 35.0 ms | 94% |" in text
     assert "`gpu.cuda`" in text
     later = synthetic(
-        "2026-01-02T00:00:00+00:00", "d" * 40, counts=[{"path": "rewards and logits to loss and dlogits", "launches": ["a"], "syncs": 0}]
+        "2026-01-02T00:00:00+00:00",
+        "d" * 40,
+        counts=[{"path": "rewards and logits to loss and dlogits", "launches": ["a"], "syncs": 0}],
     )
     later["parts"]["dram"] = {"status": "missing", "reason": "ncu is not on PATH"}
     (results / "gpu-counts.cuda.json").write_text(json.dumps(later))
@@ -441,8 +556,11 @@ def test_without_a_results_file_no_figure_is_claimed():
 
 
 def test_the_command(tmp_path):
-    """From a shell: a part that cannot run here fails by name, the file is there, the exit status says so; and bad usage."""
-    done = subprocess.run([sys.executable, "-m", "bench.gpu", "--only", "nothing"], cwd=ROOT, capture_output=True, text=True)
+    """From a shell: a part that cannot run here fails by name, the file is there, the exit status says so; and bad
+    usage."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--only", "nothing"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "got 'nothing'" in done.stderr
     if not build.is_current(ROOT):

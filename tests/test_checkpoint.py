@@ -16,14 +16,14 @@ import torch
 
 pytest.importorskip("transformers")
 
-from ppg_fast import checkpoint
-from ppg_fast import model as models
 from ppg_fast.cli import main
-from ppg_fast.data import Sample
+from ppg_fast.dialogues.packing import Sample
 from ppg_fast.jobs.persona import PersonaJob
-from ppg_fast.objective import Objective, Schedule
+from ppg_fast.models import causal_lm as models
 from ppg_fast.spec import Greedy
-from ppg_fast.trainer import NotFinite, TrainingState, optimise
+from ppg_fast.training import checkpoint
+from ppg_fast.training.objective import Objective, Schedule
+from ppg_fast.training.trainer import NotFinite, TrainingState, optimise
 
 CLOCKS = ("seconds", "step_time", "perf/tokens_per_second", "perf/peak_memory_mb")
 
@@ -32,8 +32,16 @@ def flags(text: str) -> list[str]:
     return text.split()
 
 
-TINY = flags("--device cpu --width 16 --layers 1 --no-progress --save-every 2 --eval-every 2 --max-new-tokens 2 --eval-dialogues 2")
-SHORT = [*TINY, *flags("--imitation-steps 1 --imitation-batch 2 --max-steps 4 --num-prompts 2 --num-generations 2 --entropy-coef 0.1")]
+TINY = flags(
+    "--device cpu --width 16 --layers 1 --no-progress --save-every 2 --eval-every 2 --max-new-tokens 2 "
+    "--eval-dialogues 2"
+)
+SHORT = [
+    *TINY,
+    *flags(
+        "--imitation-steps 1 --imitation-batch 2 --max-steps 4 --num-prompts 2 --num-generations 2 --entropy-coef 0.1"
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +52,10 @@ def threads_stay():
 
 
 def rows(folder):
-    return [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in CLOCKS}
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def weights(folder):
@@ -63,8 +74,9 @@ def whole(tmp_path_factory):
 
 
 def test_kill_minus_nine_at_many_moments(tmp_path):
-    """Both jobs, killed at touches of the run's files and at random times, up to three times in a row: same bits, same rows."""
-    case = Path(__file__).with_name("kill_case.py")
+    """Both jobs, killed at touches of the run's files and at random times, up to three times in a row: same bits, same
+    rows."""
+    case = Path(__file__).with_name("helpers") / "kill_case.py"
     done = subprocess.run([sys.executable, case, tmp_path], capture_output=True, text=True, check=False)
     trials = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0, done.stderr
@@ -73,8 +85,12 @@ def test_kill_minus_nine_at_many_moments(tmp_path):
         assert sum(t["killed"] for t in trials if t["job"] == job) >= 9
 
 
-@pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "stopped")])
-def test_a_signal_ends_the_run_after_the_step_and_resume_goes_on(number, code, name, whole, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("number", "code", "name"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "stopped")]
+)
+def test_a_signal_ends_the_run_after_the_step_and_resume_goes_on(
+    number, code, name, whole, tmp_path, monkeypatch, capsys
+):
     rollouts = PersonaJob.rollouts
 
     def interrupted(self, step):
@@ -205,7 +221,9 @@ def test_only_damaged_checkpoints_are_an_error(tmp_path):
         checkpoint.save(tmp_path, step, {"step": step}, keep=2)
         damage(tmp_path / f"step-0000000{step}/state.pt", 5)
     for _ in range(2):  # and stay one: a second try must not begin at the beginning
-        with pytest.raises(ValueError, match=r"none does: .*step-00000002 \(the checksum of state.pt differs\), .*step-00000001"):
+        with pytest.raises(
+            ValueError, match=r"none does: .*step-00000002 \(the checksum of state.pt differs\), .*step-00000001"
+        ):
             checkpoint.newest(tmp_path)
 
 
@@ -229,7 +247,13 @@ def test_metrics_that_are_gone_are_missed(whole, tmp_path, capsys):
 
 
 def draws():
-    return random.random(), np.random.rand(3).tolist(), np.random.randn(), torch.rand(3).tolist(), torch.randn(5).tolist()  # noqa: NPY002
+    return (
+        random.random(),
+        np.random.rand(3).tolist(),  # noqa: NPY002
+        np.random.randn(),  # noqa: NPY002
+        torch.rand(3).tolist(),
+        torch.randn(5).tolist(),
+    )
 
 
 def test_random_states_go_to_disk_and_back(tmp_path):
@@ -248,7 +272,9 @@ def samples(reward):
 def loop(bad_steps, steps=6, **schedule):
     model = models.make_model(23, width=16, layers=1)
     batches = [samples(3e38 if step in bad_steps else 0.5) for step in range(1, steps + 1)]
-    return model, optimise(model, lambda step: batches[step - 1], Objective(Greedy(), baseline="none"), Schedule(steps, 1e-3, **schedule))
+    return model, optimise(
+        model, lambda step: batches[step - 1], Objective(Greedy(), baseline="none"), Schedule(steps, 1e-3, **schedule)
+    )
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted():
@@ -265,7 +291,9 @@ def test_steps_that_are_not_finite_are_skipped_and_counted():
 
 def test_too_many_in_a_row_end_the_training_with_their_batches():
     _, steps = loop({1, 3, 4, 5}, max_skipped_steps=2)
-    with pytest.raises(NotFinite, match=r"loss and gradient must be finite.*at step 5, the last of 3 in a row") as caught:
+    with pytest.raises(
+        NotFinite, match=r"loss and gradient must be finite.*at step 5, the last of 3 in a row"
+    ) as caught:
         list(steps)
     assert [step for step, _ in caught.value.batches] == [3, 4, 5]
     assert caught.value.batches[0][1] == samples(3e38)
@@ -280,7 +308,17 @@ def test_a_run_that_is_not_finite_keeps_the_batch_and_names_the_file(tmp_path, m
             sample.rewards[:] = [3e38] * len(sample.rewards)
         return found
 
-    argv = ["--output-dir", str(tmp_path / "run"), *SHORT, "--policy-class", "greedy", "--baseline", "none", "--max-skipped-steps", "1"]
+    argv = [
+        "--output-dir",
+        str(tmp_path / "run"),
+        *SHORT,
+        "--policy-class",
+        "greedy",
+        "--baseline",
+        "none",
+        "--max-skipped-steps",
+        "1",
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(PersonaJob, "rollouts", exploding)
         said = refused(capsys, *argv)
@@ -310,5 +348,9 @@ def test_a_state_goes_on_where_it_was():
     saved = state.state_dict()
     other = TrainingState.start(models.make_model(23, width=16, layers=1, seed=1), objective, schedule)
     other.load_state_dict(saved)
-    assert [m["step"] for m in optimise(other.model, lambda step: samples(0.5), objective, schedule, other)] == [4, 5, 6]
+    assert [m["step"] for m in optimise(other.model, lambda step: samples(0.5), objective, schedule, other)] == [
+        4,
+        5,
+        6,
+    ]
     assert all(map(torch.equal, model.parameters(), other.model.parameters()))

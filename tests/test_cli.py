@@ -84,8 +84,21 @@ def test_a_run_leaves_everything(persona_run):
     assert summary["eval/reward/start"] == rows(persona_run, "eval")[0]["eval/reward"]
     assert [r["step"] for r in rows(persona_run, "train")] == [1, 2, 3]
     assert [r["step"] for r in rows(persona_run, "eval")] == [0, 2, 3]
-    named = {"reward", "reward_std", "entropy", "grad_norm", "completions/mean_length", "num_tokens", "step_time", "turns/return/0", "loss"}
-    assert named | {"perf/peak_memory_mb", "perf/tokens_per_second", "learning_rate"} <= rows(persona_run, "train")[0].keys()
+    named = {
+        "reward",
+        "reward_std",
+        "entropy",
+        "grad_norm",
+        "completions/mean_length",
+        "num_tokens",
+        "step_time",
+        "turns/return/0",
+        "loss",
+    }
+    assert (
+        named | {"perf/peak_memory_mb", "perf/tokens_per_second", "learning_rate"}
+        <= rows(persona_run, "train")[0].keys()
+    )
     assert (persona_run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert (persona_run / "samples_after.md").read_text().count("**system**") == 3
 
@@ -93,14 +106,24 @@ def test_a_run_leaves_everything(persona_run):
 def test_the_checkpoint_loads_with_the_auto_classes_and_trains_on(persona_run, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = (auto.from_pretrained(persona_run / "checkpoint") for auto in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        auto.from_pretrained(persona_run / "checkpoint") for auto in (AutoModelForCausalLM, AutoTokenizer)
+    )
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "what is your name ?"}], add_generation_prompt=True, return_tensors="pt"
     )
     again = AutoModelForCausalLM.from_pretrained(persona_run / "checkpoint", attn_implementation="eager")
     torch.testing.assert_close(model(**ids).logits, again(**ids).logits, rtol=1e-4, atol=1e-5)
     assert (persona_run / "checkpoint" / "model.safetensors").is_file()
-    flags = ["--output-dir", str(tmp_path / "next"), *SHORT, "--imitation-steps", "0", "--model", str(persona_run / "checkpoint")]
+    flags = [
+        "--output-dir",
+        str(tmp_path / "next"),
+        *SHORT,
+        "--imitation-steps",
+        "0",
+        "--model",
+        str(persona_run / "checkpoint"),
+    ]
     assert main(["train", *flags]) == 0
 
 
@@ -121,7 +144,12 @@ def test_overwrite_replaces_a_run_and_nothing_else(persona_run, tmp_path, capsys
     folder.mkdir()
     (folder / "summary.json").write_text("old")
     (folder / "notes.txt").write_text("mine")
-    assert main(["train", "--output-dir", str(folder), "--overwrite", *SHORT, "--max-steps", "1", "--imitation-steps", "0"]) == 0
+    assert (
+        main(
+            ["train", "--output-dir", str(folder), "--overwrite", *SHORT, "--max-steps", "1", "--imitation-steps", "0"]
+        )
+        == 0
+    )
     assert (folder / "notes.txt").read_text() == "mine"
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
 
@@ -158,7 +186,19 @@ def test_a_crash_keeps_the_weights_and_says_failed(tmp_path, monkeypatch, capsys
 def test_offline_raises_the_likelihood_of_rewarded_answers(tmp_path):
     records = [dialogue(i, rewards=(1.0, 0.0)) for i in range(10)]
     data, folder = write(tmp_path / "log.jsonl", records), tmp_path / "run"
-    flags = ["--data", data, "--output-dir", str(folder), "--max-steps", "25", "--learning-rate", "0.01", "--vocab-size", "280", *TINY]
+    flags = [
+        "--data",
+        data,
+        "--output-dir",
+        str(folder),
+        "--max-steps",
+        "25",
+        "--learning-rate",
+        "0.01",
+        "--vocab-size",
+        "280",
+        *TINY,
+    ]
     assert main(["train", *flags, "--max-new-tokens", "4", "--policy-class", "greedy"]) == 0
     assert {p.name for p in folder.iterdir()} == FILES
     start, *_, end = rows(folder, "eval")
@@ -221,7 +261,9 @@ def test_a_tokenizer_larger_than_the_model_is_refused(persona_run, tmp_path, cap
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["surplus"])
     tokenizer.save_pretrained(folder)
-    assert "must not exceed the model's embedding" in failure(capsys, "--model", str(folder), "--output-dir", str(tmp_path / "run"), *SHORT)
+    assert "must not exceed the model's embedding" in failure(
+        capsys, "--model", str(folder), "--output-dir", str(tmp_path / "run"), *SHORT
+    )
 
 
 @pytest.mark.parametrize(
@@ -270,7 +312,8 @@ def test_info_and_help_work_without_the_train_extra():
     """In a fresh process in which every package of the extra is missing."""
     code = (
         "from importlib.machinery import PathFinder\n"
-        "missing, find = {'transformers', 'tokenizers', 'safetensors', 'rich', 'matplotlib', 'yaml'}, PathFinder.find_spec\n"
+        "missing, find = {'transformers', 'tokenizers', 'safetensors', 'rich', 'matplotlib', 'yaml'}, "
+        "PathFinder.find_spec\n"
         "absent = lambda cls, name, *a: None if name.split('.')[0] in missing else find(name, *a)\n"
         "PathFinder.find_spec = classmethod(absent)\n"
         "from ppg_fast.cli import main\n"

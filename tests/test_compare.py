@@ -33,11 +33,13 @@ def test_a_comparison_resumes_cell_by_cell_and_reports(tmp_path, capsys):
     assert main([*flags, "--seeds", "3"]) == 0
     after = files(tmp_path)
     assert len(after) == 10
-    assert all(after[name] == time for name, time in before.items() if name != gone.name)  # what was there was not computed again
+    # what was there was not computed again
+    assert all(after[name] == time for name, time in before.items() if name != gone.name)
     second = json.loads((tmp_path / "compare.json").read_text())
     for name, c in second["problems"][0]["classes"].items():
         assert c["seeds"] == [0, 1, 2]
-        assert c["final"]["each"][:2] == first["problems"][0]["classes"][name]["final"]["each"]  # same cell, same numbers
+        # same cell, same numbers
+        assert c["final"]["each"][:2] == first["problems"][0]["classes"][name]["final"]["each"]
     page = (tmp_path / "report.html").read_text()
     assert page.startswith("<!doctype html>")
     assert page.count("data:image/svg+xml;base64,") == 2
@@ -48,11 +50,24 @@ def test_a_comparison_resumes_cell_by_cell_and_reports(tmp_path, capsys):
 
 def test_a_comparison_that_is_killed_goes_on_to_the_same_numbers(tmp_path):
     """kill -9 as soon as some cells are there; what was half written does not count."""
-    flags = ["--version", "tabular", "--problem", "plan", "--policy-classes", "full,auto", "--max-steps", "12", "--seeds", "8"]
+    flags = [
+        "--version",
+        "tabular",
+        "--problem",
+        "plan",
+        "--policy-classes",
+        "full,auto",
+        "--max-steps",
+        "12",
+        "--seeds",
+        "8",
+    ]
     assert main([*flags, "--output-dir", str(tmp_path / "whole")]) == 0
     folder = tmp_path / "killed"
     call = "import sys; from ppg_fast.cli import main; sys.exit(main(['compare', *sys.argv[1:]]))"
-    process = subprocess.Popen([sys.executable, "-c", call, *flags, "--output-dir", str(folder)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", call, *flags, "--output-dir", str(folder)], stdout=subprocess.DEVNULL
+    )
     while process.poll() is None and len(list(folder.glob("cells/*.json"))) < 3:
         time.sleep(0.001)
     process.kill()
@@ -88,7 +103,10 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
         (["--max-dialogue-tokens", "-1"], "max_dialogue_tokens must be at least 0, got -1"),
         (["--batches", "2"], "batches must be at least 3, got 2"),
         (["--decompose", "telescoping"], "decompose needs data"),
-        (["--data", "x", "--decompose", "halves"], "decompose must be one of telescoping, prefix_maximum, got 'halves'"),
+        (
+            ["--data", "x", "--decompose", "halves"],
+            "decompose must be one of telescoping, prefix_maximum, got 'halves'",
+        ),
         (["--data", "x", "--policy-classes", "auto"], 'a policy class is "greedy"'),
     ],
 )
@@ -114,9 +132,16 @@ def test_a_cell_that_fails_leaves_the_others(tmp_path):
         list(cells.run(tmp_path, wanted, failing, jobs=1))
 
 
-# ---- numbers -----------------------------------------------------------------------------------------------------------------------------
+# ---- numbers ---------------------------------------------------------------------------------------------------------
 def a_run(seed, returns, seconds=1.0):
-    return {"seed": seed, "steps": [0, 10, 20], "returns": returns, "changes": [], "dialogues_per_step": 4, "seconds": seconds}
+    return {
+        "seed": seed,
+        "steps": [0, 10, 20],
+        "returns": returns,
+        "changes": [],
+        "dialogues_per_step": 4,
+        "seconds": seconds,
+    }
 
 
 def test_samples_to_a_level_are_on_the_straight_line_between_evaluations():
@@ -145,7 +170,8 @@ def test_bands_hold_the_mean_as_often_as_they_say():
 
 
 @pytest.mark.parametrize(
-    ("others", "word"), [([3.0, 3.2, 2.9], "as it should be"), ([9.0, 9.1, 9.3], "NOT as"), ([7.0, 3.0, 5.0], "no clear")]
+    ("others", "word"),
+    [([3.0, 3.2, 2.9], "as it should be"), ([9.0, 9.1, 9.3], "NOT as"), ([7.0, 3.0, 5.0], "no clear")],
 )
 def test_verdicts_say_when_a_class_does_not_win(others, word):
     runs = {
@@ -159,7 +185,16 @@ def test_verdicts_say_when_a_class_does_not_win(others, word):
 
 
 def test_many_problems_together_say_what_a_class_is_worth_without_knowing_which(tmp_path, capsys):
-    flags = ["--version", "tabular", "--problem", "plan,immediate,drawn:0..2", "--policy-classes", "greedy,full,auto", "--max-steps", "8"]
+    flags = [
+        "--version",
+        "tabular",
+        "--problem",
+        "plan,immediate,drawn:0..2",
+        "--policy-classes",
+        "greedy,full,auto",
+        "--max-steps",
+        "8",
+    ]
     assert main([*flags, "--seeds", "2", "--first-seed", "7", "--output-dir", str(tmp_path)]) == 0
     saved = json.loads((tmp_path / "compare.json").read_text())
     made, drawn = saved["across"]
@@ -174,7 +209,9 @@ def test_many_problems_together_say_what_a_class_is_worth_without_knowing_which(
         assert made["classes"][c]["worst"] == pytest.approx(min(x))
         behind = np.mean(np.maximum(shares["greedy"], shares["full"]) - x)
         assert made["classes"][c]["behind_best"] == pytest.approx(behind)
-    assert made["classes"]["full"]["auto_minus"]["mean"] == pytest.approx(np.mean(shares["auto"]) - np.mean(shares["full"]))
+    assert made["classes"]["full"]["auto_minus"]["mean"] == pytest.approx(
+        np.mean(shares["auto"]) - np.mean(shares["full"])
+    )
     assert made["classes"]["auto"]["auto_minus"] is None
     assert [p["verdict"] for p in saved["problems"][2:]] == [[]] * 3  # nobody made them for a class
     page, said = (tmp_path / "report.html").read_text(), capsys.readouterr().out
@@ -183,10 +220,21 @@ def test_many_problems_together_say_what_a_class_is_worth_without_knowing_which(
     assert "2 made problems, tabular, seeds: 2" in said
 
 
-# ---- the language version ----------------------------------------------------------------------------------------------------------------
+# ---- the language version --------------------------------------------------------------------------------------------
 def test_the_language_version_trains_and_measures(tmp_path):
     pytest.importorskip("transformers")
-    flags = ["--problem", "plan", "--version", "language", "--policy-classes", "greedy,full,auto", "--seeds", "1", "--max-steps", "2"]
+    flags = [
+        "--problem",
+        "plan",
+        "--version",
+        "language",
+        "--policy-classes",
+        "greedy,full,auto",
+        "--seeds",
+        "1",
+        "--max-steps",
+        "2",
+    ]
     assert main([*flags, "--batches", "3", "--output-dir", str(tmp_path)]) == 0
     p = json.loads((tmp_path / "compare.json").read_text())["problems"][0]
     assert {c: len(v["mean"]) for c, v in p["classes"].items()} == {"greedy": 2, "full": 2, "auto": 2}
@@ -200,16 +248,18 @@ def test_the_language_version_trains_and_measures(tmp_path):
 
 
 def test_gradient_statistics_are_unbiased():
-    """Batch gradients of known mean and covariance: variance, bias and cosine come out, where plain averages would not."""
-    from ppg_fast.auto import Signals
+    """Batch gradients of known mean and covariance: variance, bias and cosine come out, where plain averages would
+    not."""
     from ppg_fast.compare.language import _statistics
+    from ppg_fast.training.auto import Signals
 
     generator = torch.Generator().manual_seed(0)
     mean = torch.zeros(2, 40, dtype=torch.float64)
     mean[0, 0], mean[1, 0], mean[1, 1] = 1.0, 1.0, 1.0  # greedy and full: bias 1, cosine 1/sqrt(2)
     drawn = mean + 0.5 * torch.randn(800, 5, 2, 40, dtype=torch.float64, generator=generator)
     seen = [Signals(torch.eye(2).double(), torch.ones(2).double(), 4, 1.0)]
-    variance = [_statistics(batches, seen, ["greedy", "full"], 1)["greedy"]["variance"] for batches in drawn]  # of five batches each
+    # of five batches each
+    variance = [_statistics(batches, seen, ["greedy", "full"], 1)["greedy"]["variance"] for batches in drawn]
     assert np.mean(variance) == pytest.approx(10.0, rel=0.02)
     out = _statistics(drawn.flatten(0, 1), seen, ["greedy", "full"], 1)["greedy"]
     assert out["bias"] == pytest.approx(1.0, rel=0.05)
@@ -227,7 +277,9 @@ def test_the_standard_error_of_a_squared_length_is_the_jackknife_s():
     from ppg_fast.compare.language import _squared_length
 
     drawn = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    without = torch.tensor([_squared_length(torch.cat([drawn[:i], drawn[i + 1 :]]))[0] for i in range(5)], dtype=torch.float64)
+    without = torch.tensor(
+        [_squared_length(torch.cat([drawn[:i], drawn[i + 1 :]]))[0] for i in range(5)], dtype=torch.float64
+    )
     value, error = _squared_length(drawn)
     assert value == pytest.approx(float(without.mean()))  # a U-statistic is the mean of those of all but one
     assert error == pytest.approx(float((4 / 5 * (without - without.mean()).square().sum()).sqrt()))

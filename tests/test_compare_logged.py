@@ -1,4 +1,5 @@
-"""`ppg-fast compare --data`: what classes credit of logged dialogues, training on them, and running scores as rewards."""
+"""`ppg-fast compare --data`: what classes credit of logged dialogues, training on them, and running scores as
+rewards."""
 
 import json
 import math
@@ -11,7 +12,7 @@ from test_compare import files
 
 from ppg_fast.compare.cells import Cell
 from ppg_fast.compare.command import Study, main
-from ppg_fast.decomposition import prefix_maximum_rewards, telescoping_rewards
+from ppg_fast.rewards.decomposition import prefix_maximum_rewards, telescoping_rewards
 
 
 def log_file(path, scores=None):
@@ -19,7 +20,10 @@ def log_file(path, scores=None):
     for d in range(10):
         messages = [{"role": "system", "content": "you are calm"}]
         for t in range(3 + d % 2):
-            messages += [{"role": "user", "content": f"word {t}"}, {"role": "assistant", "content": "yes" if (d + t) % 2 else "no no"}]
+            messages += [
+                {"role": "user", "content": f"word {t}"},
+                {"role": "assistant", "content": "yes" if (d + t) % 2 else "no no"},
+            ]
         rewards = scores[d] if scores else [float((d + t) % 2) for t in range(3 + d % 2)]
         lines.append(json.dumps({"id": f"d{d}", "group_id": f"d{d}", "messages": messages, "turn_rewards": rewards}))
     path.write_text("\n".join(lines))
@@ -29,7 +33,16 @@ def log_file(path, scores=None):
 def test_logged_dialogues_are_credited_and_trained_on(tmp_path):
     pytest.importorskip("transformers")
     path = log_file(tmp_path / "log.jsonl")
-    flags = ["--data", str(path), "--policy-classes", "greedy,lookahead:2,full,imitation", "--seeds", "1", "--max-steps", "12"]
+    flags = [
+        "--data",
+        str(path),
+        "--policy-classes",
+        "greedy,lookahead:2,full,imitation",
+        "--seeds",
+        "1",
+        "--max-steps",
+        "12",
+    ]
     assert main([*flags, "--output-dir", str(tmp_path / "out")]) == 0
     log = json.loads((tmp_path / "out/compare.json").read_text())["log"]
     credits = log["credits"]
@@ -40,10 +53,13 @@ def test_logged_dialogues_are_credited_and_trained_on(tmp_path):
     full = np.where(np.isnan(own), np.nan, np.nancumsum(own[:, ::-1], 1)[:, ::-1])
     assert by_turn["full"] == pytest.approx(np.nanmean(full, 0).tolist())
     assert credits["classes"]["greedy"]["credited"] == pytest.approx(float(np.nanmean(own)))
-    assert credits["classes"]["greedy"]["effective"] == pytest.approx(credits["classes"]["greedy"]["credited"])  # of weights 0 and 1
+    # of weights 0 and 1
+    assert credits["classes"]["greedy"]["effective"] == pytest.approx(credits["classes"]["greedy"]["credited"])
     for c in log["classes"].values():
         assert c["curves"]["plain"][-1] > c["curves"]["plain"][0]
-    assert log["classes"]["greedy"]["final"]["contrast"]["mean"] > log["classes"]["imitation"]["final"]["contrast"]["mean"]
+    assert (
+        log["classes"]["greedy"]["final"]["contrast"]["mean"] > log["classes"]["imitation"]["final"]["contrast"]["mean"]
+    )
     page, numbers = ((tmp_path / "out" / name).read_text() for name in ("report.html", "compare.json"))
     assert "log.jsonl" in page
     assert str(tmp_path) not in page + numbers
@@ -61,7 +77,10 @@ def test_training_reads_up_to_a_bound_and_credits_are_whole(tmp_path):
     looked = {}
     for bound in (0, 12):
         study = Study(str(tmp_path), ("full",), max_steps=1, data=str(path), max_dialogue_tokens=bound)
-        looked[bound] = study(Cell("logged", "", "gradient", 0))["credits"], study(Cell("logged", "", "full", 0))["scores"]["plain"][0]
+        looked[bound] = (
+            study(Cell("logged", "", "gradient", 0))["credits"],
+            study(Cell("logged", "", "full", 0))["scores"]["plain"][0],
+        )
     assert looked[0][0] == looked[12][0]
     assert looked[0][1] != looked[12][1]  # of the held-out turns that were read
 
@@ -79,7 +98,7 @@ def test_a_running_score_is_decomposed_with_its_warning(tmp_path):
     assert any("in 5 of 10 dialogues the best score is not the last one" in w for w in log["warnings"])
 
 
-# ---- decompositions ----------------------------------------------------------------------------------------------------------------------
+# ---- decompositions --------------------------------------------------------------------------------------------------
 SCORES = torch.tensor([[0.5, 0.25, 1.0, 9.0], [0.0, 0.5, 0.75, 1.0], [2.0, 1.0, 1.5, 0.5]])
 COUNTS = torch.tensor([3, 4, 4])
 
@@ -99,6 +118,7 @@ def test_prefix_maxima_sum_to_the_best_score_and_warn_where_it_is_not_the_last()
     assert rewards.tolist() == [[0.5, 0.0, 0.5, 0.0], [0.0, 0.5, 0.25, 0.25], [2.0, 0.0, 0.0, 0.0]]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(prefix_maximum_rewards(SCORES[1:2]), telescoping_rewards(SCORES[1:2]))  # equal where the score never falls
+        # equal where the score never falls
+        assert torch.equal(prefix_maximum_rewards(SCORES[1:2]), telescoping_rewards(SCORES[1:2]))
     with pytest.raises(ValueError, match="scores must be finite"):
         telescoping_rewards(torch.tensor([[math.nan]]))

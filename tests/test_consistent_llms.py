@@ -1,4 +1,5 @@
-"""The importer of the Consistent-LLMs family: small files with each of its traps, and the real ones where they are at hand."""
+"""The importer of the Consistent-LLMs family: small files with each of its traps, and the real ones where they are at
+hand."""
 
 import copy
 import json
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ppg_fast.consistent_llms import SCORE, VERDICTS, verdict
-from ppg_fast.dialogue import Message, read_dialogues, write_dialogues
+from ppg_fast.dialogues.consistent_llms import SCORE, VERDICTS, verdict
+from ppg_fast.dialogues.dialogue import Message, read_dialogues, write_dialogues
 
 REAL = Path(__file__).parents[1].parent / "shared/data/consistent-llms"
 
@@ -45,21 +46,27 @@ def test_messages(tmp_path):
 def test_polarity_is_what_reproduces_the_score(tmp_path):
     assert rewards(tmp_path, record(["YES", "NO", "NO"], 1 / 3)) == [(1.0, 0.0, 0.0)]
     assert rewards(tmp_path, record(["YES", "NO", "NO"], 2 / 3)) == [(0.0, 1.0, 1.0)]
-    assert rewards(tmp_path, record(["YES", "NO", "NO"], 0.333)) == [(1.0, 0.0, 0.0)], "a mean rounded to three decimals"
+    assert rewards(tmp_path, record(["YES", "NO", "NO"], 0.333)) == [(1.0, 0.0, 0.0)], (
+        "a mean rounded to three decimals"
+    )
 
 
 def test_a_tie_is_decided_by_the_rest_of_the_file(tmp_path):
     tie = record(["YES", "NO"], 0.5)
     assert rewards(tmp_path, tie, record(["YES", "NO", "NO"], 1 / 3))[0] == (1.0, 0.0)
     assert rewards(tmp_path, tie, record(["YES", "NO", "NO"], 2 / 3))[0] == (0.0, 1.0)
-    with pytest.raises(ValueError, match=r"cannot tell .* dialogue 0 .* 0\.5, the share of YES is 0\.5000, of NO 0\.5000"):
+    with pytest.raises(
+        ValueError, match=r"cannot tell .* dialogue 0 .* 0\.5, the share of YES is 0\.5000, of NO 0\.5000"
+    ):
         read(tmp_path, tie, tie)
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
 def test_a_score_that_neither_polarity_reproduces(tmp_path, strict):
     good, bad = record(["YES", "NO", "NO"], 1 / 3), record(["YES", "NO", "NO"], 0.9)
-    with pytest.raises(ValueError, match=r"neither YES nor NO .* dialogue 1 .* is 0\.9, the share of YES is 0\.3333, of NO 0\.6667"):
+    with pytest.raises(
+        ValueError, match=r"neither YES nor NO .* dialogue 1 .* is 0\.9, the share of YES is 0\.3333, of NO 0\.6667"
+    ):
         read(tmp_path, good, bad, strict=strict)
 
 
@@ -130,7 +137,15 @@ def test_both_speakers_judged_and_names_differ_between_dialogues(tmp_path):
         ]
         judged = [[n, word] for n, word in enumerate(["YES", "YES", "YES", "NO", "YES", "NO"])]
         chats.append(
-            {"P1": "x", "P2": "y", "pturn": 1, "conversation": lines, VERDICTS: judged, "P1_prompt_consistency_score": 1.0, SCORE: 1 / 3}
+            {
+                "P1": "x",
+                "P2": "y",
+                "pturn": 1,
+                "conversation": lines,
+                VERDICTS: judged,
+                "P1_prompt_consistency_score": 1.0,
+                SCORE: 1 / 3,
+            }
         )
     dialogues = read(tmp_path, *chats)
     assert [d.turn_rewards for d in dialogues] == [(1.0, 0.0, 0.0)] * 2
@@ -160,7 +175,14 @@ def test_gaps_in_line_numbers_empty_lines_and_no_persona(tmp_path):
     dialogue["conversation"][3][1] = "Visitor: \n"
     (read_back,) = read(tmp_path, dialogue)
     assert read_back.turn_rewards == (1.0, 0.0, 0.0)
-    assert [m.content for m in read_back.messages] == ["question 0", "answer 0", "question 1", "", "question 2", "answer 2"]
+    assert [m.content for m in read_back.messages] == [
+        "question 0",
+        "answer 0",
+        "question 1",
+        "",
+        "question 2",
+        "answer 2",
+    ]
     assert read_back.group_id == read_back.id, "without a persona nothing says which dialogues share a prompt"
 
 
@@ -174,7 +196,10 @@ BAD = {
     "conversation": ({"conversation": {}}, "conversation must be a list, got dict"),
     "line": ({"conversation": [["0", "Guide: a"]]}, r"conversation entry 0 must be \[line number, text\]"),
     "line number twice": ({"conversation": [[0, "Guide: a"], [0, "Visitor: b"]]}, "line number 0 stands twice"),
-    "nobody speaks": ({"conversation": [[0, "hello"]], VERDICTS: []}, "line 0 does not begin with one of the two speakers"),
+    "nobody speaks": (
+        {"conversation": [[0, "hello"]], VERDICTS: []},
+        "line 0 does not begin with one of the two speakers",
+    ),
     "third speaker": (
         {"conversation": [*record(["YES"] * 3, 1)["conversation"], [9, "Cat: purr"]]},
         "line 9 does not begin with .*Guide.*Visitor",
@@ -202,7 +227,9 @@ def test_truncated_file_keeps_the_whole_dialogues(tmp_path):
     text = json.dumps([record(["YES", "NO", "NO"], 1 / 3)] * 3, indent=1)
     last_line = text[:-200].count("\n") + 1
     path.write_text(text[:-200], encoding="utf-8")
-    with pytest.warns(UserWarning, match=rf"family\.json, dialogue 2 \(line \d+\) is not JSON or cut short, at line {last_line}"):
+    with pytest.warns(
+        UserWarning, match=rf"family\.json, dialogue 2 \(line \d+\) is not JSON or cut short, at line {last_line}"
+    ):
         assert [d.id for d in read_dialogues(path)] == ["family/0", "family/1"]
     with pytest.raises(ValueError, match="dialogue 2"):
         read_dialogues(path, strict=True)
@@ -256,7 +283,9 @@ def test_real_file(tmp_path, name, facts):
         spoken = [message.content for message in dialogue.messages[1:]]
         for content, (_, text) in zip(spoken, original["conversation"], strict=True):
             assert text.strip().endswith(content)
-            assert re.fullmatch(r"(Teacher|Student|Therapist|Patient):\s*", text[: text.rindex(content)] if content else text)
+            assert re.fullmatch(
+                r"(Teacher|Student|Therapist|Patient):\s*", text[: text.rindex(content)] if content else text
+            )
         # these three files counted a line without a verdict as consistent
         counted = [1.0 if reward is None else reward for reward in dialogue.turn_rewards]
         assert sum(counted) / len(counted) == pytest.approx(original[SCORE])

@@ -1,4 +1,5 @@
-"""Every public function against `oracle`, an implementation of the contract in numpy float64 that shares no code with the package."""
+"""Every public function against `oracle`, an implementation of the contract in numpy float64 that shares no code with
+the package."""
 
 from dataclasses import replace
 
@@ -31,8 +32,10 @@ def test_the_oracles_gradient_is_the_slope_of_its_loss(seed):
 
 
 CLASSES = {
-    "greedy": (ppg.Greedy(), "greedy"), "full": (ppg.FullPlanning(), "full"), "by name": ("lookahead:2", ("lookahead", 2)),
-    "lookahead": (ppg.Lookahead(3), ("lookahead", 3)), "beyond": (ppg.Lookahead(99), "full"), "length": (ppg.Segment(3), ("segment", 3)),
+    "greedy": (ppg.Greedy(), "greedy"), "full": (ppg.FullPlanning(), "full"),
+    "by name": ("lookahead:2", ("lookahead", 2)),
+    "lookahead": (ppg.Lookahead(3), ("lookahead", 3)), "beyond": (ppg.Lookahead(99), "full"),
+    "length": (ppg.Segment(3), ("segment", 3)),
     "ids": None, "mask": None, "any mask": None,
 }  # fmt: skip
 
@@ -59,10 +62,14 @@ def test_partial_returns(name, gamma, backend):
     if name == "any mask" and gamma == 0:
         pytest.skip("gamma^(k - t) of an earlier reward has no value")
     rewards, counts, policy_class, plain = turns_of(len(name), name)
-    actual = ppg.partial_returns(torch.tensor(rewards).float(), policy_class, gamma, torch.tensor(counts), backend=backend)
+    actual = ppg.partial_returns(
+        torch.tensor(rewards).float(), policy_class, gamma, torch.tensor(counts), backend=backend
+    )
     assert actual.dtype == torch.float32
     close(actual, oracle.partial_returns(rewards, plain, gamma, counts), "returns", 1e-6)
-    whole = ppg.partial_returns(torch.tensor(rewards).nan_to_num().float().T.contiguous().T, policy_class, gamma, backend=backend)
+    whole = ppg.partial_returns(
+        torch.tensor(rewards).nan_to_num().float().T.contiguous().T, policy_class, gamma, backend=backend
+    )
     close(whole, oracle.partial_returns(np.nan_to_num(rewards), plain, gamma), "returns of all turns", 1e-6)
 
 
@@ -86,9 +93,15 @@ def test_turn_advantages(seed, baseline, ragged):
 @pytest.mark.parametrize(("seed", "layout"), list(enumerate(oracle.LAYOUTS)))
 def test_token_logprobs(seed, layout, linear, dtype, backend):
     call = Call(draw(seed, layout, "reinforce", linear=linear), dtype, seed)
-    case, spec, (g, h) = call.case, call.options["spec"], np.random.default_rng(seed).normal(size=(2, call.case.batch.labels.size))
+    case, spec, (g, h) = (
+        call.case,
+        call.options["spec"],
+        np.random.default_rng(seed).normal(size=(2, call.case.batch.labels.size)),
+    )
     function = ppg.linear_token_logprobs if linear else ppg.token_logprobs
-    options = {n: call.options[n] for n in ("loss_mask", "bias") if n in call.options} | ({"chunk_rows": 4} if linear else {})
+    options = {n: call.options[n] for n in ("loss_mask", "bias") if n in call.options} | (
+        {"chunk_rows": 4} if linear else {}
+    )
     options |= {"temperature": spec.temperature, "logit_softcap": spec.logit_softcap, "backend": backend}
     rows = case.batch.labels, case.batch.active
     scale = np.asarray(case.batch.spec.temperature).reshape(-1), spec.logit_softcap
@@ -123,7 +136,9 @@ def test_policy_loss(layout, loss_type, reduction, linear):
 @pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize(("seed", "loss_type"), list(enumerate(LOSS_TYPES)))
 def test_policy_loss_of_every_dtype_and_backend(seed, loss_type, dtype, linear, backend):
-    call = Call(draw(seed, list(oracle.LAYOUTS)[seed % 4], loss_type, REDUCTIONS[-seed - 1], linear=linear), dtype, seed)
+    call = Call(
+        draw(seed, list(oracle.LAYOUTS)[seed % 4], loss_type, REDUCTIONS[-seed - 1], linear=linear), dtype, seed
+    )
     call.check(call(backend=backend), upstream_of(call.case, seed))
 
 
@@ -141,7 +156,12 @@ def test_partial_policy_loss(name, loss_type, linear):
     batch.active &= batch.turn >= 0
     advantages = oracle.turn_advantages(oracle.partial_returns(rewards, plain, gamma, counts), groups, baseline, counts)
     batch.advantages = advantages[batch.sequence, batch.turn]
-    options = {"gamma": gamma, "baseline": baseline, "group_ids": torch.tensor(groups), "turn_counts": torch.tensor(counts)}
+    options = {
+        "gamma": gamma,
+        "baseline": baseline,
+        "group_ids": torch.tensor(groups),
+        "turn_counts": torch.tensor(counts),
+    }
     options |= {n: v for n, v in call.options.items() if n != "turn_ids"}
     function = ppg.linear_partial_policy_loss if linear else ppg.partial_policy_loss
     turn_ids = call.place(batch.turn, torch.int64)

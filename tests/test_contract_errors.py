@@ -7,8 +7,18 @@ import torch
 
 import ppg_fast as ppg
 
-LOGITS, LABELS, TURNS = torch.randn(2, 3, 5), torch.tensor([[0, 1, 2], [3, 4, 0]]), torch.tensor([[0, 1, -1], [2, 3, 3]])
-HIDDEN, WEIGHT, ONES, REWARDS, ZEROS = torch.randn(2, 3, 8), torch.randn(5, 8), torch.ones(2, 3), torch.ones(2, 4), torch.tensor([0, 0])
+LOGITS, LABELS, TURNS = (
+    torch.randn(2, 3, 5),
+    torch.tensor([[0, 1, 2], [3, 4, 0]]),
+    torch.tensor([[0, 1, -1], [2, 3, 3]]),
+)
+HIDDEN, WEIGHT, ONES, REWARDS, ZEROS = (
+    torch.randn(2, 3, 8),
+    torch.randn(5, 8),
+    torch.ones(2, 3),
+    torch.ones(2, 4),
+    torch.tensor([0, 0]),
+)
 
 
 def loss(logits=LOGITS, labels=LABELS, advantages=ONES, **options):
@@ -73,7 +83,11 @@ ERRORS = [
     (returns(REWARDS, "full", 1.0, ONES[0]), "turn_counts.*2", "3"),
     (returns(REWARDS, "full", 1.0, torch.tensor([4, -1])), "turn_counts", "-1"),
     (returns(backend="tpu"), "backend.*cpu", "tpu"),
-    (returns(policy_class=ppg.Segment(torch.tensor([[0, 0, 1, 1], [2, 3, 2, 2]]))), "contiguous.*dialogue 1", "2, 3, 2, 2"),
+    (
+        returns(policy_class=ppg.Segment(torch.tensor([[0, 0, 1, 1], [2, 3, 2, 2]]))),
+        "contiguous.*dialogue 1",
+        "2, 3, 2, 2",
+    ),
     (returns(policy_class=ppg.Segment(ONES.long())), r"segment ids.*\(2, 4\)", r"\(2, 3\)"),
     (returns(policy_class=ppg.Segment(REWARDS)), "segment ids.*integers", "float32"),
     (returns(policy_class=ppg.RewardMask(torch.ones(3, 3).bool())), r"\(4, 4\)", r"\(3, 3\)"),
@@ -148,7 +162,8 @@ def test_a_label_out_of_range(label, backend):
     functions = (
         loss(labels=labels, **options), loss(labels=labels, **sequence_level),
         linear(labels=labels, **options), linear(labels=labels, **sequence_level),
-        lambda: ppg.token_logprobs(LOGITS, labels, **options), lambda: ppg.linear_token_logprobs(HIDDEN, WEIGHT, labels, **options),
+        lambda: ppg.token_logprobs(LOGITS, labels, **options),
+        lambda: ppg.linear_token_logprobs(HIDDEN, WEIGHT, labels, **options),
         lambda: ppg.partial_policy_loss(LOGITS, labels, REWARDS, TURNS, "full", **options),
     )  # fmt: skip
     for function in functions:

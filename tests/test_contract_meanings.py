@@ -1,4 +1,5 @@
-"""The meanings of the contract, one by one: zero rows, empty batches, the same bits, one graph; values against `oracle`."""
+"""The meanings of the contract, one by one: zero rows, empty batches, the same bits, one graph; values against
+`oracle`."""
 
 import numpy as np
 import oracle
@@ -86,7 +87,10 @@ def test_an_empty_batch_is_a_connected_zero(shape, linear, backend):
     leaves = [torch.zeros(*shape, 8, requires_grad=True)] + [torch.randn(11, 8, requires_grad=True)] * linear
     labels, advantages = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     rewards = torch.zeros(shape[0] if len(shape) == 2 else 1, 4)
-    losses = [ppg.policy_loss, ppg.linear_policy_loss][linear], [ppg.partial_policy_loss, ppg.linear_partial_policy_loss][linear]
+    losses = (
+        [ppg.policy_loss, ppg.linear_policy_loss][linear],
+        [ppg.partial_policy_loss, ppg.linear_partial_policy_loss][linear],
+    )
     for function, rest in zip(losses, ((advantages,), (rewards, labels, "full")), strict=True):
         for spec in (None, ppg.PolicyLossSpec("gspo")):
             out = function(*leaves, labels, *rest, spec=spec, old_logprobs=advantages, backend=backend)
@@ -126,7 +130,9 @@ def test_the_same_bits_for_any_number_of_threads(N, V, dtype, linear):
         torch.set_num_threads(count)
         for loss_type in ("ppo", "gspo"):
             spec = ppg.PolicyLossSpec(loss_type, entropy_coef=0.02)
-            out = [ppg.policy_loss, ppg.linear_policy_loss][linear](*leaves, labels, advantages, old_logprobs=advantages - 5, spec=spec)
+            out = [ppg.policy_loss, ppg.linear_policy_loss][linear](
+                *leaves, labels, advantages, old_logprobs=advantages - 5, spec=spec
+            )
             runs.append((*out[:3], *out.metrics.values(), *torch.autograd.grad(3 * out.loss, leaves)))
     torch.set_num_threads(threads)
     for again in (2, 4):
@@ -139,7 +145,10 @@ def test_the_same_bits_for_any_number_of_threads(N, V, dtype, linear):
 def test_a_row_does_not_depend_on_its_neighbours(dtype, linear):
     g = torch.Generator().manual_seed(2)
     N, V = 9, 1009
-    x, weight = torch.randn(N, 64 if linear else V, generator=g).to(dtype), [torch.randn(V, 64, generator=g).to(dtype)] * linear
+    x, weight = (
+        torch.randn(N, 64 if linear else V, generator=g).to(dtype),
+        [torch.randn(V, 64, generator=g).to(dtype)] * linear,
+    )
     labels, function = torch.randint(V, (N,), generator=g), [ppg.token_logprobs, ppg.linear_token_logprobs][linear]
     together = function(x, *weight, labels)
     assert_same([function(x[n : n + 1], *weight, labels[n : n + 1])[0] for n in range(N)], together)
@@ -193,7 +202,9 @@ def test_compiled_partial_policy_loss_and_logprobs_equal_eager():
     turn_ids, rewards = call.place(np.arange(24) % 6 - 1, torch.int64), torch.randn(4, 5)
 
     def both(x, labels, rewards, turn_ids):
-        out = ppg.partial_policy_loss(x, labels, rewards, turn_ids, ppg.Lookahead(2), baseline="leave_one_out", group_ids=groups, **options)
+        out = ppg.partial_policy_loss(
+            x, labels, rewards, turn_ids, ppg.Lookahead(2), baseline="leave_one_out", group_ids=groups, **options
+        )
         return out.loss, out.logprobs, *ppg.token_logprobs(x, labels, loss_mask=options["loss_mask"], entropy=True)
 
     groups, options = torch.tensor([0, 0, 1, 1]), {n: v for n, v in call.options.items() if n != "turn_ids"}

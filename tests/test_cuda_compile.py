@@ -1,4 +1,5 @@
-"""The CUDA sources as compiled code for three architectures: no spills, bulk copies, 128-bit accesses, one exponential an element."""
+"""The CUDA sources as compiled code for three architectures: no spills, bulk copies, 128-bit accesses, one exponential
+an element."""
 
 import re
 import shutil
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 @pytest.fixture(scope="session")
 def compiled() -> dict[str, dict[str, tuple[Path, str]]]:
-    """By architecture and source: the cubin, and what ptxas said about it. Cached, so that parallel test processes compile once."""
+    """By architecture and source: the cubin, and what ptxas said about it. Cached, so that parallel test processes
+    compile once."""
     texts = [path.read_text() for folder in ("csrc", "csrc/cuda") for path in sorted((ROOT / folder).glob("*.*h"))]
     version = subprocess.run([str(NVCC), "--version"], capture_output=True, text=True).stdout
 
@@ -76,7 +78,8 @@ def test_wide_accesses(compiled, arch):
     """Every kernel over the vocabulary reads and writes 16 bytes an instruction."""
     checked = 0
     for kernel in disassembled(compiled, arch):
-        if kernel.name.startswith(("partial_returns", "credit")) or (arch == "80" and "onepass" in kernel.name):  # empty there
+        # empty there
+        if kernel.name.startswith(("partial_returns", "credit")) or (arch == "80" and "onepass" in kernel.name):
             continue
         loads = kernel.count("LDS.128") if "onepass" in kernel.name else kernel.count("LDG.E.128")
         assert loads > 0, kernel.name
@@ -87,7 +90,8 @@ def test_wide_accesses(compiled, arch):
 
 
 def test_the_one_pass_kernel_on_hopper(compiled):
-    """Bulk copies, mbarriers, remote stores; in the row loop no CTA barrier, no load from memory, no more exponentials than elements."""
+    """Bulk copies, mbarriers, remote stores; in the row loop no CTA barrier, no load from memory, no more exponentials
+    than elements."""
     found = [kernel for kernel in disassembled(compiled, "90a") if "onepass" in kernel.name]
     assert {re.search(r"<(.*)>", kernel.name)[1] for kernel in found} == {
         f"{dtype}, {softcap}, {sums}, {consumers}"
@@ -99,18 +103,24 @@ def test_the_one_pass_kernel_on_hopper(compiled):
         dtype, softcap, sums, consumers = re.search(r"<(\w+), (\w+), (\w+), (\d+)>", kernel.name).groups()
         assert kernel.count("UBLKCP") == 1, f"{kernel.name}: one bulk copy instruction"
         assert kernel.count("STAS.128") == 1, f"{kernel.name}: one remote store"
-        assert kernel.count("STAS") == 1 + (int(sums) == SCORE_NORM), f"{kernel.name}: and one of 4 bytes with a score norm"
+        assert kernel.count("STAS") == 1 + (int(sums) == SCORE_NORM), (
+            f"{kernel.name}: and one of 4 bytes with a score norm"
+        )
         assert kernel.count("SYNCS.PHASECHK") > 0, f"{kernel.name}: waits for mbarriers"
         assert kernel.count("UCGABAR_WAIT") == 2, f"{kernel.name}: two cluster barriers"
         rows = kernel.loop_around("STAS")
         for name in ("BAR.SYNC", "LDG", "ATOM", "MEMBAR", "UCGABAR"):
             assert rows.count(name) == 0, f"{kernel.name}: {name} in the loop over rows; the producer looks them up"
-        assert kernel.count("BAR.SYNC") <= 5, f"{kernel.name}: ptxas puts one behind each cluster barrier; three around the sum of losses"
+        assert kernel.count("BAR.SYNC") <= 5, (
+            f"{kernel.name}: ptxas puts one behind each cluster barrier; three around the sum of losses"
+        )
         assert kernel.count("ATOM") == 1, f"{kernel.name}: one ticket"
         vectors = 1024 // int(consumers)  # of a thread in a chunk of 16 KB
         elements = vectors * (4 if dtype == "F32" else 8)
         wanted = elements * (2 if softcap == "true" else 1) + 1  # the tanh takes one; one for the moving reference
         blocks = [(run["MUFU.EX2"], run["LDS.128"]) for run in kernel.straight()]
-        assert (wanted, vectors) in blocks, f"{kernel.name}: sweep 1, aligned: {wanted} EX2 for {elements} elements in {vectors} loads"
+        assert (wanted, vectors) in blocks, (
+            f"{kernel.name}: sweep 1, aligned: {wanted} EX2 for {elements} elements in {vectors} loads"
+        )
         assert (wanted, 2 * vectors) in blocks, f"{kernel.name}: sweep 1, unaligned: twice the loads"
         assert max(ex2 for ex2, _ in blocks) == wanted, f"{kernel.name}: more exponentials than elements"

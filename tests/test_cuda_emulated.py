@@ -1,4 +1,5 @@
-"""The CUDA kernels and launchers under an emulator on the CPU: every plan, schedule, alignment and placement, and faults that must show."""
+"""The CUDA kernels and launchers under an emulator on the CPU: every plan, schedule, alignment and placement, and
+faults that must show."""
 
 import os
 import random
@@ -21,11 +22,19 @@ if why_not := emulator.why_not():
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ONE_PASS = [(cluster, threads) for cluster in (1, 2, 4, 8) for threads in (256, 512)]
 PLANS = [(0, 128), (0, 512), *ONE_PASS]  # (cluster, threads); cluster 0: two passes
-LENGTHS = (1, 2, 7, 8, 100, 1000, 4099, 9001, 12289)  # less than a vector, a vector, a slice, a chunk; none a multiple of the next
+# less than a vector, a vector, a slice, a chunk; none a multiple of the next
+LENGTHS = (1, 2, 7, 8, 100, 1000, 4099, 9001, 12289)
 SPECS = (
     PolicyLossSpec(),
     PolicyLossSpec(
-        "ppo", clip_low=0.17, clip_high=0.29, dual_clip=2.5, kl_coef=0.11, kl_estimator="k3", entropy_coef=0.07, temperature=1.3
+        "ppo",
+        clip_low=0.17,
+        clip_high=0.29,
+        dual_clip=2.5,
+        kl_coef=0.11,
+        kl_estimator="k3",
+        entropy_coef=0.07,
+        temperature=1.3,
     ),
     PolicyLossSpec("ppo", clip_low=0.17, clip_high=0.29, importance_cap=1.1, temperature=0.8),
     PolicyLossSpec("cispo", clip_high=0.23, kl_coef=0.13, kl_estimator="k2", importance_cap=1.07),
@@ -66,11 +75,13 @@ def test_every_plan_agrees_with_the_reference(emulated, plan):
     for V in (100, 1000, 4099) if plan == (8, 512) else LENGTHS * (1 if plan[0] == 8 else 2):
         for dtype in DTYPES:
             shift = draw.randrange(9)
-            spec = draw.choice([s for s in SPECS if not (s.logit_softcap and plan[1] == 256)])  # that kernel does not exist
+            # that kernel does not exist
+            spec = draw.choice([s for s in SPECS if not (s.logit_softcap and plan[1] == 256)])
             out = draw.choice((None, shift, draw.randrange(9)))
             holes = V > 8 and not spec.logit_softcap and draw.random() < 0.3
             case = Case(
-                V, dtype, spec, shift, draw.choice((0, 3, 8)), out, on_policy=draw.random() < 0.3, row_temperatures=draw.random() < 0.4,
+                V, dtype, spec, shift, draw.choice((0, 3, 8)), out, on_policy=draw.random() < 0.3,
+                row_temperatures=draw.random() < 0.4,
                 entropy=draw.random() < 0.5, holes=holes, score_norm=draw.random() < 0.4,
             )  # fmt: skip
             how = {"resident": draw.randrange(1, 4), "seed": draw.randrange(1 << 20), "mode": draw.randrange(3)}
@@ -157,7 +168,8 @@ def test_masked_rows_are_not_read(emulated, plan):
 
 
 @pytest.mark.parametrize("softcap", [0.0, 9.0])
-@pytest.mark.parametrize("V", [32000, 151669, 172000])  # two CTAs an SM; a cluster; one whose ring is a slot shorter with a score norm
+# two CTAs an SM; a cluster; one whose ring is a slot shorter with a score norm
+@pytest.mark.parametrize("V", [32000, 151669, 172000])
 def test_a_score_norm_changes_no_plan(emulated, V, softcap):
     """So that a log-prob has the same bits with and without one."""
     case = Case(V, torch.float32, PolicyLossSpec(logit_softcap=softcap), rows=(0, 2))
@@ -185,7 +197,12 @@ def test_a_logprob_has_the_same_bits_with_and_without_a_loss(emulated, plan):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("placement", ["in place", "same alignment", "other alignment"])
 def test_logprobs_backward(emulated, dtype, placement):
-    for V, shift, softcap, with_entropy in ((1, 2, 0.0, True), (100, 5, 8.0, True), (1003, 3, 0.0, False), (4099, 0, 9.0, False)):
+    for V, shift, softcap, with_entropy in (
+        (1, 2, 0.0, True),
+        (100, 5, 8.0, True),
+        (1003, 3, 0.0, False),
+        (4099, 0, 9.0, False),
+    ):
         out = {"in place": None, "same alignment": shift, "other alignment": shift + 1}[placement]
         case = Case(V, dtype, shift=shift, gap=3, out=out)
         generator = torch.Generator().manual_seed(V)
@@ -232,7 +249,13 @@ def test_rescale_rows(emulated, dtype):
     assert (stats.vector_loads, stats.vector_stores) == (0, 0)
 
 
-WINDOWS = ((1, 1, 1, 0, False), (3, 7, 3, 0, False), (4, 9, 2**31 - 1, 4, False), (2, 700, 2**31 - 1, 0, True), (5, 40, 6, 0, True))
+WINDOWS = (
+    (1, 1, 1, 0, False),
+    (3, 7, 3, 0, False),
+    (4, 9, 2**31 - 1, 4, False),
+    (2, 700, 2**31 - 1, 0, True),
+    (5, 40, 6, 0, True),
+)
 
 
 def test_partial_returns(emulated):
@@ -251,14 +274,17 @@ def test_partial_returns(emulated):
 
 
 def test_extreme_logits_stay_in_their_row(emulated):
-    """A NaN or +inf logit poisons its row and no other; a -inf label has the log-prob -inf; -inf elsewhere is nothing special."""
+    """A NaN or +inf logit poisons its row and no other; a -inf label has the log-prob -inf; -inf elsewhere is nothing
+    special."""
     for plan in ((0, 128), (2, 256)):
         emulated.set(cluster=plan[0], threads=plan[1], slots=2)
         x = torch.linspace(-2, 3, 64).repeat(5, 1)
         x[1, 9], x[2, 9], x[3, 5], x[4, 9] = torch.nan, torch.inf, -torch.inf, -torch.inf
         labels, adv, d = torch.full((5,), 5), torch.ones(5), torch.empty(1, 5, 64)
         out = [torch.empty(5) for _ in range(3)]
-        emulated.ops.policy_loss(x[None], labels, adv, None, None, None, None, None, 0, 3, 0.2, 0.2, 0.0, 0.0, 0.1, 0.0, 1.0, 0.0, *out, d)
+        emulated.ops.policy_loss(
+            x[None], labels, adv, None, None, None, None, None, 0, 3, 0.2, 0.2, 0.0, 0.0, 0.1, 0.0, 1.0, 0.0, *out, d
+        )
         assert out[1].isnan().tolist() == [False, True, True, False, False]
         assert out[2].isnan().tolist() == [False, True, True, False, False]
         assert d[0].isnan().any(1).tolist() == [False, True, True, False, False]
@@ -276,7 +302,11 @@ def test_no_rows_is_no_launch(emulated):
 
 FAULTS = {  # a fault and the text it is planted in
     "the data are not waited for": ("policy_loss_onepass.cuh", "hw::bar_wait(&team.full[slot], c.parity);", ""),
-    "a slot is refilled while in use": ("policy_loss_onepass.cuh", "hw::bar_wait(&team.empty[at.slot], at.parity ^ 1);", ""),
+    "a slot is refilled while in use": (
+        "policy_loss_onepass.cuh",
+        "hw::bar_wait(&team.empty[at.slot], at.parity ^ 1);",
+        "",
+    ),
     "rows are overwritten while in use": (
         "policy_loss_onepass.cuh",
         "hw::bar_wait(&team.used[i / BATCH % 2], (i / BATCH / 2 & 1) ^ 1);",
@@ -287,7 +317,11 @@ FAULTS = {  # a fault and the text it is planted in
         "if (i % BATCH == 0) hw::bar_wait(&team.known[i / BATCH % 2], i / BATCH / 2 & 1);",
         "",
     ),
-    "the first to finish sums": ("lookup.cuh", "hw::draw_ticket(a.ticket) == teams - 1", "hw::draw_ticket(a.ticket) == 0"),
+    "the first to finish sums": (
+        "lookup.cuh",
+        "hw::draw_ticket(a.ticket) == teams - 1",
+        "hw::draw_ticket(a.ticket) == 0",
+    ),
     "the squares have one area": ("policy_loss_onepass.cuh", "team.squares + (turn & 1) * entries", "team.squares"),
     "the exchange has one area": ("policy_loss_onepass.cuh", "team.exchange + (turn & 1) * entries", "team.exchange"),
 }
@@ -298,17 +332,21 @@ def test_a_planted_fault_is_caught(fault):
     library = emulator.build([FAULTS[fault]] if fault else [])
     probe = subprocess.run(
         [sys.executable, "-m", "emulator.cases", str(library)],
-        cwd=Path(__file__).parent, env={**os.environ, "PYTHONPATH": str(emulator.ROOT)}, capture_output=True, text=True, timeout=120,
+        cwd=Path(__file__).with_name("helpers"), env={**os.environ, "PYTHONPATH": str(emulator.ROOT)},
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert (probe.returncode != 0) == (fault is not None), probe.stderr
     assert fault is None or "AssertionError" in probe.stderr or "emulator:" in probe.stderr, probe.stderr
 
 
 def test_under_the_sanitizers(tmp_path):
-    """AddressSanitizer and UBSan over all launchers: nothing outside a row is touched, no misaligned access, no overflow."""
+    """AddressSanitizer and UBSan over all launchers: nothing outside a row is touched, no misaligned access, no
+    overflow."""
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() {}")
-    if subprocess.run(["g++", *emulator.SANITIZE, str(probe), "-o", str(tmp_path / "probe")], capture_output=True).returncode:
+    if subprocess.run(
+        ["g++", *emulator.SANITIZE, str(probe), "-o", str(tmp_path / "probe")], capture_output=True
+    ).returncode:
         pytest.skip("this g++ has no sanitizers")
     program = emulator.build_sanitized()
     environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}

@@ -1,4 +1,5 @@
-"""The fused loss under the emulator: launches counted, every plan, the same bits on any grid, in any schedule and slicing of the counts."""
+"""The fused loss under the emulator: launches counted, every plan, the same bits on any grid, in any schedule and
+slicing of the counts."""
 
 import sys
 
@@ -38,7 +39,13 @@ def test_from_rewards_in_two_launches(reduction, baseline, control):
     arguments, options = fused_case(3)
     arguments[0].requires_grad_()
     options |= {"reduction": reduction, "baseline": baseline}
-    for more in ({}, {"normalizer": 7.5}, {"normalizer": torch.tensor(7.5)}, {"skip_zero_advantages": True}, {"old_logprobs": None}):
+    for more in (
+        {},
+        {"normalizer": 7.5},
+        {"normalizer": torch.tensor(7.5)},
+        {"skip_zero_advantages": True},
+        {"old_logprobs": None},
+    ):
         out = ppg.partial_policy_loss(*arguments, "full", **(options | more), backend="cuda")
         assert control.take_stats().launches == 2
         expected = ppg.partial_policy_loss(*arguments, "full", **(options | more), backend="cpu")
@@ -51,7 +58,9 @@ def test_from_rewards_in_two_launches(reduction, baseline, control):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_from_advantages_in_two_launches_at_most(reduction, control):
     (logits, labels, *_), options = fused_case(4)
-    options = {name: options[name] for name in ("loss_mask", "cu_seqlens", "old_logprobs", "spec")} | {"reduction": reduction}
+    options = {name: options[name] for name in ("loss_mask", "cu_seqlens", "old_logprobs", "spec")} | {
+        "reduction": reduction
+    }
     for more in ({}, {"normalizer": 7.5}):
         x = logits.clone().requires_grad_()
         out = ppg.policy_loss(x, labels, torch.linspace(-1, 1, 50), **(options | more), backend="cuda")
@@ -79,7 +88,9 @@ def test_any_slicing_of_the_counts(reduction, control, monkeypatch):
     expected = run_fused(6, reduction=reduction)
     for slices in (1, 2, 5, 40):
         counted = 1 if reduction == "token_mean" else 3
-        monkeypatch.setattr(sys.modules["ppg_fast_emulated"], "_counts", lambda *_, counted=counted, slices=slices: (counted, slices))
+        monkeypatch.setattr(
+            sys.modules["ppg_fast_emulated"], "_counts", lambda *_, counted=counted, slices=slices: (counted, slices)
+        )
         assert all(torch.equal(a, b) for a, b in zip(run_fused(6, reduction=reduction), expected, strict=True)), slices
 
 

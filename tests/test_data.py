@@ -1,4 +1,5 @@
-"""Tokens, turn ids and packed batches: bounds exact to the token, and one packed row equal to its dialogues one by one."""
+"""Tokens, turn ids and packed batches: bounds exact to the token, and one packed row equal to its dialogues one by
+one."""
 
 import json
 import subprocess
@@ -11,8 +12,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ppg_fast.data import Sample, encode_dialogue, micro_batches, pack, stable_group_id, trim_after_last_turn
-from ppg_fast.dialogue import Dialogue, Message
+from ppg_fast.dialogues.dialogue import Dialogue, Message
+from ppg_fast.dialogues.packing import (
+    Sample,
+    encode_dialogue,
+    micro_batches,
+    pack,
+    stable_group_id,
+    trim_after_last_turn,
+)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -36,9 +44,13 @@ def dialogue(messages=TALK, rewards=None):
 
 def word_tokenizer(*special):
     words = sorted({word for m in TALK for word in m.content.split()})
-    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(["<pad>", *special, *words])}, unk_token="<pad>"))
+    core = Tokenizer(
+        models.WordLevel({word: n for n, word in enumerate(["<pad>", *special, *words])}, unk_token="<pad>")
+    )
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<end>" if "<end>" in special else None)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<end>" if "<end>" in special else None
+    )
 
 
 OURS = word_tokenizer("<end>", "<system>", "<user>", "<assistant>")
@@ -56,18 +68,25 @@ def chat_tokenizer():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator([*(m.content for m in TALK), "assistant: good day", "assistant: farewell", "user: hello"] * 3, trainer)
+    core.train_from_iterator(
+        [*(m.content for m in TALK), "assistant: good day", "assistant: farewell", "user: hello"] * 3, trainer
+    )
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", chat_template=CHATML)
 
 
 def turn_texts(tokenizer, sample):
     """turn -> what its tokens say."""
     turns = sorted({turn for turn in sample.turn_ids if turn >= 0})
-    return {t: tokenizer.decode([k for k, turn in zip(sample.tokens, sample.turn_ids, strict=True) if turn == t]) for t in turns}
+    return {
+        t: tokenizer.decode([k for k, turn in zip(sample.tokens, sample.turn_ids, strict=True) if turn == t])
+        for t in turns
+    }
 
 
 def test_role_tokens():
-    sample = encode_dialogue(OURS, dialogue((Message("user", "and you"), Message("assistant", "good day"), Message("user", "now"))))
+    sample = encode_dialogue(
+        OURS, dialogue((Message("user", "and you"), Message("assistant", "good day"), Message("user", "now")))
+    )
     words = OURS.convert_ids_to_tokens(sample.tokens)
     assert words == ["<user>", "and", "you", "<end>", "<assistant>", "good", "day", "<end>", "<user>", "now", "<end>"]
     assert sample.turn_ids == [-1, -1, -1, -1, -1, 0, 0, 0, -1, -1, -1]
@@ -76,7 +95,9 @@ def test_role_tokens():
 
 
 def test_adjacent_turns_stay_apart():
-    sample = encode_dialogue(OURS, dialogue((Message("user", "now"), Message("assistant", ""), Message("assistant", ""))))
+    sample = encode_dialogue(
+        OURS, dialogue((Message("user", "now"), Message("assistant", ""), Message("assistant", "")))
+    )
     assert sample.turn_ids == [-1, -1, -1, -1, 0, -1, 1]
 
 
@@ -87,12 +108,18 @@ def test_unscored_turn_has_reward_zero():
 def test_chat_template(chat_tokenizer):
     sample = encode_dialogue(chat_tokenizer, dialogue())
     assert sample.tokens == chat_tokenizer.apply_chat_template(CONVERSATION, tokenize=True, return_dict=False)
-    assert turn_texts(chat_tokenizer, sample) == {0: "good day\n\nfriend<|im_end|>", 1: "<|im_end|>", 2: "farewell 🌱<|im_end|>"}
+    assert turn_texts(chat_tokenizer, sample) == {
+        0: "good day\n\nfriend<|im_end|>",
+        1: "<|im_end|>",
+        2: "farewell 🌱<|im_end|>",
+    }
 
 
 def test_a_prompt_of_a_rollout_is_the_context_of_its_turn(chat_tokenizer):
     sample = encode_dialogue(chat_tokenizer, dialogue())
-    prompt = chat_tokenizer.apply_chat_template(CONVERSATION[:5], tokenize=True, return_dict=False, add_generation_prompt=True)
+    prompt = chat_tokenizer.apply_chat_template(
+        CONVERSATION[:5], tokenize=True, return_dict=False, add_generation_prompt=True
+    )
     assert sample.turn_ids.index(2) == len(prompt)
     assert sample.tokens[: len(prompt)] == prompt
 
@@ -100,7 +127,8 @@ def test_a_prompt_of_a_rollout_is_the_context_of_its_turn(chat_tokenizer):
 def test_template_that_ends_a_turn_without_a_token_of_its_own(chat_tokenizer):
     chat_tokenizer = _with_template(
         chat_tokenizer,
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}|{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}",
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}|{% endfor %}{% if add_generation_prompt %}[assistant]{% "
+        "endif %}",
     )
     assert turn_texts(chat_tokenizer, encode_dialogue(chat_tokenizer, dialogue()))[0] == "good day\n\nfriend|"
 
@@ -112,7 +140,10 @@ def test_tokenizer_that_marks_the_beginning_of_a_text():
     core.decoder = decoders.Metaspace(prepend_scheme="first")
     trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["</s>"], show_progress=False)
     core.train_from_iterator([m.content for m in TALK] * 2 + ["[system][user][assistant]"], trainer)
-    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}{% if add_generation_prompt "
+        "%}[assistant]{% endif %}"
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", chat_template=template)
     sample = encode_dialogue(tokenizer, dialogue())
     assert sample.tokens == tokenizer.apply_chat_template(CONVERSATION, tokenize=True, return_dict=False)
@@ -122,7 +153,9 @@ def test_tokenizer_that_marks_the_beginning_of_a_text():
 
 
 def _with_template(tokenizer, template):
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|im_end|>", chat_template=template)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, eos_token="<|im_end|>", chat_template=template
+    )
 
 
 TEMPLATES = {  # a template that cannot be cut exactly, and what the message must say
@@ -132,7 +165,8 @@ TEMPLATES = {  # a template that cannot be cut exactly, and what the message mus
         "dialogue 'd', message 3: the chat template must only append .* 'think",
     ),
     "merges": (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}assistant: {% "
+        "endif %}",
         "dialogue 'd', message 2: a token must not cross the bound of a turn",
     ),
     "refuses": (
@@ -150,9 +184,13 @@ def test_templates_that_cannot_be_cut(chat_tokenizer, template, message):
 
 
 def test_content_may_not_speak_for_the_tokenizer(chat_tokenizer):
-    with pytest.raises(ValueError, match=r"dialogue 'd', message 0: content must not hold a control token .* '<\|im_end\|>'"):
+    with pytest.raises(
+        ValueError, match=r"dialogue 'd', message 0: content must not hold a control token .* '<\|im_end\|>'"
+    ):
         encode_dialogue(chat_tokenizer, dialogue((Message("user", "a<|im_end|>"), Message("assistant", "b"))))
-    with pytest.raises(ValueError, match=r"dialogue 'd', message 1: content must not hold a control token .* '<assistant>'"):
+    with pytest.raises(
+        ValueError, match=r"dialogue 'd', message 1: content must not hold a control token .* '<assistant>'"
+    ):
         encode_dialogue(OURS, dialogue((Message("user", "now"), Message("assistant", "<assistant> now"))))
 
 
@@ -186,7 +224,9 @@ def samples(draw, with_logprobs=False):
     turn_ids = draw(st.lists(st.integers(-1, turns - 1), min_size=1, max_size=9))
     tokens = [draw(st.integers(0, 99)) for _ in turn_ids]
     rewards = [draw(st.floats(-9, 9, width=32)) for _ in range(turns)]
-    logprobs = [float("nan") if turn < 0 else -draw(st.floats(0, 9, width=32)) for turn in turn_ids] if with_logprobs else None
+    logprobs = (
+        [float("nan") if turn < 0 else -draw(st.floats(0, 9, width=32)) for turn in turn_ids] if with_logprobs else None
+    )
     return Sample(tokens, turn_ids, rewards, draw(st.integers(0, 2**63 - 1)), logprobs)
 
 
@@ -195,10 +235,14 @@ def samples(draw, with_logprobs=False):
 def test_packed_row_is_its_dialogues_one_by_one(drawn):
     batch = pack(drawn)
     assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.cu_seqlens.tolist() == [0, *torch.tensor([len(s.tokens) for s in drawn], dtype=torch.int64).cumsum(0).tolist()]
-    assert {t.dtype for t in (batch.tokens, batch.labels, batch.turn_ids, batch.position_ids, batch.turn_counts, batch.group_ids)} == {
-        torch.int64
-    }
+    assert batch.cu_seqlens.tolist() == [
+        0,
+        *torch.tensor([len(s.tokens) for s in drawn], dtype=torch.int64).cumsum(0).tolist(),
+    ]
+    assert {
+        t.dtype
+        for t in (batch.tokens, batch.labels, batch.turn_ids, batch.position_ids, batch.turn_counts, batch.group_ids)
+    } == {torch.int64}
     assert batch.rewards.dtype == torch.float32
     assert batch.rewards.shape == (len(drawn), max([1, *(len(s.rewards) for s in drawn)]))
     assert batch.turn_counts.tolist() == [len(s.rewards) for s in drawn]
@@ -213,16 +257,25 @@ def test_packed_row_is_its_dialogues_one_by_one(drawn):
         assert batch.rewards[n].tolist() == sample.rewards + [0.0] * (batch.rewards.shape[1] - len(sample.rewards))
         if sample.rollout_logprobs is not None:
             following = zip(sample.rollout_logprobs[1:], sample.turn_ids[1:], strict=True)
-            assert batch.rollout_logprobs[rows].tolist() == [*(value if turn >= 0 else 0.0 for value, turn in following), 0.0]
+            assert batch.rollout_logprobs[rows].tolist() == [
+                *(value if turn >= 0 else 0.0 for value, turn in following),
+                0.0,
+            ]
     assert (batch.rollout_logprobs is None) == all(s.rollout_logprobs is None for s in drawn)
 
 
 BROKEN = {
     "no tokens": (Sample([], [], [], 0), "sample 1 must have tokens"),
     "turn ids": (Sample([1, 2], [0], [0.5], 0), "sample 1 must have one turn id per token: 2, got 1"),
-    "turn beyond": (Sample([1], [2], [0.5, 0.5], 0), "sample 1: a turn id must be -1 or below the number of rewards 2, got 2"),
+    "turn beyond": (
+        Sample([1], [2], [0.5, 0.5], 0),
+        "sample 1: a turn id must be -1 or below the number of rewards 2, got 2",
+    ),
     "turn below": (Sample([1], [-2], [0.5], 0), "sample 1: a turn id must be -1 .* got -2"),
-    "nan reward": (Sample([1], [0], [0.5, float("nan")], 0), "sample 1, turn 1: a reward must be finite in float32, got nan"),
+    "nan reward": (
+        Sample([1], [0], [0.5, float("nan")], 0),
+        "sample 1, turn 1: a reward must be finite in float32, got nan",
+    ),
     "large reward": (Sample([1], [0], [-1e39], 0), "sample 1, turn 0: a reward must be finite in float32, got -1e"),
     "some logprobs": (Sample([1], [0], [0.5], 0, [-0.3]), "rollout_logprobs must be given for all samples or for none"),
 }
@@ -265,7 +318,9 @@ def test_micro_batches_are_few_and_even():
     lengths = [5, 4, 2, 9, 1]
     batches = list(micro_batches([Sample([n] * length, [-1] * length, [], 0) for n, length in enumerate(lengths)], 11))
     assert [[len(s.tokens) for s in batch] for batch in batches] == [[2, 9], [5, 4, 1]]
-    batches = list(micro_batches([Sample([n] * length, [-1] * length, [], 0) for n, length in enumerate([6, 6, 2, 2, 2, 2])], 12))
+    batches = list(
+        micro_batches([Sample([n] * length, [-1] * length, [], 0) for n, length in enumerate([6, 6, 2, 2, 2, 2])], 12)
+    )
     assert [sum(len(s.tokens) for s in batch) for batch in batches] == [10, 10], "best fit alone would make 12 and 8"
 
 
@@ -285,7 +340,9 @@ def test_trim_after_last_turn():
 
 
 def test_group_ids_do_not_depend_on_the_process():
-    code = "import json; from ppg_fast.data import stable_group_id as f; print(json.dumps([f('g'), f('é')]))"
+    code = (
+        "import json; from ppg_fast.dialogues.packing import stable_group_id as f; print(json.dumps([f('g'), f('é')]))"
+    )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(other.stdout) == [stable_group_id("g"), stable_group_id("é")]
     assert 0 <= stable_group_id("g") < 2**63

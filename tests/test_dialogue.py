@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppg_fast.dialogue import MAX_WARNINGS, ROLES, Dialogue, Message, convert_to_jsonl, read_dialogues, write_dialogues
+from ppg_fast.dialogues.dialogue import (
+    MAX_WARNINGS,
+    ROLES,
+    Dialogue,
+    Message,
+    convert_to_jsonl,
+    read_dialogues,
+    write_dialogues,
+)
 
 GOOD = {
     "id": "a",
@@ -54,7 +62,9 @@ def test_round_trip_is_exact(tmp_path_factory, dialogues):
 
 
 def test_what_is_on_disk(tmp_path):
-    write_dialogues(tmp_path / "d.jsonl", [Dialogue("a", "g", (Message("user", "hi\u2028"), Message("assistant", "hello")), (0.5,))])
+    write_dialogues(
+        tmp_path / "d.jsonl", [Dialogue("a", "g", (Message("user", "hi\u2028"), Message("assistant", "hello")), (0.5,))]
+    )
     (record,) = [json.loads(text) for text in (tmp_path / "d.jsonl").read_bytes().split(b"\n") if text]
     assert record == {**GOOD, "messages": [{"role": "user", "content": "hi\u2028"}, GOOD["messages"][1]]}
 
@@ -87,19 +97,43 @@ BAD = {  # a line, and what its message must say beside file and line
     "group_id of a wrong type": (line(group_id=None), "group_id must be a non-empty string, got None"),
     "messages of a wrong type": (line(messages="hi"), "messages must be a list, got str 'hi'"),
     "rewards of a wrong type": (line(turn_rewards=0.5), "turn_rewards must be a list, got float 0.5"),
-    "message of a wrong type": (line(messages=["hi"]), "message 0: must be an object with role and content, got str 'hi'"),
-    "message without content": (line(messages=[{"role": "user"}]), "message 0: must be an object with role and content"),
-    "content of a wrong type": (line(messages=[{"role": "user", "content": None}]), "message 0: content must be a string, got None"),
-    "unknown role": (line(messages=[GOOD["messages"][0], {"role": "bot", "content": ""}]), "message 1: role must be one of .* got 'bot'"),
-    "no assistant": (line(messages=[{"role": "user", "content": "hi"}], turn_rewards=[]), "'a' has no assistant message"),
+    "message of a wrong type": (
+        line(messages=["hi"]),
+        "message 0: must be an object with role and content, got str 'hi'",
+    ),
+    "message without content": (
+        line(messages=[{"role": "user"}]),
+        "message 0: must be an object with role and content",
+    ),
+    "content of a wrong type": (
+        line(messages=[{"role": "user", "content": None}]),
+        "message 0: content must be a string, got None",
+    ),
+    "unknown role": (
+        line(messages=[GOOD["messages"][0], {"role": "bot", "content": ""}]),
+        "message 1: role must be one of .* got 'bot'",
+    ),
+    "no assistant": (
+        line(messages=[{"role": "user", "content": "hi"}], turn_rewards=[]),
+        "'a' has no assistant message",
+    ),
     "no messages": (line(messages=[], turn_rewards=[]), "'a' has no assistant message among its 0 messages"),
     "too many rewards": (line(turn_rewards=[1, 2]), "'a' has 1 assistant messages but 2 turn_rewards"),
     "NaN": (line(turn_rewards=[float("nan")]), "dialogue 'a', turn 0: a reward must be finite, got nan"),
     "infinity": (line(turn_rewards=[float("-inf")]), "dialogue 'a', turn 0: a reward must be finite, got -inf"),
-    "float overflow": (line(turn_rewards=[9]).replace("[9]", "[1e999]"), "dialogue 'a', turn 0: a reward must be finite, got inf"),
+    "float overflow": (
+        line(turn_rewards=[9]).replace("[9]", "[1e999]"),
+        "dialogue 'a', turn 0: a reward must be finite, got inf",
+    ),
     "integer overflow": (line(turn_rewards=[10**400]), "dialogue 'a', turn 0: a reward must be finite, got inf"),
-    "integer beyond parsing": (line(turn_rewards=[9]).replace("[9]", f"[{'9' * 5000}]"), "is not JSON that can be read"),
-    "boolean reward": (line(turn_rewards=[True]), "dialogue 'a', turn 0: a reward must be a number or null, got bool True"),
+    "integer beyond parsing": (
+        line(turn_rewards=[9]).replace("[9]", f"[{'9' * 5000}]"),
+        "is not JSON that can be read",
+    ),
+    "boolean reward": (
+        line(turn_rewards=[True]),
+        "dialogue 'a', turn 0: a reward must be a number or null, got bool True",
+    ),
     "text as reward": (line(turn_rewards=["0.5"]), "turn 0: a reward must be a number or null, got str '0.5'"),
     "not UTF-8": (line().encode().replace(b"hello", b"h\xe9llo"), "is not UTF-8"),
     "unpaired surrogate": (line().replace("hello", "\\ud800"), "message 1: content has an unpaired surrogate"),
@@ -148,7 +182,10 @@ def test_empty_file(tmp_path, content):
 
 def test_no_valid_dialogue_is_an_error_even_if_not_strict(tmp_path):
     path = write(tmp_path / "d.jsonl", "{", "}")
-    with pytest.warns(UserWarning, match="line"), pytest.raises(ValueError, match=r"no valid dialogue; first problem: .*line 1"):
+    with (
+        pytest.warns(UserWarning, match="line"),
+        pytest.raises(ValueError, match=r"no valid dialogue; first problem: .*line 1"),
+    ):
         read_dialogues(path)
 
 

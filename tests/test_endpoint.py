@@ -16,11 +16,11 @@ from openai_server import Raw, said, serve
 from test_rollout import Ragged, make, one_thread  # noqa: F401
 
 from ppg_fast import endpoint as endpoints
-from ppg_fast import model as models
-from ppg_fast.data import pack
+from ppg_fast.dialogues.packing import pack
 from ppg_fast.endpoint import Endpoint, EndpointError
-from ppg_fast.generation import EndpointSampler, LocalSampler, Request
-from ppg_fast.rollout import collect_groups
+from ppg_fast.models import causal_lm as models
+from ppg_fast.rollouts.generation import EndpointSampler, LocalSampler, Request
+from ppg_fast.rollouts.rollout import collect_groups
 
 ASK = [{"role": "user", "content": "hi"}]
 
@@ -66,7 +66,10 @@ def test_retry_after_is_kept_to(header, seconds, waits):
 def test_other_statuses_and_a_refused_key_are_an_error_at_once_that_hides_the_key(monkeypatch, waits):
     monkeypatch.setenv("SOME_KEY", "sk-secret")
     refused = Raw(401, b'{"error": "Incorrect API key provided: sk-secret"}')
-    with serve(lambda *_: refused) as server, pytest.raises(EndpointError, match=r"status 401.*provided: \*\*\*") as caught:
+    with (
+        serve(lambda *_: refused) as server,
+        pytest.raises(EndpointError, match=r"status 401.*provided: \*\*\*") as caught,
+    ):
         Endpoint(server.url, "m", "env:SOME_KEY").chat(ASK)
     assert "sk-secret" not in str(caught.value)
     assert (len(server.requests), waits) == (1, [])
@@ -178,12 +181,20 @@ class Engine:
         if path == "/completion":
             answer = self.sample(payload["prompt"], payload["n_predict"], payload["seed"])
             probs = [{"id": t, "logprob": p} for t, p in zip(answer.tokens, answer.logprobs, strict=True)]
-            return {"tokens": answer.tokens, "completion_probabilities": probs, "stop_type": "eos" if answer.ended else "limit"}
+            return {
+                "tokens": answer.tokens,
+                "completion_probabilities": probs,
+                "stop_type": "eos" if answer.ended else "limit",
+            }
         assert path == "/v1/completions"
         assert payload["stop_token_ids"] == [self.chat.end_id]
         answer = self.sample(payload["prompt"], payload["max_tokens"], payload["seed"])
         shown = answer.tokens[:-1] if self.leave_out_the_end and answer.ended else answer.tokens
-        choice = {"token_ids": shown, "prompt_token_ids": payload["prompt"], "finish_reason": "stop" if answer.ended else "length"}
+        choice = {
+            "token_ids": shown,
+            "prompt_token_ids": payload["prompt"],
+            "finish_reason": "stop" if answer.ended else "length",
+        }
         return {"choices": [{**choice, "logprobs": {"token_logprobs": answer.logprobs}}]}
 
 
@@ -194,7 +205,9 @@ def test_tokens_go_in_and_out_and_the_log_probs_are_the_policys(kind):
     with serve(engine, listed) as server:
         sampler = EndpointSampler(Endpoint(server.url, concurrency=2), engine.chat.end_id)
         rollouts, again = (
-            collect_groups(sampler, engine.chat, Ragged, range(3), 4, generator=torch.Generator().manual_seed(1), max_new_tokens=6)
+            collect_groups(
+                sampler, engine.chat, Ragged, range(3), 4, generator=torch.Generator().manual_seed(1), max_new_tokens=6
+            )
             for _ in range(2)
         )
     assert [r.sample for r in rollouts] == [r.sample for r in again]
@@ -208,7 +221,12 @@ def test_tokens_go_in_and_out_and_the_log_probs_are_the_policys(kind):
     if kind == "llama.cpp":
         assert payload["samplers"] == ["temperature"]
     else:
-        assert (payload["top_p"], payload["top_k"], payload["min_p"], payload["repetition_penalty"]) == (1.0, -1, 0.0, 1.0)
+        assert (payload["top_p"], payload["top_k"], payload["min_p"], payload["repetition_penalty"]) == (
+            1.0,
+            -1,
+            0.0,
+            1.0,
+        )
 
 
 @pytest.mark.parametrize(

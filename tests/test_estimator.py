@@ -1,6 +1,8 @@
-"""The estimator itself, on trees small enough to enumerate: what its expectation is the gradient of, for every policy class and baseline.
+"""The estimator itself, on trees small enough to enumerate: what its expectation is the gradient of, for every policy
+class and baseline.
 
-Source of the estimator: arXiv:2603.06138. Everything but the last section is checked to the error of a finite difference in float64.
+Source of the estimator: arXiv:2603.06138. Everything but the last section is checked to the error of a finite
+difference in float64.
 """
 
 import itertools
@@ -72,12 +74,17 @@ def test_fact_1_only_full_planning_is_the_gradient_of_the_true_value(tree, name)
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_fact_3_triangular_weights_are_another_algorithm(tree, k):
-    """Weights K-(k-j), from windows whose later actions are not frozen, are the gradient of another function and miss J_S."""
-    windows = torch.tensor([[sum(t <= j <= r < t + k for t in range(TURNS)) for r in range(TURNS)] for j in range(TURNS)])
+    """Weights K-(k-j), from windows whose later actions are not frozen, are the gradient of another function and miss
+    J_S."""
+    windows = torch.tensor(
+        [[sum(t <= j <= r < t + k for t in range(TURNS)) for r in range(TURNS)] for j in range(TURNS)]
+    )
     triangular = tree.expected_gradient(tree.rewards @ windows.float().T)
     turns = torch.arange(TURNS)
     unfrozen = tree.gradient(
-        lambda theta: sum(tree.expected_reward(theta, r, turns >= t) for t in range(TURNS) for r in range(t, min(TURNS, t + k)))
+        lambda theta: sum(
+            tree.expected_reward(theta, r, turns >= t) for t in range(TURNS) for r in range(t, min(TURNS, t + k))
+        )
     )
     torch.testing.assert_close(triangular, unfrozen, **FINITE_DIFFERENCE)
     frozen = tree.surrogate_gradient(credited(lambda t, r: t <= r < t + k))
@@ -85,7 +92,7 @@ def test_fact_3_triangular_weights_are_another_algorithm(tree, k):
     torch.testing.assert_close(tree.expected_gradient(tree.returns(ppg.Lookahead(k))), frozen, **FINITE_DIFFERENCE)
 
 
-# ---------------------------------------------------------------------------------------------------------------- baselines
+# ---------------------------------------------------------------------------------------------------------------- basel
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="groups of {}".format)
@@ -123,7 +130,9 @@ def test_leave_one_out_is_unbiased_where_dialogues_end_early(ragged_groups, poli
 def test_group_mean_scales_by_one_less_than_the_group(groups, policy_class):
     returns = groups.tree.returns(policy_class)
     expected = groups.tree.expected_gradient(returns) * (groups.size - 1) / groups.size
-    torch.testing.assert_close(groups.expected_gradient(groups.advantages(returns, "group_mean")), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        groups.expected_gradient(groups.advantages(returns, "group_mean")), expected, atol=1e-6, rtol=1e-6
+    )
 
 
 def _off_direction(found, direction):
@@ -144,9 +153,11 @@ def test_standard_deviation_and_pooled_mean_are_biased(groups, policy_class):
 
 
 def test_centring_rewards_instead_of_returns_loses_the_gradient():
-    """One choice: end the dialogue, or go on to a second turn that pays. The number of baselines subtracted depends on that choice."""
+    """One choice: end the dialogue, or go on to a second turn that pays. The number of baselines subtracted depends on
+    that choice."""
     size, p, pay = 8, 0.5, 0.7
-    goes_on = torch.tensor(list(itertools.product((0.0, 1.0), repeat=size)))  # every group, all equally likely at p = 1/2
+    # every group, all equally likely at p = 1/2
+    goes_on = torch.tensor(list(itertools.product((0.0, 1.0), repeat=size)))
     score = goes_on - p  # d log pi / d logit of the choice
     rewards = torch.stack([torch.zeros_like(goes_on), goes_on * pay], -1)  # (groups, size, 2)
     ids, counts = torch.arange(len(goes_on)).repeat_interleave(size), 1 + goes_on.flatten().long()
@@ -164,7 +175,9 @@ def test_centring_rewards_instead_of_returns_loses_the_gradient():
     assert gradient(centred_then_summed) == pytest.approx(0.0, abs=1e-7)
 
 
-@pytest.mark.parametrize("policy_class", [ppg.RewardMask(torch.ones(3, 3, dtype=torch.bool)), ppg.FullPlanning()], ids=["mask", "full"])
+@pytest.mark.parametrize(
+    "policy_class", [ppg.RewardMask(torch.ones(3, 3, dtype=torch.bool)), ppg.FullPlanning()], ids=["mask", "full"]
+)
 def test_terminal_reward_gives_trajectory_level_rloo_and_grpo(policy_class):
     """Every turn of a rollout gets its RLOO or GRPO advantage (TRL's formulas) when all that is rewarded is the end."""
     size, turns = 4, 3
@@ -175,20 +188,28 @@ def test_terminal_reward_gives_trajectory_level_rloo_and_grpo(policy_class):
     ids = torch.arange(2).repeat_interleave(size)
     rloo = outcome - (outcome.sum(1, keepdim=True) - outcome) / (size - 1)
     centred = outcome - outcome.mean(1, keepdim=True)
-    expected = {"leave_one_out": rloo, "group_mean": centred, "group_std": centred / (outcome.std(1, keepdim=True) + 1e-6)}
+    expected = {
+        "leave_one_out": rloo,
+        "group_mean": centred,
+        "group_std": centred / (outcome.std(1, keepdim=True) + 1e-6),
+    }
     for baseline, advantages in expected.items():
-        torch.testing.assert_close(ppg.turn_advantages(returns, ids, baseline), advantages.view(-1, 1).expand(-1, turns))
+        torch.testing.assert_close(
+            ppg.turn_advantages(returns, ids, baseline), advantages.view(-1, 1).expand(-1, turns)
+        )
 
 
 def test_all_ones_mask_adds_nothing_but_noise(tree):
-    """Past rewards have no expected gradient: crediting a turn with the whole dialogue is unbiased, and of larger variance."""
+    """Past rewards have no expected gradient: crediting a turn with the whole dialogue is unbiased, and of larger
+    variance."""
     returns = tree.returns(ppg.RewardMask(torch.ones(TURNS, TURNS, dtype=torch.bool)))
     torch.testing.assert_close(tree.expected_gradient(returns), tree.true_gradient(), **FINITE_DIFFERENCE)
 
 
 @pytest.mark.parametrize(("correlation", "shorter_is_better"), [(-0.75, False), (-0.25, True), (0.5, True)])
 def test_fact_4_a_longer_window_may_have_the_smaller_variance(correlation, shorter_is_better):
-    """Rewards of +-1 that no action influences: dropping the second raises the variance where their correlation is below -1/2."""
+    """Rewards of +-1 that no action influences: dropping the second raises the variance where their correlation is
+    below -1/2."""
     outcomes = torch.tensor(list(itertools.product((0.0, 1.0), (-1.0, 1.0), (-1.0, 1.0))))
     action, rewards = outcomes[:, 0], outcomes[:, 1:].contiguous()
     probability = (1 + correlation * rewards.prod(1)) / 8
@@ -203,7 +224,8 @@ def test_fact_4_a_longer_window_may_have_the_smaller_variance(correlation, short
 
 
 def test_apart_from_full_planning_a_class_is_the_gradient_of_no_function():
-    """The Jacobian of theta -> E[g] is symmetric for a gradient field; for a short window it is not: no objective to improve."""
+    """The Jacobian of theta -> E[g] is symmetric for a gradient field; for a short window it is not: no objective to
+    improve."""
     tree = Tree(3, replies=2, seed=4)
     start = tree.theta.clone()
 
@@ -222,7 +244,7 @@ def test_apart_from_full_planning_a_class_is_the_gradient_of_no_function():
     assert all(curl(c) > FAR for c in (ppg.Greedy(), ppg.Lookahead(2), ppg.Segment(2)))
 
 
-# ------------------------------------------------------------------------------------------------ variance and soft windows
+# ------------------------------------------------------------------------------------------------ variance and soft win
 
 
 def _variance(tree, returns):
@@ -233,7 +255,8 @@ def _variance(tree, returns):
 
 
 def _bound(tree, policy_class):
-    """Worst case over rewards of this size: n (max |score|)^2 (max |reward|)^2 sum_t |S_t|^2, by Cauchy-Schwarz over turns."""
+    """Worst case over rewards of this size: n (max |score|)^2 (max |reward|)^2 sum_t |S_t|^2, by Cauchy-Schwarz over
+    turns."""
     credited_rewards = ppg.partial_returns(torch.eye(tree.turns), policy_class).sum(0)
     largest = float(tree.scores(tree.theta).norm(dim=-1).max()) * float(tree.rewards.abs().max())
     return tree.turns * largest**2 * float(credited_rewards.square().sum())
@@ -251,11 +274,16 @@ def test_fact_4_measured_variance_beside_the_bound(seed):
 
 @pytest.mark.parametrize("gamma", [0.5, 2 / 3])
 def test_a_soft_discount_of_matched_length_is_not_the_hard_window(gamma):
-    """gamma with 1/(1-gamma) = K has the effective length of Lookahead(K), and both have bias; but the hard window is exact where what a
+    """gamma with 1/(1-gamma) = K has the effective length of Lookahead(K), and both have bias; but the hard window is
+    exact where what a
     turn causes comes within K turns, and the soft one is not: it shrinks every delayed reward."""
     length = round(1 / (1 - gamma))
     tree = Tree(4, replies=1, seed=2)
-    hard, soft, truth = tree.returns(ppg.Lookahead(length)), tree.returns(ppg.FullPlanning(), gamma), tree.true_gradient()
+    hard, soft, truth = (
+        tree.returns(ppg.Lookahead(length)),
+        tree.returns(ppg.FullPlanning(), gamma),
+        tree.true_gradient(),
+    )
     for returns in (hard, soft):
         assert (tree.expected_gradient(returns) - truth).norm() > FAR * truth.norm()
     p, delay = 0.5, length - 1  # one choice, paid ``delay`` turns later, and noise-free otherwise
@@ -267,13 +295,16 @@ def test_a_soft_discount_of_matched_length_is_not_the_hard_window(gamma):
         return float(((action - p) * returns[:, 0]).mean())
 
     assert gradient(ppg.partial_returns(rewards, ppg.Lookahead(length))) == pytest.approx(p * (1 - p))
-    assert gradient(ppg.partial_returns(rewards, ppg.FullPlanning(), gamma)) == pytest.approx(gamma**delay * p * (1 - p))
+    assert gradient(ppg.partial_returns(rewards, ppg.FullPlanning(), gamma)) == pytest.approx(
+        gamma**delay * p * (1 - p)
+    )
     assert gradient(ppg.partial_returns(rewards, ppg.Lookahead(length - 1))) == 0.0
 
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_classes_that_are_one_another(count):
-    """One reward is greedy, a window past the end full planning, one segment full planning, segments of one turn greedy; n = 1 too."""
+    """One reward is greedy, a window past the end full planning, one segment full planning, segments of one turn
+    greedy; n = 1 too."""
     rewards = torch.randn(5, count, generator=torch.Generator().manual_seed(0))
     counts = torch.tensor([1, count, max(1, count - 1), 1, count])
     equal = {
@@ -285,12 +316,13 @@ def test_classes_that_are_one_another(count):
         assert all(torch.equal(ppg.partial_returns(rewards, c, 0.75, counts), expected) for c in classes)
 
 
-# ------------------------------------------------------------------------------------------- from rewards to dlogits in one op
+# ------------------------------------------------------------------------------------------- from rewards to dlogits in
 
 
 @pytest.mark.parametrize("name", POLICY_CLASSES)
 def test_partial_policy_loss_has_the_gradient_of_the_surrogate(tree, name):
-    """The whole chain: packed dialogues of context and answers, rewards, one op, and the gradient in theta against J_S."""
+    """The whole chain: packed dialogues of context and answers, rewards, one op, and the gradient in theta against
+    J_S."""
     policy_class, rule = POLICY_CLASSES[name]
     batch, width = len(tree.counts), 1 + tree.tokens
     logits = torch.randn(batch, TURNS, width, 2, generator=tree.random)  # the first token of a turn is context
@@ -300,7 +332,13 @@ def test_partial_policy_loss_has_the_gradient_of_the_surrogate(tree, name):
     turn_ids = torch.where(labels >= 0, torch.arange(TURNS)[:, None], -1)
     logits = logits.view(batch, -1, 2).requires_grad_()
     out = ppg.partial_policy_loss(
-        logits, labels.view(batch, -1), tree.rewards, turn_ids.view(batch, -1), policy_class, turn_counts=tree.counts, reduction="none"
+        logits,
+        labels.view(batch, -1),
+        tree.rewards,
+        turn_ids.view(batch, -1),
+        policy_class,
+        turn_counts=tree.counts,
+        reduction="none",
     )
     (out.loss * tree.probabilities(tree.theta).float()[:, None]).sum().backward()
     dlogits = logits.grad.view(batch, TURNS, width, 2)
@@ -310,7 +348,8 @@ def test_partial_policy_loss_has_the_gradient_of_the_surrogate(tree, name):
 
 
 def test_one_scalar_per_turn_reaches_its_tokens_and_no_others():
-    """Context rows get exact zeros; a turn's rows get its return times (p - 1[v = y]), and a reward moves the turns that are credited."""
+    """Context rows get exact zeros; a turn's rows get its return times (p - 1[v = y]), and a reward moves the turns
+    that are credited."""
     vocabulary, turn_ids = 7, torch.tensor([[-1, 0, 0, -1, 1, 1, 1, -1, 2], [-1, 0, 1, 1, -1, -1, -1, -1, -1]])
     random = torch.Generator().manual_seed(3)
     logits = torch.randn(*turn_ids.shape, vocabulary, generator=random)
@@ -320,7 +359,9 @@ def test_one_scalar_per_turn_reaches_its_tokens_and_no_others():
 
     def dlogits(rewards, policy_class):
         x = logits.clone().requires_grad_()
-        ppg.partial_policy_loss(x, labels, rewards, turn_ids, policy_class, turn_counts=counts, reduction="sum").loss.backward()
+        ppg.partial_policy_loss(
+            x, labels, rewards, turn_ids, policy_class, turn_counts=counts, reduction="sum"
+        ).loss.backward()
         return x.grad
 
     direction = logits.softmax(-1) - torch.nn.functional.one_hot(tokens, vocabulary)

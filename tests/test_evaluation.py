@@ -1,4 +1,5 @@
-"""Evaluation on held-out dialogues: turns on their logged prefix against plain logits, rollouts by turn, a score of own answers."""
+"""Evaluation on held-out dialogues: turns on their logged prefix against plain logits, rollouts by turn, a score of own
+answers."""
 
 import json
 
@@ -8,12 +9,12 @@ import torch
 pytest.importorskip("transformers")
 
 from ppg_fast.config import make_config
-from ppg_fast.data import Sample
-from ppg_fast.evaluation import of_rollouts, on_logged_prefix
+from ppg_fast.dialogues.packing import Sample
 from ppg_fast.jobs import OfflineJob, Progress, ResumableRun
-from ppg_fast.model import PolicyModule, make_model
-from ppg_fast.objective import Objective
+from ppg_fast.models.causal_lm import PolicyModule, make_model
 from ppg_fast.spec import Greedy, Lookahead
+from ppg_fast.training.evaluation import of_rollouts, on_logged_prefix
+from ppg_fast.training.objective import Objective
 
 V = 23
 
@@ -31,7 +32,8 @@ def some_samples():
 
 @pytest.mark.parametrize("max_tokens", [1, 1000])
 def test_turns_on_their_logged_prefix(max_tokens):
-    """Against log-softmax of one dialogue at a time; micro-batches change nothing, nor does the model's mode stay changed."""
+    """Against log-softmax of one dialogue at a time; micro-batches change nothing, nor does the model's mode stay
+    changed."""
     model, samples = make_model(V, width=16, layers=1), some_samples()
     found = on_logged_prefix(PolicyModule(model), samples, Objective(Lookahead(2), gamma=0.5), max_tokens)
     assert model.training == make_model(V, width=16, layers=1).training
@@ -47,7 +49,9 @@ def test_turns_on_their_logged_prefix(max_tokens):
             total, count = total + sum(own), count + len(own)
     for turn in range(3):
         assert found[f"eval/turns/logprob/{turn}"] == pytest.approx(sum(means[turn]) / len(means[turn]), abs=1e-5)
-        assert found[f"eval/turns/weighted_logprob/{turn}"] == pytest.approx(sum(weighted[turn]) / len(weighted[turn]), abs=1e-5)
+        assert found[f"eval/turns/weighted_logprob/{turn}"] == pytest.approx(
+            sum(weighted[turn]) / len(weighted[turn]), abs=1e-5
+        )
     assert found["eval/logprob"] == pytest.approx(total / count, abs=1e-5)
     assert found["eval/weighted_logprob"] == pytest.approx(sum(map(sum, weighted.values())) / 3, abs=1e-5)
 
@@ -74,9 +78,17 @@ def test_rollouts_by_turn():
 def test_an_offline_job_can_score_the_policys_own_answers(tmp_path):
     """`score` is what a reward function plugs into: one reward a turn, metrics of rollouts, scored tables."""
     messages = [{"role": "user", "content": "who ?"}, {"role": "assistant", "content": "anna"}] * 2
-    lines = [json.dumps({"id": str(i), "group_id": "g", "messages": messages, "turn_rewards": [1.0, 0.5]}) for i in range(10)]
+    lines = [
+        json.dumps({"id": str(i), "group_id": "g", "messages": messages, "turn_rewards": [1.0, 0.5]}) for i in range(10)
+    ]
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
-    flags = {"data": str(tmp_path / "log.jsonl"), "output_dir": str(tmp_path / "run"), "width": 16, "layers": 1, "max_new_tokens": 3}
+    flags = {
+        "data": str(tmp_path / "log.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+        "width": 16,
+        "layers": 1,
+        "max_new_tokens": 3,
+    }
     config = make_config({**flags, "max_steps": 2, "eval_every": 1, "vocab_size": 280})
     job = OfflineJob(config)
     job.score = lambda rollout: [float(turn + 1) for turn in range(len(rollout.sample.rewards))]

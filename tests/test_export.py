@@ -1,4 +1,5 @@
-"""Weights for others: adapters merged to the same logits, checkpoints that the Auto classes load, uploads through a stub of the Hub."""
+"""Weights for others: adapters merged to the same logits, checkpoints that the Auto classes load, uploads through a
+stub of the Hub."""
 
 import inspect
 import json
@@ -13,20 +14,21 @@ pytest.importorskip("peft")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ppg_fast import export
-from ppg_fast.adaptation import add_lora
-from ppg_fast.chat_format import make_word_tokenizer
 from ppg_fast.cli import main
 from ppg_fast.config import make_config
+from ppg_fast.dialogues.chat_format import make_word_tokenizer
 from ppg_fast.jobs import RunFolder
-from ppg_fast.model import make_model
+from ppg_fast.models import export
+from ppg_fast.models.adaptation import add_lora
+from ppg_fast.models.causal_lm import make_model
 
 WORDS = ["red", "blue", "green"]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """base/ is a model, adapter/ a LoRA of it whose weights are not zero, logits those of the two together on ``ids``."""
+    """base/ is a model, adapter/ a LoRA of it whose weights are not zero, logits those of the two together on
+    ``ids``."""
     root = tmp_path_factory.mktemp("export")
     tokenizer = make_word_tokenizer(WORDS)
     model = make_model(len(tokenizer), width=32, layers=2)
@@ -86,7 +88,10 @@ def test_what_cannot_be_merged_is_said(folders, tmp_path, capsys):
         ([str(tmp_path / "nowhere"), "-o", str(tmp_path / "x")], "merge wants the folder of a run or of an adapter"),
         ([str(root / "adapter"), "-o", str(tmp_path / "full")], "--output must be a new or empty folder"),
         ([str(root / "adapter"), "-o", str(tmp_path / "x"), "--base", "nowhere"], "(--base FOLDER), got 'nowhere'"),
-        ([str(root / "adapter"), "-o", str(tmp_path / "x"), "--push-to-hub", "noslash"], "must be named user/name, got 'noslash'"),
+        (
+            [str(root / "adapter"), "-o", str(tmp_path / "x"), "--push-to-hub", "noslash"],
+            "must be named user/name, got 'noslash'",
+        ),
     ]
     for arguments, message in cases:
         assert main(["merge", *arguments]) == 1

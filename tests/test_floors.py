@@ -13,13 +13,11 @@ FLOORS = [  # ground first; a room is a module or a package
     ["reference", "kernels", "native"],
     ["backends"],
     ["ops"],
-    ["functional", "ranks"],
-    ["consistent_llms", "varlen_attention", "config", "checkpoint", "adaptation", "optimisers", "endpoint", "decomposition"],
-    ["dialogue"],
-    ["data", "environment", "persona", "problems", "chat_format", "rewards", "prompts"],
-    ["model", "objective", "metrics", "auto"],
-    ["generation", "signals"],
-    ["rollout", "trainer", "partner", "evaluation", "export"],
+    ["functional", "distributed"],
+    ["config", "endpoint"],
+    ["dialogues"],
+    ["models", "rewards"],
+    ["rollouts", "training"],
     ["jobs", "integrations"],
     ["compare"],
     ["bench"],
@@ -27,7 +25,10 @@ FLOORS = [  # ground first; a room is a module or a package
 ]
 CORE = FLOORS[:5]
 FLOOR = {f"ppg_fast.{room}": n for n, rooms in enumerate(FLOORS) for room in rooms}
-FILES = {p: "ppg_fast." + ".".join(p.relative_to(ROOT / "ppg_fast").with_suffix("").parts) for p in (ROOT / "ppg_fast").rglob("*.py")}
+FILES = {
+    p: "ppg_fast." + ".".join(p.relative_to(ROOT / "ppg_fast").with_suffix("").parts)
+    for p in (ROOT / "ppg_fast").rglob("*.py")
+}
 FILES |= {p: f"ppg_fast.kernels.{p.stem}" for p in (ROOT / "kernels/triton").glob("*.py")}
 FILES |= {p: "ppg_fast." + ".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "bench").rglob("*.py")}
 
@@ -37,7 +38,8 @@ def room(module: str) -> str | None:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Every module of ours that the file imports, at its top or inside a function; relative imports stay in the package."""
+    """Every module of ours that the file imports, at its top or inside a function; relative imports stay in the
+    package."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

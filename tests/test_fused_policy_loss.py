@@ -1,4 +1,5 @@
-"""The fused loss on every backend that fuses: every reduction, baseline, policy class, dtype and layout against the contract's oracle."""
+"""The fused loss on every backend that fuses: every reduction, baseline, policy class, dtype and layout against the
+contract's oracle."""
 
 from dataclasses import replace
 
@@ -15,7 +16,17 @@ from ppg_fast.spec import BASELINES, LOSS_TYPES, REDUCTIONS, SEQUENCE_LEVEL
 
 TOKEN_LEVEL = [loss for loss in LOSS_TYPES if loss not in SEQUENCE_LEVEL]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MASKS = (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MASKS = (
+    torch.bool,
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+)
 
 pytestmark = pytest.mark.parametrize("backend", backends.FUSES, indirect=True)
 
@@ -39,11 +50,14 @@ def on(device, function, *arguments, **options):
 
 
 def run(call, backend, device, **more):
-    return on(device, ppg.policy_loss, *call.views, call.labels, call.advantages, **{**call.options, **more}, backend=backend)
+    return on(
+        device, ppg.policy_loss, *call.views, call.labels, call.advantages, **{**call.options, **more}, backend=backend
+    )
 
 
 def partial_call(seed, name, layout, loss_type, reduction, dtype=torch.float32, on_policy=False):
-    """A call, its arguments and options, advantages and active rows of the oracle; ids in another integer dtype each time."""
+    """A call, its arguments and options, advantages and active rows of the oracle; ids in another integer dtype each
+    time."""
     call = Call(draw(seed, layout, loss_type, reduction, on_policy=on_policy), dtype, seed)
     batch, rng, gamma = call.case.batch, np.random.default_rng(seed), (0.9, 1.0, 0.7)[seed % 3]
     rewards, counts, policy_class, plain = turns_of(seed, name, B=4)
@@ -53,8 +67,14 @@ def partial_call(seed, name, layout, loss_type, reduction, dtype=torch.float32, 
     advantages = oracle.turn_advantages(oracle.partial_returns(rewards, plain, gamma, counts), groups, baseline, counts)
     batch.advantages = advantages[batch.sequence, batch.turn]
     integers = (torch.int64, torch.int32, torch.int16)
-    options = {name: v for name, v in call.options.items() if name != "turn_ids"} | {"gamma": gamma, "baseline": baseline}
-    options |= {"group_ids": torch.tensor(groups).to(integers[seed % 2]), "turn_counts": torch.tensor(counts).to(integers[seed // 2 % 3])}
+    options = {name: v for name, v in call.options.items() if name != "turn_ids"} | {
+        "gamma": gamma,
+        "baseline": baseline,
+    }
+    options |= {
+        "group_ids": torch.tensor(groups).to(integers[seed % 2]),
+        "turn_counts": torch.tensor(counts).to(integers[seed // 2 % 3]),
+    }
     turn_ids = call.place(batch.turn, integers[seed // 3 % 3])
     return call, (*call.views, call.labels, torch.tensor(rewards).float(), turn_ids, policy_class), options
 
@@ -76,7 +96,9 @@ def test_from_advantages(layout, loss_type, reduction, backend, device):
 def test_from_rewards(name, reduction, backend, device):
     place = list(CLASSES).index(name) * 5 + REDUCTIONS.index(reduction)
     for seed, layout in ((place, "padded"), (place + 1, "packed")):
-        call, arguments, options = partial_call(seed, name, layout, TOKEN_LEVEL[seed % 3], reduction, DTYPES[seed % 3], seed % 5 == 0)
+        call, arguments, options = partial_call(
+            seed, name, layout, TOKEN_LEVEL[seed % 3], reduction, DTYPES[seed % 3], seed % 5 == 0
+        )
         out = on(device, ppg.partial_policy_loss, *arguments, **options, backend=backend)
         call.check(out, upstream_of(call.case, seed))
 
@@ -86,7 +108,13 @@ def test_equal_returns_have_no_gradient(baseline, backend, device):
     rewards, labels = torch.full((3, 7), 0.1), torch.arange(21).view(3, 7) % 5
     logits = torch.randn(3, 7, 5, device=device, requires_grad=True)
     turns, groups = torch.arange(7, device=device).expand(3, 7), torch.zeros(3, dtype=torch.int64, device=device)
-    options = {"gamma": 0.93, "baseline": baseline, "group_ids": groups, "skip_zero_advantages": True, "backend": backend}
+    options = {
+        "gamma": 0.93,
+        "baseline": baseline,
+        "group_ids": groups,
+        "skip_zero_advantages": True,
+        "backend": backend,
+    }
     out = ppg.partial_policy_loss(logits, labels.to(device), rewards.to(device), turns, "full", **options)
     out.loss.backward()
     assert (out.logprobs != 0).all() == (baseline == "none")
@@ -179,7 +207,9 @@ def test_metrics_are_those_of_the_cpu_and_lazy(backend, device):
             torch.testing.assert_close(metrics[name].cpu(), value, rtol=1e-5, atol=1e-6)
         labels.fill_(0)
         assert torch.equal(metrics["entropy"].cpu(), dict(metrics)["entropy"].cpu())
-        late = ppg.policy_loss(call.views[0].detach().to(device), labels, call.advantages.nan_to_num(0, 0, 0).to(device), backend=backend)
+        late = ppg.policy_loss(
+            call.views[0].detach().to(device), labels, call.advantages.nan_to_num(0, 0, 0).to(device), backend=backend
+        )
         labels.fill_(1)
         with pytest.raises(RuntimeError, match="labels was modified in place"):
             late.metrics["entropy"]
@@ -206,8 +236,21 @@ def test_the_op_is_well_formed_and_compiles_whole(backend, device):
 
 
 def op_arguments(device, backend, reduction, with_grad):
-    x, labels, turns = torch.randn(2, 3, 7, device=device), torch.arange(6).view(2, 3) % 7, torch.tensor([[0, 1, -1], [1, 1, 0]])
-    window = (torch.randn(2, 2, device=device), None, None, None, torch.zeros(2, dtype=torch.int64, device=device), 2, 0, 0.9)
+    x, labels, turns = (
+        torch.randn(2, 3, 7, device=device),
+        torch.arange(6).view(2, 3) % 7,
+        torch.tensor([[0, 1, -1], [1, 1, 0]]),
+    )
+    window = (
+        torch.randn(2, 2, device=device),
+        None,
+        None,
+        None,
+        torch.zeros(2, dtype=torch.int64, device=device),
+        2,
+        0,
+        0.9,
+    )
     numbers = [getattr(ppg.PolicyLossSpec("ppo"), name) for name in ops.NUMBERS]
     columns = (
         labels.to(device),
@@ -217,7 +260,22 @@ def op_arguments(device, backend, reduction, with_grad):
         torch.randn(2, 3, device=device),
         *(None,) * 3,
     )
-    rest = ("leave_one_out", 1e-6, reduction, None, None, 2, None, False, *numbers, True, False, with_grad, False, backend)
+    rest = (
+        "leave_one_out",
+        1e-6,
+        reduction,
+        None,
+        None,
+        2,
+        None,
+        False,
+        *numbers,
+        True,
+        False,
+        with_grad,
+        False,
+        backend,
+    )
     return x.requires_grad_(with_grad), *columns, *window, *rest
 
 
@@ -238,11 +296,21 @@ ERRORS = [  # the arguments of a loss (four of them: from rewards), options, err
     ((X, LABELS, ONES), {"normalizer": torch.tensor(-2.0)}, ValueError, "normalizer.*-2"),
     ((X, LABELS, ONES), {"spec": ppg.PolicyLossSpec(kl_coef=0.1)}, ValueError, "KL term.*ref_logprobs"),
     ((X, LABELS, ONES), {"spec": ppg.PolicyLossSpec(temperature=-ONES)}, ValueError, "temperature.*-1"),
-    ((X[0], LABELS[0], ONES[0]), {"cu_seqlens": torch.tensor([0], dtype=torch.int32)}, ValueError, "cu_seqlens must rise"),
+    (
+        (X[0], LABELS[0], ONES[0]),
+        {"cu_seqlens": torch.tensor([0], dtype=torch.int32)},
+        ValueError,
+        "cu_seqlens must rise",
+    ),
     ((X[0], LABELS[0], ONES[0]), PACKED, ValueError, "cu_seqlens must rise from 0.*3.*5"),
     ((X, LABELS, REWARDS, TURNS + 1), {}, ValueError, "turn_ids must be.*4 at row 4"),
     ((X, LABELS, REWARDS, TURNS - 1), {}, ValueError, "turn_ids must be.*-2"),
-    ((X, LABELS, REWARDS, TURNS), {"turn_counts": torch.tensor([4, 3])}, ValueError, "turn_ids must be.*3 at row 4 .* 3 turns"),
+    (
+        (X, LABELS, REWARDS, TURNS),
+        {"turn_counts": torch.tensor([4, 3])},
+        ValueError,
+        "turn_ids must be.*3 at row 4 .* 3 turns",
+    ),
     ((X, LABELS, REWARDS, TURNS.float()), {}, ValueError, "turn_ids must be integers"),
     ((X, LABELS, REWARDS[:1], TURNS), {}, ValueError, "one row per sequence.*1 rows for 2"),
     ((X, LABELS, REWARDS / 0, TURNS), {}, ValueError, "rewards must be finite"),
@@ -260,7 +328,12 @@ def test_errors_name_the_rule_and_the_value(arguments, options, error, words, ba
 def test_a_logprob_has_the_bits_of_the_pair(backend, device):
     call = Call(draw(21, "cube", "ppo", fixed={"temperature": 0.8, "entropy_coef": 0.02}), seed=21)
     out, spec = run(call, backend, device), call.options["spec"]
-    options = {"temperature": spec.temperature, "logit_softcap": spec.logit_softcap, "backend": backend, "entropy": True}
+    options = {
+        "temperature": spec.temperature,
+        "logit_softcap": spec.logit_softcap,
+        "backend": backend,
+        "entropy": True,
+    }
     mask = call.options["loss_mask"].to(device)
     logprobs, entropy = ppg.token_logprobs(call.views[0].to(device), call.labels.to(device), loss_mask=mask, **options)
     assert torch.equal(out.logprobs, logprobs.cpu())

@@ -1,4 +1,5 @@
-"""Generation in lockstep: the cache against transformers' own, whatever leaves the batch, and memory that does not grow token by token."""
+"""Generation in lockstep: the cache against transformers' own, whatever leaves the batch, and memory that does not grow
+token by token."""
 
 import pytest
 import torch
@@ -8,11 +9,11 @@ pytest.importorskip("transformers")
 from test_rollout import Ragged, make, one_thread, run  # noqa: F401
 from transformers.cache_utils import DynamicLayer
 
-from ppg_fast import model as models
-from ppg_fast.data import pack
-from ppg_fast.generation import LocalSampler, Request, lockstep
-from ppg_fast.generation.lockstep import GrowingLayer, Lockstep
-from ppg_fast.rollout import collect_groups
+from ppg_fast.dialogues.packing import pack
+from ppg_fast.models import causal_lm as models
+from ppg_fast.rollouts.generation import LocalSampler, Request, lockstep
+from ppg_fast.rollouts.generation.lockstep import GrowingLayer, Lockstep
+from ppg_fast.rollouts.rollout import collect_groups
 
 
 def test_a_growing_layer_holds_what_a_concatenating_one_does_and_rarely_allocates(monkeypatch):
@@ -74,7 +75,9 @@ def test_holes_are_squeezed_out(monkeypatch):
         assert reader.kept.shape[1] == 4
         logits = reader.read([[12], [13]])
         for row, tokens in enumerate([[4, 5, 6, 7, 12], [8, 9, 10, 11, 13]]):
-            torch.testing.assert_close(logits[row], model(torch.tensor([tokens]), use_cache=False).logits[0, -1], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                logits[row], model(torch.tensor([tokens]), use_cache=False).logits[0, -1], rtol=1e-4, atol=1e-5
+            )
 
 
 def test_batches_of_any_size_give_the_same_dialogues():
@@ -151,7 +154,7 @@ def test_many_turns_with_entering_and_leaving_keep_the_log_probs(monkeypatch):
 
 def test_a_request_may_end_at_its_limit():
     model, chat = make()
-    sampler = LocalSampler(model.eval(), chat.end_id, chat.unsayable(model.config.vocab_size), 1.0)
+    sampler = LocalSampler(model.eval(), chat.end_id, chat.banned_token_ids(model.config.vocab_size), 1.0)
     with torch.no_grad():
         answers = sampler.answer([Request(i, [4, 5, 6], i + 1, torch.Generator().manual_seed(i)) for i in range(3)])
     assert all(len(a.tokens) == i + 1 or a.ended for i, a in enumerate(answers))

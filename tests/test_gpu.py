@@ -1,4 +1,5 @@
-"""On a GPU: every kernel, dtype and plan against float64, the public contract, graphs, launches, syncs, memory. `make gpu` runs it."""
+"""On a GPU: every kernel, dtype and plan against float64, the public contract, graphs, launches, syncs, memory. `make
+gpu` runs it."""
 
 from dataclasses import replace
 from itertools import product
@@ -16,14 +17,36 @@ from ppg_fast.spec import LOSS_TYPES, REDUCTIONS
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# one CTA in two passes, clusters of 1, 2, 4 and 8, rows that are not aligned, two passes again; a step on either side of a change of plan
-LENGTHS = (2, 7, 100, 1000, 4099, 8192, 8193, 32000, 50257, 65537, 101377, 128256, 151669, 151936, 202752, 262144, 330001, 700001)
+# one CTA in two passes, clusters of 1, 2, 4 and 8, rows that are not aligned, two passes again; a step on either side
+# of a change of plan
+LENGTHS = (
+    2,
+    7,
+    100,
+    1000,
+    4099,
+    8192,
+    8193,
+    32000,
+    50257,
+    65537,
+    101377,
+    128256,
+    151669,
+    151936,
+    202752,
+    262144,
+    330001,
+    700001,
+)
 SPECS = (
     ppg.PolicyLossSpec("ppo", clip_low=0.17, clip_high=0.29, temperature=0.8),
     ppg.PolicyLossSpec("cispo", clip_high=0.31, entropy_coef=0.05, kl_coef=0.13, kl_estimator="k2"),
     ppg.PolicyLossSpec("reinforce", kl_coef=0.09, kl_estimator="k1", logit_softcap=12.0, temperature=1.4),
-    ppg.PolicyLossSpec("ppo", clip_low=0.15, clip_high=0.3, dual_clip=2.5, kl_coef=0.11, importance_cap=1.1, logit_softcap=9.0),
-)  # fmt: skip
+    ppg.PolicyLossSpec(
+        "ppo", clip_low=0.15, clip_high=0.3, dual_clip=2.5, kl_coef=0.11, importance_cap=1.1, logit_softcap=9.0
+    ),
+)
 
 PATHS = list(counts.calls("cpu", True, "reference"))
 
@@ -42,7 +65,8 @@ def gpu_backend(request) -> str:
 
 
 def rows(V, dtype, N=9, seed=0, strided=False, spec=None):
-    """Logits (1, N, V) with NaN in masked rows, labels, advantages with zeros, and the log-probs of three policies near by."""
+    """Logits (1, N, V) with NaN in masked rows, labels, advantages with zeros, and the log-probs of three policies near
+    by."""
     spec, draws = spec or ppg.PolicyLossSpec(), torch.Generator("cuda").manual_seed(seed)
     options = {"generator": draws, "device": "cuda"}
     memory = (3 * torch.randn(1, N + 1, V + 3, **options)).to(dtype)
@@ -51,10 +75,15 @@ def rows(V, dtype, N=9, seed=0, strided=False, spec=None):
     at = torch.arange(N, device="cuda")
     advantages = torch.randn(1, N, **options).where(at % 4 != 2, torch.tensor(0.0, device="cuda"))
     labels = labels.where(at % 4 != 3, torch.tensor(-100, device="cuda"))
-    truth = reference.token_logprobs(logits[0].double(), labels[0], spec.temperature, spec.logit_softcap)[0].float()[None]
+    truth = reference.token_logprobs(logits[0].double(), labels[0], spec.temperature, spec.logit_softcap)[0].float()[
+        None
+    ]
     shifts = torch.tensor([-0.5, -0.05, 0.05, 0.5], device="cuda")[torch.randint(4, (3, 1, N), **options)]
     logits[0, at % 4 == 3] = torch.nan
-    behind = {name: truth - shift for name, shift in zip(("old_logprobs", "ref_logprobs", "rollout_logprobs"), shifts, strict=True)}
+    behind = {
+        name: truth - shift
+        for name, shift in zip(("old_logprobs", "ref_logprobs", "rollout_logprobs"), shifts, strict=True)
+    }
     return logits, labels, advantages, behind
 
 
@@ -67,7 +96,7 @@ def textbook(logits, labels, advantages, behind, spec, dtype):
     return {"loss": out[0], "logprobs": out[1], "entropy": out[2], "dlogits": grad}
 
 
-# ---- values ------------------------------------------------------------------------------------------------------------------------------
+# ---- values ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("V", LENGTHS)
 def test_every_plan_agrees_with_float64(gpu_backend, V, dtype):
@@ -76,12 +105,21 @@ def test_every_plan_agrees_with_float64(gpu_backend, V, dtype):
         logits, labels, advantages, behind = rows(V, dtype, seed=number, strided=strided, spec=spec)
         plain, truth = (textbook(logits, labels, advantages, behind, spec, d) for d in (torch.float32, torch.float64))
         x = logits.requires_grad_()
-        out = ppg.policy_loss(x, labels, advantages, spec=spec, reduction="none", inplace=inplace, backend=gpu_backend, **behind)
+        out = ppg.policy_loss(
+            x, labels, advantages, spec=spec, reduction="none", inplace=inplace, backend=gpu_backend, **behind
+        )
         (grad,) = torch.autograd.grad(out.loss.sum(), x)
         masked = (labels == -100)[0]
-        for name, actual in (("loss", out.loss[0]), ("logprobs", out.logprobs[0]), ("entropy", out.entropy[0]), ("dlogits", grad[0])):
+        for name, actual in (
+            ("loss", out.loss[0]),
+            ("logprobs", out.logprobs[0]),
+            ("entropy", out.entropy[0]),
+            ("dlogits", grad[0]),
+        ):
             keep = ~masked
-            assert_as_good_as(actual[keep], plain[name][keep].cpu(), truth[name][keep].double().cpu(), f"{name} of {spec.loss_type}")
+            assert_as_good_as(
+                actual[keep], plain[name][keep].cpu(), truth[name][keep].double().cpu(), f"{name} of {spec.loss_type}"
+            )
         assert (grad[0][masked] == 0).all()
         assert (out.logprobs[0][masked] == 0).all()
 
@@ -131,7 +169,9 @@ def test_the_same_bits_every_time_and_in_every_batch(gpu_backend, V):
 
     def call(some):
         x = logits[:, some].clone().requires_grad_()
-        out = ppg.policy_loss(x, labels[:, some], advantages[:, some], **{k: v[:, some] for k, v in behind.items()}, **options)
+        out = ppg.policy_loss(
+            x, labels[:, some], advantages[:, some], **{k: v[:, some] for k, v in behind.items()}, **options
+        )
         return out.loss.detach(), out.logprobs, torch.autograd.grad(out.loss, x)[0]
 
     first = call(slice(None))
@@ -153,7 +193,7 @@ def test_returns_agree_with_the_cpu(gpu_backend):
         torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
-# ---- the public contract, against the oracle ---------------------------------------------------------------------------------------------
+# ---- the public contract, against the oracle -------------------------------------------------------------------------
 class OnGpu(Call):
     """A call of the contract on the device. Its leaves stay where they are: gradients come back to them."""
 
@@ -188,7 +228,7 @@ def test_the_contract(gpu_backend, loss_type, layout, linear):
         call.check(call(), upstream)
 
 
-# ---- graphs, launches, syncs, memory -----------------------------------------------------------------------------------------------------
+# ---- graphs, launches, syncs, memory ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("path", PATHS)
 def test_a_graph_replays_with_new_numbers(gpu_backend, path):
     """Captured once, replayed after the inputs have changed in place: the values of an eager call."""
@@ -223,7 +263,8 @@ MOST_LAUNCHES = {"rewards and logits to loss and dlogits": 2, "advantages and lo
 
 @pytest.mark.parametrize("path", MOST_LAUNCHES)
 def test_launches(path):
-    """To the loss and dlogits. The backward pass has two more: autograd makes a 1, and dlogits is multiplied by it, or rather is not."""
+    """To the loss and dlogits. The backward pass has two more: autograd makes a 1, and dlogits is multiplied by it, or
+    rather is not."""
     call = counts.calls("cuda", False)[path]
     call()
     names = counts.launches(lambda: call(False))
@@ -240,7 +281,8 @@ def test_syncs(gpu_backend, path):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_the_head_is_lean_and_right(monkeypatch, overlap):
-    """Peak memory: a chunk of logits, or two with the second stream, d_weight in float32 and what comes out. And 16-bit GEMMs alone."""
+    """Peak memory: a chunk of logits, or two with the second stream, d_weight in float32 and what comes out. And 16-bit
+    GEMMs alone."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     monkeypatch.setattr(head_ops, "OVERLAP", overlap)
@@ -284,7 +326,9 @@ def test_the_head_is_lean_and_right(monkeypatch, overlap):
     numbers = [getattr(ppg.PolicyLossSpec(), name) for name in NUMBERS]
     with torch.no_grad(), Watch():
         plan = (False, backends.default("cuda"), chunk, N)
-        _loss_and_gradients(hidden, weight, None, labels, advantages, *[None] * 5, *numbers, True, True, *plan, [True, True, False])
+        _loss_and_gradients(
+            hidden, weight, None, labels, advantages, *[None] * 5, *numbers, True, True, *plan, [True, True, False]
+        )
     assert len(seen) == 3 * N // chunk
     assert {dtype for pair in seen for dtype in pair} == {torch.bfloat16}
 

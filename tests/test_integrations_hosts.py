@@ -21,7 +21,7 @@ def run(code, *paths):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=environment)
 
 
-# ---- absent, old, broken ----------------------------------------------------------------------------------------------------------------
+# ---- absent, old, broken ---------------------------------------------------------------------------------------------
 def test_nothing_of_a_host_is_imported():
     hosts = "verl|prime_rl|skyrl|slime|nemo_rl|ray|megatron"
     done = run(
@@ -47,7 +47,10 @@ def test_a_missing_host_is_one_line(call, needed):
     assert "\n" not in str(error.value)
 
 
-PLUGIN = "__version__ = {version!r}\ntry:\n    import ppg_fast.integrations.verl\nexcept Exception:\n    pass\nprint('verl lives')\n"
+PLUGIN = (
+    "__version__ = {version!r}\ntry:\n    import ppg_fast.integrations.verl\nexcept Exception:\n    "
+    "pass\nprint('verl lives')\n"
+)
 
 
 def fake_verl(folder, version):
@@ -76,21 +79,26 @@ def test_verl_finds_the_plugin():
     assert (ROOT / "ppg_fast/integrations/verl/__init__.py").is_file()
 
 
-# ---- turns -------------------------------------------------------------------------------------------------------------------------------
+# ---- turns -----------------------------------------------------------------------------------------------------------
 def test_turns_and_rewards_of_a_mask():
     mask = torch.tensor([[0, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
     ids = turns.turn_ids_of_mask(mask)
     assert ids.tolist() == [[-1, 0, 0, -1, 1, -1], [0] * 6, [-1] * 6]
     assert turns.turn_counts(ids).tolist() == [2, 1, 0]
     assert turns.last_tokens(ids).nonzero().tolist() == [[0, 2], [0, 4], [1, 5]]
-    rewards = torch.tensor([[0, 1.0, 2.0, 4.0, 8.0, 16.0], [1.0] * 6, [5.0] * 6])  # between turns: the turn before; without turns: ignored
+    # between turns: the turn before; without turns: ignored
+    rewards = torch.tensor([[0, 1.0, 2.0, 4.0, 8.0, 16.0], [1.0] * 6, [5.0] * 6])
     assert turns.rewards_of_turns(rewards, ids).tolist() == [[7.0, 24.0], [6.0, 0.0], [0.0, 0.0]]
     with pytest.raises(ValueError, match=r"before the first turn .* got \[\[0, 0\]\]"):
         turns.rewards_of_turns(torch.ones(3, 6), ids)
     with pytest.raises(ValueError, match="shape of the mask"):
         turns.rewards_of_turns(torch.ones(3, 5), ids)
     given = [[0.5, -1.0], [2.0], []]
-    assert turns.rewards_of_turns(turns.place_turn_rewards(given, ids), ids).tolist() == [[0.5, -1.0], [2.0, 0.0], [0.0, 0.0]]
+    assert turns.rewards_of_turns(turns.place_turn_rewards(given, ids), ids).tolist() == [
+        [0.5, -1.0],
+        [2.0, 0.0],
+        [0.0, 0.0],
+    ]
     with pytest.raises(ValueError, match="row 1 has 1 turns and needs as many rewards"):
         turns.place_turn_rewards([[0.5, -1.0], [2.0, 1.0], []], ids)
     assert turns.group_numbers(["b", "a", "b"], mask.device).tolist() == [0, 1, 0]

@@ -1,4 +1,5 @@
-"""Packed rows, whole training runs and transformers' own Trainer through a patched model: equal to the same without the patch."""
+"""Packed rows, whole training runs and transformers' own Trainer through a patched model: equal to the same without the
+patch."""
 
 import copy
 
@@ -11,7 +12,7 @@ import transformers
 from test_integrations_transformers import SIZES, tiny, with_lora
 
 import ppg_fast as ppg
-from ppg_fast.data import Sample
+from ppg_fast.dialogues.packing import Sample
 from ppg_fast.integrations.transformers import PACKED_ATTENTION, PackedCollator, patch
 
 V = SIZES["vocab_size"]
@@ -32,11 +33,21 @@ def dialogues(lengths=(13, 1, 9, 17), seed=3):
     made = []
     for number, n in enumerate(lengths):
         tokens = torch.randint(2, V, (n,), generator=generator)
-        turn_ids = torch.tensor([0 if 3 <= i < 5 else 1 if 5 <= i < 8 else 2 if 10 <= i < n - 1 else -1 for i in range(n)])
+        turn_ids = torch.tensor(
+            [0 if 3 <= i < 5 else 1 if 5 <= i < 8 else 2 if 10 <= i < n - 1 else -1 for i in range(n)]
+        )
         turns = int(turn_ids.max()) + 1
         rewards = torch.randn(turns, generator=generator)
         logprobs = -torch.rand(n, generator=generator)
-        made.append({"input_ids": tokens, "turn_ids": turn_ids, "rewards": rewards, "group_id": number % 2, "rollout_logprobs": logprobs})
+        made.append(
+            {
+                "input_ids": tokens,
+                "turn_ids": turn_ids,
+                "rewards": rewards,
+                "group_id": number % 2,
+                "rollout_logprobs": logprobs,
+            }
+        )
     return made
 
 
@@ -48,7 +59,11 @@ def alone(model, dialogue):
     return logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0].where(taken, 0.0)
 
 
-PACKABLE = [(family, attention) for family in ("Qwen3", "Mistral", "Gemma2") for attention in ("eager", "sdpa", PACKED_ATTENTION)]
+PACKABLE = [
+    (family, attention)
+    for family in ("Qwen3", "Mistral", "Gemma2")
+    for attention in ("eager", "sdpa", PACKED_ATTENTION)
+]
 PACKABLE.remove(("Gemma2", "sdpa"))  # transformers' sdpa leaves out the softcap of the scores
 
 
@@ -66,7 +81,9 @@ def test_packed_log_probs_equal_those_of_each_dialogue_alone(family, attention):
         torch.testing.assert_close(own[1:], expected[:-1], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("changes", [{"use_cache": True}, {"attention_mask": torch.ones(1, 40, dtype=torch.long)}], ids=["cache", "mask"])
+@pytest.mark.parametrize(
+    "changes", [{"use_cache": True}, {"attention_mask": torch.ones(1, 40, dtype=torch.long)}], ids=["cache", "mask"]
+)
 def test_what_the_collator_leaves_out_would_mix_the_dialogues(changes):
     """The trap it is there for: transformers says nothing where packed dialogues see each other."""
     model, parts = tiny("Qwen3"), dialogues()
@@ -92,7 +109,9 @@ def test_no_label_crosses_from_one_dialogue_to_the_next():
     assert (batch["turn_ids"][0, ends] == -1).all()
     assert (batch["labels"][0, starts] == -100).all()
     assert (batch["shift_labels"] != -100).sum() == (batch["labels"] != -100).sum() == 40 - len(parts)
-    assert torch.equal(batch["shift_labels"][0, :-1][batch["shift_labels"][0, :-1] != -100], batch["labels"][batch["labels"] != -100])
+    assert torch.equal(
+        batch["shift_labels"][0, :-1][batch["shift_labels"][0, :-1] != -100], batch["labels"][batch["labels"] != -100]
+    )
     assert batch["position_ids"][0, starts].eq(0).all()
     assert batch["max_length_q"] == 17
     assert batch["turn_counts"].tolist() == [1, 1, 1, 1]
@@ -102,7 +121,10 @@ def test_bounds_keep_labels_of_other_collators_apart():
     """Labels equal to input_ids across a bound are masked where the bounds are known."""
     model, parts = tiny("Qwen3"), dialogues()
     batch = PackedCollator()(parts)
-    bounds = {name: batch[name] for name in ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
+    bounds = {
+        name: batch[name]
+        for name in ("input_ids", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    }
     with patch(model):
         logprobs = model(**bounds, labels=batch["input_ids"]).logprobs[0]
     assert not logprobs[batch["cu_seq_lens_q"][:-1].long()].any()
@@ -112,7 +134,13 @@ def test_bounds_keep_labels_of_other_collators_apart():
 def test_samples_and_mappings_collate_alike():
     parts = dialogues()
     samples = [
-        Sample(d["input_ids"].tolist(), d["turn_ids"].tolist(), d["rewards"].tolist(), d["group_id"], d["rollout_logprobs"].tolist())
+        Sample(
+            d["input_ids"].tolist(),
+            d["turn_ids"].tolist(),
+            d["rewards"].tolist(),
+            d["group_id"],
+            d["rollout_logprobs"].tolist(),
+        )
         for d in parts
     ]
     ours, theirs = PackedCollator()(parts), PackedCollator()(samples)
@@ -140,12 +168,18 @@ RECURRENT = {"Mamba": {"state_size": 8}, "Lfm2": {"layer_types": ["conv", "full_
 @pytest.mark.parametrize("family", RECURRENT)
 def test_layers_that_carry_a_state_over_the_bounds_are_refused(family):
     """transformers mixes such dialogues without a word; padded ones are fine."""
-    model, batch = transformers.AutoModelForCausalLM.from_config(recurrent_config(family)).eval(), PackedCollator()(dialogues())
+    model, batch = (
+        transformers.AutoModelForCausalLM.from_config(recurrent_config(family)).eval(),
+        PackedCollator()(dialogues()),
+    )
     call = {name: batch[name] for name in ("input_ids", "shift_labels", "position_ids")}
     expected = torch.cat([alone(model, part) for part in dialogues()])
     with patch(model):
         assert (model(**call).logprobs[0] - expected).abs().max() > 0.1
-        with pytest.raises(ValueError, match=f"dialogues can be packed for layers of full_attention.*pad them for {family.lower()}, got"):
+        with pytest.raises(
+            ValueError,
+            match=f"dialogues can be packed for layers of full_attention.*pad them for {family.lower()}, got",
+        ):
             model(**call, cu_seq_lens_q=batch["cu_seq_lens_q"])
         padded = model(input_ids=batch["input_ids"][:, :13], labels=batch["input_ids"][:, :13])
     assert padded.loss > 0
@@ -154,7 +188,9 @@ def test_layers_that_carry_a_state_over_the_bounds_are_refused(family):
 def recurrent_config(family):
     torch.manual_seed(0)
     kept = {
-        k: v for k, v in SIZES.items() if family != "Mamba" or k in ("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range")
+        k: v
+        for k, v in SIZES.items()
+        if family != "Mamba" or k in ("vocab_size", "hidden_size", "num_hidden_layers", "initializer_range")
     }
     return getattr(transformers, f"{family}Config")(**kept, **RECURRENT[family])
 
@@ -162,22 +198,34 @@ def recurrent_config(family):
 def test_the_loss_of_a_packed_batch_equals_the_loss_from_its_own_logits():
     model, batch = tiny("Granite"), PackedCollator()(dialogues())
     spec = ppg.PolicyLossSpec("gspo_turn", clip_low=0.3, clip_high=0.4, temperature=0.9, importance_cap=1.5)
-    turns = {"gamma": 0.9, "baseline": "leave_one_out", "group_ids": batch["group_ids"], "turn_counts": batch["turn_counts"]}
+    turns = {
+        "gamma": 0.9,
+        "baseline": "leave_one_out",
+        "group_ids": batch["group_ids"],
+        "turn_counts": batch["turn_counts"],
+    }
     old = batch["rollout_logprobs"] - 3.0
     logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     expected = ppg.partial_policy_loss(
         logits, batch["shift_labels"], batch["rewards"], batch["turn_ids"], "lookahead:2", old_logprobs=old, spec=spec,
-        rollout_logprobs=batch["rollout_logprobs"], cu_seqlens=batch["cu_seq_lens_q"], reduction="sequence_mean", **turns,
+        rollout_logprobs=batch["rollout_logprobs"], cu_seqlens=batch["cu_seq_lens_q"], reduction="sequence_mean",
+        **turns,
     )  # fmt: skip
-    with patch(model, spec=spec, policy_class="lookahead:2", gamma=0.9, baseline="leave_one_out", reduction="sequence_mean"):
+    with patch(
+        model, spec=spec, policy_class="lookahead:2", gamma=0.9, baseline="leave_one_out", reduction="sequence_mean"
+    ):
         out = model(**batch, old_logprobs=old)
     torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.logprobs, expected.logprobs, rtol=1e-4, atol=1e-5)
-    for a, b in zip(torch.autograd.grad(out.loss, model.parameters()), torch.autograd.grad(expected.loss, model.parameters()), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(out.loss, model.parameters()),
+        torch.autograd.grad(expected.loss, model.parameters()),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-# ---- training ---------------------------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 SPEC = ppg.PolicyLossSpec("ppo", clip_low=0.2, clip_high=0.3, kl_coef=0.02, temperature=0.9)
 STEPS = 6
 
@@ -199,7 +247,11 @@ def losses_of_training(model, through_the_head):
             with patch(model, spec=SPEC, policy_class="segment:2", **settings):
                 loss = model(**batch, old_logprobs=old, ref_logprobs=ref).loss
         else:
-            turns = {"group_ids": batch["group_ids"], "turn_counts": batch["turn_counts"], "cu_seqlens": batch["cu_seq_lens_q"]}
+            turns = {
+                "group_ids": batch["group_ids"],
+                "turn_counts": batch["turn_counts"],
+                "cu_seqlens": batch["cu_seq_lens_q"],
+            }
             dialogues_of = batch["shift_labels"], batch["rewards"], batch["turn_ids"], "segment:2"
             options = {"old_logprobs": old, "ref_logprobs": ref, "spec": SPEC, **turns, **settings}
             loss = ppg.partial_policy_loss(model(**inputs).logits, *dialogues_of, **options).loss
@@ -224,7 +276,8 @@ def test_training_with_the_patch_equals_training_without_it_step_by_step(family,
 
 
 class Rows(torch.utils.data.Dataset):
-    """Eight rows of one length with a label, an advantage and an old log-prob per token, and columns nobody asked for."""
+    """Eight rows of one length with a label, an advantage and an old log-prob per token, and columns nobody asked
+    for."""
 
     def __len__(self):
         return 8
@@ -233,11 +286,17 @@ class Rows(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(index)
         ids = torch.randint(2, V, (10,), generator=generator)
         labels = ids.masked_fill(torch.arange(10) < 2 + index % 3, -100)
-        return {"input_ids": ids, "labels": labels, "advantages": torch.randn(10, generator=generator), "remark": torch.zeros(1)}
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "advantages": torch.randn(10, generator=generator),
+            "remark": torch.zeros(1),
+        }
 
 
 class WithoutPatch(transformers.Trainer):
-    """What a user of transformers' Trainer would write by hand: the loss from logits, divided by the items of the whole window."""
+    """What a user of transformers' Trainer would write by hand: the loss from logits, divided by the items of the whole
+    window."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         advantages = inputs.pop("advantages")
@@ -249,7 +308,8 @@ class WithoutPatch(transformers.Trainer):
 
 def trainer_losses(model, trainer, folder, **arguments):
     settings = transformers.TrainingArguments(
-        str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, logging_steps=1, learning_rate=3e-3,
+        str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, logging_steps=1,
+        learning_rate=3e-3,
         save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, seed=3, **arguments,
     )  # fmt: skip
     trained = trainer(model=model, args=settings, train_dataset=Rows())

@@ -72,7 +72,14 @@ def prime(monkeypatch):
 
 @pytest.mark.parametrize("loss_type", ["ppo", "reinforce", "cispo", "gspo", "gspo_turn"])
 def test_prime_rl_sums_a_sample_and_the_trainer_divides(batch, prime, loss_type):
-    kwargs = {"loss_type": loss_type, "clip_low": 0.1, "clip_high": 0.15, "dual_clip": 1.3, "kl_coef": 0.2, "kl_estimator": "k2"}
+    kwargs = {
+        "loss_type": loss_type,
+        "clip_low": 0.1,
+        "clip_high": 0.15,
+        "dual_clip": 1.3,
+        "kl_coef": 0.2,
+        "kl_estimator": "k2",
+    }
     logprobs, scale = own_logprobs(batch), batch.mask.sum()
     columns = zip(logprobs, batch.old, batch.ref, batch.advantages, batch.mask.bool(), strict=True)
     outputs = [prime.ppg_loss(LossInputs(*sample), **kwargs) for sample in columns]
@@ -85,7 +92,9 @@ def test_prime_rl_sums_a_sample_and_the_trainer_divides(batch, prime, loss_type)
 
 def test_prime_rl_weights_and_errors(batch, prime):
     def inputs(**fields):
-        return LossInputs(own_logprobs(batch)[0], batch.old[0], None, batch.advantages[0], batch.mask[0].bool(), **fields)
+        return LossInputs(
+            own_logprobs(batch)[0], batch.old[0], None, batch.advantages[0], batch.mask[0].bool(), **fields
+        )
 
     whole, halved = prime.ppg_loss(inputs()).loss, prime.ppg_loss(inputs(loss_weights=torch.full((9,), 0.5))).loss
     torch.testing.assert_close(halved, whole / 2)
@@ -100,7 +109,8 @@ def test_prime_rl_credits_turns(prime):
     for mask, rewards in zip(MASK[:3], TURN_REWARDS[:3], strict=True):
         ids, nodes = turns.turn_ids_of_mask(mask[None])[0], []
         for t in range(len(rewards)):
-            nodes += [Node([0, 0]), Node([0, *[1] * int((ids == t).sum())])]  # an observation, then a turn with a template token before it
+            # an observation, then a turn with a template token before it
+            nodes += [Node([0, 0]), Node([0, *[1] * int((ids == t).sum())])]
         traces.append(Trace(nodes, {"turn_rewards": rewards}))
 
     class Algorithm:  # its documented hook

@@ -97,7 +97,14 @@ def test_skyrl_sums_what_the_advantages_have_scaled(batch, sky, loss_type):
     loss, metrics = registries["loss"]["ppg"](*arguments, rollout_logprobs=batch.rollout)
     same(loss, batch, truth(batch, ppg.PolicyLossSpec(loss_type, clip_low=0.1, clip_high=0.15)))
     assert {"clip_ratio", "corrected"} <= set(metrics)
-    capped = (own_logprobs(batch), batch.old, scaled, AlgorithmConfig(off_policy_correction=1.1), batch.mask.float(), batch.rollout)
+    capped = (
+        own_logprobs(batch),
+        batch.old,
+        scaled,
+        AlgorithmConfig(off_policy_correction=1.1),
+        batch.mask.float(),
+        batch.rollout,
+    )
     corrected = ppg.PolicyLossSpec(loss_type, clip_low=0.1, clip_high=0.15, importance_cap=1.1)
     same(registries["loss"]["ppg"](*capped)[0], batch, truth(batch, corrected))
     assert registries["loss"]["ppg"].__name__ == "ppg_policy_loss"

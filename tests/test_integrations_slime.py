@@ -24,8 +24,10 @@ class Sample:
 
 def slime_args(**fields):
     numbers = {
-        "eps_clip": 0.1, "eps_clip_high": 0.15, "eps_clip_c": 1.3, "entropy_coef": 0.05, "use_kl_loss": True, "kl_loss_coef": 0.2,
-        "kl_loss_type": "low_var_kl", "rollout_temperature": 0.8, "use_rollout_logprobs": False, "use_tis": False, "tis_clip": 1.2,
+        "eps_clip": 0.1, "eps_clip_high": 0.15, "eps_clip_c": 1.3, "entropy_coef": 0.05, "use_kl_loss": True,
+        "kl_loss_coef": 0.2,
+        "kl_loss_type": "low_var_kl", "rollout_temperature": 0.8, "use_rollout_logprobs": False, "use_tis": False,
+        "tis_clip": 1.2,
     }  # fmt: skip
     return SimpleNamespace(**{**numbers, **fields})
 
@@ -33,9 +35,15 @@ def slime_args(**fields):
 @pytest.fixture
 def slime(monkeypatch):
     sizes = SimpleNamespace(tp=1, cp=1)
-    mpu = SimpleNamespace(get_tensor_model_parallel_world_size=lambda: sizes.tp, get_context_parallel_world_size=lambda: sizes.cp)
+    mpu = SimpleNamespace(
+        get_tensor_model_parallel_world_size=lambda: sizes.tp, get_context_parallel_world_size=lambda: sizes.cp
+    )
     put(monkeypatch, "megatron.core", mpu=mpu)
-    put(monkeypatch, "slime.backends.megatron_utils.cp_utils", slice_log_prob_with_cp=lambda values, total, response: values[:: sizes.cp])
+    put(
+        monkeypatch,
+        "slime.backends.megatron_utils.cp_utils",
+        slice_log_prob_with_cp=lambda values, total, response: values[:: sizes.cp],
+    )
     return import_module("ppg_fast.integrations.slime"), sizes
 
 
@@ -79,7 +87,8 @@ def test_slime_without_rewards_of_turns_is_rloo(slime):
 @pytest.mark.parametrize("old", ["log_probs", "rollout_log_probs", None])
 @pytest.mark.parametrize(("padding", "use_tis"), [(0, False), (3, True)])
 def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, use_tis):
-    """Naive PyTorch in the order of slime's own loss: temperature, log-probs, entropy, clipped ratio, KL, its reducer."""
+    """Naive PyTorch in the order of slime's own loss: temperature, log-probs, entropy, clipped ratio, KL, its
+    reducer."""
     module, _ = slime
     torch.manual_seed(5)
     totals, responses, V = [6, 9, 5], [4, 7, 2], 19
@@ -106,7 +115,9 @@ def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, use_
     dirty = [a.masked_fill(m == 0, torch.nan) for a, m in zip(batch["advantages"], masks, strict=True)]
     loss, metrics = module.ppg_loss(args, {**batch, "advantages": dirty}, logits, reduce)
     scaled, starts = torch.log_softmax(logits[0] / 0.8, -1), [0, 6, 15]
-    rows = torch.cat([torch.arange(s + n - R - 1, s + n - 1) for s, n, R in zip(starts, totals, responses, strict=True)])
+    rows = torch.cat(
+        [torch.arange(s + n - R - 1, s + n - 1) for s, n, R in zip(starts, totals, responses, strict=True)]
+    )
     taken = torch.cat([t[-R:] for t, R in zip(tokens, responses, strict=True)])
     logprobs = scaled[rows].gather(1, taken[:, None])[:, 0]
     entropy = -(scaled[rows].exp() * scaled[rows]).sum(-1)
@@ -130,11 +141,22 @@ def test_slime_loss_keeps_its_samples_apart(slime, loss_type):
     module, _ = slime
     torch.manual_seed(6)
     totals, responses = [6, 9], [4, 7]
-    logits, args = torch.randn(1, 15, 19), slime_args(ppg_loss_type=loss_type, use_tis=True, entropy_coef=0.0, use_kl_loss=False)
-    fields = {"log_probs": lambda n: -2 - torch.rand(n), "rollout_log_probs": lambda n: -2 - torch.rand(n), "advantages": torch.randn}
+    logits, args = (
+        torch.randn(1, 15, 19),
+        slime_args(ppg_loss_type=loss_type, use_tis=True, entropy_coef=0.0, use_kl_loss=False),
+    )
+    fields = {
+        "log_probs": lambda n: -2 - torch.rand(n),
+        "rollout_log_probs": lambda n: -2 - torch.rand(n),
+        "advantages": torch.randn,
+    }
     batch = {name: [make(n) for n in responses] for name, make in fields.items()}
     masks = [torch.tensor(m) for m in ([1, 0, 1, 1], [1, 1, 0, 0, 1, 1, 0])]
-    batch |= {"unconcat_tokens": [torch.randint(19, (n,)) for n in totals], "loss_masks": masks, "total_lengths": totals}
+    batch |= {
+        "unconcat_tokens": [torch.randint(19, (n,)) for n in totals],
+        "loss_masks": masks,
+        "total_lengths": totals,
+    }
     batch["response_lengths"] = responses
     both, _ = module.ppg_loss(args, batch, logits, torch.sum)
     alone = []

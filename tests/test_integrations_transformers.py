@@ -1,4 +1,5 @@
-"""transformers' causal LMs with a policy loss in place of their logits, family by family, against their own logits in float64."""
+"""transformers' causal LMs with a policy loss in place of their logits, family by family, against their own logits in
+float64."""
 
 import copy
 import importlib.metadata
@@ -39,7 +40,12 @@ HEADS = {  # what stands between hidden states and logits, by family, none at it
     "Qwen3": {},
     "Mistral": {"sliding_window": 5},
     "Phi": {},  # a bias
-    "Gemma2": {"final_logit_softcapping": 2.5, "attn_logit_softcapping": 3.0, "sliding_window": 4, "query_pre_attn_scalar": 11},
+    "Gemma2": {
+        "final_logit_softcapping": 2.5,
+        "attn_logit_softcapping": 3.0,
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 11,
+    },
     "Granite": {"logits_scaling": 3.0},
     "Cohere": {"logit_scale": 0.3},
     "HyperCLOVAX": {"logits_scaling": 0.7},
@@ -66,7 +72,9 @@ def one_thread():
 def tiny(family="Llama", tied=False, **changes):
     """A two-layer model of random weights, with a random bias where the head has one."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **HEADS.get(family, {}), "tie_word_embeddings": tied, **changes})
+    config = getattr(transformers, f"{family}Config")(
+        **{**SIZES, **HEADS.get(family, {}), "tie_word_embeddings": tied, **changes}
+    )
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     if model.lm_head.bias is not None:
         torch.nn.init.normal_(model.lm_head.bias)
@@ -77,7 +85,8 @@ def tiny(family="Llama", tied=False, **changes):
 def batch():
     """Padded dialogues of uneven length, labels as transformers wants them, and a full set of per-token arguments."""
     ids = torch.randint(2, V, (B, L))
-    mask = (torch.arange(L) < torch.tensor([[L], [8], [9]])).long()  # less padding than a window: in float64 transformers makes NaN of it
+    # less padding than a window: in float64 transformers makes NaN of it
+    mask = (torch.arange(L) < torch.tensor([[L], [8], [9]])).long()
     labels = ids.masked_fill((mask == 0) | (torch.arange(L) < 3), -100)
     return {
         "inputs": {"input_ids": ids, "attention_mask": mask},
@@ -88,12 +97,17 @@ def batch():
     }
 
 
-SPEC = ppg.PolicyLossSpec("ppo", clip_low=0.3, clip_high=0.4, kl_coef=0.07, kl_estimator="k3", entropy_coef=0.05, temperature=0.8)
+SPEC = ppg.PolicyLossSpec(
+    "ppo", clip_low=0.3, clip_high=0.4, kl_coef=0.07, kl_estimator="k3", entropy_coef=0.05, temperature=0.8
+)
 
 
 def expected_loss(logits, batch, spec=SPEC):
     """PPO with k3 and entropy bonus, token mean, by plain PyTorch in the dtype of the logits."""
-    labels, values = batch["labels"][:, 1:], {k: v[:, 1:].to(logits.dtype) for k, v in batch.items() if k not in ("inputs", "labels")}
+    labels, values = (
+        batch["labels"][:, 1:],
+        {k: v[:, 1:].to(logits.dtype) for k, v in batch.items() if k not in ("inputs", "labels")},
+    )
     all_logprobs = (logits[:, :-1] / spec.temperature).log_softmax(-1)
     logprobs = all_logprobs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     ratio, A = (logprobs - values["old_logprobs"]).exp(), values["advantages"]
@@ -107,11 +121,14 @@ def expected_loss(logits, batch, spec=SPEC):
 
 def gradients(loss, model):
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return dict(zip([n for n, _ in named], torch.autograd.grad(loss, [p for _, p in named], allow_unused=True), strict=True))
+    return dict(
+        zip([n for n, _ in named], torch.autograd.grad(loss, [p for _, p in named], allow_unused=True), strict=True)
+    )
 
 
 def assert_equals_own_logits(model, batch):
-    """Loss, log-probs and every gradient of the patched model, no worse than through its own logits, measured in float64."""
+    """Loss, log-probs and every gradient of the patched model, no worse than through its own logits, measured in
+    float64."""
     exact = copy.deepcopy(model).double()
     truth, true_logprobs = expected_loss(exact(**batch["inputs"]).logits, batch)
     plain, plain_logprobs = expected_loss(model(**batch["inputs"]).logits, batch)
@@ -135,7 +152,14 @@ def test_values_and_gradients_equal_those_of_the_models_own_logits(family, tied,
 
 def test_a_scale_in_front_of_the_head_is_seen(batch):
     """MiniCPM3 divides its hidden states by config.logits_scaling, where Granite divides the logits by it."""
-    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
+    latent = {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    }
     model = tiny("MiniCPM3", dim_model_base=8, **latent)
     assert model.config.logits_scaling == 3.0
     assert logit_rule(model) == LogitRule(1.0, 0.0, V)
@@ -181,7 +205,9 @@ def test_rows_of_the_head_beyond_the_vocabulary_take_no_part(batch):
     ids=["scale", "softcap", "centred", "a token forbidden"],
 )
 def test_logits_that_the_config_does_not_explain_are_refused(rework):
-    with pytest.raises(ValueError, match=r"logits of Reworked must be a scale and softcap of hidden W\^T \+ b that its config names"):
+    with pytest.raises(
+        ValueError, match=r"logits of Reworked must be a scale and softcap of hidden W\^T \+ b that its config names"
+    ):
         patch(reworked(rework))
 
 
@@ -194,7 +220,7 @@ def test_a_model_in_training_with_dropout_is_recognised_and_left_as_it_was():
     assert not model.lm_head._forward_pre_hooks
 
 
-# ---- the logits never exist -------------------------------------------------------------------------------------------------------------
+# ---- the logits never exist ------------------------------------------------------------------------------------------
 def largest_allocation(run):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
@@ -217,7 +243,7 @@ def test_the_logits_never_exist(with_advantages):
     assert seen == [0]
 
 
-# ---- plain calls, undo -------------------------------------------------------------------------------------------------------------------
+# ---- plain calls, undo -----------------------------------------------------------------------------------------------
 def test_calls_without_labels_are_the_models_own(batch):
     model = tiny("Gemma2")
     before = model(**batch["inputs"])
@@ -227,7 +253,9 @@ def test_calls_without_labels_are_the_models_own(batch):
         assert type(after) is type(before)
         assert torch.equal(after.logits, before.logits)
         assert torch.equal(model(batch["inputs"]["input_ids"], batch["inputs"]["attention_mask"]).logits, before.logits)
-        assert torch.equal(model.generate(batch["inputs"]["input_ids"][:, :4], max_new_tokens=5, do_sample=False), generated)
+        assert torch.equal(
+            model.generate(batch["inputs"]["input_ids"][:, :4], max_new_tokens=5, do_sample=False), generated
+        )
         assert model(batch["inputs"]["input_ids"], labels=batch["labels"], return_dict=False)[0].dim() == 0
 
 
@@ -269,7 +297,7 @@ def test_a_deep_copy_scores_with_its_own_head(batch):
     torch.testing.assert_close(other, tiny()(**batch["inputs"], labels=batch["labels"]).loss)
 
 
-# ---- labels and per-token arguments -----------------------------------------------------------------------------------------------------
+# ---- labels and per-token arguments ----------------------------------------------------------------------------------
 def test_labels_alone_give_log_probs_and_the_loss_of_transformers(batch):
     model, arguments = tiny(), {**batch["inputs"], "labels": batch["labels"]}
     own = model(**arguments, num_items_in_batch=torch.tensor(29))
@@ -299,7 +327,8 @@ def test_shift_labels_and_labels_say_the_same(batch):
     moved_spec = replace(spec, temperature=spec.temperature.roll(-1, 1))
     with patch(model, reduction="none"):
         here = model(**batch["inputs"], **own, spec=spec)
-        there = model(**batch["inputs"], **moved, labels=own["labels"], spec=moved_spec)  # labels beside shift_labels are not read
+        # labels beside shift_labels are not read
+        there = model(**batch["inputs"], **moved, labels=own["labels"], spec=moved_spec)
     for a, b in ((here.loss, there.loss), (here.logprobs, there.logprobs), (here.entropy, there.entropy)):
         assert torch.equal(a[:, 1:], b[:, :-1])
         assert not a[:, 0].any()
@@ -311,7 +340,11 @@ def test_log_probs_of_one_call_are_the_old_log_probs_of_the_next(batch):
     with patch(model, spec=ppg.PolicyLossSpec("ppo", temperature=0.7)):
         first = model(**batch["inputs"], labels=batch["labels"])
         again = model(
-            **batch["inputs"], labels=batch["labels"], advantages=batch["advantages"], old_logprobs=first.logprobs, reduction="sum"
+            **batch["inputs"],
+            labels=batch["labels"],
+            advantages=batch["advantages"],
+            old_logprobs=first.logprobs,
+            reduction="sum",
         )
     assert again.metrics["approx_kl"] == 0
     active = batch["labels"] != -100
@@ -357,11 +390,14 @@ def test_arguments_that_contradict_each_other_are_refused(batch):
             model(**call, advantages=A, logits_to_keep=4)
     with pytest.raises(ValueError, match=r"defaults of a patch are spec, .*got \['temperature'\]"):
         patch(model, temperature=0.5)
-    with patch(tiny("Gemma2")) as patched, pytest.raises(ValueError, match=r"must be 0 or the model's own, 2\.5, got 4"):
+    with (
+        patch(tiny("Gemma2")) as patched,
+        pytest.raises(ValueError, match=r"must be 0 or the model's own, 2\.5, got 4"),
+    ):
         patched.model(**call, advantages=A, spec=ppg.PolicyLossSpec(logit_softcap=4.0))
 
 
-# ---- heads ------------------------------------------------------------------------------------------------------------------------------
+# ---- heads -----------------------------------------------------------------------------------------------------------
 class Quantized(torch.nn.Linear):
     def forward(self, x):
         return torch.nn.functional.linear(x, self.weight.round(decimals=1))
@@ -370,7 +406,9 @@ class Quantized(torch.nn.Linear):
 def test_heads_that_are_no_plain_linear_layer_are_refused():
     model = tiny()
     model.lm_head = Quantized(24, V, bias=False)
-    with pytest.raises(ValueError, match=r"must be a torch\.nn\.Linear, or LoRA or modules_to_save of peft over one, got '.*Quantized'"):
+    with pytest.raises(
+        ValueError, match=r"must be a torch\.nn\.Linear, or LoRA or modules_to_save of peft over one, got '.*Quantized'"
+    ):
         patch(model)
     with pytest.raises(ValueError, match=r"must be a causal LM with an output head .*got .*LlamaModel"):
         patch(tiny().model)
@@ -473,7 +511,7 @@ def test_the_loss_of_a_router_is_added_as_the_model_adds_it(batch):
     assert own.aux_loss > 0.1
 
 
-# ---- the host ---------------------------------------------------------------------------------------------------------------------------
+# ---- the host --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("found", ["4.57.1", None])
 def test_a_missing_or_old_host_is_one_line(found, monkeypatch):
     def version(name):
@@ -482,5 +520,8 @@ def test_a_missing_or_old_host_is_one_line(found, monkeypatch):
         return found
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(ImportError, match=rf"^ppg_fast\.integrations\.transformers needs transformers >= 5\.10, found {found or 'none'}$"):
+    with pytest.raises(
+        ImportError,
+        match=rf"^ppg_fast\.integrations\.transformers needs transformers >= 5\.10, found {found or 'none'}$",
+    ):
         importlib.reload(sys.modules["ppg_fast.integrations.transformers"])

@@ -1,4 +1,5 @@
-"""The TRL integration against the real package: GRPO is a special case, our head is theirs, turns get the advantages they should."""
+"""The TRL integration against the real package: GRPO is a special case, our head is theirs, turns get the advantages
+they should."""
 
 import importlib
 import sys
@@ -41,7 +42,9 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 def same_weights(one, other):
     ours, theirs = weights(one), weights(other)
     for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, theirs[name], rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 class WeightsOfSteps(TrainerCallback):
@@ -52,7 +55,7 @@ class WeightsOfSteps(TrainerCallback):
         self.steps.append(weights(model))
 
 
-# ---- GRPO is the special case of one turn ------------------------------------------------------------------------------------------------
+# ---- GRPO is the special case of one turn ----------------------------------------------------------------------------
 def same_training(ours, theirs):
     """Advantages and loss masks of every batch, losses of every micro-batch, weights at the end."""
     assert len(ours.batches) == len(theirs.batches) > 0
@@ -71,7 +74,9 @@ def test_one_turn_is_grpo(tmp_path, loss_type, level):
     """Off-policy too (two iterations on a batch), and where one group's rewards are all equal."""
     options = {"loss_type": loss_type, "importance_sampling_level": level, "num_iterations": 2, "max_steps": 4}
     theirs = train(tmp_path, RecordedGRPO, make_model(), ScriptedRollouts(1, False), token_reward, **options)
-    ours = train(tmp_path, RecordedPPG, make_model(), ScriptedRollouts(1, False), token_reward, baseline="group_std", **options)
+    ours = train(
+        tmp_path, RecordedPPG, make_model(), ScriptedRollouts(1, False), token_reward, baseline="group_std", **options
+    )
     same_training(ours, theirs)
     assert all((batch["advantages"] == 0).all(1).sum() >= 4 for batch in ours.batches)
 
@@ -84,7 +89,8 @@ def test_one_turn_is_grpo_without_scaling(tmp_path):
 
 
 def test_reference_model_and_truncation_are_grpos(tmp_path):
-    """A KL term (our head on the reference model) and masked truncated completions, whose rewards stay in their group."""
+    """A KL term (our head on the reference model) and masked truncated completions, whose rewards stay in their
+    group."""
     make_model().save_pretrained(tmp_path / "model")
 
     class Truncated(ScriptedRollouts):
@@ -104,9 +110,10 @@ def test_reference_model_and_truncation_are_grpos(tmp_path):
     assert max(kl[1]) > 1e-4
 
 
-# ---- turns -------------------------------------------------------------------------------------------------------------------------------
+# ---- turns -----------------------------------------------------------------------------------------------------------
 def expected_advantages(given, mask, policy_class, gamma, baseline, group_size=4):
-    """By the definition, one token at a time: the turn of a token is the number of runs of the mask that ended before it."""
+    """By the definition, one token at a time: the turn of a token is the number of runs of the mask that ended before
+    it."""
     rewards, counts = given["turn_rewards"], torch.tensor([len(r) for r in given["turn_rewards"]])
     table = torch.zeros(len(rewards), int(counts.max()))
     for row, values in enumerate(rewards):
@@ -129,10 +136,14 @@ def expected_advantages(given, mask, policy_class, gamma, baseline, group_size=4
 
 
 @pytest.mark.parametrize("with_turn_ids", [False, True], ids=["runs of the mask", "turn ids"])
-@pytest.mark.parametrize(("policy_class", "baseline"), [("greedy", "leave_one_out"), ("lookahead:2", "group_mean"), ("segment:2", "none")])
+@pytest.mark.parametrize(
+    ("policy_class", "baseline"), [("greedy", "leave_one_out"), ("lookahead:2", "group_mean"), ("segment:2", "none")]
+)
 def test_turns_get_their_own_advantages(tmp_path, policy_class, baseline, with_turn_ids):
     rollouts = ScriptedRollouts(4, with_turn_ids=with_turn_ids)
-    trainer = train(tmp_path, RecordedPPG, make_model(), rollouts, policy_class=policy_class, gamma=0.9, baseline=baseline)
+    trainer = train(
+        tmp_path, RecordedPPG, make_model(), rollouts, policy_class=policy_class, gamma=0.9, baseline=baseline
+    )
     for batch, given in zip(trainer.batches, rollouts.given, strict=True):
         expected = expected_advantages(given, batch["mask"], policy_class, 0.9, baseline)
         torch.testing.assert_close(batch["advantages"], expected, **CLOSE)
@@ -144,7 +155,9 @@ def test_a_reward_mask_is_given_as_an_object(tmp_path):
     """Every second reward: a policy class that has no name."""
     mask = torch.eye(4, dtype=torch.bool).roll(1, 1)
     rollouts = ScriptedRollouts(4)
-    trainer = train(tmp_path, RecordedPPG, make_model(), rollouts, extra={"policy_class": ppg.RewardMask(mask)}, max_steps=1)
+    trainer = train(
+        tmp_path, RecordedPPG, make_model(), rollouts, extra={"policy_class": ppg.RewardMask(mask)}, max_steps=1
+    )
     given = rollouts.given[0]
     padded = {**given, "turn_rewards": given["turn_rewards"]}
     table = torch.zeros(8, 4)
@@ -160,7 +173,9 @@ def test_a_reward_mask_is_given_as_an_object(tmp_path):
 
 def test_without_turn_rewards_the_last_turn_has_the_scalar(tmp_path):
     rollouts = ScriptedRollouts(3, with_rewards=False)
-    trainer = train(tmp_path, RecordedPPG, make_model(), rollouts, token_reward, policy_class="greedy", baseline="none", max_steps=1)
+    trainer = train(
+        tmp_path, RecordedPPG, make_model(), rollouts, token_reward, policy_class="greedy", baseline="none", max_steps=1
+    )
     given, batch = rollouts.given[0], trainer.batches[0]
     for row, written in enumerate(given["env_mask"]):
         scalar = token_reward(["w1 w2 w3" if row < 4 else "w5"], [""], [given["completion_ids"][row]])[0]
@@ -170,7 +185,8 @@ def test_without_turn_rewards_the_last_turn_has_the_scalar(tmp_path):
 
 
 class Corridor:
-    """An environment with one tool; each step has a reward of its own, and the message that ends the rollout has none."""
+    """An environment with one tool; each step has a reward of its own, and the message that ends the rollout has
+    none."""
 
     def reset(self, **_):
         self.turn_rewards = []
@@ -207,7 +223,8 @@ def scripted_walk(trainer, steps):
 
 
 def test_environments_have_turn_rewards(tmp_path, monkeypatch):
-    """TRL's own tool loop: turns are its runs of the tool mask, read after the rollout; the last message has no reward."""
+    """TRL's own tool loop: turns are its runs of the tool mask, read after the rollout; the last message has no
+    reward."""
     steps = [1, 2, 1, 3]
     data = Dataset.from_dict({"prompt": [[{"role": "user", "content": "Walk."}]] * 4})
     tokenizer = make_chat_tokenizer()
@@ -218,10 +235,15 @@ def test_environments_have_turn_rewards(tmp_path, monkeypatch):
         "max_completion_length": 900,
     }
     model = make_model(vocab_size=len(tokenizer), max_position_embeddings=4096)
-    trainer = make_trainer(tmp_path, RecordedPPG, model, None, extra=extra, policy_class="lookahead:2", baseline="none", **options)
+    trainer = make_trainer(
+        tmp_path, RecordedPPG, model, None, extra=extra, policy_class="lookahead:2", baseline="none", **options
+    )
     monkeypatch.setattr(trainer, "_generate_single_turn", scripted_walk(trainer, steps))
     trainer.train()
-    expected = {i: [float(i + n) + (i + n + 1 if n + 1 < count else 0) for n in range(count)] + [0.0] for i, count in enumerate(steps)}
+    expected = {
+        i: [float(i + n) + (i + n + 1 if n + 1 < count else 0) for n in range(count)] + [0.0]
+        for i, count in enumerate(steps)
+    }
     assert [list(row) for row in trainer._logs["advantages"]] == list(expected.values())
     batch = trainer.batches[0]
     runs = turn_ids_of_mask(batch["mask"])
@@ -238,9 +260,16 @@ def test_unscored_rollouts_take_no_part(tmp_path):
     class Unscored(ScriptedRollouts):
         def row(self, seed):
             rewards = [None, None] if seed % 4 == 1 else [None, 3.0]
-            return {"completion_ids": [5, 6, 7, 8, 1], "logprobs": [-1.0] * 5, "env_mask": [1, 0, 0, 1, 1], "turn_rewards": rewards}
+            return {
+                "completion_ids": [5, 6, 7, 8, 1],
+                "logprobs": [-1.0] * 5,
+                "env_mask": [1, 0, 0, 1, 1],
+                "turn_rewards": rewards,
+            }
 
-    trainer = train(tmp_path, RecordedPPG, make_model(), Unscored(2), baseline="group_mean", policy_class="greedy", max_steps=1)
+    trainer = train(
+        tmp_path, RecordedPPG, make_model(), Unscored(2), baseline="group_mean", policy_class="greedy", max_steps=1
+    )
     assert (trainer.batches[0]["advantages"] == 0).all()
     assert trainer.state.log_history[0]["turns/mean_count"] == 1.5
     totals = total_turn_reward([None] * 2, [None] * 2, turn_rewards=[[None, None], [1.0, None, 0.5]])
@@ -249,10 +278,14 @@ def test_unscored_rollouts_take_no_part(tmp_path):
 
 def test_evaluation_groups_by_its_own_size(tmp_path):
     rollouts = ScriptedRollouts(3)
-    trainer = make_trainer(tmp_path, RecordedPPG, make_model(), rollouts, num_generations_eval=2, per_device_eval_batch_size=4)
+    trainer = make_trainer(
+        tmp_path, RecordedPPG, make_model(), rollouts, num_generations_eval=2, per_device_eval_batch_size=4
+    )
     metrics = trainer.evaluate()
     batch, given = trainer.batches[0], rollouts.given[0]
-    torch.testing.assert_close(batch["advantages"], expected_advantages(given, batch["mask"], "full", 1.0, "leave_one_out", 2), **CLOSE)
+    torch.testing.assert_close(
+        batch["advantages"], expected_advantages(given, batch["mask"], "full", 1.0, "leave_one_out", 2), **CLOSE
+    )
     shown = trainer._logs["advantages"]
     assert len(shown) == 8  # two batches of four, none of them shown as GRPO's
     assert all(isinstance(row, turns.TurnAdvantages) for row in shown)
@@ -261,7 +294,9 @@ def test_evaluation_groups_by_its_own_size(tmp_path):
 
 def test_the_completions_table_shows_turns(tmp_path, capsys):
     rollouts = ScriptedRollouts(3)
-    trainer = train(tmp_path, RecordedPPG, make_model(), rollouts, log_completions=True, max_steps=1, num_completions_to_print=2)
+    trainer = train(
+        tmp_path, RecordedPPG, make_model(), rollouts, log_completions=True, max_steps=1, num_completions_to_print=2
+    )
     column = pandas.read_parquet(tmp_path / "completions" / "completions_00001.parquet")["advantage"]
     assert [len(row) for row in column] == [len(r) for r in rollouts.given[0]["turn_rewards"]]
     assert any(len(row) > 1 for row in column)
@@ -284,10 +319,13 @@ def test_only_tokens_of_the_loss_are_projected(tmp_path, monkeypatch):
     """What tools, users and environments wrote costs no GEMM in the loss, whatever the old log-probs there are."""
     seen = []
     project = head.linear_token_logprobs
-    monkeypatch.setattr(head, "linear_token_logprobs", lambda h, w, labels, **o: seen.append(labels) or project(h, w, labels, **o))
+    monkeypatch.setattr(
+        head, "linear_token_logprobs", lambda h, w, labels, **o: seen.append(labels) or project(h, w, labels, **o)
+    )
     trainer = train(tmp_path, RecordedPPG, make_model(), ScriptedRollouts(4), num_iterations=2, max_steps=2)
     projected = [int((labels != -100).sum()) for labels in seen if labels.requires_grad is False]
-    assert int(trainer.batches[0]["mask"].sum()) == sum(projected[2:4])  # two of the old log-probs, then the two micro-batches
+    # two of the old log-probs, then the two micro-batches
+    assert int(trainer.batches[0]["mask"].sum()) == sum(projected[2:4])
     assert sum(projected[:2]) > sum(projected[2:4])
     assert all(torch.tensor(trainer.losses).isfinite())
 
@@ -297,11 +335,13 @@ def test_a_token_of_the_environment_may_be_as_unlikely_as_it_likes(tmp_path):
     model = make_model()
     with torch.no_grad():
         model.get_output_embeddings().weight *= 300
-    trainer = train(tmp_path, RecordedPPG, model, ScriptedRollouts(3), num_iterations=2, max_steps=2, learning_rate=1e-9)
+    trainer = train(
+        tmp_path, RecordedPPG, model, ScriptedRollouts(3), num_iterations=2, max_steps=2, learning_rate=1e-9
+    )
     assert all(torch.tensor(trainer.losses).isfinite())
 
 
-# ---- the head ----------------------------------------------------------------------------------------------------------------------------
+# ---- the head --------------------------------------------------------------------------------------------------------
 STEPS = {"max_steps": 3, "num_iterations": 2, "entropy_coef": 0.05, "loss_type": "grpo"}
 
 
@@ -316,14 +356,23 @@ def test_training_with_our_head_is_training_with_trls(tmp_path, architecture):
             extra["peft_config"] = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
         extra["callbacks"] = [callback := WeightsOfSteps()]
         trainer = train(
-            tmp_path, RecordedPPG, model, ScriptedRollouts(3), extra=extra, policy_class="lookahead:2", fused_head=name, **STEPS
+            tmp_path,
+            RecordedPPG,
+            model,
+            ScriptedRollouts(3),
+            extra=extra,
+            policy_class="lookahead:2",
+            fused_head=name,
+            **STEPS,
         )
         runs.append((trainer, callback.steps))
     (ours, our_steps), (theirs, their_steps) = runs
     torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(theirs.losses), **CLOSE)
     for mine, peer in zip(our_steps, their_steps, strict=True):
         for name, value in mine.items():
-            torch.testing.assert_close(value, peer[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                value, peer[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
     assert len(our_steps) == 3
     moved = [name for name in our_steps[0] if not torch.equal(our_steps[0][name], our_steps[2][name])]
     assert moved
@@ -360,7 +409,8 @@ CALLS = [{}, {"shifted": True}, {"num_items_in_batch": 5}, {"empty": True}]
 @pytest.mark.parametrize("call", CALLS, ids=["labels", "shift_labels", "num_items_in_batch", "a row of no label"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_head_keeps_trls_contract(architecture, call):
-    """Every field of FusedCausalLMOutput and every gradient, at a temperature, with the model's own softcap, scale, bias, experts."""
+    """Every field of FusedCausalLMOutput and every gradient, at a temperature, with the model's own softcap, scale,
+    bias, experts."""
     runs = [outputs_of(add, architecture, **call) for add in (add_fused_lm_head, trl_fused_lm_head)]
     contracts_agree(*runs, rtol=1e-4, atol=2e-5)
 
@@ -397,11 +447,12 @@ def test_without_the_flag_the_forward_is_the_original():
         torch.testing.assert_close(ours.logits, theirs.logits)
     torch.testing.assert_close(ours.loss, theirs.loss)
     assert (
-        model.generate(ids, max_new_tokens=2, do_sample=False).tolist() == plain.generate(ids, max_new_tokens=2, do_sample=False).tolist()
+        model.generate(ids, max_new_tokens=2, do_sample=False).tolist()
+        == plain.generate(ids, max_new_tokens=2, do_sample=False).tolist()
     )
 
 
-# ---- errors ------------------------------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -438,7 +489,9 @@ def test_rewards_and_turns_must_fit(tmp_path, turns, change, words):
     class Changed(ScriptedRollouts):
         def row(self, seed):
             row = super().row(seed)
-            return row | {key: value * (len(row["env_mask"]) if key == "turn_ids" else 1) for key, value in change.items()}
+            return row | {
+                key: value * (len(row["env_mask"]) if key == "turn_ids" else 1) for key, value in change.items()
+            }
 
     trainer = make_trainer(tmp_path, RecordedPPG, make_model(), Changed(turns), token_reward)
     if words is None:
@@ -473,7 +526,9 @@ def test_a_changed_hook_is_one_line():
         def _calculate_rewards(self, inputs, prompts):
             pass
 
-    with pytest.raises(ImportError, match=r"needs GRPOTrainer._calculate_rewards\(self, inputs, .*got \(self, inputs, prompts\) in trl"):
+    with pytest.raises(
+        ImportError, match=r"needs GRPOTrainer._calculate_rewards\(self, inputs, .*got \(self, inputs, prompts\) in trl"
+    ):
         host.require_hooks(Changed, trl_fused_lm_head)
     with pytest.raises(ImportError, match="got nothing of that name in trl"):
         host.require_hooks(host.GRPOTrainer, None)
@@ -499,7 +554,7 @@ def test_a_trainer_that_does_not_call_the_hooks_is_loud(tmp_path, monkeypatch):
         PPGTrainer._generate_and_score_completions(trainer, [])
 
 
-# ---- axolotl, against stubs of what it calls and imports ---------------------------------------------------------------------------------
+# ---- axolotl, against stubs of what it calls and imports -------------------------------------------------------------
 def stub_axolotl(monkeypatch, rollout_func):
     """The names of axolotl 0.19 that the plugin meets, with their signatures: BasePlugin and GRPOStrategy."""
 
@@ -526,8 +581,15 @@ def stub_axolotl(monkeypatch, rollout_func):
         def set_trainer_kwargs(cls, cfg):
             return {"rollout_func": rollout_func}
 
-    for name, content in {"": {}, ".integrations": {}, ".integrations.base": {"BasePlugin": BasePlugin}, ".core": {},
-                          ".core.trainers": {}, ".core.trainers.grpo": {"GRPOStrategy": GRPOStrategy}}.items():  # fmt: skip
+    contents = {
+        "": {},
+        ".integrations": {},
+        ".integrations.base": {"BasePlugin": BasePlugin},
+        ".core": {},
+        ".core.trainers": {},
+        ".core.trainers.grpo": {"GRPOStrategy": GRPOStrategy},
+    }
+    for name, content in contents.items():
         module = ModuleType(f"axolotl{name}")
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -541,7 +603,8 @@ def by_name(path):
 
 
 def test_the_axolotl_plugin_trains_as_axolotl_would_call_it(tmp_path, monkeypatch):
-    """The steps of axolotl 0.19's builder: keys, training arguments of a class of its own, callbacks, a trainer class without a model."""
+    """The steps of axolotl 0.19's builder: keys, training arguments of a class of its own, callbacks, a trainer class
+    without a model."""
     rollouts = ScriptedRollouts(3)
     host_trainer = stub_axolotl(monkeypatch, rollouts)
     plugin = by_name("ppg_fast.integrations.axolotl.PPGPlugin")()
@@ -556,8 +619,17 @@ def test_the_axolotl_plugin_trains_as_axolotl_would_call_it(tmp_path, monkeypatc
     class AxolotlGRPOConfig(Mixins, GRPOConfig):
         context_parallel_size: int | None = None
 
-    small = {"per_device_train_batch_size": 4, "num_generations": 4, "max_steps": 1, "use_cpu": True, "bf16": False, "report_to": []}
-    args = AxolotlGRPOConfig(str(tmp_path), save_strategy="no", disable_tqdm=True, **small, **plugin.get_training_args(cfg))
+    small = {
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+    }
+    args = AxolotlGRPOConfig(
+        str(tmp_path), save_strategy="no", disable_tqdm=True, **small, **plugin.get_training_args(cfg)
+    )
     trainer_class = plugin.get_trainer_cls(cfg)
     data = Dataset.from_dict({"prompt": ["w1 w2 w3", "w5"] * 4})
     options = {"args": args, "train_dataset": data, "processing_class": make_tokenizer()}

@@ -9,13 +9,17 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="trl is not installed")
-HERE = Path(__file__).parent
+HERE = Path(__file__).with_name("helpers")
 
 
 def launch(folder, world):
     starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
     command = [sys.executable, *starter, str(HERE / "trl_ranks.py"), str(folder), str(world)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"rank{rank}of{world}.pt", weights_only=True) for rank in range(world)]
@@ -35,7 +39,8 @@ CHOICES = [("lookahead:2", "leave_one_out"), ("full", "group_std"), ("segment:2"
 def test_two_ranks_train_as_one(results, choice):
     """Advantages of every rollout, losses, metrics, the completions table and the weights after three steps."""
     alone, both = results[0]["runs"][choice], [rank["runs"][choice] for rank in results[1]]
-    assert all(one != two for one, two in zip(*(rank["lengths"] for rank in both), strict=True))  # of different rollouts
+    # of different rollouts
+    assert all(one != two for one, two in zip(*(rank["lengths"] for rank in both), strict=True))
     for step, expected in enumerate(alone["advantages"]):
         assert expected.abs().max() > 0.1
         first = 0
@@ -55,7 +60,9 @@ def test_two_ranks_train_as_one(results, choice):
         torch.testing.assert_close(torch.tensor(mine), torch.tensor(expected))
     for rank in both:
         for name, value in alone["weights"].items():
-            torch.testing.assert_close(rank["weights"][name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                rank["weights"][name], value, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 @pytest.mark.parametrize("own_group", [False, True], ids=["head in the root group", "head in a group of its own"])
@@ -65,4 +72,6 @@ def test_fsdp2_averages_the_heads_gradient(results, own_group):
     for rank in results[1]:
         for name, expected in alone.items():
             actual = rank["heads"][own_group][name]
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                actual, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )

@@ -52,15 +52,19 @@ def terminal_rewards(mask):
 
 def advantages(estimator, rewards, mask, **ppg_options):
     """verl's own route from a batch to its advantages."""
-    config = OmegaConf.create({"adv_estimator": estimator, "gamma": 1.0, **({"ppg": ppg_options} if ppg_options else {})})
+    config = OmegaConf.create(
+        {"adv_estimator": estimator, "gamma": 1.0, **({"ppg": ppg_options} if ppg_options else {})}
+    )
     OmegaConf.set_struct(config, True)  # as hydra hands it out
-    data = DataProto.from_dict(tensors={"token_level_rewards": rewards, "response_mask": mask}, non_tensors={"uid": UIDS})
+    data = DataProto.from_dict(
+        tensors={"token_level_rewards": rewards, "response_mask": mask}, non_tensors={"uid": UIDS}
+    )
     grpo = {"norm_adv_by_std_in_grpo": ppg_options.get("baseline") == "group_std"}
     out = compute_advantage(data, adv_estimator=estimator, config=config, **grpo)
     return out.batch["advantages"]
 
 
-# ---- registration ------------------------------------------------------------------------------------------------------------------------
+# ---- registration ----------------------------------------------------------------------------------------------------
 def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
 
@@ -99,7 +103,8 @@ def test_verls_own_configuration_takes_every_option():
         "algorithm.adv_estimator=ppg_lookahead", "+algorithm.ppg.lookahead=2", "+algorithm.ppg.gamma=0.9",
         "+algorithm.ppg.baseline=group_mean",
         "actor_rollout_ref.actor.policy_loss.loss_mode=ppg", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
-        "actor_rollout_ref.model.use_fused_kernels=true", "actor_rollout_ref.model.fused_kernel_options.impl_backend=ppg",
+        "actor_rollout_ref.model.use_fused_kernels=true",
+        "actor_rollout_ref.model.fused_kernel_options.impl_backend=ppg",
     ]  # fmt: skip
     with initialize_config_dir(str(Path(verl.__file__).parent / "trainer/config"), version_base=None):
         config = compose("ppo_trainer", overrides=overrides)
@@ -110,14 +115,19 @@ def test_verls_own_configuration_takes_every_option():
     assert (spec.clip_low, spec.clip_high, spec.dual_clip) == (0.2, 0.2, 3.0)
 
 
-# ---- estimators --------------------------------------------------------------------------------------------------------------------------
+# ---- estimators ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("mask", [ONE_TURN, THREE_TURNS], ids=["one turn", "three turns"])
 def test_full_planning_and_a_terminal_reward_is_rloo(mask):
     rewards = terminal_rewards(mask)
     for theirs in ("rloo", "rloo_vectorized"):
-        groups = torch.tensor(UIDS != "solo") if theirs == "rloo_vectorized" else torch.ones(len(UIDS), dtype=torch.bool)
-        expected = advantages(theirs, rewards, mask)  # the vectorized one drops a rollout that is alone; the other keeps it, as we do
-        torch.testing.assert_close(advantages("ppg_full", rewards, mask)[groups], expected[groups], rtol=1e-5, atol=1e-6)
+        groups = (
+            torch.tensor(UIDS != "solo") if theirs == "rloo_vectorized" else torch.ones(len(UIDS), dtype=torch.bool)
+        )
+        # the vectorized one drops a rollout that is alone; the other keeps it, as we do
+        expected = advantages(theirs, rewards, mask)
+        torch.testing.assert_close(
+            advantages("ppg_full", rewards, mask)[groups], expected[groups], rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("baseline", ["group_mean", "group_std"])
@@ -145,7 +155,8 @@ def test_every_policy_class_by_hand(estimator):
         "ppg_full": lambda t, n: n,
     }
     returns = [
-        [sum(gamma ** (k - t) * row[k] for k in range(t, ends[estimator](t, len(row)))) for t in range(len(row))] for row in turn_rewards
+        [sum(gamma ** (k - t) * row[k] for k in range(t, ends[estimator](t, len(row)))) for t in range(len(row))]
+        for row in turn_rewards
     ]
     expected = torch.zeros(RAGGED.shape)
     for b, row in enumerate(returns):
@@ -181,7 +192,7 @@ def test_wrong_options_are_named():
         advantages("ppg_full", torch.ones(ONE_TURN.shape), shifted)
 
 
-# ---- rewards -----------------------------------------------------------------------------------------------------------------------------
+# ---- rewards ---------------------------------------------------------------------------------------------------------
 def test_rewards_stand_on_the_last_token_of_their_turn():
     mask = torch.tensor([[1, 1, 0, 0, 1, 0, 1, 1], [0, 1, 1, 1, 0, 0, 0, 0]])
     expected = torch.tensor([[0, 0.5, 0, 0, 0, 0, 0, -2.0], [0, 0, 0, 3.0, 0, 0, 0, 0]])

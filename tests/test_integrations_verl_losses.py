@@ -24,9 +24,15 @@ RUNS = ["1101110000", "1111000000", "1110110000", "1011110100", "1101101000", "1
 MASK = torch.tensor([[int(c) for c in row] for row in RUNS])
 
 
-# ---- losses ------------------------------------------------------------------------------------------------------------------------------
+# ---- losses ----------------------------------------------------------------------------------------------------------
 def actor(**fields):
-    numbers = {"rollout_n": 1, "ppo_micro_batch_size_per_gpu": 2, "clip_ratio_low": 0.15, "clip_ratio_high": 0.3, "clip_ratio_c": 1.7}
+    numbers = {
+        "rollout_n": 1,
+        "ppo_micro_batch_size_per_gpu": 2,
+        "clip_ratio_low": 0.15,
+        "clip_ratio_high": 0.3,
+        "clip_ratio_c": 1.7,
+    }
     return FSDPActorConfig(strategy="fsdp", **{**numbers, **fields})
 
 
@@ -48,7 +54,8 @@ def both(batch, ours, theirs, config, mode, weights=None):
     """Loss and gradient of a registered loss of ours and of verl's."""
     for name in (ours, theirs):
         loss, metrics = core_algos.get_policy_loss_fn(name)(
-            old_log_prob=batch.old, log_prob=batch.log_prob, advantages=batch.advantages, response_mask=batch.mask, loss_agg_mode=mode,
+            old_log_prob=batch.old, log_prob=batch.log_prob, advantages=batch.advantages, response_mask=batch.mask,
+            loss_agg_mode=mode,
             config=config, rollout_is_weights=weights,
         )  # fmt: skip
         yield loss.detach(), torch.autograd.grad(loss, batch.log_prob)[0], metrics
@@ -60,7 +67,9 @@ def test_ppg_is_vanilla(batch, mode, info):
     config = actor()
     config.global_batch_info.update(info)
     for weights in (None, batch.weights):
-        (loss, grad, metrics), (expected, expected_grad, their_metrics) = both(batch, "ppg", "vanilla", config, mode, weights)
+        (loss, grad, metrics), (expected, expected_grad, their_metrics) = both(
+            batch, "ppg", "vanilla", config, mode, weights
+        )
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
         assert 0 < metrics["actor/pg_clipfrac"] < 1
@@ -80,8 +89,12 @@ def test_ppg_gspo_is_gspo(batch):
 
 
 def test_ppg_reinforce_is_verls_reinforce(batch):
-    ours, _ = losses.LOSSES["ppg_reinforce"](batch.old, batch.log_prob, batch.advantages, batch.mask, "token-mean", actor())
-    theirs, _ = core_algos.compute_policy_loss_reinforce(batch.old, batch.log_prob, batch.advantages, batch.mask, "token-mean", actor())
+    ours, _ = losses.LOSSES["ppg_reinforce"](
+        batch.old, batch.log_prob, batch.advantages, batch.mask, "token-mean", actor()
+    )
+    theirs, _ = core_algos.compute_policy_loss_reinforce(
+        batch.old, batch.log_prob, batch.advantages, batch.mask, "token-mean", actor()
+    )
     torch.testing.assert_close(ours, theirs)
 
 
@@ -102,7 +115,9 @@ def test_our_reductions_are_verls_modes(batch, mode, info):
     spec = ppg.PolicyLossSpec("ppo", clip_low=0.15, clip_high=0.3)
     per_token = ppg.policy_loss(logits, labels, batch.advantages, spec=spec, reduction="none", **arguments).loss
     expected = core_algos.agg_loss(per_token, batch.mask, mode, **info)
-    ours = ppg.policy_loss(logits, labels, batch.advantages, spec=spec, reduction=reduction, normalizer=normalizer, **arguments).loss
+    ours = ppg.policy_loss(
+        logits, labels, batch.advantages, spec=spec, reduction=reduction, normalizer=normalizer, **arguments
+    ).loss
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -131,7 +146,7 @@ def test_ppo_loss_runs_the_chosen_loss():
     torch.testing.assert_close(loss(slice(0, 2)) + loss(slice(2, None)), whole, rtol=1e-5, atol=1e-6)
 
 
-# ---- head --------------------------------------------------------------------------------------------------------------------------------
+# ---- head ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", [(11,), (3, 7)], ids=["packed", "batch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "autocast"])
 def test_the_head_is_verls_torch_head(shape, dtype):
@@ -145,10 +160,12 @@ def test_the_head_is_verls_torch_head(shape, dtype):
         assert logprobs.dtype == torch.float32
         loss = (logprobs * upstream[0] + entropy.float() * upstream[1]).sum()
         results[backend] = (logprobs.detach(), entropy.detach().float(), *torch.autograd.grad(loss, [hidden, weight]))
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 0.35}  # they round dlogits
+    # they round dlogits
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 0.35}
     for ours, theirs in zip(results["ppg"], results["torch"], strict=True):
         torch.testing.assert_close(ours, theirs, **tolerance)
-    only_logprobs, _ = FusedLinearForPPO(impl_backend="ppg")(hidden, weight, tokens, temperature=0.7)  # entropy not in the loss
+    # entropy not in the loss
+    only_logprobs, _ = FusedLinearForPPO(impl_backend="ppg")(hidden, weight, tokens, temperature=0.7)
     assert torch.autograd.grad(only_logprobs.sum(), hidden)[0].isfinite().all()
 
 
@@ -180,7 +197,14 @@ def test_training_with_our_head_is_training_with_verls(name):
             optimizer, steps = torch.optim.SGD(model.parameters(), lr=0.3), []
             for _ in range(5):
                 out = model(input_ids=tokens, use_cache=False, temperature=0.9, return_dict=True)
-                arguments = (out.log_probs[:, :-1].detach(), out.log_probs[:, :-1], credit, torch.ones(2, 11), "token-mean", actor())
+                arguments = (
+                    out.log_probs[:, :-1].detach(),
+                    out.log_probs[:, :-1],
+                    credit,
+                    torch.ones(2, 11),
+                    "token-mean",
+                    actor(),
+                )
                 loss = losses.LOSSES["ppg"](*arguments)[0] - 0.01 * out.entropy[:, :-1].mean()
                 optimizer.zero_grad()
                 loss.backward()

@@ -1,4 +1,5 @@
-"""The CPU kernels on every instruction set that this processor has: each is compiled from the same source and must agree."""
+"""The CPU kernels on every instruction set that this processor has: each is compiled from the same source and must
+agree."""
 
 from dataclasses import replace
 
@@ -37,7 +38,8 @@ def test_every_instruction_set(isa, terms, V, dtype):
 @pytest.mark.parametrize("V", [5003, 6144])  # several blocks and a tail; rows that streaming stores can write
 @pytest.mark.parametrize("terms", ["plain", "entropy", "softcap"])
 def test_the_running_maximum(isa, terms, V, dtype):
-    """Rows whose maximum moves from block to block, begins below every number, or comes last; the same bits in place and apart."""
+    """Rows whose maximum moves from block to block, begins below every number, or comes last; the same bits in place
+    and apart."""
     case = make_case((1, 6, V), replace(LOSSES["ppo"], **TERMS[terms]), DTYPES[dtype], on_policy=True)
     case.logits[:] = 3 * torch.randn(6, V, generator=torch.Generator().manual_seed(V))
     case.logits[0, 0] = case.logits[0, 0].sort().values
@@ -59,7 +61,8 @@ def test_the_running_maximum(isa, terms, V, dtype):
 
 
 def test_special_values(isa):
-    """-inf gives a probability of zero, also where a row begins with it; NaN, +inf and nothing but -inf poison the row."""
+    """-inf gives a probability of zero, also where a row begins with it; NaN, +inf and nothing but -inf poison the
+    row."""
     case = make_case((1, 6, 5000), LOSSES["ppo"])
     case.labels[:] = 2500
     case.logits[:] = torch.randn(5000)

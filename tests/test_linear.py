@@ -1,4 +1,5 @@
-"""The losses from hidden states: equal to the losses from logits, whatever the chunk, in less memory and with fewer GEMMs."""
+"""The losses from hidden states: equal to the losses from logits, whatever the chunk, in less memory and with fewer
+GEMMs."""
 
 import contextlib
 from dataclasses import replace
@@ -26,7 +27,11 @@ def inputs(dtype, device, bias=True):
     advantages = torch.randn(N).where(rows % 4 != 2, torch.tensor(0.0))
     z = (hidden.nan_to_num().to(dtype) @ weight.to(dtype).t()).float()
     old = ppg.token_logprobs(z, labels, temperature=0.7, backend="reference") + 0.3 * torch.randn(N)
-    arguments = {"old_logprobs": old, "ref_logprobs": old + 0.2 * torch.randn(N), "rollout_logprobs": old + 0.1 * torch.randn(N)}
+    arguments = {
+        "old_logprobs": old,
+        "ref_logprobs": old + 0.2 * torch.randn(N),
+        "rollout_logprobs": old + 0.1 * torch.randn(N),
+    }
     moved = {name: t.to(device) for name, t in arguments.items()}
     head = (hidden.to(device, dtype), weight.to(device, dtype), torch.randn(V).to(device, dtype) if bias else None)
     return head, labels.to(device), advantages.to(device), moved
@@ -43,7 +48,9 @@ def textbook(head, labels, advantages, arguments, dtype, **options):
     loss, logprob, entropy = reference.policy_loss(logits, rows.tokens.labels, *per_row, rows.spec, rows.groups)
     grads = torch.autograd.grad(loss.sum(), [t for t in (hidden, weight, bias) if t is not None])
     named = dict(zip(("d_hidden", "d_weight", "d_bias"), grads, strict=False))
-    return {k: v.detach().cpu() for k, v in {"loss": loss.sum(), "logprob": logprob, "entropy": entropy, **named}.items()}
+    return {
+        k: v.detach().cpu() for k, v in {"loss": loss.sum(), "logprob": logprob, "entropy": entropy, **named}.items()
+    }
 
 
 def ours(head, labels, advantages, arguments, backend, **options):
@@ -62,7 +69,9 @@ def test_matches_the_loss_from_logits(backend, device, loss, chunk_rows):
     head, labels, advantages, arguments = inputs(torch.float32, device)
     options = {"spec": spec, "reduction": "sum"}
     actual = ours(head, labels, advantages, arguments, backend, chunk_rows=chunk_rows, **options)
-    plain, truth = (textbook(head, labels, advantages, arguments, dtype, **options) for dtype in (torch.float32, torch.float64))
+    plain, truth = (
+        textbook(head, labels, advantages, arguments, dtype, **options) for dtype in (torch.float32, torch.float64)
+    )
     for name in truth:
         assert_as_good_as(actual[name], plain[name], truth[name], name)
     assert (actual["d_hidden"][labels == -100] == 0).all()
@@ -76,8 +85,12 @@ def test_low_precision_is_as_good_as_its_logits(backend, device, dtype):
     actual = ours(head, labels, advantages, arguments, backend, spec=spec, chunk_rows=7)
     hidden, weight, bias = (t.detach().requires_grad_() for t in head)
     clean = torch.where((labels != -100)[:, None], hidden, 0.0)
-    out = ppg.policy_loss(torch.nn.functional.linear(clean, weight, bias), labels, advantages, spec=spec, **arguments, backend=backend)
-    expected = dict(zip(("d_hidden", "d_weight", "d_bias"), torch.autograd.grad(out.loss, (hidden, weight, bias)), strict=True))
+    out = ppg.policy_loss(
+        torch.nn.functional.linear(clean, weight, bias), labels, advantages, spec=spec, **arguments, backend=backend
+    )
+    expected = dict(
+        zip(("d_hidden", "d_weight", "d_bias"), torch.autograd.grad(out.loss, (hidden, weight, bias)), strict=True)
+    )
     torch.testing.assert_close(actual["loss"], out.loss, rtol=2e-3, atol=2e-3)
     for name, grad in expected.items():
         difference = (actual[name].float() - grad.float()).norm() / grad.float().norm()
@@ -101,13 +114,17 @@ def test_log_probs_of_hidden_states(backend, device):
     (hidden, weight, bias), labels, _, _ = inputs(torch.float32, device)
     hidden, weight, bias = (t.requires_grad_() for t in (hidden, weight, bias))
     options = {"temperature": torch.linspace(0.5, 1.5, N, device=device), "logit_softcap": 4.0, "entropy": True}
-    logprobs, entropy = ppg.linear_token_logprobs(hidden, weight, labels, bias=bias, chunk_rows=4, backend=backend, **options)
+    logprobs, entropy = ppg.linear_token_logprobs(
+        hidden, weight, labels, bias=bias, chunk_rows=4, backend=backend, **options
+    )
     upstream = torch.randn(2, N, device=device)
     actual = torch.autograd.grad((logprobs * upstream[0] + entropy * upstream[1]).sum(), (hidden, weight, bias))
     active = (labels != -100)[:, None]
     z = torch.nn.functional.linear(torch.where(active, hidden, 0.0).double(), weight.double(), bias.double())
     expected_logprobs, expected_entropy = reference.token_logprobs(z, labels, options["temperature"].double(), 4.0)
-    expected = torch.autograd.grad((expected_logprobs * upstream[0] + expected_entropy * upstream[1]).sum(), (hidden, weight, bias))
+    expected = torch.autograd.grad(
+        (expected_logprobs * upstream[0] + expected_entropy * upstream[1]).sum(), (hidden, weight, bias)
+    )
     torch.testing.assert_close(logprobs.double(), expected_logprobs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=1e-5)
     for a, e in zip(actual, expected, strict=True):
@@ -148,7 +165,9 @@ def test_only_full_rows_reach_the_gradient_gemms(monkeypatch):
     full, active = int(((advantages != 0) & (labels != -100)).sum()), int((labels != -100).sum())
     for skip, expected in ((False, active), (True, full)):
         seen.update(logits=0, gradient=0)
-        ppg.linear_policy_loss(hidden.requires_grad_(), weight, labels, advantages, skip_zero_advantages=skip, backend="cpu")
+        ppg.linear_policy_loss(
+            hidden.requires_grad_(), weight, labels, advantages, skip_zero_advantages=skip, backend="cpu"
+        )
         assert seen == {"logits": expected, "gradient": full}
 
 
@@ -165,7 +184,7 @@ def test_ops_are_well_formed(backend, device, bias):
     torch.library.opcheck(ops.linear_token_logprobs_op, (*head, labels, None, 0.7, 3.0, True, False, backend, 8, 20))
 
 
-# ---- rows that are bounded by the caller, not counted by the host ------------------------------------------------------------------------
+# ---- rows that are bounded by the caller, not counted by the host ----------------------------------------------------
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Counting rows costs a sync there, so a bound takes its place; here counting is free and would hide that path."""
@@ -228,14 +247,21 @@ def test_more_rows_than_the_bound_are_an_error_or_nan(backend, device, as_on_a_g
 
 @pytest.mark.parametrize(("bound", "expected"), [(None, 1), (20, 0)])
 def test_one_sync_or_none(as_on_a_gpu, monkeypatch, bound, expected):
-    """Every way in which these functions could look at values, counted on the CPU; on a GPU tests/test_gpu.py asks the driver."""
+    """Every way in which these functions could look at values, counted on the CPU; on a GPU tests/test_gpu.py asks the
+    driver."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     looked = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            if function.overloadpacket.__name__ in ("nonzero", "_local_scalar_dense", "masked_select", "unique_dim", "_unique2"):
+            if function.overloadpacket.__name__ in (
+                "nonzero",
+                "_local_scalar_dense",
+                "masked_select",
+                "unique_dim",
+                "_unique2",
+            ):
                 looked.append(function)
             return function(*arguments, **(keywords or {}))
 
@@ -301,7 +327,9 @@ def test_overlapped_chunks_give_the_same_bits(monkeypatch):
             return said.count("kernel done") - 1
 
     mm = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda *a, **k: (said.append("logits") if k["out"].shape[1] == V else None, mm(*a, **k))[1])
+    monkeypatch.setattr(
+        torch, "mm", lambda *a, **k: (said.append("logits") if k["out"].shape[1] == V else None, mm(*a, **k))[1]
+    )
     accumulate = head_ops.Head.accumulate
     monkeypatch.setattr(head_ops.Head, "accumulate", lambda *a: (said.append("gradients"), accumulate(*a)))
 

@@ -17,9 +17,13 @@ def numbers_of(case):
 
 def ours(case, backend, d_logprob, d_entropy):
     x = case.logits.detach().requires_grad_()
-    logprob, entropy, _ = ops.token_logprobs(x, case.labels, case.temperatures, *numbers_of(case), d_entropy is not None, False, backend)
+    logprob, entropy, _ = ops.token_logprobs(
+        x, case.labels, case.temperatures, *numbers_of(case), d_entropy is not None, False, backend
+    )
     total = (logprob * d_logprob).sum() + (0 if d_entropy is None else (entropy * d_entropy).sum())
-    return {"logprob": logprob, "dlogits": torch.autograd.grad(total, x)[0]} | ({} if d_entropy is None else {"entropy": entropy})
+    return {"logprob": logprob, "dlogits": torch.autograd.grad(total, x)[0]} | (
+        {} if d_entropy is None else {"entropy": entropy}
+    )
 
 
 def textbook(case, dtype, d_logprob, d_entropy):
@@ -71,4 +75,6 @@ def test_op_is_well_formed(backend, device):
     case = make_case((2, 3, 60), PolicyLossSpec(), device=device, per_token=True)
     for entropy in (True, False):
         x = case.logits.nan_to_num().requires_grad_()
-        torch.library.opcheck(ops.token_logprobs_op, (x, case.labels, case.temperatures, 1.0, 4.0, entropy, False, backend))
+        torch.library.opcheck(
+            ops.token_logprobs_op, (x, case.labels, case.temperatures, 1.0, 4.0, entropy, False, backend)
+        )

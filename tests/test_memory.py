@@ -1,4 +1,5 @@
-"""What a step is estimated to take is what it takes: peak resident memory of real steps, and what follows from the estimate's parts."""
+"""What a step is estimated to take is what it takes: peak resident memory of real steps, and what follows from the
+estimate's parts."""
 
 import json
 import os
@@ -14,9 +15,15 @@ pytest.importorskip("peft")
 from ppg_fast.cli import main
 from ppg_fast.config import make_config
 from ppg_fast.jobs import meta_step
-from ppg_fast.jobs.memory import estimate, largest
+from ppg_fast.jobs.memory_estimate import estimate, largest
 
-SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1000, "intermediate_size": 96}
+SIZES = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "intermediate_size": 96,
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +34,21 @@ def folder(tmp_path_factory):
 
 
 def test_estimates_are_within_fifteen_percent_of_what_steps_take(tmp_path):
-    """glibc gives freed memory back only beyond a threshold that it raises by itself; held low, resident memory is memory in use."""
-    case = Path(__file__).with_name("memory_case.py")
+    """glibc gives freed memory back only beyond a threshold that it raises by itself; held low, resident memory is
+    memory in use."""
+    case = Path(__file__).with_name("helpers") / "memory_case.py"
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, case, tmp_path], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, case, tmp_path], env=environment, capture_output=True, text=True, check=False
+    )
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0, done.stderr
     assert len(rows) >= 8
-    assert {row["case"]: row["estimated"] / row["measured"] for row in rows if not 0.85 <= row["estimated"] / row["measured"] <= 1.15} == {}
+    assert {
+        row["case"]: row["estimated"] / row["measured"]
+        for row in rows
+        if not 0.85 <= row["estimated"] / row["measured"] <= 1.15
+    } == {}
 
 
 def test_parts_are_what_the_config_says(folder):
@@ -67,7 +81,9 @@ def test_settings_change_the_peak_as_they_should(folder):
     assert total(optim="adamw_8bit") < plain
     assert total(device="cuda", optim_offload=True) < total(device="cuda")
     assert total(optim_offload=True) > plain, "a CPU holds the copies itself"
-    assert total(6000) - plain == pytest.approx(total(9000) - total(6000), rel=0.05), "linear in the tokens: nothing is squared"
+    assert total(6000) - plain == pytest.approx(total(9000) - total(6000), rel=0.05), (
+        "linear in the tokens: nothing is squared"
+    )
 
 
 def test_the_longest_dialogue_fits_and_a_longer_one_does_not(folder):
@@ -81,7 +97,13 @@ def test_the_longest_dialogue_fits_and_a_longer_one_does_not(folder):
 def test_info_says_it_from_a_config_alone(folder, capsys):
     assert main(["info", "--model", folder, "--tokens", "500", "--activation-checkpointing", "--memory-gb", "0.2"]) == 0
     text = capsys.readouterr().out
-    for part in ("passes of 500 tokens", "weights", "optimizer state", "peak, in the", "longest dialogue within 0.2 GB: "):
+    for part in (
+        "passes of 500 tokens",
+        "weights",
+        "optimizer state",
+        "peak, in the",
+        "longest dialogue within 0.2 GB: ",
+    ):
         assert part in text
     assert main(["info", "--tokens", "100", "--width", "32"]) == 0
     assert main(["info", "--tokens", "0"]) == 1
@@ -95,7 +117,9 @@ def test_info_says_it_from_a_config_alone(folder, capsys):
 def test_no_memory_is_taken_to_say_it(folder, monkeypatch):
     """What is not on the meta device is numbers."""
     there, note = [], meta_step.Count.note
-    monkeypatch.setattr(meta_step.Count, "note", lambda self, t: (there.append(0 if t.is_meta else t.nbytes), note(self, t))[1])
+    monkeypatch.setattr(
+        meta_step.Count, "note", lambda self, t: (there.append(0 if t.is_meta else t.nbytes), note(self, t))[1]
+    )
     estimate(make_config({"model": folder}), 100_000)
     assert len(there) > 100
     assert max(there) < 1000

@@ -1,4 +1,5 @@
-"""What a step says: by turn index, by rows of work, by answers; against counting by hand, and against the documented names."""
+"""What a step says: by turn index, by rows of work, by answers; against counting by hand, and against the documented
+names."""
 
 import json
 import math
@@ -9,22 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppg_fast.data import Sample, pack
+from ppg_fast.dialogues.packing import Sample, pack
 from ppg_fast.functional import PolicyLossOutput
-from ppg_fast.metrics import TokenMeans, by_turn, completion_lengths, describe, row_shares, turn_ranges
 from ppg_fast.spec import PolicyLossSpec
+from ppg_fast.training.metrics import TokenMeans, by_turn, completion_lengths, describe, row_shares, turn_ranges
 
 ROOT = Path(__file__).parents[1]
 
 
 def two_dialogues():
     """Three and two turns; 2 + 3 + 1 and 2 + 2 tokens of the policy's, 12 + 7 in all."""
-    one = Sample(list(range(12)), [-1, -1, 0, 0, -1, 1, 1, 1, -1, 2, -1, -1], [1.0, 0.0, 0.5], 0, cut_off=[False, True, False])
+    one = Sample(
+        list(range(12)), [-1, -1, 0, 0, -1, 1, 1, 1, -1, 2, -1, -1], [1.0, 0.0, 0.5], 0, cut_off=[False, True, False]
+    )
     two = Sample(list(range(7)), [-1, 0, 0, -1, -1, 1, 1], [0.25, 2.0], 0, cut_off=[False, False])
     return [one, two]
 
 
-# ---- by turn -------------------------------------------------------------------------------------------------------------------------
+# ---- by turn ---------------------------------------------------------------------------------------------------------
 def test_turns_have_a_metric_each_and_share_one_later():
     assert [label for label, _, _ in turn_ranges(3)] == ["0", "1", "2"]
     labels = turn_ranges(100)
@@ -57,7 +60,9 @@ def test_describe_says_return_and_advantage_of_each_turn():
     found = describe(samples, batch, returns, advantages)
     assert found["turns/return/0"] == pytest.approx(1.875)
     assert found["turns/return_std/0"] == pytest.approx(0.375)
-    assert (found["turns/return/2"], found["turns/return_std/2"]) == (0.5, 0.0), "the second dialogue does not get there"
+    assert (found["turns/return/2"], found["turns/return_std/2"]) == (0.5, 0.0), (
+        "the second dialogue does not get there"
+    )
     assert (found["turns/advantage/1"], found["turns/advantage_std/1"]) == (0.0, 1.5)
     assert found["reward"] == pytest.approx(1.875)
     assert found["turns/mean_count"] == 2.5
@@ -65,7 +70,7 @@ def test_describe_says_return_and_advantage_of_each_turn():
     assert describe([], pack([]), torch.zeros(0, 1), torch.zeros(0, 1))["reward"] == 0.0
 
 
-# ---- rows ----------------------------------------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("spec", "shared", "full", "forward"),
     [
@@ -87,36 +92,52 @@ def test_rows_are_counted_by_what_the_head_does(spec, shared, full, forward):
 
 
 def test_rows_agree_with_what_the_loss_reads():
-    """gspo reads the log-probs of a sequence's other turns; its output hides them by contract, its active rows do not."""
+    """gspo reads the log-probs of a sequence's other turns; its output hides them by contract, its active rows do
+    not."""
     from ppg_fast.functional.loss import LossRows
 
     batch = pack(two_dialogues())
     advantages = torch.tensor([[-1.0, 2.0, 0.0], [0.0, 0.0, 0.0]])
     lengths = torch.diff(batch.cu_seqlens).long()
-    per_token = advantages[torch.arange(2).repeat_interleave(lengths), batch.turn_ids.clamp(min=0)] * (batch.turn_ids >= 0)
+    per_token = advantages[torch.arange(2).repeat_interleave(lengths), batch.turn_ids.clamp(min=0)] * (
+        batch.turn_ids >= 0
+    )
     for loss_type in ("ppo", "gspo", "gspo_turn"):
         spec = PolicyLossSpec(loss_type)
-        options = {"cu_seqlens": batch.cu_seqlens, "turn_ids": batch.turn_ids, "spec": spec, "skip_zero_advantages": True}
+        options = {
+            "cu_seqlens": batch.cu_seqlens,
+            "turn_ids": batch.turn_ids,
+            "spec": spec,
+            "skip_zero_advantages": True,
+        }
         rows = LossRows.of(batch.labels, per_token, torch.device("cpu"), old_logprobs=torch.zeros(19), **options)
         read = int((rows.tokens.labels >= 0).sum())
         found = row_shares(batch, advantages, spec, shared_ratios=True)
         assert round(19 * (found["rows/full_share"] + found["rows/forward_only_share"])) == read, loss_type
 
 
-# ---- answers and tokens --------------------------------------------------------------------------------------------------------------
+# ---- answers and tokens ----------------------------------------------------------------------------------------------
 def test_lengths_of_answers():
     found = completion_lengths(two_dialogues())
-    assert (found["completions/mean_length"], found["completions/min_length"], found["completions/max_length"]) == (2.0, 1, 3)
+    assert (found["completions/mean_length"], found["completions/min_length"], found["completions/max_length"]) == (
+        2.0,
+        1,
+        3,
+    )
     assert found["completions/clipped_ratio"] == pytest.approx(1 / 5)
     terminated = [found[f"completions/{which}_terminated_length"] for which in ("mean", "min", "max")]
     assert terminated == [7 / 4, 1, 2]
     logged = [Sample([1, 2, 3], [-1, 0, 0], [1.0, 1.0, 1.0], 0)]
-    assert completion_lengths(logged) == {f"completions/{which}_length": 2 for which in ("mean", "min", "max")}, "two turns were not read"
+    assert completion_lengths(logged) == {f"completions/{which}_length": 2 for which in ("mean", "min", "max")}, (
+        "two turns were not read"
+    )
 
 
 def test_token_means_weigh_micro_batches_by_their_tokens():
     def out(logprobs, entropy):
-        return PolicyLossOutput(torch.tensor(0.5), torch.tensor(logprobs), torch.zeros(3), {"entropy": torch.tensor(entropy)})
+        return PolicyLossOutput(
+            torch.tensor(0.5), torch.tensor(logprobs), torch.zeros(3), {"entropy": torch.tensor(entropy)}
+        )
 
     means = TokenMeans()
     means.add(out([-1.0, 0.0, -2.0], 0.3), torch.tensor([-1.5, -9.0, -2.0]))
@@ -129,7 +150,9 @@ def test_token_means_weigh_micro_batches_by_their_tokens():
     assert found["sampling/sampling_logp_difference/max"] == pytest.approx(0.5)
     assert "sampling/sampling_logp_difference/max" not in TokenMeans().means()
     together = TokenMeans.total([means, means, TokenMeans()]).means()
-    assert together == pytest.approx({**found, "loss": 2.0}), "ranks: sums of losses, means over all tokens, the largest of all"
+    assert together == pytest.approx({**found, "loss": 2.0}), (
+        "ranks: sums of losses, means over all tokens, the largest of all"
+    )
 
 
 def test_the_two_sides_of_the_clip_are_told_apart():
@@ -145,17 +168,26 @@ def test_the_two_sides_of_the_clip_are_told_apart():
     assert sides == {"ppo": [1, 1, 2], "cispo": [0, 2, 2]}
 
 
-# ---- the documented names ------------------------------------------------------------------------------------------------------------
+# ---- the documented names --------------------------------------------------------------------------------------------
 def documented():
     """Names of the table in docs/training.md, placeholders as patterns."""
     text = (ROOT / "docs/training.md").read_text()
     table = text.split("## Metrics\n")[1].split("\n## ")[0]
-    names = [name for line in table.splitlines() if line.startswith("| `") for name in re.findall(r"`([^`]+)`", line.split("|")[1])]
-    return {name: re.compile(re.escape(name).replace("<t>", r"\d+(-\d+)?").replace("<kind>", r"\w+") + "$") for name in names}
+    names = [
+        name
+        for line in table.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`([^`]+)`", line.split("|")[1])
+    ]
+    return {
+        name: re.compile(re.escape(name).replace("<t>", r"\d+(-\d+)?").replace("<kind>", r"\w+") + "$")
+        for name in names
+    }
 
 
 def test_the_documented_metrics_are_those_that_runs_log(tmp_path):
-    """Both ways: every name that the two jobs log is in the table, and every name of the table is logged by one of them."""
+    """Both ways: every name that the two jobs log is in the table, and every name of the table is logged by one of
+    them."""
     pytest.importorskip("transformers")
     from test_cli import SHORT, TINY, dialogue, write
 
@@ -163,7 +195,18 @@ def test_the_documented_metrics_are_those_that_runs_log(tmp_path):
 
     data = write(tmp_path / "log.jsonl", [dialogue(i) for i in range(6)])
     clipped = ["--loss-type", "ppo", "--num-iterations", "2", "--kl-coef", "0.1", "--importance-cap", "2"]
-    persona = [*SHORT, *clipped, "--imitation-steps", "60", "--max-steps", "2", "--learning-rate", "0.01", "--eval-dialogues", "8"]
+    persona = [
+        *SHORT,
+        *clipped,
+        "--imitation-steps",
+        "60",
+        "--max-steps",
+        "2",
+        "--learning-rate",
+        "0.01",
+        "--eval-dialogues",
+        "8",
+    ]
     offline = ["--data", data, "--max-steps", "2", "--max-new-tokens", "2", *TINY]
     logged = set()
     for name, flags in (("persona", persona), ("offline", offline)):

@@ -26,7 +26,9 @@ def test_every_op_has_every_home(op, home):
     assert (ROOT / home.format(op)).is_file()
 
 
-@pytest.mark.parametrize("home", ["ppg_fast/reference/policy_term.py", "kernels/triton/policy_term.py", "csrc/policy_term.h"])
+@pytest.mark.parametrize(
+    "home", ["ppg_fast/reference/policy_term.py", "kernels/triton/policy_term.py", "csrc/policy_term.h"]
+)
 def test_the_scalar_loss_stands_three_times_only(home):
     text = (ROOT / home).read_text()
     assert "policy_term" in text

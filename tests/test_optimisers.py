@@ -1,4 +1,5 @@
-"""Optimisers by name: the one that was asked for, on the weights that train, resuming to the bit; and clear words for the others."""
+"""Optimisers by name: the one that was asked for, on the weights that train, resuming to the bit; and clear words for
+the others."""
 
 import importlib.util
 import io
@@ -8,9 +9,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from ppg_fast import model as models
-from ppg_fast.adaptation import freeze
-from ppg_fast.optimisers import OnCPU, Together, make_optimizer, set_learning_rate
+from ppg_fast.models import causal_lm as models
+from ppg_fast.models.adaptation import freeze
+from ppg_fast.training.optimisers import OnCPU, Together, make_optimizer, set_learning_rate
 
 needs = {
     name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
@@ -71,7 +72,9 @@ def test_each_moves_the_weights_and_resumes_to_the_bit(name, offload):
 def test_the_default_is_adamw_and_where_its_state_is_changes_no_bit(offload):
     one, other = tiny(), tiny()
     plain = torch.optim.AdamW(one.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1)
-    assert torch.equal(steps(one, plain, range(3)), steps(other, make_optimizer(other, weight_decay=0.1, offload=offload), range(3)))
+    assert torch.equal(
+        steps(one, plain, range(3)), steps(other, make_optimizer(other, weight_decay=0.1, offload=offload), range(3))
+    )
 
 
 def test_frozen_weights_have_no_state():
@@ -89,7 +92,11 @@ def test_muon_takes_the_matrices_of_the_decoder():
     assert isinstance(optimizer, Together)
     muon, adam = optimizer.parts
     assert {p.ndim for g in muon.param_groups for p in g["params"]} == {2}
-    assert (muon.param_groups[0]["momentum"], muon.param_groups[0]["nesterov"], muon.param_groups[0]["weight_decay"]) == (0.8, False, 0.0)
+    assert (
+        muon.param_groups[0]["momentum"],
+        muon.param_groups[0]["nesterov"],
+        muon.param_groups[0]["weight_decay"],
+    ) == (0.8, False, 0.0)
     assert adam.param_groups[0]["betas"] == (0.8, 0.9)
     assert any(p is model.get_input_embeddings().weight for p in adam.param_groups[0]["params"])
 
@@ -121,7 +128,8 @@ def test_a_step_on_the_cpu_takes_the_gradient_as_it_is_then():
 
 def test_names_that_cannot_serve_say_why(monkeypatch):
     with pytest.raises(
-        ValueError, match=r"optim must be a name that transformers knows, or muon; did you mean 'adamw_torch'\?, got 'adamw_torhc'"
+        ValueError,
+        match=r"optim must be a name that transformers knows, or muon; did you mean 'adamw_torch'\?, got 'adamw_torhc'",
     ):
         make_optimizer(tiny(), "adamw_torhc")
     for name, why in {

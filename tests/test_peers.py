@@ -1,4 +1,5 @@
-"""Public functions of other projects as oracles: Liger's GRPO losses, TRL's log-probs and fused head. Where they are installed."""
+"""Public functions of other projects as oracles: Liger's GRPO losses, TRL's log-probs and fused head. Where they are
+installed."""
 
 import pytest
 import torch
@@ -45,20 +46,31 @@ def test_liger_fused_linear_grpo(batch, loss_type, level):
     surrogate, reduction, normalizer = LIGER[loss_type]
     if level == "sequence" and loss_type == "cispo":
         pytest.skip("CISPO has one ratio a token")
-    logprobs = ppg.linear_token_logprobs(batch["hidden"], batch["weight"], batch["labels"], bias=batch["bias"], temperature=0.8).detach()
+    logprobs = ppg.linear_token_logprobs(
+        batch["hidden"], batch["weight"], batch["labels"], bias=batch["bias"], temperature=0.8
+    ).detach()
     old, ref = near(logprobs, 1.5), near(logprobs, 1.0)
     high = 0.31
     peer = liger.LigerFusedLinearGRPOLoss(
-        beta=0.07, compiled=False, use_ref_model=True, epsilon_low=0.17, epsilon_high=1 + high if surrogate == "cispo" else high,
+        beta=0.07, compiled=False, use_ref_model=True, epsilon_low=0.17,
+        epsilon_high=1 + high if surrogate == "cispo" else high,
         loss_type=loss_type, temperature=0.8, importance_sampling_level=level, max_completion_length=L,
     )  # fmt: skip
     rows = (batch["hidden"], batch["weight"], batch["labels"])
-    expected, _ = peer(*rows, batch["mask"], batch["advantages"], bias=batch["bias"], ref_per_token_logps=ref, old_per_token_logps=old)
+    expected, _ = peer(
+        *rows, batch["mask"], batch["advantages"], bias=batch["bias"], ref_per_token_logps=ref, old_per_token_logps=old
+    )
     spec = ppg.PolicyLossSpec(
-        "gspo" if level == "sequence" else surrogate, clip_low=0.17, clip_high=high, kl_coef=0.07, kl_estimator="k3", temperature=0.8
+        "gspo" if level == "sequence" else surrogate,
+        clip_low=0.17,
+        clip_high=high,
+        kl_coef=0.07,
+        kl_estimator="k3",
+        temperature=0.8,
     )
     actual = ppg.linear_policy_loss(
-        *rows, batch["advantages"], bias=batch["bias"], loss_mask=batch["mask"], old_logprobs=old, ref_logprobs=ref, spec=spec,
+        *rows, batch["advantages"], bias=batch["bias"], loss_mask=batch["mask"], old_logprobs=old, ref_logprobs=ref,
+        spec=spec,
         reduction=reduction, normalizer=normalizer,
     )  # fmt: skip
     torch.testing.assert_close(actual.loss, expected, rtol=1e-5, atol=2e-5)  # both sum float32 terms of order 10
@@ -70,7 +82,9 @@ def test_trl_selective_log_softmax(batch):
     trainer_utils = pytest.importorskip("trl.trainer.utils", reason="trl is not installed")
     logits = (batch["hidden"] @ batch["weight"].t()).detach()
     ours, entropy = ppg.token_logprobs(logits, batch["labels"], temperature=0.7, entropy=True)
-    torch.testing.assert_close(ours, trainer_utils.selective_log_softmax(logits / 0.7, batch["labels"]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours, trainer_utils.selective_log_softmax(logits / 0.7, batch["labels"]), rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(entropy, trainer_utils.entropy_from_logits(logits / 0.7), rtol=1e-5, atol=1e-5)
 
 
@@ -82,7 +96,14 @@ def test_trl_chunked_head(batch, softcap):
         hidden, batch["weight"], batch["bias"], labels, 0.7, 32, softcap, 1.0, ("entropy",)
     )
     ours, entropy = ppg.linear_token_logprobs(
-        hidden, batch["weight"], labels, bias=batch["bias"], temperature=0.7, logit_softcap=softcap or 0.0, entropy=True, chunk_rows=5
+        hidden,
+        batch["weight"],
+        labels,
+        bias=batch["bias"],
+        temperature=0.7,
+        logit_softcap=softcap or 0.0,
+        entropy=True,
+        chunk_rows=5,
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy, their_entropy, rtol=1e-5, atol=1e-5)

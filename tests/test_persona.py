@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from ppg_fast.dialogue import Dialogue, Message
-from ppg_fast.environment import LoggedDialogue
-from ppg_fast.persona import DELAY, PLEASED, SETTLED, PersonaInterview, words
+from ppg_fast.dialogues.dialogue import Dialogue, Message
+from ppg_fast.rollouts.environment import LoggedDialogue
+from ppg_fast.rollouts.persona import DELAY, PLEASED, SETTLED, PersonaInterview, words
 
 
 def play(env, seed, answer):

@@ -16,7 +16,8 @@ SHAPES = {"1x1": (1, 1, 1), "one-row": (1, 1, 7), "tails": (1, 9, 1003), "batch"
 
 
 def run(case, backend, dlogits=None):
-    """The op's outputs on ``backend`` by name; the gradient through autograd, or into ``dlogits`` straight through the contract."""
+    """The op's outputs on ``backend`` by name; the gradient through autograd, or into ``dlogits`` straight through the
+    contract."""
     x = case.logits.detach().requires_grad_()
     loss, logprob, entropy, _ = ops.policy_loss(x, case.labels, case.per_row, case.spec, True, False, False, backend)
     return {"loss": loss, "logprob": logprob, "entropy": entropy, "dlogits": torch.autograd.grad(loss.sum(), x)[0]}
@@ -40,7 +41,9 @@ def test_every_loss_and_term(backend, device, loss, terms):
 @pytest.mark.parametrize("layout", ["dense", "strided"])
 def test_every_dtype_and_shape(backend, device, shape, dtype, layout):
     spec = replace(LOSSES["ppo"], **TERMS["everything"])
-    assert_matches(make_case(SHAPES[shape], spec, DTYPES[dtype], device, strided=layout == "strided", per_token=True), backend)
+    assert_matches(
+        make_case(SHAPES[shape], spec, DTYPES[dtype], device, strided=layout == "strided", per_token=True), backend
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,7 +73,9 @@ def test_zero_rows_are_exactly_zero(backend, device, dtype):
 def test_in_place_gives_the_same_bits(backend, device, dtype):
     if backend == "reference":
         pytest.skip("reference: plain PyTorch, never in place")
-    case = make_case((2, 6, 1003), replace(LOSSES["ppo"], entropy_coef=0.02, logit_softcap=7.0), DTYPES[dtype], device, strided=True)
+    case = make_case(
+        (2, 6, 1003), replace(LOSSES["ppo"], entropy_coef=0.02, logit_softcap=7.0), DTYPES[dtype], device, strided=True
+    )
     contract, rows = backends.load(backend).policy_loss, (case.labels, *case.per_row)
     apart = torch.empty(case.logits.shape, dtype=case.logits.dtype, device=device)
     first = contract(case.logits, *rows, case.spec, True, apart)
@@ -96,7 +101,9 @@ def test_a_row_does_not_depend_on_its_neighbours(backend, device):
     for n in range(8):
         rows = ops.PerRow(*(None if t is None else t[n : n + 1] for t in case.per_row))
         x = case.logits[:, n : n + 1].detach().requires_grad_()
-        loss, logprob, entropy, _ = ops.policy_loss(x, case.labels[n : n + 1], rows, case.spec, True, False, False, backend)
+        loss, logprob, entropy, _ = ops.policy_loss(
+            x, case.labels[n : n + 1], rows, case.spec, True, False, False, backend
+        )
         alone = {"loss": loss, "logprob": logprob, "entropy": entropy}
         assert all(torch.equal(alone[name], together[name][n : n + 1]) for name in alone), n
         assert torch.equal(torch.autograd.grad(loss.sum(), x)[0][0], together["dlogits"][0, n : n + 1]), n

@@ -1,4 +1,5 @@
-"""The loss of a caller's own log-probs is the loss from logits after the sweep over the vocabulary: same value, same gradient."""
+"""The loss of a caller's own log-probs is the loss from logits after the sweep over the vocabulary: same value, same
+gradient."""
 
 from dataclasses import replace
 
@@ -18,7 +19,9 @@ def batch():
     logits, labels = torch.randn(B, L, V, requires_grad=True), torch.randint(V, (B, L))
     mask = torch.tensor([[1, 1, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 1, 1, 0, 1]])
     near = ppg.token_logprobs(logits, labels).detach()
-    around = {name: near + 0.8 * torch.rand(B, L) - 0.4 for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs")}
+    around = {
+        name: near + 0.8 * torch.rand(B, L) - 0.4 for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs")
+    }
     turn_ids = torch.tensor([[0, 0, -1, 1, 1, 1, -1]] * B)
     return logits, labels, torch.randn(B, L), {"loss_mask": mask, "turn_ids": turn_ids, **around}
 
@@ -36,7 +39,9 @@ def test_equals_the_loss_from_logits(batch, loss_type, reduction):
         torch.testing.assert_close(mine, truth, rtol=1e-5, atol=1e-6)
     for name, value in expected.metrics.items():
         torch.testing.assert_close(ours.metrics[name], value, rtol=1e-4, atol=1e-6)
-    gradients = [torch.autograd.grad((out.loss * upstream).sum(), logits, retain_graph=True)[0] for out in (ours, expected)]
+    gradients = [
+        torch.autograd.grad((out.loss * upstream).sum(), logits, retain_graph=True)[0] for out in (ours, expected)
+    ]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
@@ -48,7 +53,9 @@ def test_masked_rows_may_hold_anything(batch, garbage):
     clean = ppg.policy_loss_from_logprobs(logprobs, advantages, entropy=entropy, **options)
     mask = options["loss_mask"] == 0
     dirty = logprobs.masked_fill(mask, garbage).requires_grad_()
-    out = ppg.policy_loss_from_logprobs(dirty, advantages.masked_fill(mask, garbage), entropy=entropy.masked_fill(mask, garbage), **options)
+    out = ppg.policy_loss_from_logprobs(
+        dirty, advantages.masked_fill(mask, garbage), entropy=entropy.masked_fill(mask, garbage), **options
+    )
     assert torch.equal(out.loss, clean.loss)
     gradient = torch.autograd.grad(out.loss, dirty)[0]
     assert torch.equal(gradient[mask], torch.zeros(int(mask.sum())))
@@ -61,7 +68,10 @@ def test_a_ratio_that_overflows_keeps_the_gradient_of_the_kernels(loss_type, adv
     """A token the old policy all but excluded: clipped, so without a gradient, and not 0 * inf."""
     torch.manual_seed(9)
     logits, labels = torch.randn(1, 3, 5, requires_grad=True), torch.tensor([[0, 1, 2]])
-    options = {"old_logprobs": torch.tensor([[-120.0, -1.5, -300.0]]), "spec": ppg.PolicyLossSpec(loss_type, dual_clip=3.0)}
+    options = {
+        "old_logprobs": torch.tensor([[-120.0, -1.5, -300.0]]),
+        "spec": ppg.PolicyLossSpec(loss_type, dual_clip=3.0),
+    }
     options["turn_ids"] = torch.tensor([[0, 1, 1]])
     advantages = torch.full((1, 3), advantage)
     from_logprobs = ppg.policy_loss_from_logprobs(ppg.token_logprobs(logits, labels), advantages, **options)
@@ -81,7 +91,8 @@ def test_no_active_row_is_a_connected_zero():
 def test_options_keep_their_meaning(batch):
     mask, logprobs = batch[3]["loss_mask"], -torch.rand(B, L)
     packed = ppg.policy_loss_from_logprobs(
-        logprobs.reshape(-1), torch.ones(B * L), cu_seqlens=torch.arange(0, B * L + 1, L, dtype=torch.int32), reduction="sequence_mean",
+        logprobs.reshape(-1), torch.ones(B * L), cu_seqlens=torch.arange(0, B * L + 1, L, dtype=torch.int32),
+        reduction="sequence_mean",
         loss_mask=mask.reshape(-1),
     ).loss  # fmt: skip
     one_each = torch.ones(B)

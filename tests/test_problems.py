@@ -1,4 +1,5 @@
-"""The built-in problems: the window that each needs is what its table says, exactly, and its words pay what its table pays."""
+"""The built-in problems: the window that each needs is what its table says, exactly, and its words pay what its table
+pays."""
 
 import itertools
 import random
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from ppg_fast.compare.tabular import TabularProblem, estimate
-from ppg_fast.problems import FACTS, PROBLEMS, Problem, ProblemDialogue, drawn, problem, problem_names, words
+from ppg_fast.rollouts.problems import FACTS, PROBLEMS, Problem, ProblemDialogue, drawn, problem, problem_names, words
 from ppg_fast.spec import policy_class
 
 CLASSES = ("greedy", "lookahead:2", "lookahead:3", "lookahead:4", "segment:4", "full")
@@ -31,7 +32,8 @@ def size(tabular, name):
 
 
 def test_the_problem_class_is_the_smallest_without_bias(tabular):
-    """Its gradient is that of the true value at every policy; of all classes that share this it credits the fewest rewards."""
+    """Its gradient is that of the true value at every policy; of all classes that share this it credits the fewest
+    rewards."""
     own = tabular.problem.policy_class
     assert own in CLASSES
     for logits in (tabular.start(), skewed(tabular)):
@@ -42,7 +44,8 @@ def test_the_problem_class_is_the_smallest_without_bias(tabular):
 
 
 def test_longer_windows_add_noise_and_the_problem_class_has_the_best_direction(tabular):
-    """Expected cosine of a batch's gradient with the true one: bias and variance in one number. By a margin, so it can be learned from."""
+    """Expected cosine of a batch's gradient with the true one: bias and variance in one number. By a margin, so it can
+    be learned from."""
     alignment = {}
     for name in CLASSES:
         m = tabular.moments(tabular.start(), name, GROUP)
@@ -70,7 +73,7 @@ def test_the_best_return_is_honesty(tabular):
     assert tabular.value(tabular.start()) < 0.7 * of.best_return
 
 
-# ---- exact moments against every outcome there is ---------------------------------------------------------------------------------------
+# ---- exact moments against every outcome there is --------------------------------------------------------------------
 SMALL = Problem(
     "small",
     "lookahead:2",
@@ -100,7 +103,9 @@ def test_moments_are_those_of_all_outcomes(name, group_size):
     single = (scores * returns[..., None]).flatten(1)
     exact = tabular.moments(logits, name, group_size)
     torch.testing.assert_close(exact.gradient.flatten(), probability @ single)
-    assert exact.variance == pytest.approx(float(probability @ single.square().sum(1) - (probability @ single).square().sum()))
+    assert exact.variance == pytest.approx(
+        float(probability @ single.square().sum(1) - (probability @ single).square().sum())
+    )
     members = torch.cartesian_prod(*[torch.arange(len(outcome))] * group_size)
     weight = probability[members].prod(1)
     others = (returns[members].sum(1, keepdim=True) - returns[members]) / (group_size - 1)
@@ -122,7 +127,7 @@ def test_the_sampled_estimator_has_the_exact_moments():
     assert float((drawn - exact.gradient).square().sum((1, 2)).mean()) == pytest.approx(exact.group_variance, rel=0.1)
 
 
-# ---- in words --------------------------------------------------------------------------------------------------------------------------
+# ---- in words --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_words_pay_what_the_table_pays(name):
     """A dialogue in words earns, turn by turn, what the table of courses holds."""
@@ -143,7 +148,8 @@ def test_words_pay_what_the_table_pays(name):
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_first_word_says_how_an_answer_is_paid(name):
-    """Turns with the same first word are paid by the same rule, or a policy that shares parameters could not tell them apart."""
+    """Turns with the same first word are paid by the same rule, or a policy that shares parameters could not tell them
+    apart."""
     world = ProblemDialogue(PROBLEMS[name])
     rules = {}
     for t in range(world.problem.turns):
@@ -195,7 +201,13 @@ def test_drawn_problems_are_of_every_kind():
 
 def test_names():
     assert all(policy_class(p.policy_class) for p in PROBLEMS.values())
-    assert problem_names("plan, drawn:3..5,drawn:4,all") == ["plan", "drawn:3", "drawn:4", "drawn:5", *(n for n in PROBLEMS if n != "plan")]
+    assert problem_names("plan, drawn:3..5,drawn:4,all") == [
+        "plan",
+        "drawn:3",
+        "drawn:4",
+        "drawn:5",
+        *(n for n in PROBLEMS if n != "plan"),
+    ]
     with pytest.raises(ValueError, match=r"must not end before it begins, got 'drawn:5..3'"):
         problem_names("drawn:5..3")
     with pytest.raises(ValueError, match=r"problem must be one of .*, drawn:SEED, got 'drawn:x'"):

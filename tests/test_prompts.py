@@ -15,17 +15,25 @@ from openai_server import Raw, said, serve
 from test_cli import FILES, TINY, dialogue, failure, rows, threads_stay, write  # noqa: F401
 
 from ppg_fast import endpoint as endpoints
-from ppg_fast.chat_format import ChatFormat, make_byte_tokenizer
 from ppg_fast.cli import main
-from ppg_fast.dialogue import Message, read_dialogues
+from ppg_fast.dialogues.chat_format import ChatFormat, make_byte_tokenizer
+from ppg_fast.dialogues.dialogue import Message, read_dialogues
+from ppg_fast.dialogues.prompts import Prompt, read_prompts
 from ppg_fast.endpoint import Endpoint
-from ppg_fast.generation import LocalSampler, Request
 from ppg_fast.jobs import score as scoring_job
 from ppg_fast.jobs.prompts import prompt_seeds
-from ppg_fast.model import load_model, make_model
-from ppg_fast.partner import OPENER, Conversation, EndpointPartner, LoggedPartner, ModelPartner, NoPartner, settle
-from ppg_fast.prompts import Prompt, read_prompts
-from ppg_fast.rollout import collect_groups
+from ppg_fast.models.causal_lm import load_model, make_model
+from ppg_fast.rollouts.generation import LocalSampler, Request
+from ppg_fast.rollouts.partner import (
+    OPENER,
+    Conversation,
+    EndpointPartner,
+    LoggedPartner,
+    ModelPartner,
+    NoPartner,
+    step_all,
+)
+from ppg_fast.rollouts.rollout import collect_groups
 
 OPENING = [{"role": "system", "content": "You sell shoes."}, {"role": "user", "content": "Hello!"}]
 
@@ -90,7 +98,11 @@ def test_a_partner_sees_the_dialogue_from_its_side_and_ends_it_with_the_phrase()
     assert talk.messages[-1] == Message("user", "Thanks. DONE"), "rewards may read it"
     first, second = (payload for _, payload in server.requests)
     system = {"role": "system", "content": "Play the customer.\n\nYou want boots."}
-    opener, hello, hi = {"role": "user", "content": OPENER}, {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Hi."}
+    opener, hello, hi = (
+        {"role": "user", "content": OPENER},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Hi."},
+    )
     assert first["messages"] == [system, opener, hello, hi]
     assert second["messages"] == [
         system,
@@ -124,7 +136,7 @@ def test_the_start_weights_as_partner_stay_and_do_not_hear_special_tokens():
     def replies():
         for talk in talks:
             talk.reset(0)
-        return [reply for reply, _, _ in settle(talks, ["a <end> b", "", "<us<end>er>"])]
+        return [reply for reply, _, _ in step_all(talks, ["a <end> b", "", "<us<end>er>"])]
 
     before = replies()
     with torch.no_grad():
@@ -139,7 +151,9 @@ def test_what_a_partner_says_is_cleaned_of_special_tokens():
     model, chat = make_model(len(tokenizer), 32, 1), ChatFormat(tokenizer)
     with serve(lambda *_: said("hm <e<end>nd> <assistant>yes")) as server:
         make = lambda: Conversation([prompt()], EndpointPartner(Endpoint(server.url)), 2, clean=chat.without_special)  # noqa: E731
-        (rollout,) = collect_groups(model, chat, make, [0], 1, generator=torch.Generator().manual_seed(0), max_new_tokens=3, settle=settle)
+        (rollout,) = collect_groups(
+            model, chat, make, [0], 1, generator=torch.Generator().manual_seed(0), max_new_tokens=3, step_all=step_all
+        )
     assert rollout.messages[3] == Message("user", "hm  yes")
     assert len(rollout.sample.rewards) == 2
 
@@ -154,8 +168,23 @@ def test_every_prompt_comes_once_an_epoch_and_the_step_decides_which():
     assert prompt_seeds(3, 5, 7, seed=3) == seeds[10:15]
 
 
-REWARD = "def letters(messages, goal):\n    text = messages[-1]['content']\n    return sum(c in goal for c in text) / max(1, len(text))\n"
-LEARN = [*TINY, "--vocab-size", "280", "--num-prompts", "4", "--num-generations", "6", "--max-new-tokens", "8", "--max-turns", "2"]
+REWARD = (
+    "def letters(messages, goal):\n    text = messages[-1]['content']\n    return sum(c in goal for c in text) / "
+    "max(1, len(text))\n"
+)
+LEARN = [
+    *TINY,
+    "--vocab-size",
+    "280",
+    "--num-prompts",
+    "4",
+    "--num-generations",
+    "6",
+    "--max-new-tokens",
+    "8",
+    "--max-turns",
+    "2",
+]
 LEARN += ["--learning-rate", "0.02", "--policy-class", "greedy", "--eval-dialogues", "2", "--save-every", "2"]
 
 
@@ -163,13 +192,30 @@ LEARN += ["--learning-rate", "0.02", "--policy-class", "greedy", "--eval-dialogu
 def files(tmp_path):
     (tmp_path / "letters.py").write_text(REWARD)
     openings = [
-        {"id": f"p{n}", "messages": [{"role": "user", "content": f"say {n}"}], "goal": "abcdefghijklmnopqrstuvwxyz"} for n in range(10)
+        {"id": f"p{n}", "messages": [{"role": "user", "content": f"say {n}"}], "goal": "abcdefghijklmnopqrstuvwxyz"}
+        for n in range(10)
     ]
-    return {"prompts": write(tmp_path / "p.jsonl", openings), "reward": f"{tmp_path / 'letters.py'}:letters", "folder": tmp_path / "run"}
+    return {
+        "prompts": write(tmp_path / "p.jsonl", openings),
+        "reward": f"{tmp_path / 'letters.py'}:letters",
+        "folder": tmp_path / "run",
+    }
 
 
 def train(files, *flags):
-    return main(["train", "--prompts", files["prompts"], "--reward", files["reward"], "--output-dir", str(files["folder"]), *LEARN, *flags])
+    return main(
+        [
+            "train",
+            "--prompts",
+            files["prompts"],
+            "--reward",
+            files["reward"],
+            "--output-dir",
+            str(files["folder"]),
+            *LEARN,
+            *flags,
+        ]
+    )
 
 
 def weights(folder):
@@ -219,7 +265,16 @@ def test_resume_goes_on_with_the_prompts_that_would_have_come(files, tmp_path):
 
 def test_a_judge_alone_is_the_reward_and_its_failures_are_counted(files):
     with serve(lambda path, payload: said("SCORE: 5" if payload["temperature"] else "hm")) as server:
-        flags = ["--prompts", files["prompts"], "--output-dir", str(files["folder"]), "--judge", server.url, "--partner", "none"]
+        flags = [
+            "--prompts",
+            files["prompts"],
+            "--output-dir",
+            str(files["folder"]),
+            "--judge",
+            server.url,
+            "--partner",
+            "none",
+        ]
         assert main(["train", *flags, *LEARN, "--max-steps", "1"]) == 0
     assert rows(files["folder"], "rollout")[0]["rewards/judge/mean"] == 0.5
 
@@ -261,7 +316,9 @@ def test_bad_settings_are_an_error_before_anything_is_written(flags, message, fi
 
 
 def test_no_reward_is_an_error(files, capsys):
-    assert "a reward is needed" in failure(capsys, "--prompts", files["prompts"], "--output-dir", str(files["folder"]), *LEARN)
+    assert "a reward is needed" in failure(
+        capsys, "--prompts", files["prompts"], "--output-dir", str(files["folder"]), *LEARN
+    )
 
 
 def test_a_reward_that_fails_names_the_dialogue_and_the_run_can_go_on(files, capsys):
@@ -294,11 +351,23 @@ def test_a_sampler_endpoint_is_refreshed_with_the_weights_of_the_step(files, tmp
     (tmp_path / "load.py").write_text(
         "import hashlib, json, pathlib, sys\n"
         "data = pathlib.Path(sys.argv[1], 'model.safetensors').read_bytes()\n"
-        "pathlib.Path(sys.argv[2]).write_text(json.dumps({'sum': hashlib.sha256(data).hexdigest(), 'folder': sys.argv[1]}))\n"
+        "pathlib.Path(sys.argv[2]).write_text(json.dumps({'sum': hashlib.sha256(data).hexdigest(), 'folder': "
+        "sys.argv[1]}))\n"
     )
     with serve(engine) as server:
         refresh = f"{sys.executable} {tmp_path / 'load.py'} {{folder}} {tmp_path / 'loaded'}"
-        flags = ("--sampler", server.url, "--sampler-refresh", refresh, "--partner", "none", "--max-steps", "3", "--importance-cap", "2")
+        flags = (
+            "--sampler",
+            server.url,
+            "--sampler-refresh",
+            refresh,
+            "--partner",
+            "none",
+            "--max-steps",
+            "3",
+            "--importance-cap",
+            "2",
+        )
         assert train(files, *flags) == 0
         assert len(seen) == 3, "one set of weights a step"
         files["folder"] = tmp_path / "broken"
@@ -338,9 +407,26 @@ def read_dialogues_quietly(path):
 def test_score_with_human_ratings_then_train_on_them(tmp_path, capsys):
     data = write(tmp_path / "in.jsonl", [dialogue(n) for n in range(6)])
     ratings = write(
-        tmp_path / "r.jsonl", [{"id": f"d{n}", "turn": t, "rating": r, "rater": r} for n in range(6) for t in (0, 1) for r in (1, 2)]
+        tmp_path / "r.jsonl",
+        [{"id": f"d{n}", "turn": t, "rating": r, "rater": r} for n in range(6) for t in (0, 1) for r in (1, 2)],
     )
     out = str(tmp_path / "scored.jsonl")
     assert main(["score", data, "-o", out, "--reward", f"ratings:{ratings}"]) == 0
     assert "12 turns scored, 0 not, mean reward 1.5" in capsys.readouterr().out
-    assert main(["train", "--data", out, "--output-dir", str(tmp_path / "run"), "--max-steps", "1", "--max-new-tokens", "2", *TINY]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--data",
+                out,
+                "--output-dir",
+                str(tmp_path / "run"),
+                "--max-steps",
+                "1",
+                "--max-new-tokens",
+                "2",
+                *TINY,
+            ]
+        )
+        == 0
+    )

@@ -12,7 +12,14 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 @quickly
-@given(B=st.integers(1, 4), T=st.integers(0, 9), lookahead=st.integers(1, 11), length=st.integers(0, 4), gamma=st.floats(0, 1), seed=seeds)
+@given(
+    B=st.integers(1, 4),
+    T=st.integers(0, 9),
+    lookahead=st.integers(1, 11),
+    length=st.integers(0, 4),
+    gamma=st.floats(0, 1),
+    seed=seeds,
+)
 def test_returns_of_ragged_dialogues_are_the_plain_loop(B, T, lookahead, length, gamma, seed):
     generator = torch.Generator().manual_seed(seed)
     rewards = torch.randn(B, T, generator=generator)
@@ -61,7 +68,9 @@ def test_packed_and_padded_sequences_are_the_same_loss(lengths, reduction, seed)
     advantages = torch.randn(S, L, generator=generator)
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     padded = ppg.policy_loss(logits, labels, advantages, loss_mask=there, reduction=reduction).loss
-    packed = ppg.policy_loss(logits[there], labels[there], advantages[there], cu_seqlens=cu_seqlens, reduction=reduction).loss
+    packed = ppg.policy_loss(
+        logits[there], labels[there], advantages[there], cu_seqlens=cu_seqlens, reduction=reduction
+    ).loss
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-6)
 
 
@@ -70,7 +79,10 @@ def test_packed_and_padded_sequences_are_the_same_loss(lengths, reduction, seed)
 def test_leave_one_out_does_not_depend_on_the_order_of_rollouts(sizes, T, seed):
     generator = torch.Generator().manual_seed(seed)
     groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)) * 7 - 3
-    returns, counts = torch.randn(len(groups), T, generator=generator), torch.randint(0, T + 1, (len(groups),), generator=generator)
+    returns, counts = (
+        torch.randn(len(groups), T, generator=generator),
+        torch.randint(0, T + 1, (len(groups),), generator=generator),
+    )
     advantages = ppg.turn_advantages(returns, groups, turn_counts=counts)
     order = torch.randperm(len(groups), generator=generator)
     shuffled = ppg.turn_advantages(returns[order], groups[order], turn_counts=counts[order])

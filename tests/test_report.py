@@ -18,11 +18,11 @@ from test_cli import SHORT, failure, rows
 
 from ppg_fast.cli import main
 from ppg_fast.config import OFFLINE, SECTIONS, TrainConfig, add_flags, make_config
-from ppg_fast.data import Sample
-from ppg_fast.jobs import cards, plots, samples, trackers
-from ppg_fast.objective import Objective
-from ppg_fast.rollout import Rollout
+from ppg_fast.dialogues.packing import Sample
+from ppg_fast.jobs import cards, curves, samples, trackers
+from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.spec import Greedy
+from ppg_fast.training.objective import Objective
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +40,11 @@ def run(tmp_path_factory):
     return folder
 
 
-# ---- samples -------------------------------------------------------------------------------------------------------------------------
+# ---- samples ---------------------------------------------------------------------------------------------------------
 def two_samples():
-    return [Sample([5, 6, 7, 8, 9], [-1, 0, 0, -1, 1], [reward, 0.5], 3, cut_off=[False, True]) for reward in (1.0, 0.25)]
+    return [
+        Sample([5, 6, 7, 8, 9], [-1, 0, 0, -1, 1], [reward, 0.5], 3, cut_off=[False, True]) for reward in (1.0, 0.25)
+    ]
 
 
 def spell(tokens):
@@ -51,9 +53,15 @@ def spell(tokens):
 
 def test_a_table_has_a_line_for_every_answer():
     table = samples.answer_rows("train", 7, two_samples(), spell, Objective(Greedy()))
-    assert [(r["dialogue"], r["turn"], r["prompt"], r["answer"]) for r in table[:2]] == [(0, 0, "5", "6 7"), (0, 1, "8", "9")]
+    assert [(r["dialogue"], r["turn"], r["prompt"], r["answer"]) for r in table[:2]] == [
+        (0, 0, "5", "6 7"),
+        (0, 1, "8", "9"),
+    ]
     assert [r["advantage"] for r in table] == [0.75, 0.0, -0.75, 0.0], "leave-one-out over the group"
-    assert [(r["reward"], r["return"], r["tokens"], r["cut_off"]) for r in table[:2]] == [(1.0, 1.0, 2, False), (0.5, 0.5, 1, True)]
+    assert [(r["reward"], r["return"], r["tokens"], r["cut_off"]) for r in table[:2]] == [
+        (1.0, 1.0, 2, False),
+        (0.5, 0.5, 1, True),
+    ]
     unscored = samples.answer_rows("eval", 0, two_samples(), spell, Objective(), scored=False)
     assert {(r["reward"], r["return"], r["advantage"]) for r in unscored} == {(None, None, None)}
     assert len(samples.answer_rows("train", 7, two_samples() * 9, spell, Objective())) == 2 * samples.SHOWN
@@ -66,18 +74,34 @@ def test_a_sample_knows_which_answers_of_its_rollout_were_cut_off():
 
 def test_rows_of_steps_that_are_taken_again_are_dropped(tmp_path):
     path = tmp_path / "samples.jsonl"
-    samples.append_rows(path, [{"phase": p, "step": s} for p, s in (("eval", 0), ("train", 10), ("eval", 10), ("train", 20))])
+    samples.append_rows(
+        path, [{"phase": p, "step": s} for p, s in (("eval", 0), ("train", 10), ("eval", 10), ("train", 20))]
+    )
     with open(path, "a") as file:
         file.write('{"phase": "tra')
     samples.keep_rows(path, {"eval": 10, "train": 15})
-    assert [tuple(json.loads(line).values()) for line in path.read_text().splitlines()] == [("eval", 0), ("train", 10), ("eval", 10)]
+    assert [tuple(json.loads(line).values()) for line in path.read_text().splitlines()] == [
+        ("eval", 0),
+        ("train", 10),
+        ("eval", 10),
+    ]
     samples.keep_rows(tmp_path / "none.jsonl", {})
 
 
 def test_a_run_that_goes_on_has_every_sample_once(tmp_path, monkeypatch):
     from ppg_fast.jobs.persona import PersonaJob
 
-    flags = ["--output-dir", str(tmp_path / "run"), *SHORT, "--imitation-steps", "0", "--save-every", "1", "--eval-every", "1"]
+    flags = [
+        "--output-dir",
+        str(tmp_path / "run"),
+        *SHORT,
+        "--imitation-steps",
+        "0",
+        "--save-every",
+        "1",
+        "--eval-every",
+        "1",
+    ]
     rollouts = PersonaJob.rollouts
 
     def broken(self, step):
@@ -96,26 +120,28 @@ def test_a_run_that_goes_on_has_every_sample_once(tmp_path, monkeypatch):
     assert "It ran to its end." in (tmp_path / "run/README.md").read_text()
 
 
-# ---- plots and pages -----------------------------------------------------------------------------------------------------------------
+# ---- plots and pages -------------------------------------------------------------------------------------------------
 def test_turns_are_drawn_in_their_order():
     logged = [
         {"turns/return/2": 1.0, "turns/return_std/2": 0.5, "turns/return/16-31": 3.0},
         {"turns/return/10": 2.0, "turns/return/2": 3.0},
     ]
-    assert plots.turn_profile(logged, "turns/return") == [("2", 2.0, 0.5), ("10", 2.0, 0.0), ("16-31", 3.0, 0.0)]
+    assert curves.turn_profile(logged, "turns/return") == [("2", 2.0, 0.5), ("10", 2.0, 0.0), ("16-31", 3.0, 0.0)]
 
 
 def test_plots_are_drawn_from_a_run_and_from_nothing(run, tmp_path):
     assert (run / "turns.png").read_bytes().startswith(b"\x89PNG")
-    plots.draw_turns(tmp_path / "a.png", rows(run, "train"), rows(run, "eval"))
-    plots.draw_turns(tmp_path / "b.png", [], [])
+    curves.draw_turns(tmp_path / "a.png", rows(run, "train"), rows(run, "eval"))
+    curves.draw_turns(tmp_path / "b.png", [], [])
     assert (tmp_path / "a.png").stat().st_size > 1.5 * (tmp_path / "b.png").stat().st_size
 
 
 def test_the_folder_says_what_it_is(run):
     """Every file is named, none that is not there, and what it says to type works."""
     text = (run / "README.md").read_text()
-    named = {line.split("`")[1].rstrip("/") for line in text.splitlines() if line.startswith("| `") and "eval/" not in line}
+    named = {
+        line.split("`")[1].rstrip("/") for line in text.splitlines() if line.startswith("| `") and "eval/" not in line
+    }
     assert named == {path.name for path in run.iterdir()} - {"README.md"}
     assert "It ran to its end." in text
     assert "`lookahead:3`" in text
@@ -138,7 +164,9 @@ def test_a_run_under_way_and_every_end_are_described(tmp_path):
     assert "there is no summary yet" in (tmp_path / "README.md").read_text()
     for status, words in cards.ENDED.items():
         cards.write_readme(
-            tmp_path, config, {"status": status, "steps": 3, "seconds": 1.0, "eval/logprob/start": -2.0, "eval/logprob/end": -1.5}
+            tmp_path,
+            config,
+            {"status": status, "steps": 3, "seconds": 1.0, "eval/logprob/start": -2.0, "eval/logprob/end": -1.5},
         )
         text = (tmp_path / "README.md").read_text()
         assert words in text
@@ -146,7 +174,7 @@ def test_a_run_under_way_and_every_end_are_described(tmp_path):
         assert "| `eval/logprob` | -2 | -1.5 |" in text
 
 
-# ---- trackers ------------------------------------------------------------------------------------------------------------------------
+# ---- trackers --------------------------------------------------------------------------------------------------------
 def test_tensorboard_has_what_the_run_logged(run):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     read = event_accumulator.EventAccumulator(str(run / "trackers/tensorboard"))
@@ -164,8 +192,10 @@ def test_wandb_and_trackio_take_a_run_offline(tmp_path):
     for package in ("accelerate", "wandb", "trackio"):
         pytest.importorskip(package)
     code = (
-        "import json\nfrom pathlib import Path\nfrom ppg_fast.config import make_config\nfrom ppg_fast.jobs.trackers import Trackers\n"
-        "config = make_config({'report_to': 'wandb,trackio', 'report_offline': True, 'project': 'p', 'run_name': 'r'})\n"
+        "import json\nfrom pathlib import Path\nfrom ppg_fast.config import make_config\nfrom ppg_fast.jobs.trackers "
+        "import Trackers\n"
+        "config = make_config({'report_to': 'wandb,trackio', 'report_offline': True, 'project': 'p', "
+        "'run_name': 'r'})\n"
         "for resume in (False, True):\n"
         "    t = Trackers(config, Path('run'), resume)\n"
         "    t.log('train', {'loss': 0.5 + resume, 'bad': float('nan'), 'name': 'x'}, 1 + resume)\n"
@@ -212,12 +242,14 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path):
 
 def test_a_tracker_that_cannot_start_is_an_error(tmp_path, monkeypatch):
     accelerate = pytest.importorskip("accelerate.tracking")
-    monkeypatch.setattr(accelerate.TensorBoardTracker, "start", lambda self: (_ for _ in ()).throw(RuntimeError("not logged in")))
+    monkeypatch.setattr(
+        accelerate.TensorBoardTracker, "start", lambda self: (_ for _ in ()).throw(RuntimeError("not logged in"))
+    )
     with pytest.raises(ValueError, match="report_to tensorboard cannot start: not logged in"):
         trackers.Trackers(make_config({"report_to": "tensorboard"}), tmp_path)
 
 
-# ---- settings ------------------------------------------------------------------------------------------------------------------------
+# ---- settings --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("base", [{}, {"data": "log.jsonl"}], ids=["on-policy", "offline"])
 def test_every_default_can_be_given(base):
     """As a value and as a flag's text: it is the same config."""

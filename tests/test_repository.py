@@ -1,4 +1,5 @@
-"""The repository's habits as tests: the README's code runs, tools are pinned alike, public functions are documented, files stay small."""
+"""The repository's habits as tests: the README's code runs, tools are pinned alike, public functions are documented,
+files stay small."""
 
 import inspect
 import re
@@ -17,7 +18,9 @@ def python_blocks(document: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize(("number", "trained"), [(0, ("hidden", "head")), (1, ("model",))], ids=["loss backend", "transformers"])
+@pytest.mark.parametrize(
+    ("number", "trained"), [(0, ("hidden", "head")), (1, ("model",))], ids=["loss backend", "transformers"]
+)
 def test_the_readme_runs(number, trained):
     torch.use_deterministic_algorithms(False)  # a reader's torch.empty holds no NaN
     blocks = python_blocks("README.md")
@@ -43,9 +46,15 @@ def test_tools_are_pinned_alike():
 def test_public_functions_document_every_argument(name):
     function = getattr(ppg, name)
     text = inspect.getdoc(function)
-    linked = text + "".join(inspect.getdoc(getattr(ppg, other)) for other in re.findall(r"`(\w+)`", text) if other in ppg.__all__)
-    linked += "".join(inspect.getdoc(getattr(ppg, other)) for other in re.findall(r"`(\w+)`", linked) if other in ppg.__all__)
-    missing = [p for p in inspect.signature(function).parameters if p != "options" and not re.search(rf"\b{p}\b", linked)]
+    linked = text + "".join(
+        inspect.getdoc(getattr(ppg, other)) for other in re.findall(r"`(\w+)`", text) if other in ppg.__all__
+    )
+    linked += "".join(
+        inspect.getdoc(getattr(ppg, other)) for other in re.findall(r"`(\w+)`", linked) if other in ppg.__all__
+    )
+    missing = [
+        p for p in inspect.signature(function).parameters if p != "options" and not re.search(rf"\b{p}\b", linked)
+    ]
     assert missing == []
 
 

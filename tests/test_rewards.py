@@ -12,10 +12,20 @@ pytest.importorskip("httpx2")
 import transformers
 from openai_server import said, serve
 
-from ppg_fast.chat_format import make_word_tokenizer
-from ppg_fast.dialogue import Message
+from ppg_fast.dialogues.chat_format import make_word_tokenizer
+from ppg_fast.dialogues.dialogue import Message
 from ppg_fast.endpoint import Endpoint
-from ppg_fast.rewards import Judge, PythonReward, Ratings, Reward, RewardModel, Transcript, load_function, make_rewards, score
+from ppg_fast.rewards import (
+    Judge,
+    PythonReward,
+    Ratings,
+    Reward,
+    RewardModel,
+    Transcript,
+    load_function,
+    make_rewards,
+    score,
+)
 from ppg_fast.rewards.judge import parse_score
 
 
@@ -32,7 +42,12 @@ def words(messages):
 
 def test_in_scope_turn_a_reward_sees_the_dialogue_so_far():
     seen = []
-    reward = Reward("spy", PythonReward(lambda messages, id: seen.append((id, [m["content"] for m in messages])) or words(messages), "spy"))
+    reward = Reward(
+        "spy",
+        PythonReward(
+            lambda messages, id: seen.append((id, [m["content"] for m in messages])) or words(messages), "spy"
+        ),
+    )
     assert reward.turns([transcript(), transcript("e", ("x",))]) == [[1.0, 2.0], [1.0]]
     assert seen[0] == ("d", ["be kind", "question 0", "one"])
     assert seen[1] == ("d", ["be kind", "question 0", "one", "question 1", "two three"])
@@ -64,7 +79,11 @@ def test_weights_add_up_and_what_one_leaves_out_the_others_give():
 @pytest.mark.parametrize(
     ("function", "scope", "message"),
     [
-        (lambda messages: {}["gone"], "turn", r"reward f failed at dialogue 'd', turn 0: KeyError: 'gone' \(test_rewards.py, line \d+\)"),
+        (
+            lambda messages: {}["gone"],
+            "turn",
+            r"reward f failed at dialogue 'd', turn 0: KeyError: 'gone' \(test_rewards.py, line \d+\)",
+        ),
         (lambda messages: math.nan, "turn", "finite number or None in dialogue 'd', turn 0, got nan"),
         (lambda messages: "7", "turn", None),
         (lambda messages: "good", "turn", "dialogue 'd', turn 0, got 'good'"),
@@ -111,7 +130,11 @@ def test_a_formula_names_weights_scopes_and_kinds(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def f(messages): return 1.0\ndef g(messages): return 2.0\n")
     rewards = make_rewards(f"0.5*{path}:f + -2e-1 * {path}:g@dialogue + {path}:f")
-    assert [(r.name, r.weight, r.scope) for r in rewards] == [("f", 0.5, "turn"), ("g", -0.2, "dialogue"), ("f_2", 1.0, "turn")]
+    assert [(r.name, r.weight, r.scope) for r in rewards] == [
+        ("f", 0.5, "turn"),
+        ("g", -0.2, "dialogue"),
+        ("f_2", 1.0, "turn"),
+    ]
     assert score(rewards, [transcript()]).totals == [[pytest.approx(1.5), pytest.approx(1.1)]]
     with pytest.raises(ValueError, match="wants a judge"):
         make_rewards("judge")

@@ -7,11 +7,11 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from ppg_fast import model as models
-from ppg_fast.chat_format import ChatFormat, make_word_tokenizer
-from ppg_fast.data import pack
-from ppg_fast.dialogue import Message
-from ppg_fast.rollout import collect_groups
+from ppg_fast.dialogues.chat_format import ChatFormat, make_word_tokenizer
+from ppg_fast.dialogues.dialogue import Message
+from ppg_fast.dialogues.packing import pack
+from ppg_fast.models import causal_lm as models
+from ppg_fast.rollouts.rollout import collect_groups
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -23,11 +23,28 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-WORDS = ["red", "blue", "tell", "me", "a", "colour", "or", "two", "please", "and", "then", "one", "more", "thanks", "bye"]
+WORDS = [
+    "red",
+    "blue",
+    "tell",
+    "me",
+    "a",
+    "colour",
+    "or",
+    "two",
+    "please",
+    "and",
+    "then",
+    "one",
+    "more",
+    "thanks",
+    "bye",
+]
 
 
 class Ragged:
-    """A partner whose questions and dialogues differ in length with the seed, so that the cache gets holes of every kind."""
+    """A partner whose questions and dialogues differ in length with the seed, so that the cache gets holes of every
+    kind."""
 
     def reset(self, seed):
         self.turns, self.seed, self.heard = 1 + seed % 4, seed, []
@@ -68,7 +85,9 @@ def make(kind="qwen3", **changes):
 
 def run(model, chat, seeds=range(7), group_size=2, seed=0, **settings):
     generator = torch.Generator().manual_seed(seed)
-    return collect_groups(model, chat, Ragged, seeds, group_size, generator=generator, **{"max_new_tokens": 5, **settings})
+    return collect_groups(
+        model, chat, Ragged, seeds, group_size, generator=generator, **{"max_new_tokens": 5, **settings}
+    )
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
@@ -119,7 +138,7 @@ def test_temperature_zero_takes_the_most_likely_token_and_needs_no_luck():
     r = first[3]
     position = r.sample.turn_ids.index(0)
     logits = model(torch.tensor([r.sample.tokens[:position]]), use_cache=False).logits[0, -1]
-    logits[chat.unsayable(len(logits))] = -torch.inf
+    logits[chat.banned_token_ids(len(logits))] = -torch.inf
     assert r.sample.tokens[position] == int(logits.argmax())
     with pytest.raises(ValueError, match="temperature must be >= 0"):
         run(model, chat, temperature=-1.0)
@@ -129,8 +148,13 @@ def test_special_tokens_are_never_said():
     model, chat = make()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(0.01)  # close to uniform over the head's rows
-    banned = set(chat.unsayable(model.config.vocab_size))
-    said = {t for r in run(model, chat, group_size=8) for t, turn in zip(r.sample.tokens, r.sample.turn_ids, strict=True) if turn >= 0}
+    banned = set(chat.banned_token_ids(model.config.vocab_size))
+    said = {
+        t
+        for r in run(model, chat, group_size=8)
+        for t, turn in zip(r.sample.tokens, r.sample.turn_ids, strict=True)
+        if turn >= 0
+    }
     assert not said & banned
     assert len(said) > 10
 

@@ -1,4 +1,5 @@
-"""The score norm |d log p / d z|^2 = sum p^2 - 2 p_label + 1 of a token: right on every backend, in the same sweep, free unasked."""
+"""The score norm |d log p / d z|^2 = sum p^2 - 2 p_label + 1 of a token: right on every backend, in the same sweep,
+free unasked."""
 
 import math
 from dataclasses import replace
@@ -35,7 +36,12 @@ def all_outputs(case, backend, score_norms):
     """Every output of the row kernels, and the gradient."""
     x = case.logits.detach().requires_grad_()
     loss, *rows = ops.policy_loss(x, case.labels, case.per_row, case.spec, True, False, False, backend, score_norms)
-    scale = case.labels, case.temperatures, case.spec.temperature if case.temperatures is None else 1.0, case.spec.logit_softcap
+    scale = (
+        case.labels,
+        case.temperatures,
+        case.spec.temperature if case.temperatures is None else 1.0,
+        case.spec.logit_softcap,
+    )
     pair = ops.token_logprobs(x.detach(), *scale, True, False, backend, score_norms)
     return {
         "loss": loss, "logprob": rows[0], "entropy": rows[1], "dlogits": torch.autograd.grad(loss.sum(), x)[0],
@@ -53,7 +59,8 @@ def check(case, backend):
         assert torch.equal(value.detach().view(torch.uint8), others[name].detach().view(torch.uint8)), name
     assert torch.equal(norms, alone)
     truth, plain = truth_of(case).cpu(), reference.score_norms(
-        case.logits.flatten(0, 1).float(), case.labels, case.spec.temperature if case.temperatures is None else case.temperatures,
+        case.logits.flatten(0, 1).float(), case.labels,
+        case.spec.temperature if case.temperatures is None else case.temperatures,
         case.spec.logit_softcap,
     )  # fmt: skip
     assert_as_good_as(norms, plain.cpu(), truth, "score norms")
@@ -67,7 +74,10 @@ def check(case, backend):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 9, 1003), (2, 4, 5003)], ids=str)
 def test_the_norm_and_the_bits_of_everything_else(backend, device, shape, dtype, scale):
     terms, per_token = SCALES[scale]
-    check(make_case(shape, replace(LOSSES["ppo"], **terms), DTYPES[dtype], device, strided=True, per_token=per_token), backend)
+    check(
+        make_case(shape, replace(LOSSES["ppo"], **terms), DTYPES[dtype], device, strided=True, per_token=per_token),
+        backend,
+    )
 
 
 @pytest.mark.parametrize("terms", ["plain", "entropy", "everything"])
@@ -113,14 +123,16 @@ def test_not_a_number_stays_in_its_row(backend, device):
     assert all_outputs(case, backend, True)[1].isnan().tolist() == [False, True, False, False]
 
 
-# ---- the public functions -------------------------------------------------------------------------------------------------------------
+# ---- the public functions --------------------------------------------------------------------------------------------
 def expected(call, skipped):
     """Of the oracle's probabilities, in the layout of the call."""
     batch = call.case.batch
     temperature = np.broadcast_to(np.asarray(batch.spec.temperature, np.float64).reshape(-1), batch.labels.shape)
     norms = np.zeros(batch.labels.size)
     for i in np.flatnonzero(batch.active & ~skipped):
-        p = oracle.row_statistics(call.case.logits[i], batch.labels[i], temperature[i], batch.spec.logit_softcap)[2].copy()
+        p = oracle.row_statistics(call.case.logits[i], batch.labels[i], temperature[i], batch.spec.logit_softcap)[
+            2
+        ].copy()
         p[batch.labels[i]] -= 1
         norms[i] = math.fsum(p * p)
     return norms.reshape(call.shape)
@@ -154,7 +166,11 @@ def test_from_rewards(linear, backend, device):
     labels = torch.randint(30, (2, 6), device=device)
     turns = torch.tensor([[-1, 0, 0, 1, 1, -1], [0, 0, -1, 1, 2, 2]], device=device)
     arguments = labels, torch.randn(2, 3, device=device), turns, "greedy"
-    function, rows = (ppg.linear_partial_policy_loss, (hidden, weight)) if linear else (ppg.partial_policy_loss, (hidden @ weight.T,))
+    function, rows = (
+        (ppg.linear_partial_policy_loss, (hidden, weight))
+        if linear
+        else (ppg.partial_policy_loss, (hidden @ weight.T,))
+    )
     norms = function(*rows, *arguments, score_norms=True, backend=backend).metrics["score_norms"]
     p = (hidden @ weight.T).double().softmax(-1)
     p.scatter_add_(-1, labels[..., None], -torch.ones_like(p))
@@ -196,7 +212,9 @@ def test_opcheck(with_grad, backend, device):
     torch.library.opcheck(ops.token_logprobs_op, (x, case.labels, None, 0.8, 0.0, False, False, backend, True))
     hidden, weight = (torch.randn(n, 4, device=device, requires_grad=with_grad) for n in (6, 60))
     rows = hidden, weight, None, case.labels
-    torch.library.opcheck(ops.linear_policy_loss_op, (*rows, *case.per_row, *numbers, *flags, 4, None, [with_grad, with_grad, False]))
+    torch.library.opcheck(
+        ops.linear_policy_loss_op, (*rows, *case.per_row, *numbers, *flags, 4, None, [with_grad, with_grad, False])
+    )
     torch.library.opcheck(ops.linear_token_logprobs_op, (*rows, None, 0.8, 0.0, False, False, backend, 4, None, True))
 
 
@@ -227,8 +245,15 @@ def test_they_are_there_before_any_metric_is_computed(loss_type, backend, device
 def test_a_skipped_row_that_is_read_for_its_group_has_none(linear, backend, device):
     hidden, weight = torch.randn(1, 4, 8, device=device), torch.randn(21, 8, device=device)
     rows = (hidden, weight) if linear else (hidden @ weight.T,)
-    labels, advantages = torch.tensor([[3, 4, 5, 6]], device=device), torch.tensor([[1.0, 0.0, -2.0, 0.0]], device=device)
-    options = {"spec": ppg.PolicyLossSpec("gspo"), "old_logprobs": torch.full((1, 4), -3.0, device=device), "backend": backend}
+    labels, advantages = (
+        torch.tensor([[3, 4, 5, 6]], device=device),
+        torch.tensor([[1.0, 0.0, -2.0, 0.0]], device=device),
+    )
+    options = {
+        "spec": ppg.PolicyLossSpec("gspo"),
+        "old_logprobs": torch.full((1, 4), -3.0, device=device),
+        "backend": backend,
+    }
     function = ppg.linear_policy_loss if linear else ppg.policy_loss
     for skip in (False, True):
         out = function(*rows, labels, advantages, **options, skip_zero_advantages=skip, score_norms=True)

@@ -8,16 +8,25 @@ import torch
 
 pytest.importorskip("transformers")
 
-from ppg_fast import model as models
-from ppg_fast import reference, trainer
-from ppg_fast.adaptation import StartingWeights
+from ppg_fast import reference
 from ppg_fast.config import make_config
-from ppg_fast.data import Sample, pack
+from ppg_fast.dialogues.packing import Sample, pack
 from ppg_fast.jobs.offline import cut_tokens
 from ppg_fast.jobs.persona import PersonaJob
-from ppg_fast.objective import Objective, Schedule, credit, live_parts, reading, require_nonnegative, warn_if_hardly_credited
+from ppg_fast.models import causal_lm as models
+from ppg_fast.models.adaptation import StartingWeights
 from ppg_fast.spec import FullPlanning, Greedy, Lookahead, PolicyLossSpec
-from ppg_fast.trainer import optimise, update
+from ppg_fast.training import trainer
+from ppg_fast.training.objective import (
+    Objective,
+    Schedule,
+    credit,
+    live_parts,
+    reading,
+    require_nonnegative,
+    warn_if_hardly_credited,
+)
+from ppg_fast.training.trainer import optimise, update
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,7 +66,10 @@ def gradients(model, samples, objective, max_tokens):
 @pytest.mark.parametrize("reduction", ["sequence_sum", "sequence_mean", "token_mean", "sum"])
 @pytest.mark.parametrize("loss_type", ["reinforce", "ppo"])
 def test_micro_batches_give_the_gradient_of_the_whole(reduction, loss_type):
-    samples, objective = some_samples(), Objective(policy_class=Lookahead(2), reduction=reduction, spec=PolicyLossSpec(loss_type=loss_type))
+    samples, objective = (
+        some_samples(),
+        Objective(policy_class=Lookahead(2), reduction=reduction, spec=PolicyLossSpec(loss_type=loss_type)),
+    )
     whole, grad = gradients(tiny(), samples, objective, 10_000)
     parts, grad_of_parts = gradients(tiny(), samples, objective, 13)
     assert parts["loss"] == pytest.approx(whole["loss"], abs=1e-5)
@@ -95,7 +107,9 @@ def test_what_is_not_read_has_no_gradient(case, max_tokens, monkeypatch):
     samples, reference, results = ending_early(), StartingWeights(tiny(3)), []
     for whole in (False, True):
         if whole:
-            monkeypatch.setattr(trainer, "live_parts", lambda samples, *_: [(sample, row) for row, sample in enumerate(samples)])
+            monkeypatch.setattr(
+                trainer, "live_parts", lambda samples, *_: [(sample, row) for row, sample in enumerate(samples)]
+            )
         model = tiny()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
         schedule = Schedule(1, 0.02, max_tokens=10_000 if whole else max_tokens, max_grad_norm=1e9)
@@ -105,8 +119,13 @@ def test_what_is_not_read_has_no_gradient(case, max_tokens, monkeypatch):
     (metrics, weights), (whole_metrics, whole_weights) = results
     assert (weights - torch.cat([p.detach().flatten() for p in tiny().parameters()])).norm() > 1e-3
     torch.testing.assert_close(weights, whole_weights, rtol=1e-5, atol=1e-6)
-    for name in ("entropy", "approx_kl", *(f"clip_ratio/{part}_mean" for part in ("low", "high", "region"))) if case == "gspo" else ():
-        del metrics[name], whole_metrics[name]  # means over what is read for the sake of the ratio, too, so the parts weigh otherwise
+    for name in (
+        ("entropy", "approx_kl", *(f"clip_ratio/{part}_mean" for part in ("low", "high", "region")))
+        if case == "gspo"
+        else ()
+    ):
+        # means over what is read for the sake of the ratio, too, so the parts weigh otherwise
+        del metrics[name], whole_metrics[name]
     assert metrics == pytest.approx(whole_metrics, abs=2e-5)
 
 
@@ -166,7 +185,14 @@ def test_several_updates_clip_and_report():
     samples, model = some_samples(), tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
     spec = PolicyLossSpec(loss_type="ppo", clip_low=0.05, clip_high=0.05, kl_coef=0.1)
-    metrics = update(model, optimizer, samples, Objective(spec=spec, num_iterations=4), Schedule(1, 1.0), reference=StartingWeights(tiny()))
+    metrics = update(
+        model,
+        optimizer,
+        samples,
+        Objective(spec=spec, num_iterations=4),
+        Schedule(1, 1.0),
+        reference=StartingWeights(tiny()),
+    )
     assert metrics["clip_ratio/region_mean"] > 0
     assert metrics["kl"] > 0
     assert metrics["approx_kl"] > 0
@@ -178,7 +204,9 @@ def test_nothing_to_learn_is_a_zero_loss_and_no_step():
     for samples in (equal, []):
         objective = Objective(policy_class=Greedy(), baseline="leave_one_out" if samples else "none")
         same_group = [replace(s, group_id=0) for s in samples]
-        (metrics,) = optimise(model, lambda step, given=same_group: given, objective, Schedule(1, 1.0, weight_decay=0.1))
+        (metrics,) = optimise(
+            model, lambda step, given=same_group: given, objective, Schedule(1, 1.0, weight_decay=0.1)
+        )
         assert metrics["loss"] == 0
         assert metrics["active_turns"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -231,7 +259,9 @@ def test_cut_keeps_whole_turns_and_all_rewards():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_short_persona_run_improves_on_its_start(seed, tmp_path):
     """Courtesies and choices are learned within a few steps from a weak warm start; facts take the whole job."""
-    config = make_config({"width": 64, "imitation_steps": 80, "max_steps": 24, "num_prompts": 4, "learning_rate": 3e-3, "seed": seed})
+    config = make_config(
+        {"width": 64, "imitation_steps": 80, "max_steps": 24, "num_prompts": 4, "learning_rate": 3e-3, "seed": seed}
+    )
     job = PersonaJob(config)
     log = Log(job.policy.model)
     job.train(log, log)

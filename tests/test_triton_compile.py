@@ -1,4 +1,5 @@
-"""The Triton kernels as compiled code: no spills, wide accesses, one exponential an element and sweep, no recompilation. No GPU needed.
+"""The Triton kernels as compiled code: no spills, wide accesses, one exponential an element and sweep, no
+recompilation. No GPU needed.
 
 Under the Triton that is installed, and under every other version whose folder lies beside (`make triton-versions`).
 """
@@ -15,13 +16,14 @@ import pytest
 triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = Path(__file__).with_name("triton_compile.py")
+SCRIPT = Path(__file__).with_name("helpers") / "triton_compile.py"
 VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 WITH_CLUSTERS = ("3.8.0", "3.9.0")
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 PER_ROW = 24  # accesses to what a row brings along and to the label's logit, of any width
 SCALARS = 6  # exponentials once a row or block: ratio, importance weight, KL, the label's tanh, the rescale
-PARKED = 16  # bytes: for sm_100 ptxas may put up to four words that no column depends on aside, once before the loop over rows
+# bytes: for sm_100 ptxas may put up to four words that no column depends on aside, once before the loop over rows
+PARKED = 16
 SWEEPS = {"policy_loss_kernel": 2, "logprobs_fwd_kernel": 1, "logprobs_bwd_kernel": 1, "rescale_rows_kernel": 0}
 SMALL = {"partial_returns_kernel", "plan_kernel"}  # no logits
 
@@ -34,11 +36,14 @@ def version(request: pytest.FixtureRequest) -> str:
 
 
 def run(script: Path, version: str, cache_dir: str, *arguments: str) -> str:
-    """What a script printed under ``version``. Never interpreted, and with a cache of its own, so that something is compiled."""
+    """What a script printed under ``version``. Never interpreted, and with a cache of its own, so that something is
+    compiled."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": cache_dir}
     if version != triton.__version__:
         environment["PYTHONPATH"] = str(ROOT / ".triton" / version)
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -53,7 +58,9 @@ def test_compiled_code(version: str, target: str, tmp_path: Path) -> None:
     assert {k["triton"] for k in kernels} == {version}
     assert {k["kernel"] for k in kernels} == {*SWEEPS, *SMALL}
     clusters = (2, 4, 8) if version in WITH_CLUSTERS and target in ("sm_90", "sm_100") else ()
-    forms = {(k["one_block"], k["keep_exp"], k["ctas"], k["dtype"]) for k in kernels if k["kernel"] == "policy_loss_kernel"}
+    forms = {
+        (k["one_block"], k["keep_exp"], k["ctas"], k["dtype"]) for k in kernels if k["kernel"] == "policy_loss_kernel"
+    }
     for dtype in ("bfloat16", "float32"):
         assert {(True, True, 1, dtype), (True, False, 1, dtype), (False, False, 1, dtype)} <= forms
         assert {ctas for _, _, ctas, of in forms if of == dtype} == {1, *clusters}
@@ -80,7 +87,8 @@ def test_nothing_that_varies_is_compiled_in(version: str, tmp_path: Path) -> Non
 
 
 def test_the_probe_knows_who_has_clusters(version: str, tmp_path: Path) -> None:
-    """The version gate stands for what the probe would find; older versions end with an error or a signal, in the probe's own process."""
+    """The version gate stands for what the probe would find; older versions end with an error or a signal, in the
+    probe's own process."""
     probe = ROOT / "kernels/triton/cluster_probe.py"
     if version in WITH_CLUSTERS:
         run(probe, version, str(tmp_path), "90")

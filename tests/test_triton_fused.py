@@ -1,4 +1,5 @@
-"""The two launches of a fused policy loss in Triton's interpreter, argument by argument as the contract words them, against `oracle`."""
+"""The two launches of a fused policy loss in Triton's interpreter, argument by argument as the contract words them,
+against `oracle`."""
 
 import itertools
 import sys
@@ -19,9 +20,20 @@ from triton.runtime.interpreter import GridExecutor
 from ppg_fast import backends
 from ppg_fast.spec import BASELINES, REDUCTIONS, Columns, PolicyLossSpec, Reduction, Turns
 
-# (B, L) and the bounds of packed sequences: dialogues; an empty run and one of a token; more dialogues than a program takes
+# (B, L) and the bounds of packed sequences: dialogues; an empty run and one of a token; more dialogues than a program
+# takes
 LAYOUTS = {"padded": (3, 9, None), "packed": (1, 26, (0, 7, 7, 8, 26)), "many": (33, 1, None)}
-MASKS = (None, torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MASKS = (
+    None,
+    torch.bool,
+    torch.uint8,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
 CLASSES = ("greedy", ("lookahead", 2), "full", ("segment", 2), ("segment", "ids"), ("mask", None))
 T = 5
 LAUNCHED: list[str] = []  # kernels, in the interpreter
@@ -56,7 +68,17 @@ class Drawn:
     """A call, and the same as a batch of the oracle. Masked rows hold NaN, or labels that are out of range."""
 
     def __init__(
-        self, i, layout, spec, reduction="token_mean", baseline="none", policy_class=None, mask=None, skip=False, V=67, given=None
+        self,
+        i,
+        layout,
+        spec,
+        reduction="token_mean",
+        baseline="none",
+        policy_class=None,
+        mask=None,
+        skip=False,
+        V=67,
+        given=None,
     ):
         rng = np.random.default_rng(i)
         B, L, cu = LAYOUTS[layout]
@@ -83,7 +105,15 @@ class Drawn:
         column = {n: (logprobs - s).astype(np.float32).astype(np.float64) for n, s in zip(column, shift, strict=True)}
         column["rollout"] = (column["old"] - shift[2]).astype(np.float32).astype(np.float64)
         self.batch = oracle.Batch(
-            labels, advantages, active, sequence, turn, *column.values(), replace(spec, temperature=temperature), reduction, given
+            labels,
+            advantages,
+            active,
+            sequence,
+            turn,
+            *column.values(),
+            replace(spec, temperature=temperature),
+            reduction,
+            given,
         )
         self.truth = oracle.policy_loss(rows, self.batch)
         self.skipped = ~active | ((advantages == 0) & skip & (not spec.needs_every_row))
@@ -92,7 +122,9 @@ class Drawn:
         place = lambda values, dtype=torch.float32: strewn(values.reshape(B, L), dtype)  # noqa: E731
         self.columns = Columns(
             place(np.where(label_on, labels, oracle.IGNORE), torch.int64),
-            None if mask is None else place(np.where(mask_on, (0.25, np.nan)[i % 2], -0.0) if mask.is_floating_point else mask_on, mask),
+            None
+            if mask is None
+            else place(np.where(mask_on, (0.25, np.nan)[i % 2], -0.0) if mask.is_floating_point else mask_on, mask),
             place(turn, (torch.int32, torch.int64)[i % 2]) if policy_class else None,
             None if policy_class else place(np.where(active, advantages, np.nan)),
             *(place(c * poison) for c in column.values()),
@@ -110,7 +142,9 @@ class Drawn:
         ids = np.sort(rng.integers(-2, 2, (S, T)), 1)
         reward_mask = rng.random((T, T)) < 0.5
         groups = rng.integers(0, max(S // 3, 1), S) - 7
-        policy_class = {"ids": ("segment", ids), None: (kind, reward_mask) if kind == "mask" else kind}.get(number, policy_class)
+        policy_class = {"ids": ("segment", ids), None: (kind, reward_mask) if kind == "mask" else kind}.get(
+            number, policy_class
+        )
         returns = oracle.partial_returns(rewards, policy_class, 0.9, counts)
         advantages = oracle.turn_advantages(returns.astype(np.float32), groups, baseline, counts)
         if counts is not None:
@@ -131,9 +165,17 @@ class Drawn:
     def run(self, module, inplace=False, **more):
         logits = self.logits.clone()
         dlogits = logits if inplace else torch.empty_like(logits)
-        arguments = {"logits": logits, "columns": self.columns, "turns": self.turns, "reduction": self.reduction, "spec": self.spec}
+        arguments = {
+            "logits": logits,
+            "columns": self.columns,
+            "turns": self.turns,
+            "reduction": self.reduction,
+            "spec": self.spec,
+        }
         LAUNCHED.clear()
-        out = module.fused_policy_loss(**{**arguments, "skip_zero_advantages": self.skip, "entropy": True, "dlogits": dlogits, **more})
+        out = module.fused_policy_loss(
+            **{**arguments, "skip_zero_advantages": self.skip, "entropy": True, "dlogits": dlogits, **more}
+        )
         assert LAUNCHED == ["plan_kernel", "policy_loss_kernel"] or torch.cuda.is_available()
         return (*out, dlogits)
 
@@ -159,7 +201,15 @@ def test_from_rewards(triton, reduction, baseline, layout):
     i = GRID.index((reduction, baseline)) + 7 * list(LAYOUTS).index(layout)
     spec = replace(LOSSES[list(LOSSES)[i % len(LOSSES)]], **TERMS[list(TERMS)[i % len(TERMS)]])
     case = Drawn(
-        i, layout, spec, reduction, baseline, CLASSES[i % len(CLASSES)], MASKS[i % len(MASKS)], i % 5 < 2, given=None if i % 4 else 5.5
+        i,
+        layout,
+        spec,
+        reduction,
+        baseline,
+        CLASSES[i % len(CLASSES)],
+        MASKS[i % len(MASKS)],
+        i % 5 < 2,
+        given=None if i % 4 else 5.5,
     )
     case.check(case.run(triton, inplace=i % 2 == 0))
 
@@ -184,8 +234,12 @@ def test_equal_returns_leave_no_advantage(triton):
     for baseline in BASELINES[1:]:
         case = Drawn(3, "many", LOSSES["ppo"], "sum", baseline, "full")
         rewards = torch.full((33, T), 0.1)
-        turns = case.turns._replace(rewards=rewards, group_ids=torch.arange(33, dtype=torch.int32) % 2, turn_counts=None)
-        _, _, _, dlogits = case.run(triton, turns=turns, columns=case.columns._replace(turn_ids=torch.zeros(33, 1, dtype=torch.int64)))
+        turns = case.turns._replace(
+            rewards=rewards, group_ids=torch.arange(33, dtype=torch.int32) % 2, turn_counts=None
+        )
+        _, _, _, dlogits = case.run(
+            triton, turns=turns, columns=case.columns._replace(turn_ids=torch.zeros(33, 1, dtype=torch.int64))
+        )
         assert not dlogits.any(), baseline
 
 
@@ -216,14 +270,16 @@ def test_without_rows_or_gradient(triton):
     assert entropy.shape == (0,)
     columns = Columns(*(None if c is None else c[:0] for c in case.columns))
     none = triton.fused_policy_loss(
-        case.logits[:0], columns, None, Reduction("token_mean", None, 0, None), PolicyLossSpec(), False, True, case.logits[:0]
+        case.logits[:0], columns, None, Reduction("token_mean", None, 0, None), PolicyLossSpec(), False, True,
+        case.logits[:0]
     )  # fmt: skip
     assert none[0] == 0
     assert none[1].shape == (0, 9)
 
 
 def test_a_row_over_a_cluster(triton, monkeypatch):
-    """The program of a cluster: the whole row as one block. That its parts meet is for test_triton_compile.py and a GPU to show."""
+    """The program of a cluster: the whole row as one block. That its parts meet is for test_triton_compile.py and a GPU
+    to show."""
     from ppg_fast.kernels import launch
 
     monkeypatch.setattr(launch, "why_no_clusters", lambda device: None)

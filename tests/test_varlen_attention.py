@@ -1,4 +1,5 @@
-"""The attention of packed rows in every other use of the same model: padded batches, caches, windows, masks, against eager attention."""
+"""The attention of packed rows in every other use of the same model: padded batches, caches, windows, masks, against
+eager attention."""
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ transformers = pytest.importorskip("transformers")
 
 from test_model import KINDS, SIZES, tiny
 
-from ppg_fast import varlen_attention
+from ppg_fast.models import varlen_attention
 
 LENGTH = 12  # longer than every window in KINDS
 PADDING = 5
@@ -53,7 +54,13 @@ def test_padding_is_not_seen_and_windows_hold(model, tokens, left):
 def test_generation_is_that_of_eager_attention(model, tokens, cache):
     """With a cache that grows and with one of fixed size, from an opening with padding, beyond every window."""
     mask = padded(tokens, left=True)
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "cache_implementation": cache}
+    settings = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "cache_implementation": cache,
+    }
     settings |= {"output_logits": True, "return_dict_in_generate": True, "disable_compile": True}
     expected, ours = both(model, lambda m: m.generate(tokens, attention_mask=mask, **settings))
     assert torch.equal(ours.sequences, expected.sequences)

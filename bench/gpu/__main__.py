@@ -1,4 +1,5 @@
-"""`python3 -m bench.gpu` from the root of the repository, which `make gpu` calls: needs torch, nvcc and pytest, installs nothing."""
+"""`python3 -m bench.gpu` from the root of the repository, which `make gpu` calls: needs torch, nvcc and pytest,
+installs nothing."""
 
 import argparse
 import os
@@ -16,7 +17,16 @@ ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build/gpu"
 ALL = ("build", "tests", "counts", "sanitizer", "dram", "bench", "steps")
 EXTRA = ("plans",)  # for those who choose plans; not in a run of everything
-LIMITS = {"build": 180, "tests": 170, "counts": 40, "sanitizer": 75, "dram": 50, "bench": 150, "steps": 540, "plans": 120}  # seconds
+LIMITS = {
+    "build": 180,
+    "tests": 170,
+    "counts": 40,
+    "sanitizer": 75,
+    "dram": 50,
+    "bench": 150,
+    "steps": 540,
+    "plans": 120,
+}  # seconds
 
 
 def worker(part: str, device: str, tiny: bool, lines: Path | None = None) -> list[str]:
@@ -55,7 +65,9 @@ def _moved(statuses: list[int | None], output: str, lines: list[dict[str, Any]])
     """Bytes of memory of each call: its kernels are those that ncu saw since the call before."""
     kernels, cases = tools.ncu_kernels(output), [line for line in lines if "op" in line]
     if len(kernels) != len(cases):
-        return {"kernels": kernels}, f"{len(kernels)} kernels for {len(cases)} calls; {_ended(statuses, output, lines)[1] or ''}"
+        return {
+            "kernels": kernels
+        }, f"{len(kernels)} kernels for {len(cases)} calls; {_ended(statuses, output, lines)[1] or ''}"
     for case, kernel in zip(cases, kernels, strict=True):
         case |= {"kernel": kernel["kernel"][:120], "bytes": sum(kernel.get(name, 0.0) for name in tools.DRAM[:2])}
         case["seconds"], case["over_least"] = kernel.get(tools.DRAM[2]), case["bytes"] / (case["read"] + case["write"])
@@ -77,9 +89,17 @@ def parts(names: Sequence[str], device: str, tiny: bool, args: Sequence[str]) ->
         str(ROOT / "bench/gpu/plans.cu"),
     ]
 
-    def part(name: str, commands: list[list[str]], collect: Any = _ended, needs: str | None = None, **more: Any) -> Part:
+    def part(
+        name: str, commands: list[list[str]], collect: Any = _ended, needs: str | None = None, **more: Any
+    ) -> Part:
         absent = f"{needs} is not on PATH" if needs and not shutil.which(needs) else None
-        return Part(name, LIMITS[name], commands, collect, **{"folder": site, "environment": environment, "missing": absent, **more})
+        return Part(
+            name,
+            LIMITS[name],
+            commands,
+            collect,
+            **{"folder": site, "environment": environment, "missing": absent, **more},
+        )
 
     def lines(name: str) -> Path:
         return WORK / f"{name}.jsonl"
@@ -93,8 +113,12 @@ def parts(names: Sequence[str], device: str, tiny: bool, args: Sequence[str]) ->
         part("build", [build.command(ROOT)], _built, folder=ROOT, environment={}, after=lambda: build.link(ROOT, site)),
         part("tests", [tests], _tested),
         part("sanitizer", checked, _sanitized, "compute-sanitizer", environment=exact),
-        part("dram", [tools.ncu_command(worker("dram", device, tiny, lines("dram")))], _moved, "ncu", lines=lines("dram")),
-        part("plans", [nvcc, [str(WORK / "plans"), str(lines("plans")), "{seconds}"]], needs="nvcc", lines=lines("plans")),
+        part(
+            "dram", [tools.ncu_command(worker("dram", device, tiny, lines("dram")))], _moved, "ncu", lines=lines("dram")
+        ),
+        part(
+            "plans", [nvcc, [str(WORK / "plans"), str(lines("plans")), "{seconds}"]], needs="nvcc", lines=lines("plans")
+        ),
         *(measured(name) for name in ("counts", "bench", "steps")),
     ]
     report.unlink(missing_ok=True)
@@ -106,7 +130,9 @@ def parts(names: Sequence[str], device: str, tiny: bool, args: Sequence[str]) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 where every part passed, 1 where not, 2 bad usage. The results file is there in any case."""
-    parser = argparse.ArgumentParser(prog="make gpu", description="Prove and measure everything on a GPU, into one results file.")
+    parser = argparse.ArgumentParser(
+        prog="make gpu", description="Prove and measure everything on a GPU, into one results file."
+    )
     parser.add_argument("--only", default="", help=f"comma-separated: {', '.join(ALL + EXTRA)} [{', '.join(ALL)}]")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu", help="folder of the results file [runs/gpu]")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it [9]")
@@ -127,7 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     passed = run(parts(names, given.device, given.tiny, given.pytest.split()), store, 60 * given.minutes, WORK / "logs")
     print(f"wrote {store.path}")
     command = [sys.executable, "-m", "ppg_fast.bench.gpu.report", str(store.path)]
-    subprocess.run(command, env={**os.environ, **build.environment(WORK / "site")}, cwd=WORK / "site", timeout=60, check=False)
+    subprocess.run(
+        command, env={**os.environ, **build.environment(WORK / "site")}, cwd=WORK / "site", timeout=60, check=False
+    )
     return 0 if passed else 1
 
 

@@ -1,4 +1,5 @@
-"""What was asked of the kernels on a GPU, as shares of ceilings measured in the same run, and what the results file says."""
+"""What was asked of the kernels on a GPU, as shares of ceilings measured in the same run, and what the results file
+says."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,9 @@ READ = ("read (sum)", "read (dot)")
 def _entry(file: dict[str, Any], names: tuple[str, ...], **case: Any) -> dict[str, Any] | None:
     """The fastest of the named ones in a case; one whose result was wrong does not count."""
     here = [
-        e for e in file["benchmarks"] if e["param"] in names and case.items() <= e["params"].items() and e["params"]["device"] == "cuda"
+        e
+        for e in file["benchmarks"]
+        if e["param"] in names and case.items() <= e["params"].items() and e["params"]["device"] == "cuda"
     ]
     right = [e for e in here if e["extra_info"].get("correct", True)]
     return min(right, key=lambda e: e["stats"]["median"], default=None)
@@ -82,7 +85,13 @@ def _hidden(file: dict[str, Any]) -> list[Bar]:
     peers = [r for name in HEADS if (r := _ratio(_seconds(file, (name,), **case, active=1.0), seconds)) is not None]
     return [
         ("from hidden states, V 128,256, D 4,096: share of three bare GEMMs", ">=", 0.90, _ratio(bare, seconds), True),
-        ("its peak memory / (a chunk of logits + float32 d_weight + d_hidden)", "<=", 1.0, _ratio(peak, allowed), False),
+        (
+            "its peak memory / (a chunk of logits + float32 d_weight + d_hidden)",
+            "<=",
+            1.0,
+            _ratio(peak, allowed),
+            False,
+        ),
         ("25% of the rows active: time / that of all", "<=", 0.30, quarter, False),
         ("fastest head of the others: time / ours", ">=", 1.5, min(peers, default=None), False),
     ]
@@ -96,7 +105,8 @@ def _counts(file: dict[str, Any]) -> list[Bar]:
     }  # fmt: skip
     value: Callable[[Any], float] = lambda found: float(len(found) if isinstance(found, list) else found)  # noqa: E731
     rows: list[Bar] = [
-        (f"{path}: {what}", "<=", most, value(paths[path][what]) if path in paths else None, False) for path, (what, most) in names.items()
+        (f"{path}: {what}", "<=", most, value(paths[path][what]) if path in paths else None, False)
+        for path, (what, most) in names.items()
     ]
     first = "rewards and logits to loss and dlogits"
     return [*rows, (f"{first}: syncs", "<=", 0, float(paths[first]["syncs"]) if first in paths else None, False)]

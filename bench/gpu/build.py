@@ -22,7 +22,8 @@ def link(root: Path, site: Path) -> None:
 
 
 def environment(site: Path) -> dict[str, str]:
-    """Of every process that imports the package, from ``site``, which must also be its folder; and what was on the path before."""
+    """Of every process that imports the package, from ``site``, which must also be its folder; and what was on the path
+    before."""
     before = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([str(site), *([before] if before else [])])
     return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
@@ -30,7 +31,14 @@ def environment(site: Path) -> dict[str, str]:
 
 def command(root: Path) -> list[str]:
     """Builds the extension beside its sources, for the GPU that is there unless TORCH_CUDA_ARCH_LIST says otherwise."""
-    return [sys.executable, str(root / "setup.py"), "--quiet", "build_ext", "--inplace", f"--build-temp={root / 'build/gpu/temp'}"]
+    return [
+        sys.executable,
+        str(root / "setup.py"),
+        "--quiet",
+        "build_ext",
+        "--inplace",
+        f"--build-temp={root / 'build/gpu/temp'}",
+    ]
 
 
 def is_current(root: Path) -> bool:

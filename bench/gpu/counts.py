@@ -35,9 +35,11 @@ def syncs(call: Callable[[], Any]) -> int:
 
 
 def calls(device: str, tiny: bool, backend: str | None = None) -> dict[str, Callable[..., Any]]:
-    """The paths that are counted, on a padded batch of four dialogues. Called with False they leave the backward pass out.
+    """The paths that are counted, on a padded batch of four dialogues. Called with False they leave the backward pass
+    out.
 
-    The gradient of the logits is there after the forward pass; the backward pass multiplies it by what comes from above.
+    The gradient of the logits is there after the forward pass; the backward pass multiplies it by what comes from
+    above.
     """
     B, L, V, D, T = (2, 24, 97, 16, 3) if tiny else (4, 512, 32000, 256, 8)
     draw = torch.Generator(device).manual_seed(0)
@@ -49,7 +51,12 @@ def calls(device: str, tiny: bool, backend: str | None = None) -> dict[str, Call
     turns = (torch.arange(L, device=device) * T // L).expand(B, L).contiguous()
     turns = torch.where(torch.arange(L, device=device) % (L // T) < 4, -1, turns)
     groups, advantages = torch.zeros(B, dtype=torch.int64, device=device), torch.randn(B, L, **options)
-    credit: dict[str, Any] = {"baseline": "leave_one_out", "group_ids": groups, "backend": backend, "spec": ppg.PolicyLossSpec("ppo")}
+    credit: dict[str, Any] = {
+        "baseline": "leave_one_out",
+        "group_ids": groups,
+        "backend": backend,
+        "spec": ppg.PolicyLossSpec("ppo"),
+    }
     class_ = ppg.Lookahead(2)
 
     def backward(make: Callable[[], ppg.PolicyLossOutput], *leaves: torch.Tensor) -> Callable[..., Any]:
@@ -64,13 +71,19 @@ def calls(device: str, tiny: bool, backend: str | None = None) -> dict[str, Call
         "rewards and logits to loss and dlogits": backward(
             lambda: ppg.partial_policy_loss(logits, labels, rewards, turns, class_, **credit), logits
         ),
-        "advantages and logits to loss and dlogits": backward(lambda: ppg.policy_loss(logits, labels, advantages, backend=backend), logits),
-        "log-probs and entropies of logits": lambda whole=True: ppg.token_logprobs(logits.detach(), labels, entropy=True, backend=backend),
+        "advantages and logits to loss and dlogits": backward(
+            lambda: ppg.policy_loss(logits, labels, advantages, backend=backend), logits
+        ),
+        "log-probs and entropies of logits": lambda whole=True: ppg.token_logprobs(
+            logits.detach(), labels, entropy=True, backend=backend
+        ),
         "hidden states to loss and gradients": backward(
             lambda: ppg.linear_partial_policy_loss(*linear, rewards, turns, class_, **credit), hidden, weight
         ),
         "hidden states to loss and gradients, rows bounded": backward(
-            lambda: ppg.linear_partial_policy_loss(*linear, rewards, turns, class_, max_active_rows=B * L, **credit), hidden, weight
+            lambda: ppg.linear_partial_policy_loss(*linear, rewards, turns, class_, max_active_rows=B * L, **credit),
+            hidden,
+            weight,
         ),
     }
 

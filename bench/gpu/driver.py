@@ -1,4 +1,5 @@
-"""One part after the other, each in a process of its own and bounded in time; the results file is whole after every line of theirs."""
+"""One part after the other, each in a process of its own and bounded in time; the results file is whole after every
+line of theirs."""
 
 import contextlib
 import json
@@ -21,9 +22,9 @@ Collected = tuple[dict[str, Any], str | None]  # what a part found, and why it f
 
 @dataclass(frozen=True)
 class Part:
-    """Something to run. ``commands`` run one after the other in ``folder`` and share ``limit`` seconds; in their words {seconds} is
-    what each may plan with. Lines of JSON that they append to ``lines`` are results. ``collect(exit statuses, output, lines)`` says
-    what was found, and why the part failed, if it did.
+    """Something to run. ``commands`` run one after the other in ``folder`` and share ``limit`` seconds; in their words
+    {seconds} is what each may plan with. Lines of JSON that they append to ``lines`` are results. ``collect(exit
+    statuses, output, lines)`` says what was found, and why the part failed, if it did.
     """
 
     name: str
@@ -44,7 +45,10 @@ def header(root: Path, command: str, commit: str | None) -> dict[str, Any]:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "machine_info": {**known, "python_version": platform.python_version(), "cpu": cpu, "memory_bytes": pages},
-        "commit_info": {"id": commit or _git(root, "rev-parse", "HEAD") or "unknown", "dirty": bool(_git(root, "diff", "HEAD", "--stat"))},
+        "commit_info": {
+            "id": commit or _git(root, "rev-parse", "HEAD") or "unknown",
+            "dirty": bool(_git(root, "diff", "HEAD", "--stat")),
+        },
         "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "version": "1",
         "ppg_fast": {"command": command, "versions": {}, "load_before": round(os.getloadavg()[0], 2), "missing": {}},
@@ -76,7 +80,9 @@ class Store:
         """Move what belongs to the whole file to its place; what is left belongs to the part."""
         left = []
         for line in lines:
-            known = {name: line.pop(name) for name in ("machine_info", "versions", "benchmarks", "missing") if name in line}
+            known = {
+                name: line.pop(name) for name in ("machine_info", "versions", "benchmarks", "missing") if name in line
+            }
             self.content["machine_info"] |= known.get("machine_info", {})
             self.content["ppg_fast"]["versions"] |= known.get("versions", {})
             self.content["ppg_fast"]["missing"] |= known.get("missing", {})
@@ -105,11 +111,18 @@ class Lines:
         return [json.loads(line) for line in whole.splitlines()]
 
 
-def run_part(part: Part, limit: float, store: Store, log: Path, clock: Callable[[], float] = time.monotonic) -> dict[str, Any]:
+def run_part(
+    part: Part, limit: float, store: Store, log: Path, clock: Callable[[], float] = time.monotonic
+) -> dict[str, Any]:
     """Run one part within ``limit`` seconds; its record, which has been in the file since its first line."""
     each = str(max(1, int(0.9 * limit / len(part.commands))))
     commands = [[word.replace("{seconds}", each) for word in command] for command in part.commands]
-    record: dict[str, Any] = {"status": "running", "limit_s": round(limit, 1), "command": [" ".join(c) for c in commands], "results": []}
+    record: dict[str, Any] = {
+        "status": "running",
+        "limit_s": round(limit, 1),
+        "command": [" ".join(c) for c in commands],
+        "results": [],
+    }
     store.content["parts"][part.name] = record
     store.write()
     start, lines, statuses = clock(), Lines(part.lines), []
@@ -139,12 +152,18 @@ def run_part(part: Part, limit: float, store: Store, log: Path, clock: Callable[
 
 
 def _bounded(
-    command: Sequence[str], part: Part, output: Any, deadline: float, poll: Callable[[], None], clock: Callable[[], float]
+    command: Sequence[str],
+    part: Part,
+    output: Any,
+    deadline: float,
+    poll: Callable[[], None],
+    clock: Callable[[], float],
 ) -> int | None:
     """The command's exit status, None where it was stopped at the deadline; 127 where it cannot be started."""
     try:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, **part.environment},
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            env={**os.environ, **part.environment},
             cwd=part.folder, preexec_fn=os.setpgrp,
         )  # fmt: skip
     except OSError as error:
@@ -169,8 +188,11 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def run(parts: Sequence[Part], store: Store, seconds: float, logs: Path, clock: Callable[[], float] = time.monotonic) -> bool:
-    """Run the parts in order within ``seconds``; whether all passed. One that fails or is missing does not stop the others."""
+def run(
+    parts: Sequence[Part], store: Store, seconds: float, logs: Path, clock: Callable[[], float] = time.monotonic
+) -> bool:
+    """Run the parts in order within ``seconds``; whether all passed. One that fails or is missing does not stop the
+    others."""
     logs.mkdir(parents=True, exist_ok=True)
     end = clock() + seconds
     store.write()

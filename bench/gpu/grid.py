@@ -1,4 +1,5 @@
-"""The grid on a GPU: what the bars ask for first, the rest while there is time. Cases, peers and clock are those of `ppg-fast bench`."""
+"""The grid on a GPU: what the bars ask for first, the rest while there is time. Cases, peers and clock are those of
+`ppg-fast bench`."""
 
 import statistics
 from dataclasses import replace
@@ -31,7 +32,9 @@ def cases(device: str, tiny: bool) -> list[tuple[Case, bool, float]]:
     found += [(heads, True, 25.0), (replace(heads, active=0.25), False, 8.0)]
     found += [(Case("policy_loss", 8192, ODD, **bf16), False, 4.0)]
     found += [(replace(heads, V=V), False, 10.0) for V in (151936, 262144)]
-    found += [(replace(heads, active=share), False, 6.0) for share in (0.5, 0.1)] + [(replace(heads, zero=0.5), False, 8.0)]
+    found += [(replace(heads, active=share), False, 6.0) for share in (0.5, 0.1)] + [
+        (replace(heads, zero=0.5), False, 8.0)
+    ]
     found += [(Case("policy_loss", 8192, 128256, **bf16, active=share), False, 4.0) for share in (0.5, 0.25, 0.1)]
     found += [(Case("policy_loss", 8192, V, dtype="float32", device=device), False, 4.0) for V in (32000, 128256)]
     longer = ((131072, 32000), (32768, 128256), (16384, 262144))
@@ -39,13 +42,16 @@ def cases(device: str, tiny: bool) -> list[tuple[Case, bool, float]]:
 
 
 def run(report: Any) -> None:
-    """Entries in pytest-benchmark's form, as `ppg-fast bench` writes them, case by case; then what the head's switches cost."""
+    """Entries in pytest-benchmark's form, as `ppg-fast bench` writes them, case by case; then what the head's switches
+    cost."""
     known: dict[str, harness.Known] = {}  # by op
     for case, compilers, needed in cases(report.device, report.tiny):
         size = f"N={case.N} V={case.V} D={case.D} {case.dtype} active={case.active} zero={case.zero}"
 
         def measure(case: Case = case, compilers: bool = compilers) -> None:
-            entries, missing = harness.measure(case, QUICK if report.tiny else PACE, compilers, known.setdefault(case.op, []))
+            entries, missing = harness.measure(
+                case, QUICK if report.tiny else PACE, compilers, known.setdefault(case.op, [])
+            )
             if report.device == "cuda" and case.active == 1 and not case.zero and case.op != "logprobs":
                 _with_peaks(entries, case)
             known[case.op].append((case, {e["param"]: e["stats"]["median"] for e in entries}))
@@ -67,7 +73,8 @@ def _with_peaks(entries: list[dict[str, Any]], case: Case) -> None:
 
 
 def _switches(report: Any) -> None:
-    """`linear_policy_loss` by rows of a chunk, with and without the second stream: what `ops.head` should do by default."""
+    """`linear_policy_loss` by rows of a chunk, with and without the second stream: what `ops.head` should do by
+    default."""
     from .. import bench_linear
     from ..problem import make_problem
     from ..providers import SPEC, linear_policy_loss
@@ -82,17 +89,33 @@ def _switches(report: Any) -> None:
         head.OVERLAP = overlap
         try:
             out = linear_policy_loss(
-                hidden, weight, problem.labels, problem.advantages, old_logprobs=problem.old_logprobs, spec=SPEC, chunk_rows=chunk
+                hidden,
+                weight,
+                problem.labels,
+                problem.advantages,
+                old_logprobs=problem.old_logprobs,
+                spec=SPEC,
+                chunk_rows=chunk,
             )
             return torch.autograd.grad(out.loss, (hidden, weight))
         finally:
             head.OVERLAP = False
 
     ways = [(chunk, overlap) for chunk in ((16, 32) if report.tiny else CHUNKS) for overlap in (False, True)]
-    contestants = [Contestant(f"{chunk} rows{', second stream' * on}", "ours", lambda c=chunk, o=on: call(c, o)) for chunk, on in ways]
+    contestants = [
+        Contestant(f"{chunk} rows{', second stream' * on}", "ours", lambda c=chunk, o=on: call(c, o))
+        for chunk, on in ways
+    ]
     for contestant in contestants:
         contestant.call()
-    seconds = interleave([*bench_linear.ceilings(problem, case), *contestants], QUICK if report.tiny else PACE, report.device)
+    seconds = interleave(
+        [*bench_linear.ceilings(problem, case), *contestants], QUICK if report.tiny else PACE, report.device
+    )
     bare = statistics.median(seconds.pop("three bare GEMMs"))
     for (chunk, overlap), values in zip(ways, seconds.values(), strict=True):
-        report.add(chunk_rows=chunk, second_stream=overlap, stats=stats(values), share_of_bare_gemms=bare / statistics.median(values))
+        report.add(
+            chunk_rows=chunk,
+            second_stream=overlap,
+            stats=stats(values),
+            share_of_bare_gemms=bare / statistics.median(values),
+        )

@@ -1,4 +1,5 @@
-"""Calls of the kernels for tools that watch them: every kernel and plan on small shapes, and the fused kernel on large ones."""
+"""Calls of the kernels for tools that watch them: every kernel and plan on small shapes, and the fused kernel on large
+ones."""
 
 from itertools import product
 from typing import Any
@@ -8,7 +9,8 @@ import torch
 import ppg_fast as ppg
 from ppg_fast import backends
 
-PLANS = (7, 1000, 4099, 20011, 70001, 140003, 270001, 700001)  # lengths of rows that take another plan each, two passes at both ends
+# lengths of rows that take another plan each, two passes at both ends
+PLANS = (7, 1000, 4099, 20011, 70001, 140003, 270001, 700001)
 LARGE = (32000, 128256, 151936, 262144)
 SPECS = (
     ppg.PolicyLossSpec("ppo", clip_high=0.28),
@@ -40,10 +42,16 @@ def sweep_all(report: Any) -> None:
     backends.load(backend)
     rewards = torch.rand(3, 5, device=report.device)
     for class_ in ("lookahead:2", "segment:2", "full", ppg.Segment(torch.tensor([[0, 0, 1, 1, 2]] * 3))):
-        report.case(f"returns {class_}", lambda class_=class_: ppg.partial_returns(rewards, class_, 0.9, backend=backend))
+        report.case(
+            f"returns {class_}", lambda class_=class_: ppg.partial_returns(rewards, class_, 0.9, backend=backend)
+        )
     for V, dtype in product(PLANS[:3] if report.tiny else PLANS, (torch.float32, torch.bfloat16, torch.float16)):
         for spec in SPECS if V < 30000 else SPECS[:1]:
-            report.case(f"V {V} {dtype} {spec.loss_type}", lambda V=V, d=dtype, s=spec: _call(V, 5, d, s, backend, report.device), 3.0)
+            report.case(
+                f"V {V} {dtype} {spec.loss_type}",
+                lambda V=V, d=dtype, s=spec: _call(V, 5, d, s, backend, report.device),
+                3.0,
+            )
     if report.device == "cuda":
         torch.cuda.synchronize()
 

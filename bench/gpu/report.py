@@ -10,8 +10,12 @@ from .bars import bars, met
 
 
 def merged(results: Results) -> dict[str, Any] | None:
-    """All GPU runs as one: each part from the newest run in which it ran, so that parts can be measured one at a time."""
-    files = sorted((f for name, f in results.items() if name.startswith("gpu") and name.endswith(".cuda")), key=lambda f: f["datetime"])
+    """All GPU runs as one: each part from the newest run in which it ran, so that parts can be measured one at a
+    time."""
+    files = sorted(
+        (f for name, f in results.items() if name.startswith("gpu") and name.endswith(".cuda")),
+        key=lambda f: f["datetime"],
+    )
     if not files:
         return None
     one: dict[str, Any] = {"parts": {}, "benchmarks": [], "missing": {}}
@@ -20,12 +24,14 @@ def merged(results: Results) -> dict[str, Any] | None:
             if part["status"] == "missing" and name in one["parts"]:
                 continue
             one["parts"][name] = {**part, "commit": file["commit_info"]["id"][:12], "datetime": file["datetime"]}
-            one["benchmarks"] = [e for e in one["benchmarks"] if e["part"] != name] + [e for e in file["benchmarks"] if e["part"] == name]
+            one["benchmarks"] = [e for e in one["benchmarks"] if e["part"] != name] + [
+                e for e in file["benchmarks"] if e["part"] == name
+            ]
         one["missing"] |= file["ppg_fast"]["missing"]
     return one
 
 
-# ---- sections --------------------------------------------------------------------------------------------------------------------------
+# ---- sections --------------------------------------------------------------------------------------------------------
 def summary_section(results: Results) -> str:
     """For the README: the bars that were measured."""
     file = merged(results)
@@ -38,7 +44,8 @@ def gpu_section(results: Results) -> str:
     if file is None:
         return NOT_MEASURED
     makers = {
-        "Parts": _parts, "Bars": _bars, "Launches and syncs": _counts, "Bytes of memory": _dram, "The head's chunks": _switches,
+        "Parts": _parts, "Bars": _bars, "Launches and syncs": _counts, "Bytes of memory": _dram,
+        "The head's chunks": _switches,
         "Whole training steps": _steps, "Plans of the fused kernel": _plans, "Cases": _cases, "Not measured": _missing,
     }  # fmt: skip
     return "\n".join(f"### {name}\n\n{text}" for name, make in makers.items() if (text := make(file)))
@@ -61,7 +68,9 @@ def _bars(file: dict[str, Any]) -> str:
     for bar in bars(file):
         what, relation, limit, measured, percent = bar
         show = "{:.0%}" if percent else "{:.0f}" if what.endswith(("launches", "syncs")) else "{:.2f}"
-        rows.append((what, f"{relation} {show.format(limit)}", "" if measured is None else show.format(measured), met(bar)))
+        rows.append(
+            (what, f"{relation} {show.format(limit)}", "" if measured is None else show.format(measured), met(bar))
+        )
     return table(("", "bar", "measured", ""), rows)
 
 
@@ -77,7 +86,9 @@ def _dram(file: dict[str, Any]) -> str:
     for line in _lines(file, "dram"):
         if "over_least" in line:
             least, moved = (line["read"] + line["write"]) / 1e9, line["bytes"] / 1e9
-            rows.append((f"`{line['op']}`", f"{line['V']:,}", f"{least:.2f} GB", f"{moved:.2f} GB", f"{line['over_least']:.3f}"))
+            rows.append(
+                (f"`{line['op']}`", f"{line['V']:,}", f"{least:.2f} GB", f"{moved:.2f} GB", f"{line['over_least']:.3f}")
+            )
     return table(("N 8,192, bfloat16", "V", "least", "moved", "moved / least"), rows) if rows else ""
 
 
@@ -88,7 +99,10 @@ def _switches(file: dict[str, Any]) -> str:
             second, median = "yes" if line["second_stream"] else "no", duration(line["stats"]["median"])
             rows.append((f"{line['chunk_rows']:,}", second, median, f"{line['share_of_bare_gemms']:.0%}"))
     return (
-        table(("rows of a chunk, N 8,192, V 128,256, D 4,096", "second stream", "median", "share of three bare GEMMs"), rows)
+        table(
+            ("rows of a chunk, N 8,192, V 128,256, D 4,096", "second stream", "median", "share of three bare GEMMs"),
+            rows,
+        )
         if rows
         else ""
     )
@@ -103,7 +117,11 @@ def _steps(file: dict[str, Any]) -> str:
         if not line["fits"]:
             rows.append((size, line["provider"], "does not fit", "", "", ""))
             continue
-        speed = duration(line["seconds"]), f"{line['tokens'] / line['seconds']:,.0f}", f"{line['loss_seconds'] / line['seconds']:.0%}"
+        speed = (
+            duration(line["seconds"]),
+            f"{line['tokens'] / line['seconds']:,.0f}",
+            f"{line['loss_seconds'] / line['seconds']:.0%}",
+        )
         rows.append((size, line["provider"], *speed, f"{(line['peak_bytes'] or 0) / 2**30:.1f} GiB"))
     return table(("", "head and loss", "step", "tokens/s", "of it head and loss", "peak memory"), rows) if rows else ""
 
@@ -113,14 +131,20 @@ def _plans(file: dict[str, Any]) -> str:
     for line in _lines(file, "plans"):
         plan = line["plan"]
         chosen = {-1: "as chosen", 0: f"two passes, {plan['threads']} threads"}
-        name = chosen.get(plan["cluster"], f"cluster {plan['cluster']}, {plan['threads']} threads, {plan['slots']} slots")
+        name = chosen.get(
+            plan["cluster"], f"cluster {plan['cluster']}, {plan['threads']} threads, {plan['slots']} slots"
+        )
         shown = (
             (f"{line['ms']:.3f} ms", f"{line['share_of_copy']:.0%}", f"{line['difference']:.1e}")
             if line["launched"]
             else ("does not launch", "", "")
         )
         rows.append((f"{line['V']:,}", f"{line['full']}%", name, *shown))
-    return table(("V", "rows with a gradient", "plan", "median", "share of a copy", "log-probs differ by"), rows) if rows else ""
+    return (
+        table(("V", "rows with a gradient", "plan", "median", "share of a copy", "log-probs differ by"), rows)
+        if rows
+        else ""
+    )
 
 
 def _cases(file: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
-"""The whole training step of models shaped like Qwen3-0.6B and 8B, random weights, on one GPU: forward, loss, backward, optimizer.
+"""The whole training step of models shaped like Qwen3-0.6B and 8B, random weights, on one GPU: forward, loss, backward,
+optimizer.
 
-Packed dialogues, activation checkpointing, bfloat16, AdamW. With our head and with its peers; how many tokens fit, and how fast they go.
+Packed dialogues, activation checkpointing, bfloat16, AdamW. With our head and with its peers; how many tokens fit, and
+how fast they go.
 """
 
 import contextlib
@@ -39,7 +41,9 @@ class Shape:
     @property
     def parameters(self) -> int:
         attention = 2 * self.width * self.head_dim * (self.heads + self.groups)
-        return self.layers * (attention + 3 * self.width * self.inner) + self.vocabulary * self.width * (1 if self.tied else 2)
+        return self.layers * (attention + 3 * self.width * self.inner) + self.vocabulary * self.width * (
+            1 if self.tied else 2
+        )
 
     def flops(self, tokens: int, dialogue: int) -> float:
         """Of a step with checkpointing: the forward pass twice, the backward pass for two."""
@@ -51,7 +55,8 @@ SMALL = Shape("Qwen3-0.6B", 1024, 3072, 28, 16, 8, True)
 LARGE = Shape("Qwen3-8B", 4096, 12288, 36, 32, 8, False)
 TINY = Shape("tiny", 32, 64, 2, 4, 2, True, 512, 8)
 CASES = [  # shape, tokens, whether peers take part, whether checkpoints go to the host
-    (SMALL, 32768, True, False), (LARGE, 32768, True, False), (SMALL, 131072, True, False), (SMALL, 262144, False, False),
+    (SMALL, 32768, True, False), (LARGE, 32768, True, False), (SMALL, 131072, True, False),
+    (SMALL, 262144, False, False),
     (LARGE, 131072, False, False), (LARGE, 262144, False, True),
 ]  # fmt: skip
 
@@ -60,11 +65,13 @@ def make_model(shape: Shape, device: str, dtype: torch.dtype) -> Any:
     """Random weights, made where they are used."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from ppg_fast.model import prepare
+    from ppg_fast.models.causal_lm import prepare
 
     config = Qwen3Config(
-        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.groups, head_dim=shape.head_dim, max_position_embeddings=40960,
+        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.groups, head_dim=shape.head_dim,
+        max_position_embeddings=40960,
         tie_word_embeddings=shape.tied, pad_token_id=0, bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
     default = torch.get_default_dtype()
@@ -81,7 +88,7 @@ def make_model(shape: Shape, device: str, dtype: torch.dtype) -> Any:
 
 def make_batch(tokens: int, dialogue: int, turn: int, vocabulary: int, device: str) -> tuple[Any, Problem]:
     """Packed dialogues, and the head's inputs but for the hidden states; a third of the turns has no advantage."""
-    from ppg_fast.data import PackedBatch
+    from ppg_fast.dialogues.packing import PackedBatch
 
     draw = torch.Generator(device).manual_seed(0)
     ids = torch.randint(vocabulary, (tokens,), generator=draw, device=device)
@@ -93,16 +100,20 @@ def make_batch(tokens: int, dialogue: int, turn: int, vocabulary: int, device: s
     bounds = torch.arange(0, tokens + 1, dialogue, device=device, dtype=torch.int32)
     rewards, counts = (torch.zeros(s, device=device) for s in ((len(bounds) - 1, dialogue // turn), (len(bounds) - 1,)))
     known = {
-        "tokens": ids, "labels": labels, "cu_seqlens": bounds, "position_ids": place, "turn_ids": torch.where(said, turns, -1),
-        "rewards": rewards, "turn_counts": counts.long() + dialogue // turn, "group_ids": torch.zeros(len(bounds) - 1, dtype=torch.int64),
+        "tokens": ids, "labels": labels, "cu_seqlens": bounds, "position_ids": place,
+        "turn_ids": torch.where(said, turns, -1),
+        "rewards": rewards, "turn_counts": counts.long() + dialogue // turn,
+        "group_ids": torch.zeros(len(bounds) - 1, dtype=torch.int64),
     }  # fmt: skip
     batch = PackedBatch(**{f.name: known[f.name] for f in fields(PackedBatch) if f.name in known})
     return batch, Problem(labels, advantages, torch.zeros(tokens, device=device), 1, None)
 
 
-def step(model: Any, optimizer: Any, batch: Any, head: Problem, provider: Provider, device: str, offload: bool) -> tuple[float, float]:
+def step(
+    model: Any, optimizer: Any, batch: Any, head: Problem, provider: Provider, device: str, offload: bool
+) -> tuple[float, float]:
     """One step -> its seconds and those of head and loss, whose backward pass runs first and by itself."""
-    from ppg_fast.model import policy_hidden
+    from ppg_fast.models.causal_lm import policy_hidden
 
     def clock() -> float:
         if device == "cuda":
@@ -127,7 +138,9 @@ def _contestants(shape: Shape, tokens: int, device: str, with_peers: bool) -> tu
     case = Case("linear", tokens, shape.vocabulary, shape.width, dtype="bfloat16", device=device)
     names = providers.our_backends(case)[-1:]  # the CUDA kernels where they run
     ours = [Provider(f"ppg_fast {name}", providers.loss_from_hidden(name, True), "ours") for name in names]
-    found, missing = providers.gather([providers.eager, peers.trl_head, peers.torch_chunked] if with_peers else [], case)
+    found, missing = providers.gather(
+        [providers.eager, peers.trl_head, peers.torch_chunked] if with_peers else [], case
+    )
     return ours + found, {f"step {name}": reason for name, reason in missing.items()}
 
 
@@ -145,12 +158,21 @@ class Run:
         device = self.report.device
         if self.shape != shape:
             self.model = None
-            self.model, self.shape = make_model(shape, device, torch.bfloat16 if device == "cuda" else torch.float32), shape
+            self.model, self.shape = (
+                make_model(shape, device, torch.bfloat16 if device == "cuda" else torch.float32),
+                shape,
+            )
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=device == "cuda")
         batch, head = make_batch(tokens, dialogue, turn, shape.vocabulary, device)
         found, missing = _contestants(shape, tokens, device, with_peers)
         self.report.add(missing=missing)
-        size = {"model": shape.name, "parameters": shape.parameters, "tokens": tokens, "dialogue": dialogue, "offload": offload}
+        size = {
+            "model": shape.name,
+            "parameters": shape.parameters,
+            "tokens": tokens,
+            "dialogue": dialogue,
+            "offload": offload,
+        }
         for provider in found:
             result = self.measured(lambda p=provider: step(self.model, optimizer, batch, head, p, device, offload))
             self.report.add(**size, active=float((head.labels >= 0).float().mean()), provider=provider.name, **result)
@@ -158,7 +180,8 @@ class Run:
                 self.rate = shape.flops(tokens, dialogue) / result["seconds"]
 
     def measured(self, call: Callable[[], tuple[float, float]]) -> dict[str, Any]:
-        """Two steps and the second one's figures; the first one's where there is no time for another; or why it does not fit."""
+        """Two steps and the second one's figures; the first one's where there is no time for another; or why it does
+        not fit."""
         cuda = self.report.device == "cuda"
         if cuda:
             torch.cuda.empty_cache()
@@ -170,7 +193,13 @@ class Run:
             self.model.zero_grad(set_to_none=True)
             return {"fits": False, "reason": str(error).splitlines()[0][:200]}
         peak = torch.cuda.max_memory_allocated() if cuda else None
-        return {"fits": True, "seconds": second[0], "loss_seconds": second[1], "warm": second is not first, "peak_bytes": peak}
+        return {
+            "fits": True,
+            "seconds": second[0],
+            "loss_seconds": second[1],
+            "warm": second is not first,
+            "peak_bytes": peak,
+        }
 
 
 def run(report: Any) -> None:

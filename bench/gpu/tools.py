@@ -10,14 +10,37 @@ from typing import Any
 
 OURS = "policy_loss|logprobs|partial_returns|rescale|partial_policy"  # names of kernels of csrc/cuda
 DRAM = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
-UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0,
-         "nsecond": 1e-9, "usecond": 1e-6, "msecond": 1e-3, "second": 1.0}  # fmt: skip
+UNITS = {
+    "byte": 1,
+    "Kbyte": 1e3,
+    "Mbyte": 1e6,
+    "Gbyte": 1e9,
+    "Tbyte": 1e12,
+    "ns": 1e-9,
+    "us": 1e-6,
+    "ms": 1e-3,
+    "s": 1.0,
+    "nsecond": 1e-9,
+    "usecond": 1e-6,
+    "msecond": 1e-3,
+    "second": 1.0,
+}
 
 
-# ---- pytest ----------------------------------------------------------------------------------------------------------------------------
+# ---- pytest ----------------------------------------------------------------------------------------------------------
 def pytest_command(root: Path, files: list[str], report: Path, processes: int, args: list[str]) -> list[str]:
-    """The tests marked gpu, from outside of the repository, so that its folders do not stand in the way of the package."""
-    options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}", f"--rootdir={root}", f"-c={root / 'pyproject.toml'}"]
+    """The tests marked gpu, from outside of the repository, so that its folders do not stand in the way of the
+    package."""
+    options = [
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+        f"--rootdir={root}",
+        f"-c={root / 'pyproject.toml'}",
+    ]
     return [sys.executable, "-m", "pytest", *options, *(["-n", str(processes)] if processes else []), *args, *files]
 
 
@@ -29,11 +52,14 @@ def junit(report: Path) -> tuple[dict[str, Any], str | None]:
     kinds = defaultdict(list)
     for case in cases:
         kind = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
-        kinds[kind].append((f"{case.get('classname', '')}::{case.get('name', '')}", next((c.get("message", "") for c in case), "")))
+        kinds[kind].append(
+            (f"{case.get('classname', '')}::{case.get('name', '')}", next((c.get("message", "") for c in case), ""))
+        )
     bad = kinds["failure"] + kinds["error"]
     reasons = sorted({message for _, message in kinds["skipped"]})
     found = {
-        "passed": len(kinds["passed"]), "failed": len(bad), "skipped": len(kinds["skipped"]), "why_skipped": reasons[:20],
+        "passed": len(kinds["passed"]), "failed": len(bad), "skipped": len(kinds["skipped"]),
+        "why_skipped": reasons[:20],
         "failures": [{"test": name, "message": message[:300]} for name, message in bad[:50]],
         "slowest": sorted(((float(c.get("time") or 0), str(c.get("name"))) for c in cases), reverse=True)[:5],
     }  # fmt: skip
@@ -42,7 +68,7 @@ def junit(report: Path) -> tuple[dict[str, Any], str | None]:
     return found, f"{len(bad)} of {len(cases)} tests failed, first {bad[0][0]}" if bad else None
 
 
-# ---- compute-sanitizer -----------------------------------------------------------------------------------------------------------------
+# ---- compute-sanitizer -----------------------------------------------------------------------------------------------
 def sanitizer_command(tool: str, worker: list[str]) -> list[str]:
     """Exit status 9 where the tool has found something."""
     return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *worker]
@@ -50,20 +76,26 @@ def sanitizer_command(tool: str, worker: list[str]) -> list[str]:
 
 def sanitized(text: str) -> list[dict[str, Any]]:
     """The summaries: memcheck's errors, racecheck's hazards."""
-    found: list[dict[str, Any]] = [{"tool": "memcheck", "errors": int(n)} for n in re.findall(r"ERROR SUMMARY: (\d+) error", text)]
+    found: list[dict[str, Any]] = [
+        {"tool": "memcheck", "errors": int(n)} for n in re.findall(r"ERROR SUMMARY: (\d+) error", text)
+    ]
     hazards = re.findall(r"RACECHECK SUMMARY: (\d+) hazards? displayed \((\d+) errors?, (\d+) warnings?\)", text)
-    return found + [{"tool": "racecheck", "hazards": int(n), "errors": int(e), "warnings": int(w)} for n, e, w in hazards]
+    return found + [
+        {"tool": "racecheck", "hazards": int(n), "errors": int(e), "warnings": int(w)} for n, e, w in hazards
+    ]
 
 
-# ---- ncu -------------------------------------------------------------------------------------------------------------------------------
+# ---- ncu -------------------------------------------------------------------------------------------------------------
 def ncu_command(worker: list[str]) -> list[str]:
-    """Bytes of memory of our kernels. The clocks stay as they are; caches are emptied before each pass, as ncu does by itself."""
+    """Bytes of memory of our kernels. The clocks stay as they are; caches are emptied before each pass, as ncu does by
+    itself."""
     metrics = ["--metrics", ",".join(DRAM), "--kernel-name", f"regex:{OURS}", "--kernel-name-base", "function"]
     return ["ncu", "--clock-control", "none", "--csv", "--page", "raw", *metrics, *worker]
 
 
 def ncu_kernels(text: str) -> list[dict[str, Any]]:
-    """Each profiled launch with its metrics in bytes and seconds. Both of ncu's layouts: a column a metric, or a line a metric."""
+    """Each profiled launch with its metrics in bytes and seconds. Both of ncu's layouts: a column a metric, or a line a
+    metric."""
     lines = text.splitlines()
     start = next((n for n, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:

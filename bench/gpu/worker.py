@@ -1,4 +1,5 @@
-"""One measuring process, `python -m ppg_fast.bench.gpu.worker PART LINES`: a line of JSON for everything it finds, as it finds it."""
+"""One measuring process, `python -m ppg_fast.bench.gpu.worker PART LINES`: a line of JSON for everything it finds, as
+it finds it."""
 
 import argparse
 import json
@@ -15,7 +16,8 @@ from .. import machine
 from . import counts, grid, kernels, steps
 
 PARTS: dict[str, Callable[["Report"], None]] = {
-    "counts": counts.run, "kernels": kernels.sweep_all, "dram": kernels.sweep_large, "bench": grid.run, "steps": steps.run,
+    "counts": counts.run, "kernels": kernels.sweep_all, "dram": kernels.sweep_large, "bench": grid.run,
+    "steps": steps.run,
 }  # fmt: skip
 
 
@@ -38,7 +40,8 @@ class Report:
                 file.write(json.dumps(line) + "\n")
 
     def case(self, name: str, work: Callable[[], Any], needed: float = 0.0) -> Any:
-        """Do one piece of work; where it fails, or ``needed`` seconds are not left, that is a line and the next one goes on."""
+        """Do one piece of work; where it fails, or ``needed`` seconds are not left, that is a line and the next one
+        goes on."""
         if self.left < needed:
             self.add(missing={name: f"not measured: {needed:.0f} s needed, {max(self.left, 0.0):.0f} s left"})
             return None
@@ -48,7 +51,9 @@ class Report:
         except Exception as error:  # whatever it is, the other cases are measured and the part is marked as failed
             traceback.print_exc()
             self.failed.append(name)
-            self.add(missing={name: f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"})
+            self.add(
+                missing={name: f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"}
+            )
             return None
         finally:
             if self.device == "cuda":

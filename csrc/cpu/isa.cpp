@@ -14,8 +14,8 @@ Isa detect() {
 #ifdef PPG_HAS_X86_TARGETS
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   return avx2 && avx512 ? Isa::AVX512 : avx2 ? Isa::AVX2 : Isa::BASELINE;
 #else
   return Isa::BASELINE;

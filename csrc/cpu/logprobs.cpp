@@ -1,4 +1,5 @@
-// Log-prob and entropy of each row, and their gradient. Mirrors ppg_fast/reference/logprobs.py and csrc/cuda/logprobs.cu
+// Log-prob and entropy of each row, and their gradient. Mirrors ppg_fast/reference/logprobs.py and
+// csrc/cuda/logprobs.cu
 #ifndef PPG_LANES
 #define PPG_KERNELS "logprobs.cpp"
 #include "foreach_isa.h"
@@ -38,7 +39,9 @@ template <class E> void logprobs_fwd_of(const LogprobsFwdArgs& a, int64_t first,
   a.logit_softcap != 0.f ? logprobs_fwd_of<E, true>(a, first, last) : logprobs_fwd_of<E, false>(a, first, last);
 }
 
-static void logprobs_fwd(const LogprobsFwdArgs& a, int64_t first, int64_t last) { PPG_BY_DTYPE(a.dtype, logprobs_fwd_of, a, first, last); }
+static void logprobs_fwd(const LogprobsFwdArgs& a, int64_t first, int64_t last) {
+  PPG_BY_DTYPE(a.dtype, logprobs_fwd_of, a, first, last);
+}
 
 // dlogit_v = p_v (c0 + c1 log2 p_v) + [v = label] at_label, through the softcap.
 template <bool CAP, bool ENT> PPG_INLINE Vec gradient(Vec x, const View<CAP>& view, float lse, float c0, float c1) {
@@ -60,7 +63,8 @@ template <class E, bool CAP, bool ENT> void logprobs_bwd_rows(const LogprobsBwdA
     auto* out = static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n);
     const View<CAP> view(a, n);
     const float temperature = a.temperatures ? a.temperatures[n] : a.temperature, lse = float(a.lse[n] * LOG2E);
-    const float g = d_logprob / temperature, h = d_entropy / temperature, c0 = ENT ? -g - h * a.entropy[n] : -g, c1 = float(-h * LN2);
+    const float g = d_logprob / temperature, h = d_entropy / temperature, c0 = ENT ? -g - h * a.entropy[n] : -g,
+                c1 = float(-h * LN2);
     const Vec x_label = splat(load_one<E>(x + label));
     const float at_label = (CAP ? g * view.slope(x_label)[0] : g) + gradient<CAP, ENT>(x_label, view, lse, c0, c1)[0];
     int64_t v = 0;
@@ -78,10 +82,13 @@ template <class E, bool CAP, bool ENT> void logprobs_bwd_rows(const LogprobsBwdA
 
 template <class E> void logprobs_bwd_of(const LogprobsBwdArgs& a, int64_t first, int64_t last) {
   const bool cap = a.logit_softcap != 0.f;
-  if (a.d_entropy) return cap ? logprobs_bwd_rows<E, true, true>(a, first, last) : logprobs_bwd_rows<E, false, true>(a, first, last);
+  if (a.d_entropy)
+    return cap ? logprobs_bwd_rows<E, true, true>(a, first, last) : logprobs_bwd_rows<E, false, true>(a, first, last);
   return cap ? logprobs_bwd_rows<E, true, false>(a, first, last) : logprobs_bwd_rows<E, false, false>(a, first, last);
 }
 
-static void logprobs_bwd(const LogprobsBwdArgs& a, int64_t first, int64_t last) { PPG_BY_DTYPE(a.dtype, logprobs_bwd_of, a, first, last); }
+static void logprobs_bwd(const LogprobsBwdArgs& a, int64_t first, int64_t last) {
+  PPG_BY_DTYPE(a.dtype, logprobs_bwd_of, a, first, last);
+}
 
 #endif

@@ -12,7 +12,8 @@ void want_huge_pages(void* data, int64_t bytes) {
   constexpr uintptr_t PAGE = 4096;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE,
                   end = (reinterpret_cast<uintptr_t>(data) + bytes) / PAGE * PAGE;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a kernel without them may say no
+  if (begin < end)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a kernel without them may say no
 #else
   (void)data, (void)bytes;
 #endif

@@ -8,10 +8,10 @@
 
 namespace ppg::cpu {
 
-// Linear in the number of turns whatever the window, and without a subtraction: turns are visited last to first, and the window
-// [t, end) is held in two parts at a split point. Its front [t, split) is one running sum (Horner); its back [split, end) is looked
-// up among prefix sums from the split. `end` never grows on the way; once it has come down to the split, the whole window becomes the
-// new back. A turn enters the front once and the back once.
+// Linear in the number of turns whatever the window, and without a subtraction: turns are visited last to first, and
+// the window [t, end) is held in two parts at a split point. Its front [t, split) is one running sum (Horner); its back
+// [split, end) is looked up among prefix sums from the split. `end` never grows on the way; once it has come down to
+// the split, the whole window becomes the new back. A turn enters the front once and the back once.
 void partial_returns(const PartialReturnsArgs& a, int64_t first, int64_t last) {
   std::vector<double> prefix(a.T + 1), power(a.T + 1);
   power[0] = 1;

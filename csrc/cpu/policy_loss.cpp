@@ -1,4 +1,5 @@
-// Log-prob, scalar loss and gradient of each row in one visit. Mirrors ppg_fast/reference/policy_loss.py and csrc/cuda/policy_loss.cu
+// Log-prob, scalar loss and gradient of each row in one visit. Mirrors ppg_fast/reference/policy_loss.py and
+// csrc/cuda/policy_loss.cu
 #ifndef PPG_LANES
 #define PPG_KERNELS "policy_loss.cpp"
 #include "foreach_isa.h"
@@ -24,12 +25,13 @@ template <bool CAP, bool ENT> PPG_INLINE Vec gradient(Vec e, Vec x, const Slope&
 
 // `kept` as row_stats left it; `out` may be `x` or `kept.exps`, since every element is read before it is written.
 template <class E, bool CAP, bool ENT, bool STREAM>
-PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, int64_t V, const Kept& kept, int64_t label, Vec x_label,
-                               const Slope& row, const View<CAP>& view, float max, Fetch& fetch) {
+PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, int64_t V, const Kept& kept,
+                               int64_t label, Vec x_label, const Slope& row, const View<CAP>& view, float max,
+                               Fetch& fetch) {
   constexpr bool AGAIN = CAP || ENT;  // whether the logits are needed beside the exponentials
   const Vec e_label = exp2_(at_least(view(x_label, max), NEGLIGIBLE));
-  const float at_label =
-      (CAP ? row.at_label * view.slope(x_label)[0] : row.at_label) + gradient<CAP, ENT>(e_label, x_label, row, view, max)[0];
+  const float at_label = (CAP ? row.at_label * view.slope(x_label)[0] : row.at_label) +
+                         gradient<CAP, ENT>(e_label, x_label, row, view, max)[0];
   for (int64_t first = 0; first < V; first += BLOCK) {
     const int64_t last = first + BLOCK < V ? first + BLOCK : V;
     const float scale = exp2_(splat(kept.maxima[first / BLOCK] - max))[0];
@@ -55,10 +57,12 @@ PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, i
 }
 
 // What the statistics of a row make of it: its outputs and the slope of its gradient.
-template <bool CAP, bool ENT> PPG_INLINE Slope finish_row(const PolicyLossArgs& a, int64_t n, const Stats& stats, float z_label) {
+template <bool CAP, bool ENT>
+PPG_INLINE Slope finish_row(const PolicyLossArgs& a, int64_t n, const Stats& stats, float z_label) {
   const double log2_sum = std::log2(stats.sum), mean = ENT ? stats.dot / stats.sum : 0.0;
   const float logprob = float((double(z_label) - stats.max - log2_sum) * LN2), entropy = float((log2_sum - mean) * LN2);
-  const float old_logprob = a.old_logprobs ? a.old_logprobs[n] : logprob, ref_logprob = a.ref_logprobs ? a.ref_logprobs[n] : logprob;
+  const float old_logprob = a.old_logprobs ? a.old_logprobs[n] : logprob,
+              ref_logprob = a.ref_logprobs ? a.ref_logprobs[n] : logprob;
   const float importance = importance_weight(a.term, old_logprob, a.rollout_logprobs, n);
   const Term term = policy_term(a.term, logprob, entropy, old_logprob, ref_logprob, importance, a.advantages[n]);
   const float weight = a.weights ? a.weights[n] : 1.f, temperature = a.temperatures ? a.temperatures[n] : a.temperature;
@@ -69,9 +73,11 @@ template <bool CAP, bool ENT> PPG_INLINE Slope finish_row(const PolicyLossArgs& 
   return {float((h * mean * LN2 - g) / stats.sum), float(-h * LN2 / stats.sum), float(g)};
 }
 
-// Where the exponentials of a row wait: where float32 logits stood, if these are not read again and the gradient goes there too.
+// Where the exponentials of a row wait: where float32 logits stood, if these are not read again and the gradient goes
+// there too.
 template <class E, bool CAP>
-PPG_INLINE Kept keep(std::vector<float>& memory, const typename E::raw* x, typename E::raw* out, const PolicyLossArgs& a) {
+PPG_INLINE Kept keep(std::vector<float>& memory, const typename E::raw* x, typename E::raw* out,
+                     const PolicyLossArgs& a) {
   const int64_t blocks = (a.V + BLOCK - 1) / BLOCK;
   if (int64_t(memory.size()) < a.V + blocks) memory.resize(a.V + blocks);
   if constexpr (std::is_same_v<E, F32> && !CAP) {
@@ -99,8 +105,8 @@ template <class E, bool CAP, Sums SUMS> void policy_loss_rows(const PolicyLossAr
     const Vec x_label = splat(load_one<E>(x + label));  // the gradient may be written over it
     const Kept kept = full ? keep<E, CAP>(memory, x, out, a) : Kept{};
     Fetch fetch = fetch_next<E>(a, n, last, full ? 2 : 1);
-    const Stats stats =
-        full ? row_stats<E, CAP, SUMS, true>(x, a.V, view, kept, fetch) : row_stats<E, CAP, SUMS, false>(x, a.V, view, kept, fetch);
+    const Stats stats = full ? row_stats<E, CAP, SUMS, true>(x, a.V, view, kept, fetch)
+                             : row_stats<E, CAP, SUMS, false>(x, a.V, view, kept, fetch);
     const Slope slope = finish_row<CAP, ENT>(a, n, stats, view(x_label, 0.f)[0]);
     if constexpr (SUMS == SCORE_NORM) a.score_norm[n] = score_norm(stats, view, x_label[0]);
     if (!out) continue;
@@ -125,7 +131,9 @@ template <class E> void policy_loss_of(const PolicyLossArgs& a, int64_t first, i
   a.logit_softcap != 0.f ? policy_loss_of<E, true>(a, first, last) : policy_loss_of<E, false>(a, first, last);
 }
 
-static void policy_loss(const PolicyLossArgs& a, int64_t first, int64_t last) { PPG_BY_DTYPE(a.dtype, policy_loss_of, a, first, last); }
+static void policy_loss(const PolicyLossArgs& a, int64_t first, int64_t last) {
+  PPG_BY_DTYPE(a.dtype, policy_loss_of, a, first, last);
+}
 
 template <class E> void rescale_rows_of(const RescaleRowsArgs& a, int64_t first, int64_t last) {
   for (int64_t n = first; n < last; ++n) {
@@ -138,6 +146,8 @@ template <class E> void rescale_rows_of(const RescaleRowsArgs& a, int64_t first,
   }
 }
 
-static void rescale_rows(const RescaleRowsArgs& a, int64_t first, int64_t last) { PPG_BY_DTYPE(a.dtype, rescale_rows_of, a, first, last); }
+static void rescale_rows(const RescaleRowsArgs& a, int64_t first, int64_t last) {
+  PPG_BY_DTYPE(a.dtype, rescale_rows_of, a, first, last);
+}
 
 #endif

@@ -1,8 +1,9 @@
 // A row of logits: the view of it that softcap and temperature give, and the statistics that every kernel starts from.
 // Included after vec.h, in the same manner.
 
-// ---- the logit after softcap and temperature ----------------------------------------------------------------------------------------
-// In units of log 2, so that a probability is one FMA away from the argument of exp2: z = x * scale, or tanh(x * inverse_cap) * scale.
+// ---- the logit after softcap and temperature
+// ---------------------------------------------------------------------------------------- In units of log 2, so that a
+// probability is one FMA away from the argument of exp2: z = x * scale, or tanh(x * inverse_cap) * scale.
 template <bool CAP> struct View {
   float scale, inverse_cap;
   View(const Sweep& a, int64_t n) {
@@ -32,9 +33,11 @@ struct Stats {
 
 constexpr int STEP = 4 * LANES;       // elements in flight
 constexpr int64_t BLOCK = 32 * STEP;  // elements whose maximum is taken before their exponentials: still in L1 by then
-constexpr float LOWEST = -1e9f;       // where the running maximum starts: what is below counts as -inf, as masks by finfo.min mean it
+constexpr float LOWEST =
+    -1e9f;  // where the running maximum starts: what is below counts as -inf, as masks by finfo.min mean it
 
-// The row that is read next, fetched into L2 while this one is worked on: `bytes` of it (0: there is none) for every STEP elements.
+// The row that is read next, fetched into L2 while this one is worked on: `bytes` of it (0: there is none) for every
+// STEP elements.
 struct Fetch {
   const char* at;
   int64_t bytes;
@@ -81,8 +84,8 @@ template <class E> PPG_INLINE float block_max(const typename E::raw* x, int64_t 
   }
 }
 
-// The exponentials of a row for its gradient, each relative to the maximum that ran when its block was met: exps[v] 2^maxima[v / BLOCK].
-// They are pairs of vectors as their element type orders them, then the tail in plain order.
+// The exponentials of a row for its gradient, each relative to the maximum that ran when its block was met: exps[v]
+// 2^maxima[v / BLOCK]. They are pairs of vectors as their element type orders them, then the tail in plain order.
 struct Kept {
   float *exps, *maxima;
 };
@@ -141,8 +144,9 @@ PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>&
           reduce_add((square[0] + square[1]) + (square[2] + square[3]))};
 }
 
-// |d logprob / d z|^2 = sum p^2 - 2 p_label + 1, never below 0. The label's exponential has the roundings that it has in the sums, which
-// cancel where the label is certain: inlined, x * scale could be shared with the log-prob, and no multiply-add be made of it.
+// |d logprob / d z|^2 = sum p^2 - 2 p_label + 1, never below 0. The label's exponential has the roundings that it has
+// in the sums, which cancel where the label is certain: inlined, x * scale could be shared with the log-prob, and no
+// multiply-add be made of it.
 template <bool CAP> [[gnu::noinline]] float score_norm(const Stats& s, const View<CAP>& view, float x_label) {
   const double e_label = exp2_(at_least(view(splat(x_label), s.max), NEGLIGIBLE))[0];
   const double norm = s.square / (s.sum * s.sum) - 2 * e_label / s.sum + 1;

@@ -1,5 +1,6 @@
 // Vectors of PPG_LANES floats: element types, exp, tanh.
-// Included once per instruction set by foreach_isa.h, inside that instruction set's namespace: hence no include guard, no includes.
+// Included once per instruction set by foreach_isa.h, inside that instruction set's namespace: hence no include guard,
+// no includes.
 
 constexpr int LANES = PPG_LANES;
 constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
@@ -16,7 +17,8 @@ struct Pair {  // 2 * LANES elements of a row, in an order of their type's own
 };
 
 PPG_INLINE Vec splat(float x) { return Vec{} + x; }
-PPG_INLINE Vec vmax(Vec a, Vec b) {  // b where either is NaN; by name, since compilers make a compare and a blend of the ternary
+PPG_INLINE Vec
+vmax(Vec a, Vec b) {  // b where either is NaN; by name, since compilers make a compare and a blend of the ternary
 #if PPG_LANES == 16
   return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
 #elif PPG_LANES == 8
@@ -37,7 +39,8 @@ PPG_INLINE double reduce_add(Vec v) {
   return s;
 }
 
-// Past the caches, to memory that is written whole and not read soon: its lines need not be read first. `p` is aligned to a vector.
+// Past the caches, to memory that is written whole and not read soon: its lines need not be read first. `p` is aligned
+// to a vector.
 PPG_INLINE void stream(void* p, Vec v) {
 #if PPG_LANES == 16
   _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
@@ -54,7 +57,8 @@ PPG_INLINE void finish_streaming() {  // before another thread may look
 }
 PPG_INLINE bool can_stream(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0; }
 
-// ---- element types ----------------------------------------------------------------------------------------------------------------
+// ---- element types
+// ----------------------------------------------------------------------------------------------------------------
 struct F32 {
   using raw = float;
   PPG_INLINE Vec load(const raw* p) {
@@ -105,14 +109,20 @@ struct BF16 {
 struct F16 {
   using raw = uint16_t;
 #if PPG_LANES == 16
-  PPG_INLINE Vec load(const raw* p) { return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  PPG_INLINE Vec load(const raw* p) {
+    return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   PPG_INLINE void store(raw* p, Vec v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 #elif PPG_LANES == 8
-  PPG_INLINE Vec load(const raw* p) { return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  PPG_INLINE Vec load(const raw* p) {
+    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   PPG_INLINE void store(raw* p, Vec v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 #else
   PPG_INLINE Vec load(const raw* p) {
@@ -160,7 +170,8 @@ template <class E> PPG_INLINE void store_tail(typename E::raw* p, int count, Vec
 template <class E> PPG_INLINE float load_one(const typename E::raw* p) { return load_tail<E>(p, 1, *p)[0]; }
 template <class E> PPG_INLINE void store_one(typename E::raw* p, float x) { store_tail<E>(p, 1, splat(x)); }
 
-// ---- functions --------------------------------------------------------------------------------------------------------------------
+// ---- functions
+// --------------------------------------------------------------------------------------------------------------------
 // 2^t to 1.5e-7 relative, for t that may be far below zero (0 below the normal range) but not far above; NaN stays NaN.
 // Minimax polynomials of the fractional part.
 PPG_INLINE Vec exp2_(Vec t) {
@@ -173,7 +184,8 @@ PPG_INLINE Vec exp2_(Vec t) {
   p = p * f + 9.999999251e-1f;
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)t);
 #else
-  const Vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low mantissa bits
+  const Vec magic =
+      splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low mantissa bits
   const Vec shifted = t + magic, f = t - (shifted - magic);
   Vec p = f * 1.5345812e-4f + 1.339993122e-3f;
   p = p * f + 9.618488957e-3f;

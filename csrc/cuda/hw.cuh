@@ -1,5 +1,6 @@
-// Everything that needs real hardware, one function each: Hopper's instructions for the kernels, the CUDA runtime for the launchers.
-// The emulator of the tests has the same functions for g++, so the kernels and launchers above them compile there unchanged.
+// Everything that needs real hardware, one function each: Hopper's instructions for the kernels, the CUDA runtime for
+// the launchers. The emulator of the tests has the same functions for g++, so the kernels and launchers above them
+// compile there unchanged.
 #pragma once
 #ifndef PPG_EMULATED
 #include <cuda_runtime.h>
@@ -8,7 +9,8 @@
 
 namespace hw {
 
-// ---- device: every architecture ------------------------------------------------------------------------------------------------
+// ---- device: every architecture
+// ------------------------------------------------------------------------------------------------
 __device__ __forceinline__ unsigned char* smem() {
   extern __shared__ __align__(128) unsigned char raw[];
   return raw;
@@ -25,7 +27,9 @@ __device__ __forceinline__ float rcp(float x) {
 }
 __device__ __forceinline__ float bits_to_float(uint32_t w) { return __uint_as_float(w); }
 __device__ __forceinline__ uint32_t float_to_bits(float x) { return __float_as_uint(x); }
-__device__ __forceinline__ uint32_t funnel(uint32_t lo, uint32_t hi, unsigned shift) { return __funnelshift_r(lo, hi, shift); }
+__device__ __forceinline__ uint32_t funnel(uint32_t lo, uint32_t hi, unsigned shift) {
+  return __funnelshift_r(lo, hi, shift);
+}
 __device__ __forceinline__ uint32_t pack_bf16(float lo, float hi) {
   uint32_t w;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w) : "f"(hi), "f"(lo));
@@ -55,7 +59,8 @@ __device__ __forceinline__ unsigned draw_ticket(uint32_t* counter) {
   return ticket;
 }
 
-// ---- device: clusters, mbarriers, bulk copies (sm_90 and later) ----------------------------------------------------------------
+// ---- device: clusters, mbarriers, bulk copies (sm_90 and later)
+// ----------------------------------------------------------------
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ uint32_t addr(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ unsigned cluster_rank() {
@@ -88,15 +93,18 @@ template <bool CLUSTER = false> __device__ __forceinline__ void bar_wait(uint64_
   unsigned done;
   do {
     if constexpr (CLUSTER)
-      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                   : "=r"(done)
-                   : "r"(addr(bar)), "r"(parity)
-                   : "memory");
+      asm volatile(
+          "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; "
+          "}"
+          : "=r"(done)
+          : "r"(addr(bar)), "r"(parity)
+          : "memory");
     else
-      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                   : "=r"(done)
-                   : "r"(addr(bar)), "r"(parity)
-                   : "memory");
+      asm volatile(
+          "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+          : "=r"(done)
+          : "r"(addr(bar)), "r"(parity)
+          : "memory");
   } while (!done);
 }
 // Bulk copy global -> shared; both addresses and the size are multiples of 16. Read once: evicted first from L2.
@@ -104,7 +112,8 @@ __device__ __forceinline__ void copy_in(void* dst, const void* src, unsigned byt
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(addr(dst)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(addr(dst)),
       "l"(__cvta_generic_to_global(src)), "r"(bytes), "r"(addr(bar)), "l"(policy)
       : "memory");
 }
@@ -128,7 +137,8 @@ __device__ __forceinline__ void send(float v, void* dst, uint64_t* bar, unsigned
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
 
-// ---- host -----------------------------------------------------------------------------------------------------------------------
+// ---- host
+// -----------------------------------------------------------------------------------------------------------------------
 constexpr int INVALID_VALUE = cudaErrorInvalidValue;
 constexpr int MAX_DEVICES = 64;
 
@@ -170,12 +180,15 @@ inline cudaLaunchConfig_t launch_config(unsigned grid, unsigned block, unsigned 
   return config;
 }
 
-// How many clusters of this shape the chip holds at once; fewer than SMs / cluster where a cluster must not span two GPCs.
-// Also lets the kernel use all the shared memory of an SM: must have been called before its first launch on this device.
+// How many clusters of this shape the chip holds at once; fewer than SMs / cluster where a cluster must not span two
+// GPCs. Also lets the kernel use all the shared memory of an SM: must have been called before its first launch on this
+// device.
 template <class Kernel>
 int resident_clusters(const Device& d, Kernel kernel, unsigned block, unsigned cluster, size_t smem, int* clusters) {
-  if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.smem_block)) return e;
-  if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))
+  if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.smem_block))
+    return e;
+  if (const cudaError_t e =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))
     return e;
   cudaLaunchAttribute attribute[1];
   const cudaLaunchConfig_t config = launch_config(cluster, block, cluster, smem, nullptr, attribute);

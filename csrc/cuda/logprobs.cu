@@ -1,5 +1,5 @@
-// Behind a loss of the caller's own: one read, one write, from the log-sum-exp and the entropy that the forward pass kept. That pass is the
-// sweep of the policy loss without a loss, in policy_loss.cu.
+// Behind a loss of the caller's own: one read, one write, from the log-sum-exp and the entropy that the forward pass
+// kept. That pass is the sweep of the policy loss without a loss, in policy_loss.cu.
 #include "row.cuh"
 
 namespace ppg {
@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(THREADS) logprobs_bwd_kernel(const __grid_cons
 
 template <class E> int launch_bwd(const LogprobsBwdArgs& a, void* stream) {
   const auto launch = [&](auto kernel) { return hw::launch(kernel, (unsigned)a.N, THREADS, 0, 0, stream, a); };
-  if (a.logit_softcap != 0.f) return a.d_entropy ? launch(logprobs_bwd_kernel<E, true, true>) : launch(logprobs_bwd_kernel<E, true, false>);
+  if (a.logit_softcap != 0.f)
+    return a.d_entropy ? launch(logprobs_bwd_kernel<E, true, true>) : launch(logprobs_bwd_kernel<E, true, false>);
   return a.d_entropy ? launch(logprobs_bwd_kernel<E, false, true>) : launch(logprobs_bwd_kernel<E, false, false>);
 }
 

@@ -1,12 +1,13 @@
-// The scalars of a row and of the whole call: looked up in what the caller holds, and what the row's statistics make of them.
+// The scalars of a row and of the whole call: looked up in what the caller holds, and what the row's statistics make of
+// them.
 #pragma once
 #include "../policy_term.h"
 #include "row.cuh"
 
 namespace ppg {
 
-// One sweep serves policy_loss, fused_policy_loss and logprobs_fwd, so that a log-prob has the same bits in all of them and the ratio of a
-// first on-policy step is exactly 1.
+// One sweep serves policy_loss, fused_policy_loss and logprobs_fwd, so that a log-prob has the same bits in all of them
+// and the ratio of a first on-policy step is exactly 1.
 struct SweepArgs : FusedPolicyLossArgs {
   float* lse;  // (N,) out or null; logprobs_fwd: no loss, no advantages, no gradient
 };
@@ -46,8 +47,8 @@ template <class T> __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
-// The denominator of the whole call, in two parts around a barrier of the CTA: each thread's share into `scratch` (one entry a warp), then
-// the sum of all. Integers, so the order does not matter.
+// The denominator of the whole call, in two parts around a barrier of the CTA: each thread's share into `scratch` (one
+// entry a warp), then the sum of all. Integers, so the order does not matter.
 __device__ __forceinline__ bool counts_outer(const FusedPolicyLossArgs& a) {
   return a.reduction <= Reduction::SEQUENCE_SUM && a.normalizer == 0.f && !a.normalizer_at;
 }
@@ -98,11 +99,13 @@ __device__ __forceinline__ Kind row_kind(const FusedPolicyLossArgs& a, const Row
 
 // From the statistics of the whole row to its outputs and slope. Every thread computes it, `writer` stores it.
 template <int SUMS>
-__device__ __forceinline__ Slope finish_row(const SweepArgs& a, int64_t n, const Row& row, const Stat& s, float k, bool writer) {
+__device__ __forceinline__ Slope finish_row(const SweepArgs& a, int64_t n, const Row& row, const Stat& s, float k,
+                                            bool writer) {
   const float log_sum = log2f(s.sum), mean = s.dot / s.sum;
   const float label = row.label < a.V ? s.label : hw::bits_to_float(NAN_BITS);  // an impossible label poisons its row
   const float logprob = (fmaf(label, k, -s.ref) - log_sum) * LN2, entropy = (log_sum - mean) * LN2;
-  const float old_logprob = a.old_logprobs.data ? row.old_logprob : logprob, ref_logprob = a.ref_logprobs.data ? row.ref_logprob : logprob;
+  const float old_logprob = a.old_logprobs.data ? row.old_logprob : logprob,
+              ref_logprob = a.ref_logprobs.data ? row.ref_logprob : logprob;
   const float rollout = row.rollout_logprob;
   const float importance = a.rollout_logprobs.data ? importance_weight(a.term, old_logprob, &rollout, 0) : 1.f;
   const Term term = policy_term(a.term, logprob, entropy, old_logprob, ref_logprob, importance, row.advantage);
@@ -112,11 +115,13 @@ __device__ __forceinline__ Slope finish_row(const SweepArgs& a, int64_t n, const
     if (a.entropy) a.entropy[n] = entropy;
     if (a.lse) a.lse[n] = (s.ref + log_sum) * LN2;
     if constexpr (SUMS == SCORE_NORM) {
-      const float per = 1.f / s.sum, norm = fmaf(s.square * per, per, fmaf(hw::ex2(fmaf(label, k, -s.ref)), -2.f * per, 1.f));
+      const float per = 1.f / s.sum,
+                  norm = fmaf(s.square * per, per, fmaf(hw::ex2(fmaf(label, k, -s.ref)), -2.f * per, 1.f));
       a.score_norm[n] = norm < 0.f ? 0.f : norm;  // a NaN stays one
     }
   }
-  const float g = row.weight * term.d_logprob / row.temperature, h = row.weight * term.d_entropy / row.temperature * LN2;
+  const float g = row.weight * term.d_logprob / row.temperature,
+              h = row.weight * term.d_entropy / row.temperature * LN2;
   return {s.ref, (h * mean - g) / s.sum, -h / s.sum, g};
 }
 template <int SUMS> __device__ __forceinline__ void finish_skipped(const SweepArgs& a, int64_t n) {
@@ -127,8 +132,9 @@ template <int SUMS> __device__ __forceinline__ void finish_skipped(const SweepAr
   if constexpr (SUMS == SCORE_NORM) a.score_norm[n] = 0.f;
 }
 
-// Called by every thread of a CTA after its rows, whose losses its thread 0 has stored; `teams` CTAs call it. The last one sums the losses
-// of all rows, strided over its threads and then by a tree: the same bits whoever is last. `scratch`: (warps + 1) * 8 bytes, free by now.
+// Called by every thread of a CTA after its rows, whose losses its thread 0 has stored; `teams` CTAs call it. The last
+// one sums the losses of all rows, strided over its threads and then by a tree: the same bits whoever is last.
+// `scratch`: (warps + 1) * 8 bytes, free by now.
 __device__ __forceinline__ void sum_losses(const SweepArgs& a, unsigned char* scratch, unsigned teams, int threads) {
   if (!a.total) return;
   double* const part = reinterpret_cast<double*>(scratch);

@@ -1,4 +1,5 @@
-// Rewards to what each turn is credited with, and the counts of a reduction: what has to be known before the sweep over the vocabulary.
+// Rewards to what each turn is credited with, and the counts of a reduction: what has to be known before the sweep over
+// the vocabulary.
 #include <algorithm>
 
 #include "../args.h"
@@ -9,10 +10,10 @@ namespace {
 
 constexpr int THREADS = 128, CREDIT_THREADS = 256;
 
-// Horner's rule from the end of the window: only products and sums of rewards, where differences of prefix sums would cancel. Threads of
-// one dialogue read the same rewards, so the loops run from the first-level cache.
-__device__ __forceinline__ float windowed_return(const float* rewards, const int64_t* ids, int64_t t, int64_t turns, int64_t lookahead,
-                                                 int64_t segment_length, double gamma) {
+// Horner's rule from the end of the window: only products and sums of rewards, where differences of prefix sums would
+// cancel. Threads of one dialogue read the same rewards, so the loops run from the first-level cache.
+__device__ __forceinline__ float windowed_return(const float* rewards, const int64_t* ids, int64_t t, int64_t turns,
+                                                 int64_t lookahead, int64_t segment_length, double gamma) {
   int64_t end = lookahead < turns - t ? t + lookahead : turns;
   if (segment_length && segment_length - t % segment_length < end - t) end = t + segment_length - t % segment_length;
   if (ids && t < end) {
@@ -26,7 +27,8 @@ __device__ __forceinline__ float windowed_return(const float* rewards, const int
 }
 
 // Any subset of the rewards, those before the turn included.
-__device__ __forceinline__ float masked_return(const float* rewards, const uint8_t* mask, int64_t t, int64_t turns, double gamma) {
+__device__ __forceinline__ float masked_return(const float* rewards, const uint8_t* mask, int64_t t, int64_t turns,
+                                               double gamma) {
   if (t >= turns) return 0.f;
   double later = 0.0, earlier = 0.0;
   for (int64_t k = turns - 1; k >= t; --k) later = fma(gamma, later, mask[k] ? (double)rewards[k] : 0.0);
@@ -38,7 +40,8 @@ __device__ __forceinline__ float masked_return(const float* rewards, const uint8
 // A thread a turn.
 __global__ void __launch_bounds__(THREADS) partial_returns_kernel(const __grid_constant__ PartialReturnsArgs a) {
   for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < a.B * a.T; i += (int64_t)gridDim.x * THREADS) {
-    const int64_t b = i / a.T, t = i - b * a.T, turns = a.turn_counts && a.turn_counts[b] < a.T ? a.turn_counts[b] : a.T;
+    const int64_t b = i / a.T, t = i - b * a.T,
+                  turns = a.turn_counts && a.turn_counts[b] < a.T ? a.turn_counts[b] : a.T;
     const int64_t* const ids = a.segment_ids ? a.segment_ids + b * a.T : nullptr;
     a.returns[i] = windowed_return(a.rewards + b * a.T, ids, t, turns, a.lookahead, a.segment_length, a.gamma);
   }
@@ -58,8 +61,9 @@ __device__ void credit_turn(const CreditArgs& a, int64_t t) {
   for (int64_t b = threadIdx.x; b < S; b += CREDIT_THREADS) {
     const float* const rewards = a.rewards + b * a.T;
     const int64_t* const ids = a.segment_ids ? a.segment_ids + b * a.T : nullptr;
-    a.returns[b * a.T + t] = a.reward_mask ? masked_return(rewards, a.reward_mask + t * a.T, t, turns_of(b), a.gamma)
-                                           : windowed_return(rewards, ids, t, turns_of(b), a.lookahead, a.segment_length, a.gamma);
+    a.returns[b * a.T + t] =
+        a.reward_mask ? masked_return(rewards, a.reward_mask + t * a.T, t, turns_of(b), a.gamma)
+                      : windowed_return(rewards, ids, t, turns_of(b), a.lookahead, a.segment_length, a.gamma);
   }
   if (a.baseline == Baseline::NONE) return;
   for (int64_t first = 0; first < S; first += CREDIT_THREADS) {  // a thread a dialogue
@@ -82,12 +86,14 @@ __device__ void credit_turn(const CreditArgs& a, int64_t t) {
       total += value;
     });
     const double mean = total / (double)max(count, (int64_t)1), others = (double)max(count - 1, (int64_t)1);
-    if (a.baseline == Baseline::GROUP_STD) for_each_member([&](double value) { squares += (value - mean) * (value - mean); });
+    if (a.baseline == Baseline::GROUP_STD)
+      for_each_member([&](double value) { squares += (value - mean) * (value - mean); });
     if (b >= S) continue;
     const double own = a.returns[b * a.T + t];
     double advantage = own;
     if (count > 1 && a.baseline == Baseline::LEAVE_ONE_OUT) advantage = own - (total - own) / others;
-    else if (count > 1) advantage = (own - mean) / (a.baseline == Baseline::GROUP_STD ? sqrt(squares / others) + a.std_eps : 1.0);
+    else if (count > 1)
+      advantage = (own - mean) / (a.baseline == Baseline::GROUP_STD ? sqrt(squares / others) + a.std_eps : 1.0);
     a.advantages[b * a.T + t] = t < turns_of(b) ? (float)advantage : 0.f;
   }
 }
@@ -143,7 +149,8 @@ int credit(const CreditArgs& a, void* stream) {
   const bool needs_groups = a.rewards && a.baseline != Baseline::NONE;
   if (a.tokens.N > INT32_MAX || blocks > INT32_MAX || (needs_groups && !a.group_ids.data)) return hw::INVALID_VALUE;
   if (blocks == 0 && !a.ticket) return 0;
-  return hw::launch(credit_kernel, (unsigned)std::max<int64_t>(blocks, 1), CREDIT_THREADS, 0, CREDIT_THREADS * sizeof(Member), stream, a);
+  return hw::launch(credit_kernel, (unsigned)std::max<int64_t>(blocks, 1), CREDIT_THREADS, 0,
+                    CREDIT_THREADS * sizeof(Member), stream, a);
 }
 
 }  // namespace cuda

@@ -5,8 +5,8 @@
 
 namespace ppg {
 
-// cluster 0: two passes over global memory by CTAs of `threads`. Else one pass by clusters of `cluster` CTAs with `threads` consumers
-// each and a ring of `slots` slots, of which a row takes at most `chunks`.
+// cluster 0: two passes over global memory by CTAs of `threads`. Else one pass by clusters of `cluster` CTAs with
+// `threads` consumers each and a ring of `slots` slots, of which a row takes at most `chunks`.
 struct Plan {
   int cluster, threads, slots, chunks;
 };
@@ -35,14 +35,17 @@ inline int64_t row_chunks(int64_t V, int elem_bytes, int cluster) {
   return ((slice + vec - 1) * elem_bytes + CHUNK - 1) / CHUNK;
 }
 
-// The smallest cluster whose shared memory holds a row and leaves >= 32 KB per SM for the next ones. Depends on V, never on N, so that
-// a row gives the same bits in every batch. A row of one chunk stays in the L1 cache between two passes: small CTAs, many an SM.
-// max_per_sm 1: the kernel exists for 512 consumers only. With a score norm the same, at times by a slot fewer, for the same reason.
-inline Plan plan_row(int64_t V, int elem_bytes, bool has_clusters, int max_per_sm, int smem_block, int smem_sm, int entry_bytes) {
+// The smallest cluster whose shared memory holds a row and leaves >= 32 KB per SM for the next ones. Depends on V,
+// never on N, so that a row gives the same bits in every batch. A row of one chunk stays in the L1 cache between two
+// passes: small CTAs, many an SM. max_per_sm 1: the kernel exists for 512 consumers only. With a score norm the same,
+// at times by a slot fewer, for the same reason.
+inline Plan plan_row(int64_t V, int elem_bytes, bool has_clusters, int max_per_sm, int smem_block, int smem_sm,
+                     int entry_bytes) {
   if (V * elem_bytes <= CHUNK) return {0, SMALL_THREADS, 0, 0};
   for (int cluster = 1; has_clusters && cluster <= MAX_CLUSTER; cluster *= 2)
     for (int per_sm = max_per_sm; per_sm >= 1; --per_sm) {
-      const int consumers = 512 / per_sm, room = per_sm == 1 ? smem_block : smem_sm / 2 - 1024;  // 1 KB of each block is the system's
+      const int consumers = 512 / per_sm,
+                room = per_sm == 1 ? smem_block : smem_sm / 2 - 1024;  // 1 KB of each block is the system's
       const int64_t chunks = row_chunks(V, elem_bytes, cluster);
       int slots = room / CHUNK;
       while (slots > 0 && ring_bytes(cluster, consumers, slots, ENTRY_BYTES<false>) > room) --slots;
@@ -53,7 +56,8 @@ inline Plan plan_row(int64_t V, int elem_bytes, bool has_clusters, int max_per_s
   return {0, LARGE_THREADS, 0, 0};
 }
 
-// CTAs an SM for two passes: few enough that the second one finds its row in L2 (about 370 KB an SM on A100 and H100), at most 16.
+// CTAs an SM for two passes: few enough that the second one finds its row in L2 (about 370 KB an SM on A100 and H100),
+// at most 16.
 inline int two_pass_ctas_per_sm(int64_t V, int elem_bytes, int threads) {
   return static_cast<int>(std::clamp<int64_t>((256 << 10) / (V * elem_bytes), 1, threads == SMALL_THREADS ? 8 : 2));
 }

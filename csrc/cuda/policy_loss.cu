@@ -12,14 +12,17 @@ int launch_onepass(const SweepArgs& a, const hw::Device& d, const Plan& p, void*
   const int smem = ring_bytes(p.cluster, CONSUMERS, p.slots, ENTRY_BYTES<SUMS == SCORE_NORM>);
   int& clusters = resident[d.id][p.cluster];
   if (!clusters) {
-    const int error = hw::resident_clusters(d, policy_loss_onepass<E, CAP, SUMS, CONSUMERS>, CONSUMERS + 32, p.cluster, smem, &clusters);
+    const int error = hw::resident_clusters(d, policy_loss_onepass<E, CAP, SUMS, CONSUMERS>, CONSUMERS + 32, p.cluster,
+                                            smem, &clusters);
     if (error) return error;
   }
   const unsigned grid = (unsigned)std::min<int64_t>(a.tokens.N, clusters) * p.cluster;
-  return hw::launch(policy_loss_onepass<E, CAP, SUMS, CONSUMERS>, grid, CONSUMERS + 32, p.cluster, smem, stream, a, p.slots);
+  return hw::launch(policy_loss_onepass<E, CAP, SUMS, CONSUMERS>, grid, CONSUMERS + 32, p.cluster, smem, stream, a,
+                    p.slots);
 }
 
-template <class E, bool CAP, int SUMS> int launch_sweep(const SweepArgs& a, const hw::Device& d, const Plan& p, void* stream) {
+template <class E, bool CAP, int SUMS>
+int launch_sweep(const SweepArgs& a, const hw::Device& d, const Plan& p, void* stream) {
   if constexpr (!CAP)  // softcap goes with vocabularies that take 512; its kernel for 256 would spill registers
     if (p.cluster && p.threads == 256) return launch_onepass<E, CAP, SUMS, 256>(a, d, p, stream);
   if (p.cluster) return launch_onepass<E, CAP, SUMS, 512>(a, d, p, stream);
@@ -38,7 +41,8 @@ template <class E> int launch_sweep(const SweepArgs& a, void* stream) {
   hw::Device d;
   if (const int error = hw::current_device(&d)) return error;
   const int entry_bytes = a.score_norm ? ENTRY_BYTES<true> : ENTRY_BYTES<false>;
-  Plan p = plan_row(a.V, sizeof(typename E::raw), d.major >= 9, a.logit_softcap != 0.f ? 1 : 2, d.smem_block, d.smem_sm, entry_bytes);
+  Plan p = plan_row(a.V, sizeof(typename E::raw), d.major >= 9, a.logit_softcap != 0.f ? 1 : 2, d.smem_block, d.smem_sm,
+                    entry_bytes);
 #ifdef PPG_EMULATED
   if (emu::settings.forced) p = {emu::settings.cluster, emu::settings.threads, emu::settings.slots, 0};
 #endif
@@ -46,12 +50,14 @@ template <class E> int launch_sweep(const SweepArgs& a, void* stream) {
 }
 
 // One scale for all: a few CTAs an SM, since nearly always it is 1 and there is nothing to do.
-template <class E> __global__ void __launch_bounds__(256) rescale_rows_kernel(const __grid_constant__ RescaleRowsArgs a) {
+template <class E>
+__global__ void __launch_bounds__(256) rescale_rows_kernel(const __grid_constant__ RescaleRowsArgs a) {
   for (int64_t n = blockIdx.x; n < a.N; n += gridDim.x) {
     const float scale = a.scale[a.one_scale ? 0 : n];
     if (scale == 1.f) continue;
     typename E::raw* const row = row_at<E>(a.dlogits, n);
-    const int V = (int)a.V, head = min(V, (VEC<E> - offset16<E>(row)) % VEC<E>), vectors = (V - head) / VEC<E>, tid = threadIdx.x;
+    const int V = (int)a.V, head = min(V, (VEC<E> - offset16<E>(row)) % VEC<E>), vectors = (V - head) / VEC<E>,
+              tid = threadIdx.x;
     for (int i = tid; i < vectors; i += 256) {
       float z[VEC<E>];
       unpack16<E>(hw::load16(row + head + i * VEC<E>), z);
@@ -59,7 +65,8 @@ template <class E> __global__ void __launch_bounds__(256) rescale_rows_kernel(co
       for (int j = 0; j < VEC<E>; ++j) z[j] *= scale;
       hw::store16(row + head + i * VEC<E>, pack16<E>(z));
     }
-    const int edges = V - vectors * VEC<E>, e = tid < head ? tid : tid + vectors * VEC<E>;  // fewer than 2 VEC elements at the two ends
+    const int edges = V - vectors * VEC<E>,
+              e = tid < head ? tid : tid + vectors * VEC<E>;  // fewer than 2 VEC elements at the two ends
     if (tid < edges) store1<E>(row + e, load1<E>(row + e) * scale);
   }
 }

@@ -1,10 +1,12 @@
-// Fused policy-gradient loss over logits: every row is read once from memory and its gradient written once (sm_90 and later).
+// Fused policy-gradient loss over logits: every row is read once from memory and its gradient written once (sm_90 and
+// later).
 //
-// A cluster of 1, 2, 4 or 8 CTAs owns a row; each CTA holds a slice of it in a ring of 16 KB shared-memory slots. One producer warp
-// keeps the ring full by bulk copies, running ahead into the next rows. The consumer warps sweep the slice twice in shared memory:
-//   sweep 1  reference exponent, sum of exponentials, sum of exponential * exponent; combined over warps and CTAs by one exchange
-//   scalar   logprob, entropy -> policy_term -> (g, h), computed redundantly by every thread
-//   sweep 2  gradient from shared memory to registers to global memory; each slot is handed back to the producer as it is read
+// A cluster of 1, 2, 4 or 8 CTAs owns a row; each CTA holds a slice of it in a ring of 16 KB shared-memory slots. One
+// producer warp keeps the ring full by bulk copies, running ahead into the next rows. The consumer warps sweep the
+// slice twice in shared memory:
+//   sweep 1  reference exponent, sum of exponentials, sum of exponential * exponent; combined over warps and CTAs by
+//   one exchange scalar   logprob, entropy -> policy_term -> (g, h), computed redundantly by every thread sweep 2
+//   gradient from shared memory to registers to global memory; each slot is handed back to the producer as it is read
 // There is no CTA-wide barrier and no cluster barrier in the loop over rows: only mbarriers.
 #pragma once
 #include "lookup.cuh"
@@ -14,8 +16,9 @@ namespace ppg {
 static_assert(sizeof(Row) == ROW_BYTES, "plan.h lays out the shared memory");
 template <class E> constexpr int SLOT = CHUNK / (int)sizeof(typename E::raw);
 
-// The part of a row that one CTA owns. In shared memory it keeps its distance to the 16-byte boundary below it: slice element i is
-// element pad + i of the image, which the slots of the ring hold one after another. Cut by element, never by address.
+// The part of a row that one CTA owns. In shared memory it keeps its distance to the 16-byte boundary below it: slice
+// element i is element pad + i of the image, which the slots of the ring hold one after another. Cut by element, never
+// by address.
 template <class E> struct Slice {
   int begin, len, pad, chunks;
   const typename E::raw* src;
@@ -48,7 +51,8 @@ template <int WARPS> struct Team {  // what the threads of a CTA share
   float* squares;
   int slots, rank, size;
   int64_t first, step;
-  __device__ __forceinline__ explicit Team(int slots_) : slots(slots_), rank(hw::cluster_rank()), size(hw::cluster_size()) {
+  __device__ __forceinline__ explicit Team(int slots_)
+      : slots(slots_), rank(hw::cluster_rank()), size(hw::cluster_size()) {
     ring = hw::smem();
     exchange = reinterpret_cast<float4*>(ring + slots * CHUNK);  // [2][size * WARPS]
     rows = reinterpret_cast<Row*>(exchange + 2 * size * WARPS);  // [2][BATCH]
@@ -71,7 +75,8 @@ template <class E, int WARPS> __device__ void produce(const SweepArgs& a, const 
   __syncwarp();    // every lane has its denominator: where that was counted, rows may go
   for (int64_t n = team.first; n < a.tokens.N; n += team.step, ++i) {
     Row* const batch = team.rows + i / BATCH % 2 * BATCH;
-    if (i % BATCH == 0) {  // a lane a row, so that a batch waits for memory once, and that while earlier rows are worked on
+    if (i % BATCH ==
+        0) {  // a lane a row, so that a batch waits for memory once, and that while earlier rows are worked on
       const Row row = lane < BATCH ? look_up(a, n + lane * team.step, denominator) : Row{};
       hw::bar_wait(&team.used[i / BATCH % 2], (i / BATCH / 2 & 1) ^ 1);
       if (lane < BATCH) batch[lane] = row;
@@ -80,8 +85,10 @@ template <class E, int WARPS> __device__ void produce(const SweepArgs& a, const 
     }
     if (batch[i % BATCH].label < 0) continue;
     const Slice<E> s(a, n, team.rank, team.size);
-    const int head = s.pad ? min(s.len, VEC<E> - s.pad) : 0, body = (s.len - head) / VEC<E> * VEC<E>, tail = s.len - head - body;
-    // Bulk copies move multiples of 16 bytes: up to VEC - 1 elements at each end go through registers, lanes 0.. and 8..
+    const int head = s.pad ? min(s.len, VEC<E> - s.pad) : 0, body = (s.len - head) / VEC<E> * VEC<E>,
+              tail = s.len - head - body;
+    // Bulk copies move multiples of 16 bytes: up to VEC - 1 elements at each end go through registers, lanes 0..
+    // and 8..
     const int mine = lane < 8 ? lane : head + body + lane - 8;
     const bool has = lane < 8 ? lane < head : lane - 8 < tail;
     const raw edge = has ? s.src[mine] : raw(0);
@@ -95,7 +102,8 @@ template <class E, int WARPS> __device__ void produce(const SweepArgs& a, const 
       }
       __syncwarp();
       if (lane == 0) {
-        const int lo = max(base, head), hi = min(base + SLOT<E>, head + body), bytes = max(hi - lo, 0) * (int)sizeof(raw);
+        const int lo = max(base, head), hi = min(base + SLOT<E>, head + body),
+                  bytes = max(hi - lo, 0) * (int)sizeof(raw);
         hw::bar_expect(&team.full[at.slot], bytes);
         if (bytes) hw::copy_in(slot + (lo - base), s.src + lo, bytes, &team.full[at.slot]);
       }
@@ -103,14 +111,16 @@ template <class E, int WARPS> __device__ void produce(const SweepArgs& a, const 
   }
 }
 
-// Sweep 1 over the chunk at `slot`: statistics of elements j * SLOT .. of the slice. Which thread adds which element depends on its
-// index only, so a row gives the same bits at any alignment; an unaligned group is cut out of two vectors.
+// Sweep 1 over the chunk at `slot`: statistics of elements j * SLOT .. of the slice. Which thread adds which element
+// depends on its index only, so a row gives the same bits at any alignment; an unaligned group is cut out of two
+// vectors.
 template <class E, bool CAP, int SUMS, bool ALIGNED, bool WHOLE, int CONSUMERS, int WARPS>
-__device__ __forceinline__ void sweep_stats(Stat& stat, const Team<WARPS>& team, const Slice<E>& s, const View<CAP>& view, int j,
-                                            int slot) {
+__device__ __forceinline__ void sweep_stats(Stat& stat, const Team<WARPS>& team, const Slice<E>& s,
+                                            const View<CAP>& view, int j, int slot) {
   constexpr int U = CHUNK / 16 / CONSUMERS;
   const int first = j * SLOT<E> + (int)threadIdx.x * VEC<E>;
-  const unsigned char *const p = team.ring + slot * CHUNK + threadIdx.x * 16, *const end = team.ring + team.slots * CHUNK;
+  const unsigned char *const p = team.ring + slot * CHUNK + threadIdx.x * 16, *const end =
+                                                                                  team.ring + team.slots * CHUNK;
   if constexpr (WHOLE) {
     float z[U * VEC<E>];
 #pragma unroll
@@ -118,7 +128,8 @@ __device__ __forceinline__ void sweep_stats(Stat& stat, const Team<WARPS>& team,
       const unsigned char* const q = p + u * CONSUMERS * 16;
       uint4 w = *reinterpret_cast<const uint4*>(q);
       if constexpr (!ALIGNED)
-        w = shift16(w, *reinterpret_cast<const uint4*>(q + 16 == end ? team.ring : q + 16), s.pad * (int)sizeof(typename E::raw));
+        w = shift16(w, *reinterpret_cast<const uint4*>(q + 16 == end ? team.ring : q + 16),
+                    s.pad * (int)sizeof(typename E::raw));
       unpack16<E>(w, z + u * VEC<E>);
     }
     add<CAP, SUMS, true>(stat, z, view, 0);
@@ -141,8 +152,9 @@ __device__ __forceinline__ void sweep_stats(Stat& stat, const Team<WARPS>& team,
 
 // Sweep 2 over one chunk: from shared memory through registers to global memory, in 16-byte vectors of the image.
 template <class E, bool CAP, bool ENT, int CONSUMERS, int WARPS>
-__device__ __forceinline__ void sweep_gradient(const Slope& slope, const Team<WARPS>& team, const Slice<E>& s, const View<CAP>& view,
-                                               typename E::raw* out, int label, int j, int slot) {
+__device__ __forceinline__ void sweep_gradient(const Slope& slope, const Team<WARPS>& team, const Slice<E>& s,
+                                               const View<CAP>& view, typename E::raw* out, int label, int j,
+                                               int slot) {
   using raw = typename E::raw;
   constexpr int U = CHUNK / 16 / CONSUMERS;
   const int base = j * SLOT<E> - s.pad;
@@ -154,25 +166,28 @@ __device__ __forceinline__ void sweep_gradient(const Slope& slope, const Team<WA
       for (int u = 0; u < U; ++u) w[u] = *reinterpret_cast<const uint4*>(p + (u * CONSUMERS + threadIdx.x) * 16);
 #pragma unroll
       for (int u = 0; u < U; ++u)
-        store_vector<E, CAP, ENT, true>(slope, view, w[u], out, base + (u * CONSUMERS + (int)threadIdx.x) * VEC<E>, s.len, label);
+        store_vector<E, CAP, ENT, true>(slope, view, w[u], out, base + (u * CONSUMERS + (int)threadIdx.x) * VEC<E>,
+                                        s.len, label);
     } else {
       for (int i = threadIdx.x; i < CHUNK / 16; i += CONSUMERS) {
         const int e = base + i * VEC<E>;
         if (e < s.len && e + VEC<E> > 0)
-          store_vector<E, CAP, ENT, false>(slope, view, *reinterpret_cast<const uint4*>(p + i * 16), out, e, s.len, label);
+          store_vector<E, CAP, ENT, false>(slope, view, *reinterpret_cast<const uint4*>(p + i * 16), out, e, s.len,
+                                           label);
       }
     }
   } else {  // the gradient row is aligned differently: element by element, slow but right
     for (int i = threadIdx.x; i < SLOT<E>; i += CONSUMERS) {
       const int e = base + i;
       if (e >= 0 && e < s.len)
-        store1<E>(out + e,
-                  gradient<CAP, ENT>(slope, view, load1<E>(reinterpret_cast<const raw*>(p) + i), e == label ? slope.at_label : 0.f));
+        store1<E>(out + e, gradient<CAP, ENT>(slope, view, load1<E>(reinterpret_cast<const raw*>(p) + i),
+                                              e == label ? slope.at_label : 0.f));
     }
   }
 }
 
-template <class E, bool CAP, int SUMS, int CONSUMERS> __device__ void consume(const SweepArgs& a, const Team<CONSUMERS / 32>& team) {
+template <class E, bool CAP, int SUMS, int CONSUMERS>
+__device__ void consume(const SweepArgs& a, const Team<CONSUMERS / 32>& team) {
   using raw = typename E::raw;
   constexpr int WARPS = CONSUMERS / 32;
   const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, entries = team.size * WARPS;
@@ -202,19 +217,21 @@ template <class E, bool CAP, int SUMS, int CONSUMERS> __device__ void consume(co
         const int slot = c.slot;
         hw::bar_wait(&team.full[slot], c.parity);
         c.next();
-        if (s.pad && j + 1 < s.chunks) hw::bar_wait(&team.full[c.slot], c.parity);  // an unaligned group may reach into the next slot
+        if (s.pad && j + 1 < s.chunks)
+          hw::bar_wait(&team.full[c.slot], c.parity);  // an unaligned group may reach into the next slot
         const bool whole = (j + 1) * SLOT<E> <= s.len;
         if (whole && !s.pad) sweep_stats<E, CAP, SUMS, true, true, CONSUMERS>(stat, team, s, view, j, slot);
         else if (whole) sweep_stats<E, CAP, SUMS, false, true, CONSUMERS>(stat, team, s, view, j, slot);
         else sweep_stats<E, CAP, SUMS, false, false, CONSUMERS>(stat, team, s, view, j, slot);
-        if (warp == 0 && label >= j * SLOT<E> && label < (j + 1) * SLOT<E>) {  // one lane adds the label's view to the statistics
+        if (warp == 0 && label >= j * SLOT<E> &&
+            label < (j + 1) * SLOT<E>) {  // one lane adds the label's view to the statistics
           const int i = slot * SLOT<E> + s.pad + label - j * SLOT<E>, all = team.slots * SLOT<E>;
           if (lane == 0) stat.label = view(load1<E>(reinterpret_cast<const raw*>(team.ring) + (i < all ? i : i - all)));
         }
         if (kind != FULL) release(slot);
       }
-      // Every warp of every CTA pushes its part to every CTA. Two areas in turn: a peer can only send for row i + 2 after it has
-      // received row i + 1 from every warp here, and those were sent after row i was read.
+      // Every warp of every CTA pushes its part to every CTA. Two areas in turn: a peer can only send for row i + 2
+      // after it has received row i + 1 from every warp here, and those were sent after row i was read.
       warp_combine<SUMS>(stat);
       float4* const area = team.exchange + (turn & 1) * entries;
       uint64_t* const arrived = &team.arrived[turn & 1];

@@ -1,4 +1,5 @@
-// Two passes over global memory, one CTA a row: any row length, any architecture. The second read comes from L1 or L2, see plan.h.
+// Two passes over global memory, one CTA a row: any row length, any architecture. The second read comes from L1 or L2,
+// see plan.h.
 #pragma once
 #include "lookup.cuh"
 
@@ -19,7 +20,8 @@ __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __
   unsigned i = 0;
   for (int64_t n = blockIdx.x; n < a.tokens.N; n += gridDim.x, ++i) {
     const Row& row = rows[i % 2];
-    if (tid == threads - 1) rows[(i + 1) % 2] = look_up(a, n + gridDim.x, row.denominator);  // beside the sweep of the other warps
+    if (tid == threads - 1)
+      rows[(i + 1) % 2] = look_up(a, n + gridDim.x, row.denominator);  // beside the sweep of the other warps
     const Kind kind = row_kind(a, row);
     raw* const out = a.dlogits.data ? row_at<E>(a.dlogits, n) : nullptr;
     bool zero = true;

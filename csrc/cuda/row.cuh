@@ -11,7 +11,8 @@ constexpr float LOWEST = -1e30f;       // start of a running reference: finite, 
 constexpr float NEGLIGIBLE = -1000.f;  // an exponent whose ex2 is 0: keeps 0 * -inf out of the entropy sums
 constexpr uint32_t NAN_BITS = 0x7fc00000u;
 
-// ---- element types -------------------------------------------------------------------------------------------------------------
+// ---- element types
+// -------------------------------------------------------------------------------------------------------------
 struct F32 {
   using raw = uint32_t;
   static __device__ __forceinline__ void unpack(uint32_t w, float* z) { z[0] = hw::bits_to_float(w); }
@@ -60,14 +61,15 @@ template <class E> __device__ __forceinline__ void store1(typename E::raw* p, fl
 __device__ __forceinline__ uint4 shift16(uint4 lo, uint4 hi, unsigned bytes) {
   const bool two = bytes & 8, one = bytes & 4;
   const unsigned bits = (bytes & 2) * 8;
-  const uint32_t a0 = two ? lo.z : lo.x, a1 = two ? lo.w : lo.y, a2 = two ? hi.x : lo.z, a3 = two ? hi.y : lo.w, a4 = two ? hi.z : hi.x,
-                 a5 = two ? hi.w : hi.y;
+  const uint32_t a0 = two ? lo.z : lo.x, a1 = two ? lo.w : lo.y, a2 = two ? hi.x : lo.z, a3 = two ? hi.y : lo.w,
+                 a4 = two ? hi.z : hi.x, a5 = two ? hi.w : hi.y;
   const uint32_t b0 = one ? a1 : a0, b1 = one ? a2 : a1, b2 = one ? a3 : a2, b3 = one ? a4 : a3, b4 = one ? a5 : a4;
   return uint4{hw::funnel(b0, b1, bits), hw::funnel(b1, b2, bits), hw::funnel(b2, b3, bits), hw::funnel(b3, b4, bits)};
 }
 
-// ---- the mathematics of a row --------------------------------------------------------------------------------------------------
-// With v = z, or tanh(z / cap) under softcap, the logit after cap and temperature is v * k in units of log 2.
+// ---- the mathematics of a row
+// -------------------------------------------------------------------------------------------------- With v = z, or
+// tanh(z / cap) under softcap, the logit after cap and temperature is v * k in units of log 2.
 template <bool CAP> struct View {
   float k, twice;
   __device__ __forceinline__ View(float logit_softcap, float temperature)
@@ -78,7 +80,8 @@ template <bool CAP> struct View {
   }
 };
 
-// Over a set of elements, with t = v * k - ref:  sum 2^t,  sum 2^t t,  sum (2^t)^2,  and v of the label if it is among them.
+// Over a set of elements, with t = v * k - ref:  sum 2^t,  sum 2^t t,  sum (2^t)^2,  and v of the label if it is among
+// them.
 struct Stat {
   float ref = LOWEST, sum = 0.f, dot = 0.f, label = 0.f, square = 0.f;
 };
@@ -157,13 +160,15 @@ struct Slope {
   float ref, c0, c1, at_label;
   __device__ __forceinline__ bool zero() const { return c0 == 0.f && c1 == 0.f && at_label == 0.f; }
 };
-template <bool CAP, bool ENT> __device__ __forceinline__ float gradient(const Slope& s, const View<CAP>& view, float z, float at_label) {
+template <bool CAP, bool ENT>
+__device__ __forceinline__ float gradient(const Slope& s, const View<CAP>& view, float z, float at_label) {
   const float v = view(z), t = fmaf(v, view.k, -s.ref);
   const float d = fmaf(hw::ex2(t), ENT ? fmaf(s.c1, fmaxf(t, NEGLIGIBLE), s.c0) : s.c0, at_label);
   return CAP ? d * (1.f - v * v) : d;
 }
 
-// ---- loads and stores ----------------------------------------------------------------------------------------------------------
+// ---- loads and stores
+// ----------------------------------------------------------------------------------------------------------
 template <class E> __device__ __forceinline__ typename E::raw* row_at(const Rows& rows, int64_t n) {
   return static_cast<typename E::raw*>(rows.data) + rows.offset(n);
 }
@@ -179,8 +184,9 @@ template <class E> __device__ __forceinline__ void zero_row(typename E::raw* out
   for (int i = head + vectors * VEC<E> + tid; i < len; i += threads) out[i] = 0;
 }
 
-// Elements e .. e + VEC of a row of `len` that starts `pad` elements into an aligned vector, at any alignment of e: one 16-byte load
-// where that is possible, two cut together inside the row, element by element at its ends. Nothing outside the row is read.
+// Elements e .. e + VEC of a row of `len` that starts `pad` elements into an aligned vector, at any alignment of e: one
+// 16-byte load where that is possible, two cut together inside the row, element by element at its ends. Nothing outside
+// the row is read.
 template <class E> __device__ __forceinline__ uint4 load_group(const typename E::raw* src, int pad, int e, int len) {
   const int over = (pad + e) % VEC<E>, below = e - over;
   if (over == 0 && e >= 0 && e + VEC<E> <= len) return hw::load16(src + e);
@@ -192,10 +198,11 @@ template <class E> __device__ __forceinline__ uint4 load_group(const typename E:
   return pack16<E>(z);
 }
 
-// One vector of the gradient: elements e .. e + VEC of the row, those outside 0 .. len left alone. INSIDE: all are within.
+// One vector of the gradient: elements e .. e + VEC of the row, those outside 0 .. len left alone. INSIDE: all are
+// within.
 template <class E, bool CAP, bool ENT, bool INSIDE>
-__device__ __forceinline__ void store_vector(const Slope& slope, const View<CAP>& view, uint4 w, typename E::raw* out, int e, int len,
-                                             int label) {
+__device__ __forceinline__ void store_vector(const Slope& slope, const View<CAP>& view, uint4 w, typename E::raw* out,
+                                             int e, int len, int label) {
   float z[VEC<E>], d[VEC<E>];
   unpack16<E>(w, z);
 #pragma unroll
@@ -214,10 +221,11 @@ __device__ __forceinline__ void store_vector(const Slope& slope, const View<CAP>
   }
 }
 
-// A whole gradient row from global memory, which may be overwritten in place: a thread writes only what it alone has read.
+// A whole gradient row from global memory, which may be overwritten in place: a thread writes only what it alone has
+// read.
 template <class E, bool CAP, bool ENT>
-__device__ __forceinline__ void gradient_row(const Slope& slope, const View<CAP>& view, const typename E::raw* src, typename E::raw* out,
-                                             int len, int64_t label64, int tid, int threads) {
+__device__ __forceinline__ void gradient_row(const Slope& slope, const View<CAP>& view, const typename E::raw* src,
+                                             typename E::raw* out, int len, int64_t label64, int tid, int threads) {
   const int pad = offset16<E>(src), label = label64 < len ? (int)label64 : -VEC<E>;
   if (offset16<E>(out) == pad) {
 #pragma unroll 2

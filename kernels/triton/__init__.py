@@ -1,4 +1,5 @@
-"""The Triton backend: CUDA and ROCm tensors, and CPU tensors where Triton interprets its kernels. The contract is in ppg_fast/backends.py.
+"""The Triton backend: CUDA and ROCm tensors, and CPU tensors where Triton interprets its kernels. The contract is in
+ppg_fast/backends.py.
 
 The sources lie in kernels/triton and are installed as ``ppg_fast.kernels``.
 """

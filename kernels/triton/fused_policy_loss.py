@@ -1,4 +1,5 @@
-"""From rewards, masks and logits to the reduced loss and its gradient in two launches. Contract: ppg_fast/backends.py"""
+"""From rewards, masks and logits to the reduced loss and its gradient in two launches. Contract:
+ppg_fast/backends.py"""
 
 from typing import Any
 
@@ -14,7 +15,13 @@ from .plan import DIALOGUES, ROWS, plan_kernel
 from .policy_loss import sweep
 from .weights import COUNTERS, SEQUENCE_MEAN, SEQUENCE_SUM, SUM, TOKEN_MEAN
 
-REDUCTIONS = {"token_mean": TOKEN_MEAN, "sequence_mean": SEQUENCE_MEAN, "sequence_sum": SEQUENCE_SUM, "sum": SUM, "none": SUM}
+REDUCTIONS = {
+    "token_mean": TOKEN_MEAN,
+    "sequence_mean": SEQUENCE_MEAN,
+    "sequence_sum": SEQUENCE_SUM,
+    "sum": SUM,
+    "none": SUM,
+}
 
 
 def pair(column: Tensor | None) -> tuple[int, int]:
@@ -23,12 +30,15 @@ def pair(column: Tensor | None) -> tuple[int, int]:
 
 
 def plan(logits: Tensor, columns: Columns, turns: Turns | None, reduction: Reduction) -> dict[str, Any]:
-    """Launch 1 -> what `sweep` takes of it: labels with -1 where masked, slot of each row in the advantages, counts, sequences, ticket."""
+    """Launch 1 -> what `sweep` takes of it: labels with -1 where masked, slot of each row in the advantages, counts,
+    sequences, ticket."""
     B, L, _ = logits.shape
     N, S = B * L, reduction.sequences
     by_sequence = reduction.kind == "sequence_mean"
     sizes = N, N if turns else 0, N if by_sequence else 0, S * COUNTERS.value, 1
-    row_labels, slots, sequences, counts, ticket = torch.empty(sum(sizes), dtype=torch.int32, device=logits.device).split(sizes)
+    row_labels, slots, sequences, counts, ticket = torch.empty(
+        sum(sizes), dtype=torch.int32, device=logits.device
+    ).split(sizes)
     rewards = turn_counts = segment_ids = reward_mask = group_ids = advantages = None
     T, lookahead, segment_length, gamma, baseline, std_eps = 0, 1, None, 1.0, "none", 0.0
     if turns is not None:
@@ -42,7 +52,8 @@ def plan(logits: Tensor, columns: Columns, turns: Turns | None, reduction: Reduc
         loss_mask = loss_mask.view(as_bytes)
     plan_kernel[(triton.cdiv(S, DIALOGUES) * T + S * COUNTERS.value,)](
         columns.labels, loss_mask, turn_ids,
-        rewards, turn_counts, segment_ids, None if reward_mask is None else reward_mask.view(as_bytes), group_ids, reduction.cu_seqlens,
+        rewards, turn_counts, segment_ids, None if reward_mask is None else reward_mask.view(as_bytes), group_ids,
+        reduction.cu_seqlens,
         row_labels, slots if turns else None, sequences if by_sequence else None, counts, advantages, ticket,
         *pair(columns.labels), *pair(loss_mask), *pair(turn_ids),
         N, L, S, T, lookahead, segment_length, *split(gamma), float(std_eps),
@@ -69,7 +80,8 @@ def fused_policy_loss(
     dlogits: Tensor | None,  # (B, L, V) out, may be the logits themselves
     score_norm: Tensor | None = None,  # (B, L) out
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> reduced loss, log-prob and entropy of each row (B, L) float32; writes ``dlogits`` where given. Contract: ppg_fast/backends.py"""
+    """-> reduced loss, log-prob and entropy of each row (B, L) float32; writes ``dlogits`` where given. Contract:
+    ppg_fast/backends.py"""
     B, L, _ = logits.shape
     N, each = B * L, reduction.kind == "none"
     losses, logprobs = (torch.empty(B, L, dtype=torch.float32, device=logits.device) for _ in range(2))
@@ -81,8 +93,10 @@ def fused_policy_loss(
     with on_device(logits):
         planned = plan(logits, columns, turns, reduction)
         sweep(
-            logits, planned.pop("labels"), planned.pop("advantages"), None, *columns[4:], spec, losses, logprobs, entropies, dlogits,
-            normalizer=reduction.normalizer, kind=REDUCTIONS[reduction.kind].value, sequence_count=reduction.sequences, total=total,
+            logits, planned.pop("labels"), planned.pop("advantages"), None, *columns[4:], spec, losses, logprobs,
+            entropies, dlogits,
+            normalizer=reduction.normalizer, kind=REDUCTIONS[reduction.kind].value, sequence_count=reduction.sequences,
+            total=total,
             skip_zero=skip_zero_advantages and not spec.needs_every_row, score_norms=score_norm, **planned,
         )  # fmt: skip
     return losses if total is None else total, logprobs, entropies

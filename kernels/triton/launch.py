@@ -1,4 +1,5 @@
-"""How rows are laid over a device: blocks and warps, clusters, programs in flight. Fixed by V and the device, never by the number of rows.
+"""How rows are laid over a device: blocks and warps, clusters, programs in flight. Fixed by V and the device, never by
+the number of rows.
 
 Numbers that differ from call to call never choose a shape, so they never ask for another kernel.
 """
@@ -24,7 +25,8 @@ Shape = dict[str, int | bool]
 
 
 def strides(rows: Tensor) -> tuple[int, int]:
-    """Batch and row stride of (B, L, V) in elements; 0 where the size is 1: an arbitrary stride would ask for a kernel of its own."""
+    """Batch and row stride of (B, L, V) in elements; 0 where the size is 1: an arbitrary stride would ask for a kernel
+    of its own."""
     B, L, V = rows.shape
     if V > 1 and rows.stride(2) != 1:
         raise ValueError(f"logits must have unit stride along the vocabulary, got strides {rows.stride()}")
@@ -32,9 +34,11 @@ def strides(rows: Tensor) -> tuple[int, int]:
 
 
 def block_shape(V: int, threads: int, per_thread: int, element_size: int) -> Shape:
-    """The columns of a block and the warps that share it: ``per_thread`` columns a thread and at most ``threads`` threads.
+    """The columns of a block and the warps that share it: ``per_thread`` columns a thread and at most ``threads``
+    threads.
 
-    LANES columns are what all threads access at once by 16 bytes each. Fused multiply-adds are asked for: Triton 3.10 makes none unasked.
+    LANES columns are what all threads access at once by 16 bytes each. Fused multiply-adds are asked for: Triton 3.10
+    makes none unasked.
     """
     block = min(threads * per_thread, max(1024, triton.next_power_of_2(V)))
     threads = max(128, block // per_thread)
@@ -43,10 +47,12 @@ def block_shape(V: int, threads: int, per_thread: int, element_size: int) -> Sha
 
 
 def row_shape(logits: Tensor, softcap: bool) -> Shape:
-    """How a row is read whose log-prob is wanted, the same for every kernel that reads one: sums in another order have other bits.
+    """How a row is read whose log-prob is wanted, the same for every kernel that reads one: sums in another order have
+    other bits.
 
-    512 threads have 128 registers each. They hold 64 columns of a row; 32 where a softcap or a narrow access keeps a second value of each
-    alive, and up to 32 columns keep their exponential for the gradient. A longer row is held by a cluster of CTAs, or read in blocks.
+    512 threads have 128 registers each. They hold 64 columns of a row; 32 where a softcap or a narrow access keeps a
+    second value of each alive, and up to 32 columns keep their exponential for the gradient. A longer row is held by a
+    cluster of CTAs, or read in blocks.
     """
     V, element_size = logits.shape[-1], logits.element_size()
     columns = 32 if softcap or narrow(V) or V <= THREADS * 32 else 64
@@ -65,12 +71,14 @@ def loop_shape(V: int, threads: int, element_size: int, softcap: bool, entropy: 
 
 
 def narrow(V: int) -> bool:
-    """Whether rows of V columns are accessed one by one, which takes a mask and an address a column: they are not all aligned."""
+    """Whether rows of V columns are accessed one by one, which takes a mask and an address a column: they are not all
+    aligned."""
     return V % 16 != 0
 
 
 def number_or_off(number: float) -> float | None:
-    """A number as the kernels take it, always a float: an int would be a kernel of its own. None, compiled out, where it is 0."""
+    """A number as the kernels take it, always a float: an int would be a kernel of its own. None, compiled out, where
+    it is 0."""
     return float(number) if number else None
 
 
@@ -83,10 +91,12 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
 def programs(device: torch.device, threads: int, read_again: int = 0) -> int:
     """How many programs of ``threads`` threads, those of its whole cluster, share the rows.
 
-    Rows that are read once: a multiple of what runs at a time, so that none waits long for the last. Rows of ``read_again`` bytes that are
-    read a second time: as many as half of the L2 holds, the rest of it is for writes, so that the second read hits it; but at least a
-    quarter of the SMs has a row, since memory would idle otherwise, and at most each has one. On ROCm each does: behind the small L2 of
-    a die stands a cache for all of them.
+    Rows that are read once: a multiple of what runs at a time, so that none waits long for the last. Rows of
+    ``read_again`` bytes that are
+    read a second time: as many as half of the L2 holds, the rest of it is for writes, so that the second read hits it;
+    but at least a
+    quarter of the SMs has a row, since memory would idle otherwise, and at most each has one. On ROCm each does: behind
+    the small L2 of a die stands a cache for all of them.
     """
     if device.type != "cuda":
         return 2  # interpreted
@@ -95,7 +105,9 @@ def programs(device: torch.device, threads: int, read_again: int = 0) -> int:
         return WAVES * max(about.multi_processor_count * THREADS // threads, 1)
     if torch.version.hip:
         return about.multi_processor_count
-    return min(max(about.L2_cache_size // 2 // read_again, about.multi_processor_count // 4), about.multi_processor_count)
+    return min(
+        max(about.L2_cache_size // 2 // read_again, about.multi_processor_count // 4), about.multi_processor_count
+    )
 
 
 def why_no_clusters(device: torch.device) -> str | None:
@@ -114,11 +126,14 @@ def why_no_clusters(device: torch.device) -> str | None:
 
 @cache
 def cluster_probe(sm: int) -> str | None:
-    """None if this Triton compiles a cluster for ``sm``, tried once a process in a process of its own, else what it said."""
+    """None if this Triton compiles a cluster for ``sm``, tried once a process in a process of its own, else what it
+    said."""
     command = [sys.executable, str(Path(__file__).with_name("cluster_probe.py")), str(sm)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
     return (
-        f"Triton {triton.__version__} ended with {done.returncode} on a cluster for sm_{sm} and said: {said}" if done.returncode else None
+        f"Triton {triton.__version__} ended with {done.returncode} on a cluster for sm_{sm} and said: {said}"
+        if done.returncode
+        else None
     )

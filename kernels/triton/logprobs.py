@@ -56,7 +56,9 @@ def logprobs_fwd_kernel(
             x = tl.load(row + cols, mask=cols < V, other=float("-inf"))
             m, s, sd, ss, _ = held_row(x, cols < V, factor, logit_softcap, entropy is not None, score_norm is not None)
         else:
-            m, s, sd, ss = swept_row(row, V, factor, logit_softcap, entropy is not None, score_norm is not None, BLOCK_V, LANES)
+            m, s, sd, ss = swept_row(
+                row, V, factor, logit_softcap, entropy is not None, score_norm is not None, BLOCK_V, LANES
+            )
         tl.store(logprob + n, logprob_of(z_label, m, s, factor))
         tl.store(lse + n, (m * factor + tl.log2(s)) * LN2)
         if entropy is not None:
@@ -129,7 +131,8 @@ def logprobs_fwd(
     entropy: bool,
     score_norm: Tensor | None = None,  # (N,) out
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> log-prob, entropy and log-sum-exp of each row, (N,) float32; entropy (0,) where not wanted. Contract: ppg_fast/backends.py"""
+    """-> log-prob, entropy and log-sum-exp of each row, (N,) float32; entropy (0,) where not wanted. Contract:
+    ppg_fast/backends.py"""
     B, L, V = logits.shape
     N, entropy = B * L, entropy or score_norm is not None
     logprob, ent, lse = (torch.empty(n, dtype=torch.float32, device=logits.device) for n in (N, N if entropy else 0, N))
@@ -161,13 +164,15 @@ def logprobs_bwd(
         shape = loop_shape(V, THREADS, logits.element_size(), bool(logit_softcap), False)
         with on_device(logits):
             logprobs_bwd_kernel[(B * L,)](
-                logits, labels, lse, None if d_entropy is None else entropy, d_logprob, d_entropy, temperatures, dlogits,
+                logits, labels, lse, None if d_entropy is None else entropy, d_logprob, d_entropy, temperatures,
+                dlogits,
                 L, V, *strides(logits), *strides(dlogits), float(temperature), number_or_off(logit_softcap), **shape,
             )  # fmt: skip
 
 
 def rescale_rows(dlogits: Tensor, scale: Tensor) -> None:
-    """Multiply row n of ``dlogits`` (B, L, V) by scale[n], (N,) float32 or (1,) for all, in place; rows of scale 1 are not touched."""
+    """Multiply row n of ``dlogits`` (B, L, V) by scale[n], (N,) float32 or (1,) for all, in place; rows of scale 1 are
+    not touched."""
     B, L, V = dlogits.shape
     N = B * L
     if N:

@@ -33,7 +33,8 @@ def window_end(t, lookahead, segment_length, count):
 
 @triton.jit
 def window_return(rewards, segment_ids, row, t, here, end, longest, gamma):
-    """Horner's rule down the windows of turns t of dialogues at ``row``, last reward first, in float64; one of t and row is a vector.
+    """Horner's rule down the windows of turns t of dialogues at ``row``, last reward first, in float64; one of t and
+    row is a vector.
 
     ``here``: there is such a turn; no window is longer than ``longest``.
     """
@@ -93,7 +94,8 @@ def partial_returns(
 ) -> Tensor:
     """R[b, t] = sum over k = t .. end - 1 of gamma^(k-t) r[b, k], (B, T) float32; zero beyond the dialogue.
 
-    end is the smallest of t + ``lookahead``, the end of t's segment and the end of the dialogue, as in reference/partial_returns.py.
+    end is the smallest of t + ``lookahead``, the end of t's segment and the end of the dialogue, as in
+    reference/partial_returns.py.
     """
     B, T = rewards.shape
     returns = torch.empty(B, T, dtype=torch.float32, device=rewards.device)
@@ -101,6 +103,7 @@ def partial_returns(
         with on_device(rewards):
             partial_returns_kernel[(B * triton.cdiv(T, BLOCK),)](
                 rewards.contiguous(), None if segment_ids is None else segment_ids.contiguous(), turn_counts, returns,
-                T, *window(T, lookahead, segment_length), *split(gamma), BLOCK_T=BLOCK, num_warps=4, enable_fp_fusion=True,
+                T, *window(T, lookahead, segment_length), *split(gamma), BLOCK_T=BLOCK, num_warps=4,
+                enable_fp_fusion=True,
             )  # fmt: skip
     return returns

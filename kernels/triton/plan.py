@@ -1,4 +1,5 @@
-"""The small launch before the sweep of a fused policy loss: which rows are read, what each turn is credited with, how many rows count.
+"""The small launch before the sweep of a fused policy loss: which rows are read, what each turn is credited with, how
+many rows count.
 
 It decides per token and per turn, where the sweep pays for every logit.
 """
@@ -21,7 +22,8 @@ LARGEST_LABEL = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def masked_return(rewards, reward_mask, row, t, here, count, T, gamma):
-    """The sum over k with reward_mask[t, k] of gamma^(k - t) r_k, Horner's rule from both ends towards t, in float64."""
+    """The sum over k with reward_mask[t, k] of gamma^(k - t) r_k, Horner's rule from both ends towards t, in
+    float64."""
     future = here.to(tl.float64) * 0.0
     for back in range(T - t):
         k = T - 1 - back
@@ -52,17 +54,21 @@ def turn_return(rewards, turn_counts, segment_ids, reward_mask, b, t, S, T, look
 
 @triton.jit
 def turn_advantages(
-    p, rewards, turn_counts, segment_ids, reward_mask, group_ids, advantages, S, T, lookahead, segment_length, gamma, std_eps,
+    p, rewards, turn_counts, segment_ids, reward_mask, group_ids, advantages, S, T, lookahead, segment_length, gamma,
+    std_eps,
     BASELINE: tl.constexpr, DIALOGUES: tl.constexpr,
 ):  # fmt: skip
-    """Turn t of DIALOGUES dialogues: its returns minus the baseline over the members of their groups that have such a turn.
+    """Turn t of DIALOGUES dialogues: its returns minus the baseline over the members of their groups that have such a
+    turn.
 
     The members' returns are computed again where they are needed: they are few, and no program waits for another.
     """
     t = p % T
     lane = tl.arange(0, DIALOGUES)
     b = p // T * DIALOGUES + lane
-    here, own = turn_return(rewards, turn_counts, segment_ids, reward_mask, b, t, S, T, lookahead, segment_length, gamma)
+    here, own = turn_return(
+        rewards, turn_counts, segment_ids, reward_mask, b, t, S, T, lookahead, segment_length, gamma
+    )
     advantage = own
     if BASELINE != NO_BASELINE:
         group = tl.load(group_ids + b, mask=b < S, other=0)
@@ -107,8 +113,31 @@ def is_set(mask):
 
 
 # nothing here is worth a kernel of its own: lengths, strides and pointers differ from call to call
-PLANNED = ["labels", "loss_mask", "turn_ids", "rewards", "turn_counts", "segment_ids", "reward_mask", "group_ids", "cu_seqlens"]
-PLANNED += ["row_labels", "slots", "sequences", "counts", "advantages", "ticket", "N", "L", "S", "T", "lookahead", "segment_length"]
+PLANNED = [
+    "labels",
+    "loss_mask",
+    "turn_ids",
+    "rewards",
+    "turn_counts",
+    "segment_ids",
+    "reward_mask",
+    "group_ids",
+    "cu_seqlens",
+]
+PLANNED += [
+    "row_labels",
+    "slots",
+    "sequences",
+    "counts",
+    "advantages",
+    "ticket",
+    "N",
+    "L",
+    "S",
+    "T",
+    "lookahead",
+    "segment_length",
+]
 PLANNED += ["labels_batch", "labels_row", "loss_mask_batch", "loss_mask_row", "turn_ids_batch", "turn_ids_row"]
 
 
@@ -117,13 +146,15 @@ def plan_kernel(
     labels, loss_mask, turn_ids,  # (B, L) of any strides; the latter two may be None
     rewards, turn_counts, segment_ids, reward_mask, group_ids,  # (S, T), (S,), (S, T), (T, T), (S,); all may be None
     cu_seqlens,  # (S + 1,) or None
-    row_labels, slots, sequences, counts, advantages, ticket,  # out: (N,), (N,) or None, (N,) or None, (S, COUNTERS), (S, T) or None, ()
+    # out: (N,), (N,) or None, (N,) or None, (S, COUNTERS), (S, T) or None, ()
+    row_labels, slots, sequences, counts, advantages, ticket,
     labels_batch: tl.int64, labels_row: tl.int64, loss_mask_batch: tl.int64, loss_mask_row: tl.int64,
     turn_ids_batch: tl.int64, turn_ids_row: tl.int64,
     N, L, S, T, lookahead, segment_length, gamma, gamma_low, std_eps,
     BASELINE: tl.constexpr, DIALOGUES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The first programs take a turn of some dialogues each, the others a part of a sequence: its rows and how many of them are active."""
+    """The first programs take a turn of some dialogues each, the others a part of a sequence: its rows and how many of
+    them are active."""
     p = tl.program_id(0)
     if p == 0:
         tl.store(ticket, 0)
@@ -131,7 +162,8 @@ def plan_kernel(
     if p < turn_programs:
         if rewards is not None:
             turn_advantages(
-                p, rewards, turn_counts, segment_ids, reward_mask, group_ids, advantages, S, T, lookahead, segment_length,
+                p, rewards, turn_counts, segment_ids, reward_mask, group_ids, advantages, S, T, lookahead,
+                segment_length,
                 double(gamma, gamma_low), std_eps, BASELINE, DIALOGUES,
             )  # fmt: skip
     else:
@@ -152,7 +184,9 @@ def plan_kernel(
             label = tl.load(labels + b * labels_batch + l * labels_row, mask=there, other=-1)
             active = label >= 0
             if loss_mask is not None:
-                active = active & is_set(tl.load(loss_mask + b * loss_mask_batch + l * loss_mask_row, mask=there, other=0))
+                active = active & is_set(
+                    tl.load(loss_mask + b * loss_mask_batch + l * loss_mask_row, mask=there, other=0)
+                )
             if turn_ids is not None:
                 turn = tl.load(turn_ids + b * turn_ids_batch + l * turn_ids_row, mask=there, other=-1)
                 active = active & (turn >= 0)

@@ -26,7 +26,8 @@ from .row import (
 )
 from .weights import SUM, ordered_sum, outer_denominator, row_weight
 
-# lengths, counts, strides of columns and per-row pointers change from call to call: a kernel specialised on them would be compiled again
+# lengths, counts, strides of columns and per-row pointers change from call to call: a kernel specialised on them would
+# be compiled again
 COLUMNS = ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "temperatures")
 PER_CALL = ["N", "L", "S", "labels", "weights", "slots", "sequences", "counts", "normalizer_at", "ticket", "total"]
 PER_CALL += ["losses", "logprobs", "entropies", "score_norms", *COLUMNS]
@@ -36,25 +37,32 @@ PER_CALL += [f"{column}_{of}" for column in COLUMNS for of in ("batch", "row")]
 @triton.jit(do_not_specialize=PER_CALL)
 def policy_loss_kernel(
     logits, labels,  # (B, L, V), (N,)
-    advantages, old_logprobs, ref_logprobs, rollout_logprobs, temperatures,  # (B, L) of any strides, all but the advantages may be None
+    # (B, L) of any strides, all but the advantages may be None
+    advantages, old_logprobs, ref_logprobs, rollout_logprobs, temperatures,
     weights,  # (N,) or None
-    slots, sequences, counts, normalizer, normalizer_at,  # where given: `plan`'s advantages (S T,), and what weights are made of
+    # where given: `plan`'s advantages (S T,), and what weights are made of
+    slots, sequences, counts, normalizer, normalizer_at,
     losses, logprobs, entropies, score_norms, dlogits,  # out; the last three may be None
     ticket, total,  # () int32, 0, and out: the sum of the losses; or None
     advantages_batch: tl.int64, advantages_row: tl.int64, old_logprobs_batch: tl.int64, old_logprobs_row: tl.int64,
-    ref_logprobs_batch: tl.int64, ref_logprobs_row: tl.int64, rollout_logprobs_batch: tl.int64, rollout_logprobs_row: tl.int64,
+    ref_logprobs_batch: tl.int64, ref_logprobs_row: tl.int64, rollout_logprobs_batch: tl.int64,
+    rollout_logprobs_row: tl.int64,
     temperatures_batch: tl.int64, temperatures_row: tl.int64,
-    N, L, S, V: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, d_batch_stride: tl.int64, d_row_stride: tl.int64,
-    temperature, logit_softcap, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap,  # softcap and coefs None: off
+    N, L, S, V: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, d_batch_stride: tl.int64,
+    d_row_stride: tl.int64,
+    # softcap and coefs None: off
+    temperature, logit_softcap, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap,
     LOSS_TYPE: tl.constexpr, KL_ESTIMATOR: tl.constexpr, REDUCTION: tl.constexpr, SKIP_ZERO: tl.constexpr,
     ONE_BLOCK: tl.constexpr, KEEP_EXP: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A program takes every so-manieth row.
 
-    A row of PARTS blocks stays in registers. One of none is read twice, backwards the second time: what was read last is still in the L2.
+    A row of PARTS blocks stays in registers. One of none is read twice, backwards the second time: what was read last
+    is still in the L2.
     """
     outer = outer_denominator(counts, S, normalizer, normalizer_at, REDUCTION)
-    # nothing is hoisted out of the loop: constants that are kept from row to row would take the registers that hold the row
+    # nothing is hoisted out of the loop: constants that are kept from row to row would take the registers that hold the
+    # row
     for n in tl.range(tl.program_id(0), N, tl.num_programs(0), disable_licm=True):
         b = (n // L).to(tl.int64)
         l = (n % L).to(tl.int64)
@@ -86,7 +94,9 @@ def policy_loss_kernel(
             if ONE_BLOCK:
                 cols = tl.arange(0, BLOCK_V)
                 x = tl.load(row + cols, mask=cols < V, other=float("-inf"))
-                m, s, sd, ss, e = held_row(x, cols < V, factor, logit_softcap, entropies is not None, score_norms is not None)
+                m, s, sd, ss, e = held_row(
+                    x, cols < V, factor, logit_softcap, entropies is not None, score_norms is not None
+                )
             else:
                 cols = tile(BLOCK_V, LANES)
                 m, s, sd, ss = swept_row(
@@ -135,7 +145,9 @@ def policy_loss_kernel(
                         back = last - done + cols
                         x = tl.load(row + back, mask=back < V, other=float("-inf"), eviction_policy="evict_first")
                         dz = block_gradient(x, back, label, m, log2_s, entropy, g, h, factor, logit_softcap)
-                        tl.store(d_row + back, dz.to(dlogits.dtype.element_ty), mask=back < V, eviction_policy="evict_first")
+                        tl.store(
+                            d_row + back, dz.to(dlogits.dtype.element_ty), mask=back < V, eviction_policy="evict_first"
+                        )
                 else:
                     zero_row(d_row, V, BLOCK_V)
         else:
@@ -153,13 +165,17 @@ def policy_loss_kernel(
 
 def sweep(
     logits: Tensor, labels: Tensor, advantages: Tensor, weights: Tensor | None,
-    old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_logprobs: Tensor | None, temperatures: Tensor | None,
+    old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_logprobs: Tensor | None,
+    temperatures: Tensor | None,
     spec: PolicyLossSpec, losses: Tensor, logprobs: Tensor, entropies: Tensor, dlogits: Tensor | None, *,
-    slots: Tensor | None = None, sequences: Tensor | None = None, counts: Tensor | None = None, normalizer: float | Tensor | None = None,
-    kind: int = SUM.value, sequence_count: int = 0, skip_zero: bool = False, ticket: Tensor | None = None, total: Tensor | None = None,
+    slots: Tensor | None = None, sequences: Tensor | None = None, counts: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    kind: int = SUM.value, sequence_count: int = 0, skip_zero: bool = False, ticket: Tensor | None = None,
+    total: Tensor | None = None,
     score_norms: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launch the sweep over N > 0 rows. Per-row tensors are (B, L) of any strides, or (N,); the keywords come from `plan`."""
+    """Launch the sweep over N > 0 rows. Per-row tensors are (B, L) of any strides, or (N,); the keywords come from
+    `plan`."""
     B, L, V = logits.shape
     columns = (advantages, old_logprobs, ref_logprobs, rollout_logprobs if spec.importance_cap else None, temperatures)
     column_strides = ((L, 1) if c is None or c.dim() < 2 else c.stride() for c in columns)
@@ -169,7 +185,8 @@ def sweep(
     by_pointer = isinstance(normalizer, Tensor)
     policy_loss_kernel[(min(B * L, count),)](
         logits, labels, *columns, weights,
-        slots, sequences, counts, None if by_pointer or normalizer is None else float(normalizer), normalizer if by_pointer else None,
+        slots, sequences, counts, None if by_pointer or normalizer is None else float(normalizer),
+        normalizer if by_pointer else None,
         losses, logprobs, entropies if entropies.numel() else None, score_norms, dlogits,
         ticket if total is not None else None, total,
         *(s for pair in column_strides for s in pair),
@@ -197,12 +214,27 @@ def policy_loss(
     dlogits: Tensor | None,  # (B, L, V) out, may be the logits themselves
     score_norm: Tensor | None = None,  # (N,) out
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> weighted loss, log-prob and entropy of each row, (N,) float32; writes ``dlogits`` where given. Contract: ppg_fast/backends.py"""
+    """-> weighted loss, log-prob and entropy of each row, (N,) float32; writes ``dlogits`` where given. Contract:
+    ppg_fast/backends.py"""
     N = logits.shape[0] * logits.shape[1]
     losses, logprobs = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
-    entropies = torch.empty(N if entropy or spec.entropy_coef or score_norm is not None else 0, dtype=torch.float32, device=logits.device)
+    entropies = torch.empty(
+        N if entropy or spec.entropy_coef or score_norm is not None else 0, dtype=torch.float32, device=logits.device
+    )
     if N:
         rows = old_logprobs, ref_logprobs, rollout_logprobs, temperatures
         with on_device(logits):
-            sweep(logits, labels, advantages, weights, *rows, spec, losses, logprobs, entropies, dlogits, score_norms=score_norm)
+            sweep(
+                logits,
+                labels,
+                advantages,
+                weights,
+                *rows,
+                spec,
+                losses,
+                logprobs,
+                entropies,
+                dlogits,
+                score_norms=score_norm,
+            )
     return losses, logprobs, entropies

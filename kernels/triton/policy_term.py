@@ -1,4 +1,5 @@
-"""The scalar loss of one token and its two derivatives. Mirrors ppg_fast/reference/policy_term.py and csrc/policy_term.h.
+"""The scalar loss of one token and its two derivatives. Mirrors ppg_fast/reference/policy_term.py and
+csrc/policy_term.h.
 
 Runs once a row: the vocabulary loops never see it.
 """
@@ -36,13 +37,14 @@ def importance_weight(old_logprob, rollout_logprob, importance_cap):
 
 @triton.jit
 def policy_term(
-    logprob, entropy, old_logprob, ref_logprob, importance, advantage, clip_low, clip_high, dual_clip, kl_coef, entropy_coef,
+    logprob, entropy, old_logprob, ref_logprob, importance, advantage, clip_low, clip_high, dual_clip, kl_coef,
+    entropy_coef,
     LOSS_TYPE: tl.constexpr, KL_ESTIMATOR: tl.constexpr,
 ):  # fmt: skip
     """-> loss, d_loss/d_logprob, both float32; d_loss/d_entropy is -entropy_coef.
 
-    ``old_logprob`` is the log-prob itself where the caller has none (on-policy), ``ref_logprob`` likewise, ``importance`` 1.
-    ``kl_coef`` and ``entropy_coef`` are None where their terms are off.
+    ``old_logprob`` is the log-prob itself where the caller has none (on-policy), ``ref_logprob`` likewise,
+    ``importance`` 1. ``kl_coef`` and ``entropy_coef`` are None where their terms are off.
     """
     ratio = tl.exp(logprob - old_logprob)
     if LOSS_TYPE == REINFORCE:

@@ -10,7 +10,8 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1.0e38)  # below every finite logit of interest, and unlike -inf it can be subtracted from itself
-FAR = tl.constexpr(-256.0)  # 2^FAR is 0 in float32: exponents are clamped here before they multiply, because 0 * -inf is NaN
+# 2^FAR is 0 in float32: exponents are clamped here before they multiply, because 0 * -inf is NaN
+FAR = tl.constexpr(-256.0)
 
 
 @triton.jit
@@ -21,7 +22,8 @@ def row_offset(n, L, batch_stride, row_stride):
 
 @triton.jit
 def tanh(x):
-    """tanh to 4e-7 relative: (1 - e) / (1 + e), e = exp(-2|x|), loses the digits of a small x, so a polynomial takes over there.
+    """tanh to 4e-7 relative: (1 - e) / (1 + e), e = exp(-2|x|), loses the digits of a small x, so a polynomial takes
+    over there.
 
     Source of the polynomial: Cephes, tanhf.c
     """
@@ -57,7 +59,8 @@ def temperature_of(n, temperatures, temperature):
 
 @triton.jit
 def tile(BLOCK_V: tl.constexpr, LANES: tl.constexpr):
-    """The columns of a block, (BLOCK_V / LANES, LANES): a thread holds all rows of its lanes, so a sum over rows stays inside a thread."""
+    """The columns of a block, (BLOCK_V / LANES, LANES): a thread holds all rows of its lanes, so a sum over rows stays
+    inside a thread."""
     return tl.arange(0, BLOCK_V // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
 
 
@@ -78,7 +81,8 @@ def capped(x, there, logit_softcap):
 
 @triton.jit
 def held_row(x, there, factor, logit_softcap, ENTROPY: tl.constexpr, SCORE_NORM: tl.constexpr):
-    """-> m, s, sd, ss, e of a row that is held whole: m = max z, e = 2^d with d = (z - m) factor, s = sum e, sd = sum e d, ss = sum e^2."""
+    """-> m, s, sd, ss, e of a row that is held whole: m = max z, e = 2^d with d = (z - m) factor, s = sum e, sd = sum e
+    d, ss = sum e^2."""
     z = capped(x, there, logit_softcap)
     m = tl.maximum(tl.max(z, 0), LOWEST)
     d = (z - m) * factor
@@ -96,7 +100,8 @@ def held_row(x, there, factor, logit_softcap, ENTROPY: tl.constexpr, SCORE_NORM:
 def fold_block(m, s, sd, ss, x, there, factor, logit_softcap, ENTROPY: tl.constexpr, SCORE_NORM: tl.constexpr):
     """Fold a tile of logits into the running statistics: m = max z, and per lane the sums of `held_row`.
 
-    Lanes are summed by the caller at the end, so that a block costs one reduction, and they are rescaled by one factor a block.
+    Lanes are summed by the caller at the end, so that a block costs one reduction, and they are rescaled by one factor
+    a block.
     """
     z = capped(x, there, logit_softcap)
     m_new = tl.maximum(m, tl.max(tl.max(z, 0), 0))
@@ -113,8 +118,18 @@ def fold_block(m, s, sd, ss, x, there, factor, logit_softcap, ENTROPY: tl.conste
 
 
 @triton.jit
-def swept_row(row, V, factor, logit_softcap, ENTROPY: tl.constexpr, SCORE_NORM: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr):
-    """-> m, s, sd, ss of the row at ``row``, see `fold_block`, in one read of it; a block is loaded while the one before it is folded."""
+def swept_row(
+    row,
+    V,
+    factor,
+    logit_softcap,
+    ENTROPY: tl.constexpr,
+    SCORE_NORM: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """-> m, s, sd, ss of the row at ``row``, see `fold_block`, in one read of it; a block is loaded while the one
+    before it is folded."""
     cols = tile(BLOCK_V, LANES)
     m = tl.full((), LOWEST, tl.float32)
     s = tl.zeros((LANES,), tl.float32)
@@ -130,7 +145,8 @@ def swept_row(row, V, factor, logit_softcap, ENTROPY: tl.constexpr, SCORE_NORM: 
 
 @triton.jit
 def label_logit(row, label, V, logit_softcap):
-    """The label's logit behind the softcap; NaN for a label beyond the vocabulary, so that an error the caller did not check is seen.
+    """The label's logit behind the softcap; NaN for a label beyond the vocabulary, so that an error the caller did not
+    check is seen.
 
     Called before the first reduction: its barrier makes every thread have this logit before any store in place.
     """
@@ -151,17 +167,19 @@ def entropy_of(s, sd):
 
 @triton.jit
 def score_norm_of(z_label, m, s, ss, factor):
-    """|d log p[label] / d z|^2 = sum p^2 - 2 p[label] + 1 from the statistics of a row, never below 0; NaN stays NaN."""
+    """|d log p[label] / d z|^2 = sum p^2 - 2 p[label] + 1 from the statistics of a row, never below 0; NaN stays
+    NaN."""
     norm = ss / (s * s) - 2.0 * tl.exp2((z_label - m) * factor) / s + 1.0
     return tl.where(norm < 0.0, 0.0, norm)
 
 
 @triton.jit
 def block_gradient(x, cols, label, m, log2_s, entropy, g, h, factor, logit_softcap):
-    """g (1[v = label] - p) - h p (log p + H) through the softcap, for the columns ``cols``.  p = 2^((z - m) factor) / s.
+    """g (1[v = label] - p) - h p (log p + H) through the softcap, for the columns ``cols``.  p = 2^((z - m) factor) /
+    s.
 
-    ``g`` and ``h`` are already divided by the temperature; ``h`` None: no entropy term. The label's column is found by compare: a store
-    to it would race with the row's own stores.
+    ``g`` and ``h`` are already divided by the temperature; ``h`` None: no entropy term. The label's column is found by
+    compare: a store to it would race with the row's own stores.
     """
     z = softcapped(x, logit_softcap)
     log2_p = (z - m) * factor - log2_s

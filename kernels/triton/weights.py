@@ -1,4 +1,5 @@
-"""What a row's loss is divided by, and the sum of all of them: the parts of a reduction that a sweep over the rows needs.
+"""What a row's loss is divided by, and the sum of all of them: the parts of a reduction that a sweep over the rows
+needs.
 
 Mirrors ppg_fast/functional/tokens.py, reduction_weights and ordered_sum.
 """
@@ -38,7 +39,8 @@ def outer_denominator(counts, S, normalizer, normalizer_at, REDUCTION: tl.conste
 
 @triton.jit
 def row_weight(n, weights, sequences, counts, outer, REDUCTION: tl.constexpr):
-    """What the loss of row n is multiplied by: its own weight, or 1 / (outer inner), inner the active rows of its sequence or 1."""
+    """What the loss of row n is multiplied by: its own weight, or 1 / (outer inner), inner the active rows of its
+    sequence or 1."""
     if weights is not None:
         weight = tl.load(weights + n)
     elif REDUCTION == SEQUENCE_MEAN:
@@ -51,11 +53,14 @@ def row_weight(n, weights, sequences, counts, outer, REDUCTION: tl.constexpr):
 
 @triton.jit
 def ordered_sum(losses, N, ticket, total):
-    """The program that is done last sums all losses, in an order that only N decides; float64, so that the order hardly matters."""
+    """The program that is done last sums all losses, in an order that only N decides; float64, so that the order hardly
+    matters."""
     tl.debug_barrier()
     if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         lane = tl.arange(0, SUMMED)
         lanes = tl.zeros((SUMMED,), tl.float64)
         for start in range(0, N, SUMMED):
-            lanes += tl.load(losses + start + lane, mask=start + lane < N, other=0.0, cache_modifier=".cg").to(tl.float64)
+            lanes += tl.load(losses + start + lane, mask=start + lane < N, other=0.0, cache_modifier=".cg").to(
+                tl.float64
+            )
         tl.store(total, tl.sum(lanes, 0).to(tl.float32))

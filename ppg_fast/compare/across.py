@@ -6,20 +6,22 @@ from typing import Any
 import numpy as np
 
 from ppg_fast.compare.summary import difference
-from ppg_fast.problems import DRAWN
+from ppg_fast.rollouts.problems import DRAWN
 
 HEADS = ("class", "mean share", "worst share", "on", "behind the best", "auto minus it")
 
-READING = """Share: mean return over training, 0 at the start and 1 at the best return there is. Behind the best: mean distance to the best
-fixed class of each problem, picked after the fact, which favours it. Auto minus it: paired, problem by problem, with its standard error."""
+READING = """Share: mean return over training, 0 at the start and 1 at the best return there is. Behind the best:
+mean distance to the best fixed class of each problem, picked after the fact, which favours it. Auto minus it:
+paired, problem by problem, with its standard error."""
 
 
 def across(problems: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry for each version, made and drawn problems apart, where there are at least two of them.
 
-    ``each``: share of a problem, its mean return over training with 0 at the start and 1 at the best return there is. ``behind_best``: mean
-    distance to the best fixed class of each problem, picked after the fact. ``auto_minus``: mean of auto's share minus that of the class,
-    problem by problem, with its standard error.
+    ``each``: share of a problem, its mean return over training with 0 at the start and 1 at the best return there is.
+        ``behind_best``: mean
+    distance to the best fixed class of each problem, picked after the fact. ``auto_minus``: mean of auto's share minus
+    that of the class, problem by problem, with its standard error.
     """
     kinds: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for p in problems:
@@ -35,12 +37,23 @@ def _of_kind(version: str, drawn: bool, problems: list[dict[str, Any]]) -> dict[
     classes = {}
     for c, v in shares.items():
         worst = int(v.argmin())
-        row = {"mean": float(v.mean()), "worst": float(v[worst]), "worst_problem": problems[worst]["problem"], "each": v.tolist()}
+        row = {
+            "mean": float(v.mean()),
+            "worst": float(v[worst]),
+            "worst_problem": problems[worst]["problem"],
+            "each": v.tolist(),
+        }
         row["behind_best"] = float((np.max(fixed, 0) - v).mean()) if fixed else 0.0
         row["auto_minus"] = difference(shares["auto"], v) if "auto" in shares and c != "auto" else None
         classes[c] = row
     seeds = sorted({len(c["seeds"]) for p in problems for c in p["classes"].values()})
-    return {"version": version, "drawn": drawn, "problems": [p["problem"] for p in problems], "seeds": seeds, "classes": classes}
+    return {
+        "version": version,
+        "drawn": drawn,
+        "problems": [p["problem"] for p in problems],
+        "seeds": seeds,
+        "classes": classes,
+    }
 
 
 def _share(p: dict[str, Any], c: dict[str, Any]) -> float:
@@ -60,5 +73,7 @@ def rows(entry: dict[str, Any]) -> list[tuple[str, ...]]:
     for name, c in sorted(entry["classes"].items(), key=lambda item: -item[1]["mean"]):
         paired = c["auto_minus"]
         versus = f"{paired['mean']:+.1%} ± {paired['error']:.1%}" if paired else ""
-        found.append((name, f"{c['mean']:.1%}", f"{c['worst']:.1%}", c["worst_problem"], f"{c['behind_best']:.1%}", versus))
+        found.append(
+            (name, f"{c['mean']:.1%}", f"{c['worst']:.1%}", c["worst_problem"], f"{c['behind_best']:.1%}", versus)
+        )
     return found

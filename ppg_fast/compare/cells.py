@@ -1,4 +1,5 @@
-"""Cells of a comparison, one JSON file each: what is there is not computed again, and a killed run keeps what was done."""
+"""Cells of a comparison, one JSON file each: what is there is not computed again, and a killed run keeps what was
+done."""
 
 import hashlib
 import json
@@ -15,7 +16,8 @@ CELLS = "cells"
 
 @dataclass(frozen=True)
 class Cell:
-    """``version``: tabular, language or logged. ``policy_class``: one to train with, or "gradient" for the measurement of all of them."""
+    """``version``: tabular, language or logged. ``policy_class``: one to train with, or "gradient" for the measurement
+    of all of them."""
 
     version: str
     problem: str
@@ -40,9 +42,11 @@ def read(folder: Path, cell: Cell) -> dict[str, Any] | None:
 
 
 def run(folder: Path, cells: Sequence[Cell], work: Work, jobs: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Compute the cells that are not there, ``jobs`` at a time in processes of one thread each; yield each as it is done.
+    """Compute the cells that are not there, ``jobs`` at a time in processes of one thread each; yield each as it is
+    done.
 
-    ``work`` must be picklable for jobs > 1. A cell that fails does not stop the others; the first failure is raised at the end.
+    ``work`` must be picklable for jobs > 1. A cell that fails does not stop the others; the first failure is raised at
+    the end.
     """
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells if read(folder, cell) is None]

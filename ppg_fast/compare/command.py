@@ -15,8 +15,8 @@ import numpy as np
 from ppg_fast.compare import across, cells
 from ppg_fast.compare.cells import Cell
 from ppg_fast.compare.summary import of_problem
-from ppg_fast.decomposition import DECOMPOSITIONS
-from ppg_fast.problems import DRAWN, PROBLEMS, drawn, problem_names
+from ppg_fast.rewards.decomposition import DECOMPOSITIONS
+from ppg_fast.rollouts.problems import DRAWN, PROBLEMS, drawn, problem_names
 from ppg_fast.spec import policy_class, require, require_one_of
 
 CLASSES = "greedy,lookahead:2,lookahead:3,lookahead:4,segment:4,full,auto"
@@ -45,7 +45,9 @@ class Study:
             if cell.policy_class == "gradient":
                 return {"gradient": tabular.measure(cell.problem, self.fixed)}
             candidates = tuple(policy_class(c) for c in self.fixed)
-            return tabular.train(cell.problem, cell.policy_class, cell.seed, candidates, self.max_steps or tabular.STEPS)
+            return tabular.train(
+                cell.problem, cell.policy_class, cell.seed, candidates, self.max_steps or tabular.STEPS
+            )
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -80,23 +82,42 @@ class Study:
         return make_config(defaults, steps, own, {"seed": cell.seed, "device": "cpu"})
 
     def settings(self) -> dict[str, Any]:
-        """What must be equal for results to stand side by side. Candidates of auto count, other classes may join later."""
+        """What must be equal for results to stand side by side. Candidates of auto count, other classes may join
+        later."""
         own = dataclasses.asdict(self)
         own.pop("folder")
         own["classes"] = sorted(self.fixed) if "auto" in self.classes else []
-        own["problems"] = hashlib.sha256(repr([*sorted(PROBLEMS.items()), *map(drawn, range(9))]).encode()).hexdigest()[:16]
+        own["problems"] = hashlib.sha256(repr([*sorted(PROBLEMS.items()), *map(drawn, range(9))]).encode()).hexdigest()[
+            :16
+        ]
         if self.data:  # by what it holds, wherever it lies
-            own |= {"data": Path(self.data).name, "data_digest": hashlib.sha256(Path(self.data).read_bytes()).hexdigest()[:16]}
+            own |= {
+                "data": Path(self.data).name,
+                "data_digest": hashlib.sha256(Path(self.data).read_bytes()).hexdigest()[:16],
+            }
         return own
 
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    p = argparse.ArgumentParser(prog="ppg-fast compare", description="Policy classes side by side: curves, gradients, a report.")
-    p.add_argument("--problem", default="all", help=f"{', '.join(PROBLEMS)}, drawn:A..B, several with commas, or all [all]")
-    p.add_argument("--version", default="both", help="tabular (exact, seconds), language (the real trainer, a small model), or both [both]")
-    p.add_argument("--data", help="logged dialogues instead: what each class credits, and training with each on a part of them")
-    p.add_argument("--decompose", help=f"with data: turn_rewards are a running score; {' or '.join(DECOMPOSITIONS)} makes rewards of it")
+    p = argparse.ArgumentParser(
+        prog="ppg-fast compare", description="Policy classes side by side: curves, gradients, a report."
+    )
+    p.add_argument(
+        "--problem", default="all", help=f"{', '.join(PROBLEMS)}, drawn:A..B, several with commas, or all [all]"
+    )
+    p.add_argument(
+        "--version",
+        default="both",
+        help="tabular (exact, seconds), language (the real trainer, a small model), or both [both]",
+    )
+    p.add_argument(
+        "--data", help="logged dialogues instead: what each class credits, and training with each on a part of them"
+    )
+    p.add_argument(
+        "--decompose",
+        help=f"with data: turn_rewards are a running score; {' or '.join(DECOMPOSITIONS)} makes rewards of it",
+    )
     p.add_argument("--strict", action="store_true", help="with data: a bad line is an error instead of a warning")
     p.add_argument(
         "--max-dialogue-tokens",
@@ -106,19 +127,26 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--policy-classes", help=f"with commas [{CLASSES}; with data {LOG_CLASSES}]")
     p.add_argument("--seeds", type=int, default=3, help="how many [3]")
-    p.add_argument("--first-seed", type=int, default=0, help="the first of them: others than those that a choice was made on [0]")
+    p.add_argument(
+        "--first-seed", type=int, default=0, help="the first of them: others than those that a choice was made on [0]"
+    )
     p.add_argument("--max-steps", type=int, help="training steps [60 tabular, 40 language, 60 with data]")
-    p.add_argument("--batches", type=int, default=24, help="independent batches for the gradients of the language version [24]")
+    p.add_argument(
+        "--batches", type=int, default=24, help="independent batches for the gradients of the language version [24]"
+    )
     p.add_argument("--jobs", type=int, default=1, help="processes, of one thread each [1]")
     p.add_argument(
-        "--output-dir", default="runs/compare", help="results, one file a cell; the same command goes on where it was [runs/compare]"
+        "--output-dir",
+        default="runs/compare",
+        help="results, one file a cell; the same command goes on where it was [runs/compare]",
     )
     p.add_argument("--overwrite", action="store_true", help="throw away what the folder holds")
     return p
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run what is missing, then write the report and the numbers. ValueError for bad input, before anything is computed."""
+    """Run what is missing, then write the report and the numbers. ValueError for bad input, before anything is
+    computed."""
     given = parser().parse_args(list(argv))
     study, wanted = _plan(given)
     folder = Path(given.output_dir)
@@ -165,7 +193,10 @@ def _plan(given: argparse.Namespace) -> tuple[Study, list[Cell]]:
     study = Study(given.output_dir, classes, given.max_steps, given.batches, **settings)
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     if given.data:
-        return study, [Cell("logged", "", "gradient", seeds[0]), *(Cell("logged", "", c, s) for s in seeds for c in classes)]
+        return study, [
+            Cell("logged", "", "gradient", seeds[0]),
+            *(Cell("logged", "", c, s) for s in seeds for c in classes),
+        ]
     names = problem_names(given.problem)
     require_one_of("version", given.version, (*VERSIONS, "both"))
     exact = given.version == "tabular" or not any(n.startswith(DRAWN) for n in names)
@@ -197,7 +228,13 @@ def summarise(study: Study, wanted: list[Cell], folder: Path, command: str) -> d
     """All numbers of the report."""
     results = {cell: result for cell in wanted if (result := cells.read(folder, cell)) is not None}
     seconds = sum(r["seconds"] for r in results.values())
-    out: dict[str, Any] = {"command": command, "cpu_seconds": round(seconds, 1), "settings": study.settings(), "problems": [], "log": None}
+    out: dict[str, Any] = {
+        "command": command,
+        "cpu_seconds": round(seconds, 1),
+        "settings": study.settings(),
+        "problems": [],
+        "log": None,
+    }
     for version, name in dict.fromkeys((c.version, c.problem) for c in wanted):
         mine = {c: r for c, r in results.items() if (c.version, c.problem) == (version, name)}
         looked = next((r for c, r in mine.items() if c.policy_class == "gradient"), {})
@@ -215,10 +252,24 @@ def _of_log(study: Study, looked: dict[str, Any], runs: dict[str, list[dict[str,
         keys = results[0]["scores"]
         curves = {k: np.mean([r["scores"][k] for r in results], 0).tolist() for k in keys}
         last = {k: [r["scores"][k][-1] for r in results] for k in keys}
-        final = {k: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, "each": v} for k, v in last.items()}
-        classes[name] = {"steps": results[0]["steps"], "curves": curves, "final": final, "seeds": [r["seed"] for r in results]}
+        final = {
+            k: {"mean": float(np.mean(v)), "std": float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, "each": v}
+            for k, v in last.items()
+        }
+        classes[name] = {
+            "steps": results[0]["steps"],
+            "curves": curves,
+            "final": final,
+            "seeds": [r["seed"] for r in results],
+        }
     credits = looked["credits"]
     turns = len(next(iter(credits["classes"].values()))["by_turn"])
     credits["shown"] = sorted({1, *(t for t in (2, 5, 10, 20, 40) if t < turns), turns})
     name = Path(str(study.data)).name
-    return {"data": name, "decompose": study.decompose, "warnings": looked["warnings"], "credits": credits, "classes": classes}
+    return {
+        "data": name,
+        "decompose": study.decompose,
+        "warnings": looked["warnings"],
+        "credits": credits,
+        "classes": classes,
+    }

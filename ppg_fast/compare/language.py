@@ -1,4 +1,5 @@
-"""A problem with a language model: training runs of the real trainer, and the gradient of every class measured on common rollouts."""
+"""A problem with a language model: training runs of the real trainer, and the gradient of every class measured on
+common rollouts."""
 
 import os
 import random
@@ -9,28 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppg_fast.auto import Signals, context_ids, measure_signals
-from ppg_fast.chat_format import make_word_tokenizer
 from ppg_fast.compare.summary import CLEAR
 from ppg_fast.config import TrainConfig
-from ppg_fast.data import Sample, pack
+from ppg_fast.dialogues.chat_format import make_word_tokenizer
+from ppg_fast.dialogues.packing import Sample, pack
 from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.jobs.persona import demonstrate
 from ppg_fast.jobs.policy import Policy
-from ppg_fast.model import token_advantages, token_logprobs, token_score_norms
-from ppg_fast.objective import Objective, Schedule
-from ppg_fast.problems import ProblemDialogue, problem, words
+from ppg_fast.models.causal_lm import token_advantages, token_logprobs, token_score_norms
+from ppg_fast.rollouts.problems import ProblemDialogue, problem, words
 from ppg_fast.spec import policy_class
-from ppg_fast.trainer import optimise
+from ppg_fast.training.auto import Signals, context_ids, measure_signals
+from ppg_fast.training.objective import Objective, Schedule
+from ppg_fast.training.trainer import optimise
 
 DEFAULTS: dict[str, Any] = {
-    "width": 32, "layers": 1, "threads": 1, "max_new_tokens": 2, "num_prompts": 4, "num_generations": 8, "learning_rate": 2e-3,
-    "max_steps": 40, "imitation_steps": 40, "imitation_batch": 16, "imitation_learning_rate": 5e-3, "eval_every": 5, "eval_dialogues": 64,
+    "width": 32, "layers": 1, "threads": 1, "max_new_tokens": 2, "num_prompts": 4, "num_generations": 8,
+    "learning_rate": 2e-3,
+    "max_steps": 40, "imitation_steps": 40, "imitation_batch": 16, "imitation_learning_rate": 5e-3, "eval_every": 5,
+    "eval_dialogues": 64,
 }  # fmt: skip
 
 
 class Student:
-    """A small model after its warm start, which is common to all classes of a seed; kept in ``folder`` so that it is made once."""
+    """A small model after its warm start, which is common to all classes of a seed; kept in ``folder`` so that it is
+    made once."""
 
     def __init__(self, name: str, config: TrainConfig, folder: Path) -> None:
         self.problem, self.config = problem(name), config
@@ -43,7 +47,10 @@ class Student:
             new = path.with_suffix(f".{os.getpid()}.new")
             torch.save(self.policy.model.state_dict(), new)
             new.replace(path)
-        self.policy.rng, self.policy.generator = random.Random(config.seed + 1), self.policy.sampling_generator(config.seed + 1)
+        self.policy.rng, self.policy.generator = (
+            random.Random(config.seed + 1),
+            self.policy.sampling_generator(config.seed + 1),
+        )
 
     def _imitate(self) -> None:
         """A script that tosses a coin between the two answers."""
@@ -80,17 +87,24 @@ def train(name: str, config: TrainConfig, folder: Path) -> dict[str, Any]:
         if row["step"] % config.eval_every == 0 or row["step"] == config.max_steps:
             steps.append(row["step"])
             returns.append(student.evaluate())
-    return {"steps": steps, "returns": returns, "changes": changes, "dialogues_per_step": config.num_prompts * config.num_generations}
+    return {
+        "steps": steps,
+        "returns": returns,
+        "changes": changes,
+        "dialogues_per_step": config.num_prompts * config.num_generations,
+    }
 
 
 def measure(name: str, config: TrainConfig, folder: Path, classes: Sequence[str], batches: int) -> dict[str, Any]:
-    """Every class's batch gradient at the warm start, in the space of all parameters, over ``batches`` independent batches.
+    """Every class's batch gradient at the warm start, in the space of all parameters, over ``batches`` independent
+    batches.
 
     With g_m the gradient of batch m, unbiased (sums over pairs of different batches):
-        |G_S|^2 = <g_m, g_m'>,  bias^2 = <d_m, d_m'> with d = g_S - g_full,  cosine from <g_S, g_full>;  variance = E|g|^2 - |G_S|^2
+        |G_S|^2 = <g_m, g_m'>,  bias^2 = <d_m, d_m'> with d = g_S - g_full,  cosine from <g_S, g_full>;  variance =
+        E|g|^2 - |G_S|^2
     ``bias_low``, ``bias_high``: two standard errors beside its square; where the first is 0, none was seen.
-    ``cosine`` is a ratio of such estimates, cut at 1. ``alignment``: expected cosine of a batch gradient with G_full, measured here and as
-    auto estimates it from score norms, None where its estimate of |G_full|^2 is below zero.
+    ``cosine`` is a ratio of such estimates, cut at 1. ``alignment``: expected cosine of a batch gradient with G_full,
+    measured here and as auto estimates it from score norms, None where its estimate of |G_full|^2 is below zero.
     """
     student = Student(name, config, folder)
     chosen = [policy_class(c) for c in classes]
@@ -99,12 +113,16 @@ def measure(name: str, config: TrainConfig, folder: Path, classes: Sequence[str]
         samples = student.rollouts(step)
         batch = pack(samples)
         returns = (partial_returns(batch.rewards, c, turn_counts=batch.turn_counts) for c in chosen)
-        advantages = [token_advantages(batch, turn_advantages(r, batch.group_ids, turn_counts=batch.turn_counts)) for r in returns]
+        advantages = [
+            token_advantages(batch, turn_advantages(r, batch.group_ids, turn_counts=batch.turn_counts)) for r in returns
+        ]
         parameters = [p for p in student.policy.model.parameters() if p.requires_grad]
         logprobs = token_logprobs(student.policy.model, batch)
         rows = []
         for number, a in enumerate(advantages):
-            out = torch.autograd.grad((logprobs * a).sum() / len(samples), parameters, retain_graph=number + 1 < len(advantages))
+            out = torch.autograd.grad(
+                (logprobs * a).sum() / len(samples), parameters, retain_graph=number + 1 < len(advantages)
+            )
             rows.append(torch.cat([g.flatten() for g in out]))
         gradients.append(torch.stack(rows))
         taken = batch.labels >= 0

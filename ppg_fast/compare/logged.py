@@ -1,4 +1,5 @@
-"""Logged dialogues: what each class credits at each turn, and what a small model that was trained with it says of dialogues kept apart."""
+"""Logged dialogues: what each class credits at each turn, and what a small model that was trained with it says of
+dialogues kept apart."""
 
 import warnings
 from dataclasses import replace
@@ -8,14 +9,14 @@ from typing import Any
 import torch
 
 from ppg_fast.config import TrainConfig
-from ppg_fast.data import CONTEXT, Sample, micro_batches, pack
-from ppg_fast.decomposition import DECOMPOSITIONS
+from ppg_fast.dialogues.packing import CONTEXT, Sample, micro_batches, pack
 from ppg_fast.functional import partial_returns
 from ppg_fast.jobs.offline import OfflineJob
-from ppg_fast.model import token_logprobs
-from ppg_fast.objective import Objective, require_nonnegative
+from ppg_fast.models.causal_lm import token_logprobs
+from ppg_fast.rewards.decomposition import DECOMPOSITIONS
 from ppg_fast.spec import policy_class
-from ppg_fast.trainer import optimise
+from ppg_fast.training.objective import Objective, require_nonnegative
+from ppg_fast.training.trainer import optimise
 
 IMITATION = "imitation"  # every turn counts 1, whatever it was paid: what the rewards are worth is measured against it
 DEFAULTS: dict[str, Any] = {"width": 64, "layers": 1, "threads": 1, "max_steps": 60, "learning_rate": 2e-3}
@@ -23,7 +24,8 @@ SHOWN = 60  # turns in the table of credits
 
 
 class Log:
-    """The dialogues of ``config.data`` as the offline job splits them, with rewards decomposed where that is asked for."""
+    """The dialogues of ``config.data`` as the offline job splits them, with rewards decomposed where that is asked
+    for."""
 
     def __init__(self, config: TrainConfig, decompose: str | None = None) -> None:
         self.job = OfflineJob(config)
@@ -37,13 +39,19 @@ class Log:
                 require_nonnegative(self.job.samples, [d.id for d in self.job.dialogues])
 
     def credits(self, classes: tuple[str, ...]) -> dict[str, Any]:
-        """By class: mean windowed return of each turn over the dialogues that reach it, share of turns with any, and effective share.
+        """By class: mean windowed return of each turn over the dialogues that reach it, share of turns with any, and
+        effective share.
 
-        The effective share of turns with weights w is (sum w)^2 / (n sum w^2): 1 where all count alike, 1/n where one counts only.
+        The effective share of turns with weights w is (sum w)^2 / (n sum w^2): 1 where all count alike, 1/n where one
+        counts only.
         """
         batch = pack(self.job.samples)
         there = torch.arange(batch.rewards.shape[1]) < batch.turn_counts[:, None]
-        out: dict[str, Any] = {"dialogues": len(self.job.samples), "turns": int(there.sum()), "reward": float(batch.rewards[there].mean())}
+        out: dict[str, Any] = {
+            "dialogues": len(self.job.samples),
+            "turns": int(there.sum()),
+            "reward": float(batch.rewards[there].mean()),
+        }
         out["classes"] = {}
         for name in classes:
             if name == IMITATION:
@@ -52,7 +60,11 @@ class Log:
             w = returns[there]
             effective = float(w.sum() ** 2 / (len(w) * w.square().sum()).clamp(min=1e-12))
             by_turn = [float(returns[there[:, t], t].mean()) for t in range(min(SHOWN, returns.shape[1]))]
-            out["classes"][name] = {"credited": float((w != 0).double().mean()), "effective": effective, "by_turn": by_turn}
+            out["classes"][name] = {
+                "credited": float((w != 0).double().mean()),
+                "effective": effective,
+                "by_turn": by_turn,
+            }
         return out
 
     def train(self, name: str) -> dict[str, Any]:
@@ -65,13 +77,17 @@ class Log:
             if row["step"] % config.eval_every == 0 or row["step"] == config.max_steps:
                 steps.append(row["step"])
                 scores.append(self.scores())
-        return {"steps": steps, "scores": {key: [s[key] for s in scores] for key in scores[0]}, "held_out": len(job.held_out)}
+        return {
+            "steps": steps,
+            "scores": {key: [s[key] for s in scores] for key in scores[0]},
+            "held_out": len(job.held_out),
+        }
 
     def scores(self) -> dict[str, float]:
         """Of the dialogues kept apart, in nats a token: log-likelihood of their answers, each weighted by
 
-        ``per_turn`` its own reward, ``per_dialogue`` the mean reward of its dialogue, ``plain`` 1; ``contrast``: that of paid answers minus
-        that of unpaid ones, what the model learned of the rewards at all.
+        ``per_turn`` its own reward, ``per_dialogue`` the mean reward of its dialogue, ``plain`` 1; ``contrast``: that
+        of paid answers minus that of unpaid ones, what the model learned of the rewards at all.
         """
         job = self.job
         samples = [job.samples[i] for i in (job.held_out or job.seen)]
@@ -89,8 +105,15 @@ class Log:
         def average(weight: torch.Tensor) -> float:
             return float((weight * logprob).sum() / (weight * count).sum().clamp(min=1e-12))
 
-        contrast = average(paid.double()) - average((~paid).double()) if bool(paid.any()) and not bool(paid.all()) else 0.0
-        return {"per_turn": average(own), "per_dialogue": average(mean), "plain": average(torch.ones_like(own)), "contrast": contrast}
+        contrast = (
+            average(paid.double()) - average((~paid).double()) if bool(paid.any()) and not bool(paid.all()) else 0.0
+        )
+        return {
+            "per_turn": average(own),
+            "per_dialogue": average(mean),
+            "plain": average(torch.ones_like(own)),
+            "contrast": contrast,
+        }
 
 
 def _turns(sample: Sample, logprobs: torch.Tensor) -> list[tuple[float, float, float, float]]:

@@ -43,7 +43,9 @@ def curves(problems: list[dict[str, Any]]) -> str:
         for name, c in p["classes"].items():
             own = name == p["policy_class"]
             label = f"{name} (made for)" if own else name
-            axes.plot(c["steps"], c["mean"], color=colours[name], label=label, linewidth=2.4 if own or name == "auto" else 1.2)
+            axes.plot(
+                c["steps"], c["mean"], color=colours[name], label=label, linewidth=2.4 if own or name == "auto" else 1.2
+            )
             axes.fill_between(c["steps"], c["low"], c["high"], color=colours[name], alpha=0.15, linewidth=0)
         axes.axhline(p["best_return"], color="gray", linestyle=":", linewidth=1)
         seeds = max((len(c["seeds"]) for c in p["classes"].values()), default=0)
@@ -80,8 +82,14 @@ def shares(entry: dict[str, Any]) -> str:
     for height, name in enumerate(order):
         each = entry["classes"][name]["each"]
         axes.scatter(each, [height] * len(each), color=colours[name], alpha=0.35, s=14)
-        axes.plot([entry["classes"][name]["mean"]] * 2, [height - 0.35, height + 0.35], color=colours[name], linewidth=2.5)
-    axes.set(yticks=range(len(order)), yticklabels=order, xlabel="mean return over training: 0 as at the start, 1 the best there is")
+        axes.plot(
+            [entry["classes"][name]["mean"]] * 2, [height - 0.35, height + 0.35], color=colours[name], linewidth=2.5
+        )
+    axes.set(
+        yticks=range(len(order)),
+        yticklabels=order,
+        xlabel="mean return over training: 0 as at the start, 1 the best there is",
+    )
     axes.grid(alpha=0.3)
     return _svg(figure)
 

@@ -1,11 +1,12 @@
-"""From cells to the numbers of a report: means over seeds with bands, samples to a level, differences within seeds, verdicts."""
+"""From cells to the numbers of a report: means over seeds with bands, samples to a level, differences within seeds,
+verdicts."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ppg_fast.problems import DRAWN, problem
+from ppg_fast.rollouts.problems import DRAWN, problem
 
 LEVEL = 0.8  # of the way from the start to the best return
 RESAMPLES = 2000
@@ -13,22 +14,27 @@ CLEAR = 2.0  # standard errors
 
 
 def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % percentile bootstrap interval of the mean over the first axis (seeds); the same values, the same interval."""
+    """95 % percentile bootstrap interval of the mean over the first axis (seeds); the same values, the same
+    interval."""
     rng = np.random.default_rng(0)
     means = values[rng.integers(0, len(values), (RESAMPLES, len(values)))].mean(1)
     return np.percentile(means, 2.5, 0), np.percentile(means, 97.5, 0)
 
 
 def samples_to(level: float, steps: Sequence[int], returns: Sequence[float], dialogues: int) -> float | None:
-    """Dialogues until the return first reached ``level``, between two evaluations on the straight line; None if it never did."""
-    for (s0, r0), (s1, r1) in zip(zip(steps, returns, strict=True), list(zip(steps, returns, strict=True))[1:], strict=False):
+    """Dialogues until the return first reached ``level``, between two evaluations on the straight line; None if it
+    never did."""
+    for (s0, r0), (s1, r1) in zip(
+        zip(steps, returns, strict=True), list(zip(steps, returns, strict=True))[1:], strict=False
+    ):
         if r1 >= level:
             return dialogues * (s0 + (s1 - s0) * max(0.0, level - r0) / max(r1 - r0, 1e-12))
     return None
 
 
 def of_class(runs: list[dict[str, Any]], best: float) -> dict[str, Any]:
-    """One class over its seeds. ``area``: mean return over training, by trapezoids; ``level_samples``: median, if most got there."""
+    """One class over its seeds. ``area``: mean return over training, by trapezoids; ``level_samples``: median, if most
+    got there."""
     steps, curves = runs[0]["steps"], np.array([r["returns"] for r in runs])
     low, high = band(curves)
     start = float(curves[:, 0].mean())
@@ -44,8 +50,16 @@ def of_class(runs: list[dict[str, Any]], best: float) -> dict[str, Any]:
         "mean": curves.mean(0).tolist(),
         "low": low.tolist(),
         "high": high.tolist(),
-        "final": {"mean": float(final.mean()), "std": float(final.std(ddof=1)) if len(final) > 1 else 0.0, "each": final.tolist()},
-        "area": {"mean": float(areas.mean()), "std": float(areas.std(ddof=1)) if len(areas) > 1 else 0.0, "each": areas.tolist()},
+        "final": {
+            "mean": float(final.mean()),
+            "std": float(final.std(ddof=1)) if len(final) > 1 else 0.0,
+            "each": final.tolist(),
+        },
+        "area": {
+            "mean": float(areas.mean()),
+            "std": float(areas.std(ddof=1)) if len(areas) > 1 else 0.0,
+            "each": areas.tolist(),
+        },
         "level": level,
         "level_reached": len(times),
         "level_samples": float(np.median(times)) if len(times) > len(runs) / 2 else None,
@@ -60,7 +74,9 @@ def difference(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.nd
     return {"mean": float(d.mean()), "error": float(d.std(ddof=1) / len(d) ** 0.5) if len(d) > 1 else float("nan")}
 
 
-def of_problem(name: str, version: str, runs: dict[str, list[dict[str, Any]]], gradient: dict[str, Any] | None) -> dict[str, Any]:
+def of_problem(
+    name: str, version: str, runs: dict[str, list[dict[str, Any]]], gradient: dict[str, Any] | None
+) -> dict[str, Any]:
     """All classes on one problem."""
     of = problem(name)
     classes = {c: of_class(r, of.best_return) for c, r in runs.items() if r}
@@ -75,7 +91,8 @@ def of_problem(name: str, version: str, runs: dict[str, list[dict[str, Any]]], g
 
 
 def verdict(own: str, classes: dict[str, Any]) -> list[str]:
-    """Sentences: whether the window that the problem was made for wins, by the mean return over training and by the last one; and auto."""
+    """Sentences: whether the window that the problem was made for wins, by the mean return over training and by the
+    last one; and auto."""
     if own not in classes or "against_own" not in classes[own] or len(classes) < 2:
         return [f"{own}, for which the problem was made, did not run with the same seeds as the others: no verdict."]
     said = []
@@ -85,7 +102,10 @@ def verdict(own: str, classes: dict[str, Any]) -> list[str]:
             break
         rival = max(rivals, key=lambda c: classes[c][key]["mean"])
         d = classes[rival]["against_own"][key]
-        text = f"{words}: {own} {classes[own][key]['mean']:.2f}, the best other class ({rival}) {classes[rival][key]['mean']:.2f}"
+        text = (
+            f"{words}: {own} {classes[own][key]['mean']:.2f}, the best other class ({rival}) "
+            f"{classes[rival][key]['mean']:.2f}"
+        )
         text += f", {-d['mean']:+.2f} ± {d['error']:.2f} within seeds"
         clear = abs(d["mean"]) > CLEAR * d["error"]
         kind = ("as it should be" if d["mean"] < 0 else "NOT as it should be") if clear else "no clear difference"
@@ -103,5 +123,11 @@ def _of_auto(classes: dict[str, Any], fixed: list[str]) -> str:
     level = [c for c in order if classes[c]["area"]["each"] == classes["auto"]["area"]["each"]]
     last = [changes[-1][1] if changes else "full" for changes in classes["auto"]["changes"]]
     counts = ", ".join(f"{c} {last.count(c)}" for c in sorted(set(last), key=lambda c: -last.count(c)))
-    place = f"behind {', '.join(ahead)}" if ahead else f"the same runs as {level[0]}" if level else "before every fixed class"
+    place = (
+        f"behind {', '.join(ahead)}"
+        if ahead
+        else f"the same runs as {level[0]}"
+        if level
+        else "before every fixed class"
+    )
     return f"auto: mean return over training {mine:.2f}, {place}; it ended with: {counts}."

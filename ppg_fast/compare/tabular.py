@@ -1,7 +1,8 @@
-"""A problem with a tabular policy, one pair of logits a turn: every expectation by enumeration of all answers, in float64.
+"""A problem with a tabular policy, one pair of logits a turn: every expectation by enumeration of all answers, in
+float64.
 
-Rewards are a function of the answers plus noise of known covariance, and all moments below are at most quadratic in the rewards, so the
-noise enters through its covariance, exactly, whatever its sources are.
+Rewards are a function of the answers plus noise of known covariance, and all moments below are at most quadratic in the
+rewards, so the noise enters through its covariance, exactly, whatever its sources are.
 """
 
 import itertools
@@ -11,21 +12,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppg_fast.auto import Signals, measure_signals
 from ppg_fast.functional import partial_returns, turn_advantages
-from ppg_fast.problems import Problem
+from ppg_fast.rollouts.problems import Problem
 from ppg_fast.spec import PolicyClass
 from ppg_fast.spec import policy_class as named_policy_class
+from ppg_fast.training.auto import Signals, measure_signals
 
 HONEST = 0  # index of the action
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Exact moments of a class's gradient estimator at a policy. ``gradient`` (T, 2) is its expectation, the gradient of J_S.
+    """Exact moments of a class's gradient estimator at a policy. ``gradient`` (T, 2) is its expectation, the gradient
+    of J_S.
 
-    ``variance``: trace of the covariance of one dialogue's estimate without baseline. ``group_variance``: of the mean over a group with
-    the leave-one-out baseline. ``bias``: distance of ``gradient`` from that of the true value, ``cosine`` the cosine between them.
+    ``variance``: trace of the covariance of one dialogue's estimate without baseline. ``group_variance``: of the mean
+        over a group with
+    the leave-one-out baseline. ``bias``: distance of ``gradient`` from that of the true value, ``cosine`` the cosine
+    between them.
     """
 
     gradient: Tensor
@@ -77,7 +81,8 @@ class TabularProblem:
         return torch.nn.functional.one_hot(self.actions, 2).double() - logits.softmax(-1)
 
     def window(self, policy_class: PolicyClass | str) -> Tensor:
-        """Which rewards each turn is credited for, (T, T) of 0 and 1: column k is the return of a single reward at turn k."""
+        """Which rewards each turn is credited for, (T, T) of 0 and 1: column k is the return of a single reward at turn
+        k."""
         return partial_returns(torch.eye(self.problem.turns), policy_class).double().T
 
     def gradient(self, logits: Tensor, policy_class: PolicyClass | str) -> Tensor:
@@ -88,9 +93,10 @@ class TabularProblem:
     def moments(self, logits: Tensor, policy_class: PolicyClass | str, group_size: int) -> Moments:
         """Everything about a class's estimator at ``logits``.
 
-        With the leave-one-out baseline the mean over a group is, turn by turn, the sample covariance of score and return: a
-        U-statistic of the kernel h(i, j) = (s_i - s_j)(R_i - R_j) / 2, so its variance is
-        (4 (G - 2) zeta_1 + 2 zeta_2) / (G (G - 1)),    zeta_1 = Var E[h | i],    zeta_2 = Var h          (Hoeffding, 1948)
+        With the leave-one-out baseline the mean over a group is, turn by turn, the sample covariance of score and
+        return: a U-statistic of the kernel h(i, j) = (s_i - s_j)(R_i - R_j) / 2, so its variance is
+        (4 (G - 2) zeta_1 + 2 zeta_2) / (G (G - 1)),    zeta_1 = Var E[h | i],    zeta_2 = Var h          (Hoeffding,
+        1948)
         """
         p, s, window = self.probabilities(logits), self.scores(logits), self.window(policy_class)
         returns, noise = self.rewards @ window.T, (window @ self.factor).square().sum(1)  # its variance, turn by turn
@@ -103,7 +109,9 @@ class TabularProblem:
         centred = (s * (returns - mean)[..., None]).flatten(1)
         zeta_1 = (p @ centred.square().sum(1) + p @ norm @ noise - signal) / 4
         second = p @ (norm * (returns.square() + noise))
-        zeta_2 = (2 * (second + (p @ norm) * square - 2 * (p @ (norm * returns)) * mean) + 4 * gradient.square().sum(1)).sum() / 4 - signal
+        zeta_2 = (
+            2 * (second + (p @ norm) * square - 2 * (p @ (norm * returns)) * mean) + 4 * gradient.square().sum(1)
+        ).sum() / 4 - signal
         G = group_size
         group = (4 * (G - 2) * zeta_1 + 2 * zeta_2) / (G * (G - 1)) if G > 1 else variance
         truth = self.gradient(logits, "full")
@@ -118,7 +126,12 @@ class TabularProblem:
 
 
 def estimate(
-    tabular: TabularProblem, logits: Tensor, policy_class: PolicyClass | str, actions: Tensor, rewards: Tensor, group_size: int
+    tabular: TabularProblem,
+    logits: Tensor,
+    policy_class: PolicyClass | str,
+    actions: Tensor,
+    rewards: Tensor,
+    group_size: int,
 ) -> Tensor:
     """The estimator itself: the mean over sampled dialogues with the leave-one-out baseline, (T, 2)."""
     groups = torch.arange(len(actions)) // group_size
@@ -128,8 +141,10 @@ def estimate(
     return torch.einsum("btd,bt->td", scores, advantages) / len(actions)
 
 
-def sampled_signals(logits: Tensor, candidates: Sequence[PolicyClass], actions: Tensor, rewards: Tensor, group_size: int) -> Signals:
-    """What `ppg_fast.auto` sees of sampled dialogues: a turn is one token, and its context the turn."""
+def sampled_signals(
+    logits: Tensor, candidates: Sequence[PolicyClass], actions: Tensor, rewards: Tensor, group_size: int
+) -> Signals:
+    """What `ppg_fast.training.auto` sees of sampled dialogues: a turn is one token, and its context the turn."""
     count, turns = actions.shape
     groups = torch.arange(count) // group_size
     advantages = torch.stack([turn_advantages(partial_returns(rewards, c), groups) for c in candidates])

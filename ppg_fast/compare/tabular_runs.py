@@ -4,17 +4,19 @@ from typing import Any
 
 import torch
 
-from ppg_fast.auto import WindowChooser
 from ppg_fast.compare.tabular import TabularProblem, estimate, sampled_signals
-from ppg_fast.objective import Schedule
-from ppg_fast.problems import problem
+from ppg_fast.rollouts.problems import problem
 from ppg_fast.spec import PolicyClass, policy_class
+from ppg_fast.training.auto import WindowChooser
+from ppg_fast.training.objective import Schedule
 
 ROUNDING = 1e-9  # of the enumeration: less bias than this is none
 PROMPTS, GROUP, STEPS, LEARNING_RATE, EVERY = 4, 8, 60, 0.1, 2
 
 
-def train(name: str, chosen: str, seed: int, candidates: tuple[PolicyClass, ...], max_steps: int = STEPS) -> dict[str, Any]:
+def train(
+    name: str, chosen: str, seed: int, candidates: tuple[PolicyClass, ...], max_steps: int = STEPS
+) -> dict[str, Any]:
     """One run from the policy that tosses a coin, with the trainer's optimizer and schedule."""
     tabular, generator = TabularProblem(problem(name)), torch.Generator().manual_seed(seed)
     logits = tabular.start().requires_grad_()
@@ -47,6 +49,11 @@ def measure(name: str, classes: tuple[str, ...]) -> dict[str, Any]:
     for c in classes:
         m = tabular.moments(tabular.start(), c, GROUP)
         signal, variance = float(m.gradient.square().sum()), m.group_variance / PROMPTS
-        row = {"gradient_norm": signal**0.5, "variance": variance, "bias": m.bias if m.bias > ROUNDING else 0.0, "cosine": m.cosine}
+        row = {
+            "gradient_norm": signal**0.5,
+            "variance": variance,
+            "bias": m.bias if m.bias > ROUNDING else 0.0,
+            "cosine": m.cosine,
+        }
         out[c] = {**row, "alignment": m.cosine * (signal / (signal + variance)) ** 0.5}
     return out

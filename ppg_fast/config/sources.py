@@ -1,4 +1,5 @@
-"""Where a configuration comes from: defaults, a YAML file, flags. Later wins; keys are the field names, dashes and underscores the same."""
+"""Where a configuration comes from: defaults, a YAML file, flags. Later wins; keys are the field names, dashes and
+underscores the same."""
 
 import argparse
 import dataclasses
@@ -12,7 +13,8 @@ from ppg_fast.config.train import OFFLINE, PROMPTS, SECTIONS, TrainConfig
 
 
 def make_config(*sources: Mapping[str, Any]) -> TrainConfig:
-    """The config of ``sources``; later ones win, over the defaults too. ValueError for an unknown key or a wrong type."""
+    """The config of ``sources``; later ones win, over the defaults too. ValueError for an unknown key or a wrong
+    type."""
     types = get_type_hints(TrainConfig)
     given: dict[str, Any] = {}
     for source in sources:
@@ -27,7 +29,8 @@ def make_config(*sources: Mapping[str, Any]) -> TrainConfig:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """The settings of a YAML file, a mapping of field names to values. ValueError names the file and what is wrong with it."""
+    """The settings of a YAML file, a mapping of field names to values. ValueError names the file and what is wrong with
+    it."""
     import yaml
 
     try:
@@ -60,7 +63,11 @@ def add_flags(parser: argparse.ArgumentParser, only: Collection[str] = ()) -> No
             continue
         group = parser.add_argument_group(SECTIONS[field.name]) if field.name in SECTIONS and not only else group
         default = [] if field.default is None else [str(field.default)]
-        default += [f"with {job} {others[field.name]}" for job, others in (("data", OFFLINE), ("prompts", PROMPTS)) if field.name in others]
+        default += [
+            f"with {job} {others[field.name]}"
+            for job, others in (("data", OFFLINE), ("prompts", PROMPTS))
+            if field.name in others
+        ]
         text = field.metadata["help"].replace("%", "%%") + (f" [{'; '.join(default)}]" if default else "")
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         if types[field.name] is bool:
@@ -75,7 +82,8 @@ def _base_type(hint: Any) -> type:
 
 
 def _converted(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as a field's type: numbers may come as text (flags; YAML reads 1e-3 as text), nothing else is guessed."""
+    """``value`` as a field's type: numbers may come as text (flags; YAML reads 1e-3 as text), nothing else is
+    guessed."""
     base = _base_type(hint)
     if value is None and isinstance(hint, UnionType):
         return None

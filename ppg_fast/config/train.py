@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ppg_fast.ranks import PARALLEL
+from ppg_fast.distributed import PARALLEL
 from ppg_fast.spec import (
     BASELINES,
     KL_ESTIMATORS,
@@ -34,11 +34,11 @@ SECTIONS = {  # of the help: from this setting on, until the next section begins
     "report_to": "where it is reported",
 }
 
-POSITIVE = """width layers vocab_size num_iterations num_prompts num_generations max_new_tokens max_turns max_tokens imitation_batch
-    eval_every eval_dialogues keep_checkpoints activation_checkpointing_every_n_layers rank_timeout partner_tokens
-    concurrency rollout_batch"""
-COUNTS = """max_steps warmup_steps imitation_steps max_dialogue_tokens threads save_every seed max_skipped_steps lora_rank lora_alpha
-    retries judge_retries"""
+POSITIVE = """width layers vocab_size num_iterations num_prompts num_generations max_new_tokens max_turns
+    max_tokens imitation_batch eval_every eval_dialogues keep_checkpoints
+    activation_checkpointing_every_n_layers rank_timeout partner_tokens concurrency rollout_batch"""
+COUNTS = """max_steps warmup_steps imitation_steps max_dialogue_tokens threads save_every seed max_skipped_steps
+    lora_rank lora_alpha retries judge_retries"""
 
 
 def _option(default: Any, help: str) -> Any:
@@ -47,7 +47,8 @@ def _option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run: on-policy in the persona interview, offline with ``data``, on-policy on openings with ``prompts``."""
+    """Everything that decides a run: on-policy in the persona interview, offline with ``data``, on-policy on openings
+    with ``prompts``."""
 
     output_dir: str = _option("runs/persona", "folder of the run; one that holds a run is an error")
     overwrite: bool = _option(False, "replace the run that output_dir holds")
@@ -67,23 +68,34 @@ class TrainConfig:
     lora_target_modules: str = _option(
         "all-linear", "layers that get one: all-linear (but the head), names with commas, or one regular expression"
     )
-    freeze: str = _option("", "weights that do not train: head, embeddings, or regular expressions of their names, with commas")
-    activation_checkpointing: bool = _option(False, "keep each layer's input only and compute the rest again in the backward pass")
+    freeze: str = _option(
+        "", "weights that do not train: head, embeddings, or regular expressions of their names, with commas"
+    )
+    activation_checkpointing: bool = _option(
+        False, "keep each layer's input only and compute the rest again in the backward pass"
+    )
     activation_checkpointing_every_n_layers: int = _option(1, "only every so many layers")
     activation_offload: bool = _option(False, "keep these inputs in host memory")
     parallel: str = _option("auto", "several ranks: ddp, fsdp2; auto: as accelerate launch says, else ddp")
-    sync_each_batch: bool = _option(False, "fsdp2: reduce gradients after every pass instead of once a step; less memory, more traffic")
+    sync_each_batch: bool = _option(
+        False, "fsdp2: reduce gradients after every pass instead of once a step; less memory, more traffic"
+    )
     rank_timeout: int = _option(1800, "seconds that ranks wait for one that does not answer")
     threads: int = _option(0, "CPU threads of PyTorch, 0: one for the model made on the spot, else its default")
     seed: int = _option(0, "of weights, dialogues and sampling")
 
-    policy_class: str = _option("lookahead:3", "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, auto")
+    policy_class: str = _option(
+        "lookahead:3", "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, auto"
+    )
     candidates: str = _option(
-        "greedy,lookahead:2,lookahead:3,lookahead:4,lookahead:6,segment:4,full", "classes that auto chooses among; full must be one"
+        "greedy,lookahead:2,lookahead:3,lookahead:4,lookahead:6,segment:4,full",
+        "classes that auto chooses among; full must be one",
     )
     signals: bool = _option(False, "log what auto looks at, whatever class trains; reads turns without advantage too")
     gamma: float = _option(1.0, "discount inside the window")
-    baseline: str = _option("leave_one_out", f"subtracted from the windowed return at the same turn: {', '.join(BASELINES)}")
+    baseline: str = _option(
+        "leave_one_out", f"subtracted from the windowed return at the same turn: {', '.join(BASELINES)}"
+    )
     loss_type: str = _option("reinforce", ", ".join(LOSS_TYPES))
     reduction: str = _option("sequence_sum", "of token losses; sequence_sum is the exact gradient")
     num_iterations: int = _option(1, "updates on each batch; more than 1 wants a clipped loss_type")
@@ -105,7 +117,8 @@ class TrainConfig:
     final_learning_rate: float = _option(0.2, "share of the peak at the last step")
     weight_decay: float = _option(0.0, "of the optimiser")
     optim: str = _option(
-        "adamw_torch", "optimiser, by the names of transformers (adamw_torch_8bit, paged_adamw_8bit, adafactor, ...) or muon"
+        "adamw_torch",
+        "optimiser, by the names of transformers (adamw_torch_8bit, paged_adamw_8bit, adafactor, ...) or muon",
     )
     optim_args: str = _option("", "further numbers of it, key=value,...")
     adam_beta1: float = _option(0.9, "of Adam's kin")
@@ -113,8 +126,12 @@ class TrainConfig:
     optim_offload: bool = _option(False, "keep its state in host memory and take its step there")
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
     max_tokens: int = _option(16384, "token budget of one forward pass; gradients accumulate over passes")
-    max_skipped_steps: int = _option(3, "a step whose loss or gradient is not finite is skipped; more of them in a row end the run")
-    max_dialogue_tokens: int = _option(0, "a dialogue is generated up to this, offline read up to it (its rewards stay whole); 0: no bound")
+    max_skipped_steps: int = _option(
+        3, "a step whose loss or gradient is not finite is skipped; more of them in a row end the run"
+    )
+    max_dialogue_tokens: int = _option(
+        0, "a dialogue is generated up to this, offline read up to it (its rewards stay whole); 0: no bound"
+    )
 
     imitation_steps: int = _option(400, "warm start: steps that imitate scripted, imperfect answers (on-policy only)")
     imitation_batch: int = _option(16, "dialogues a step of it")
@@ -122,25 +139,35 @@ class TrainConfig:
     teacher_skill: float = _option(0.5, "how often the script is right")
 
     prompts: str | None = _option(None, "openings of dialogues (JSONL, docs/data.md): train on-policy on them")
-    partner: str = _option("logged", "who answers the policy: logged, none, self (the weights at the start), or the URL of an endpoint")
+    partner: str = _option(
+        "logged", "who answers the policy: logged, none, self (the weights at the start), or the URL of an endpoint"
+    )
     partner_model: str | None = _option(None, "model of that endpoint; default: the first it lists")
     partner_key: str | None = _option(None, "where its API key is: env:NAME or file:PATH")
-    partner_prompt: str | None = _option(None, "text file: what a partner that is a model is told to be; default: a user")
+    partner_prompt: str | None = _option(
+        None, "text file: what a partner that is a model is told to be; default: a user"
+    )
     partner_tokens: int = _option(256, "tokens of its reply")
     partner_temperature: float = _option(1.0, "of its sampling")
     stop_phrase: str = _option("", "a reply that holds it ends the dialogue")
-    reward: str | None = _option(None, "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, judge[:RUBRIC], ratings:FILE")
+    reward: str | None = _option(
+        None, "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, judge[:RUBRIC], ratings:FILE"
+    )
     judge: str | None = _option(None, "URL of the endpoint that judges")
     judge_model: str | None = _option(None, "its model; default: the first it lists")
     judge_key: str | None = _option(None, "where its API key is: env:NAME or file:PATH")
     judge_range: str = _option("0:10", "LOW:HIGH of its scores, which become rewards from 0 to 1")
-    judge_retries: int = _option(2, "times it is asked again for a score that cannot be read; then the turn stays unscored")
+    judge_retries: int = _option(
+        2, "times it is asked again for a score that cannot be read; then the turn stays unscored"
+    )
     sampler: str | None = _option(
         None, "URL of a vLLM, SGLang or llama.cpp endpoint that generates the rollouts; default: the model itself"
     )
     sampler_model: str | None = _option(None, "its model; default: the first it lists")
     sampler_key: str | None = _option(None, "where its API key is: env:NAME or file:PATH")
-    sampler_refresh: str | None = _option(None, "command that makes it load the weights in {folder}, run before each step's rollouts")
+    sampler_refresh: str | None = _option(
+        None, "command that makes it load the weights in {folder}, run before each step's rollouts"
+    )
     timeout: float = _option(300.0, "seconds without an answer after which an endpoint is asked again")
     retries: int = _option(4, "times that an endpoint is asked again")
     concurrency: int = _option(16, "requests to an endpoint at a time")
@@ -148,15 +175,23 @@ class TrainConfig:
 
     eval_every: int = _option(10, "steps between evaluations on held-out dialogues")
     eval_dialogues: int = _option(64, "held-out dialogues")
-    save_every: int = _option(20, "steps of any phase between checkpoints for --resume, 0: at its end only (and when stopped)")
-    keep_checkpoints: int = _option(2, "checkpoints kept; from 2 on, a damaged newest one costs the steps since the one before only")
+    save_every: int = _option(
+        20, "steps of any phase between checkpoints for --resume, 0: at its end only (and when stopped)"
+    )
+    keep_checkpoints: int = _option(
+        2, "checkpoints kept; from 2 on, a damaged newest one costs the steps since the one before only"
+    )
     progress: bool = _option(True, "progress bar where there is a terminal")
 
-    report_to: str = _option("none", f"trackers besides the run's own folder, comma-separated: {', '.join(TRACKERS)}; or none")
+    report_to: str = _option(
+        "none", f"trackers besides the run's own folder, comma-separated: {', '.join(TRACKERS)}; or none"
+    )
     project: str = _option("ppg_fast", "the trackers' project")
     run_name: str | None = _option(None, "the trackers' name of the run; default: the name of output_dir")
     report_offline: bool = _option(False, "wandb keeps the run on disk, for `wandb sync`; the others are local anyway")
-    push_to_hub: str | None = _option(None, "Hugging Face repository (user/name) that checkpoint/ is uploaded to at the end")
+    push_to_hub: str | None = _option(
+        None, "Hugging Face repository (user/name) that checkpoint/ is uploaded to at the end"
+    )
     hub_private: bool = _option(False, "make that repository private where it does not exist yet")
 
     def __post_init__(self) -> None:
@@ -186,7 +221,11 @@ class TrainConfig:
         require_one_of("parallel", self.parallel, PARALLEL)
         require_number("timeout", self.timeout, 0.0, open_low=True)
         require_number("partner_temperature", self.partner_temperature, 0.0)
-        require(not (self.data and self.prompts), "data (offline) and prompts (on-policy) exclude each other, got both", self.prompts)
+        require(
+            not (self.data and self.prompts),
+            "data (offline) and prompts (on-policy) exclude each other, got both",
+            self.prompts,
+        )
         if self.policy_class != AUTO:
             policy_class(self.policy_class)
         if self.policy_class == AUTO or self.signals:
@@ -196,7 +235,8 @@ class TrainConfig:
         self.loss_spec()
         if self.data and not self.allow_negative_rewards:
             rule = (
-                "baseline must be none with data (a baseline makes weights negative and voids the bound; allow_negative_rewards permits it)"
+                "baseline must be none with data (a baseline makes weights negative and voids the bound; "
+                "allow_negative_rewards permits it)"
             )
             require(self.baseline == "none", rule, self.baseline)
 
@@ -208,12 +248,23 @@ class TrainConfig:
 
     def candidate_classes(self) -> dict[str, PolicyClass]:
         """Classes whose signals a step measures, by name: what auto chooses among, and ``signals`` logs."""
-        names = [name.strip() for name in self.candidates.split(",")] if self.policy_class == AUTO or self.signals else []
+        names = (
+            [name.strip() for name in self.candidates.split(",")] if self.policy_class == AUTO or self.signals else []
+        )
         return {name: policy_class(name) for name in names}
 
     def loss_spec(self) -> PolicyLossSpec:
         """The policy loss."""
-        names = ("loss_type", "clip_low", "clip_high", "kl_coef", "kl_estimator", "entropy_coef", "importance_cap", "temperature")
+        names = (
+            "loss_type",
+            "clip_low",
+            "clip_high",
+            "kl_coef",
+            "kl_estimator",
+            "entropy_coef",
+            "importance_cap",
+            "temperature",
+        )
         return PolicyLossSpec(**{name: getattr(self, name) for name in names})
 
 
@@ -248,4 +299,8 @@ REWARD_SETTINGS = (  # of `ppg-fast score`
 
 
 def _require_int(name: str, value: object, low: int) -> None:
-    require(isinstance(value, int) and not isinstance(value, bool) and value >= low, f"{name} must be an integer >= {low}", value)
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and value >= low,
+        f"{name} must be an integer >= {low}",
+        value,
+    )

@@ -19,23 +19,32 @@ def policy_loss_from_logprobs(
 ) -> PolicyLossOutput:
     """The policy loss of log-probs, differentiable in them: `policy_loss` after its sweep over the vocabulary.
 
-    loss = sum over active tokens of weight * term(l, H, old, ref, rollout, A), the weight from the reduction, the term from ``spec``.
+    loss = sum over active tokens of weight * term(l, H, old, ref, rollout, A), the weight from the reduction, the term
+    from ``spec``.
 
     Args:
-        logprobs: (...) floating point, of the tokens taken, at the temperature they were sampled at; what masked rows hold is not used.
+        logprobs: (...) floating point, of the tokens taken, at the temperature they were sampled at; what masked rows
+            hold is not used.
         advantages: (...), or (B,) for a (B, L) batch.
         entropy: (...) of the same distributions, for ``spec.entropy_coef``.
         turn_ids: (...) integers, for loss_type "gspo_turn".
-        **options: as in `policy_loss`; ``skip_zero_advantages`` changes no cost here, and ``spec.temperature`` and ``logit_softcap`` have
-            no effect.
+        **options: as in `policy_loss`; ``skip_zero_advantages`` changes no cost here, and ``spec.temperature`` and
+            ``logit_softcap`` have no effect.
 
     Returns: `PolicyLossOutput` with the entropy zero where none was given.
-    Raises: ValueError as `policy_loss`, for an entropy term without ``entropy``, and for ``score_norms``, which log-probs do not tell.
+    Raises: ValueError as `policy_loss`, for an entropy term without ``entropy``, and for ``score_norms``, which
+        log-probs do not tell.
     """
-    require(isinstance(logprobs, Tensor) and logprobs.is_floating_point(), "logprobs must be a floating point tensor", logprobs)
+    require(
+        isinstance(logprobs, Tensor) and logprobs.is_floating_point(),
+        "logprobs must be a floating point tensor",
+        logprobs,
+    )
     labels = torch.zeros(logprobs.shape, dtype=torch.int64, device=logprobs.device)
     rows = LossRows.of(labels, advantages, logprobs.device, turn_ids=turn_ids, **options)
-    require(rows.spec.entropy_coef == 0 or entropy is not None, "an entropy term (entropy_coef != 0) needs entropy", entropy)
+    require(
+        rows.spec.entropy_coef == 0 or entropy is not None, "an entropy term (entropy_coef != 0) needs entropy", entropy
+    )
     require(not rows.score_norms, "score_norms are made of logits: policy_loss and linear_policy_loss have them", True)
     read = rows.tokens.labels >= 0
     given = {"logprobs": logprobs, "entropy": entropy}

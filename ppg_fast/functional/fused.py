@@ -1,4 +1,5 @@
-"""The policy loss on a backend that fuses: what the caller holds goes to the kernels as it is, and metrics wait until they are read."""
+"""The policy loss on a backend that fuses: what the caller holds goes to the kernels as it is, and metrics wait until
+they are read."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -28,15 +29,17 @@ TurnArguments = tuple[Any, ...]  # of credit_turns, by these names
 
 
 def fuses(backend: str, spec: PolicyLossSpec | None) -> bool:
-    """Whether this loss goes to the kernels at once. A ratio over a sequence needs the log-probs of other rows first."""
+    """Whether this loss goes to the kernels at once. A ratio over a sequence needs the log-probs of other rows
+    first."""
     return getattr(spec, "loss_type", None) not in SEQUENCE_LEVEL and backends.fuses(backend)
 
 
 class LazyMetrics(Mapping[str, Tensor]):
-    """Metrics by name, computed when the first one is read, from tensors that must not have been modified in place until then.
+    """Metrics by name, computed when the first one is read, from tensors that must not have been modified in place
+    until then.
 
-    ``known`` are there already and cost nothing. Inside a CUDA graph's capture nothing is kept or checked: what is read after a replay
-    belongs to that replay.
+    ``known`` are there already and cost nothing. Inside a CUDA graph's capture nothing is kept or checked: what is read
+    after a replay belongs to that replay.
     """
 
     def __init__(
@@ -56,7 +59,8 @@ class LazyMetrics(Mapping[str, Tensor]):
         for name, (tensor, version) in self._made_of.items():
             if tensor._version != version:
                 raise RuntimeError(
-                    f"metrics are computed when they are first read, but {name} was modified in place since: read them before"
+                    f"metrics are computed when they are first read, but {name} was modified in place since: read "
+                    "them before"
                 )
         values = {**self._values(), **self._known}
         if not self._captured:
@@ -85,7 +89,8 @@ def fused_policy_loss(
     backend: str,
     **options: Unpack[LossOptions],
 ) -> PolicyLossOutput:
-    """`policy_loss` of ``logits`` (B, L, V), or `partial_policy_loss` where ``turns`` are given in place of advantages."""
+    """`policy_loss` of ``logits`` (B, L, V), or `partial_policy_loss` where ``turns`` are given in place of
+    advantages."""
     validate, kind, device = options.get("validate", False), options.get("reduction", "token_mean"), logits.device
     spec = checked_spec(options.get("spec"), options.get("ref_logprobs"))
     cu_seqlens = options.get("cu_seqlens")
@@ -96,7 +101,8 @@ def fused_policy_loss(
     columns = _columns(logits.shape[:2], labels, turn_ids, advantages, spec, options)
     wants_norms = options.get("score_norms", False)
     loss, logprobs, entropy, norms = ops.fused_policy_loss(
-        logits, columns, given, Reduction(kind, normalizer, sequences, None if cu_seqlens is None else cu_seqlens.contiguous()),
+        logits, columns, given,
+        Reduction(kind, normalizer, sequences, None if cu_seqlens is None else cu_seqlens.contiguous()),
         replace(spec, temperature=1.0) if columns.temperatures is not None else spec,
         options.get("skip_zero_advantages", False), True, inplace, validate, backend, wants_norms,
     )  # fmt: skip
@@ -107,13 +113,21 @@ def fused_policy_loss(
         with torch.no_grad():
             with_mask, per_token = (options, advantages) if turns is None else credit_turns(options, labels, *turns)
             assert per_token is not None
-            rows = LossRows.of(labels, per_token, device, **{**with_mask, "reduction": "sum", "normalizer": None, "validate": False})
+            rows = LossRows.of(
+                labels, per_token, device, **{**with_mask, "reduction": "sum", "normalizer": None, "validate": False}
+            )
             return rows.metrics(logprobs.reshape(-1), entropy.reshape(-1), rows.tokens.labels >= 0)
 
     if torch.compiler.is_compiling():
         lazy: Mapping[str, Tensor] = {**metrics(), **known}
     else:
-        made_of = {"labels": labels, "advantages": advantages, "logprobs": logprobs, "entropy": entropy, "temperature": spec.temperature}
+        made_of = {
+            "labels": labels,
+            "advantages": advantages,
+            "logprobs": logprobs,
+            "entropy": entropy,
+            "temperature": spec.temperature,
+        }
         lazy = LazyMetrics(metrics, {**made_of, **options, **dict(zip(TURN_NAMES, turns or (), strict=False))}, known)
     return PolicyLossOutput(loss.view(labels.shape) if kind == "none" else loss, logprobs, entropy, lazy)
 
@@ -129,7 +143,12 @@ def _checked_turns(turns: TurnArguments, labels: Tensor, sequences: int) -> tupl
 
 
 def _columns(
-    shape: torch.Size, labels: Tensor, turn_ids: Tensor | None, advantages: Tensor | None, spec: PolicyLossSpec, options: LossOptions
+    shape: torch.Size,
+    labels: Tensor,
+    turn_ids: Tensor | None,
+    advantages: Tensor | None,
+    spec: PolicyLossSpec,
+    options: LossOptions,
 ) -> Columns:
     """Every argument per token as (B, L), without a copy where its strides and dtype allow it."""
 

@@ -11,16 +11,24 @@ from ppg_fast.spec import SEQUENCE_LEVEL, PolicyClass, PolicyLossSpec, require
 
 
 def _head_of(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, chunk_rows: int | None, max_active_rows: int | None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    chunk_rows: int | None,
+    max_active_rows: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """Hidden states (N, D), weight (V, D), bias (V,) of one dtype, and the rows of a chunk; ValueError where they do not fit."""
+    """Hidden states (N, D), weight (V, D), bias (V,) of one dtype, and the rows of a chunk; ValueError where they do
+    not fit."""
     check_floats("hidden", hidden)
     check_floats("weight", weight)
     require(isinstance(labels, Tensor), "labels must be a tensor", type(labels).__name__)
     fits = hidden.dim() >= 1 and hidden.shape[:-1] == labels.shape
     require(fits, f"hidden must be the shape of labels and a hidden size, {(*labels.shape, 'D')}", tuple(hidden.shape))
     require(
-        weight.dim() == 2 and weight.shape[1] == hidden.shape[-1], f"weight must be (V, D) with D = {hidden.shape[-1]}", tuple(weight.shape)
+        weight.dim() == 2 and weight.shape[1] == hidden.shape[-1],
+        f"weight must be (V, D) with D = {hidden.shape[-1]}",
+        tuple(weight.shape),
     )
     require(weight.shape[0] >= 1, "the vocabulary must hold at least one token", weight.shape[0])
     require(weight.device == hidden.device, f"weight must be on the device of hidden, {hidden.device}", weight.device)
@@ -30,7 +38,11 @@ def _head_of(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    require(hidden.dtype == weight.dtype, "hidden and weight must have one dtype (or run under autocast)", (hidden.dtype, weight.dtype))
+    require(
+        hidden.dtype == weight.dtype,
+        "hidden and weight must have one dtype (or run under autocast)",
+        (hidden.dtype, weight.dtype),
+    )
     require(
         bias is None or bias.dtype == weight.dtype,
         f"bias must have the dtype of weight, {weight.dtype}",
@@ -38,7 +50,12 @@ def _head_of(
     )
     for name, rows in (("chunk_rows", chunk_rows), ("max_active_rows", max_active_rows)):
         require(rows is None or (isinstance(rows, int) and rows >= 1), f"{name} must be an integer >= 1", rows)
-    return hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias, chunk_rows or ops.default_chunk_rows(hidden, weight.shape[0])
+    return (
+        hidden.reshape(labels.numel(), hidden.shape[-1]),
+        weight,
+        bias,
+        chunk_rows or ops.default_chunk_rows(hidden, weight.shape[0]),
+    )
 
 
 def linear_token_logprobs(
@@ -58,8 +75,8 @@ def linear_token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each label (and entropy) from hidden states, without the logits.
 
-    As `token_logprobs` of logits = hidden @ weight.T + bias. Differentiable in hidden, weight and bias: the backward pass computes the
-    logits of the rows that have a gradient once more, a chunk at a time (four GEMMs in all).
+    As `token_logprobs` of logits = hidden @ weight.T + bias. Differentiable in hidden, weight and bias: the backward
+    pass computes the logits of the rows that have a gradient once more, a chunk at a time (four GEMMs in all).
 
     Args:
         hidden: (..., D) float32, bfloat16 or float16.
@@ -68,7 +85,8 @@ def linear_token_logprobs(
         chunk_rows: rows whose logits are alive at once; default from a memory budget.
         max_active_rows: as in `linear_policy_loss`.
 
-    Returns and raises: as `token_logprobs`. Gradients come back in the dtype of each input; d_weight is accumulated in float32.
+    Returns and raises: as `token_logprobs`. Gradients come back in the dtype of each input; d_weight is accumulated in
+    float32.
     """
     x, weight, bias, chunk = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
     tokens = Tokens.of(labels, loss_mask, None, hidden.device, validate)
@@ -104,19 +122,22 @@ def linear_policy_loss(
     validate: bool = False,
     backend: str | None = None,
 ) -> PolicyLossOutput:
-    """The policy loss from hidden states: gradient computed in the forward pass, three GEMMs over the rows that have one.
+    """The policy loss from hidden states: gradient computed in the forward pass, three GEMMs over the rows that have
+    one.
 
-    As `policy_loss` of logits = hidden @ weight.T + bias. Rows without weight are compacted away before the first GEMM; d_weight is
-    accumulated in float32; a head that does not require a gradient saves the third GEMM. The sequence-level losses and reduction
-    "none" need the whole sequence, or the upstream gradient, before the gradient: they compute the logits twice.
+    As `policy_loss` of logits = hidden @ weight.T + bias. Rows without weight are compacted away before the first GEMM;
+    d_weight is accumulated in float32; a head that does not require a gradient saves the third GEMM. The sequence-level
+    losses and reduction "none" need the whole sequence, or the upstream gradient, before the gradient: they compute the
+    logits twice.
 
     Args:
         hidden: (..., D) float32, bfloat16 or float16.
         weight: (V, D) in the dtype of hidden (or any under autocast); ``bias``: (V,) or None.
         chunk_rows: rows whose logits are alive at once; default from a memory budget.
-        max_active_rows: the caller's word that no more rows than that are read. On a GPU it saves the one sync of the call, which then
-            can be captured in a CUDA graph, and that many rows are paid for. Where more are active: ValueError on a CPU or with
-            ``validate``, else loss and gradients are NaN.
+        max_active_rows: the caller's word that no more rows than that are read. On a GPU it saves the one sync of the
+            call, which then
+            can be captured in a CUDA graph, and that many rows are paid for. Where more are active: ValueError on a CPU
+            or with ``validate``, else loss and gradients are NaN.
         the rest: as in `policy_loss`.
 
     Returns and raises: as `policy_loss`. Gradients come back in the dtype of each input.
@@ -129,14 +150,32 @@ def linear_policy_loss(
     )  # fmt: skip
     backend = backend or backends.default(hidden.device.type)
     if rows.spec.loss_type in SEQUENCE_LEVEL or reduction == "none":
-        numbers = float(rows.spec.temperature), float(rows.spec.logit_softcap), True, validate, backend, chunk, max_active_rows
+        numbers = (
+            float(rows.spec.temperature),
+            float(rows.spec.logit_softcap),
+            True,
+            validate,
+            backend,
+            chunk,
+            max_active_rows,
+        )
         logprobs, entropy, norms = ops.linear_token_logprobs(
             x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, *numbers, score_norms
         )
         loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)
     else:
         loss, logprobs, entropy, norms = ops.linear_policy_loss(
-            x, weight, bias, rows.tokens.labels, rows.per_row, rows.spec, validate, backend, chunk, max_active_rows, score_norms
+            x,
+            weight,
+            bias,
+            rows.tokens.labels,
+            rows.per_row,
+            rows.spec,
+            validate,
+            backend,
+            chunk,
+            max_active_rows,
+            score_norms,
         )
     return rows.output(loss, logprobs, entropy, skip_zero_advantages, norms)
 

@@ -11,11 +11,14 @@ from ppg_fast.spec import SEQUENCE_LEVEL, PolicyClass, PolicyLossSpec, require
 
 
 def _rows_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits (..., V) as (B, L, V) with unit stride along V; a view where the strides allow it, as for `logits[:, :-1]`."""
+    """Logits (..., V) as (B, L, V) with unit stride along V; a view where the strides allow it, as for `logits[:,
+    :-1]`."""
     check_floats("logits", logits)
     require(isinstance(labels, Tensor), "labels must be a tensor", type(labels).__name__)
     matches = logits.dim() >= 1 and logits.shape[:-1] == labels.shape
-    require(matches, f"logits must be the shape of labels and a vocabulary, {(*labels.shape, 'V')}", tuple(logits.shape))
+    require(
+        matches, f"logits must be the shape of labels and a vocabulary, {(*labels.shape, 'V')}", tuple(logits.shape)
+    )
     require(logits.shape[-1] >= 1, "the vocabulary must hold at least one token", logits.shape[-1])
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
@@ -48,8 +51,8 @@ def token_logprobs(
         validate: on a GPU, also make the checks of values, which need a sync. On a CPU they are always made.
         backend: "cpu" | "triton" | "cuda" | "reference"; default the fastest that runs here.
 
-    Returns: (...) float32 in nats, or a pair with the entropy; zero where masked (such rows are not read). Both differentiable in the
-        logits; the gradient comes back in their dtype.
+    Returns: (...) float32 in nats, or a pair with the entropy; zero where masked (such rows are not read). Both
+        differentiable in the logits; the gradient comes back in their dtype.
     Raises: ValueError for wrong shapes, dtypes, devices or numbers; IndexError for a label outside [0, V).
     """
     x = _rows_of(logits, labels)
@@ -85,37 +88,48 @@ def policy_loss(
 ) -> PolicyLossOutput:
     """The policy-gradient loss and its gradient in one pass over the logits.
 
-    loss = sum over active tokens of weight * term(l, H, old, ref, rollout, A), the weight from the reduction, the term from ``spec``.
+    loss = sum over active tokens of weight * term(l, H, old, ref, rollout, A), the weight from the reduction, the term
+    from ``spec``.
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; views such as ``logits[:, :-1]`` are read in place.
         labels: (...) int64, the tokens these logits predict (already shifted); -100 = masked.
         advantages: (...), or (B,) for a (B, L) batch.
-        loss_mask: (...) any dtype; where it is 0 the row is masked: not read, exactly zero loss and gradient, whatever it holds.
-        old_logprobs: (...) of the policy that acted; None = on-policy: ratio 1, differentiated as if old were the detached log-prob.
+        loss_mask: (...) any dtype; where it is 0 the row is masked: not read, exactly zero loss and gradient, whatever
+            it holds.
+        old_logprobs: (...) of the policy that acted; None = on-policy: ratio 1, differentiated as if old were the
+            detached log-prob.
         ref_logprobs: (...) of the reference policy, for ``spec.kl_coef``.
         rollout_logprobs: (...) as the sampler reported them, for ``spec.importance_cap``; not used while that is 0.
-        cu_seqlens: (S + 1,) int32 starting at 0: the sequences of packed (N,) or (1, N) labels. Without it, sequences are the rows of a
-            (B, L) batch, or (N,) is one.
+        cu_seqlens: (S + 1,) int32 starting at 0: the sequences of packed (N,) or (1, N) labels. Without it, sequences
+            are the rows of a (B, L) batch, or (N,) is one.
         turn_ids: (...) integers, for loss_type "gspo_turn": tokens of one sequence and one id share a ratio.
-        spec: the loss, default ``PolicyLossSpec()``; reduction: "token_mean" | "sequence_mean" | "sequence_sum" | "sum" | "none".
-        normalizer: a number or 0-d tensor in place of the reduction's outer denominator (active tokens, sequences, or 1).
-        skip_zero_advantages: rows of zero advantage cost what masked rows cost and their log-prob reads 0 (unless a KL or entropy term
-            needs them); without it they are read once for their log-prob. The loss and its gradient are the same.
-        score_norms: also |d l / d z|^2 = sum_v p_v^2 - 2 p_label + 1 of each token, z the logit after softcap and temperature, in the same
-            sweep: ``metrics["score_norms"]``, (...) float32 in [0, 2], 0 where a row was not read. What the signals of `auto` are made of.
+        spec: the loss, default ``PolicyLossSpec()``; reduction: "token_mean" | "sequence_mean" | "sequence_sum" | "sum"
+            | "none".
+        normalizer: a number or 0-d tensor in place of the reduction's outer denominator (active tokens, sequences, or
+            1).
+        skip_zero_advantages: rows of zero advantage cost what masked rows cost and their log-prob reads 0 (unless a KL
+            or entropy term needs them); without it they are read once for their log-prob. The loss and its gradient are
+            the same.
+        score_norms: also |d l / d z|^2 = sum_v p_v^2 - 2 p_label + 1 of each token, z the logit after softcap and
+            temperature, in the same
+            sweep: ``metrics["score_norms"]``, (...) float32 in [0, 2], 0 where a row was not read. What the signals of
+                `auto` are made of.
         inplace: the gradient takes the memory of the logits, which are gone after this call.
         validate: on a GPU, also make the checks of values, which need a sync. On a CPU they are always made.
         backend: "cpu" | "triton" | "cuda" | "reference"; default the fastest that runs here.
 
-    Returns: `PolicyLossOutput`. The gradient of the logits comes back in their dtype. No active row: loss 0, zero gradients.
-    Raises: ValueError for wrong shapes, dtypes, devices, names or numbers, a KL term without ref_logprobs; IndexError for a label
-        outside [0, V). RuntimeError where one loss is differentiated twice (its gradient buffer serves one backward pass).
+    Returns: `PolicyLossOutput`. The gradient of the logits comes back in their dtype. No active row: loss 0, zero
+        gradients.
+    Raises: ValueError for wrong shapes, dtypes, devices, names or numbers, a KL term without ref_logprobs; IndexError
+        for a label outside [0, V). RuntimeError where one loss is differentiated twice (its gradient buffer serves one
+        backward pass).
     """
     x = _rows_of(logits, labels)
     backend = backend or backends.default(logits.device.type)
     options: LossOptions = {
-        "loss_mask": loss_mask, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs,
+        "loss_mask": loss_mask, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
+        "rollout_logprobs": rollout_logprobs,
         "cu_seqlens": cu_seqlens, "spec": spec, "reduction": reduction, "normalizer": normalizer,
         "skip_zero_advantages": skip_zero_advantages, "score_norms": score_norms, "validate": validate,
     }  # fmt: skip
@@ -147,15 +161,18 @@ def partial_policy_loss(
     backend: str | None = None,
     **options: Unpack[LossOptions],
 ) -> PolicyLossOutput:
-    """The partial policy gradient: from the rewards of the turns and the logits of their tokens to the loss and its gradient.
+    """The partial policy gradient: from the rewards of the turns and the logits of their tokens to the loss and its
+    gradient.
 
-    A token of turn t has the advantage of that turn: its return over the rewards in S_t (`partial_returns`) minus the baseline over
-    the group (`turn_advantages`).                                                                        (arXiv:2603.06138)
+    A token of turn t has the advantage of that turn: its return over the rewards in S_t (`partial_returns`) minus the
+    baseline over the group (`turn_advantages`).
+    (arXiv:2603.06138)
 
     Args:
         logits, labels: as in `policy_loss`.
         rewards: (B, T), row b for sequence b of the labels (row b of a (B, L) batch, run b of ``cu_seqlens``).
-        turn_ids: (...) integers: -1 = context (masked), else the turn of the token, an index into its row of the rewards.
+        turn_ids: (...) integers: -1 = context (masked), else the turn of the token, an index into its row of the
+            rewards.
         policy_class, gamma, turn_counts: as in `partial_returns`.
         baseline, group_ids: as in `turn_advantages`.
         **options: as in `policy_loss`.

@@ -1,4 +1,5 @@
-"""What the losses from logits and from hidden states share: arguments to canonical rows, rows to the reduced loss and its metrics."""
+"""What the losses from logits and from hidden states share: arguments to canonical rows, rows to the reduced loss and
+its metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,8 +31,8 @@ class PolicyLossOutput(NamedTuple):
 
     ``loss``: 0-d float32, or the labels' shape with reduction "none"; the only differentiable field.
     ``logprobs``, ``entropy``: float32 of the labels' shape, in nats, zero where masked.
-    ``metrics``: 0-d float32 tensors by name; on a GPU computed when they are read, from the arguments of the call. Where they were asked
-        for, "score_norms" among them, float32 of the labels' shape, which is there already.
+    ``metrics``: 0-d float32 tensors by name; on a GPU computed when they are read, from the arguments of the call.
+        Where they were asked for, "score_norms" among them, float32 of the labels' shape, which is there already.
     """
 
     loss: Tensor
@@ -94,15 +95,20 @@ class LossRows:
         flat_advantages = per_token("advantages", advantages_per_token(advantages, labels), labels)
         assert flat_advantages is not None
         old, ref = per_token("old_logprobs", old_logprobs, labels), per_token("ref_logprobs", ref_logprobs, labels)
-        per_row = PerRow(flat_advantages, weights, old, ref, per_token("rollout_logprobs", rollout_logprobs, labels), temperatures)
+        per_row = PerRow(
+            flat_advantages, weights, old, ref, per_token("rollout_logprobs", rollout_logprobs, labels), temperatures
+        )
         groups = ratio_groups(tokens, turn_ids, spec) if old_logprobs is not None else None
         if skip_zero_advantages and not spec.needs_every_row:
             tokens = tokens.masked_where(_unread(flat_advantages, active, groups))
         return LossRows(tokens, active, per_row, spec, groups, reduction, score_norms)
 
     def loss_from_logprobs(self, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
-        """Weighted loss of each row by plain PyTorch over differentiable log-probs: the second phase of a sequence-level loss."""
-        return reference.loss_from_logprobs(logprobs, entropy, self.tokens.labels >= 0, *self.per_row[:5], self.spec, self.groups)
+        """Weighted loss of each row by plain PyTorch over differentiable log-probs: the second phase of a
+        sequence-level loss."""
+        return reference.loss_from_logprobs(
+            logprobs, entropy, self.tokens.labels >= 0, *self.per_row[:5], self.spec, self.groups
+        )
 
     def output(
         self, loss: Tensor, logprobs: Tensor, entropy: Tensor, skip_zero_advantages: bool, norms: Tensor | None = None
@@ -120,7 +126,8 @@ class LossRows:
         return PolicyLossOutput(loss, logprobs.view(self.tokens.shape), entropy.view(self.tokens.shape), metrics)
 
     def metrics(self, logprobs: Tensor, entropy: Tensor, read: Tensor) -> dict[str, Tensor]:
-        """Means over the tokens that were read: entropy, approx_kl(old, new), clip_fraction (_low + _high), kl(ref), importance_weight."""
+        """Means over the tokens that were read: entropy, approx_kl(old, new), clip_fraction (_low + _high), kl(ref),
+        importance_weight."""
         advantages, _, old, ref, rollout, _ = self.per_row
         count = read.sum().clamp(min=1)
 
@@ -157,8 +164,11 @@ def checked_spec(spec: PolicyLossSpec | None, ref_logprobs: Tensor | None) -> Po
     return spec
 
 
-def spec_and_temperatures(spec: PolicyLossSpec, labels: Tensor, active: Tensor, validate: bool) -> tuple[PolicyLossSpec, Tensor | None]:
-    """The spec with a number as temperature, and (N,) float32 temperatures where it holds one per token; those of masked rows are free."""
+def spec_and_temperatures(
+    spec: PolicyLossSpec, labels: Tensor, active: Tensor, validate: bool
+) -> tuple[PolicyLossSpec, Tensor | None]:
+    """The spec with a number as temperature, and (N,) float32 temperatures where it holds one per token; those of
+    masked rows are free."""
     if not isinstance(spec.temperature, Tensor):
         return spec, None
     temperatures = per_token("temperature", spec.temperature, labels)
@@ -168,7 +178,8 @@ def spec_and_temperatures(spec: PolicyLossSpec, labels: Tensor, active: Tensor, 
 
 
 def _unread(advantages: Tensor, active: Tensor, groups: tuple[Tensor, int] | None) -> Tensor:
-    """Rows that skip_zero_advantages leaves out: of zero advantage, and for a shared ratio none of the group has another."""
+    """Rows that skip_zero_advantages leaves out: of zero advantage, and for a shared ratio none of the group has
+    another."""
     zero = (advantages == 0) | ~active
     if groups is None:
         return zero
@@ -202,7 +213,8 @@ def credit_turns(
     turn_counts: Tensor | None,
     backend: str | None,
 ) -> tuple[LossOptions, Tensor]:
-    """Rewards (B, T) -> the options with context tokens masked, and the advantage of each token in the shape of ``labels``.
+    """Rewards (B, T) -> the options with context tokens masked, and the advantage of each token in the shape of
+    ``labels``.
 
     Row b of the rewards belongs to sequence b: row b of a (B, L) batch, run b of ``cu_seqlens``.
     """
@@ -214,6 +226,8 @@ def credit_turns(
     tokens = Tokens.of(labels, options.get("loss_mask"), options.get("cu_seqlens"), labels.device, validate)
     check_dialogues(advantages, tokens.sequence_count)
     counts = None if turn_counts is None else turn_counts.long()
-    credit = ops.turn_credit_op(advantages, turn_ids.reshape(-1).long(), tokens.sequences(), counts, tokens.active, validate)
+    credit = ops.turn_credit_op(
+        advantages, turn_ids.reshape(-1).long(), tokens.sequences(), counts, tokens.active, validate
+    )
     mask = tokens.active.view(labels.shape) & (turn_ids >= 0)
     return {**options, "loss_mask": mask}, credit.view(labels.shape)

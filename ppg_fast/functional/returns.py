@@ -5,19 +5,41 @@ from torch import Tensor
 
 from ppg_fast import backends, ops, reference
 from ppg_fast.ops.checks import check_turn_counts
-from ppg_fast.spec import BASELINES, STD_EPS, PolicyClass, RewardMask, Segment, Turns, require, require_number, require_one_of
+from ppg_fast.spec import (
+    BASELINES,
+    STD_EPS,
+    PolicyClass,
+    RewardMask,
+    Segment,
+    Turns,
+    require,
+    require_number,
+    require_one_of,
+)
 from ppg_fast.spec import policy_class as named_policy_class
 
 
 def _check_turns(values: Tensor, name: str, turn_counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Values (B, T) as contiguous float32 and turn_counts (B,) on their device, or a ValueError."""
-    require(isinstance(values, Tensor) and values.dim() == 2, f"{name} must be a (B, T) tensor", getattr(values, "shape", values))
+    require(
+        isinstance(values, Tensor) and values.dim() == 2,
+        f"{name} must be a (B, T) tensor",
+        getattr(values, "shape", values),
+    )
     require(values.is_floating_point(), f"{name} must be floating point", values.dtype)
     if turn_counts is not None:
         require(isinstance(turn_counts, Tensor), "turn_counts must be a tensor", type(turn_counts).__name__)
         shape_is_valid = turn_counts.shape == values.shape[:1] and not turn_counts.is_floating_point()
-        require(shape_is_valid, f"turn_counts must be ({values.shape[0]},) integers", (tuple(turn_counts.shape), turn_counts.dtype))
-        require(turn_counts.device == values.device, f"turn_counts must be on the device of {name}, {values.device}", turn_counts.device)
+        require(
+            shape_is_valid,
+            f"turn_counts must be ({values.shape[0]},) integers",
+            (tuple(turn_counts.shape), turn_counts.dtype),
+        )
+        require(
+            turn_counts.device == values.device,
+            f"turn_counts must be on the device of {name}, {values.device}",
+            turn_counts.device,
+        )
         if turn_counts.is_cpu and not torch.compiler.is_compiling():
             check_turn_counts(turn_counts, values.shape[1])
         turn_counts = _integers(turn_counts)
@@ -37,7 +59,9 @@ def _check_groups(group_ids: Tensor | None, baseline: str, values: Tensor) -> Te
     require(isinstance(group_ids, Tensor), f'baseline "{baseline}" needs group_ids', group_ids)
     assert group_ids is not None
     shape_is_valid = group_ids.shape == values.shape[:1] and not group_ids.is_floating_point()
-    require(shape_is_valid, f"group_ids must be ({values.shape[0]},) integers", (tuple(group_ids.shape), group_ids.dtype))
+    require(
+        shape_is_valid, f"group_ids must be ({values.shape[0]},) integers", (tuple(group_ids.shape), group_ids.dtype)
+    )
     return _integers(group_ids.to(values.device))
 
 
@@ -54,7 +78,11 @@ def _reward_mask(policy_class: RewardMask, rewards: Tensor, gamma: float) -> Ten
     require(mask.shape == (T, T), f"the mask of RewardMask must be (T, T) = ({T}, {T})", tuple(mask.shape))
     require(mask.dtype == torch.bool, "the mask of RewardMask must be boolean", mask.dtype)
     if gamma == 0:  # gamma^(k-t) has no value for a reward before the turn
-        require(bool((mask == mask.triu()).all()), "a RewardMask that credits rewards before the turn needs gamma > 0", gamma)
+        require(
+            bool((mask == mask.triu()).all()),
+            "a RewardMask that credits rewards before the turn needs gamma > 0",
+            gamma,
+        )
     return mask.contiguous()
 
 
@@ -70,10 +98,14 @@ def checked_turns(
     chosen = named_policy_class(policy_class)
     require_number("gamma", gamma, 0.0, 1.0)
     rewards, turn_counts = _check_turns(rewards, "rewards", turn_counts)
-    segment_ids = _segment_ids(chosen, rewards) if isinstance(chosen, Segment) and chosen.segment_ids is not None else None
+    segment_ids = (
+        _segment_ids(chosen, rewards) if isinstance(chosen, Segment) and chosen.segment_ids is not None else None
+    )
     mask = _reward_mask(chosen, rewards, gamma) if isinstance(chosen, RewardMask) else None
     groups = _check_groups(group_ids, baseline, rewards)
-    return Turns(rewards, turn_counts, segment_ids, mask, groups, chosen.lookahead, chosen.segment_length, float(gamma), baseline)
+    return Turns(
+        rewards, turn_counts, segment_ids, mask, groups, chosen.lookahead, chosen.segment_length, float(gamma), baseline
+    )
 
 
 def partial_returns(
@@ -91,7 +123,8 @@ def partial_returns(
 
     Args:
         rewards: (B, T) floating point, one per turn; what lies beyond ``turn_counts`` is ignored, NaN included.
-        policy_class: ``Greedy() | Lookahead(k) | Segment(ids_or_length) | FullPlanning() | RewardMask(mask)``, or the name of one.
+        policy_class: ``Greedy() | Lookahead(k) | Segment(ids_or_length) | FullPlanning() | RewardMask(mask)``, or the
+            name of one.
         gamma: discount per turn, in [0, 1].
         turn_counts: (B,) integers, the turns of each dialogue; default T.
         validate: on a GPU, also make the checks of values, which need a sync. On a CPU they are always made.
@@ -104,7 +137,9 @@ def partial_returns(
     counts = None if turns.turn_counts is None else turns.turn_counts.long()
     backend = backend or backends.default(rewards.device.type)
     window = turns.lookahead, turns.segment_length, turns.gamma
-    return ops.partial_returns_op(turns.rewards, turns.segment_ids, counts, turns.reward_mask, *window, validate, backend)
+    return ops.partial_returns_op(
+        turns.rewards, turns.segment_ids, counts, turns.reward_mask, *window, validate, backend
+    )
 
 
 def turn_advantages(
@@ -129,14 +164,19 @@ def turn_advantages(
         group_ids: (B,) integers, equal for the rollouts of one prompt; may be None for baseline "none".
         turn_counts: (B,) integers, the turns of each dialogue; default T.
 
-    Returns: (B, T) float32, zero beyond the dialogue. Computed in float64, so that equal returns give exact zeros. Not differentiable.
+    Returns: (B, T) float32, zero beyond the dialogue. Computed in float64, so that equal returns give exact zeros. Not
+        differentiable.
     Raises: ValueError for wrong shapes, dtypes or names.
     """
     returns, turn_counts = _check_turns(returns, "returns", turn_counts)
     group_ids = _check_groups(group_ids, baseline, returns)
     B, T = returns.shape
     turns = torch.arange(T, device=returns.device)
-    there = torch.ones(B, T, dtype=torch.bool, device=returns.device) if turn_counts is None else turns < turn_counts[:, None]
+    there = (
+        torch.ones(B, T, dtype=torch.bool, device=returns.device)
+        if turn_counts is None
+        else turns < turn_counts[:, None]
+    )
     own = torch.where(there, returns, 0.0).double()
     if group_ids is None:
         return own.float()

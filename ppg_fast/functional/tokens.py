@@ -1,4 +1,5 @@
-"""What arrives in any shape, as canonical rows: labels (N,) with -100 where masked, per-row float32, sequences, weights of a reduction."""
+"""What arrives in any shape, as canonical rows: labels (N,) with -100 where masked, per-row float32, sequences, weights
+of a reduction."""
 
 from dataclasses import dataclass, replace
 
@@ -48,7 +49,11 @@ def check_tokens(labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | 
     if cu_seqlens is None:
         return labels.shape[0] if labels.dim() == 2 else 1
     check_tensor("cu_seqlens", cu_seqlens, None, device)
-    require(labels.dim() == 1 or labels.shape[0] == 1, "cu_seqlens goes with packed labels, (N,) or (1, N)", tuple(labels.shape))
+    require(
+        labels.dim() == 1 or labels.shape[0] == 1,
+        "cu_seqlens goes with packed labels, (N,) or (1, N)",
+        tuple(labels.shape),
+    )
     is_list = cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1 and cu_seqlens.dtype in (torch.int32, torch.int64)
     require(is_list, "cu_seqlens must be (S + 1,) int32", (tuple(cu_seqlens.shape), cu_seqlens.dtype))
     return cu_seqlens.numel() - 1
@@ -64,7 +69,9 @@ class Tokens:
     packed: Tensor | None  # (N,) int64, the sequence of each token; None: the rows of a (B, L) batch, or one
 
     @staticmethod
-    def of(labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device, validate: bool) -> "Tokens":
+    def of(
+        labels: Tensor, loss_mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device, validate: bool
+    ) -> "Tokens":
         """Checks and flattens; a token is active where its label is not -100 and the mask, if any, is not 0."""
         sequence_count = check_tokens(labels, loss_mask, cu_seqlens, device)
         flat = labels.reshape(-1)
@@ -94,8 +101,11 @@ def advantages_per_token(advantages: Tensor, labels: Tensor) -> Tensor:
     return advantages
 
 
-def checked_normalizer(reduction: str, normalizer: float | Tensor | None, device: torch.device, validate: bool) -> float | Tensor | None:
-    """The normalizer as a number > 0 or a 0-d float32 tensor on the device, or a ValueError for it or the name of the reduction."""
+def checked_normalizer(
+    reduction: str, normalizer: float | Tensor | None, device: torch.device, validate: bool
+) -> float | Tensor | None:
+    """The normalizer as a number > 0 or a 0-d float32 tensor on the device, or a ValueError for it or the name of the
+    reduction."""
     require_one_of("reduction", reduction, REDUCTIONS)
     if isinstance(normalizer, Tensor):
         require(normalizer.dim() == 0, "normalizer must be a number or a 0-d tensor", tuple(normalizer.shape))
@@ -107,11 +117,13 @@ def checked_normalizer(reduction: str, normalizer: float | Tensor | None, device
     return normalizer
 
 
-def reduction_weights(tokens: Tokens, reduction: str, normalizer: float | Tensor | None, validate: bool) -> Tensor | None:
+def reduction_weights(
+    tokens: Tokens, reduction: str, normalizer: float | Tensor | None, validate: bool
+) -> Tensor | None:
     """Weight of each token, (N,) float32 or None for 1, so that the reduced loss is the sum of weighted losses.
 
-    With m active tokens, S sequences that have one, n_s of them in sequence s:  token_mean 1/m, sequence_mean 1/(S n_s),
-    sequence_sum 1/S, sum and none 1. A ``normalizer`` stands in place of m, S, S, 1 and 1.
+    With m active tokens, S sequences that have one, n_s of them in sequence s:  token_mean 1/m, sequence_mean 1/(S
+    n_s), sequence_sum 1/S, sum and none 1. A ``normalizer`` stands in place of m, S, S, 1 and 1.
     """
     normalizer = checked_normalizer(reduction, normalizer, tokens.labels.device, validate)
     active = tokens.active
@@ -130,11 +142,14 @@ def reduction_weights(tokens: Tokens, reduction: str, normalizer: float | Tensor
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
     """A 0-d float32 on the device of ``like``, filled there: a copy from the host would wait for the device."""
-    return value.float() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device=like.device)
+    return (
+        value.float() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device=like.device)
+    )
 
 
 def ratio_groups(tokens: Tokens, turn_ids: Tensor | None, spec: PolicyLossSpec) -> tuple[Tensor, int] | None:
-    """For a sequence-level loss, the group each token shares its ratio with, (N,) int64, and how many groups there may be."""
+    """For a sequence-level loss, the group each token shares its ratio with, (N,) int64, and how many groups there may
+    be."""
     if spec.loss_type not in SEQUENCE_LEVEL:
         return None
     sequences = tokens.sequences()
@@ -150,7 +165,8 @@ def ratio_groups(tokens: Tokens, turn_ids: Tensor | None, spec: PolicyLossSpec) 
 
 
 def ordered_sum(values: Tensor) -> Tensor:
-    """Sum of (N,) in an order that does not depend on the number of threads: blocks of 1,024, one thread each, then their sums."""
+    """Sum of (N,) in an order that does not depend on the number of threads: blocks of 1,024, one thread each, then
+    their sums."""
     while values.numel() > 1024:
         values = torch.nn.functional.pad(values, (0, -values.numel() % 1024)).view(-1, 1024).sum(1)
     return values.sum()

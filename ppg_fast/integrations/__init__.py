@@ -1,1 +1,2 @@
-"""Other trainers' words: each module imports one host, when it is itself imported, and translates shapes, masks and denominators."""
+"""Other trainers' words: each module imports one host, when it is itself imported, and translates shapes, masks and
+denominators."""

@@ -1,4 +1,5 @@
-"""Plugin of axolotl: `rl: grpo` with `PPGTrainer`. It needs an axolotl whose TRL is 1.16 or later: axolotl 0.19 still pins trl==1.9.0.
+"""Plugin of axolotl: `rl: grpo` with `PPGTrainer`. It needs an axolotl whose TRL is 1.16 or later: axolotl 0.19 still
+pins trl==1.9.0.
 
     plugins: [ppg_fast.integrations.axolotl.PPGPlugin]
     rl: grpo
@@ -14,7 +15,9 @@ from typing import Any
 try:
     from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found]
 except ModuleNotFoundError:
-    raise RuntimeError("ppg_fast.integrations.axolotl needs axolotl >= 0.18 (pip install axolotl), and it is not installed") from None
+    raise RuntimeError(
+        "ppg_fast.integrations.axolotl needs axolotl >= 0.18 (pip install axolotl), and it is not installed"
+    ) from None
 try:
     from ppg_fast.integrations.trl import PPGOptions, PPGTrainer
 except ImportError as reason:
@@ -52,14 +55,16 @@ class PPGPlugin(BasePlugin):
         return chosen
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
-        """No callbacks, but the policy: axolotl hands no model to the trainer class of a plugin, and asks for callbacks just before."""
+        """No callbacks, but the policy: axolotl hands no model to the trainer class of a plugin, and asks for callbacks
+        just before."""
         self.model = model
         return []
 
     def get_trainer_cls(self, cfg: Any) -> type[Any] | None:
         """`PPGTrainer` with axolotl's own additions to GRPOTrainer, or None unless `rl: grpo`.
 
-        The class brings along what axolotl passes to its own GRPO trainer and not to a plugin's: model, reward functions, rollout function.
+        The class brings along what axolotl passes to its own GRPO trainer and not to a plugin's: model, reward
+        functions, rollout function.
         """
         if not _wanted(cfg):
             return None
@@ -74,7 +79,10 @@ class PPGPlugin(BasePlugin):
 
             def __init__(self, *given: Any, **options: Any) -> None:
                 if not given and plugin.model is None:
-                    raise RuntimeError("axolotl no longer calls add_callbacks_pre_trainer before it makes the trainer: no model was seen")
+                    raise RuntimeError(
+                        "axolotl no longer calls add_callbacks_pre_trainer before it makes the trainer: no model "
+                        "was seen"
+                    )
                 super().__init__(*(given or (plugin.model, *rewards)), **{**keywords, **options})
 
         return AxolotlPPGTrainer

@@ -1,4 +1,5 @@
-"""NVIDIA NeMo-RL >= 0.6: a LossFunction, and an advantage estimator, for a driver script that calls grpo_train(..., loss_fn=...)."""
+"""NVIDIA NeMo-RL >= 0.6: a LossFunction, and an advantage estimator, for a driver script that calls grpo_train(...,
+loss_fn=...)."""
 
 from typing import Any
 
@@ -16,11 +17,14 @@ NEEDED = "nemo-rl >= 0.6"
 class PPGLossFn:
     """The policy loss as NeMo-RL's LossFunction over log-probs.
 
-    ``spec``: the loss; ``token_level``: divided by the global number of tokens, else the mean over sequences of their token mean,
+    ``spec``: the loss; ``token_level``: divided by the global number of tokens, else the mean over sequences of their
+        token mean,
     divided by the global number of sequences. ``importance_cap`` of the spec uses generation_logprobs.
     """
 
-    def __init__(self, spec: PolicyLossSpec | None = None, *, token_level: bool = True, use_fused_linear_logprobs: bool = False) -> None:
+    def __init__(
+        self, spec: PolicyLossSpec | None = None, *, token_level: bool = True, use_fused_linear_logprobs: bool = False
+    ) -> None:
         interfaces = import_host("nemo_rl.algorithms.loss.interfaces", NEEDED)
         self.spec = PolicyLossSpec("ppo") if spec is None else spec
         self.token_level = token_level
@@ -35,8 +39,8 @@ class PPGLossFn:
 
         Args:
             next_token_logprobs: (B, S - 1) differentiable, position i holding the log-prob of token i + 1.
-            data: token_mask, advantages, prev_logprobs, generation_logprobs (B, S), sample_mask (B,); reference_policy_logprobs (B, S)
-                where the spec has a KL term.
+            data: token_mask, advantages, prev_logprobs, generation_logprobs (B, S), sample_mask (B,);
+                reference_policy_logprobs (B, S) where the spec has a KL term.
             global_valid_seqs, global_valid_toks: 0-d, the denominators over all ranks and micro-batches.
 
         Returns: 0-d loss, already divided, and metrics by name.
@@ -45,7 +49,9 @@ class PPGLossFn:
         mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None] * (1 if keep is None else keep)
         old, rollout = data["prev_logprobs"][:, 1:], data["generation_logprobs"][:, 1:]
         denominator = global_valid_toks if self.token_level else global_valid_seqs
-        tokens, normalizer = (torch.as_tensor(n, device=mask.device).reshape(()).float() for n in (global_valid_toks, denominator))
+        tokens, normalizer = (
+            torch.as_tensor(n, device=mask.device).reshape(()).float() for n in (global_valid_toks, denominator)
+        )
         out = policy_loss_from_logprobs(
             next_token_logprobs, data["advantages"][:, 1:], loss_mask=mask, old_logprobs=old, rollout_logprobs=rollout,
             ref_logprobs=data["reference_policy_logprobs"][:, 1:] if self.spec.kl_coef else None,
@@ -59,13 +65,22 @@ class PPGLossFn:
 
 
 class PPGAdvantageEstimator:
-    """Advantages of turns under NeMo-RL's estimator interface. ``policy_class``, ``gamma``, ``baseline``: as in `turn_advantages`."""
+    """Advantages of turns under NeMo-RL's estimator interface. ``policy_class``, ``gamma``, ``baseline``: as in
+    `turn_advantages`."""
 
-    def __init__(self, policy_class: PolicyClass | str = "full", gamma: float = 1.0, baseline: str = "leave_one_out") -> None:
+    def __init__(
+        self, policy_class: PolicyClass | str = "full", gamma: float = 1.0, baseline: str = "leave_one_out"
+    ) -> None:
         self.credit = Credit(policy_class, gamma, baseline)
 
     def compute_advantage(
-        self, prompt_ids: Tensor, rewards: Tensor, mask: Tensor, repeated_batch: Any = None, valid_mask: Tensor | None = None, **_: Any
+        self,
+        prompt_ids: Tensor,
+        rewards: Tensor,
+        mask: Tensor,
+        repeated_batch: Any = None,
+        valid_mask: Tensor | None = None,
+        **_: Any,
     ) -> Tensor:
         """Advantage of the turn of each token, (B, S) float32, zero outside of the mask.
 
@@ -73,7 +88,8 @@ class PPGAdvantageEstimator:
             prompt_ids: (B, P) tokens of the prompts, equal for the rollouts of one prompt, or (B,).
             rewards: (B,) of the dialogues, given to the last turn where there are no rewards of turns.
             mask: (B, S), non-zero on the policy's own tokens; its runs are the turns.
-            repeated_batch: the batch; ``repeated_batch["turn_rewards"]``, if there, holds one number per turn for each row.
+            repeated_batch: the batch; ``repeated_batch["turn_rewards"]``, if there, holds one number per turn for each
+                row.
             valid_mask: (B,), 0 for rows that take no part in the baselines either.
 
         Raises: ValueError where a row that takes part has another number of rewards than turns.
@@ -82,7 +98,9 @@ class PPGAdvantageEstimator:
         turn_ids = turn_ids_of_mask(mask)
         counts = turn_counts(turn_ids)
         if repeated_batch is not None and "turn_rewards" in repeated_batch:
-            rows = [list(row) if n else [] for row, n in zip(repeated_batch["turn_rewards"], counts.tolist(), strict=True)]
+            rows = [
+                list(row) if n else [] for row, n in zip(repeated_batch["turn_rewards"], counts.tolist(), strict=True)
+            ]
             token_rewards = place_turn_rewards(rows, turn_ids)
         else:
             final = last_tokens(turn_ids) & (turn_ids == counts[:, None] - 1)

@@ -30,10 +30,11 @@ def ppg_loss(
     """The policy loss of one sample, summed: prime-rl divides by its global number of tokens.
 
     Args:
-        inputs: LossInputs with trainer_logprobs (differentiable), inference_logprobs, ref_logprobs or None, advantages, loss_mask and
-            loss_weights or None, each (seq,), own alignment. The sampler's log-probs are the old ones, so the ratio covers the
-            mismatch between sampler and trainer too.
-        loss_type, clip_low, clip_high, dual_clip, kl_coef, kl_estimator: as in `PolicyLossSpec`; ``kwargs`` of the configuration.
+        inputs: LossInputs with trainer_logprobs (differentiable), inference_logprobs, ref_logprobs or None, advantages,
+            loss_mask and loss_weights or None, each (seq,), own alignment. The sampler's log-probs are the old ones, so
+            the ratio covers the mismatch between sampler and trainer too.
+        loss_type, clip_low, clip_high, dual_clip, kl_coef, kl_estimator: as in `PolicyLossSpec`; ``kwargs`` of the
+        configuration.
 
     Returns: LossOutputs with the sum as loss and metrics by name.
     Raises: ValueError for a KL term where the algorithm scores no ref_logprobs.
@@ -50,7 +51,8 @@ def ppg_loss(
 
 
 def _sampled_nodes(trace: Any) -> list[Any]:
-    """The nodes of a trace that carry sampled tokens, one per turn, in order: those that prime-rl's assign_advantages fills."""
+    """The nodes of a trace that carry sampled tokens, one per turn, in order: those that prime-rl's assign_advantages
+    fills."""
     branches = [branch for branch in trace.branches if branch.trainable]
     require(len(branches) <= 1, "turns have one order in a trace with one trainable branch; branches", len(branches))
     trainable = {id(node) for branch in branches for node in branch.nodes}
@@ -64,13 +66,16 @@ def credit_group(
     baseline: str = "leave_one_out",
     key: str = "turn_rewards",
 ) -> None:
-    """Assign to each sampled token of a group of traces the advantage of its turn: the body of an Algorithm's ``score_group``.
+    """Assign to each sampled token of a group of traces the advantage of its turn: the body of an Algorithm's
+    ``score_group``.
 
     Args:
-        group: traces of one prompt, each with ``info[key]``, one number or None per turn (a node with sampled tokens), None counting 0.
+        group: traces of one prompt, each with ``info[key]``, one number or None per turn (a node with sampled tokens),
+            None counting 0.
         policy_class, gamma, baseline: as in `partial_returns` and `turn_advantages`.
 
-    Raises: ValueError where a trace has no such rewards, another number of them than turns, or several trainable branches.
+    Raises: ValueError where a trace has no such rewards, another number of them than turns, or several trainable
+        branches.
     """
     turns = [_sampled_nodes(trace) for trace in group]
     for trace, nodes in zip(group, turns, strict=True):
@@ -82,4 +87,6 @@ def credit_group(
     advantages, _ = Credit(policy_class, gamma, baseline).of_turns(rewards, group_ids, counts)
     assign_advantages = import_host("prime_rl.orchestrator.algo.routing", NEEDED).assign_advantages
     for trace, nodes, row in zip(group, turns, advantages.tolist(), strict=True):
-        assign_advantages(trace, [value for node, value in zip(nodes, row, strict=False) for _ in range(sum(node.mask))])
+        assign_advantages(
+            trace, [value for node, value in zip(nodes, row, strict=False) for _ in range(sum(node.mask))]
+        )

@@ -2,7 +2,8 @@
 
 from ppg_fast.integrations import skyrl
 class Trainer(skyrl.CreditByLossMask, RayPPOTrainer): ...
-skyrl.register(policy_class="lookahead:3")       # before the trainer is built: advantage_estimator "ppg", policy_loss_type "ppg"
+skyrl.register(policy_class="lookahead:3")       # before the trainer is built: advantage_estimator "ppg",
+policy_loss_type "ppg"
 """
 
 from functools import partial
@@ -27,12 +28,14 @@ def advantages(
 
     Args:
         token_level_rewards: (B, L), the reward of a turn on its last token, where SkyRL's generator puts it.
-        response_mask: (B, L), non-zero on the policy's own tokens: the loss mask, see `CreditByLossMask`; its runs are the turns.
+        response_mask: (B, L), non-zero on the policy's own tokens: the loss mask, see `CreditByLossMask`; its runs are
+            the turns.
         index: (B,) uids, equal for the rollouts of one prompt.
         config: SkyRL's algorithm configuration.
 
     Returns: advantages and returns, (B, L) float32, zero outside of the mask.
-    Raises: ValueError for a reward in the middle of a run, which is what SkyRL's response mask, observations included, gives.
+    Raises: ValueError for a reward in the middle of a run, which is what SkyRL's response mask, observations included,
+        gives.
     """
     turn_ids = turn_ids_of_mask(response_mask)
     if not getattr(config, "use_kl_in_reward", False):  # which leaves a reward on every token
@@ -54,7 +57,8 @@ def policy_loss(
     """The policy loss under SkyRL's signature, a sum: the reduction is in the advantages already.
 
     Args:
-        log_probs: (B, L) differentiable; old_log_probs, advantages (scaled by SkyRL), loss_mask, rollout_logprobs: (B, L) or None.
+        log_probs: (B, L) differentiable; old_log_probs, advantages (scaled by SkyRL), loss_mask, rollout_logprobs: (B,
+            L) or None.
         config: SkyRL's algorithm configuration: eps_clip_low, eps_clip_high, off_policy_correction.
 
     Returns: 0-d loss and metrics by name. The off-policy correction is SkyRL's own, on the loss of each token.
@@ -63,7 +67,13 @@ def policy_loss(
     require(loss_type != "gspo_turn" or loss_mask is not None, 'loss_type "gspo_turn" needs a loss_mask', loss_mask)
     turn_ids = turn_ids_of_mask(loss_mask) if loss_type == "gspo_turn" and loss_mask is not None else None
     out = policy_loss_from_logprobs(
-        log_probs, advantages, loss_mask=loss_mask, old_logprobs=old_log_probs, turn_ids=turn_ids, spec=spec, reduction="none"
+        log_probs,
+        advantages,
+        loss_mask=loss_mask,
+        old_logprobs=old_log_probs,
+        turn_ids=turn_ids,
+        spec=spec,
+        reduction="none",
     )
     correct = import_host(f"{UTILS}.off_policy_correction_utils", NEEDED).apply_off_policy_correction
     loss, mask, metrics = correct(out.loss, old_log_probs, rollout_logprobs, loss_mask, config.off_policy_correction)
@@ -74,8 +84,9 @@ def policy_loss(
 class CreditByLossMask:
     """Mix-in before RayPPOTrainer: estimators get the loss mask, which is zero on observations, as response mask.
 
-    SkyRL's response mask covers observations too, so that the turns of a dialogue would be one run. Dialogues have to be single rows
-    (``generator.step_wise_trajectories=false``): step-wise rows reach an estimator without their rewards of turns.
+    SkyRL's response mask covers observations too, so that the turns of a dialogue would be one run. Dialogues have to
+    be single rows (``generator.step_wise_trajectories=false``): step-wise rows reach an estimator without their rewards
+    of turns.
     """
 
     def compute_advantages_and_returns(self, data: Any) -> Any:
@@ -87,15 +98,22 @@ class CreditByLossMask:
 
 
 def register(
-    policy_class: PolicyClass | str = "full", gamma: float = 1.0, baseline: str = "leave_one_out", loss_type: str = "ppo", name: str = "ppg"
+    policy_class: PolicyClass | str = "full",
+    gamma: float = 1.0,
+    baseline: str = "leave_one_out",
+    loss_type: str = "ppo",
+    name: str = "ppg",
 ) -> None:
     """Register the estimator and the loss under ``name``; SkyRL hands them to its Ray workers.
 
-    ``policy_class``, ``gamma``, ``baseline``: as in `partial_returns` and `turn_advantages`; ``loss_type``: as in `PolicyLossSpec`.
+    ``policy_class``, ``gamma``, ``baseline``: as in `partial_returns` and `turn_advantages`; ``loss_type``: as in
+    `PolicyLossSpec`.
     """
     require_one_of("loss_type", loss_type, LOSS_TYPES)
     registries = import_host(f"{UTILS}.ppo_utils", NEEDED)
-    registries.register_advantage_estimator(name)(_named(partial(advantages, Credit(policy_class, gamma, baseline)), "ppg_advantages"))
+    registries.register_advantage_estimator(name)(
+        _named(partial(advantages, Credit(policy_class, gamma, baseline)), "ppg_advantages")
+    )
     registries.register_policy_loss(name)(_named(partial(policy_loss, loss_type), "ppg_policy_loss"))
 
 

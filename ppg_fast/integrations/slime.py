@@ -1,11 +1,15 @@
 """slime >= 0.3.1: three functions for its dotted-path flags.
 
-    --custom-reward-post-process-path  ppg_fast.integrations.slime.reward_post_process     rewards of turns -> advantages of turns
-    --custom-advantage-function-path   ppg_fast.integrations.slime.ppg_advantages          advantages of turns -> of tokens
+    --custom-reward-post-process-path  ppg_fast.integrations.slime.reward_post_process     rewards of turns ->
+    advantages of turns
+    --custom-advantage-function-path   ppg_fast.integrations.slime.ppg_advantages          advantages of turns -> of
+    tokens
     --loss-type custom_loss --custom-loss-function-path ppg_fast.integrations.slime.ppg_loss        optional
 
-Options, set by --custom-config-path: ppg_policy_class ("full"), ppg_gamma (1.0), ppg_baseline ("leave_one_out"), ppg_loss_type ("ppo").
-The baseline needs a whole group, and slime spreads groups over ranks: so it is taken in its rollout manager, by the first function.
+Options, set by --custom-config-path: ppg_policy_class ("full"), ppg_gamma (1.0), ppg_baseline ("leave_one_out"),
+ppg_loss_type ("ppo").
+The baseline needs a whole group, and slime spreads groups over ranks: so it is taken in its rollout manager, by the
+first function.
 """
 
 from collections.abc import Callable
@@ -28,8 +32,8 @@ def reward_post_process(args: Any, samples: list[Any]) -> tuple[list[float], lis
 
     Args:
         args: slime's arguments, with the options above.
-        samples: Samples with group_index, loss_mask (None: one turn), response_length and metadata["turn_rewards"], one number or None
-            per turn (a run of the loss mask); without it the sample's reward goes to its last turn.
+        samples: Samples with group_index, loss_mask (None: one turn), response_length and metadata["turn_rewards"], one
+            number or None per turn (a run of the loss mask); without it the sample's reward goes to its last turn.
 
     Returns: the raw rewards, one number a sample, and the advantages, (turns,) float32 a sample.
     Raises: ValueError where a sample has another number of rewards than turns.
@@ -41,11 +45,17 @@ def reward_post_process(args: Any, samples: list[Any]) -> tuple[list[float], lis
         turns = int(turn_counts(turn_ids_of_mask(torch.as_tensor(mask)[None]))[0])
         given = (sample.metadata or {}).get("turn_rewards")
         row = [0.0] * (turns - 1) + [reward] * (turns > 0) if given is None else list(given)
-        require(len(row) == turns, f'metadata["turn_rewards"] of sample {sample.index} needs one number for each of its {turns} turns', row)
+        require(
+            len(row) == turns,
+            f'metadata["turn_rewards"] of sample {sample.index} needs one number for each of its {turns} turns',
+            row,
+        )
         rows.append(row)
     rewards, counts = stacked(rows)
     credit = Credit(
-        getattr(args, "ppg_policy_class", "full"), getattr(args, "ppg_gamma", 1.0), getattr(args, "ppg_baseline", "leave_one_out")
+        getattr(args, "ppg_policy_class", "full"),
+        getattr(args, "ppg_gamma", 1.0),
+        getattr(args, "ppg_baseline", "leave_one_out"),
     )
     group_ids = group_numbers((sample.group_index for sample in samples), rewards.device)
     advantages, _ = credit.of_turns(rewards, group_ids, counts)
@@ -53,11 +63,13 @@ def reward_post_process(args: Any, samples: list[Any]) -> tuple[list[float], lis
 
 
 def ppg_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
-    """Fill rollout_data["advantages"] and ["returns"], lists of (R_i,) float32, from the advantages of turns in ["rewards"].
+    """Fill rollout_data["advantages"] and ["returns"], lists of (R_i,) float32, from the advantages of turns in
+    ["rewards"].
 
     Args:
-        rollout_data: rewards, a list of (turns,), from `reward_post_process`; loss_masks, a list of (R_i,); total_lengths and
-            response_lengths. Under context parallelism each rank keeps its own part of a response, as slime slices log-probs.
+        rollout_data: rewards, a list of (turns,), from `reward_post_process`; loss_masks, a list of (R_i,);
+            total_lengths and response_lengths. Under context parallelism each rank keeps its own part of a response, as
+            slime slices log-probs.
 
     Raises: ValueError where a sample that is trained on has another number of advantages than turns.
     """
@@ -66,15 +78,23 @@ def ppg_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
     lengths = rollout_data["total_lengths"], rollout_data["response_lengths"]
     for turns, mask, total, response in zip(rollout_data["rewards"], rollout_data["loss_masks"], *lengths, strict=True):
         turn_ids = turn_ids_of_mask(torch.as_tensor(mask)[None])
-        values, count = torch.as_tensor(turns, dtype=torch.float32, device=turn_ids.device).reshape(1, -1), int(turn_counts(turn_ids)[0])
-        require(count in (0, values.shape[1]), "rewards must be those of reward_post_process, one per turn of the loss mask", turns)
+        values, count = (
+            torch.as_tensor(turns, dtype=torch.float32, device=turn_ids.device).reshape(1, -1),
+            int(turn_counts(turn_ids)[0]),
+        )
+        require(
+            count in (0, values.shape[1]),
+            "rewards must be those of reward_post_process, one per turn of the loss mask",
+            turns,
+        )
         advantages.append(cut(spread(values, turn_ids)[0], total, response))
     rollout_data["advantages"] = advantages
     rollout_data["returns"] = list(advantages)
 
 
 def loss_spec(args: Any) -> PolicyLossSpec:
-    """slime's arguments in our words: clips, KL and entropy terms, temperature, and truncated importance sampling as importance_cap."""
+    """slime's arguments in our words: clips, KL and entropy terms, temperature, and truncated importance sampling as
+    importance_cap."""
     require(
         not getattr(args, "use_tis", False) or not getattr(args, "tis_clip_low", 0),
         "ppg_loss needs tis_clip_low = 0",
@@ -98,11 +118,13 @@ def loss_spec(args: Any) -> PolicyLossSpec:
 def ppg_loss(
     args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The policy loss, entropy and KL terms included, and its gradient in one pass over the logits, where slime takes several.
+    """The policy loss, entropy and KL terms included, and its gradient in one pass over the logits, where slime takes
+    several.
 
     Args:
-        logits: (1, T, V) float32, packed; batch: unconcat_tokens, total_lengths, response_lengths, loss_masks, advantages, and log_probs,
-            rollout_log_probs, ref_log_probs where the loss uses them, lists of one tensor a sample.
+        logits: (1, T, V) float32, packed; batch: unconcat_tokens, total_lengths, response_lengths, loss_masks,
+            advantages, and log_probs, rollout_log_probs, ref_log_probs where the loss uses them, lists of one tensor a
+            sample.
         sum_of_sample_mean: slime's reducer of the responses' tokens, (sum of R_i,) -> 0-d.
 
     Returns: 0-d loss and metrics by name.
@@ -110,28 +132,36 @@ def ppg_loss(
     """
     mpu = import_host("megatron.core", NEEDED).mpu
     sizes = mpu.get_tensor_model_parallel_world_size(), mpu.get_context_parallel_world_size()
-    require(sizes == (1, 1), "ppg_loss needs tensor and context parallel sizes of 1 (else --loss-type policy_loss)", sizes)
+    require(
+        sizes == (1, 1), "ppg_loss needs tensor and context parallel sizes of 1 (else --loss-type policy_loss)", sizes
+    )
     T, device, ends = logits.shape[1], logits.device, torch.as_tensor(batch["total_lengths"]).cumsum(0).tolist()
     responses = batch["response_lengths"]
-    rows = torch.cat([torch.arange(end - R - 1, end - 1, device=device) for end, R in zip(ends, responses, strict=True)])
+    rows = torch.cat(
+        [torch.arange(end - R - 1, end - 1, device=device) for end, R in zip(ends, responses, strict=True)]
+    )
 
     def placed(values: list[Tensor], fill: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of the responses on the rows of logits that predict their tokens."""
-        return torch.full((T,), fill, dtype=dtype, device=device).index_put((rows,), torch.cat(values).to(device, dtype))
+        return torch.full((T,), fill, dtype=dtype, device=device).index_put(
+            (rows,), torch.cat(values).to(device, dtype)
+        )
 
     spec, old = loss_spec(args), batch.get("rollout_log_probs" if args.use_rollout_logprobs else "log_probs")
     masks = [torch.as_tensor(mask) for mask in batch["loss_masks"]]
     taken = [tokens[len(tokens) - R :] for tokens, R in zip(batch["unconcat_tokens"], responses, strict=True)]
     turn_ids = [turn_ids_of_mask(mask[None])[0] for mask in masks]
     out = policy_loss(
-        logits[0], placed(taken, IGNORE, torch.int64), placed(batch["advantages"]), loss_mask=placed(masks), spec=spec, reduction="none",
+        logits[0], placed(taken, IGNORE, torch.int64), placed(batch["advantages"]), loss_mask=placed(masks), spec=spec,
+        reduction="none",
         old_logprobs=placed(old) if old else None,
         ref_logprobs=placed(batch["ref_log_probs"]) if spec.kl_coef else None,
         rollout_logprobs=placed(batch["rollout_log_probs"]) if spec.importance_cap else None,
         cu_seqlens=torch.tensor([0, *ends, *([T] if ends[-1] < T else [])], dtype=torch.int32, device=device),
         turn_ids=placed(turn_ids, -1, torch.int64) if spec.loss_type == "gspo_turn" else None,
     )  # fmt: skip
-    loss = sum_of_sample_mean(out.loss[rows]) + 0.0 * out.loss.sum()  # connected where no response token is on this rank
+    # connected where no response token is on this rank
+    loss = sum_of_sample_mean(out.loss[rows]) + 0.0 * out.loss.sum()
     metrics = {"loss": loss, "entropy_loss": sum_of_sample_mean(out.entropy[rows])}
     if old:
         metrics["ppo_kl"] = sum_of_sample_mean(torch.cat(old).to(device) - out.logprobs[rows])

@@ -1,4 +1,5 @@
-"""What a run says of itself to people who have only its folder: README.md there, and the model card beside the weights."""
+"""What a run says of itself to people who have only its folder: README.md there, and the model card beside the
+weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,8 +8,14 @@ from typing import Any
 from ppg_fast.config import TrainConfig
 
 WHAT = {
-    "metrics.jsonl": "one line a step: `phase` is `imitation`, `train` or `eval`; the names are explained in docs/training.md of ppg_fast",
-    "samples.jsonl": "one line an answer: prompt, answer, reward, return and advantage of its turn; `pandas.read_json(..., lines=True)`",
+    "metrics.jsonl": (
+        "one line a step: `phase` is `imitation`, `train` or `eval`; the names are explained in "
+        "docs/training.md of ppg_fast"
+    ),
+    "samples.jsonl": (
+        "one line an answer: prompt, answer, reward, return and advantage of its turn; "
+        "`pandas.read_json(..., lines=True)`"
+    ),
     "samples_before.md": "held-out dialogues before training, to read",
     "samples_after.md": "the same after it",
     "learning_curve.png": "training and held-out curve",
@@ -44,10 +51,18 @@ def write_readme(path: Path, config: TrainConfig, summary: Mapping[str, Any] | N
     if summary:
         lines += [*_results(summary), ""]
     lines += ["| file | what it is |", "|---|---|"]
-    here = {name: text for name, text in WHAT.items() if (path / name).exists() or (summary is None and name not in RARE)}
+    here = {
+        name: text for name, text in WHAT.items() if (path / name).exists() or (summary is None and name not in RARE)
+    }
     lines += [f"| `{name}{'' if '.' in name else '/'}` | {text} |" for name, text in here.items()]
     lines += ["", "## Load the model", "", LOAD.format(where="checkpoint").rstrip(), ""]
-    lines += ["## Go on, or again", "", "```", f"ppg-fast train --resume {config.output_dir}", "ppg-fast train --config config.yaml "]
+    lines += [
+        "## Go on, or again",
+        "",
+        "```",
+        f"ppg-fast train --resume {config.output_dir}",
+        "ppg-fast train --config config.yaml ",
+    ]
     lines[-1] += "--output-dir runs/again"
     (path / "README.md").write_text("\n".join([*lines, "```", ""]), encoding="utf-8")
 
@@ -60,8 +75,28 @@ def write_model_card(checkpoint: Path, config: TrainConfig, summary: Mapping[str
     front = ["library_name: transformers", "pipeline_tag: text-generation", *base]
     tags = ["ppg_fast", "reinforcement-learning", "partial-policy-gradients"]
     lines = ["---", *front, "tags:", *(f"- {tag}" for tag in tags), "---", "", "# A policy trained with ppg_fast", ""]
-    lines += [_what_was_done(config), "", *_results(summary), "", LOAD.format(where="."), "Settings of the run:", "", "| | |", "|---|---|"]
-    shown = ("policy_class", "gamma", "baseline", "loss_type", "reduction", "max_steps", "num_prompts", "num_generations", "learning_rate")
+    lines += [
+        _what_was_done(config),
+        "",
+        *_results(summary),
+        "",
+        LOAD.format(where="."),
+        "Settings of the run:",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    shown = (
+        "policy_class",
+        "gamma",
+        "baseline",
+        "loss_type",
+        "reduction",
+        "max_steps",
+        "num_prompts",
+        "num_generations",
+        "learning_rate",
+    )
     lines += [f"| `{name}` | {getattr(config, name)} |" for name in (*shown, "seed")]
     source = "Partial policy gradients credit each turn of a dialogue for a chosen subset of the future rewards"
     lines += ["", f"{source} ([arXiv:2603.06138](https://arxiv.org/abs/2603.06138)).", ""]
@@ -70,11 +105,16 @@ def write_model_card(checkpoint: Path, config: TrainConfig, summary: Mapping[str
 
 def _what_was_done(config: TrainConfig) -> str:
     model = (
-        f"`{Path(config.model).name}`" if config.model else f"a small Qwen3 of random weights ({config.layers} layers of {config.width})"
+        f"`{Path(config.model).name}`"
+        if config.model
+        else f"a small Qwen3 of random weights ({config.layers} layers of {config.width})"
     )
     how = f"policy class `{config.policy_class}`, loss `{config.loss_type}`, seed {config.seed}"
     if config.data:
-        return f"Offline training of {model} on the logged dialogues of `{Path(config.data).name}` by reward-weighted likelihood: {how}."
+        return (
+            f"Offline training of {model} on the logged dialogues of `{Path(config.data).name}` by reward-weighted "
+            f"likelihood: {how}."
+        )
     return f"On-policy training of {model} in rollouts of the persona interview that ppg_fast brings along: {how}."
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from ppg_fast.chat_format import ChatFormat
 from ppg_fast.config import TrainConfig
+from ppg_fast.dialogues.chat_format import ChatFormat
 from ppg_fast.endpoint import Endpoint
-from ppg_fast.partner import INSTRUCTION, EndpointPartner, LoggedPartner, ModelPartner, NoPartner, Partner
 from ppg_fast.rewards import Ratings, Reward, make_rewards
+from ppg_fast.rollouts.partner import INSTRUCTION, EndpointPartner, LoggedPartner, ModelPartner, NoPartner, Partner
 
 
 def make_endpoint(config: TrainConfig, role: str) -> Endpoint:
@@ -22,9 +22,15 @@ def rewards_of(config: TrainConfig, device: torch.device | str) -> list[Reward]:
     """The config's rewards; with a judge and no formula, the judge. ValueError where there is neither."""
     formula = config.reward or ("judge" if config.judge else None)
     if not formula:
-        raise ValueError("a reward is needed: --reward file.py:function, model:FOLDER, judge (with --judge URL) or ratings:FILE")
+        raise ValueError(
+            "a reward is needed: --reward file.py:function, model:FOLDER, judge (with --judge URL) or ratings:FILE"
+        )
     judge = (lambda: make_endpoint(config, "judge")) if config.judge else None
-    settings: dict[str, Any] = {"judge_range": config.judge_range, "judge_retries": config.judge_retries, "device": device}
+    settings: dict[str, Any] = {
+        "judge_range": config.judge_range,
+        "judge_retries": config.judge_retries,
+        "device": device,
+    }
     return make_rewards(formula, judge, **settings)
 
 
@@ -32,7 +38,9 @@ def rewards_of_new_answers(config: TrainConfig, device: torch.device | str) -> l
     """The same for answers that nobody has seen: ValueError for ratings, which are of logged ones."""
     rewards = rewards_of(config, device)
     if any(isinstance(reward.scorer, Ratings) for reward in rewards):
-        raise ValueError(f"ratings are of logged answers (ppg-fast score, then train --data), not of new ones, got {config.reward!r}")
+        raise ValueError(
+            f"ratings are of logged answers (ppg-fast score, then train --data), not of new ones, got {config.reward!r}"
+        )
     return rewards
 
 
@@ -41,7 +49,9 @@ def partner_of(config: TrainConfig, model: Any, chat: ChatFormat) -> Partner:
     name = config.partner
     if name in ("logged", "none"):
         return LoggedPartner() if name == "logged" else NoPartner()
-    instruction = Path(config.partner_prompt).read_text(encoding="utf-8").strip() if config.partner_prompt else INSTRUCTION
+    instruction = (
+        Path(config.partner_prompt).read_text(encoding="utf-8").strip() if config.partner_prompt else INSTRUCTION
+    )
     settings: dict[str, Any] = {"temperature": config.partner_temperature, "max_tokens": config.partner_tokens}
     if name == "self":
         return ModelPartner(model, chat, instruction, batch_size=config.rollout_batch, **settings)

@@ -1,6 +1,8 @@
-"""One training step on the meta device: the model's own code runs, and every tensor that it makes is counted while it lives.
+"""One training step on the meta device: the model's own code runs, and every tensor that it makes is counted while it
+lives.
 
-Attention and head, whose kernels have no meta device, stand in by the memory of theirs; autocast, which it has not either, by its casts.
+Attention and head, whose kernels have no meta device, stand in by the memory of theirs; autocast, which it has not
+either, by its casts.
 """
 
 import weakref
@@ -16,21 +18,23 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppg_fast.adaptation import StartingWeights
 from ppg_fast.config import TrainConfig
-from ppg_fast.model import decoder, plain_head
+from ppg_fast.models.adaptation import StartingWeights
+from ppg_fast.models.causal_lm import decoder, plain_head
+from ppg_fast.models.varlen_attention import QUERY_BLOCK
 from ppg_fast.ops.head import CHUNK_BYTES, GEMM_ROWS, MIN_CHUNK_ROWS, equal_chunks
-from ppg_fast.optimisers import make_optimizer, set_learning_rate
-from ppg_fast.varlen_attention import QUERY_BLOCK
+from ppg_fast.training.optimisers import make_optimizer, set_learning_rate
 
 NAME = "ppg_counted"  # of the attention that stands in
 BATCH_BYTES = 5 * 8 + 12 * 4  # a token's share of a packed batch: five of int64, and the float32 rows of the loss
 STATE_BYTES = {"8bit": 2.0, "4bit": 1.0}  # of optimisers that a meta device cannot step: two states of a parameter
-WORKSPACE = {"cpu": 16 * 2**20, "cuda": 32 * 2**20}  # of matrix products: seen with MKL on one thread; cuBLAS's default on Hopper
+# of matrix products: seen with MKL on one thread; cuBLAS's default on Hopper
+WORKSPACE = {"cpu": 16 * 2**20, "cuda": 32 * 2**20}
 
 
 class Count(TorchDispatchMode):
-    """Bytes of the storages that are alive, each under the name that was current when it was made; a snapshot at the peak."""
+    """Bytes of the storages that are alive, each under the name that was current when it was made; a snapshot at the
+    peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +153,8 @@ class Step:
             self.copies = [torch.empty_like(p) for p in trained for _ in range(2)]
         optimizer = make_optimizer(self.model, config.optim, arguments=config.optim_args)
         for group in optimizer.param_groups:
-            if "foreach" in group:  # what a device would choose; a fused kernel makes no tensors between, no more than single ones
+            # what a device would choose; a fused kernel makes no tensors between, no more than single ones
+            if "foreach" in group:
                 group["foreach"], group["fused"] = self.cuda and not group.get("fused"), None
         with self.count.under("step"):
             for parameter in trained:
@@ -164,7 +169,9 @@ class Step:
         count, bf16 = self.count, self.config.bf16
         with count.phase_of("forward pass"), count.under("final"), _Autocast(bf16):
             ids = torch.empty(1, tokens, dtype=torch.int64, device="meta")
-            out = decoder(self.model)(input_ids=ids, attention_mask=None, position_ids=ids, use_cache=False, max_length_q=tokens)
+            out = decoder(self.model)(
+                input_ids=ids, attention_mask=None, position_ids=ids, use_cache=False, max_length_q=tokens
+            )
             hidden = out.last_hidden_state[0]
             del out
         with count.phase_of("head"):
@@ -183,7 +190,9 @@ class Step:
             with self.count.phase_of("optimizer step"), self.count.under("step"):
                 self.optimizer.step()
 
-    def attend(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, sliding_window: Any = None, **_: Any) -> tuple[Tensor, None]:
+    def attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, sliding_window: Any = None, **_: Any
+    ) -> tuple[Tensor, None]:
         """The memory of `varlen_attention`, in place of it."""
         with self.count.under("backward" if self.count.name == "backward" else "attention"):
             if self.config.bf16:
@@ -200,12 +209,15 @@ class Step:
 
 def _on_the_host(checkpoint: Callable[..., Any], *args: Any) -> Any:
     """What a checkpointed layer keeps is no memory of the device."""
-    with saved_tensors_hooks(lambda t: (t.shape, t.dtype), lambda kept: torch.empty(kept[0], dtype=kept[1], device="meta")):
+    with saved_tensors_hooks(
+        lambda t: (t.shape, t.dtype), lambda kept: torch.empty(kept[0], dtype=kept[1], device="meta")
+    ):
         return checkpoint(*args)
 
 
 class _Attend(torch.autograd.Function):
-    """The memory of a fused attention kernel: its inputs, its output and a log-sum-exp a row; a mask of the window where it needs one."""
+    """The memory of a fused attention kernel: its inputs, its output and a log-sum-exp a row; a mask of the window
+    where it needs one."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: tuple[int, ...]) -> Tensor:
@@ -228,7 +240,12 @@ class _Head(torch.autograd.Function):
             d_hidden = torch.empty_like(hidden)
         with step.count.under("d_weight"):
             d_weight = torch.empty_like(weight, dtype=torch.float32) if wanted else hidden.new_empty(0)
-        budget = CHUNK_BYTES["cuda" if step.cuda else "cpu"] // (weight.shape[0] * weight.element_size()) // GEMM_ROWS * GEMM_ROWS
+        budget = (
+            CHUNK_BYTES["cuda" if step.cuda else "cpu"]
+            // (weight.shape[0] * weight.element_size())
+            // GEMM_ROWS
+            * GEMM_ROWS
+        )
         rows = equal_chunks(hidden.shape[0], max(MIN_CHUNK_ROWS, budget))
         step.count.look(head=rows * (weight.shape[0] + 2 * weight.shape[1]) * weight.element_size())
         ctx.save_for_backward(d_hidden, d_weight)
@@ -245,7 +262,8 @@ class _Head(torch.autograd.Function):
 
 
 class _Autocast(TorchFunctionMode):
-    """Autocast's casts of linear layers, which the meta device does not have; leaves that train are cast once in a forward pass."""
+    """Autocast's casts of linear layers, which the meta device does not have; leaves that train are cast once in a
+    forward pass."""
 
     def __init__(self, enabled: bool, cached: bool = True) -> None:
         super().__init__()

@@ -4,18 +4,18 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from ppg_fast.chat_format import ChatFormat, make_word_tokenizer
 from ppg_fast.config import TrainConfig
-from ppg_fast.data import CONTEXT, Sample
-from ppg_fast.environment import TeachableEnvironment
-from ppg_fast.evaluation import of_rollouts
+from ppg_fast.dialogues.chat_format import ChatFormat, make_word_tokenizer
+from ppg_fast.dialogues.packing import CONTEXT, Sample
+from ppg_fast.distributed import Ranks
 from ppg_fast.jobs.policy import Policy
-from ppg_fast.jobs.report import Progress, RunFolder
 from ppg_fast.jobs.resume import ResumableRun
+from ppg_fast.jobs.run_folder import Progress, RunFolder
 from ppg_fast.jobs.samples import SHOWN
-from ppg_fast.objective import Objective, warn_if_hardly_credited
-from ppg_fast.persona import PersonaInterview, words
-from ppg_fast.ranks import Ranks
+from ppg_fast.rollouts.environment import TeachableEnvironment
+from ppg_fast.rollouts.persona import PersonaInterview, words
+from ppg_fast.training.evaluation import of_rollouts
+from ppg_fast.training.objective import Objective, warn_if_hardly_credited
 
 IMITATION: dict[str, Any] = {
     "warmup_steps": 10,
@@ -41,7 +41,10 @@ class PersonaJob:
         config = self.config
         imitation = Objective(imitate=True, reduction="token_mean")
         warm_up = replace(
-            self.policy.schedule(), **IMITATION, max_steps=config.imitation_steps, learning_rate=config.imitation_learning_rate
+            self.policy.schedule(),
+            **IMITATION,
+            max_steps=config.imitation_steps,
+            learning_rate=config.imitation_learning_rate,
         )
         with progress.phase("imitation", config.imitation_steps) as phase:
             for metrics in run.climb("imitation", self.demonstrations, imitation, warm_up):
@@ -60,7 +63,10 @@ class PersonaJob:
         """Scripted dialogues, every other of plain questions."""
         del step
         environments = [PersonaInterview(plain=j % 2 == 0) for j in range(self.config.imitation_batch)]
-        return [demonstrate(self.policy.chat, e, self.policy.rng, self.config.teacher_skill, g) for g, e in enumerate(environments)]
+        return [
+            demonstrate(self.policy.chat, e, self.policy.rng, self.config.teacher_skill, g)
+            for g, e in enumerate(environments)
+        ]
 
     def rollouts(self, step: int) -> list[Sample]:
         """Groups of rollouts of the policy as it is now."""
@@ -74,9 +80,12 @@ class PersonaJob:
         return samples
 
     def evaluate(self, run: RunFolder, progress: Progress, step: int, when: str = "") -> None:
-        """Mean return on the same held-out personas with the same sampling noise every time, and its share of the best return."""
+        """Mean return on the same held-out personas with the same sampling noise every time, and its share of the best
+        return."""
         policy, count = self.policy, self.config.eval_dialogues
-        rollouts = policy.roll_out(lambda: PersonaInterview(held_out=True), range(count), 1, policy.sampling_generator(0))
+        rollouts = policy.roll_out(
+            lambda: PersonaInterview(held_out=True), range(count), 1, policy.sampling_generator(0)
+        )
         reward = sum(r.total_reward for r in rollouts) / count
         share = reward * count / sum(r.environment.best_return() for r in rollouts)  # type: ignore[attr-defined]
         kinds: dict[str, list[bool]] = {}
@@ -89,17 +98,24 @@ class PersonaJob:
         run.log_samples("eval", step, [r.sample for r in rollouts], policy.chat, self.objective)
         progress.say(f"held-out personas after step {step}: return {reward:.2f}, {share:.0%} of a truthful assistant's")
         if when:
-            note = f"Held-out personas, step {step}, temperature {self.config.temperature}. A reward may settle an earlier answer too."
+            note = (
+                f"Held-out personas, step {step}, temperature {self.config.temperature}. A reward may settle an "
+                "earlier answer too."
+            )
             run.write_samples(when, rollouts[:SHOWN], note)
 
     def finish(self, run: RunFolder, progress: Progress) -> dict[str, Any]:
         """The last evaluation and the curves; start and end for the summary."""
         self.evaluate(run, progress, run.steps, "after")
-        run.draw_curve("reward", "eval/reward", f"Persona interview, {self.config.policy_class}", "mean return per dialogue")
+        run.draw_curve(
+            "reward", "eval/reward", f"Persona interview, {self.config.policy_class}", "mean return per dialogue"
+        )
         return run.start_and_end("eval/reward", "eval/reward_share")
 
 
-def demonstrate(chat: ChatFormat, environment: TeachableEnvironment, rng: random.Random, skill: float, group: int) -> Sample:
+def demonstrate(
+    chat: ChatFormat, environment: TeachableEnvironment, rng: random.Random, skill: float, group: int
+) -> Sample:
     """A dialogue of ``environment`` with its own scripted assistant, as a sample."""
     tokens = chat.opening(environment.reset(rng.getrandbits(48)))
     sample, done = Sample(tokens, [CONTEXT] * len(tokens), [], group), False

@@ -10,25 +10,25 @@ from typing import Any
 import torch
 
 from ppg_fast import backends
-from ppg_fast.adaptation import add_lora, checkpoint_activations, freeze
-from ppg_fast.chat_format import ChatFormat
 from ppg_fast.config import AUTO, TrainConfig
-from ppg_fast.data import Sample
-from ppg_fast.environment import Environment
-from ppg_fast.generation import EndpointSampler
-from ppg_fast.metrics import peak_memory_mb
-from ppg_fast.model import check_vocabulary, load_model, make_model, spread
-from ppg_fast.objective import Objective, Schedule
-from ppg_fast.ranks import Ranks
-from ppg_fast.rollout import Rollout, Settle, collect_groups, settle_each
+from ppg_fast.dialogues.chat_format import ChatFormat
+from ppg_fast.dialogues.packing import Sample
+from ppg_fast.distributed import Ranks
+from ppg_fast.models.adaptation import add_lora, checkpoint_activations, freeze
+from ppg_fast.models.causal_lm import check_vocabulary, distribute, load_model, make_model
+from ppg_fast.rollouts.environment import Environment
+from ppg_fast.rollouts.generation import EndpointSampler
+from ppg_fast.rollouts.rollout import Rollout, StepAll, collect_groups, step_each
 from ppg_fast.spec import policy_class
+from ppg_fast.training.metrics import peak_memory_mb
+from ppg_fast.training.objective import Objective, Schedule
 
 
 class Policy:
     """The model with its tokenizer, on its device, spread over ``ranks``.
 
-    ``make_tokenizer`` is asked where the config names no checkpoint folder. ValueError for a folder without one, for a tokenizer whose
-    vocabulary exceeds the model's embedding, and for a device that is not there.
+    ``make_tokenizer`` is asked where the config names no checkpoint folder. ValueError for a folder without one, for a
+    tokenizer whose vocabulary exceeds the model's embedding, and for a device that is not there.
     """
 
     def __init__(self, config: TrainConfig, make_tokenizer: Callable[[], Any], ranks: Ranks | None = None) -> None:
@@ -41,9 +41,13 @@ class Policy:
             torch.set_num_threads(config.threads or 1)
         if config.model:
             if Path(config.model, "adapter_config.json").is_file() and not Path(config.model, "config.json").is_file():
-                raise ValueError(f"model must be a whole checkpoint, got adapters, which first want merging: {config.model!r}")
+                raise ValueError(
+                    f"model must be a whole checkpoint, got adapters, which first want merging: {config.model!r}"
+                )
             if not Path(config.model, "config.json").is_file():
-                raise ValueError(f"model must be a folder with a Hugging Face checkpoint (config.json), got {config.model!r}")
+                raise ValueError(
+                    f"model must be a folder with a Hugging Face checkpoint (config.json), got {config.model!r}"
+                )
             from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(config.model)
@@ -52,10 +56,14 @@ class Policy:
             self.tokenizer = make_tokenizer()
             pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
             model = make_model(len(self.tokenizer), config.width, config.layers, config.seed, pad, end)
-        model = check_vocabulary(model, len(self.tokenizer)).to(device=device, dtype=getattr(torch, config.dtype)).train()
+        model = (
+            check_vocabulary(model, len(self.tokenizer)).to(device=device, dtype=getattr(torch, config.dtype)).train()
+        )
         self.model = adapted(model, config)
-        self.parameters = [sum(p.numel() for p in self.model.parameters() if p.requires_grad or not only) for only in (False, True)]
-        self.module = spread(self.model, self.ranks)
+        self.parameters = [
+            sum(p.numel() for p in self.model.parameters() if p.requires_grad or not only) for only in (False, True)
+        ]
+        self.module = distribute(self.model, self.ranks)
         if self.ranks.rank:  # weights began alike; what dropout and environments draw must not
             set_seed((config.seed + self.ranks.rank) % 2**32)
         self.chat = ChatFormat(self.tokenizer)
@@ -73,13 +81,14 @@ class Policy:
         group_size: int,
         generator: torch.Generator,
         *,
-        settle: Settle = settle_each,
+        step_all: StepAll = step_each,
         sampler: EndpointSampler | None = None,
         only: range | None = None,
     ) -> list[Rollout]:
         """Rollouts with the sampling settings of the config, of ``sampler`` where there is one. All ranks call it.
 
-        ``only``: those of them that this rank rolls out (`Ranks.part`); `of_all` makes them whole. Any number of ranks draws the same.
+        ``only``: those of them that this rank rolls out (`Ranks.part`); `of_all` makes them whole. Any number of ranks
+            draws the same.
         """
         c = self.config
         with self.ranks.sampling(self.model):
@@ -95,7 +104,7 @@ class Policy:
                 max_turns=c.max_turns,
                 max_dialogue_tokens=0 if c.data else c.max_dialogue_tokens,  # offline it bounds what is read
                 batch_size=c.rollout_batch,
-                settle=settle,
+                step_all=step_all,
                 only=only,
             )
 
@@ -109,7 +118,9 @@ class Policy:
         candidates = tuple(c.candidate_classes().values())
         auto = c.policy_class == AUTO
         chosen = policy_class("full" if auto else c.policy_class)
-        return Objective(chosen, c.gamma, c.baseline, c.loss_spec(), c.reduction, c.num_iterations, candidates=candidates, auto=auto)
+        return Objective(
+            chosen, c.gamma, c.baseline, c.loss_spec(), c.reduction, c.num_iterations, candidates=candidates, auto=auto
+        )
 
     def schedule(self) -> Schedule:
         """Its steps."""

@@ -11,14 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ppg_fast import checkpoint
-from ppg_fast.adaptation import frozen_digest, load_trainable_state
 from ppg_fast.config import TrainConfig
-from ppg_fast.data import Sample
+from ppg_fast.dialogues.packing import Sample
 from ppg_fast.jobs.policy import Policy
-from ppg_fast.jobs.report import CHECKPOINTS, METRICS, SUMMARY, RunFolder
-from ppg_fast.objective import Objective, Schedule
-from ppg_fast.trainer import TrainingState, optimise
+from ppg_fast.jobs.run_folder import CHECKPOINTS, METRICS, SUMMARY, RunFolder
+from ppg_fast.models.adaptation import frozen_digest, load_trainable_state
+from ppg_fast.training import checkpoint
+from ppg_fast.training.objective import Objective, Schedule
+from ppg_fast.training.trainer import TrainingState, optimise
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -34,28 +34,32 @@ class Stopped(Exception):
 class ResumableRun(RunFolder):
     """A RunFolder that keeps checkpoints of the whole run and, with ``resume``, goes on from the newest.
 
-    As a context manager it turns the first SIGINT or SIGTERM into Stopped after the step that is under way, and keeps the folder to
-    itself. ValueError where another process trains in it, and where model or data are not those the run began with. Ranks share the run:
-    the first writes, all see the same error, and a signal to one of them ends the training on all after the same step.
+    As a context manager it turns the first SIGINT or SIGTERM into Stopped after the step that is under way, and keeps
+    the folder to
+    itself. ValueError where another process trains in it, and where model or data are not those the run began with.
+    Ranks share the run: the first writes, all see the same error, and a signal to one of them ends the training on all
+    after the same step.
     """
 
     def __init__(self, config: TrainConfig, policy: Policy, data_digest: str = "", resume: bool = False) -> None:
         self.ranks = policy.ranks
-        self.keeps, self._release = self.ranks.first, lambda: None
-        self.ranks.by_first(lambda: self._claim(Path(config.output_dir)))
+        self.keeps, self._release = self.ranks.is_main, lambda: None
+        self.ranks.run_on_main(lambda: self._claim(Path(config.output_dir)))
         saved = checkpoint.newest(Path(config.output_dir, CHECKPOINTS), self.ranks) if resume else None
         self.frozen = frozen_digest(policy.model)
-        self.ranks.by_all(lambda: _check(saved, config, policy, data_digest, self.frozen) if saved else None)
+        self.ranks.run_on_all(lambda: _check(saved, config, policy, data_digest, self.frozen) if saved else None)
         if not self.keeps:
             super().__init__(config, resume)
-        self.ranks.by_first(lambda: RunFolder.__init__(self, config, resume))
+        self.ranks.run_on_main(lambda: RunFolder.__init__(self, config, resume))
         self.config, self.policy, self.data_digest, self.saved = config, policy, data_digest, saved
         self.finished: list[str] = saved["finished"] if saved else []
         self.taken: int = saved["taken"] if saved else 0
         self.signal: int | None = None
         if resume:
-            self.ranks.by_first(lambda: (self.path / SUMMARY).unlink(missing_ok=True))
-            self.ranks.by_all(lambda: self.rewind(saved["metrics_bytes"] if saved else 0, saved["seconds"] if saved else 0.0))
+            self.ranks.run_on_main(lambda: (self.path / SUMMARY).unlink(missing_ok=True))
+            self.ranks.run_on_all(
+                lambda: self.rewind(saved["metrics_bytes"] if saved else 0, saved["seconds"] if saved else 0.0)
+            )
 
     def _claim(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
@@ -66,7 +70,11 @@ class ResumableRun(RunFolder):
         if not self.saved:
             return f"{self.path} has no checkpoint yet: from the beginning"
         before = self.saved["config"]
-        changes = [f"{k} {before.get(k)} -> {v}" for k, v in asdict(self.config).items() if k not in PLACES and before.get(k) != v]
+        changes = [
+            f"{k} {before.get(k)} -> {v}"
+            for k, v in asdict(self.config).items()
+            if k not in PLACES and before.get(k) != v
+        ]
         where = f"{self.path} goes on after step {self.saved['training']['step']} of phase {self.saved['phase']!r}"
         return where + (f", with other settings: {', '.join(changes)}" if changes else "")
 
@@ -106,7 +114,7 @@ class ResumableRun(RunFolder):
             "training": state.state_dict(),
             "policy": self.policy.state_dict(),
             "random": self.ranks.gather(checkpoint.random_states()),
-            "metrics_bytes": self.ranks.by_first(self._metrics_bytes),
+            "metrics_bytes": self.ranks.run_on_main(self._metrics_bytes),
             "seconds": self.seconds,
         }
         try:
@@ -123,7 +131,7 @@ class ResumableRun(RunFolder):
     def save_weights(self) -> None:
         """checkpoint/, as others load it: gathered from all ranks, written by the first."""
         state = self.ranks.full_state(self.policy.model)
-        self.ranks.by_first(lambda: self.save_checkpoint(self.policy.model, self.policy.tokenizer, state))
+        self.ranks.run_on_main(lambda: self.save_checkpoint(self.policy.model, self.policy.tokenizer, state))
 
     def _restore(self, state: TrainingState, phase: str) -> None:
         saved, self.saved = self.saved, None
@@ -132,7 +140,8 @@ class ResumableRun(RunFolder):
             raise ValueError(f"a run goes on with the phase it was in, {saved['phase']!r}, got {phase!r}")
         state.load_state_dict(saved["training"])
         self.policy.load_state_dict(saved["policy"])
-        if self.ranks.rank < len(saved["random"]):  # a rank that the run did not have so far begins with what its seed gave it
+        # a rank that the run did not have so far begins with what its seed gave it
+        if self.ranks.rank < len(saved["random"]):
             checkpoint.set_random_states(saved["random"][self.ranks.rank])
 
     def __enter__(self) -> "ResumableRun":
@@ -146,8 +155,10 @@ class ResumableRun(RunFolder):
         self._release()
 
     def _note(self, number: int, frame: object) -> None:
-        """The first signal is noted; Ctrl-C after it does not wait for the step, unless there are other ranks to leave alone with it."""
-        if self.ranks.world > 1:  # their launcher passes a signal on, so that it may come twice, and sees to it that they end
+        """The first signal is noted; Ctrl-C after it does not wait for the step, unless there are other ranks to leave
+        alone with it."""
+        # their launcher passes a signal on, so that it may come twice, and sees to it that they end
+        if self.ranks.world > 1:
             self.signal = self.signal or number
             return
         if self.signal is not None and number == signal.SIGINT:
@@ -159,12 +170,15 @@ class ResumableRun(RunFolder):
 def _check(saved: dict[str, Any], config: TrainConfig, policy: Policy, data_digest: str, frozen: str) -> None:
     """ValueError, before anything is written, where a checkpoint is none of this model and this data."""
     if saved["data"] != data_digest:
-        raise ValueError(f"a run goes on with the dialogues and the tokenizer it began with, got others: data {config.data!r}")
+        raise ValueError(
+            f"a run goes on with the dialogues and the tokenizer it began with, got others: data {config.data!r}"
+        )
     if bool(saved["config"]["kl_coef"]) != bool(config.kl_coef):
         raise ValueError(f"a run goes on with a KL term if it began with one, got kl_coef {config.kl_coef}")
     if saved.get("frozen", "") != frozen:
         raise ValueError(
-            f"a run goes on with the frozen weights it began with, got others: model {config.model!r}, freeze {config.freeze!r}"
+            f"a run goes on with the frozen weights it began with, got others: model {config.model!r}, freeze "
+            f"{config.freeze!r}"
         )
     try:
         load_trainable_state(policy.model, saved["training"]["model"])

@@ -6,20 +6,27 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ppg_fast.data import CONTEXT, Sample, pack
-from ppg_fast.objective import Objective, credit
-from ppg_fast.rollout import Rollout
+from ppg_fast.dialogues.packing import CONTEXT, Sample, pack
+from ppg_fast.rollouts.rollout import Rollout
+from ppg_fast.training.objective import Objective, credit
 
 SAMPLES = "samples.jsonl"
 SHOWN = 4  # dialogues of a page, and of a table's step
 
 
 def answer_rows(
-    phase: str, step: int, samples: Sequence[Sample], decode: Callable[[list[int]], str], objective: Objective, scored: bool = True
+    phase: str,
+    step: int,
+    samples: Sequence[Sample],
+    decode: Callable[[list[int]], str],
+    objective: Objective,
+    scored: bool = True,
 ) -> list[dict[str, Any]]:
-    """One row an answer of the first `SHOWN` dialogues: what was said before it, the answer, what it earned and was credited for.
+    """One row an answer of the first `SHOWN` dialogues: what was said before it, the answer, what it earned and was
+    credited for.
 
-    Returns and advantages are those of all ``samples``, whose groups give the baseline. Without ``scored`` they are None.
+    Returns and advantages are those of all ``samples``, whose groups give the baseline. Without ``scored`` they are
+    None.
     """
     returns, advantages = credit(pack(samples), objective) if scored else (None, None)
     rows = []
@@ -30,7 +37,13 @@ def answer_rows(
             if turn == CONTEXT:
                 said = tokens
                 continue
-            row: dict[str, Any] = {"phase": phase, "step": step, "dialogue": number, "group_id": sample.group_id, "turn": turn}
+            row: dict[str, Any] = {
+                "phase": phase,
+                "step": step,
+                "dialogue": number,
+                "group_id": sample.group_id,
+                "turn": turn,
+            }
             row |= {"prompt": decode(said), "answer": decode(tokens), "tokens": len(tokens)}
             row["cut_off"] = sample.cut_off[turn] if sample.cut_off else None
             row["reward"] = round(sample.rewards[turn], 6) if scored else None
@@ -48,7 +61,8 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def keep_rows(path: Path, last_steps: dict[str, int]) -> None:
-    """Drop the rows after ``last_steps`` of their phase, and a line that was cut: they are written again by a run that goes on."""
+    """Drop the rows after ``last_steps`` of their phase, and a line that was cut: they are written again by a run that
+    goes on."""
     if not path.exists():
         return
     kept = []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppg_fast.config import REWARD_SETTINGS, TrainConfig
-from ppg_fast.dialogue import KEYS, Dialogue, read_dialogues, write_dialogues
+from ppg_fast.dialogues.dialogue import KEYS, Dialogue, read_dialogues, write_dialogues
 from ppg_fast.jobs.endpoints import rewards_of
 from ppg_fast.jobs.policy import device_of
 from ppg_fast.rewards import Judge, Ratings, Reward, Scores, Transcript, score
@@ -17,10 +17,12 @@ CHUNK = 64  # dialogues between two writes of the partial output
 
 
 def score_file(data: str, output: Path, config: TrainConfig, overwrite: bool = False) -> list[Dialogue]:
-    """Write ``data`` to ``output`` with the turn_rewards that the config's rewards give, whole or not at all; say what was done.
+    """Write ``data`` to ``output`` with the turn_rewards that the config's rewards give, whole or not at all; say what
+    was done.
 
-    What is scored is kept in a partial file beside it after every ``CHUNK`` dialogues, and the same command goes on from there: a judge
-    that fails after an hour costs a chunk. FileExistsError if ``output`` exists and ``overwrite`` is off.
+    What is scored is kept in a partial file beside it after every ``CHUNK`` dialogues, and the same command goes on
+    from there: a judge that fails after an hour costs a chunk. FileExistsError if ``output`` exists and ``overwrite``
+    is off.
     """
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists: give another -o, or --overwrite to replace it")
@@ -36,7 +38,9 @@ def score_file(data: str, output: Path, config: TrainConfig, overwrite: bool = F
         print(f"{len(scored)} of {len(dialogues)} dialogues were scored before: going on")
     while len(scored) < len(dialogues):
         part = dialogues[len(scored) : len(scored) + CHUNK]
-        scores = score(rewards, [Transcript(d.id, d.messages, {"group_id": d.group_id, **info.get(d.id, {})}) for d in part])
+        scores = score(
+            rewards, [Transcript(d.id, d.messages, {"group_id": d.group_id, **info.get(d.id, {})}) for d in part]
+        )
         scored += [replace(d, turn_rewards=tuple(row)) for d, row in zip(part, scores.totals, strict=True)]
         write_dialogues(partial, scored)
         if len(dialogues) > CHUNK:
@@ -74,7 +78,11 @@ def _report(output: Path, scored: list[Dialogue], rewards: list[Reward]) -> None
     print(f"{output}: {len(scored)} dialogues, {len(values)} turns scored, {unscored} not, {mean}")
     for reward in rewards:
         if isinstance(reward.scorer, Judge) and reward.scorer.unparsable:
-            print(f"reward {reward.name}: {reward.scorer.unparsable} replies of the judge held no score within its range")
+            print(
+                f"reward {reward.name}: {reward.scorer.unparsable} replies of the judge held no score within its range"
+            )
         if isinstance(reward.scorer, Ratings) and reward.scorer.unused:
             unused = reward.scorer.unused
-            print(f"reward {reward.name}: {len(unused)} dialogues with ratings are not in the data, such as {unused[0]!r}")
+            print(
+                f"reward {reward.name}: {len(unused)} dialogues with ratings are not in the data, such as {unused[0]!r}"
+            )

@@ -1,4 +1,5 @@
-"""Where a run reports to besides its own folder: tensorboard, wandb and trackio, each through accelerate's tracker of that name."""
+"""Where a run reports to besides its own folder: tensorboard, wandb and trackio, each through accelerate's tracker of
+that name."""
 
 import math
 import secrets
@@ -22,10 +23,11 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers that a config names; none of them is the rule. One that fails later is a warning and left out: the run goes on.
+    """The trackers that a config names; none of them is the rule. One that fails later is a warning and left out: the
+    run goes on.
 
-    Training metrics are named <phase>/<metric>, evaluations keep their own eval/ names. ``resume``: report to the same wandb and trackio
-    run again. ValueError, naming the tracker, where one cannot start.
+    Training metrics are named <phase>/<metric>, evaluations keep their own eval/ names. ``resume``: report to the same
+    wandb and trackio run again. ValueError, naming the tracker, where one cannot start.
     """
 
     def __init__(self, config: TrainConfig, path: Path, resume: bool = False) -> None:
@@ -51,7 +53,12 @@ class Trackers:
                 "mode": "offline" if config.report_offline else None,
                 "settings": {"console": "off", "quiet": True},
             },
-            "trackio": {"run_name": config.project, "name": run_name, "resume": "allow" if resume else "never", "embed": False},
+            "trackio": {
+                "run_name": config.project,
+                "name": run_name,
+                "resume": "allow" if resume else "never",
+                "embed": False,
+            },
         }
         for name in names:
             try:
@@ -66,8 +73,16 @@ class Trackers:
     def log(self, phase: str, metrics: dict[str, Any], step: int) -> None:
         """The finite numbers of one logged row; ``step`` counts the training steps of all phases."""
         prefix = "" if phase == "eval" else f"{phase}/"
-        numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)}
-        named = {name if name.startswith("eval/") else prefix + name: v for name, v in numbers.items() if phase != "eval" or name != "step"}
+        numbers = {
+            k: v
+            for k, v in metrics.items()
+            if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+        }
+        named = {
+            name if name.startswith("eval/") else prefix + name: v
+            for name, v in numbers.items()
+            if phase != "eval" or name != "step"
+        }
         self._each("log", lambda tracker: tracker.log(named, step=step))
 
     def log_table(self, name: str, rows: Sequence[dict[str, Any]], step: int) -> None:
@@ -87,7 +102,9 @@ class Trackers:
             except Exception as error:  # noqa: PERF203 (a lost connection must not end a run of a week)
                 self.active.remove(tracker)
                 reason = _first_line(error)
-                warnings.warn(f"report_to {tracker.name} could not {what} and is left out from here on: {reason}", stacklevel=3)
+                warnings.warn(
+                    f"report_to {tracker.name} could not {what} and is left out from here on: {reason}", stacklevel=3
+                )
 
 
 def _log_table(tracker: Any, name: str, rows: Sequence[dict[str, Any]], step: int) -> None:
@@ -100,7 +117,11 @@ def _log_table(tracker: Any, name: str, rows: Sequence[dict[str, Any]], step: in
 
         tracker.log({name: trackio.Table(dataframe=pandas.DataFrame(list(rows)))}, step=step)
     else:
-        cells = [columns, ["---"] * len(columns), *([str(row[c]).replace("|", "\\|").replace("\n", " ") for c in columns] for row in rows)]
+        cells = [
+            columns,
+            ["---"] * len(columns),
+            *([str(row[c]).replace("|", "\\|").replace("\n", " ") for c in columns] for row in rows),
+        ]
         tracker.log({name: "\n".join(f"| {' | '.join(line)} |" for line in cells)}, step=step)
 
 

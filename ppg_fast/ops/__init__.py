@@ -1,7 +1,8 @@
 """The operators: custom op + fake + autograd over the backend contract, whole under `torch.compile(fullgraph=True)`.
 
-They take canonical rows: logits (B, L, V) or hidden states (N, D), per-row arguments (N,), labels -100 where masked. Shapes and
-defaults are the business of `functional`; checks of values are made here, where they run under torch.compile too.
+They take canonical rows: logits (B, L, V) or hidden states (N, D), per-row arguments (N,), labels -100 where masked.
+Shapes and defaults are the business of `functional`; checks of values are made here, where they run under torch.compile
+too.
 """
 
 from ppg_fast.ops.checks import check_temperatures

@@ -7,12 +7,15 @@ from ppg_fast.spec import IGNORE, require
 
 
 def check_labels(labels: Tensor, vocabulary: int, validate: bool) -> None:
-    """IndexError unless every label is in [0, vocabulary) or -100; on a GPU only when ``validate`` asks for the sync."""
+    """IndexError unless every label is in [0, vocabulary) or -100; on a GPU only when ``validate`` asks for the
+    sync."""
     if labels.is_cpu or validate:
         bad = ((labels < 0) & (labels != IGNORE)) | (labels >= vocabulary)
         if bad.any():
             row = int(bad.nonzero()[0])
-            raise IndexError(f"labels must be in [0, {vocabulary}) or {IGNORE}, got {int(labels.flatten()[row])} at row {row}")
+            raise IndexError(
+                f"labels must be in [0, {vocabulary}) or {IGNORE}, got {int(labels.flatten()[row])} at row {row}"
+            )
 
 
 def check_turn_counts(turn_counts: Tensor, T: int) -> None:
@@ -31,7 +34,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> None:
 
 
 def check_turn_ids(turn_ids: Tensor, T: int, sequences: Tensor, turn_counts: Tensor | None, active: Tensor) -> None:
-    """ValueError where an active token has a turn id that is not -1 or one of its dialogue's turns. All (N,) but ``turn_counts`` (B,)."""
+    """ValueError where an active token has a turn id that is not -1 or one of its dialogue's turns. All (N,) but
+    ``turn_counts`` (B,)."""
     limit = torch.full_like(turn_ids, T) if turn_counts is None else turn_counts[sequences]
     bad = active & ((turn_ids < -1) | (turn_ids >= limit))
     if bad.any():
@@ -67,9 +71,12 @@ def check_rewards(rewards: Tensor, turn_counts: Tensor | None, segment_ids: Tens
 def _check_segments(segment_ids: Tensor, there: Tensor) -> None:
     """ValueError where an id comes back after another one: a segment is one run of turns."""
     run = torch.nn.functional.pad((segment_ids[:, 1:] != segment_ids[:, :-1]).cumsum(1), (1, 0))
-    order = segment_ids.argsort(dim=1, stable=True)  # turns of one id side by side, those beyond the dialogue behind them
+    # turns of one id side by side, those beyond the dialogue behind them
+    order = segment_ids.argsort(dim=1, stable=True)
     ids, run, there = (t.gather(1, order) for t in (segment_ids, run, there))
     scattered = ((ids[:, 1:] == ids[:, :-1]) & (run[:, 1:] != run[:, :-1]) & there[:, 1:] & there[:, :-1]).any(1)
     if scattered.any():
         b = int(scattered.nonzero()[0])
-        raise ValueError(f"segment ids must be constant on contiguous runs of turns, got {segment_ids[b].tolist()} for dialogue {b}")
+        raise ValueError(
+            f"segment ids must be constant on contiguous runs of turns, got {segment_ids[b].tolist()} for dialogue {b}"
+        )

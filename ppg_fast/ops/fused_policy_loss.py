@@ -1,4 +1,5 @@
-"""fused_policy_loss: from what the caller holds to the reduced loss and dlogits, as a custom op with autograd, on backends that fuse."""
+"""fused_policy_loss: from what the caller holds to the reduced loss and dlogits, as a custom op with autograd, on
+backends that fuse."""
 
 from typing import Any
 
@@ -6,22 +7,36 @@ import torch
 from torch import Tensor
 
 from ppg_fast import backends
+from ppg_fast.ops.allocation import fresh
 from ppg_fast.ops.checks import check_cu_seqlens, check_labels, check_rewards, check_temperatures, check_turn_ids
-from ppg_fast.ops.memory import fresh
-from ppg_fast.ops.policy_loss import NUMBERS, OUTPUTS, SPEC_SCHEMA, EagerPolicyLoss, backward_traced, given_norm, setup_traced, wanted_norm
+from ppg_fast.ops.policy_loss import (
+    NUMBERS,
+    OUTPUTS,
+    SPEC_SCHEMA,
+    EagerPolicyLoss,
+    backward_traced,
+    given_norm,
+    setup_traced,
+    wanted_norm,
+)
 from ppg_fast.ops.sequences import sequence_ids
 from ppg_fast.spec import IGNORE, Columns, PolicyLossSpec, Reduction, Turns
 
 SCHEMA = (
-    "Tensor labels, Tensor? loss_mask, Tensor? turn_ids, Tensor? advantages, Tensor? old_logprobs, Tensor? ref_logprobs, "
-    "Tensor? rollout_logprobs, Tensor? temperatures, Tensor? rewards, Tensor? turn_counts, Tensor? segment_ids, Tensor? reward_mask, "
-    "Tensor? group_ids, int lookahead, int segment_length, float gamma, str baseline, float std_eps, str reduction, float? normalizer, "
+    "Tensor labels, Tensor? loss_mask, Tensor? turn_ids, Tensor? advantages, Tensor? old_logprobs, Tensor? "
+    "ref_logprobs, "
+    "Tensor? rollout_logprobs, Tensor? temperatures, Tensor? rewards, Tensor? turn_counts, Tensor? segment_ids, "
+    "Tensor? reward_mask, "
+    "Tensor? group_ids, int lookahead, int segment_length, float gamma, str baseline, float std_eps, str reduction, "
+    "float? normalizer, "
     f"Tensor? normalizer_at, int sequences, Tensor? cu_seqlens, bool skip_zero_advantages, {SPEC_SCHEMA}"
 )
 NO_TURNS = Turns(None, None, None, None, None, 1, 0, 1.0, "none")
 
 
-def _fused_policy_loss(logits: Tensor, dlogits: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fused_policy_loss(
+    logits: Tensor, dlogits: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     columns, turns = Columns(*arguments[:8]), Turns(*arguments[8:18])
     kind, number, normalizer, sequences, cu_seqlens, skip_zero_advantages = arguments[18:24]
     *numbers, entropy, score_norms, _, validate, backend = arguments[24:]
@@ -54,15 +69,20 @@ def _check_values(logits: Tensor, columns: Columns, turns: Turns | None, reducti
         check_temperatures(columns.temperatures.reshape(-1), labels != IGNORE)
 
 
-@torch.library.custom_op("ppg_fast::fused_policy_loss", mutates_args=(), schema=f"(Tensor logits, {SCHEMA}) -> {OUTPUTS}")
+@torch.library.custom_op(
+    "ppg_fast::fused_policy_loss", mutates_args=(), schema=f"(Tensor logits, {SCHEMA}) -> {OUTPUTS}"
+)
 def fused_policy_loss_op(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """-> loss () ((B, L) for "none"), log-prob, entropy and score norm (B, L) float32, dlogits (B, L, V); (0,) unless wanted."""
+    """-> loss () ((B, L) for "none"), log-prob, entropy and score norm (B, L) float32, dlogits (B, L, V); (0,) unless
+    wanted."""
     dlogits = fresh(logits.shape, logits.dtype, logits.device) if arguments[-3] else None
     return *_fused_policy_loss(logits, dlogits, *arguments), logits.new_empty(0) if dlogits is None else dlogits
 
 
 @torch.library.custom_op(
-    "ppg_fast::fused_policy_loss_", mutates_args=("logits",), schema=f"(Tensor(a!) logits, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)"
+    "ppg_fast::fused_policy_loss_",
+    mutates_args=("logits",),
+    schema=f"(Tensor(a!) logits, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def fused_policy_loss_inplace_op(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same with dlogits written over the logits."""
@@ -90,16 +110,19 @@ fused_policy_loss_op.register_autograd(backward_traced, setup_context=setup_trac
 
 
 def fused_policy_loss(
-    logits: Tensor, columns: Columns, turns: Turns | None, reduction: Reduction, spec: PolicyLossSpec, skip_zero_advantages: bool,
+    logits: Tensor, columns: Columns, turns: Turns | None, reduction: Reduction, spec: PolicyLossSpec,
+    skip_zero_advantages: bool,
     entropy: bool, inplace: bool, validate: bool, backend: str, score_norms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Reduced loss (differentiable in the logits), log-prob, entropy and, where wanted, score norm (B, L) float32; contract: `backends`."""
+    """Reduced loss (differentiable in the logits), log-prob, entropy and, where wanted, score norm (B, L) float32;
+    contract: `backends`."""
     with_grad = torch.is_grad_enabled() and logits.requires_grad
     normalizer = reduction.normalizer
     given = (None, normalizer) if isinstance(normalizer, Tensor) else (normalizer, None)
     numbers = (getattr(spec, name) for name in NUMBERS)
     arguments = (
-        *columns, *(turns or NO_TURNS), reduction.kind, *given, reduction.sequences, reduction.cu_seqlens, skip_zero_advantages, *numbers,
+        *columns, *(turns or NO_TURNS), reduction.kind, *given, reduction.sequences, reduction.cu_seqlens,
+        skip_zero_advantages, *numbers,
         entropy, score_norms, with_grad, validate, backend,
     )  # fmt: skip
     if with_grad and not torch.compiler.is_compiling():

@@ -1,4 +1,5 @@
-"""A linear head over the rows that count: which rows those are, the GEMMs around one chunk of them, the order in which chunks run."""
+"""A linear head over the rows that count: which rows those are, the GEMMs around one chunk of them, the order in which
+chunks run."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -7,13 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ppg_fast.ops.memory import fresh
+from ppg_fast.ops.allocation import fresh
 from ppg_fast.spec import require
 
-CHUNK_BYTES = {"cpu": 54 * 2**20, "cuda": 2**31}  # of logits alive at once; on a GPU so that d_weight is added up once or twice
+# of logits alive at once; on a GPU so that d_weight is added up once or twice
+CHUNK_BYTES = {"cpu": 54 * 2**20, "cuda": 2**31}
 MIN_CHUNK_ROWS = 256  # below, the fp32 accumulation of d_weight costs more than its GEMM
 TILE = 2048  # rows of d_weight whose 16-bit product is still in a CPU's cache when it is added up in float32
-GEMM_ROWS = 16  # chunks are padded to a multiple: BLAS takes other kernels for a few rows, and a row's bits would depend on its neighbours
+# chunks are padded to a multiple: BLAS takes other kernels for a few rows, and a row's bits would depend on its
+# neighbours
+GEMM_ROWS = 16
 OVERLAP = False  # on a GPU, row kernels on a second stream beside the next chunk's GEMM; `make gpu` measures both
 
 
@@ -29,14 +33,16 @@ def equal_chunks(rows: int, chunk_rows: int) -> int:
     return max(1, min(chunk_rows, -(-rows // (pieces * GEMM_ROWS)) * GEMM_ROWS))
 
 
-# ---- which rows ------------------------------------------------------------------------------------------------------------------------
+# ---- which rows ------------------------------------------------------------------------------------------------------
 class Rows(NamedTuple):
     """The rows that are read. Where they were only bounded, what lies behind the last of them is SKIP."""
 
     full: Tensor  # numbers of the rows that go through all GEMMs, ascending; (n,) int64
     forward: Tensor  # of those that go through the first
-    skip: Tensor | None = None  # (n,) bool, the SKIP rows among ``full`` or, without a gradient, ``forward``; None: there are none
-    excess: Tensor | None = None  # 0-d float32: 0, or NaN where more rows are active than the caller's bound; None: they were counted
+    # (n,) bool, the SKIP rows among ``full`` or, without a gradient, ``forward``; None: there are none
+    skip: Tensor | None = None
+    # 0-d float32: 0, or NaN where more rows are active than the caller's bound; None: they were counted
+    excess: Tensor | None = None
 
 
 def counted(labels: Tensor, bound: int | None, validate: bool) -> bool:
@@ -46,13 +52,18 @@ def counted(labels: Tensor, bound: int | None, validate: bool) -> bool:
 
 def check_bound(active: int, bound: int | None) -> None:
     """ValueError unless the caller's bound holds."""
-    require(bound is None or active <= bound, "max_active_rows must be at least the number of active rows", f"{bound} for {active}")
+    require(
+        bound is None or active <= bound,
+        "max_active_rows must be at least the number of active rows",
+        f"{bound} for {active}",
+    )
 
 
 def partition(full: Tensor, forward: Tensor, bound: int | None = None, counting: bool = True) -> Rows:
     """FULL and FORWARD-ONLY rows (N,) bool -> their numbers, by one stable partition and at most one sync.
 
-    ``bound``: no more are active. Counting, ValueError where it does not hold; without counting, `Rows.excess` is NaN there, and
+    ``bound``: no more are active. Counting, ValueError where it does not hold; without counting, `Rows.excess` is NaN
+        there, and
     all rows are taken as FULL unless none is.
     """
     N = full.numel()
@@ -71,7 +82,7 @@ def partition(full: Tensor, forward: Tensor, bound: int | None = None, counting:
     return Rows(order[:taken], order[:0], numbers[:taken] >= active, excess)
 
 
-# ---- GEMMs -----------------------------------------------------------------------------------------------------------------------------
+# ---- GEMMs -----------------------------------------------------------------------------------------------------------
 class Chunk(NamedTuple):
     """Some rows in the middle of the sweep."""
 
@@ -82,9 +93,12 @@ class Chunk(NamedTuple):
 
 
 class Head:
-    """A linear head over chunks of rows: logits = x W^T + b, and the gradients of its three inputs, those that are wanted."""
+    """A linear head over chunks of rows: logits = x W^T + b, and the gradients of its three inputs, those that are
+    wanted."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, wanted: tuple[bool, bool, bool]) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, wanted: tuple[bool, bool, bool]
+    ) -> None:
         self.hidden, self.weight, self.bias, self.chunk_rows = hidden, weight, bias, chunk_rows
         like = {"dtype": torch.float32, "device": hidden.device}
         self.d_hidden = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
@@ -124,8 +138,11 @@ class Head:
             self.buffers[number] = fresh((rows, self.weight.shape[0]), self.hidden.dtype, self.hidden.device)
         return self.buffers[number]
 
-    def sweep(self, rows: Tensor, row_kernel: Callable[[Tensor, Tensor], None], with_grad: bool, skip: Tensor | None = None) -> None:
-        """Logits, ``row_kernel(row numbers, logits (1, n, V))`` and, ``with_grad``, the GEMMs of its gradient, chunk by chunk."""
+    def sweep(
+        self, rows: Tensor, row_kernel: Callable[[Tensor, Tensor], None], with_grad: bool, skip: Tensor | None = None
+    ) -> None:
+        """Logits, ``row_kernel(row numbers, logits (1, n, V))`` and, ``with_grad``, the GEMMs of its gradient, chunk by
+        chunk."""
         lane = second_stream(rows.device) if overlapping(rows, self.chunk_rows) else None
         if lane is None:
             for chunk in self.chunks(rows, skip):
@@ -150,7 +167,8 @@ class Head:
                 self.accumulate(before[0])
 
     def accumulate(self, chunk: Chunk) -> None:
-        """Carry the gradient that now stands in the logits of ``chunk`` into the wanted gradients; d_weight and d_bias in float32."""
+        """Carry the gradient that now stands in the logits of ``chunk`` into the wanted gradients; d_weight and d_bias
+        in float32."""
         n, x, d = chunk.rows.numel(), chunk.x, chunk.logits
         d[n:] = 0
         if self.wanted[0] and chunk.place is not None:

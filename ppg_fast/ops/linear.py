@@ -1,7 +1,9 @@
-"""The loss and the log-probs from hidden states: the row kernels in a loop over chunks of compacted rows, GEMMs around them.
+"""The loss and the log-probs from hidden states: the row kernels in a loop over chunks of compacted rows, GEMMs around
+them.
 
-The [N, V] logits never exist: one chunk of them does, and its gradient takes its place. Only FULL rows go through all three GEMMs
-(logits, d_hidden, d_weight; two where the head is frozen), FORWARD-ONLY rows through the first, SKIP rows through none.
+The [N, V] logits never exist: one chunk of them does, and its gradient takes its place. Only FULL rows go through all
+three GEMMs (logits, d_hidden, d_weight; two where the head is frozen), FORWARD-ONLY rows through the first, SKIP rows
+through none.
 """
 
 from typing import Any
@@ -16,14 +18,20 @@ from ppg_fast.ops.head import Head, check_bound, counted, default_chunk_rows, pa
 from ppg_fast.ops.policy_loss import NUMBERS, SCHEMA, PerRow, reference_policy_loss
 from ppg_fast.spec import PolicyLossSpec
 
-__all__ = ["default_chunk_rows", "linear_policy_loss", "linear_policy_loss_op", "linear_token_logprobs", "linear_token_logprobs_op"]
+__all__ = [
+    "default_chunk_rows",
+    "linear_policy_loss",
+    "linear_policy_loss_op",
+    "linear_token_logprobs",
+    "linear_token_logprobs_op",
+]
 
 
 def _pick(values: tuple[Tensor | None, ...], rows: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(None if v is None else v[rows] for v in values)
 
 
-# ---- linear_policy_loss ----------------------------------------------------------------------------------------------------------------
+# ---- linear_policy_loss ----------------------------------------------------------------------------------------------
 LINEAR_SCHEMA = (
     f"(Tensor hidden, Tensor weight, Tensor? bias, {SCHEMA}, int chunk_rows, int? max_active_rows, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -32,7 +40,8 @@ LINEAR_ARGUMENTS = SCHEMA.count(",") + 4
 
 
 def _loss_and_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    """-> weighted loss, log-prob, entropy, score norm (N,) float32, and d_hidden (N, D), d_weight (V, D), d_bias (V,) of the summed loss.
+    """-> weighted loss, log-prob, entropy, score norm (N,) float32, and d_hidden (N, D), d_weight (V, D), d_bias (V,)
+    of the summed loss.
 
     d_hidden in the dtype of hidden, the other two in float32; (0,) where not wanted.
     """
@@ -43,7 +52,9 @@ def _loss_and_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *ar
     entropy = entropy or score_norms or spec.entropy_coef != 0
     N = labels.numel()
     loss, logprob = (torch.zeros(N, dtype=torch.float32, device=hidden.device) for _ in range(2))
-    ent, norms = (torch.zeros(N if wants else 0, dtype=torch.float32, device=hidden.device) for wants in (entropy, score_norms))
+    ent, norms = (
+        torch.zeros(N if wants else 0, dtype=torch.float32, device=hidden.device) for wants in (entropy, score_norms)
+    )
     head = Head(hidden, weight, bias, chunk_rows, tuple(wanted))  # type: ignore[arg-type]
     full = (labels >= 0) & ((per_row[0] != 0) | spec.needs_every_row) & any(wanted)
     parts = partition(full, (labels >= 0) & ~full, bound, counted(labels, bound, validate))
@@ -59,12 +70,16 @@ def _loss_and_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *ar
         if norm is not None:
             norms[rows] = norm
 
-    head.sweep(parts.full, lambda rows, logits: kernel(rows, logits, logits if any(wanted) else None), any(wanted), parts.skip)
+    head.sweep(
+        parts.full, lambda rows, logits: kernel(rows, logits, logits if any(wanted) else None), any(wanted), parts.skip
+    )
     head.sweep(parts.forward, lambda rows, logits: kernel(rows, logits, None), False)
     return loss, logprob, ent, norms, *head.gradients()
 
 
-linear_policy_loss_op = torch.library.custom_op("ppg_fast::linear_policy_loss", _loss_and_gradients, mutates_args=(), schema=LINEAR_SCHEMA)
+linear_policy_loss_op = torch.library.custom_op(
+    "ppg_fast::linear_policy_loss", _loss_and_gradients, mutates_args=(), schema=LINEAR_SCHEMA
+)
 
 
 @linear_policy_loss_op.register_fake
@@ -87,14 +102,18 @@ def _backward_linear(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor |
     if d_loss is None:
         return (None,) * (3 + LINEAR_ARGUMENTS)
     upstream = d_loss[:1].sum()  # the public function hands out the sum alone, so every element is the same
-    unscaled = type(d_loss) is Tensor and d_loss.is_cpu and bool(upstream == 1)  # a tracer's tensor has no values to branch on
+    # a tracer's tensor has no values to branch on
+    unscaled = type(d_loss) is Tensor and d_loss.is_cpu and bool(upstream == 1)
     saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
-    scaled = ((d.to(dtype) if unscaled else _scaled(d, upstream, dtype)) if wanted else None for d, dtype, wanted in saved)
+    scaled = (
+        (d.to(dtype) if unscaled else _scaled(d, upstream, dtype)) if wanted else None for d, dtype, wanted in saved
+    )
     return *scaled, *[None] * LINEAR_ARGUMENTS
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * upstream in ``dtype``. On a GPU in one pass: a float32 product in between would be as large as d_weight."""
+    """gradient * upstream in ``dtype``. On a GPU in one pass: a float32 product in between would be as large as
+    d_weight."""
     if gradient.is_cuda:
         return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
     return (gradient * upstream).to(dtype)
@@ -107,12 +126,27 @@ def linear_policy_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, per_row: PerRow, spec: PolicyLossSpec,
     validate: bool, backend: str, chunk_rows: int, max_active_rows: int | None, score_norms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Weighted loss of each row, whose SUM is differentiable in hidden, weight and bias; log-prob, entropy, score norm. (N,) float32."""
+    """Weighted loss of each row, whose SUM is differentiable in hidden, weight and bias; log-prob, entropy, score norm.
+    (N,) float32."""
     if backend == "reference":
-        return _reference(hidden, weight, bias, labels, per_row, spec, validate, chunk_rows, max_active_rows, score_norms)
+        return _reference(
+            hidden, weight, bias, labels, per_row, spec, validate, chunk_rows, max_active_rows, score_norms
+        )
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     numbers = (getattr(spec, name) for name in NUMBERS)
-    arguments = (labels, *per_row, *numbers, True, score_norms, any(wanted), validate, backend, chunk_rows, max_active_rows, wanted)
+    arguments = (
+        labels,
+        *per_row,
+        *numbers,
+        True,
+        score_norms,
+        any(wanted),
+        validate,
+        backend,
+        chunk_rows,
+        max_active_rows,
+        wanted,
+    )
     return linear_policy_loss_op(hidden, weight, bias, *arguments)[:4]
 
 
@@ -120,7 +154,8 @@ def _reference(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, per_row: PerRow, spec: PolicyLossSpec,
     validate: bool, chunk_rows: int, max_active_rows: int | None, score_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The same by plain PyTorch: chunks of active rows under activation checkpointing, so that one chunk of logits is alive at a time."""
+    """The same by plain PyTorch: chunks of active rows under activation checkpointing, so that one chunk of logits is
+    alive at a time."""
     check_labels(labels, weight.shape[0], validate)
 
     def chunk_loss(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *columns: Any) -> tuple[Tensor, ...]:
@@ -137,13 +172,15 @@ def _reference(
     return outputs[0], outputs[1], outputs[2], outputs[3] if score_norms else hidden.new_empty(0, dtype=torch.float32)
 
 
-# ---- linear_token_logprobs ---------------------------------------------------------------------------------------------------------------
+# ---- linear_token_logprobs -------------------------------------------------------------------------------------------
 def _logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperatures: Tensor | None, temperature: float,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperatures: Tensor | None,
+    temperature: float,
     logit_softcap: float, entropy: bool, validate: bool, backend: str, chunk_rows: int, max_active_rows: int | None,
     score_norms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> log-prob, entropy, log-sum-exp and score norm of each row, (N,) float32; zeros where masked, (0,) unless wanted."""
+    """-> log-prob, entropy, log-sum-exp and score norm of each row, (N,) float32; zeros where masked, (0,) unless
+    wanted."""
     check_labels(labels, weight.shape[0], validate)
     kernels, N, entropy = backends.load(backend), labels.numel(), entropy or score_norms
     sizes = N, N if entropy else 0, N, N if score_norms else 0
@@ -166,11 +203,14 @@ def _logprobs(
 
 
 def _logprobs_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor, entropy: Tensor, d_logprob: Tensor,
-    d_entropy: Tensor | None, temperatures: Tensor | None, temperature: float, logit_softcap: float, backend: str, chunk_rows: int,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor, entropy: Tensor,
+    d_logprob: Tensor,
+    d_entropy: Tensor | None, temperatures: Tensor | None, temperature: float, logit_softcap: float, backend: str,
+    chunk_rows: int,
     max_active_rows: int | None, wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> d_hidden, d_weight and d_bias of `linear_token_logprobs`; the logits of rows with a gradient are computed again."""
+    """-> d_hidden, d_weight and d_bias of `linear_token_logprobs`; the logits of rows with a gradient are computed
+    again."""
     kernels = backends.load(backend)
     head = Head(hidden, weight, bias, chunk_rows, tuple(wanted))  # type: ignore[arg-type]
     live = (labels >= 0) & ((d_logprob != 0) if d_entropy is None else (d_logprob != 0) | (d_entropy != 0))
@@ -189,13 +229,17 @@ def _logprobs_gradients(
 
 
 linear_token_logprobs_op = torch.library.custom_op("ppg_fast::linear_token_logprobs", _logprobs, mutates_args=())
-linear_token_logprobs_bwd_op = torch.library.custom_op("ppg_fast::linear_token_logprobs_bwd", _logprobs_gradients, mutates_args=())
+linear_token_logprobs_bwd_op = torch.library.custom_op(
+    "ppg_fast::linear_token_logprobs_bwd", _logprobs_gradients, mutates_args=()
+)
 
 
 @linear_token_logprobs_op.register_fake
 def _(hidden, weight, bias, labels, temperatures, temperature, logit_softcap, entropy, *rest):
     N, norm = hidden.shape[0], rest[4:5] == (True,)
-    return tuple(hidden.new_empty(n, dtype=torch.float32) for n in (N, N if entropy or norm else 0, N, N if norm else 0))
+    return tuple(
+        hidden.new_empty(n, dtype=torch.float32) for n in (N, N if entropy or norm else 0, N, N if norm else 0)
+    )
 
 
 @linear_token_logprobs_bwd_op.register_fake
@@ -213,7 +257,9 @@ def _setup_linear_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
     ctx.numbers, ctx.entropy = (temperature, logit_softcap, *plan), entropy
 
 
-def _backward_linear_logprobs(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward_linear_logprobs(
+    ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, labels, lse, entropy, temperatures = ctx.saved_tensors
     d_logprob = torch.zeros_like(lse) if d_logprob is None else d_logprob
     d_entropy = d_entropy.contiguous() if ctx.entropy and d_entropy is not None else None
@@ -228,15 +274,19 @@ linear_token_logprobs_op.register_autograd(_backward_linear_logprobs, setup_cont
 
 
 def linear_token_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperatures: Tensor | None, temperature: float,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, temperatures: Tensor | None,
+    temperature: float,
     logit_softcap: float, entropy: bool, validate: bool, backend: str, chunk_rows: int, max_active_rows: int | None,
     score_norms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Log-prob, entropy, both differentiable in hidden, weight and bias, and score norm of each row, (N,) float32; (0,) unless wanted."""
+    """Log-prob, entropy, both differentiable in hidden, weight and bias, and score norm of each row, (N,) float32; (0,)
+    unless wanted."""
     if backend == "reference":
         spec = PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap)
         per_row = PerRow(torch.zeros(labels.shape, device=hidden.device), None, None, None, None, temperatures)
-        return _reference(hidden, weight, bias, labels, per_row, spec, validate, chunk_rows, max_active_rows, score_norms)[1:]
+        return _reference(
+            hidden, weight, bias, labels, per_row, spec, validate, chunk_rows, max_active_rows, score_norms
+        )[1:]
     numbers = temperature, logit_softcap, entropy, validate, backend, chunk_rows, max_active_rows, score_norms
     logprob, ent, _, norms = linear_token_logprobs_op(hidden, weight, bias, labels, temperatures, *numbers)
     return logprob, ent, norms

@@ -9,7 +9,8 @@ from ppg_fast.ops.checks import check_rewards
 
 @torch.library.custom_op("ppg_fast::partial_returns", mutates_args=())
 def partial_returns_op(
-    rewards: Tensor, segment_ids: Tensor | None, turn_counts: Tensor | None, mask: Tensor | None, lookahead: int, segment_length: int,
+    rewards: Tensor, segment_ids: Tensor | None, turn_counts: Tensor | None, mask: Tensor | None, lookahead: int,
+    segment_length: int,
     gamma: float, validate: bool, backend: str,
 ) -> Tensor:  # fmt: skip
     """-> windowed returns (B, T) float32; ``mask`` (T, T) bool takes the place of the window where it is given."""

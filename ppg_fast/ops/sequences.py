@@ -1,4 +1,5 @@
-"""Where a token belongs: its sequence in a packed batch, and the advantage of its turn. Small ops that check what they index with."""
+"""Where a token belongs: its sequence in a packed batch, and the advantage of its turn. Small ops that check what they
+index with."""
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ def sequence_ids(cu_seqlens: Tensor | None, sequences: int, labels: Tensor) -> T
 
 @torch.library.custom_op("ppg_fast::sequence_ids", mutates_args=())
 def sequence_ids_op(cu_seqlens: Tensor, labels: Tensor, validate: bool) -> Tensor:
-    """The sequence of each of the packed labels, (N,) int64; ValueError unless cu_seqlens rises from 0 to their number."""
+    """The sequence of each of the packed labels, (N,) int64; ValueError unless cu_seqlens rises from 0 to their
+    number."""
     if cu_seqlens.is_cpu or validate:
         check_cu_seqlens(cu_seqlens, labels.numel())
     return sequence_ids(cu_seqlens, cu_seqlens.numel() - 1, labels)
@@ -34,8 +36,8 @@ def turn_credit_op(
 ) -> Tensor:
     """advantages[sequence, turn] of each token, (N,) float32, 0 where its turn id is -1.
 
-    ``advantages`` (B, T); ``turn_ids``, ``sequences`` (N,) int64; ``active`` (N,) bool. ValueError where an active token has a turn id
-    that is not -1 or one of its dialogue's turns; what inactive tokens hold does not matter.
+    ``advantages`` (B, T); ``turn_ids``, ``sequences`` (N,) int64; ``active`` (N,) bool. ValueError where an active
+    token has a turn id that is not -1 or one of its dialogue's turns; what inactive tokens hold does not matter.
     """
     T = advantages.shape[1]
     if active.is_cpu or validate:

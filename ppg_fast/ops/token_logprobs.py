@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ppg_fast import backends, reference
+from ppg_fast.ops.allocation import fresh
 from ppg_fast.ops.checks import check_labels
-from ppg_fast.ops.memory import fresh
 from ppg_fast.ops.policy_loss import given_norm, wanted_norm
 
 
@@ -23,7 +23,8 @@ def token_logprobs_op(
     backend: str,
     score_norms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> log-prob, entropy, log-sum-exp and score norm of each row, (N,) float32; zeros where masked, (0,) unless wanted."""
+    """-> log-prob, entropy, log-sum-exp and score norm of each row, (N,) float32; zeros where masked, (0,) unless
+    wanted."""
     check_labels(labels, logits.shape[-1], validate)
     norm = wanted_norm(logits, score_norms, labels.numel())
     out = backends.load(backend).logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, entropy, norm)
@@ -45,7 +46,10 @@ def token_logprobs_bwd_op(
 @token_logprobs_op.register_fake
 def _(logits, labels, temperatures, temperature, logit_softcap, entropy, validate, backend, score_norms=False):
     N = logits.shape[0] * logits.shape[1]
-    return tuple(logits.new_empty(n, dtype=torch.float32) for n in (N, N if entropy or score_norms else 0, N, N if score_norms else 0))
+    return tuple(
+        logits.new_empty(n, dtype=torch.float32)
+        for n in (N, N if entropy or score_norms else 0, N, N if score_norms else 0)
+    )
 
 
 @token_logprobs_bwd_op.register_fake
@@ -60,11 +64,15 @@ def _setup_token_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.numbers, ctx.entropy = (temperature, logit_softcap, backend), entropy
 
 
-def _backward_token_logprobs(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward_token_logprobs(
+    ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
     logits, labels, lse, entropy, temperatures = ctx.saved_tensors
     d_logprob = torch.zeros_like(lse) if d_logprob is None else d_logprob
     d_entropy = d_entropy.contiguous() if ctx.entropy and d_entropy is not None else None
-    grad = token_logprobs_bwd_op(logits, labels, lse, entropy, d_logprob.contiguous(), d_entropy, temperatures, *ctx.numbers)
+    grad = token_logprobs_bwd_op(
+        logits, labels, lse, entropy, d_logprob.contiguous(), d_entropy, temperatures, *ctx.numbers
+    )
     return grad, *[None] * 8
 
 
@@ -82,7 +90,8 @@ def token_logprobs(
     backend: str,
     score_norms: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Log-prob, entropy, both differentiable in the logits, and score norm of each row, (N,) float32; (0,) unless wanted."""
+    """Log-prob, entropy, both differentiable in the logits, and score norm of each row, (N,) float32; (0,) unless
+    wanted."""
     if backend == "reference":
         check_labels(labels, logits.shape[-1], validate)
         scale = temperature if temperatures is None else temperatures

@@ -1,4 +1,5 @@
-"""The specification, executed: plain differentiable PyTorch in any floating dtype. In float64 it is the truth of every test."""
+"""The specification, executed: plain differentiable PyTorch in any floating dtype. In float64 it is the truth of every
+test."""
 
 from ppg_fast.reference.groups import consecutive_ids, group_sum
 from ppg_fast.reference.logprobs import score_norms, token_logprobs

@@ -5,9 +5,11 @@ from torch import Tensor
 
 
 def group_sum(values: Tensor, groups: Tensor, count: int) -> Tensor:
-    """out[j] = sum of values[i] over i with groups[i] = j. ``values`` (N, ...), ``groups`` (N,) int64 in [0, count) -> (count, ...).
+    """out[j] = sum of values[i] over i with groups[i] = j. ``values`` (N, ...), ``groups`` (N,) int64 in [0, count) ->
+    (count, ...).
 
-    On a GPU through a sort, because `index_add` adds there in any order; on a CPU `index_add` goes through the rows one by one.
+    On a GPU through a sort, because `index_add` adds there in any order; on a CPU `index_add` goes through the rows one
+    by one.
     """
     out = torch.zeros((count, *values.shape[1:]), dtype=values.dtype, device=values.device)
     if values.is_cuda:

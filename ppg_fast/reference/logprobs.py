@@ -1,14 +1,18 @@
-"""Log-probability of each label, entropy and score norm of each row. Mirrors kernels/triton/logprobs.py and csrc/*/logprobs.*"""
+"""Log-probability of each label, entropy and score norm of each row. Mirrors kernels/triton/logprobs.py and
+csrc/*/logprobs.*"""
 
 import torch
 from torch import Tensor
 
 
-def token_logprobs(logits: Tensor, labels: Tensor, temperature: Tensor | float = 1.0, logit_softcap: float = 0.0) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    logits: Tensor, labels: Tensor, temperature: Tensor | float = 1.0, logit_softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """l = log softmax(z)[label] and H = -sum p log p, with z = softcap(logits) / temperature.
 
-    ``logits`` (N, V) in any floating dtype, ``labels`` (N,) int64, masked where negative: such a row is not read and gives
-    zeros. ``temperature`` a number or (N,). Returns two (N,) tensors in the dtype of the logits, differentiable in them.
+    ``logits`` (N, V) in any floating dtype, ``labels`` (N,) int64, masked where negative: such a row is not read and
+    gives zeros. ``temperature`` a number or (N,). Returns two (N,) tensors in the dtype of the logits, differentiable
+    in them.
     """
     rows = (labels >= 0).nonzero().squeeze(-1)
     logp = _log_softmax(logits, rows, temperature, logit_softcap)
@@ -19,8 +23,11 @@ def token_logprobs(logits: Tensor, labels: Tensor, temperature: Tensor | float =
     return zeros.index_put((rows,), logprobs), zeros.index_put((rows,), entropy)
 
 
-def score_norms(logits: Tensor, labels: Tensor, temperature: Tensor | float = 1.0, logit_softcap: float = 0.0) -> Tensor:
-    """|d l / d z|^2 = sum p^2 - 2 p[label] + 1 in [0, 2], (N,); zero where masked, no gradient. Arguments as in `token_logprobs`."""
+def score_norms(
+    logits: Tensor, labels: Tensor, temperature: Tensor | float = 1.0, logit_softcap: float = 0.0
+) -> Tensor:
+    """|d l / d z|^2 = sum p^2 - 2 p[label] + 1 in [0, 2], (N,); zero where masked, no gradient. Arguments as in
+    `token_logprobs`."""
     rows = (labels >= 0).nonzero().squeeze(-1)
     p = _log_softmax(logits.detach(), rows, temperature, logit_softcap).exp()
     norms = p.square().sum(-1) - 2 * p.gather(-1, labels[rows, None]).squeeze(-1) + 1
@@ -31,4 +38,6 @@ def _log_softmax(logits: Tensor, rows: Tensor, temperature: Tensor | float, logi
     z = logits[rows]
     if logit_softcap:
         z = logit_softcap * torch.tanh(z / logit_softcap)
-    return torch.log_softmax(z / (temperature[rows, None].to(z.dtype) if isinstance(temperature, Tensor) else temperature), -1)
+    return torch.log_softmax(
+        z / (temperature[rows, None].to(z.dtype) if isinstance(temperature, Tensor) else temperature), -1
+    )

@@ -15,10 +15,11 @@ def partial_returns(
     segment_length: int,
     gamma: float,
 ) -> Tensor:
-    """R[b, t] = sum over k = t .. end - 1 of gamma^(k-t) r[b, k], (B, T) in the dtype of the rewards; zero beyond the dialogue.
+    """R[b, t] = sum over k = t .. end - 1 of gamma^(k-t) r[b, k], (B, T) in the dtype of the rewards; zero beyond the
+    dialogue.
 
-    end is the smallest of t + ``lookahead``, the end of t's segment (``segment_ids``, or runs of ``segment_length`` turns if
-    that is not 0) and the end of the dialogue.
+    end is the smallest of t + ``lookahead``, the end of t's segment (``segment_ids``, or runs of ``segment_length``
+    turns if that is not 0) and the end of the dialogue.
     """
     B, T = rewards.shape
     returns = torch.zeros_like(rewards)

@@ -1,4 +1,5 @@
-"""The policy loss over logits, as written in the papers. Mirrors kernels/triton/policy_loss.py and csrc/*/policy_loss.*"""
+"""The policy loss over logits, as written in the papers. Mirrors kernels/triton/policy_loss.py and
+csrc/*/policy_loss.*"""
 
 import torch
 from torch import Tensor
@@ -9,11 +10,13 @@ from ppg_fast.reference.policy_term import importance_weight, policy_term
 from ppg_fast.spec import PolicyLossSpec
 
 
-def grouped_old_logprobs(logprobs: Tensor, old_logprobs: Tensor, active: Tensor, groups: Tensor, group_count: int) -> Tensor:
+def grouped_old_logprobs(
+    logprobs: Tensor, old_logprobs: Tensor, active: Tensor, groups: Tensor, group_count: int
+) -> Tensor:
     """The "old" log-probs that give every token of a group the ratio exp(mean over its active tokens of (l - old)).
 
-    Returned as sg[l] - mean, so that exp(l - returned) has that value and differentiates through each token's own l (GSPO).
-    ``groups`` (N,) in [0, group_count). All (N,).
+    Returned as sg[l] - mean, so that exp(l - returned) has that value and differentiates through each token's own l
+    (GSPO). ``groups`` (N,) in [0, group_count). All (N,).
     """
     logprobs = logprobs.detach()
     log_ratio = torch.where(active, logprobs - old_logprobs, 0.0)
@@ -31,7 +34,8 @@ def loss_from_logprobs(
     ref_logprobs: Tensor | None,  # (N,)
     rollout_logprobs: Tensor | None,  # (N,)
     spec: PolicyLossSpec,
-    groups: tuple[Tensor, int] | None = None,  # (N,) int64 and their number: who shares a ratio in a sequence-level loss
+    # (N,) int64 and their number: who shares a ratio in a sequence-level loss
+    groups: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """Weighted loss of each token, (N,), differentiable in ``logprobs`` and ``entropy``; zero where not active."""
     dtype, detached = logprobs.dtype, logprobs.detach()
@@ -45,7 +49,9 @@ def loss_from_logprobs(
     importance = importance_weight(old, rollout, spec)
     if groups is not None:
         old = grouped_old_logprobs(logprobs, old, active, *groups)
-    loss = policy_term(logprobs, logprobs if entropy is None else entropy, old, ref, importance, known(advantages, detached), spec)
+    loss = policy_term(
+        logprobs, logprobs if entropy is None else entropy, old, ref, importance, known(advantages, detached), spec
+    )
     loss = loss if weights is None else loss * weights.to(dtype)
     return torch.where(active, loss, 0.0)
 
@@ -61,7 +67,8 @@ def policy_loss(
     spec: PolicyLossSpec,
     groups: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted loss, log-probability and entropy of each token, (N,) each, differentiable in ``logits``; masked tokens give zeros."""
+    """Weighted loss, log-probability and entropy of each token, (N,) each, differentiable in ``logits``; masked tokens
+    give zeros."""
     temperature = spec.temperature.flatten() if isinstance(spec.temperature, Tensor) else spec.temperature
     logprobs, entropy = token_logprobs(logits, labels, temperature, spec.logit_softcap)
     rows = advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs

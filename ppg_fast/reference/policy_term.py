@@ -1,16 +1,19 @@
-"""The scalar loss of each token, as written in the papers. Mirrors kernels/triton/policy_term.py and csrc/policy_term.h."""
+"""The scalar loss of each token, as written in the papers. Mirrors kernels/triton/policy_term.py and
+csrc/policy_term.h."""
 
 import torch
 from torch import Tensor
 
 from ppg_fast.spec import PolicyLossSpec
 
-# exp of more overflows float32 once multiplied, and the branch a minimum did not take would then give 0 * inf to the backward pass
+# exp of more overflows float32 once multiplied, and the branch a minimum did not take would then give 0 * inf to the
+# backward pass
 MAX_LOG_RATIO = 80.0
 
 
 def importance_weight(old_logprobs: Tensor, rollout_logprobs: Tensor | None, spec: PolicyLossSpec) -> Tensor | float:
-    """min(exp(old - rollout), importance_cap): corrects for a sampler that is not the trainer's policy. 1 where it is off."""
+    """min(exp(old - rollout), importance_cap): corrects for a sampler that is not the trainer's policy. 1 where it is
+    off."""
     if rollout_logprobs is None or not spec.importance_cap:
         return 1.0
     return torch.exp(old_logprobs - rollout_logprobs).clamp(max=spec.importance_cap).detach()
@@ -27,8 +30,9 @@ def policy_term(
 ) -> Tensor:
     """Loss of each token, (N,), differentiable in ``logprobs`` and ``entropy``.
 
-    With r = exp(l - old):  reinforce -A l;  ppo, gspo -min(r A, clip(r, 1-clip_low, 1+clip_high) A), at most -dual_clip A where A < 0;
-    cispo -sg[min(r, 1+clip_high)] A l;  times the importance weight, plus kl_coef KL(l, ref), minus entropy_coef H.
+    With r = exp(l - old):  reinforce -A l;  ppo, gspo -min(r A, clip(r, 1-clip_low, 1+clip_high) A), at most -dual_clip
+    A where A < 0; cispo -sg[min(r, 1+clip_high)] A l;  times the importance weight, plus kl_coef KL(l, ref), minus
+    entropy_coef H.
     """
     ratio = torch.exp((logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO))
     if spec.loss_type == "reinforce":

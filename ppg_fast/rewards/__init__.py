@@ -1,4 +1,5 @@
-"""What an answer is worth: Python functions, reward models, judges and human ratings behind one interface, combined by weights."""
+"""What an answer is worth: Python functions, reward models, judges and human ratings behind one interface, combined by
+weights."""
 
 from ppg_fast.rewards.formula import make_rewards
 from ppg_fast.rewards.judge import Judge

@@ -13,7 +13,9 @@ from ppg_fast.rewards.ratings import Ratings
 from ppg_fast.rewards.reward_model import RewardModel
 from ppg_fast.rewards.scoring import Reward
 
-TERM = re.compile(r"(?:(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*)?(?P<what>.+?)(?:@(?P<scope>turn|dialogue))?")
+TERM = re.compile(
+    r"(?:(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*)?(?P<what>.+?)(?:@(?P<scope>turn|dialogue))?"
+)
 
 
 def make_rewards(
@@ -26,9 +28,9 @@ def make_rewards(
 ) -> list[Reward]:
     """The terms of ``formula``, separated by " + ", each ``[WEIGHT*]WHAT[@turn|@dialogue]``.
 
-    WHAT is ``file.py:function``, ``module:function``, ``model:FOLDER``, ``judge``, ``judge:RUBRIC`` (a text file) or ``ratings:FILE``. The
-    scope is turn but for ratings, which say themselves what they rate. ``judge`` makes the endpoint where a term wants one. ValueError
-    names the term that cannot be read.
+    WHAT is ``file.py:function``, ``module:function``, ``model:FOLDER``, ``judge``, ``judge:RUBRIC`` (a text file) or
+    ``ratings:FILE``. The scope is turn but for ratings, which say themselves what they rate. ``judge`` makes the
+    endpoint where a term wants one. ValueError names the term that cannot be read.
     """
     rewards: list[Reward] = []
     for term in re.split(r"\s+\+\s+", formula.strip()):

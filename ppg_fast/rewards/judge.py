@@ -9,7 +9,8 @@ from ppg_fast.rewards.scoring import Transcript
 from ppg_fast.spec import require
 
 RUBRIC = (
-    "Rate how good the assistant's message is: it answers what the user asked, is true to what the system message says and to everything "
+    "Rate how good the assistant's message is: it answers what the user asked, is true to what the system message "
+    "says and to everything "
     "that was said before, and is clear."
 )
 TASK = (
@@ -27,8 +28,8 @@ ALONE = re.compile(r"\W*?" + NUMBER + r"\W*")
 class Judge:
     """One request a dialogue (or prefix of one): value = (score - low) / (high - low), so a reward in [0, 1].
 
-    A reply without a score in range is asked for again ``retries`` times, at temperature 1, and then left unscored (None) and counted in
-    ``unparsable``. It is never clamped and never guessed.
+    A reply without a score in range is asked for again ``retries`` times, at temperature 1, and then left unscored
+    (None) and counted in ``unparsable``. It is never clamped and never guessed.
     """
 
     def __init__(
@@ -68,9 +69,11 @@ class Judge:
 
 
 def parse_score(reply: str, low: float, high: float) -> float | None:
-    """The number after the last "score" of a reply, or the number that is the whole of it; None if there is none within [low, high].
+    """The number after the last "score" of a reply, or the number that is the whole of it; None if there is none within
+    [low, high].
 
-    Thoughts in <think> tags do not count. "7/10" counts if 10 is ``high``; a range as in "7-8", a percentage and "7,5" do not.
+    Thoughts in <think> tags do not count. "7/10" counts if 10 is ``high``; a range as in "7-8", a percentage and "7,5"
+    do not.
     """
     text = THOUGHT.sub("", reply).strip()
     labelled = list(LABELLED.finditer(text))

@@ -38,10 +38,12 @@ def load_function(where: str) -> Callable[..., Any]:
 
 
 class PythonReward:
-    """``function(messages, **info)`` for each dialogue: messages as [{"role", "content"}, ...], ``info`` by the names that it takes.
+    """``function(messages, **info)`` for each dialogue: messages as [{"role", "content"}, ...], ``info`` by the names
+    that it takes.
 
-    ``info`` holds ``id`` and what the prompt's line says beside its messages; a function with ``**anything`` gets all of it. ValueError
-    for a name that a dialogue has not, and for an exception of the function, with dialogue, turn and line.
+    ``info`` holds ``id`` and what the prompt's line says beside its messages; a function with ``**anything`` gets all
+    of it. ValueError for a name that a dialogue has not, and for an exception of the function, with dialogue, turn and
+    line.
     """
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
@@ -61,7 +63,9 @@ class PythonReward:
         where = f"dialogue {transcript.id!r}, turn {transcript.turns - 1}"
         missing = [name for name in self.needed if name not in info]
         if missing:
-            raise ValueError(f"reward {self.name} asks for {', '.join(missing)}, which {where} has not (it has {', '.join(info)})")
+            raise ValueError(
+                f"reward {self.name} asks for {', '.join(missing)}, which {where} has not (it has {', '.join(info)})"
+            )
         given = info if self.takes_all else {name: value for name, value in info.items() if name in self.names}
         messages = [{"role": message.role, "content": message.content} for message in transcript.messages]
         try:

@@ -9,11 +9,13 @@ from ppg_fast.rewards.scoring import Transcript
 
 
 class Ratings:
-    """Lines ``{"id": dialogue, "turn": 0, "rating": 4, "rater": "a"}``: the mean over the raters of each turn, None where nobody rated.
+    """Lines ``{"id": dialogue, "turn": 0, "rating": 4, "rater": "a"}``: the mean over the raters of each turn, None
+    where nobody rated.
 
-    ``turn`` counts the assistant's messages from 0; left out, the rating is that of the last turn. ``rater`` may be left out where a turn
-    has one rating only. ValueError names file and line: malformed, a rating that is not finite, a rater twice at one turn; and a
-    rating of a turn that its dialogue has not.
+    ``turn`` counts the assistant's messages from 0; left out, the rating is that of the last turn. ``rater`` may be
+    left out where a turn
+    has one rating only. ValueError names file and line: malformed, a rating that is not finite, a rater twice at one
+    turn; and a rating of a turn that its dialogue has not.
     """
 
     def __init__(self, path: str) -> None:
@@ -40,7 +42,9 @@ class Ratings:
             record = json.loads(line)
             dialogue, turn, rating, rater = record["id"], record.get("turn"), record["rating"], record.get("rater")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{where} must be a JSON object with id and rating: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"{where} must be a JSON object with id and rating: {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(dialogue, str) or not (turn is None or (type(turn) is int and turn >= 0)):
             raise ValueError(f"{where}: id must be a string and turn an integer >= 0, got {dialogue!r} and {turn!r}")
         if isinstance(rating, bool) or not isinstance(rating, (int, float)) or not math.isfinite(rating):
@@ -55,9 +59,13 @@ class Ratings:
         for turn, raters in self.ratings.get(transcript.id, {}).items():
             at = transcript.turns - 1 if turn is None else turn
             if at >= len(values):
-                raise ValueError(f"{self.path} rates turn {turn} of dialogue {transcript.id!r}, which has {len(values)}")
+                raise ValueError(
+                    f"{self.path} rates turn {turn} of dialogue {transcript.id!r}, which has {len(values)}"
+                )
             if values[at] is not None:
-                raise ValueError(f"{self.path} rates the last turn of dialogue {transcript.id!r} with and without its number")
+                raise ValueError(
+                    f"{self.path} rates the last turn of dialogue {transcript.id!r} with and without its number"
+                )
             values[at] = sum(raters.values()) / len(raters)
         self.used.add(transcript.id)
         return values

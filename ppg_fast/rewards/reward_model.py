@@ -12,15 +12,17 @@ from ppg_fast.rewards.scoring import Transcript
 class RewardModel:
     """The one logit of a Hugging Face sequence-classification folder on the dialogue in its own chat template.
 
-    Batched in order under ``max_tokens`` padded tokens. ValueError for a folder without a model, a head of several labels, a tokenizer
-    without a chat template, and, with its name, a dialogue longer than the model's positions.
+    Batched in order under ``max_tokens`` padded tokens. ValueError for a folder without a model, a head of several
+    labels, a tokenizer without a chat template, and, with its name, a dialogue longer than the model's positions.
     """
 
     def __init__(self, folder: str, device: torch.device | str = "cpu", max_tokens: int = 16384) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         if not Path(folder, "config.json").is_file():
-            raise ValueError(f"a reward model must be a folder with a Hugging Face checkpoint (config.json), got {folder!r}")
+            raise ValueError(
+                f"a reward model must be a folder with a Hugging Face checkpoint (config.json), got {folder!r}"
+            )
         self.folder, self.max_tokens = folder, max_tokens
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         if not self.tokenizer.chat_template:
@@ -43,7 +45,9 @@ class RewardModel:
                 longest = max(map(len, part))
                 tokens = torch.tensor([row + [self.pad or 0] * (longest - len(row)) for row in part])
                 mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in part])
-                logits = self.model(input_ids=tokens.to(self.model.device), attention_mask=mask.to(self.model.device)).logits
+                logits = self.model(
+                    input_ids=tokens.to(self.model.device), attention_mask=mask.to(self.model.device)
+                ).logits
                 values += logits[:, 0].float().tolist()
         return values
 
@@ -53,7 +57,9 @@ class RewardModel:
         tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if self.positions and len(tokens) > self.positions:
             rule = f"reward model {self.folder} reads at most {self.positions} tokens"
-            raise ValueError(f"{rule}, got {len(tokens)} in dialogue {transcript.id!r} up to turn {transcript.turns - 1}")
+            raise ValueError(
+                f"{rule}, got {len(tokens)} in dialogue {transcript.id!r} up to turn {transcript.turns - 1}"
+            )
         return tokens
 
     def _plain(self, text: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ppg_fast.dialogue import Message
+from ppg_fast.dialogues.dialogue import Message
 from ppg_fast.spec import require_one_of
 
 SCOPES = ("turn", "dialogue")
@@ -41,8 +41,8 @@ class Scorer(Protocol):
 class Reward:
     """A scorer, what it is asked about, and its weight in the sum.
 
-    ``scope`` turn: it sees the dialogue up to each answer and says one number for that answer. dialogue: it sees the whole and says either
-    one number, which the last turn gets (the others get 0), or one a turn.
+    ``scope`` turn: it sees the dialogue up to each answer and says one number for that answer. dialogue: it sees the
+    whole and says either one number, which the last turn gets (the others get 0), or one a turn.
     """
 
     name: str
@@ -54,11 +54,14 @@ class Reward:
         require_one_of("scope of a reward", self.scope, SCOPES)
 
     def turns(self, transcripts: Sequence[Transcript]) -> list[list[float | None]]:
-        """One value per assistant turn of each dialogue. ValueError names reward, dialogue and turn of a value that is none."""
+        """One value per assistant turn of each dialogue. ValueError names reward, dialogue and turn of a value that is
+        none."""
         asked = [p for t in transcripts for p in t.prefixes()] if self.scope == "turn" else list(transcripts)
         values = list(self.scorer(asked)) if asked else []
         if len(values) != len(asked):
-            raise ValueError(f"reward {self.name} must give one value for each of {len(asked)} dialogues, got {len(values)}")
+            raise ValueError(
+                f"reward {self.name} must give one value for each of {len(asked)} dialogues, got {len(values)}"
+            )
         if self.scope == "dialogue":
             return [self._spread(value, t) for value, t in zip(values, asked, strict=True)]
         checked = iter([self._number(value, t, t.turns - 1) for value, t in zip(values, asked, strict=True)])
@@ -75,7 +78,10 @@ class Reward:
         else:
             return [0.0] * (transcript.turns - 1) + [self._number(number, transcript, transcript.turns - 1)]
         if len(values) != transcript.turns:
-            wanted = f"reward {self.name} must give one number or one per turn, {transcript.turns}, in dialogue {transcript.id!r}"
+            wanted = (
+                f"reward {self.name} must give one number or one per turn, {transcript.turns}, in dialogue "
+                f"{transcript.id!r}"
+            )
             raise ValueError(f"{wanted}, got {len(values)} numbers")
         return [self._number(one, transcript, turn) for turn, one in enumerate(values)]
 
@@ -88,14 +94,17 @@ class Reward:
             number = math.nan
         if not math.isfinite(number):
             rule = f"reward {self.name} must be a finite number or None"
-            hint = " (one per turn wants @dialogue)" if isinstance(value, Sequence) and not isinstance(value, str) else ""
+            hint = (
+                " (one per turn wants @dialogue)" if isinstance(value, Sequence) and not isinstance(value, str) else ""
+            )
             raise ValueError(f"{rule}{hint} in dialogue {transcript.id!r}, turn {turn}, got {value!r:.60}")
         return number
 
 
 @dataclass(frozen=True)
 class Scores:
-    """``totals``: the weighted sum per dialogue and turn, None where no part scored it. ``parts``: each reward's own values by name."""
+    """``totals``: the weighted sum per dialogue and turn, None where no part scored it. ``parts``: each reward's own
+    values by name."""
 
     totals: list[list[float | None]]
     parts: dict[str, list[list[float | None]]]
@@ -113,7 +122,8 @@ class Scores:
         return sum(row.count(None) for row in self.totals)
 
     def describe(self) -> dict[str, float]:
-        """Mean and standard deviation of each part over its scored turns, as rewards/<name>/mean|std, and what was not scored."""
+        """Mean and standard deviation of each part over its scored turns, as rewards/<name>/mean|std, and what was not
+        scored."""
         metrics: dict[str, float] = {}
         for name, rows in self.parts.items():
             values = [value for row in rows for value in row if value is not None]

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from ppg_fast.spec import IGNORE, PolicyLossSpec, require
 
-PER_TOKEN = {"advantages": 0.0, "loss_mask": 0, "old_logprobs": 0.0, "ref_logprobs": 0.0, "rollout_logprobs": 0.0, "turn_ids": -1}
+PER_TOKEN = {
+    "advantages": 0.0,
+    "loss_mask": 0,
+    "old_logprobs": 0.0,
+    "ref_logprobs": 0.0,
+    "rollout_logprobs": 0.0,
+    "turn_ids": -1,
+}
 TURNS = ("gamma", "baseline", "group_ids", "turn_counts")
 CREDIT = ("advantages", "turn_advantages", "rewards")
 SETTINGS = ("spec", "reduction", "skip_zero_advantages", "chunk_rows", "validate", "backend")
@@ -31,7 +38,11 @@ class LabelledTokens:
         """Shifts what came with ``labels``, takes what came with ``shift_labels`` as it is."""
         shift = shift_labels is None
         tokens = labels if shift_labels is None else shift_labels
-        require(isinstance(tokens, Tensor) and tokens.dim() == 2, "labels must be a (B, L) tensor", getattr(tokens, "shape", type(tokens)))
+        require(
+            isinstance(tokens, Tensor) and tokens.dim() == 2,
+            "labels must be a (B, L) tensor",
+            getattr(tokens, "shape", type(tokens)),
+        )
         assert tokens is not None
         cu_seqlens = given.get("cu_seqlens", kwargs.get("cu_seq_lens_q"))
         if cu_seqlens is not None:
@@ -50,7 +61,10 @@ class LabelledTokens:
             tokens = _next(tokens, IGNORE)
         if items is not None and "normalizer" not in given:
             reduction = given.get("reduction", "token_mean") if any(name in given for name in CREDIT) else "token_mean"
-            rule = "num_items_in_batch goes with reduction token_mean; give a normalizer (over the whole window of accumulation) for others"
+            rule = (
+                "num_items_in_batch goes with reduction token_mean; give a normalizer (over the whole window of "
+                "accumulation) for others"
+            )
             require(reduction == "token_mean", rule, reduction)
             given["normalizer"] = items if isinstance(items, Tensor) else float(items)
         return LabelledTokens(tokens, given, shift)

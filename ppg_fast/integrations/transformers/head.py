@@ -1,4 +1,5 @@
-"""What stands between the last hidden states and a causal LM's logits: a linear layer, a scale, a softcap. Found out, and checked."""
+"""What stands between the last hidden states and a causal LM's logits: a linear layer, a scale, a softcap. Found out,
+and checked."""
 
 import sys
 from collections.abc import Iterator
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 
 from ppg_fast.spec import PolicyLossSpec, require
 
-ROW_PEAKS = (1.0, 10.0, 100.0, 1000.0)  # largest |logit| of each probing row: small ones show a scale, large ones a softcap
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of a row's largest logit
+# largest |logit| of each probing row: small ones show a scale, large ones a softcap
+ROW_PEAKS = (1.0, 10.0, 100.0, 1000.0)
+# of a row's largest logit
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 
 @dataclass(frozen=True)
 class LogitRule:
-    """logits = softcap tanh(scale (hidden W^T + b) / softcap), softcap 0 = none, of the first ``vocabulary`` rows of W."""
+    """logits = softcap tanh(scale (hidden W^T + b) / softcap), softcap 0 = none, of the first ``vocabulary`` rows of
+    W."""
 
     scale: float
     softcap: float
@@ -28,7 +32,8 @@ class LogitRule:
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def fold(self, spec: PolicyLossSpec) -> PolicyLossSpec:
-        """``spec`` for logits without the scale: softcap(s x; c) / T = softcap(x; c / s) / (T / s), so no hidden state is copied."""
+        """``spec`` for logits without the scale: softcap(s x; c) / T = softcap(x; c / s) / (T / s), so no hidden state
+        is copied."""
         require(isinstance(spec, PolicyLossSpec), "spec must be a PolicyLossSpec", type(spec).__name__)
         same = spec.logit_softcap in (0.0, self.softcap)
         require(same, f"logit_softcap of the spec must be 0 or the model's own, {self.softcap}", spec.logit_softcap)
@@ -40,7 +45,9 @@ def output_head(model: Any) -> nn.Module:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     require(
-        isinstance(head, nn.Module), "the model must be a causal LM with an output head (patch it before DDP or torch.compile)", type(model)
+        isinstance(head, nn.Module),
+        "the model must be a causal LM with an output head (patch it before DDP or torch.compile)",
+        type(model),
     )
     assert isinstance(head, nn.Module)
     return head
@@ -49,7 +56,8 @@ def output_head(model: Any) -> nn.Module:
 def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states (..., D), weight (V, D), bias (V,) or None whose product is head(hidden), all differentiable.
 
-    A LoRA head W x + s B A x is the linear layer [W, B] of [x, s A x]: no sum W + s B A, whose rounding would swallow a small update.
+    A LoRA head W x + s B A x is the linear layer [W, B] of [x, s A x]: no sum W + s B A, whose rounding would swallow a
+    small update.
     ValueError for any other head: a quantized one, DoRA, tensor-parallel or ZeRO-3 shards.
     """
     peft = sys.modules.get("peft")  # its layers exist only where it was imported
@@ -59,11 +67,16 @@ def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor |
         return _lora(head, hidden)
     kind = f"{type(head).__module__}.{type(head).__name__}"
     require(
-        type(head).forward is nn.Linear.forward, "the head must be a torch.nn.Linear, or LoRA or modules_to_save of peft over one", kind
+        type(head).forward is nn.Linear.forward,
+        "the head must be a torch.nn.Linear, or LoRA or modules_to_save of peft over one",
+        kind,
     )
     weight, bias = head.weight, head.bias
     plain = type(weight) in (Tensor, nn.Parameter) and not hasattr(weight, "ds_id")
-    rule = "the head's weight must be whole and plain where the loss is computed: not quantized, no shard (tensor parallelism, ZeRO-3)"
+    rule = (
+        "the head's weight must be whole and plain where the loss is computed: not quantized, no shard (tensor "
+        "parallelism, ZeRO-3)"
+    )
     require(plain, rule, type(weight).__name__)
     return hidden.to(weight.device), weight, bias  # type: ignore[return-value]
 
@@ -77,9 +90,15 @@ def _saved_module(wrapper: Any) -> nn.Module:
 
 
 def _lora(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    require(not (head.disable_adapters and head.merged), "unmerge the LoRA head before its adapters are disabled", head.merged_adapters)
+    require(
+        not (head.disable_adapters and head.merged),
+        "unmerge the LoRA head before its adapters are disabled",
+        head.merged_adapters,
+    )
     hidden, weight, bias = linear_of(head.base_layer, hidden)
-    active = [] if head.disable_adapters or head.merged else [name for name in head.active_adapters if name in head.lora_A]
+    active = (
+        [] if head.disable_adapters or head.merged else [name for name in head.active_adapters if name in head.lora_A]
+    )
     inputs, columns = [hidden], [weight]
     for name in active:
         require(name not in head.lora_variant, "the LoRA of the head must be plain (no DoRA or other variant)", name)
@@ -93,15 +112,19 @@ def _lora(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def logit_rule(model: Any) -> LogitRule:
-    """How ``model`` turns head(hidden) into logits, from its config and proven on a few random hidden rows through its own forward pass.
+    """How ``model`` turns head(hidden) into logits, from its config and proven on a few random hidden rows through its
+    own forward pass.
 
-    The scale is one of logit_scale (Cohere), output_multiplier (Muse), lm_head_multiplier (Falcon-H1), 1 / logits_scaling (Granite),
-    logits_scaling (HyperCLOVA X) and 1 (MiniCPM3 scales its hidden states); the softcap is final_logit_softcapping (Gemma) or none.
-    ValueError where none of these gives the model's own logits.
+    The scale is one of logit_scale (Cohere), output_multiplier (Muse), lm_head_multiplier (Falcon-H1), 1 /
+    logits_scaling (Granite), logits_scaling (HyperCLOVA X) and 1 (MiniCPM3 scales its hidden states); the softcap is
+    final_logit_softcapping (Gemma) or none. ValueError where none of these gives the model's own logits.
     """
     own, projected = _probe(model)
     config = model.config.get_text_config()
-    named = [getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")]
+    named = [
+        getattr(config, name, None)
+        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    ]
     numbers = [float(n) for n in named if n]
     scales = [1.0, *(s for n in numbers for s in (n, 1 / n))]
     softcaps = [0.0, float(getattr(config, "final_logit_softcapping", None) or 0.0)]
@@ -109,7 +132,9 @@ def logit_rule(model: Any) -> LogitRule:
     tolerance, peak = TOLERANCE.get(projected.dtype, 4e-2), own.abs().amax(-1)
     errors = [((rule(projected) - own.float()).abs().amax(-1) / peak).max().item() for rule in rules]
     best = min(range(len(rules)), key=errors.__getitem__)
-    message = f"the logits of {type(model).__name__} must be a scale and softcap of hidden W^T + b that its config names"
+    message = (
+        f"the logits of {type(model).__name__} must be a scale and softcap of hidden W^T + b that its config names"
+    )
     require(errors[best] <= tolerance, f"{message}; the nearest is {rules[best]} with a relative error", errors[best])
     return rules[best]
 
@@ -122,9 +147,13 @@ def _probe(model: Any) -> tuple[Tensor, Tensor]:
 
     def substitute(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = inputs[0]
-        rows = torch.randn(len(ROW_PEAKS), hidden.shape[-1], generator=torch.Generator().manual_seed(0)).to(hidden.device, hidden.dtype)
+        rows = torch.randn(len(ROW_PEAKS), hidden.shape[-1], generator=torch.Generator().manual_seed(0)).to(
+            hidden.device, hidden.dtype
+        )
         x, weight, bias = linear_of(module, rows)
-        peaks = torch.tensor(ROW_PEAKS, device=x.device)[:, None] / nn.functional.linear(x, weight, bias).abs().amax(-1, keepdim=True)
+        peaks = torch.tensor(ROW_PEAKS, device=x.device)[:, None] / nn.functional.linear(x, weight, bias).abs().amax(
+            -1, keepdim=True
+        )
         rows = (rows * peaks.to(rows)).to(hidden.dtype)
         x, weight, bias = linear_of(module, rows)
         seen.append(nn.functional.linear(x, weight, bias))

@@ -20,9 +20,12 @@ class Patch:
         self._forward = model.forward = MethodType(forward, model)
 
     def undo(self) -> None:
-        """The model as it was, in class and instance; ValueError where something else has replaced ``forward`` since."""
+        """The model as it was, in class and instance; ValueError where something else has replaced ``forward``
+        since."""
         require(
-            self.model.__dict__.get("forward") is self._forward, "undo what replaced the forward of the model first", self.model.forward
+            self.model.__dict__.get("forward") is self._forward,
+            "undo what replaced the forward of the model first",
+            self.model.forward,
         )
         if self._before is None:
             del self.model.forward
@@ -32,48 +35,61 @@ class Patch:
     def __enter__(self) -> "Patch":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.undo()
 
 
 def patch(model: Any, **defaults: Any) -> Patch:
     """Let ``model(..., labels=...)`` give the policy loss or the log-probs from hidden states, without its logits.
 
-    loss = sum over active tokens of weight * term(l, H, old, ref, rollout, A)            as `ppg_fast.linear_policy_loss`
+    loss = sum over active tokens of weight * term(l, H, old, ref, rollout, A)            as
+    `ppg_fast.linear_policy_loss`
 
-    A call with ``labels`` or ``shift_labels`` returns `PolicyCausalLMOutput`; any other is the model's own: generation is untouched.
-    Such a call also takes, besides the model's own arguments (B rows of L tokens; S dialogues: the rows, or the runs of cu_seqlens):
+    A call with ``labels`` or ``shift_labels`` returns `PolicyCausalLMOutput`; any other is the model's own: generation
+    is untouched. Such a call also takes, besides the model's own arguments (B rows of L tokens; S dialogues: the rows,
+    or the runs of cu_seqlens):
 
-        labels        (B, L) int64, aligned with input_ids as everywhere in transformers: the shift is made here; -100 = masked.
-        shift_labels  (B, L) int64, already shifted: position i predicts shift_labels[i]. Wins over labels.
-        advantages    (B, L), or (B,) one a dialogue. Per-token arguments stand where their label stands: at the token itself with
+        labels        (B, L) int64, aligned with input_ids as everywhere in transformers: the shift is made here; -100 =
+        masked. shift_labels  (B, L) int64, already shifted: position i predicts shift_labels[i]. Wins over labels.
+        advantages    (B, L), or (B,) one a dialogue. Per-token arguments stand where their label stands: at the token
+        itself with
                       labels, at the token before it with shift_labels.
-        turn_advantages  (S, T) one a turn, with turn_ids: (B, L) integers, -1 = context (masked), else the turn of the label.
-        rewards       (S, T), with turn_ids and policy_class, and gamma, baseline, group_ids, turn_counts: `linear_partial_policy_loss`.
-        loss_mask, old_logprobs, ref_logprobs, rollout_logprobs  (B, L); spec, reduction, normalizer, skip_zero_advantages, chunk_rows,
-                      validate, backend: as there. num_items_in_batch of transformers' Trainer is the normalizer of token_mean.
-        cu_seqlens    (S + 1,) int32, the dialogues of one packed row, default the cu_seq_lens_q of the model's own arguments; no
+        turn_advantages  (S, T) one a turn, with turn_ids: (B, L) integers, -1 = context (masked), else the turn of the
+        label. rewards       (S, T), with turn_ids and policy_class, and gamma, baseline, group_ids, turn_counts:
+        `linear_partial_policy_loss`. loss_mask, old_logprobs, ref_logprobs, rollout_logprobs  (B, L); spec, reduction,
+        normalizer, skip_zero_advantages, chunk_rows,
+                      validate, backend: as there. num_items_in_batch of transformers' Trainer is the normalizer of
+                      token_mean.
+        cu_seqlens    (S + 1,) int32, the dialogues of one packed row, default the cu_seq_lens_q of the model's own
+        arguments; no
                       dialogue predicts the first token of the next.
         entropy       with no advantages or rewards: also the entropy, differentiable.
 
     use_cache is off unless given: with a cache, transformers lets packed dialogues see each other.
 
     Args:
-        model: a causal LM of transformers whose head is a linear layer, with a scale and a softcap or without, or a `peft.PeftModel`
-            over one (LoRA or modules_to_save on the head, given before or after).
-        **defaults: spec, reduction, skip_zero_advantages, chunk_rows, validate, backend, policy_class, gamma, baseline, entropy for
-            calls that do not give them.
+        model: a causal LM of transformers whose head is a linear layer, with a scale and a softcap or without, or a
+            `peft.PeftModel` over one (LoRA or modules_to_save on the head, given before or after).
+        **defaults: spec, reduction, skip_zero_advantages, chunk_rows, validate, backend, policy_class, gamma, baseline,
+            entropy for calls that do not give them.
 
     Returns: `Patch`, a context manager with ``undo()``.
-    Raises: ValueError for a model without such a head, for logits that its config does not explain (found by its own forward pass on
-        two tokens), for a model that is patched already, unknown defaults; in calls, as `ppg_fast.linear_policy_loss`,
-        and for packed dialogues in a model whose layers carry a state from one to the next.
+    Raises: ValueError for a model without such a head, for logits that its config does not explain (found by its own
+        forward pass on two tokens), for a model that is patched already, unknown defaults; in calls, as
+        `ppg_fast.linear_policy_loss`, and for packed dialogues in a model whose layers carry a state from one to the
+        next.
     """
     unknown = sorted(set(defaults) - set(DEFAULTS))
     require(not unknown, f"the defaults of a patch are {', '.join(DEFAULTS)}", unknown)
     target = model.get_base_model() if hasattr(model, "get_base_model") else model
     output_head(target)
-    require(not hasattr(target.forward, "ppg_fast"), "the model must not be patched already, undo that first", type(target).__name__)
+    require(
+        not hasattr(target.forward, "ppg_fast"),
+        "the model must not be patched already, undo that first",
+        type(target).__name__,
+    )
     return Patch(target, _make_forward(target, logit_rule(target), defaults))
 
 
@@ -85,7 +101,8 @@ def _make_forward(model: Any, rule: LogitRule, defaults: dict[str, Any]) -> Call
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        original = functools.partial(own, self) if replaced is None else replaced  # a deep copy of the model calls itself
+        # a deep copy of the model calls itself
+        original = functools.partial(own, self) if replaced is None else replaced
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         given = {name: value for name in ARGUMENTS if (value := kwargs.pop(name, None)) is not None}
         labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
@@ -94,7 +111,9 @@ def _make_forward(model: Any, rule: LogitRule, defaults: dict[str, Any]) -> Call
             return original(**kwargs)
         given = {**defaults, **given}
         items = kwargs.pop("num_items_in_batch", None)
-        return scored_forward(self, original, kwargs, LabelledTokens.of(labels, shift_labels, kwargs, given, items), rule)
+        return scored_forward(
+            self, original, kwargs, LabelledTokens.of(labels, shift_labels, kwargs, given, items), rule
+        )
 
     forward.__signature__ = _with_arguments(signature)  # type: ignore[attr-defined]
     forward.ppg_fast = True  # type: ignore[attr-defined]
@@ -102,7 +121,8 @@ def _make_forward(model: Any, rule: LogitRule, defaults: dict[str, Any]) -> Call
 
 
 def _with_arguments(signature: inspect.Signature) -> inspect.Signature:
-    """The signature with ours before its **kwargs: transformers' Trainer drops the columns that it does not find there."""
+    """The signature with ours before its **kwargs: transformers' Trainer drops the columns that it does not find
+    there."""
     parameters = list(signature.parameters.values())
     names = [name for name in ("shift_labels", *ARGUMENTS) if name not in signature.parameters]
     added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]

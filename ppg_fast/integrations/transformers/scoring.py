@@ -18,8 +18,10 @@ from ppg_fast.spec import IGNORE, Greedy, PolicyLossSpec, require
 class PolicyCausalLMOutput(ModelOutput):
     """What a patched model returns where it is given labels.
 
-    ``loss``: 0-d float32, or (B, L) with reduction "none"; the mean cross-entropy where no advantages or rewards were given.
-    ``logprobs``, ``entropy``: (B, L) float32 in nats, at the places of the labels as they were given, zero where masked;
+    ``loss``: 0-d float32, or (B, L) with reduction "none"; the mean cross-entropy where no advantages or rewards were
+        given.
+    ``logprobs``, ``entropy``: (B, L) float32 in nats, at the places of the labels as they were given, zero where
+    masked;
         differentiable only where no advantages or rewards were given. ``entropy`` there only if asked for.
     ``metrics``: 0-d float32 tensors by name. ``aux_loss``: the router's, of mixtures of experts, already in ``loss``.
     ``logits``: None, always.
@@ -33,7 +35,9 @@ class PolicyCausalLMOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-def scored_forward(model: Any, original: Callable[..., Any], kwargs: dict[str, Any], tokens: LabelledTokens, rule: LogitRule) -> Any:
+def scored_forward(
+    model: Any, original: Callable[..., Any], kwargs: dict[str, Any], tokens: LabelledTokens, rule: LogitRule
+) -> Any:
     """The model's own forward pass with no rows for its head, and the loss of the rows that the head would have had."""
     found: list[PolicyCausalLMOutput] = []
     if "cu_seqlens" in tokens.arguments:
@@ -71,7 +75,9 @@ def _score(head: nn.Module, hidden: Tensor, tokens: LabelledTokens, rule: LogitR
     if weight.shape[0] > rule.vocabulary:
         weight, bias = weight[: rule.vocabulary], None if bias is None else bias[: rule.vocabulary]
     device = hidden.device
-    given: dict[str, Any] = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in tokens.arguments.items()}
+    given: dict[str, Any] = {
+        name: value.to(device) if isinstance(value, Tensor) else value for name, value in tokens.arguments.items()
+    }
     labels, spec = tokens.labels.to(device), rule.fold(given.pop("spec", PolicyLossSpec()))
     given.update(bias=bias)
     kinds = [name for name in CREDIT if name in given]
@@ -89,13 +95,21 @@ def _score(head: nn.Module, hidden: Tensor, tokens: LabelledTokens, rule: LogitR
             policy_class, turns = Greedy(), {k: v for k, v in turns.items() if k == "turn_counts"}
         require(policy_class is not None, "rewards need a policy_class", policy_class)
         turn_ids = given.pop("turn_ids")
-        out = linear_partial_policy_loss(hidden, weight, labels, values, turn_ids, policy_class, spec=spec, **turns, **given)
+        out = linear_partial_policy_loss(
+            hidden, weight, labels, values, turn_ids, policy_class, spec=spec, **turns, **given
+        )
     logprobs, entropy = tokens.in_place(out.logprobs), tokens.in_place(out.entropy)
     return PolicyCausalLMOutput(loss=tokens.in_place(out.loss), logprobs=logprobs, entropy=entropy, metrics=out.metrics)
 
 
 def _log_probs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, given: dict[str, Any], spec: PolicyLossSpec, tokens: LabelledTokens, want_entropy: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    given: dict[str, Any],
+    spec: PolicyLossSpec,
+    tokens: LabelledTokens,
+    want_entropy: bool,
 ) -> PolicyCausalLMOutput:
     """Differentiable log-probs (and entropy), and their negative mean as transformers' own loss."""
     keep = ("bias", "loss_mask", "chunk_rows", "validate", "backend")
@@ -105,4 +119,6 @@ def _log_probs(
     logprobs, entropy = result if isinstance(result, tuple) else (result, None)
     active = labels != IGNORE if "loss_mask" not in given else (labels != IGNORE) & (given["loss_mask"] != 0)
     count = given.get("normalizer", active.sum().clamp(min=1))
-    return PolicyCausalLMOutput(loss=-logprobs.sum() / count, logprobs=tokens.in_place(logprobs), entropy=tokens.in_place(entropy))
+    return PolicyCausalLMOutput(
+        loss=-logprobs.sum() / count, logprobs=tokens.in_place(logprobs), entropy=tokens.in_place(entropy)
+    )

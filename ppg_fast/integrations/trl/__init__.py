@@ -2,8 +2,8 @@
 
     from ppg_fast.integrations.trl import PPGConfig, PPGTrainer
 
-Turn rewards come from ``rollout_func`` (a list a rollout under "turn_rewards") or from the environments (an attribute of that name);
-without either, the sum of the reward functions is the reward of the last turn.
+Turn rewards come from ``rollout_func`` (a list a rollout under "turn_rewards") or from the environments (an attribute
+of that name); without either, the sum of the reward functions is the reward of the last turn.
 """
 
 from ppg_fast.integrations.trl.config import PPGConfig, PPGOptions

@@ -1,4 +1,5 @@
-"""TRL's fused LM head, computed by `ppg_fast.linear_token_logprobs`: same arguments, same `FusedCausalLMOutput`, no logits."""
+"""TRL's fused LM head, computed by `ppg_fast.linear_token_logprobs`: same arguments, same `FusedCausalLMOutput`, no
+logits."""
 
 import functools
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ from torch.distributed.tensor import Partial
 
 from ppg_fast.functional import linear_token_logprobs
 from ppg_fast.integrations.trl.host import ChunkedLogProbFunction, FusedCausalLMOutput
-from ppg_fast.model import logit_scale
+from ppg_fast.models.causal_lm import logit_scale
 from ppg_fast.spec import IGNORE, require
 
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -19,10 +20,12 @@ TILE = 32768  # columns of the vocabulary that TRL's kernel holds at once
 
 
 def _whole(parameter: Any) -> Any:
-    """A parameter that FSDP2 has sharded, gathered; each shard gets the mean over the ranks of its gradient, as FSDP2's own would.
+    """A parameter that FSDP2 has sharded, gathered; each shard gets the mean over the ranks of its gradient, as FSDP2's
+    own would.
 
-    FSDP2 gathers a head in its root group itself. This is for a head in a group of its own: its hooks run when it is called, and it is
-    never called. By its defaults ``full_tensor()`` would hand each shard the gradient of its own rank's data alone.
+    FSDP2 gathers a head in its root group itself. This is for a head in a group of its own: its hooks run when it is
+    called, and it is never called. By its defaults ``full_tensor()`` would hand each shard the gradient of its own
+    rank's data alone.
     """
     if not hasattr(parameter, "full_tensor"):
         return parameter
@@ -38,14 +41,19 @@ def _refuse_zero3() -> None:
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if is_deepspeed_zero3_enabled():
-        raise ValueError('the fused head of ppg_fast needs the whole weight in the backward pass, which ZeRO-3 frees: use fused_head="trl"')
+        raise ValueError(
+            "the fused head of ppg_fast needs the whole weight in the backward pass, which ZeRO-3 frees: use "
+            'fused_head="trl"'
+        )
 
 
 def _router_loss(config: Any, backbone_outputs: Any, attention_mask: Tensor | None) -> Tensor:
     """Load-balancing loss of a mixture of experts, by the function that every such model of transformers calls."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    loss = load_balancing_loss_func(backbone_outputs.router_logits, config.num_experts, config.num_experts_per_tok, attention_mask)
+    loss = load_balancing_loss_func(
+        backbone_outputs.router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
+    )
     assert isinstance(loss, Tensor)  # 0 only where there are no router logits
     return loss
 
@@ -59,7 +67,8 @@ class FusedHead:
         self.softcap = getattr(config, "final_logit_softcapping", None)
 
     def __call__(self, hidden: Tensor, lm_head: Any, labels: Tensor) -> dict[str, Tensor]:
-        """Fields (B, L) asked for. c tanh(s y / c) / t is the softcap c / s and the temperature t / s of the unscaled logits y."""
+        """Fields (B, L) asked for. c tanh(s y / c) / t is the softcap c / s and the temperature t / s of the unscaled
+        logits y."""
         weight, bias = _whole(lm_head.weight), _whole(lm_head.bias)
         context = nullcontext()
         if self.cast_to_fp32:
@@ -67,14 +76,20 @@ class FusedHead:
         with context:
             if not torch.is_autocast_enabled(hidden.device.type):
                 weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-            numbers = {"temperature": self.temperature / self.scale, "logit_softcap": (self.softcap or 0.0) / self.scale}
-            scores = linear_token_logprobs(hidden, weight, labels, bias=bias, entropy="entropy" in self.outputs, **numbers)
+            numbers = {
+                "temperature": self.temperature / self.scale,
+                "logit_softcap": (self.softcap or 0.0) / self.scale,
+            }
+            scores = linear_token_logprobs(
+                hidden, weight, labels, bias=bias, entropy="entropy" in self.outputs, **numbers
+            )
             fields = {"log_probs": scores} if isinstance(scores, Tensor) else dict(zip(OUTPUTS, scores, strict=False))
             fields |= self._statistics(hidden, weight, bias, labels)
         return {name: fields[name] for name in self.outputs}
 
     def _statistics(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
-        """The fields without a gradient that `linear_token_logprobs` does not give, by one more sweep of TRL's own kernel."""
+        """The fields without a gradient that `linear_token_logprobs` does not give, by one more sweep of TRL's own
+        kernel."""
         if not set(self.outputs) & set(OUTPUTS[2:]):
             return {}
         scored = labels != IGNORE
@@ -89,19 +104,21 @@ class FusedHead:
 def add_fused_lm_head(
     model: Any, temperature: float = 1.0, cast_lm_head_to_fp32: bool = False, outputs: tuple[str, ...] = ("log_probs",)
 ) -> None:
-    """TRL's `add_fused_lm_head` on our kernels: ``model(..., labels=labels, fused_lm_head=True)`` returns log-probs, not logits.
+    """TRL's `add_fused_lm_head` on our kernels: ``model(..., labels=labels, fused_lm_head=True)`` returns log-probs,
+    not logits.
 
     l = log softmax(softcap(scale (h W^T + b)) / temperature)[label]; scale and softcap are the model's own.
 
-    Rows whose label is -100 are not projected on any device (TRL's own head projects them on a CPU). Labels are shifted inside,
-    ``shift_labels`` are not. Without ``fused_lm_head=True`` the forward is the original one.
+    Rows whose label is -100 are not projected on any device (TRL's own head projects them on a CPU). Labels are shifted
+    inside, ``shift_labels`` are not. Without ``fused_lm_head=True`` the forward is the original one.
 
     Args:
-        model: a causal language model of transformers whose head is a linear layer. Add the head before wrapping it with PEFT.
+        model: a causal language model of transformers whose head is a linear layer. Add the head before wrapping it
+            with PEFT.
         temperature: the logits are divided by it.
         cast_lm_head_to_fp32: project in float32, outside autocast.
-        outputs: the fields of `FusedCausalLMOutput` to fill: "log_probs" (always) and "entropy" are ours; "log_sum_sq_probs",
-            "mean_logits" and "is_top1" cost one more sweep, by TRL's kernel.
+        outputs: the fields of `FusedCausalLMOutput` to fill: "log_probs" (always) and "entropy" are ours;
+            "log_sum_sq_probs", "mean_logits" and "is_top1" cost one more sweep, by TRL's kernel.
 
     Raises: ValueError under ZeRO-3, for an unknown field, a logit scale <= 0 or a temperature <= 0.
     """
@@ -127,7 +144,8 @@ def add_fused_lm_head(
         kwargs["use_cache"] = False
         if getattr(config, "output_router_logits", False):
             kwargs.setdefault("output_router_logits", True)
-        backbone = self.base_model(*args, **kwargs)  # looked up at each call: FSDP and PEFT replace modules after this patch
+        # looked up at each call: FSDP and PEFT replace modules after this patch
+        backbone = self.base_model(*args, **kwargs)
         hidden = backbone.last_hidden_state
         if shift_labels is None:
             require(labels is not None, "fused_lm_head=True needs labels or shift_labels", None)

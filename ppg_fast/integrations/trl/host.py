@@ -1,4 +1,5 @@
-"""The one place that imports TRL: its version and the private names we build on are checked here, before anything is built."""
+"""The one place that imports TRL: its version and the private names we build on are checked here, before anything is
+built."""
 
 import inspect
 from importlib import import_module
@@ -27,13 +28,17 @@ def require_trl() -> None:
 
 def require_hooks(trainer: Any, add_fused_lm_head: Any) -> None:
     """ImportError of one line unless the private hooks take the arguments they took in TRL 1.16."""
-    signatures = {f"GRPOTrainer.{name}": (getattr(trainer, name, None), ("self", *wanted)) for name, wanted in HOOKS.items()}
+    signatures = {
+        f"GRPOTrainer.{name}": (getattr(trainer, name, None), ("self", *wanted)) for name, wanted in HOOKS.items()
+    }
     signatures["add_fused_lm_head"] = (add_fused_lm_head, HEAD_HOOK)
     for name, (function, wanted) in signatures.items():
         found = None if function is None else tuple(inspect.signature(function).parameters)
         if found != wanted:
             got = "nothing of that name" if found is None else f"({', '.join(found)})"
-            raise ImportError(f"ppg_fast.integrations.trl needs {name}({', '.join(wanted)}), got {got} in trl {version('trl')}")
+            raise ImportError(
+                f"ppg_fast.integrations.trl needs {name}({', '.join(wanted)}), got {got} in trl {version('trl')}"
+            )
 
 
 require_trl()

@@ -22,7 +22,8 @@ LOGPROBS = ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_lo
 
 @contextmanager
 def _our_head_instead() -> Iterator[None]:
-    """GRPOTrainer.__init__ gives policy and reference their heads at the one moment when neither is wrapped: take its place there."""
+    """GRPOTrainer.__init__ gives policy and reference their heads at the one moment when neither is wrapped: take its
+    place there."""
     theirs = grpo_trainer.add_fused_lm_head
     grpo_trainer.add_fused_lm_head = add_fused_lm_head
     try:
@@ -32,7 +33,8 @@ def _our_head_instead() -> Iterator[None]:
 
 
 class _Scoring:
-    """A model whose labels are dropped where a (B, C) mask over its last C tokens is 0, so that the head does not project them."""
+    """A model whose labels are dropped where a (B, C) mask over its last C tokens is 0, so that the head does not
+    project them."""
 
     def __init__(self, model: Any, mask: Tensor) -> None:
         self.model, self.mask = model, mask
@@ -52,16 +54,19 @@ def _loss_mask(batch: dict[str, Any]) -> Tensor:
 
 
 class PPGTrainer(GRPOTrainer):
-    """GRPOTrainer with an advantage per turn: A_t = R_t - baseline of the group at turn t, R_t the return over the policy class's window.
+    """GRPOTrainer with an advantage per turn: A_t = R_t - baseline of the group at turn t, R_t the return over the
+    policy class's window.
 
-    Rewards, generation, losses, KL, entropy bonus, importance weights and logging are GRPOTrainer's; returns and baselines are
-    `ppg_fast.partial_returns` and `ppg_fast.turn_advantages` over the rollouts of all ranks, so that groups may straddle them.
+    Rewards, generation, losses, KL, entropy bonus, importance weights and logging are GRPOTrainer's; returns and
+    baselines are `ppg_fast.partial_returns` and `ppg_fast.turn_advantages` over the rollouts of all ranks, so that
+    groups may straddle them.
 
-    Turn rewards of a rollout, one per turn, None = not scored (0): ``rollout_func``'s output under ``args.turn_reward_key``, else the
-    attribute of that name of its environment, else the weighted sum of the reward functions as the reward of the last turn. Where turns
-    have rewards of their own, reward functions are for the log only. Turns are the runs of ``env_mask`` or of the tool mask, or what
-    ``rollout_func`` says under ``args.turn_id_key``. A rollout that ``mask_truncated_completions`` masks counts as one turn unless its
-    list of rewards says more.
+    Turn rewards of a rollout, one per turn, None = not scored (0): ``rollout_func``'s output under
+    ``args.turn_reward_key``, else the attribute of that name of its environment, else the weighted sum of the reward
+    functions as the reward of the last turn. Where turns have rewards of their own, reward functions are for the log
+    only. Turns are the runs of ``env_mask`` or of the tool mask, or what ``rollout_func`` says under
+    ``args.turn_id_key``. A rollout that ``mask_truncated_completions`` masks counts as one turn unless its list of
+    rewards says more.
 
     Args:
         reward_funcs: as in GRPOTrainer; None without environments: `total_turn_reward`.
@@ -69,7 +74,8 @@ class PPGTrainer(GRPOTrainer):
         policy_class: a `ppg_fast.PolicyClass` in place of ``args.policy_class``, for a RewardMask.
         the rest: as in GRPOTrainer.
 
-    Raises: TypeError for other args; ValueError where rewards and turns do not fit, RuntimeError where TRL no longer calls a hook.
+    Raises: TypeError for other args; ValueError where rewards and turns do not fit, RuntimeError where TRL no longer
+        calls a hook.
     """
 
     args: Any  # a PPGConfig, or another GRPOConfig with PPGOptions among its bases
@@ -81,7 +87,13 @@ class PPGTrainer(GRPOTrainer):
     _paper = {"title": "Partial Policy Gradients for RL in LLMs", "id": "2603.06138"}  # noqa: RUF012
 
     def __init__(
-        self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, policy_class: PolicyClass | None = None, **options: Any
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: Any = None,
+        *others: Any,
+        policy_class: PolicyClass | None = None,
+        **options: Any,
     ) -> None:
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
@@ -99,7 +111,10 @@ class PPGTrainer(GRPOTrainer):
         policy: Any = self.model
         policy = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
         if not getattr(policy.forward, "ppg_fast_head", False):
-            raise RuntimeError('GRPOTrainer no longer adds its head by trl.trainer.grpo_trainer.add_fused_lm_head: use fused_head="trl"')
+            raise RuntimeError(
+                "GRPOTrainer no longer adds its head by trl.trainer.grpo_trainer.add_fused_lm_head: use "
+                'fused_head="trl"'
+            )
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -126,7 +141,8 @@ class PPGTrainer(GRPOTrainer):
         scored, self._scored = self._scored, None
         if scored is None:
             raise RuntimeError(
-                "GRPOTrainer no longer calls _calculate_rewards in _generate_and_score_completions, where turn rewards are read"
+                "GRPOTrainer no longer calls _calculate_rewards in _generate_and_score_completions, where turn "
+                "rewards are read"
             )
         mask = _loss_mask(output)
         turn = self._turns(scored["turn_ids"], mask)
@@ -136,8 +152,11 @@ class PPGTrainer(GRPOTrainer):
         options = self.policy_class, self.args.gamma, self.args.baseline, self.args.std_eps
         advantages, counts = turns.advantages_of_turns(everyone, group_size, *options)
         start = self.accelerator.process_index * len(rewards)
-        output["advantages"] = turns.advantages_of_tokens(advantages[start : start + len(rewards)].to(mask.device), turn)
-        for name in LOGPROBS:  # tokens the loss does not see are not scored again: their ratio stays 1 whatever they hold
+        output["advantages"] = turns.advantages_of_tokens(
+            advantages[start : start + len(rewards)].to(mask.device), turn
+        )
+        # tokens the loss does not see are not scored again: their ratio stays 1 whatever they hold
+        for name in LOGPROBS:
             if name in output:
                 output[name] = output[name].masked_fill(mask == 0, 0.0)
         self._log_turns(everyone, advantages, counts)
@@ -147,23 +166,30 @@ class PPGTrainer(GRPOTrainer):
         if all(ids is None for ids in given):
             return turn_ids_of_mask(mask)
         if any(ids is None for ids in given):
-            raise ValueError(f"{self.args.turn_id_key} must be given for every rollout or for none, got None for {given.index(None)}")
+            raise ValueError(
+                f"{self.args.turn_id_key} must be given for every rollout or for none, got None for {given.index(None)}"
+            )
         return turns.turns_of_ids(given, mask)
 
     def _turn_rewards(self, scored: dict[str, list[Any]], turn: Tensor) -> list[list[float | None]]:
         found = (turn.amax(1) + 1).tolist() if turn.shape[1] else [0] * len(turn)
         rows = zip(scored["extras"], scored["environments"], scored["scalars"], found, strict=True)
         return [
-            list(turns.rewards_of_turns(extra if extra is not None else own, scalar, count, every_turn=extra is not None))
+            list(
+                turns.rewards_of_turns(extra if extra is not None else own, scalar, count, every_turn=extra is not None)
+            )
             for extra, own, scalar, count in rows
         ]
 
     def _log_turns(self, rewards: list[list[float | None]], advantages: Tensor, counts: Tensor) -> None:
-        """The table's column that GRPOTrainer filled with advantages of whole rollouts becomes that of turns; three metrics."""
+        """The table's column that GRPOTrainer filled with advantages of whole rollouts becomes that of turns; three
+        metrics."""
         column = self._logs["advantages"]
         for _ in range(min(len(rewards), len(column))):
             column.pop()
-        column.extend(turns.TurnAdvantages(row[:n].tolist()) for row, n in zip(advantages, counts.tolist(), strict=True))
+        column.extend(
+            turns.TurnAdvantages(row[:n].tolist()) for row, n in zip(advantages, counts.tolist(), strict=True)
+        )
         there = torch.arange(advantages.shape[1]) < counts[:, None]
         scored = [reward for given in rewards for reward in given if reward is not None]
         metrics = self._metrics["train" if self.model.training else "eval"]

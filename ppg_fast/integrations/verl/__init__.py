@@ -1,7 +1,7 @@
 """verl >= 0.9: advantage estimators, policy losses and a fused kernel, registered when verl is imported.
 
-The entry point group ``verl.plugins`` loads this module in every process that imports verl; without verl nothing loads it. Then the
-configuration may say
+The entry point group ``verl.plugins`` loads this module in every process that imports verl; without verl nothing loads
+it. Then the configuration may say
 
     algorithm.adv_estimator                            ppg_greedy | ppg_lookahead | ppg_segment | ppg_full
     +algorithm.ppg.lookahead, .segment_length, .gamma, .baseline
@@ -18,7 +18,8 @@ SUPPORTED = (0, 9)
 
 
 def register() -> None:
-    """Register everything with the verl that is installed; ImportError, in one line, where there is none or it is too old."""
+    """Register everything with the verl that is installed; ImportError, in one line, where there is none or it is too
+    old."""
     needed = f"ppg_fast.integrations.verl needs verl >= {SUPPORTED[0]}.{SUPPORTED[1]}"
     try:
         version = import_module("verl").__version__
@@ -37,6 +38,7 @@ def register() -> None:
 try:
     register()
 except Exception as error:
-    # verl tells of a failing plugin at level DEBUG only; unsaid, the run would end in an unknown estimator or go without our head
+    # verl tells of a failing plugin at level DEBUG only; unsaid, the run would end in an unknown estimator or go
+    # without our head
     print(f"ppg_fast: nothing of it is registered with verl: {error}", file=sys.stderr, flush=True)
     raise

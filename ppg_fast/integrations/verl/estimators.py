@@ -10,12 +10,14 @@ from verl.trainer.ppo.core_algos import register_adv_est  # pyright: ignore[repo
 from ppg_fast.integrations.turns import Credit, group_numbers, turn_ids_of_mask
 from ppg_fast.spec import require
 
-OPTION = {"greedy": None, "lookahead": "lookahead", "segment": "segment_length", "full": None}  # the number each class needs
+# the number each class needs
+OPTION = {"greedy": None, "lookahead": "lookahead", "segment": "segment_length", "full": None}
 KNOWN = ("lookahead", "segment_length", "gamma", "baseline")
 
 
 def credit(policy_class: str, config: Any) -> Credit:
-    """The options of ``algorithm.ppg`` in verl's configuration for one policy class; ValueError names the option that is wrong."""
+    """The options of ``algorithm.ppg`` in verl's configuration for one policy class; ValueError names the option that
+    is wrong."""
     options = None if config is None else config.get("ppg", None)
     options = {} if options is None else dict(options)
     unknown = sorted(set(options) - set(KNOWN))
@@ -28,12 +30,17 @@ def credit(policy_class: str, config: Any) -> Credit:
 
 
 def estimate(
-    policy_class: str, token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, index: Any = None, **_: Any
+    policy_class: str,
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    config: Any = None,
+    index: Any = None,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Advantage and return of the turn of each token.
 
-    A token of turn t gets R_t minus the baseline of turn t over its group, R_t = sum over k in S_t of gamma^(k-t) r_k (arXiv:2603.06138);
-    r_k is the sum of the rewards from the first token of turn k to the next turn.
+    A token of turn t gets R_t minus the baseline of turn t over its group, R_t = sum over k in S_t of gamma^(k-t) r_k
+    (arXiv:2603.06138); r_k is the sum of the rewards from the first token of turn k to the next turn.
 
     Args:
         token_level_rewards: (bs, response_length) floating point.
@@ -48,7 +55,9 @@ def estimate(
     return credit(policy_class, config).of_tokens(token_level_rewards, turn_ids, group_numbers(index, turn_ids.device))
 
 
-ESTIMATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {f"ppg_{name}": partial(estimate, name) for name in OPTION}
+ESTIMATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    f"ppg_{name}": partial(estimate, name) for name in OPTION
+}
 
 
 def register() -> None:

@@ -1,4 +1,5 @@
-"""Our linear head as a fused kernel of verl, ``impl_backend: ppg``, for every model whose forward verl fuses with its torch backend."""
+"""Our linear head as a fused kernel of verl, ``impl_backend: ppg``, for every model whose forward verl fuses with its
+torch backend."""
 
 from functools import wraps
 from typing import Any
@@ -19,7 +20,9 @@ class FusedLinear(torch_functional.FusedLinearForPPO):
         super().__init__(chunk_size, "torch" if impl_backend == BACKEND else impl_backend)
         self.impl_backend = impl_backend
 
-    def forward(self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of each token, without the logits.
 
         Args:
@@ -31,15 +34,20 @@ class FusedLinear(torch_functional.FusedLinearForPPO):
         """
         if self.impl_backend != BACKEND:
             return super().forward(hidden_states, vocab_weights, input_ids, temperature)
-        out = linear_token_logprobs(hidden_states, vocab_weights, input_ids.long(), temperature=float(temperature), entropy=True)
+        out = linear_token_logprobs(
+            hidden_states, vocab_weights, input_ids.long(), temperature=float(temperature), entropy=True
+        )
         return out[0], out[1]
 
 
 def with_ppg_backend(patch: Any) -> Any:
-    """verl's patch_forward_with_backends, which knows three names, with "ppg" as the forward of its torch backend and our head in it."""
+    """verl's patch_forward_with_backends, which knows three names, with "ppg" as the forward of its torch backend and
+    our head in it."""
 
     @wraps(patch)
-    def patch_forward_with_backends(model: Any, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None) -> None:
+    def patch_forward_with_backends(
+        model: Any, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None
+    ) -> None:
         ours = use_fused_kernels and fused_kernels_backend == BACKEND
         patch(model, use_fused_kernels, "torch" if ours else fused_kernels_backend)
         if ours:
@@ -51,7 +59,8 @@ def with_ppg_backend(patch: Any) -> Any:
 
 
 def register() -> None:
-    """Teach verl's torch backend the name "ppg". The forwards look the class up when they run, so all of verl's models follow."""
+    """Teach verl's torch backend the name "ppg". The forwards look the class up when they run, so all of verl's models
+    follow."""
     if not hasattr(monkey_patch.patch_forward_with_backends, "knows_ppg"):
         monkey_patch.patch_forward_with_backends = with_ppg_backend(monkey_patch.patch_forward_with_backends)
         torch_functional.FusedLinearForPPO = FusedLinear

@@ -15,9 +15,12 @@ CLIPPED = ("ppo", "gspo", "gspo_turn")  # those that verl's dual clip is defined
 
 
 def loss_spec(loss_type: str, config: Any) -> PolicyLossSpec:
-    """verl's actor configuration in our words: clip_ratio_low, clip_ratio_high (else clip_ratio), and clip_ratio_c as the dual clip."""
+    """verl's actor configuration in our words: clip_ratio_low, clip_ratio_high (else clip_ratio), and clip_ratio_c as
+    the dual clip."""
     require(config is not None, "verl's policy losses need the actor's config", config)
-    low, high = (config.clip_ratio if bound is None else bound for bound in (config.clip_ratio_low, config.clip_ratio_high))
+    low, high = (
+        config.clip_ratio if bound is None else bound for bound in (config.clip_ratio_low, config.clip_ratio_high)
+    )
     dual_clip = float(config.get("clip_ratio_c", 3.0) or 0.0) if loss_type in CLIPPED else 0.0
     return PolicyLossSpec(loss_type, clip_low=float(low), clip_high=float(high), dual_clip=dual_clip)
 
@@ -35,7 +38,8 @@ def policy_loss(
     """The policy loss under verl's signature; entropy and KL terms are added by verl.
 
     Args:
-        old_log_prob, log_prob, advantages, response_mask: (bs, response_length), own alignment; ``log_prob`` is differentiable.
+        old_log_prob, log_prob, advantages, response_mask: (bs, response_length), own alignment; ``log_prob`` is
+        differentiable.
         loss_agg_mode: any mode of verl's ``agg_loss``, which divides.
         config: verl's ActorConfig, see `loss_spec`, with ``global_batch_info``.
         rollout_is_weights: (bs, response_length), factors of the tokens' losses.
@@ -45,10 +49,18 @@ def policy_loss(
     spec = loss_spec(loss_type, config)
     turn_ids = turn_ids_of_mask(response_mask) if loss_type == "gspo_turn" else None
     out = policy_loss_from_logprobs(
-        log_prob, advantages, loss_mask=response_mask, old_logprobs=old_log_prob, turn_ids=turn_ids, spec=spec, reduction="none"
+        log_prob,
+        advantages,
+        loss_mask=response_mask,
+        old_logprobs=old_log_prob,
+        turn_ids=turn_ids,
+        spec=spec,
+        reduction="none",
     )
     per_token = out.loss if rollout_is_weights is None else out.loss * rollout_is_weights
-    loss = agg_loss(loss_mat=per_token, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info)
+    loss = agg_loss(
+        loss_mat=per_token, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
+    )
     names = {"approx_kl": "actor/approx_kl", "clip_fraction": "actor/pg_clipfrac"}
     return loss, {verl: float(out.metrics[ours]) for ours, verl in names.items() if ours in out.metrics}
 

@@ -12,7 +12,8 @@ __all__ = ["TurnRewardOutput", "place_turn_rewards", "rm_scores", "turn_ids_of_m
 
 
 def rm_scores(turn_rewards: list[list[float | None]], response_mask: Tensor) -> Tensor:
-    """``rm_scores`` (bs, response_length) float32: r_k on the last token of turn k, turns being the runs of ``response_mask``.
+    """``rm_scores`` (bs, response_length) float32: r_k on the last token of turn k, turns being the runs of
+    ``response_mask``.
 
     ValueError where a row has another number of rewards than turns.
     """
@@ -22,7 +23,8 @@ def rm_scores(turn_rewards: list[list[float | None]], response_mask: Tensor) -> 
 class TurnRewardOutput(AgentLoopOutput):
     """What an agent loop returns when it has a reward for every turn, in place of AgentLoopOutput.
 
-    ``turn_rewards``: one number per run of ``response_mask``, None for a turn without score. Their sum is the ``reward_score`` unless
+    ``turn_rewards``: one number per run of ``response_mask``, None for a turn without score. Their sum is the
+        ``reward_score`` unless
     one is given, so that verl does not ask its reward function; a ``reward_score`` is for logs and filters only.
     """
 

@@ -1,7 +1,0 @@
-"""Where a policy's answers come from: the model itself, many dialogues at once, or a server that speaks the OpenAI protocol."""
-
-from ppg_fast.generation.answers import Answer, Request, Sampler
-from ppg_fast.generation.local import LocalSampler
-from ppg_fast.generation.remote import EndpointSampler
-
-__all__ = ["Answer", "EndpointSampler", "LocalSampler", "Request", "Sampler"]

@@ -1,0 +1,1 @@
+"""The causal LM that is trained: its head without logits, packed attention, adapters, export."""

@@ -1,0 +1,177 @@
+"""Which weights of a model train and which of its activations are kept: LoRA, frozen parts, activation checkpointing.
+
+All by the libraries' own switches (peft, transformers). Here too: what of a model a checkpoint needs, and the weights
+it started from.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppg_fast.distributed import shard_like
+from ppg_fast.spec import require
+
+HEAD, EMBEDDINGS = "head", "embeddings"  # words that `freeze` knows
+
+
+def add_lora(model: Any, rank: int, alpha: int = 0, dropout: float = 0.0, target_modules: str = "all-linear") -> Any:
+    """``model`` with trainable low-rank adapters W + alpha / rank B A, everything else frozen; B starts at zero.
+
+    ``alpha`` 0: twice the rank. ``target_modules``: "all-linear" (all linear layers but the head), or names or a
+    regular expression as peft takes them, names separated by commas. The adapters are float32 whatever the model's
+    dtype. ValueError where peft is missing,
+    for targets that match nothing, and for the head.  Source: arXiv:2106.09685
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError(f"lora_rank > 0 needs peft (pip install peft): {error}") from error
+    targets: Any = (
+        [name.strip() for name in target_modules.split(",")]
+        if re.fullmatch(r"[\w., ]+", target_modules)
+        else target_modules
+    )
+    targets = "all-linear" if target_modules in ("all-linear", "all_linear") else targets
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout, target_modules=targets))
+    plain_head(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def plain_head(model: Any) -> Any:
+    """The head of a causal LM; ValueError where it carries adapters: the fused head reads its weight alone and would
+    leave them out."""
+    head = model.get_output_embeddings()
+    adapted = hasattr(head, "base_layer") or hasattr(head, "modules_to_save")
+    require(not adapted, "adapters must not be on the head (leave it out of lora_target_modules)", type(head).__name__)
+    return head
+
+
+def freeze(model: Any, names: str) -> None:
+    """Freeze what ``names``, separated by commas, name: "head", "embeddings", or regular expressions found in a
+    parameter's name.
+
+    A head that is tied to the embeddings is frozen with them. ValueError for a name that matches nothing.
+    """
+    words = {HEAD: model.get_output_embeddings(), EMBEDDINGS: model.get_input_embeddings()}
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        if name in words:
+            chosen = list(words[name].parameters())
+        else:
+            chosen = [p for n, p in model.named_parameters(remove_duplicate=False) if re.search(name, n)]
+        require(
+            bool(chosen),
+            f"freeze must name {HEAD}, {EMBEDDINGS} or (as regular expressions) weights of the model",
+            name,
+        )
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+    require(any(p.requires_grad for p in model.parameters()), "freeze must leave a weight to train", names)
+
+
+def checkpoint_activations(model: Any, every_n_layers: int = 1, offload: bool = False) -> None:
+    """Keep a layer's input only and compute its activations again in the backward pass; with ``offload`` keep the input
+    in host memory.
+
+    ``every_n_layers``: only every so many layers. ValueError where the model, or this transformers, does not know it.
+    """
+    switch = getattr(model, "activation_checkpointing_enable", None)
+    try:
+        if switch is not None:
+            switch(
+                {"use_reentrant": False}, every_n_layers=every_n_layers, offload=offload and model.device.type != "cpu"
+            )  # a CPU's are there
+        else:
+            import transformers
+
+            newer = (
+                "activation_offload and activation_checkpointing_every_n_layers need a newer transformers (5.23 "
+                "has them)"
+            )
+            require(every_n_layers == 1 and not offload, newer, transformers.__version__)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    except TypeError as error:
+        raise ValueError(
+            f"{type(model).__name__} does not know these options of activation checkpointing: {error}"
+        ) from error
+
+
+def trainable_state(model: nn.Module) -> dict[str, Any]:
+    """What of ``model.state_dict()`` training changes: everything but frozen parameters. Tensors are the model's
+    own."""
+    frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def load_trainable_state(model: nn.Module, saved: dict[str, Any]) -> None:
+    """Take over what `trainable_state` gave, whether either is spread over ranks or not. ValueError where it is of
+    others weights."""
+    there = trainable_state(model)
+    others = sorted(there.keys() ^ saved.keys())
+    require(
+        not others, "a checkpoint must hold the weights that train, and no others; in one of the two only", others[:3]
+    )
+    try:
+        model.load_state_dict({name: shard_like(value, there[name]) for name, value in saved.items()}, strict=False)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """A checksum of the frozen weights, "" where there are none: a checkpoint without them is right on the same ones
+    only."""
+    total, frozen = hashlib.sha256(), [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+    for name, parameter in frozen:
+        bits = torch.hash_tensor(parameter.detach()).view(torch.int64).item()
+        total.update(repr((name, parameter.dtype, tuple(parameter.shape), bits)).encode())
+    return total.hexdigest() if frozen else ""
+
+
+class StartingWeights:
+    """The policy that a KL term refers to: a copy of the weights that train, as they are now. Frozen ones are shared
+    with the model.
+
+    With LoRA that is the adapters only: before the first step they are zero, so that the reference is the model without
+    them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def in_place(self) -> Iterator[Any]:
+        """The model with these weights, while the block runs. Exact: contents are exchanged, one weight at a time, and
+        back."""
+        self._exchange()
+        try:
+            yield self.model
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if name in self.weights:
+                held = parameter.detach().clone()
+                parameter.copy_(self.weights[name])
+                self.weights[name].copy_(held)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The copy, by name."""
+        return self.weights
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` gave; ValueError where it is of other weights."""
+        others = sorted(self.weights.keys() ^ saved.keys())
+        require(not others, "reference weights must be those that train; in one of the two only", others[:3])
+        for name, weight in self.weights.items():
+            weight.copy_(shard_like(saved[name], weight))

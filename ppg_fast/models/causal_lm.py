@@ -1,0 +1,256 @@
+"""From packed dialogues to the policy loss through a Hugging Face causal LM, without ever making its logits."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppg_fast.dialogues.packing import NOTHING, PackedBatch, pack
+from ppg_fast.distributed import Ranks
+from ppg_fast.functional import PolicyLossOutput, linear_policy_loss, linear_token_logprobs
+from ppg_fast.models import varlen_attention
+from ppg_fast.models.adaptation import plain_head
+from ppg_fast.spec import PolicyLossSpec, require
+
+PACKABLE_LAYERS = ("full_attention", "sliding_attention")
+
+
+def make_model(
+    vocab_size: int, width: int = 128, layers: int = 2, seed: int = 0, pad_id: int = 0, end_id: int = 1
+) -> Any:
+    """A Qwen3ForCausalLM from its config: ``layers`` of ``width``, 4 heads on 2 key-value heads of 32, tied head;
+    weights from ``seed``.
+
+    initializer_range 0.1, not 0.02: a model this narrow learns to look words up in its context in a third of the steps.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        pad_token_id=pad_id,
+        eos_token_id=end_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+    return prepare(model)
+
+
+def load_model(path: str, vocab_size: int, dtype: torch.dtype = torch.float32) -> Any:
+    """The causal LM of a Hugging Face checkpoint folder, ready to be packed.
+
+    ``vocab_size`` is the tokenizer's. ValueError if the model's embedding has fewer rows.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return check_vocabulary(prepare(AutoModelForCausalLM.from_pretrained(path, dtype=dtype)), vocab_size)
+
+
+def check_vocabulary(model: Any, vocab_size: int) -> Any:
+    """``model`` itself; ValueError if a tokenizer of ``vocab_size`` tokens can name a row its embedding does not
+    have."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if vocab_size > rows:
+        raise ValueError(
+            f"the tokenizer's vocabulary must not exceed the model's embedding of {rows} rows, got {vocab_size} tokens"
+        )
+    return model
+
+
+def prepare(model: Any) -> Any:
+    """Let ``model`` attend inside each dialogue of a packed row; ValueError for layers that cannot be packed that
+    way."""
+    config = model.config.get_text_config()
+    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - set(PACKABLE_LAYERS))
+    if unknown:
+        raise ValueError(
+            f"packed training needs layers of {', '.join(PACKABLE_LAYERS)}, got {', '.join(unknown)} in "
+            f"{config.model_type}"
+        )
+    model.set_attn_implementation(varlen_attention.NAME)
+    return model
+
+
+def decoder(model: Any) -> nn.Module:
+    """The part of a causal LM below its head: token ids to hidden states."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+
+
+def policy_hidden(model: Any, batch: PackedBatch) -> Tensor:
+    """Last hidden states (N, D) of a packed batch of N tokens. Each dialogue sees itself only; positions restart with
+    it."""
+    if batch.tokens.numel() == 0:
+        weight = model.get_output_embeddings().weight
+        return weight.new_zeros(0, weight.shape[1]) + 0.0 * weight.sum()
+    lengths = torch.diff(batch.cu_seqlens)
+    longest = int(lengths.max())
+    out = decoder(model)(
+        input_ids=batch.tokens[None],
+        attention_mask=None,
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        cu_seq_lens_q=batch.cu_seqlens,
+        cu_seq_lens_k=batch.cu_seqlens,
+        max_length_q=longest,
+        max_length_k=longest,
+    )
+    return out.last_hidden_state[0]
+
+
+def logit_scale(config: Any) -> float:
+    """What a model multiplies hidden W^T + b by before the softcap, from its text config; 1 where it does not.
+
+    Cohere's logit_scale, Muse's output_multiplier, Falcon-H1's lm_head_multiplier; Granite and MiniCPM3 divide by
+    logits_scaling, HyperCLOVA X multiplies by it. ValueError unless > 0.
+    """
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
+        if (scale := getattr(config, name, None)) is not None:
+            require(scale > 0, f"{name} of the model must be > 0", scale)
+            return 1 / scale if name == "logits_scaling" and config.model_type != "hyperclovax" else float(scale)
+    return 1.0
+
+
+def head_of(model: Any) -> tuple[Tensor, Tensor | None, float, float]:
+    """(weight (V, D), bias (V,) or None, scale, softcap): logits = softcap(scale (hidden weight^T + bias)), softcap 0
+    where there is none.
+
+    The scale as `logit_scale` finds it; the softcap is Gemma's final_logit_softcapping.
+    """
+    head, config = plain_head(model), model.config.get_text_config()
+    softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+    return head.weight, getattr(head, "bias", None), logit_scale(config), softcap
+
+
+def _with_softcap(spec: PolicyLossSpec, softcap: float) -> PolicyLossSpec:
+    if spec.logit_softcap and softcap and spec.logit_softcap != softcap:
+        raise ValueError(
+            f"logit_softcap must be the model's own final softcap {softcap} or 0, got {spec.logit_softcap}"
+        )
+    return replace(spec, logit_softcap=softcap) if softcap else spec
+
+
+def policy_loss(
+    model: Any,
+    batch: PackedBatch,
+    advantages: Tensor,
+    spec: PolicyLossSpec,
+    *,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    reduction: str = "sequence_sum",
+    normalizer: float | Tensor | None = None,
+    skip_zero_advantages: bool = True,
+    score_norms: bool = False,
+    backend: str | None = None,
+) -> PolicyLossOutput:
+    """The policy loss of a packed batch from hidden states through the model's own head; the (N, V) logits never exist.
+
+    ``advantages`` (S, T) float32, one a turn, as is what `turn_advantages` returns; every token of a turn gets its
+    turn's. The log-probs (N,) are those of ``batch.labels``. Turns of advantage zero cost what context costs, unless
+    ``skip_zero_advantages`` is off. The rest as `ppg.policy_loss`.
+    """
+    weight, bias, scale, softcap = head_of(model)
+    hidden = policy_hidden(model, batch)
+    return linear_policy_loss(
+        hidden if scale == 1.0 else hidden * scale,
+        weight,
+        batch.labels,
+        token_advantages(batch, advantages),
+        bias=bias if bias is None or scale == 1.0 else bias * scale,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        cu_seqlens=batch.cu_seqlens,
+        turn_ids=batch.turn_ids,
+        spec=_with_softcap(spec, softcap),
+        reduction=reduction,
+        normalizer=normalizer,
+        skip_zero_advantages=skip_zero_advantages,
+        score_norms=score_norms,
+        backend=backend,
+    )
+
+
+def token_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
+    """log pi(label) of each token (N,) float32, 0 on context; differentiable."""
+    weight, bias, scale, softcap = head_of(model)
+    hidden = policy_hidden(model, batch)
+    bias = bias if bias is None or scale == 1.0 else bias * scale
+    logprobs = linear_token_logprobs(
+        hidden * scale, weight, batch.labels, bias=bias, temperature=temperature, logit_softcap=softcap
+    )
+    assert isinstance(logprobs, Tensor)  # a pair only where the entropy is asked for
+    return logprobs
+
+
+def token_score_norms(model: Any, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
+    """|gradient of log pi(label) by its logits|^2 = sum p^2 - 2 p_label + 1 of each token (N,) float32, 0 on context.
+
+    By a forward pass of its own in plain PyTorch, with the logits of the assistant's tokens in memory: for a look
+    without a loss.
+    """
+    weight, bias, scale, softcap = head_of(model)
+    out = torch.zeros(len(batch.labels), device=batch.labels.device)
+    with torch.no_grad():
+        taken = batch.labels >= 0
+        logits = nn.functional.linear(policy_hidden(model, batch)[taken], weight, bias).float() * scale
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+        p = (logits / temperature).softmax(-1)
+        chosen = p.gather(-1, batch.labels[taken][:, None])[:, 0]
+        out[taken] = p.square().sum(-1) - 2 * chosen + 1
+    return out
+
+
+def token_advantages(batch: PackedBatch, advantages: Tensor) -> Tensor:
+    """The advantage (S, T) of each token's turn, (N,), 0 on context."""
+    lengths = torch.diff(batch.cu_seqlens).long()
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    taken = batch.turn_ids >= 0
+    if advantages.numel() == 0:
+        return torch.zeros_like(batch.turn_ids, dtype=torch.float32)
+    return torch.where(taken, advantages[row, batch.turn_ids.clamp(min=0)], 0.0)
+
+
+class PolicyModule(nn.Module):
+    """A causal LM whose forward is its policy loss: one call that uses every weight, the head's too.
+
+    DDP and FSDP2 work around the forward of a module: so each weight is gathered once a micro-batch, and each has a
+    gradient, be it zero.
+    ``autocast``: the dtype of mixed precision, None: that of the weights.
+    """
+
+    def __init__(self, model: Any, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.model, self.autocast = model, autocast
+
+    def forward(
+        self, batch: PackedBatch, advantages: Tensor | None, spec: PolicyLossSpec, **options: Any
+    ) -> PolicyLossOutput | Tensor:
+        """`policy_loss`, or without ``advantages`` the `token_logprobs` at the temperature of ``spec``."""
+        with torch.autocast(batch.tokens.device.type, self.autocast) if self.autocast else nullcontext():
+            if advantages is None:
+                return token_logprobs(self.model, batch, spec.temperature)
+            return policy_loss(self.model, batch, advantages, spec, **options)
+
+
+def distribute(model: Any, ranks: Ranks) -> nn.Module:
+    """Spread ``model`` over ``ranks``, in place, before its optimizer is made; returns its PolicyModule as it is to be
+    called."""
+    module = ranks.shard(model, PolicyModule(model, ranks.autocast))
+    if ranks.sharded:  # FSDP2 takes for its root what is called first
+        with ranks.no_grad_forward(module):
+            module(pack([NOTHING]).to(model.device), None, PolicyLossSpec())
+    return module

@@ -1,0 +1,1 @@
+"""Dialogues made by the policy: environments, partners, generation, groups of rollouts."""

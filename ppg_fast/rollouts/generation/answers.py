@@ -1,0 +1,45 @@
+"""What is asked of a sampler, and what it gives back: tokens in, tokens out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+
+@dataclass
+class Request:
+    """The next answer of one dialogue.
+
+    ``dialogue``: which one; a sampler may remember what it has read of it. ``tokens``: everything so far. ``limit``:
+        most tokens of the
+    answer. ``random``: the dialogue's own source of randomness (on the CPU), so that its answers do not depend on its
+    neighbours' luck.
+    """
+
+    dialogue: int
+    tokens: list[int]
+    limit: int
+    random: torch.Generator
+
+
+@dataclass
+class Answer:
+    """Tokens as sampled, the end token included, and the log-probability of each.
+
+    ``logprobs``: in nats, over the whole vocabulary at the sampling temperature. ``ended``: by itself, and not at the
+        limit.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended: bool = False
+
+
+class Sampler(Protocol):
+    """Answers for some dialogues at once."""
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """One answer for each request, in their order; a dialogue that is not asked for is over and does not come
+        back."""
+        ...

@@ -1,0 +1,78 @@
+"""Answers of a model in this process, all dialogues in lockstep over one KV cache."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppg_fast.rollouts.generation.answers import Answer, Request
+from ppg_fast.rollouts.generation.lockstep import Lockstep
+
+# probabilities as 64-bit integers: their sums are exact, so the same token is drawn whatever the order of summation
+MASS = 2.0**61
+
+
+class LocalSampler:
+    """Samples from softmax(logits / temperature) without the ``banned`` tokens; temperature 0 takes the most likely
+    token.
+
+    Log-probs are those over the whole vocabulary, banned tokens included. Nucleus and top-k sampling are left out on
+    purpose: what they sample from is not the policy that is trained, so the kept log-probs would be those of another
+        distribution.
+    """
+
+    def __init__(self, model: Any, end_id: int, banned: Sequence[int], temperature: float) -> None:
+        if temperature < 0:
+            raise ValueError(f"temperature must be >= 0, got {temperature}")
+        self.model, self.end_id, self.temperature = model, end_id, temperature
+        self.banned = torch.tensor(list(banned), dtype=torch.int64, device=model.device)
+        self.lockstep: Lockstep | None = None
+        self.dialogues: list[int] = []
+        self.read: dict[int, int] = {}  # tokens of each dialogue that the cache holds
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """The last token of an answer is left for the next turn's first pass: one pass saved a turn."""
+        names = [request.dialogue for request in requests]
+        if self.lockstep is None:
+            self.lockstep, self.read = Lockstep(self.model, len(names)), dict.fromkeys(names, 0)
+        else:
+            self.lockstep.keep([self.dialogues.index(name) for name in names])
+        self.dialogues = names
+        answers = [Answer() for _ in requests]
+        luck = [1.0 - torch.rand(r.limit, dtype=torch.float64, generator=r.random) for r in requests]  # in (0, 1]
+        draws = torch.nn.utils.rnn.pad_sequence(luck, batch_first=True, padding_value=1.0).T
+        feed = [request.tokens[self.read[request.dialogue] :] for request in requests]
+        speaking = list(range(len(requests)))
+        for draw in draws:
+            tokens, logprobs = self._sample(self.lockstep.read(feed), draw)
+            for i in speaking:
+                answers[i].tokens.append(tokens[i])
+                answers[i].logprobs.append(logprobs[i])
+                answers[i].ended = tokens[i] == self.end_id
+            speaking = [i for i in speaking if not answers[i].ended and len(answers[i].tokens) < requests[i].limit]
+            if not speaking:
+                break
+            feed = [[] for _ in requests]
+            for i in speaking:
+                feed[i] = [tokens[i]]
+        for request, answer in zip(requests, answers, strict=True):
+            self.read[request.dialogue] = len(request.tokens) + len(answer.tokens) - 1
+        return answers
+
+    def _sample(self, logits: Tensor, draws: Tensor) -> tuple[list[int], list[float]]:
+        """A token of each row of logits (B, V) by its draw (B,) in (0, 1], and its log-prob."""
+        logp = (logits.float() / (self.temperature or 1.0)).log_softmax(-1)
+        allowed = logp.exp().index_fill(-1, self.banned, 0.0)
+        if self.temperature:
+            below = (allowed * MASS).long().cumsum(-1)
+            total = below[:, -1:]
+            target = (draws.to(total.device)[:, None] * total.double()).long().clamp(min=1)
+            token = torch.searchsorted(below, torch.minimum(target, total))
+            if bool((total <= 0).any()):  # NaN too: it casts to a negative number or zero
+                raise FloatingPointError(
+                    "the policy's logits must be finite and leave an answer some probability, got none"
+                )
+        else:
+            token = allowed.argmax(-1, keepdim=True)
+        return token[:, 0].tolist(), logp.gather(-1, token)[:, 0].tolist()

@@ -1,0 +1,1 @@
+"""The training loop: objective, credit, metrics, evaluation, optimisers, checkpoints."""

@@ -1,0 +1,218 @@
+"""What a step says of itself: token means of the loss, the dialogues it saw turn by turn, the rows it paid for, the
+memory it took."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppg_fast.dialogues.packing import CONTEXT, PackedBatch, Sample
+from ppg_fast.functional import PolicyLossOutput
+from ppg_fast.spec import PolicyLossSpec
+
+TOKEN_MEANS = {  # ours: TRL's
+    "entropy": "entropy",
+    "kl": "kl",
+    "approx_kl": "approx_kl",
+    "clip_fraction": "clip_ratio/region_mean",
+    "clip_fraction_low": "clip_ratio/low_mean",
+    "clip_fraction_high": "clip_ratio/high_mean",
+    "importance_weight": "sampling/importance_sampling_ratio/mean",
+}
+SINGLE_TURNS = 16  # turn indices with a metric of their own; those after them share one in ranges that double
+
+
+class TokenMeans:
+    """Loss and token means of a step, over its micro-batches."""
+
+    def __init__(self) -> None:
+        self.loss, self.tokens, self.totals = 0.0, 0, {"logprob": 0.0}
+        self.largest_difference: float | None = None
+
+    def add(
+        self, out: PolicyLossOutput, rollout_logprobs: Tensor | None = None, old_logprobs: Tensor | None = None
+    ) -> None:
+        """One micro-batch. With the sampler's log-probs (N,): how far they are from the trainer's, before its first
+        update."""
+        seen = out.logprobs != 0
+        read = int(seen.sum())
+        self.loss += float(out.loss.detach())
+        self.tokens += read
+        self.totals["logprob"] += float(out.logprobs.sum())
+        for ours, name in TOKEN_MEANS.items():
+            if ours in out.metrics:
+                self.totals[name] = self.totals.get(name, 0.0) + float(out.metrics[ours]) * read
+        if rollout_logprobs is not None and read:
+            own = out.logprobs if old_logprobs is None else old_logprobs
+            difference = (own - rollout_logprobs)[seen].abs()
+            name = "sampling/sampling_logp_difference/mean"
+            self.totals[name] = self.totals.get(name, 0.0) + float(difference.sum())
+            self.largest_difference = max(self.largest_difference or 0.0, float(difference.max()))
+
+    @classmethod
+    def total(cls, parts: Sequence["TokenMeans"]) -> "TokenMeans":
+        """Those of several ranks together; a single one as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        whole = cls()
+        for part in parts:
+            whole.loss += part.loss
+            whole.tokens += part.tokens
+            for name, value in part.totals.items():
+                whole.totals[name] = whole.totals.get(name, 0.0) + value
+            found = [d for d in (whole.largest_difference, part.largest_difference) if d is not None]
+            whole.largest_difference = max(found, default=None)
+        return whole
+
+    def means(self) -> dict[str, Any]:
+        """The loss and each mean under its name."""
+        largest = (
+            {}
+            if self.largest_difference is None
+            else {"sampling/sampling_logp_difference/max": self.largest_difference}
+        )
+        return {
+            "loss": self.loss,
+            **{name: total / max(1, self.tokens) for name, total in self.totals.items()},
+            **largest,
+        }
+
+
+def describe(
+    samples: Sequence[Sample],
+    batch: PackedBatch,
+    returns: Tensor,
+    advantages: Tensor,
+    spec: PolicyLossSpec | None = None,
+    shared_ratios: bool = False,
+) -> dict[str, Any]:
+    """What the dialogues of a step were like, in the names that TRL uses where it has one.
+
+    ``batch`` holds ``samples``; ``returns``, ``advantages`` (S, T) are those of its turns. ``spec`` with
+    ``shared_ratios`` (its ratios are taken, of more than one token each) says which rows it reads: see `row_shares`.
+    """
+    totals = batch.rewards.sum(1)
+    groups = [totals[batch.group_ids == g] for g in batch.group_ids.unique()]
+    there = torch.arange(batch.rewards.shape[1]) < batch.turn_counts[:, None]
+    return {
+        "reward": float(totals.mean()) if len(totals) else 0.0,
+        "reward_std": float(totals.std(correction=0)) if len(totals) else 0.0,
+        "frac_reward_zero_std": sum(bool((g == g[0]).all()) for g in groups) / max(1, len(groups)),
+        **completion_lengths(samples),
+        "turns/mean_count": float(batch.turn_counts.float().mean()) if len(totals) else 0.0,
+        "turns/adv_abs_mean": float(advantages.abs().sum() / batch.turn_counts.sum().clamp(min=1)),
+        "active_turns": int((advantages != 0).sum()),
+        **row_shares(batch, advantages, spec or PolicyLossSpec(), shared_ratios),
+        **by_turn("turns/return", returns, there),
+        **by_turn("turns/advantage", advantages, there),
+    }
+
+
+def completion_lengths(samples: Sequence[Sample]) -> dict[str, float]:
+    """Tokens of the answers, one a turn, under TRL's names; how many were cut off and how long the others are where a
+    sampler said so.
+
+    Turns without a token (a dialogue that was read in part keeps all its rewards) are no answers.
+    """
+    lengths: list[int] = []
+    terminated: list[int] = []
+    known = 0
+    for sample in samples:
+        turn_ids = torch.tensor(sample.turn_ids)
+        counts = turn_ids[turn_ids != CONTEXT].bincount(minlength=len(sample.rewards)).tolist()
+        lengths += [n for n in counts if n]
+        if sample.cut_off is not None:
+            pairs = [(n, cut) for n, cut in zip(counts, sample.cut_off, strict=True) if n]
+            known += len(pairs)
+            terminated += [n for n, cut in pairs if not cut]
+    found = _spread("completions/{}_length", lengths)
+    if known:
+        found |= {
+            "completions/clipped_ratio": 1 - len(terminated) / known,
+            **_spread("completions/{}_terminated_length", terminated),
+        }
+    return found
+
+
+def _spread(name: str, values: Sequence[int]) -> dict[str, float]:
+    mean = sum(values) / max(1, len(values))
+    return {
+        name.format("mean"): mean,
+        name.format("min"): min(values, default=0),
+        name.format("max"): max(values, default=0),
+    }
+
+
+def row_shares(
+    batch: PackedBatch, advantages: Tensor, spec: PolicyLossSpec, shared_ratios: bool = False
+) -> dict[str, float]:
+    """Shares of the batch's tokens by what the head does for them: loss and gradient, log-prob alone, nothing.
+
+    Nothing for context and for turns of advantage zero, unless KL or entropy terms want every row of the policy's; a
+    turn of advantage zero in a sequence whose other turns have one is read for the ratio that gspo shares.
+    """
+    lengths = torch.diff(batch.cu_seqlens).long()
+    row = torch.arange(len(lengths)).repeat_interleave(lengths)
+    active = batch.labels >= 0
+    turns = advantages.shape[1]
+    counts = (
+        (row[active] * turns + batch.turn_ids[active])
+        .bincount(minlength=len(lengths) * turns)
+        .view(len(lengths), turns)
+    )
+    credited = advantages != 0
+    full = counts.sum() if spec.needs_every_row else counts[credited].sum()
+    read = (
+        counts[credited.any(1)].sum()
+        if shared_ratios and spec.loss_type == "gspo" and not spec.needs_every_row
+        else full
+    )
+    tokens = max(1, batch.tokens.numel())
+    return {
+        "rows/full_share": int(full) / tokens,
+        "rows/forward_only_share": int(read - full) / tokens,
+        "rows/skip_share": 1 - int(read) / tokens,
+    }
+
+
+def turn_ranges(count: int) -> list[tuple[str, int, int]]:
+    """(label, first, end) of the turn indices below ``count``: 0 to 15 each by itself, then 16-31, 32-63, 64-127,
+    ..."""
+    ranges = [(str(turn), turn, turn + 1) for turn in range(min(count, SINGLE_TURNS))]
+    first = SINGLE_TURNS
+    while first < count:
+        ranges.append((f"{first}-{2 * first - 1}", first, 2 * first))
+        first *= 2
+    return ranges
+
+
+def by_turn(name: str, values: Tensor, there: Tensor) -> dict[str, float]:
+    """Mean and standard deviation of ``values`` (S, T) over the dialogues that reach a turn: ``name``/<t> and
+    ``name``_std/<t>.
+
+    ``there`` (S, T) bool. Turn indices as `turn_ranges` labels them, those that some dialogue reaches.
+    """
+    reached = there.any(0).nonzero()
+    count = int(reached[-1]) + 1 if len(reached) else 0
+    kept = torch.where(there, values, 0.0).double()
+    sums = torch.stack([there.sum(0).double(), kept.sum(0), kept.square().sum(0)])
+    found: dict[str, float] = {}
+    for label, first, end in turn_ranges(count):
+        number, total, squares = sums[:, first:end].sum(1).tolist()
+        if number:
+            mean = total / number
+            found |= {f"{name}/{label}": mean, f"{name}_std/{label}": max(0.0, squares / number - mean * mean) ** 0.5}
+    return found
+
+
+def peak_memory_mb(model: Any) -> float:
+    """Peak of allocated CUDA memory where the model is on a GPU, else of the process's resident memory, in MB (10^6
+    bytes)."""
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(model.device) / 1e6
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6  # bytes there, KiB elsewhere

@@ -1,0 +1,149 @@
+"""What a step climbs: which rewards a turn is credited for, how dialogues are weighed, how large the steps are."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ppg_fast.dialogues.packing import CONTEXT, PackedBatch, Sample, pack, trim_after_last_turn
+from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.spec import Lookahead, PolicyClass, PolicyLossSpec
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step climbs. ``imitate``: every turn has advantage 1, which is supervised fine-tuning through the same
+    kernel.
+
+    ``candidates``: classes whose signals `ppg_fast.training.auto` measures at every step; ``auto``: it chooses one of
+        them for the next, in place of
+    ``policy_class``. ``scale``: what the advantages are multiplied with then.
+    """
+
+    policy_class: PolicyClass = field(default_factory=lambda: Lookahead(3))
+    gamma: float = 1.0
+    baseline: str = "leave_one_out"
+    spec: PolicyLossSpec = field(default_factory=PolicyLossSpec)
+    reduction: str = "sequence_sum"
+    num_iterations: int = 1
+    imitate: bool = False
+    candidates: tuple[PolicyClass, ...] = ()
+    auto: bool = False
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps and step sizes: ``warmup_steps`` to the peak learning rate, then linear to ``final_learning_rate`` of it.
+
+    A step whose loss or gradient is not finite is skipped; more than ``max_skipped_steps`` of them in a row end the
+    training. ``optim``
+    and what follows it: as `make_optimizer` takes them. ``bf16``: forward passes under bfloat16 autocast.
+    """
+
+    max_steps: int
+    learning_rate: float
+    warmup_steps: int = 5
+    final_learning_rate: float = 0.2
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_tokens: int = 16384
+    max_skipped_steps: int = 3
+    optim: str = "adamw_torch"
+    optim_args: str = ""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    optim_offload: bool = False
+    bf16: bool = False
+
+    def learning_rate_at(self, step: int) -> float:
+        """Of steps 1 .. max_steps."""
+        rise = min(1.0, step / max(1, self.warmup_steps))
+        return self.learning_rate * rise * (1 - (1 - self.final_learning_rate) * step / self.max_steps)
+
+
+def credit(batch: PackedBatch, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Windowed returns and advantages of every turn, both (S, T) float32."""
+    counts = batch.turn_counts
+    there = torch.arange(batch.rewards.shape[1]) < counts[:, None]
+    if objective.imitate:
+        return batch.rewards, there.float()
+    if not len(counts):
+        return batch.rewards, batch.rewards
+    returns = partial_returns(batch.rewards, objective.policy_class, gamma=objective.gamma, turn_counts=counts)
+    advantages = turn_advantages(returns, batch.group_ids, baseline=objective.baseline, turn_counts=counts)
+    return returns, advantages * objective.scale
+
+
+def live_parts(samples: Sequence[Sample], advantages: Tensor, objective: Objective) -> list[tuple[Sample, int]]:
+    """What a step has to read of ``samples``: parts of them, each with its row of ``advantages``.
+
+    A dialogue ends after its last turn whose advantage is not zero and is left out where it has none: what follows has
+    no gradient. With a KL or entropy term every assistant token has one; where a dialogue's tokens share a ratio (gspo)
+    or a mean (sequence_mean), a live dialogue keeps them all; with candidates all keep theirs, since other classes may
+    have an advantage elsewhere. The denominator stays that of all ``samples``.
+    """
+    spec, credited = objective.spec, (advantages != 0).tolist()
+    shared = objective.reduction == "sequence_mean" or (spec.loss_type == "gspo" and objective.num_iterations > 1)
+    parts: list[tuple[Sample, int]] = []
+    for row, (sample, turns) in enumerate(zip(samples, credited, strict=True)):
+        every = spec.needs_every_row or bool(objective.candidates)
+        if not (every or any(turns)):
+            continue
+        whole = shared or every
+        part = trim_after_last_turn(sample, None if whole else {turn for turn, live in enumerate(turns) if live})
+        if part.tokens:
+            parts.append((part, row))
+    return parts
+
+
+def reading(
+    samples: Sequence[Sample], advantages: Tensor, objective: Objective, parts: Sequence[Sample]
+) -> dict[str, float]:
+    """How much of the dialogues a step reads: tokens that go through the model, and the share of assistant tokens with
+    a gradient."""
+    live = ((advantages != 0) | objective.spec.needs_every_row).tolist()
+    labels = [live[row][turn] for row, s in enumerate(samples) for turn in s.turn_ids[1:] if turn != CONTEXT]
+    return {
+        "perf/tokens_read": sum(len(p.tokens) for p in parts),
+        "perf/active_row_share": sum(labels) / max(1, len(labels)),
+    }
+
+
+def denominator(samples: Sequence[Sample], reduction: str) -> float | None:
+    """The reduction's denominator over all micro-batches: labels are the assistant's tokens but a dialogue's first."""
+    labels = [sum(turn != CONTEXT for turn in s.turn_ids[1:]) for s in samples]
+    total = {
+        "token_mean": sum(labels),
+        "sequence_mean": sum(n > 0 for n in labels),
+        "sequence_sum": sum(n > 0 for n in labels),
+    }
+    return max(1.0, float(total[reduction])) if reduction in total else None
+
+
+def require_nonnegative(samples: Sequence[Sample], names: Sequence[str]) -> None:
+    """ValueError at the first negative reward: log pi weighted by it is no lower bound of the objective any more."""
+    for sample, name in zip(samples, names, strict=True):
+        for turn, reward in enumerate(sample.rewards):
+            if reward < 0:
+                rule = (
+                    "offline rewards must be >= 0 (negative ones void the lower bound; allow_negative_rewards "
+                    "permits them)"
+                )
+                raise ValueError(f"{rule}, got {reward} in dialogue {name!r}, turn {turn}")
+
+
+def warn_if_hardly_credited(samples: Sequence[Sample], objective: Objective) -> None:
+    """Warn where rewards come with the last turn only and the policy class looks less far ahead: most turns then learn
+    nothing."""
+    long = [s for s in samples if len(s.rewards) > 1]
+    if not long or any(any(s.rewards[:-1]) for s in long) or not any(s.rewards[-1] for s in long):
+        return
+    returns, _ = credit(pack(long), objective)
+    turns = sum(len(s.rewards) for s in long if s.rewards[-1])
+    credited = int((returns != 0).sum())
+    if credited < turns:
+        seen = f"{objective.policy_class} credits {credited} of {turns} turns, FullPlanning() all"
+        warnings.warn(f"rewards come with the last turn only: {seen}", stacklevel=2)

@@ -1,0 +1,100 @@
+"""Inputs for the row kernels: no two numbers alike, none at its default, log-ratios on every side of a clip and away
+from its kink."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ppg_fast import reference
+from ppg_fast.ops import PerRow
+from ppg_fast.spec import IGNORE, PolicyLossSpec
+
+NUMBERS = {"clip_low": 0.15, "clip_high": 0.3, "temperature": 0.7}
+LOSSES = {
+    "reinforce": PolicyLossSpec("reinforce", **NUMBERS),
+    "ppo": PolicyLossSpec("ppo", **NUMBERS),
+    "ppo-dual-clip": PolicyLossSpec("ppo", dual_clip=1.4, **NUMBERS),
+    "cispo": PolicyLossSpec("cispo", **NUMBERS),
+}
+TERMS = {
+    "plain": {},
+    "entropy": {"entropy_coef": 0.02},
+    "k1": {"kl_coef": 0.11, "kl_estimator": "k1"},
+    "k2": {"kl_coef": 0.12, "kl_estimator": "k2"},
+    "k3": {"kl_coef": 0.13, "kl_estimator": "k3"},
+    "softcap": {"logit_softcap": 5.0},
+    "importance": {"importance_cap": 1.25},
+    "everything": {"entropy_coef": 0.03, "kl_coef": 0.14, "logit_softcap": 6.0, "importance_cap": 1.3},
+}
+
+
+@dataclass
+class Case:
+    """One call of the row kernels: logits (B, L, V), the rest (N,)."""
+
+    logits: Tensor
+    labels: Tensor
+    advantages: Tensor
+    weights: Tensor | None
+    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    rollout_logprobs: Tensor | None
+    temperatures: Tensor | None
+    spec: PolicyLossSpec
+
+    @property
+    def per_row(self) -> PerRow:
+        return PerRow(
+            self.advantages,
+            self.weights,
+            self.old_logprobs,
+            self.ref_logprobs,
+            self.rollout_logprobs,
+            self.temperatures,
+        )
+
+    def textbook(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the reference says in ``dtype``: loss, logprob, entropy and dlogits."""
+        x = self.logits.detach().flatten(0, 1).to(dtype).requires_grad_()
+        rows = (None if t is None else t.to(dtype) for t in self.per_row[:5])
+        spec = self.spec if self.temperatures is None else replace(self.spec, temperature=self.temperatures.to(dtype))
+        loss, logprob, entropy = reference.policy_loss(x, self.labels, *rows, spec)
+        grad = torch.autograd.grad(loss.sum(), x)[0].view(self.logits.shape)
+        return {
+            k: v.detach().cpu()
+            for k, v in {"loss": loss, "logprob": logprob, "entropy": entropy, "dlogits": grad}.items()
+        }
+
+
+def make_case(
+    shape: tuple[int, int, int],
+    spec: PolicyLossSpec,
+    dtype=torch.float32,
+    device="cpu",
+    *,
+    strided=False,
+    per_token=False,
+    on_policy=False,
+) -> Case:
+    """Every fourth row masked and full of NaN, another fourth of zero advantage; ratios of 0.6, 0.95, 1.05 and 1.65."""
+    B, L, V = shape
+    N = B * L
+    base = (3 * torch.randn(B, L + 1, V + 3)).to(dtype)
+    logits = (base[:, :-1, 1 : V + 1] if strided else base[:, :-1, :V].contiguous()).to(device)
+    labels = torch.randint(V, (N,))
+    rows = torch.arange(N)
+    temperatures = torch.linspace(0.6, 1.5, N) if per_token else None
+    scale = temperatures if per_token else spec.temperature
+    logprobs = reference.token_logprobs(logits.cpu().flatten(0, 1).double(), labels, scale, spec.logit_softcap)[
+        0
+    ].float()
+    ratios = torch.tensor([-0.5, -0.05, 0.05, 0.5])[torch.randint(4, (3, N))]
+    advantages = torch.randn(N).where(rows % 4 != 2, torch.tensor(0.0))
+    labels = labels.where(rows % 4 != 3, torch.tensor(IGNORE))
+    logits[(labels == IGNORE).view(B, L).to(device)] = float("nan")
+    old = None if on_policy else logprobs - ratios[0]
+    behind = logprobs if on_policy else old
+    columns = (advantages, torch.rand(N) + 0.5, old, logprobs - ratios[1], behind - ratios[2], temperatures)
+    advantages, weights, old, ref, rollout, temperatures = (None if t is None else t.to(device) for t in columns)
+    return Case(logits, labels.to(device), advantages, weights, old, ref, rollout, temperatures, spec)
