@@ -70,7 +70,8 @@ PPG_INLINE Slope finish_row(const PolicyLossArgs& a, int64_t n, const Stats& sta
   a.logprob[n] = logprob;
   if (ENT) a.entropy[n] = entropy;
   const double g = double(weight) * term.d_logprob / temperature, h = double(weight) * term.d_entropy / temperature;
-  return {float((h * mean * LN2 - g) / stats.sum), float(-h * LN2 / stats.sum), float(g)};
+  return {plain_nan(float((h * mean * LN2 - g) / stats.sum)), plain_nan(float(-h * LN2 / stats.sum)),
+          plain_nan(float(g))};
 }
 
 // Where the exponentials of a row wait: where float32 logits stood, if these are not read again and the gradient goes
@@ -137,7 +138,7 @@ static void policy_loss(const PolicyLossArgs& a, int64_t first, int64_t last) {
 
 template <class E> void rescale_rows_of(const RescaleRowsArgs& a, int64_t first, int64_t last) {
   for (int64_t n = first; n < last; ++n) {
-    const float scale = a.scale[a.one_scale ? 0 : n];
+    const float scale = plain_nan(a.scale[a.one_scale ? 0 : n]);
     if (scale == 1.f) continue;
     auto* x = static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n);
     int64_t v = 0;

@@ -8,7 +8,7 @@ template <bool CAP> struct View {
   float scale, inverse_cap;
   View(const Sweep& a, int64_t n) {
     const double temperature = a.temperatures ? a.temperatures[n] : a.temperature;
-    scale = float((CAP ? a.logit_softcap : 1.f) / temperature * LOG2E);
+    scale = plain_nan(float((CAP ? a.logit_softcap : 1.f) / temperature * LOG2E));
     inverse_cap = CAP ? 1.f / a.logit_softcap : 0.f;
   }
   Vec operator()(Vec x, float minus) const {

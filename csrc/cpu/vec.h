@@ -28,6 +28,9 @@ vmax(Vec a, Vec b) {  // b where either is NaN; by name, since compilers make a 
 #endif
 }
 
+// A scalar on its way into a row: a NaN with the upper bits alone, since BF16 makes a number of 0x7fffffff, CUDA's NaN.
+PPG_INLINE float plain_nan(float x) { return x != x ? float(NAN) : x; }
+
 PPG_INLINE float reduce_max(Vec v) {
   float m = v[0];
   for (int i = 1; i < LANES; ++i) m = v[i] > m ? v[i] : m;
@@ -85,7 +88,7 @@ struct BF16 {
     __builtin_memcpy(&h, p, sizeof h);
     return (Vec)(__builtin_convertvector(h, UintVec) << 16);
   }
-  PPG_INLINE UintVec round_up(Vec v) {  // to nearest even in the upper half; a NaN that arithmetic made stays one
+  PPG_INLINE UintVec round_up(Vec v) {  // to nearest even in the upper half; a NaN needs a bit there, see plain_nan
     const UintVec u = (UintVec)v;
     return u + 0x7fffu + ((u >> 16) & 1u);
   }
@@ -184,8 +187,9 @@ PPG_INLINE Vec exp2_(Vec t) {
   p = p * f + 9.999999251e-1f;
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)t);
 #else
-  const Vec magic =
-      splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low mantissa bits
+  // 1.5 * 2^23 + 127: adding it rounds t to an integer n and leaves n + 127, the exponent field of 2^n, in the lowest
+  // bits
+  const Vec magic = splat(12583039.f);
   const Vec shifted = t + magic, f = t - (shifted - magic);
   Vec p = f * 1.5345812e-4f + 1.339993122e-3f;
   p = p * f + 9.618488957e-3f;
@@ -193,7 +197,7 @@ PPG_INLINE Vec exp2_(Vec t) {
   p = p * f + 2.402264689e-1f;
   p = p * f + 6.931472057e-1f;
   p = p * f + 1.000000001f;
-  const Vec scaled = (Vec)((UintVec)p + ((UintVec)shifted << 23));
+  const Vec scaled = p * (Vec)((UintVec)shifted << 23);  // not by a sum of bits, which makes numbers of some NaNs
   return t < splat(-126.f) ? Vec{} : scaled;
 #endif
 }
