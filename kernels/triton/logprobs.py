@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import loop_shape, number_or_off, on_device, programs, row_shape, strides
+from .plan import loop_shape, number_or_off, on_device, programs, row_shape, strides
 from .row import (
     LN2,
     LOG2E,

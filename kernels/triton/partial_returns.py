@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .plan import on_device
 
 BLOCK = 128  # turns of one program
 STEPS = tl.constexpr(4)  # rewards that are loaded at once

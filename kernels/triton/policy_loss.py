@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppg_fast.spec import KLEstimator, LossType, PolicyLossSpec
 
-from .launch import WARP_SIZE, number_or_off, on_device, programs, row_shape, strides
+from .plan import WARP_SIZE, number_or_off, on_device, programs, row_shape, strides
 from .policy_term import importance_weight, policy_term
 from .row import (
     LOG2E,
@@ -40,7 +40,7 @@ def policy_loss_kernel(
     # (B, L) of any strides, all but the advantages may be None
     advantages, old_logprobs, ref_logprobs, rollout_logprobs, temperatures,
     weights,  # (N,) or None
-    # where given: `plan`'s advantages (S T,), and what weights are made of
+    # where given: `credit`'s advantages (S T,), and what weights are made of
     slots, sequences, counts, normalizer, normalizer_at,
     losses, logprobs, entropies, score_norms, dlogits,  # out; the last three may be None
     ticket, total,  # () int32, 0, and out: the sum of the losses; or None
@@ -175,7 +175,7 @@ def sweep(
     score_norms: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launch the sweep over N > 0 rows. Per-row tensors are (B, L) of any strides, or (N,); the keywords come from
-    `plan`."""
+    `credit`."""
     B, L, V = logits.shape
     columns = (advantages, old_logprobs, ref_logprobs, rollout_logprobs if spec.importance_cap else None, temperatures)
     column_strides = ((L, 1) if c is None or c.dim() < 2 else c.stride() for c in columns)
