@@ -1,6 +1,6 @@
 // The scalar loss of one token and its two derivatives, once for g++ and nvcc.
-// Mirrors ppg_fast/reference/policy_term.py and kernels/triton/policy_term.py. Runs once a row: the vocabulary loops
-// never see it.
+// Mirrors ppg_fast/reference/policy_term.py and kernels/triton/policy_term.py. Called once per row, outside of the
+// loops over the vocabulary.
 #pragma once
 #include <cmath>
 #include "args.h"
@@ -28,7 +28,7 @@ PPG_HD Term policy_term(const TermArgs& a, float logprob, float entropy, float o
   } else if (a.loss_type == LossType::CISPO) {
     d = -minimum(ratio, 1.f + a.clip_high) * advantage;
     loss = d * logprob;
-  } else {  // PPO, and GSPO where the caller has made the old log-probs of a shared ratio
+  } else {  // PPO, and GSPO, whose shared ratio the caller expresses by old log-probs
     const float clipped = minimum(maximum(ratio, 1.f - a.clip_low), 1.f + a.clip_high);
     loss = -minimum(ratio * advantage, clipped * advantage);
     d = ratio * advantage <= clipped * advantage ? -ratio * advantage : 0.f;
@@ -56,12 +56,12 @@ PPG_HD Term policy_term(const TermArgs& a, float logprob, float entropy, float o
     d += a.kl_coef * dk;
   }
   if (a.entropy_coef != 0.f) loss -= a.entropy_coef * entropy;
-  if (loss != loss) d = loss;  // also where a clip has no slope
+  if (loss != loss) d = loss;  // a clip would give 0
   return {loss, d, -a.entropy_coef};
 }
 
-// The importance weight min(exp(old - rollout), cap) of a token whose sampler disagrees with the trainer; 1 where it is
-// off.
+// The importance weight min(exp(old - rollout), cap), which corrects for a sampler that is not the trainer's policy; 1
+// where it is off.
 PPG_HD float importance_weight(const TermArgs& a, float old_logprob, const float* rollout_logprobs, int64_t n) {
   if (!rollout_logprobs || a.importance_cap == 0.f) return 1.f;
   return minimum(expf(old_logprob - rollout_logprobs[n]), a.importance_cap);

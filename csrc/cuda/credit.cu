@@ -1,5 +1,5 @@
-// What the sweep of the fused policy loss needs to know of other rows, in one launch before it: the advantage of each
-// turn, and how many tokens are active. Mirrors kernels/triton/credit.py
+// The launch before the sweep of a fused policy loss: the advantage of each turn, and how many tokens are active.
+// Mirrors kernels/triton/credit.py
 #include <algorithm>
 
 #include "lookup.cuh"
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int THREADS = 256;
 
-// Any subset of the rewards, those before the turn included.
+// The return over any subset of the rewards, including those before the turn.
 __device__ __forceinline__ float masked_return(const float* rewards, const uint8_t* mask, int64_t t, int64_t turns,
                                                double gamma) {
   if (t >= turns) return 0.f;
@@ -24,10 +24,10 @@ __device__ __forceinline__ float masked_return(const float* rewards, const uint8
 struct Member {
   int64_t group;
   float value;
-  int there;
+  int has_turn;
 };
 
-// Turn t of all dialogues: a baseline mixes only the same turn, so no CTA waits for another.
+// Advantages of turn t of all dialogues, by one CTA: a baseline is over the same turn of other dialogues.
 __device__ void credit_turn(const CreditArgs& a, int64_t t) {
   Member* const members = reinterpret_cast<Member*>(hw::smem());  // [THREADS]
   const int64_t S = a.tokens.sequences;
@@ -40,7 +40,7 @@ __device__ void credit_turn(const CreditArgs& a, int64_t t) {
                       : windowed_return(rewards, ids, t, turns_of(b), a.lookahead, a.segment_length, a.gamma);
   }
   if (a.baseline == Baseline::NONE) return;
-  for (int64_t first = 0; first < S; first += THREADS) {  // a thread a dialogue
+  for (int64_t first = 0; first < S; first += THREADS) {  // one thread per dialogue
     const int64_t b = first + threadIdx.x, group = b < S ? a.group_ids[b] : 0;
     // In float64 and in the order of the dialogues, so that equal returns give exact zeros.
     const auto for_each_member = [&](auto&& use) {
@@ -50,7 +50,7 @@ __device__ void credit_turn(const CreditArgs& a, int64_t t) {
         if (o < S) members[threadIdx.x] = {a.group_ids[o], a.returns[o * a.T + t], t < turns_of(o)};
         __syncthreads();
         for (int64_t i = 0; i < min(S - base, (int64_t)THREADS); ++i)
-          if (members[i].there && members[i].group == group) use((double)members[i].value);
+          if (members[i].has_turn && members[i].group == group) use((double)members[i].value);
       }
     };
     int64_t count = 0;
@@ -72,7 +72,7 @@ __device__ void credit_turn(const CreditArgs& a, int64_t t) {
   }
 }
 
-// Part k of sequence s, or of the batch.
+// Active tokens of slice k of sequence s, or of the whole batch.
 __device__ void count_active(const CreditArgs& a, int64_t s, int64_t k) {
   int* const scratch = reinterpret_cast<int*>(hw::smem());
   const TokenArgs& t = a.tokens;
@@ -99,7 +99,7 @@ __device__ void count_active(const CreditArgs& a, int64_t s, int64_t k) {
   a.counts[s * a.slices + k] = count;
 }
 
-// CTAs of turns, then CTAs that count. Without the bound on resident CTAs ptxas spills for sm_80.
+// One CTA per turn, then one per slice that is counted. Without the bound on resident CTAs ptxas spills for sm_80.
 __global__ void __launch_bounds__(THREADS, 4) credit_kernel(const __grid_constant__ CreditArgs a) {
   if (blockIdx.x == 0 && threadIdx.x == 0 && a.ticket) *a.ticket = 0;
   const int64_t turns = a.rewards ? a.T : 0, i = blockIdx.x - turns;

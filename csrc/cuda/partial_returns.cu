@@ -8,7 +8,7 @@ namespace {
 
 constexpr int THREADS = 128;
 
-// A thread a turn.
+// One thread per turn, grid-stride loop.
 __global__ void __launch_bounds__(THREADS) partial_returns_kernel(const __grid_constant__ PartialReturnsArgs a) {
   for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < a.B * a.T; i += (int64_t)gridDim.x * THREADS) {
     const int64_t b = i / a.T, t = i - b * a.T,

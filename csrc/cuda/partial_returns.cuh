@@ -5,8 +5,8 @@
 
 namespace ppg {
 
-// Horner's rule from the end of the window: only products and sums of rewards, where differences of prefix sums would
-// cancel. Threads of one dialogue read the same rewards, so the loops run from the first-level cache.
+// Horner's rule from the end of the window: only products and sums, since differences of prefix sums would cancel. The
+// threads of one dialogue read the same rewards, mostly from L1.
 __device__ __forceinline__ float windowed_return(const float* rewards, const int64_t* ids, int64_t t, int64_t turns,
                                                  int64_t lookahead, int64_t segment_length, double gamma) {
   int64_t end = lookahead < turns - t ? t + lookahead : turns;

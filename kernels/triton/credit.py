@@ -17,23 +17,22 @@ from .weights import COUNTERS
 LEAVE_ONE_OUT = tl.constexpr(BASELINES.index("leave_one_out"))
 GROUP_STD = tl.constexpr(BASELINES.index("group_std"))
 NO_BASELINE = tl.constexpr(BASELINES.index("none"))
-DIALOGUES = 32  # of one program, and that are compared with them at once
-ROWS = 1024  # that one program counts at once
+DIALOGUES = 32  # per program, and compared with these at a time
+ROWS = 1024  # that one program counts at a time
 LARGEST_LABEL = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def masked_return(rewards, reward_mask, row, t, here, count, T, gamma):
-    """The sum over k with reward_mask[t, k] of gamma^(k - t) r_k, Horner's rule from both ends towards t, in
-    float64."""
-    future = here.to(tl.float64) * 0.0
+def masked_return(rewards, reward_mask, row, t, has_turn, count, T, gamma):
+    """sum over k with reward_mask[t, k] of gamma^(k - t) r_k, by Horner's rule from both ends towards t, in float64."""
+    future = has_turn.to(tl.float64) * 0.0
     for back in range(T - t):
         k = T - 1 - back
-        inside = here & (k < count) & (tl.load(reward_mask + t * T + k) != 0)
+        inside = has_turn & (k < count) & (tl.load(reward_mask + t * T + k) != 0)
         future = gamma * future + tl.load(rewards + row + k, mask=inside, other=0.0).to(tl.float64)
-    past = here.to(tl.float64) * 0.0
+    past = has_turn.to(tl.float64) * 0.0
     for k in range(t):
-        inside = here & (k < count) & (tl.load(reward_mask + t * T + k) != 0)
+        inside = has_turn & (k < count) & (tl.load(reward_mask + t * T + k) != 0)
         past = (past + tl.load(rewards + row + k, mask=inside, other=0.0).to(tl.float64)) / gamma
     return future + tl.where(t > 0, past, 0.0)
 
@@ -44,14 +43,14 @@ def turn_return(rewards, turn_counts, segment_ids, reward_mask, b, t, S, T, look
     count = T
     if turn_counts is not None:
         count = tl.load(turn_counts + b, mask=b < S, other=0).to(tl.int32)
-    here = (b < S) & (t < count)
+    has_turn = (b < S) & (t < count)
     row = b.to(tl.int64) * T
     if reward_mask is not None:
-        total = masked_return(rewards, reward_mask, row, t, here, count, T, gamma)
+        total = masked_return(rewards, reward_mask, row, t, has_turn, count, T, gamma)
     else:
         end = window_end(t, lookahead, segment_length, count)
-        total = window_return(rewards, segment_ids, row, t, here, end, tl.minimum(lookahead, T - t), gamma)
-    return here, total.to(tl.float32).to(tl.float64)
+        total = window_return(rewards, segment_ids, row, t, has_turn, end, tl.minimum(lookahead, T - t), gamma)
+    return has_turn, total.to(tl.float32).to(tl.float64)
 
 
 @triton.jit
@@ -60,15 +59,15 @@ def turn_advantages(
     std_eps,
     BASELINE: tl.constexpr, DIALOGUES: tl.constexpr,
 ):  # fmt: skip
-    """Turn t of DIALOGUES dialogues: its returns minus the baseline over the members of their groups that have such a
-    turn.
+    """Advantages of turn t of DIALOGUES dialogues: return minus the baseline over the members of the group that have
+    a turn t.
 
-    The members' returns are computed again where they are needed: they are few, and no program waits for another.
+    The returns of the members are computed again by every program that needs them, so that none waits for another.
     """
     t = p % T
     lane = tl.arange(0, DIALOGUES)
     b = p // T * DIALOGUES + lane
-    here, own = turn_return(
+    has_turn, own = turn_return(
         rewards, turn_counts, segment_ids, reward_mask, b, t, S, T, lookahead, segment_length, gamma
     )
     advantage = own
@@ -78,11 +77,11 @@ def turn_advantages(
         total = tl.zeros((DIALOGUES,), tl.float64)
         for start in range(0, S, DIALOGUES):
             others = start + lane
-            there, theirs = turn_return(
+            other_has_turn, theirs = turn_return(
                 rewards, turn_counts, segment_ids, reward_mask, others, t, S, T, lookahead, segment_length, gamma
             )  # fmt: skip
             other_group = tl.load(group_ids + others, mask=others < S, other=0)
-            same = (group[:, None] == other_group[None, :]) & there[None, :]
+            same = (group[:, None] == other_group[None, :]) & other_has_turn[None, :]
             members += tl.sum(same.to(tl.int32), 1)
             total += tl.sum(tl.where(same, theirs[None, :], 0.0), 1)
         if BASELINE == LEAVE_ONE_OUT:
@@ -94,21 +93,21 @@ def turn_advantages(
             square = tl.zeros((DIALOGUES,), tl.float64)
             for start in range(0, S, DIALOGUES):
                 others = start + lane
-                there, theirs = turn_return(
+                other_has_turn, theirs = turn_return(
                     rewards, turn_counts, segment_ids, reward_mask, others, t, S, T, lookahead, segment_length, gamma
                 )  # fmt: skip
                 other_group = tl.load(group_ids + others, mask=others < S, other=0)
-                same = (group[:, None] == other_group[None, :]) & there[None, :]
+                same = (group[:, None] == other_group[None, :]) & other_has_turn[None, :]
                 apart = theirs[None, :] - mean[:, None]
                 square += tl.sum(tl.where(same, apart * apart, 0.0), 1)
             advantage = advantage / (tl.sqrt(square / tl.maximum(members - 1, 1).to(tl.float64)) + std_eps)
         advantage = tl.where(members <= 1, own, advantage)
-    tl.store(advantages + b.to(tl.int64) * T + t, tl.where(here, advantage, 0.0).to(tl.float32), mask=b < S)
+    tl.store(advantages + b.to(tl.int64) * T + t, tl.where(has_turn, advantage, 0.0).to(tl.float32), mask=b < S)
 
 
 @triton.jit
 def is_set(mask):
-    """Whether a mask of any dtype is not 0; NaN is not."""
+    """Whether a mask of any dtype is not 0, which NaN is not either."""
     if mask.dtype.is_fp16() or mask.dtype.is_bf16():
         mask = mask.to(tl.float32)
     return mask != 0
@@ -133,8 +132,8 @@ def credit_kernel(
     N, L, S, T, lookahead, segment_length, gamma, gamma_low, std_eps,
     BASELINE: tl.constexpr, DIALOGUES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The first programs take a turn of some dialogues each, the others a part of a sequence: its rows and how many of
-    them are active."""
+    """The first programs compute the advantages of one turn of DIALOGUES dialogues each, the others the labels and the
+    active count of one part of a sequence each."""
     p = tl.program_id(0)
     if p == 0:
         tl.store(ticket, 0)
@@ -158,25 +157,25 @@ def credit_kernel(
         count = tl.zeros((ROWS,), tl.int32)
         for start in range(begin + part * ROWS, end, COUNTERS * ROWS):
             n = start + tl.arange(0, ROWS)
-            there = (n < end) & (n >= 0)
+            inside = (n < end) & (n >= 0)
             b = (n // L).to(tl.int64)
             l = (n % L).to(tl.int64)
-            label = tl.load(labels + b * labels_batch + l * labels_row, mask=there, other=-1)
+            label = tl.load(labels + b * labels_batch + l * labels_row, mask=inside, other=-1)
             active = label >= 0
             if loss_mask is not None:
                 active = active & is_set(
-                    tl.load(loss_mask + b * loss_mask_batch + l * loss_mask_row, mask=there, other=0)
+                    tl.load(loss_mask + b * loss_mask_batch + l * loss_mask_row, mask=inside, other=0)
                 )
             if turn_ids is not None:
-                turn = tl.load(turn_ids + b * turn_ids_batch + l * turn_ids_row, mask=there, other=-1)
+                turn = tl.load(turn_ids + b * turn_ids_batch + l * turn_ids_row, mask=inside, other=-1)
                 active = active & (turn >= 0)
                 bound = T
                 if turn_counts is not None:
                     bound = tl.minimum(tl.load(turn_counts + s).to(tl.int32), T)
-                tl.store(slots + n, tl.where((turn >= 0) & (turn < bound), s * T + turn, -1).to(tl.int32), mask=there)
+                tl.store(slots + n, tl.where((turn >= 0) & (turn < bound), s * T + turn, -1).to(tl.int32), mask=inside)
             if sequences is not None:
-                tl.store(sequences + n, s, mask=there)
-            tl.store(row_labels + n, tl.where(active, tl.minimum(label, LARGEST_LABEL), -1).to(tl.int32), mask=there)
+                tl.store(sequences + n, s, mask=inside)
+            tl.store(row_labels + n, tl.where(active, tl.minimum(label, LARGEST_LABEL), -1).to(tl.int32), mask=inside)
             count += active.to(tl.int32)
         tl.store(counts + s * COUNTERS + part, tl.sum(count, 0))
 

@@ -1,7 +1,7 @@
-"""How rows are laid over a device: blocks and warps, clusters, programs in flight. Fixed by V and the device, never by
-the number of rows.
+"""How rows are laid over a device: blocks and warps, clusters, programs in flight. Mirrors csrc/cuda/plan.h
 
-Numbers that differ from call to call never choose a shape, so they never ask for another kernel.
+A shape depends on V and the device alone, never on numbers that change from call to call, which would compile another
+kernel.
 """
 
 import os
@@ -17,7 +17,7 @@ from torch import Tensor
 
 WARP_SIZE = 64 if torch.version.hip else 32
 THREADS = 512  # of a CTA that holds a row, or a part of one: it fills the registers of an SM
-WAVES = 16  # of programs, where the device may take them in any order
+WAVES = 16  # of programs, where rows are read once
 LARGEST_CLUSTER = 8  # CTAs; more is not portable
 FIRST_WITH_CLUSTERS = (3, 8)  # Triton 3.6 fails to compile one, 3.7 aborts the process
 
@@ -25,8 +25,8 @@ Shape = dict[str, int | bool]
 
 
 def strides(rows: Tensor) -> tuple[int, int]:
-    """Batch and row stride of (B, L, V) in elements; 0 where the size is 1: an arbitrary stride would ask for a kernel
-    of its own."""
+    """Batch and row stride of (B, L, V) in elements; 0 where the size is 1, so that an arbitrary stride compiles no
+    other kernel."""
     B, L, V = rows.shape
     if V > 1 and rows.stride(2) != 1:
         raise ValueError(f"logits must have unit stride along the vocabulary, got strides {rows.stride()}")
@@ -34,11 +34,10 @@ def strides(rows: Tensor) -> tuple[int, int]:
 
 
 def block_shape(V: int, threads: int, per_thread: int, element_size: int) -> Shape:
-    """The columns of a block and the warps that share it: ``per_thread`` columns a thread and at most ``threads``
-    threads.
+    """Columns of a block and warps that share it: ``per_thread`` columns per thread, at most ``threads`` threads.
 
-    LANES columns are what all threads access at once by 16 bytes each. Fused multiply-adds are asked for: Triton 3.10
-    makes none unasked.
+    LANES is the number of columns in one access of 16 bytes per thread. enable_fp_fusion: Triton 3.10 fuses no
+    multiply-adds by default.
     """
     block = min(threads * per_thread, max(1024, triton.next_power_of_2(V)))
     threads = max(128, block // per_thread)
@@ -47,11 +46,11 @@ def block_shape(V: int, threads: int, per_thread: int, element_size: int) -> Sha
 
 
 def row_shape(logits: Tensor, softcap: bool) -> Shape:
-    """How a row is read whose log-prob is wanted, the same for every kernel that reads one: sums in another order have
-    other bits.
+    """How a row is read for its log-prob. The same for every kernel that does, since sums in another order have other
+    bits.
 
-    512 threads have 128 registers each. They hold 64 columns of a row; 32 where a softcap or a narrow access keeps a
-    second value of each alive, and up to 32 columns keep their exponential for the gradient. A longer row is held by a
+    512 threads have 128 registers each and hold 64 columns of a row each; 32 where a softcap or an unaligned access
+    keeps a second value per column alive. With 32 the exponentials are kept for the gradient. A longer row is held by a
     cluster of CTAs, or read in blocks.
     """
     V, element_size = logits.shape[-1], logits.element_size()
@@ -65,38 +64,35 @@ def row_shape(logits: Tensor, softcap: bool) -> Shape:
 
 
 def loop_shape(V: int, threads: int, element_size: int, softcap: bool, entropy: bool) -> Shape:
-    """`block_shape` of a row that is swept in blocks: 64 bytes a thread, fewer where something else takes registers."""
+    """`block_shape` of a row that is read in blocks: 64 bytes per thread, fewer where other values take registers."""
     held = 16 if softcap and entropy else 32 if softcap or narrow(V) else 64
     return block_shape(V, threads, held // element_size, element_size)
 
 
 def narrow(V: int) -> bool:
-    """Whether rows of V columns are accessed one by one, which takes a mask and an address a column: they are not all
+    """Whether rows of V columns are accessed column by column, each with a mask and an address, since not every row is
     aligned."""
     return V % 16 != 0
 
 
 def number_or_off(number: float) -> float | None:
-    """A number as the kernels take it, always a float: an int would be a kernel of its own. None, compiled out, where
-    it is 0."""
+    """A number as the kernels take it: a float, since an int compiles another kernel; None, compiled out, for 0."""
     return float(number) if number else None
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager:
-    """Launches inside go to the device of ``tensor``, whichever is current outside."""
+    """A context in which kernels are launched on the device of ``tensor``."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @cache
 def programs(device: torch.device, threads: int, read_again: int = 0) -> int:
-    """How many programs of ``threads`` threads, those of its whole cluster, share the rows.
+    """Number of programs that share the rows, of ``threads`` threads each (all those of a cluster).
 
-    Rows that are read once: a multiple of what runs at a time, so that none waits long for the last. Rows of
-    ``read_again`` bytes that are
-    read a second time: as many as half of the L2 holds, the rest of it is for writes, so that the second read hits it;
-    but at least a
-    quarter of the SMs has a row, since memory would idle otherwise, and at most each has one. On ROCm each does: behind
-    the small L2 of a die stands a cache for all of them.
+    Rows that are read once: a multiple of what runs at a time, so that the last program adds little. Rows of
+    ``read_again`` bytes that are read twice: as many as fit into half of the L2, so that the second read hits it and
+    writes have the other half; at least one for every fourth SM, to keep memory busy, and at most one per SM. On ROCm
+    one per CU: all dies share a large cache behind their small L2.
     """
     if device.type != "cuda":
         return 2  # interpreted
@@ -126,8 +122,7 @@ def why_no_clusters(device: torch.device) -> str | None:
 
 @cache
 def cluster_probe(sm: int) -> str | None:
-    """None if this Triton compiles a cluster for ``sm``, tried once a process in a process of its own, else what it
-    said."""
+    """None if this Triton compiles a cluster for ``sm``, tried once in a subprocess, else the error message."""
     command = [sys.executable, str(Path(__file__).with_name("cluster_probe.py")), str(sm)]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

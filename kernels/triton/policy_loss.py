@@ -55,18 +55,17 @@ def policy_loss_kernel(
     LOSS_TYPE: tl.constexpr, KL_ESTIMATOR: tl.constexpr, REDUCTION: tl.constexpr, SKIP_ZERO: tl.constexpr,
     ONE_BLOCK: tl.constexpr, KEEP_EXP: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """A program takes every so-manieth row.
+    """Grid-stride loop over rows.
 
-    A row of PARTS blocks stays in registers. One of none is read twice, backwards the second time: what was read last
-    is still in the L2.
+    ONE_BLOCK: a row stays in registers between its statistics and its gradient. Else it is read twice, the second time
+    from its end, which is still in L2.
     """
     outer = outer_denominator(counts, S, normalizer, normalizer_at, REDUCTION)
-    # nothing is hoisted out of the loop: constants that are kept from row to row would take the registers that hold the
-    # row
+    # no loop-invariant code motion: hoisted constants would take registers that hold the row
     for n in tl.range(tl.program_id(0), N, tl.num_programs(0), disable_licm=True):
         b = (n // L).to(tl.int64)
         l = (n % L).to(tl.int64)
-        label = tl.minimum(tl.load(labels + n), V).to(tl.int32)  # beyond the vocabulary is beyond it
+        label = tl.minimum(tl.load(labels + n), V).to(tl.int32)  # any label out of range is V
         if slots is not None:
             slot = tl.load(slots + n)
             advantage = tl.load(advantages + slot, mask=slot >= 0, other=0.0)
@@ -76,7 +75,7 @@ def policy_loss_kernel(
         if SKIP_ZERO:
             wanted = wanted & (advantage != 0.0)
         if wanted:
-            # what the row's loss needs beside its logits is on its way while they are
+            # loaded before the logits, so that their latencies overlap
             if old_logprobs is not None:
                 old = tl.load(old_logprobs + b * old_logprobs_batch + l * old_logprobs_row)
             if ref_logprobs is not None:
@@ -174,7 +173,7 @@ def sweep(
     total: Tensor | None = None,
     score_norms: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launch the sweep over N > 0 rows. Per-row tensors are (B, L) of any strides, or (N,); the keywords come from
+    """Launch the sweep over N > 0 rows. Per-row tensors are (B, L) of any strides, or (N,); the keywords are those of
     `credit`."""
     B, L, V = logits.shape
     columns = (advantages, old_logprobs, ref_logprobs, rollout_logprobs if spec.importance_cap else None, temperatures)

@@ -1,7 +1,7 @@
 """The scalar loss of one token and its two derivatives. Mirrors ppg_fast/reference/policy_term.py and
 csrc/policy_term.h.
 
-Runs once a row: the vocabulary loops never see it.
+Called once per row, outside of the loops over the vocabulary.
 """
 
 import triton
@@ -30,7 +30,7 @@ def maximum(a, b):
 
 @triton.jit
 def k3_of(delta):
-    """exp(delta) - delta - 1; by its series where the subtraction would leave no digits."""
+    """exp(delta) - delta - 1; by its series near 0, where the subtraction would cancel."""
     series = 1.0 / 362880.0
     series = series * delta + 1.0 / 40320.0
     series = series * delta + 1.0 / 5040.0
@@ -44,7 +44,7 @@ def k3_of(delta):
 
 @triton.jit
 def importance_weight(old_logprob, rollout_logprob, importance_cap):
-    """min(exp(old - rollout), importance_cap) of a token whose sampler disagrees with the trainer."""
+    """min(exp(old - rollout), importance_cap): corrects for a sampler that is not the trainer's policy."""
     return minimum(tl.exp(old_logprob - rollout_logprob), importance_cap)
 
 
@@ -91,4 +91,4 @@ def policy_term(
         d_logprob += kl_coef * d_kl
     if entropy_coef is not None:
         loss -= entropy_coef * entropy
-    return loss, tl.where(loss != loss, loss, d_logprob)  # NaN also where a clip has no slope
+    return loss, tl.where(loss != loss, loss, d_logprob)  # a clip would give 0
