@@ -34,6 +34,32 @@ PER_CALL += ["losses", "logprobs", "entropies", "score_norms", *COLUMNS]
 PER_CALL += [f"{column}_{of}" for column in COLUMNS for of in ("batch", "row")]
 
 
+@triton.jit
+def store_row(losses, logprobs, entropies, score_norms, n, loss, logprob, entropy, norm):
+    """Store the outputs of row n; the last two where they are wanted."""
+    tl.store(losses + n, loss)
+    tl.store(logprobs + n, logprob)
+    if entropies is not None:
+        tl.store(entropies + n, entropy)
+    if score_norms is not None:
+        tl.store(score_norms + n, norm)
+
+
+@triton.jit
+def swept_gradient(
+    row, d_row, V, label, m, s, entropy, g, h, factor, logit_softcap, BLOCK_V: tl.constexpr, LANES: tl.constexpr
+):
+    """Write the gradient of a row that is read again, from its end, which is still in L2; see `block_gradient`."""
+    cols = tile(BLOCK_V, LANES)
+    last = (V - 1) // BLOCK_V * BLOCK_V
+    log2_s = tl.log2(s)
+    for done in range(0, V, BLOCK_V):
+        at = last - done + cols
+        x = tl.load(row + at, mask=at < V, other=float("-inf"), eviction_policy="evict_first")
+        dz = block_gradient(x, at, label, m, log2_s, entropy, g, h, factor, logit_softcap)
+        tl.store(d_row + at, dz.to(d_row.dtype.element_ty), mask=at < V, eviction_policy="evict_first")
+
+
 @triton.jit(do_not_specialize=PER_CALL)
 def policy_loss_kernel(
     logits, labels,  # (B, L, V), (N,)
@@ -57,8 +83,7 @@ def policy_loss_kernel(
 ):  # fmt: skip
     """Grid-stride loop over rows.
 
-    ONE_BLOCK: a row stays in registers between its statistics and its gradient. Else it is read twice, the second time
-    from its end, which is still in L2.
+    ONE_BLOCK: a row stays in registers between its statistics and its gradient. Else it is read twice.
     """
     outer = outer_denominator(counts, S, normalizer, normalizer_at, REDUCTION)
     # no loop-invariant code motion: hoisted constants would take registers that hold the row
@@ -97,7 +122,6 @@ def policy_loss_kernel(
                     x, cols < V, factor, logit_softcap, entropies is not None, score_norms is not None
                 )
             else:
-                cols = tile(BLOCK_V, LANES)
                 m, s, sd, ss = swept_row(
                     row, V, factor, logit_softcap, entropies is not None, score_norms is not None, BLOCK_V, LANES
                 )  # fmt: skip
@@ -105,10 +129,9 @@ def policy_loss_kernel(
             entropy = 0.0
             if entropies is not None:
                 entropy = entropy_of(s, sd)
-                tl.store(entropies + n, entropy)
+            norm = 0.0
             if score_norms is not None:
-                tl.store(score_norms + n, score_norm_of(z_label, m, s, ss, factor))
-
+                norm = score_norm_of(z_label, m, s, ss, factor)
             old_logprob = logprob if old_logprobs is None else old
             ref_logprob = logprob if ref_logprobs is None else ref
             importance = 1.0
@@ -118,8 +141,7 @@ def policy_loss_kernel(
                 logprob, entropy, old_logprob, ref_logprob, importance, advantage,
                 clip_low, clip_high, dual_clip, kl_coef, entropy_coef, LOSS_TYPE, KL_ESTIMATOR,
             )  # fmt: skip
-            tl.store(losses + n, loss * weight)
-            tl.store(logprobs + n, logprob)
+            store_row(losses, logprobs, entropies, score_norms, n, loss * weight, logprob, entropy, norm)
 
             if dlogits is not None:
                 d_row = dlogits + b * d_batch_stride + l * d_row_stride
@@ -131,33 +153,20 @@ def policy_loss_kernel(
                     h = -entropy_coef * weight
                 elif kl_coef is None:
                     full = advantage != 0.0
-                log2_s = tl.log2(s)
                 if ONE_BLOCK:
                     if KEEP_EXP and entropy_coef is None and logit_softcap is None:
                         dz = tl.where(cols == label, g, 0.0) - e * (g / s)
                     else:
-                        dz = block_gradient(x, cols, label, m, log2_s, entropy, g, h, factor, logit_softcap)
+                        dz = block_gradient(x, cols, label, m, tl.log2(s), entropy, g, h, factor, logit_softcap)
                     tl.store(d_row + cols, tl.where(full, dz, 0.0).to(dlogits.dtype.element_ty), mask=cols < V)
                 elif full:
-                    last = (V - 1) // BLOCK_V * BLOCK_V
-                    for done in range(0, V, BLOCK_V):
-                        back = last - done + cols
-                        x = tl.load(row + back, mask=back < V, other=float("-inf"), eviction_policy="evict_first")
-                        dz = block_gradient(x, back, label, m, log2_s, entropy, g, h, factor, logit_softcap)
-                        tl.store(
-                            d_row + back, dz.to(dlogits.dtype.element_ty), mask=back < V, eviction_policy="evict_first"
-                        )
+                    swept_gradient(row, d_row, V, label, m, s, entropy, g, h, factor, logit_softcap, BLOCK_V, LANES)
                 else:
                     zero_row(d_row, V, BLOCK_V)
         else:
             if dlogits is not None:
                 zero_row(dlogits + b * d_batch_stride + l * d_row_stride, V, BLOCK_V)
-            tl.store(losses + n, 0.0)
-            tl.store(logprobs + n, 0.0)
-            if entropies is not None:
-                tl.store(entropies + n, 0.0)
-            if score_norms is not None:
-                tl.store(score_norms + n, 0.0)
+            store_row(losses, logprobs, entropies, score_norms, n, 0.0, 0.0, 0.0, 0.0)
     if ticket is not None:
         ordered_sum(losses, N, ticket, total)
 
