@@ -181,8 +181,10 @@ def credit_kernel(
 
 
 def pair(column: Tensor | None) -> tuple[int, int]:
-    """Batch and row stride of a (B, L) column in elements."""
-    return (0, 0) if column is None else (column.stride(0), column.stride(1))
+    """Batch and row stride in elements of a (B, L) column, or of one (L,) where B is 1."""
+    if column is None:
+        return 0, 0
+    return (0, column.stride(0)) if column.dim() == 1 else (column.stride(0), column.stride(1))
 
 
 def credit(logits: Tensor, columns: Columns, turns: Turns | None, reduction: Reduction) -> dict[str, Any]:

@@ -34,10 +34,10 @@ def fused_policy_loss(
     """-> reduced loss, log-prob and entropy of each row (B, L) float32; writes ``dlogits`` where given. Contract:
     ppg_fast/backends.py"""
     B, L, _ = logits.shape
-    N, each = B * L, reduction.kind == "none"
-    losses, logprobs = (torch.empty(B, L, dtype=torch.float32, device=logits.device) for _ in range(2))
+    N, each, shape = B * L, reduction.kind == "none", columns.labels.shape
+    losses, logprobs = (torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(2))
     entropy = entropy or spec.entropy_coef != 0 or score_norm is not None
-    entropies = torch.empty((B, L) if entropy else (0,), dtype=torch.float32, device=logits.device)
+    entropies = torch.empty(shape if entropy else (0,), dtype=torch.float32, device=logits.device)
     if N == 0:
         return losses if each else torch.zeros((), dtype=torch.float32, device=logits.device), logprobs, entropies
     total = None if each else torch.empty((), dtype=torch.float32, device=logits.device)
