@@ -28,7 +28,7 @@ MASKS = (
     torch.float64,
 )
 
-pytestmark = pytest.mark.parametrize("backend", backends.FUSES, indirect=True)
+pytestmark = pytest.mark.parametrize("backend", backends.NAMES, indirect=True)
 
 
 @pytest.fixture(autouse=True)

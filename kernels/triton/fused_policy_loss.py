@@ -7,7 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ppg_fast.spec import BASELINES, Columns, PolicyLossSpec, Reduction, Turns
+from ppg_fast.contract import Columns, Reduction, Turns
+from ppg_fast.spec import BASELINES, PolicyLossSpec
 
 from .launch import on_device
 from .partial_returns import split, window
@@ -25,8 +26,10 @@ REDUCTIONS = {
 
 
 def pair(column: Tensor | None) -> tuple[int, int]:
-    """Batch and row stride of a (B, L) column in elements."""
-    return (0, 0) if column is None else (column.stride(0), column.stride(1))
+    """Batch and row stride in elements of a (B, L) column, or of one (L,) where B is 1."""
+    if column is None:
+        return 0, 0
+    return (0, column.stride(0)) if column.dim() == 1 else (column.stride(0), column.stride(1))
 
 
 def plan(logits: Tensor, columns: Columns, turns: Turns | None, reduction: Reduction) -> dict[str, Any]:
@@ -83,10 +86,10 @@ def fused_policy_loss(
     """-> reduced loss, log-prob and entropy of each row (B, L) float32; writes ``dlogits`` where given. Contract:
     ppg_fast/backends.py"""
     B, L, _ = logits.shape
-    N, each = B * L, reduction.kind == "none"
-    losses, logprobs = (torch.empty(B, L, dtype=torch.float32, device=logits.device) for _ in range(2))
+    N, each, shape = B * L, reduction.kind == "none", columns.labels.shape
+    losses, logprobs = (torch.empty(shape, dtype=torch.float32, device=logits.device) for _ in range(2))
     entropy = entropy or spec.entropy_coef != 0 or score_norm is not None
-    entropies = torch.empty((B, L) if entropy else (0,), dtype=torch.float32, device=logits.device)
+    entropies = torch.empty(shape if entropy else (0,), dtype=torch.float32, device=logits.device)
     if N == 0:
         return losses if each else torch.zeros((), dtype=torch.float32, device=logits.device), logprobs, entropies
     total = None if each else torch.empty((), dtype=torch.float32, device=logits.device)

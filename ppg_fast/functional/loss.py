@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppg_fast import ops, reference
+from ppg_fast.contract import PerRow
 from ppg_fast.functional.returns import partial_returns, turn_advantages
 from ppg_fast.functional.tokens import (
     Tokens,
@@ -20,7 +21,6 @@ from ppg_fast.functional.tokens import (
     readable,
     reduction_weights,
 )
-from ppg_fast.ops import PerRow
 from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
 
 SCORE_NORMS = "score_norms"  # among the metrics

@@ -8,23 +8,32 @@ from torch import Tensor
 
 from ppg_fast import ops
 from ppg_fast.reference import consecutive_ids, group_sum
-from ppg_fast.spec import IGNORE, REDUCTIONS, SEQUENCE_LEVEL, PolicyLossSpec, require, require_number, require_one_of
+from ppg_fast.spec import (
+    IGNORE,
+    REDUCTIONS,
+    SEQUENCE_LEVEL,
+    PolicyLossSpec,
+    fail,
+    require,
+    require_number,
+    require_one_of,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, value: Tensor, shape: torch.Size | None, device: torch.device) -> None:
     """ValueError unless ``value`` is a tensor of that shape (None: any) on that device."""
-    require(isinstance(value, Tensor), f"{name} must be a tensor", type(value).__name__)
-    require(value.device == device, f"{name} must be on {device} like the logits or hidden states", value.device)
-    if shape is not None:
-        require(value.shape == shape, f"{name} must have the shape of labels, {tuple(shape)}", tuple(value.shape))
+    isinstance(value, Tensor) or fail(f"{name} must be a tensor", type(value).__name__)
+    value.device == device or fail(f"{name} must be on {device} like the logits or hidden states", value.device)
+    if shape is not None and value.shape != shape:
+        fail(f"{name} must have the shape of labels, {tuple(shape)}", tuple(value.shape))
 
 
 def check_floats(name: str, tensor: Tensor) -> None:
     """ValueError unless the tensor holds logits, hidden states or weights that the kernels read."""
-    require(isinstance(tensor, Tensor), f"{name} must be a tensor", type(tensor).__name__)
-    require(tensor.dtype in DTYPES, f"{name} must be float32, bfloat16 or float16", tensor.dtype)
+    isinstance(tensor, Tensor) or fail(f"{name} must be a tensor", type(tensor).__name__)
+    tensor.dtype in DTYPES or fail(f"{name} must be float32, bfloat16 or float16", tensor.dtype)
 
 
 def readable(tensor: Tensor, validate: bool) -> bool:

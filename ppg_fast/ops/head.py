@@ -1,7 +1,7 @@
 """A linear head over the rows that count: which rows those are, the GEMMs around one chunk of them, the order in which
 chunks run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -80,6 +80,24 @@ def partition(full: Tensor, forward: Tensor, bound: int | None = None, counting:
     active = ranks[2 * N - 1] if N else torch.zeros((), dtype=torch.int64, device=full.device)
     excess = torch.where(active > taken, torch.nan, 0.0).float()
     return Rows(order[:taken], order[:0], numbers[:taken] >= active, excess)
+
+
+# ---- what comes out of them ---------------------------------------------------------------------------------------
+def pick(values: Sequence[Tensor | None], rows: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(None if v is None else v[rows] for v in values)
+
+
+def row_outputs(like: Tensor, rows: int, entropy: bool, score_norms: bool) -> list[Tensor]:
+    """Two columns, and those of entropy and score norms, (0,) unless wanted."""
+    sizes = rows, rows, rows if entropy or score_norms else 0, rows if score_norms else 0
+    return [torch.zeros(n, dtype=torch.float32, device=like.device) for n in sizes]
+
+
+def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty d_hidden in the dtype of hidden, d_weight and d_bias in float32, (0,) where not wanted."""
+    d_hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
+    d_weight = hidden.new_empty(weight.shape if wanted[1] else (0,), dtype=torch.float32)
+    return d_hidden, d_weight, hidden.new_empty(weight.shape[:1] if wanted[2] else (0,), dtype=torch.float32)
 
 
 # ---- GEMMs -----------------------------------------------------------------------------------------------------------
