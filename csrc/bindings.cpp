@@ -11,26 +11,12 @@
 #include <string>
 #include <type_traits>
 
+#include "arguments.h"
 #include "cpu/fused_policy_loss.h"
 #include "schemas.h"
-#include "tensors.h"
 
 namespace {
 using namespace ppg;
-
-Sweep sweep_of(const Tensor& logits, const Tensor& labels, const Optional& temperatures, double temperature,
-               double logit_softcap) {
-  Sweep s;
-  s.logits = rows_of(logits, "logits");
-  s.N = logits.size(0) * logits.size(1);
-  s.V = logits.size(2);
-  s.labels = per_row<int64_t>(labels, s.N, ScalarType::Long, "labels");
-  s.temperatures = floats(temperatures, s.N, "temperatures");
-  s.dtype = dtype_of(logits);
-  s.temperature = float(temperature);
-  s.logit_softcap = float(logit_softcap);
-  return s;
-}
 
 #ifdef PPG_EMULATED
 #define PPG_ON_CPU(op) nullptr
@@ -74,14 +60,6 @@ void run(std::type_identity_t<void (*)(const Args&, int64_t, int64_t)> on_cpu,
     torch::stable::accelerator::DeviceGuard guard(device);
     check_launch(on_cuda(args, current_stream(device)));
   }
-}
-
-// The spec, which begins at these places of its lists.
-TermArgs term_of(const double* numbers, const int64_t* choices) {
-  using namespace wire;
-  return {LossType(choices[LOSS_TYPE]),    KLEstimator(choices[KL_ESTIMATOR]), float(numbers[CLIP_LOW]),
-          float(numbers[CLIP_HIGH]),       float(numbers[DUAL_CLIP]),          float(numbers[KL_COEF]),
-          float(numbers[ENTROPY_COEF]),    float(numbers[IMPORTANCE_CAP])};
 }
 
 void logprobs_fwd(const Tensor& logits, const Tensor& labels, const Optional& temperatures, double temperature,
@@ -153,82 +131,11 @@ bool partial_returns(const Tensor& rewards, const Optional& segment_ids, const O
   a.segment_length = segment_length;
   a.gamma = gamma;
 #ifndef PPG_EMULATED
-  if (rewards.is_cpu() && !cpu::turns_are_valid(a.rewards, a.segment_ids, {a.turn_counts, true}, a.B, a.T)) return false;
+  if (rewards.is_cpu() && !cpu::turns_are_valid(a.rewards, a.segment_ids, {a.turn_counts, true}, a.B, a.T))
+    return false;
 #endif
   run(PPG_ON_CPU(partial_returns), PPG_ON_CUDA(partial_returns), a, a.B, rewards);
   return true;
-}
-
-TokenArgs tokens_of(const Tensor& logits, const Tensors& tensors, int64_t sequences) {
-  using namespace wire::fused;
-  TokenArgs t{};
-  t.labels = column(tensors.at(LABELS), logits, ScalarType::Long, "labels");
-  t.loss_mask = column(tensors.at(LOSS_MASK), logits, {}, "loss_mask");
-  t.turn_ids = column(tensors.at(TURN_IDS), logits, {}, "turn_ids");
-  const bool integers = (t.turn_ids.bytes == 4 || t.turn_ids.bytes == 8) && !t.turn_ids.floating;
-  STD_TORCH_CHECK(!t.turn_ids.data || integers, "turn_ids must be int32 or int64");
-  t.N = logits.size(0) * logits.size(1);
-  t.length = logits.size(1) ? logits.size(1) : 1;
-  t.sequences = sequences;
-  t.cu_seqlens = ints(tensors.at(CU_SEQLENS), sequences + 1, "cu_seqlens");
-  STD_TORCH_CHECK(t.N == 0 || (sequences >= 1 && (t.cu_seqlens.data || t.N % sequences == 0)), "rows do not make ",
-                  sequences, " sequences");
-  return t;
-}
-
-CreditArgs credit_of(const TokenArgs& tokens, const Tensors& tensors, const Numbers& numbers, const Choices& choices,
-                     const Optional& turns) {
-  using namespace wire::fused;
-  CreditArgs c{};
-  c.tokens = tokens;
-  const Optional& rewards = tensors.at(REWARDS);
-  if (!rewards) return c;
-  STD_TORCH_CHECK(tokens.turn_ids.data && turns && rewards->dim() == 2 && rewards->size(0) == tokens.sequences,
-                  "rewards (S, T) go with turn_ids and turns");
-  c.T = rewards->size(1);
-  c.baseline = Baseline(choices.at(BASELINE));
-  const int64_t size = tokens.sequences * c.T;
-  const Optional& mask = tensors.at(REWARD_MASK);
-  c.rewards = floats(rewards, size, "rewards");
-  c.segment_ids = longs(tensors.at(SEGMENT_IDS), size, "segment_ids");
-  c.reward_mask = mask ? per_row<uint8_t>(*mask, c.T * c.T, ScalarType::Bool, "reward_mask") : nullptr;
-  c.turn_counts = ints(tensors.at(TURN_COUNTS), tokens.sequences, "turn_counts");
-  c.group_ids = ints(tensors.at(GROUP_IDS), tokens.sequences, "group_ids");
-  STD_TORCH_CHECK(c.baseline == Baseline::NONE || c.group_ids.data, "a baseline needs group_ids");
-  c.returns = floats(turns, size * (c.baseline == Baseline::NONE ? 1 : 2), "turns");
-  c.advantages = c.baseline == Baseline::NONE ? c.returns : c.returns + size;
-  c.lookahead = choices.at(LOOKAHEAD);
-  c.segment_length = choices.at(SEGMENT_LENGTH);
-  c.gamma = numbers.at(GAMMA);
-  c.std_eps = numbers.at(STD_EPS);
-  return c;
-}
-
-FusedPolicyLossArgs fused_of(const Tensor& logits, const TokenArgs& tokens, const Tensors& tensors,
-                             const Numbers& numbers, const Choices& choices) {
-  using namespace wire::fused;
-  const double* const spec = numbers.data() + SPEC_NUMBERS;
-  const auto floats_at = [&](wire::fused::Tensor place, const char* name) {
-    return column(tensors.at(place), logits, ScalarType::Float, name);
-  };
-  FusedPolicyLossArgs a{};
-  a.tokens = tokens;
-  a.logits = rows_of(logits, "logits");
-  a.V = logits.size(2);
-  a.dtype = dtype_of(logits);
-  a.temperature = float(spec[wire::TEMPERATURE]);
-  a.logit_softcap = float(spec[wire::LOGIT_SOFTCAP]);
-  a.advantages = floats_at(ADVANTAGES, "advantages");
-  a.old_logprobs = floats_at(OLD_LOGPROBS, "old_logprobs");
-  a.ref_logprobs = floats_at(REF_LOGPROBS, "ref_logprobs");
-  a.rollout_logprobs = floats_at(ROLLOUT_LOGPROBS, "rollout_logprobs");
-  a.temperatures = floats_at(TEMPERATURES, "temperatures");
-  a.term = term_of(spec, choices.data() + SPEC_CHOICES);
-  a.reduction = Reduction(choices.at(REDUCTION));
-  a.skip_zero_advantages = choices.at(SKIP_ZERO_ADVANTAGES);
-  a.normalizer = float(numbers.at(NORMALIZER));
-  a.normalizer_at = floats(tensors.at(NORMALIZER_AT), 1, "normalizer");
-  return a;
 }
 
 #ifndef PPG_EMULATED
@@ -319,11 +226,11 @@ bool use_isa(std::string name) {
 #endif
 #define PPG_EXPAND(macro, ...) macro(__VA_ARGS__)
 
-#define PPG_IMPLEMENT(m)                            \
-  m.impl("logprobs_fwd", TORCH_BOX(&logprobs_fwd)); \
-  m.impl("logprobs_bwd", TORCH_BOX(&logprobs_bwd)); \
-  m.impl("policy_loss", TORCH_BOX(&policy_loss));   \
-  m.impl("rescale_rows", TORCH_BOX(&rescale_rows)); \
+#define PPG_IMPLEMENT(m)                                      \
+  m.impl("logprobs_fwd", TORCH_BOX(&logprobs_fwd));           \
+  m.impl("logprobs_bwd", TORCH_BOX(&logprobs_bwd));           \
+  m.impl("policy_loss", TORCH_BOX(&policy_loss));             \
+  m.impl("rescale_rows", TORCH_BOX(&rescale_rows));           \
   m.impl("fused_policy_loss", TORCH_BOX(&fused_policy_loss)); \
   m.impl("partial_returns", TORCH_BOX(&partial_returns))
 
@@ -334,9 +241,7 @@ PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CPU, m) {
   PPG_IMPLEMENT(m);
   m.impl("want_huge_pages", TORCH_BOX(&want_huge_pages));
 }
-PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CUDA, m) {
-  PPG_IMPLEMENT(m);
-}
+PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CUDA, m) { PPG_IMPLEMENT(m); }
 PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("build", TORCH_BOX(&build));
   m.impl("use_isa", TORCH_BOX(&use_isa));

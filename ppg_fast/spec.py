@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -36,6 +35,8 @@ class KLEstimator(IntEnum):
 
 LOSS_TYPES = tuple(t.name.lower() for t in LossType)
 KL_ESTIMATORS = tuple(k.name.lower() for k in KLEstimator)
+LOSS_NUMBERS = {t.name.lower(): int(t) for t in LossType}
+KL_NUMBERS = {k.name.lower(): int(k) for k in KLEstimator}
 SEQUENCE_LEVEL = ("gspo", "gspo_turn")  # their ratio needs other rows, so they take two sweeps
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "sum", "none")
 BASELINES = ("none", "leave_one_out", "group_mean", "group_std")  # in the order of csrc/args.h, like the reductions
@@ -118,15 +119,17 @@ class PolicyLossSpec:
         """Whether a row of zero advantage still has a gradient."""
         return self.kl_coef != 0 or self.entropy_coef != 0
 
-    @cached_property
+    @property
     def numbers(self) -> list[float]:
         """The numbers of a spec whose temperature is one, in the order of SPEC_NUMBERS: how kernels take them."""
-        return [float(getattr(self, name)) for name in SPEC_NUMBERS]
+        clips = self.clip_low, self.clip_high, self.dual_clip
+        terms = self.kl_coef, self.entropy_coef, self.importance_cap
+        return [*clips, *terms, self.temperature, self.logit_softcap]  # type: ignore[list-item]
 
-    @cached_property
+    @property
     def choices(self) -> list[int]:
         """The enums of a spec, in the order of SPEC_CHOICES."""
-        return [int(LossType[self.loss_type.upper()]), int(KLEstimator[self.kl_estimator.upper()])]
+        return [LOSS_NUMBERS[self.loss_type], KL_NUMBERS[self.kl_estimator]]
 
     @classmethod
     def of(cls, numbers: Sequence[float], choices: Sequence[int]) -> PolicyLossSpec:

@@ -65,8 +65,8 @@ void subtract_baseline(const CreditArgs& a, const std::vector<int64_t>& turns) {
       double advantage = own(b);
       if (g.count > 1 && a.baseline == Baseline::LEAVE_ONE_OUT) advantage -= (g.total - own(b)) / others;
       else if (g.count > 1)
-        advantage = (own(b) - mean(g)) /
-                    (a.baseline == Baseline::GROUP_STD ? std::sqrt(g.squares / others) + a.std_eps : 1.0);
+        advantage =
+            (own(b) - mean(g)) / (a.baseline == Baseline::GROUP_STD ? std::sqrt(g.squares / others) + a.std_eps : 1.0);
       a.advantages[b * a.T + t] = t < turns[b] ? float(advantage) : 0.f;
     }
   }
@@ -92,8 +92,8 @@ void credit(const CreditArgs& a) {
   if (a.reward_mask) {
     masked_returns(a, turns);
   } else {
-    const PartialReturnsArgs window{a.rewards,   a.segment_ids, turns.data(),     a.returns, a.tokens.sequences, a.T,
-                                    a.lookahead, a.segment_length, a.gamma};
+    const PartialReturnsArgs window{a.rewards, a.segment_ids, turns.data(),     a.returns, a.tokens.sequences,
+                                    a.T,       a.lookahead,   a.segment_length, a.gamma};
     partial_returns(window, 0, a.tokens.sequences);
   }
   if (a.baseline != Baseline::NONE) subtract_baseline(a, turns);

@@ -73,8 +73,7 @@ bool FusedRows::look_up(const FusedPolicyLossArgs& a, const Ints& turn_counts) {
   }
   weights.assign(t.N, 1.f / outer);
   if (a.reduction == Reduction::SEQUENCE_MEAN)
-    for (int64_t n = 0; n < t.N; ++n)
-      weights[n] = 1.f / (outer * float(std::max<int64_t>(active[sequences[n]], 1)));
+    for (int64_t n = 0; n < t.N; ++n) weights[n] = 1.f / (outer * float(std::max<int64_t>(active[sequences[n]], 1)));
   if (a.skip_zero_advantages && !a.term.needs_every_row())
     for (int64_t n = 0; n < t.N; ++n)
       if (rows.advantages[n] == 0.f) labels[n] = IGNORE;

@@ -16,7 +16,7 @@ from ppg_fast.contract import Chunks, PerRow, RowArguments, Wanted
 from ppg_fast.ops.checks import check_labels
 from ppg_fast.ops.head import Head, check_bound, counted, gradients_like, partition, pick, row_outputs
 from ppg_fast.ops.policy_loss import reference_policy_loss
-from ppg_fast.ops.tracing import differentiable, needs_grad, traced
+from ppg_fast.ops.tracing import differentiable, needs_grad, no_gradients, traced
 
 
 def _loss_and_gradients(
@@ -77,10 +77,11 @@ def _(hidden, weight, bias, tensors, numbers, choices, wanted, gradients, chunks
 
 
 def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, _, _, _, _, ctx.gradients, _, _ = inputs
+    hidden, weight, bias, tensors, _, _, _, ctx.gradients, _, _ = inputs
     _, _, _, _, *saved = output
     ctx.set_materialize_grads(False)  # else the outputs that are gradients get zeros of their size
     ctx.save_for_backward(*saved)
+    ctx.no_gradients = no_gradients(tensors)
     ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
 
 
@@ -105,7 +106,12 @@ def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return (gradient * upstream).to(dtype)
 
 
-linear_policy_loss_op.register_autograd(_backward_loss, setup_context=_setup_loss)
+def _backward_traced(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
+    d_hidden, d_weight, d_bias, _, *rest = _backward_loss(ctx, *d_outputs)
+    return d_hidden, d_weight, d_bias, ctx.no_gradients, *rest
+
+
+linear_policy_loss_op.register_autograd(_backward_traced, setup_context=_setup_loss)
 EagerLinearPolicyLoss = differentiable(_loss_and_gradients, _setup_loss, _backward_loss)
 
 

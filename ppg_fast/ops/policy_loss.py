@@ -12,7 +12,7 @@ from ppg_fast.contract import Columns, FusedArguments, PerRow, Reduction, Turns,
 from ppg_fast.ops.allocation import fresh
 from ppg_fast.ops.checks import check_cu_seqlens, check_labels, check_rewards, check_temperatures, check_turn_ids
 from ppg_fast.ops.sequences import sequence_ids
-from ppg_fast.ops.tracing import needs_grad, traced
+from ppg_fast.ops.tracing import needs_grad, no_gradients, traced
 from ppg_fast.spec import IGNORE, PolicyLossSpec
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -70,11 +70,12 @@ def policy_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> loss, log-prob, entropy, score norm as in `compute`, and dlogits (B, L, V); the last three (0,) unless
     wanted."""
-    none, flags = logits.new_empty(0), Wanted(*wanted)
+    flags = Wanted(*wanted)
     dlogits = fresh(logits.shape, logits.dtype, logits.device) if flags.gradient else None
     arguments = FusedArguments.unpack(tensors, numbers, choices)
     *out, norm = compute(logits, dlogits, arguments, flags, backend)
-    return *out, none.float() if norm is None else norm, none if dlogits is None else dlogits  # type: ignore[return-value]
+    norm = logits.new_empty(0, dtype=torch.float32) if norm is None else norm
+    return *out, norm, logits.new_empty(0) if dlogits is None else dlogits  # type: ignore[return-value]
 
 
 @policy_loss_op.register_fake
@@ -89,17 +90,20 @@ def _(logits, tensors, numbers, choices, wanted, backend):
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, tensors, _, _, _, _ = inputs
     _, _, _, _, dlogits = output
     ctx.set_materialize_grads(False)  # else dlogits gets zeros of its size
     ctx.save_for_backward(dlogits)
+    ctx.no_gradients = no_gradients(tensors)
 
 
-def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     (dlogits,) = ctx.saved_tensors
-    if d_loss is None:
-        return None, None, None, None, None, None
-    scale = d_loss if d_loss.dim() == 0 else d_loss.view(dlogits.shape[0], dlogits.shape[1], 1)
-    return (dlogits * scale).to(dlogits.dtype), None, None, None, None, None
+    gradient = None
+    if d_loss is not None:
+        scale = d_loss if d_loss.dim() == 0 else d_loss.view(dlogits.shape[0], dlogits.shape[1], 1)
+        gradient = (dlogits * scale).to(dlogits.dtype)
+    return gradient, ctx.no_gradients, None, None, None, None
 
 
 policy_loss_op.register_autograd(_backward, setup_context=_setup)

@@ -33,3 +33,8 @@ def differentiable(compute: Callable[..., Any], setup: Callable[..., None], back
     members = {"forward": compute, "setup_context": setup, "backward": once}
     statics = {name: staticmethod(function) for name, function in members.items()}
     return type(compute.__name__, (torch.autograd.Function,), statics)
+
+
+def no_gradients(tensors: list[Tensor | None]) -> list[None] | None:
+    """What the backward pass of a custom op gives for a list: one None each if all are tensors, else one for all."""
+    return [None] * len(tensors) if all(tensor is not None for tensor in tensors) else None
