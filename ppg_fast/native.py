@@ -133,15 +133,14 @@ def fused_policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     shape, summed, gpu = columns.labels.shape, reduction.kind != "none", on_gpu(logits)
     entropy = entropy or spec.entropy_coef != 0 or score_norm is not None
-    like = {"dtype": torch.float32, "device": logits.device}
-    loss, logprob = torch.empty(shape, **like), torch.empty(shape, **like)
-    ent = torch.empty(shape if entropy else 0, **like)
-    total = torch.empty((), **like) if summed else None
+    new = (columns.advantages if turns is None else turns.rewards).new_empty  # type: ignore[union-attr]  # float32
+    loss, logprob, ent = new(shape), new(shape), new(shape if entropy else 0)
+    total = new(()) if summed else None
     if gpu and shape.numel() == 0:
         return loss if total is None else total.zero_(), logprob, ent
     credit, counts, counted = None, None, 0
     if turns is not None:
-        credit = _new(logits, 1 if turns.baseline == "none" else 2, *turns.rewards.shape)
+        credit = new((1 if turns.baseline == "none" else 2, *turns.rewards.shape))
     if gpu:
         counted, slices = _counts(shape.numel(), reduction)
         counts = torch.empty(counted * slices + 1, dtype=torch.int32, device=logits.device)

@@ -62,13 +62,14 @@ def require(condition: bool, rule: str, value: object) -> None:
 
 
 def fail(rule: str, value: object) -> NoReturn:
-    """Raise ValueError(rule, got value). ``ok or fail(...)`` builds its message only where it is needed."""
+    """Raise ValueError(rule, got value). ``if not ok: fail(...)`` builds its message only where it is needed."""
     raise ValueError(f"{rule}, got {value!r}")
 
 
 def require_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
-    require(value in choices, f"{name} must be one of {', '.join(choices)}", value)
+    if value not in choices:
+        fail(f"{name} must be one of {', '.join(choices)}", value)
 
 
 def require_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from ppg_fast import backends, ops
 from ppg_fast.contract import Columns, Reduction, Turns, Wanted
@@ -89,7 +88,7 @@ def fused_policy_loss(
     turns: TurnArguments | None,
     inplace: bool,
     backend: str,
-    **options: Unpack[LossOptions],
+    options: LossOptions,
 ) -> PolicyLossOutput:
     """`policy_loss` of ``logits`` (B, L, V), or `partial_policy_loss` where ``turns`` are given in place of
     advantages."""

@@ -16,12 +16,14 @@ def _rows_of(logits: Tensor, labels: Tensor) -> Tensor:
     """Logits (..., V) as (B, L, V) with unit stride along V; a view where the strides allow it, as for `logits[:,
     :-1]`."""
     check_floats("logits", logits)
-    isinstance(labels, Tensor) or fail("labels must be a tensor", type(labels).__name__)
+    if not isinstance(labels, Tensor):
+        fail("labels must be a tensor", type(labels).__name__)
     shape, rank = logits.shape, logits.dim()
     if rank < 1 or shape[:-1] != labels.shape:
         fail(f"logits must be the shape of labels and a vocabulary, {(*labels.shape, 'V')}", tuple(shape))
     V = shape[-1]
-    V >= 1 or fail("the vocabulary must hold at least one token", V)
+    if V < 1:
+        fail("the vocabulary must hold at least one token", V)
     if logits.stride(-1) != 1 and V > 1:
         logits = logits.contiguous()
     if rank == 3:
@@ -137,7 +139,7 @@ def policy_loss(
         "skip_zero_advantages": skip_zero_advantages, "score_norms": score_norms, "validate": validate,
     }  # fmt: skip
     if fuses(backend, spec):
-        return fused_policy_loss(x, labels, advantages, None, inplace, backend, **options)
+        return fused_policy_loss(x, labels, advantages, None, inplace, backend, options)
     rows = LossRows.of(labels, advantages, logits.device, turn_ids=turn_ids, **options)
     if rows.spec.loss_type in SEQUENCE_LEVEL:
         wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
@@ -192,6 +194,6 @@ def partial_policy_loss(
     x = _rows_of(logits, labels)
     chosen = backend or backends.default(logits.device.type)
     if fuses(chosen, options.get("spec")):
-        return fused_policy_loss(x, labels, None, turns, inplace, chosen, **options)
+        return fused_policy_loss(x, labels, None, turns, inplace, chosen, options)
     options, advantages = credit_turns(options, labels, *turns)
     return policy_loss(logits, labels, advantages, inplace=inplace, turn_ids=turn_ids, backend=backend, **options)

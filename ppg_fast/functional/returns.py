@@ -24,7 +24,8 @@ def _check_turns(values: Tensor, name: str, turn_counts: Tensor | None) -> tuple
     """Values (B, T) as contiguous float32 and turn_counts (B,) on their device, or a ValueError."""
     if not isinstance(values, Tensor) or values.dim() != 2:
         fail(f"{name} must be a (B, T) tensor", getattr(values, "shape", values))
-    values.is_floating_point() or fail(f"{name} must be floating point", values.dtype)
+    if not values.is_floating_point():
+        fail(f"{name} must be floating point", values.dtype)
     if turn_counts is not None:
         require(isinstance(turn_counts, Tensor), "turn_counts must be a tensor", type(turn_counts).__name__)
         shape_is_valid = turn_counts.shape == values.shape[:1] and not turn_counts.is_floating_point()

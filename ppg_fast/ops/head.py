@@ -120,7 +120,7 @@ class Head:
         self.hidden, self.weight, self.bias, self.chunk_rows = hidden, weight, bias, chunk_rows
         like = {"dtype": torch.float32, "device": hidden.device}
         self.d_hidden = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
-        self.d_weight = fresh(weight.shape, **like) if wanted[1] else torch.empty(0, **like)
+        self.d_weight = fresh(hidden, weight.shape, torch.float32) if wanted[1] else torch.empty(0, **like)
         self.d_bias = torch.zeros(weight.shape[0], **like) if wanted[2] else torch.empty(0, **like)
         self.wanted = wanted
         self.buffers: list[Tensor] = []
@@ -151,9 +151,9 @@ class Head:
         """Memory of the logits of at least ``rows`` rows, the same one for each ``number``."""
         rows = -(-rows // GEMM_ROWS) * GEMM_ROWS
         if number == len(self.buffers):
-            self.buffers.append(fresh((rows, self.weight.shape[0]), self.hidden.dtype, self.hidden.device))
+            self.buffers.append(fresh(self.hidden, (rows, self.weight.shape[0])))
         elif self.buffers[number].shape[0] < rows:
-            self.buffers[number] = fresh((rows, self.weight.shape[0]), self.hidden.dtype, self.hidden.device)
+            self.buffers[number] = fresh(self.hidden, (rows, self.weight.shape[0]))
         return self.buffers[number]
 
     def sweep(

@@ -150,7 +150,8 @@ def reference_linear(
         x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *columns: Tensor | None
     ) -> tuple[Tensor, ...]:
         logits = torch.nn.functional.linear(x, weight, bias).float()
-        return reference_policy_loss(logits, labels, PerRow(*columns), spec, wanted.score_norms)[: len(outputs)]
+        row = PerRow(*columns)  # type: ignore[arg-type]
+        return reference_policy_loss(logits, labels, row, spec, wanted.score_norms)[: len(outputs)]
 
     outputs = [torch.zeros(labels.numel(), device=hidden.device) for _ in range(3 + wanted.score_norms)]
     active = (labels >= 0).nonzero().squeeze(1)

@@ -71,7 +71,7 @@ def policy_loss_op(
     """-> loss, log-prob, entropy, score norm as in `compute`, and dlogits (B, L, V); the last three (0,) unless
     wanted."""
     flags = Wanted(*wanted)
-    dlogits = fresh(logits.shape, logits.dtype, logits.device) if flags.gradient else None
+    dlogits = fresh(logits, logits.shape) if flags.gradient else None
     arguments = FusedArguments.unpack(tensors, numbers, choices)
     *out, norm = compute(logits, dlogits, arguments, flags, backend)
     norm = logits.new_empty(0, dtype=torch.float32) if norm is None else norm
@@ -118,7 +118,7 @@ class EagerPolicyLoss(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, arguments: FusedArguments, wanted: Wanted, inplace: bool, backend: str
     ) -> Outputs:
-        dlogits = logits.detach() if inplace else fresh(logits.shape, logits.dtype, logits.device)
+        dlogits = logits.detach() if inplace else fresh(logits, logits.shape)
         out = compute(logits, dlogits, arguments, wanted, backend)
         if inplace:  # whoever else saved the logits for a backward pass is told that they are gone
             torch.autograd.graph.increment_version(logits)

@@ -32,7 +32,7 @@ def _logprobs(
 
 def _gradient(logits: Tensor, rows: list[Tensor | None], scale: list[float], backend: str) -> Tensor:
     """-> dlogits (B, L, V). ``rows``: labels, log-sum-exp, entropy, d_logprob, d_entropy, temperatures."""
-    dlogits = fresh(logits.shape, logits.dtype, logits.device)
+    dlogits = fresh(logits, logits.shape)
     backends.load(backend).logprobs_bwd(logits, *rows, *scale, dlogits)
     return dlogits
 
