@@ -15,6 +15,25 @@ enum class LossType : int { REINFORCE = 0, PPO = 1, CISPO = 2, GSPO = 3, GSPO_TU
 enum class KLEstimator : int { K1 = 1, K2 = 2, K3 = 3 };
 enum class Baseline : int { NONE = 0, LEAVE_ONE_OUT = 1, GROUP_MEAN = 2, GROUP_STD = 3 };
 enum class Reduction : int { TOKEN_MEAN = 0, SEQUENCE_MEAN = 1, SEQUENCE_SUM = 2, SUM = 3, NONE = 4 };
+// The lists that a policy loss travels as, in the order of ppg_fast/contract.py. The spec's numbers and choices come
+// last among the fused loss's, and are all there is of the row kernel's.
+namespace wire {
+enum PerRow { ADVANTAGES, WEIGHTS, OLD_LOGPROBS, REF_LOGPROBS, ROLLOUT_LOGPROBS, TEMPERATURES };
+enum Number { CLIP_LOW, CLIP_HIGH, DUAL_CLIP, KL_COEF, ENTROPY_COEF, IMPORTANCE_CAP, TEMPERATURE, LOGIT_SOFTCAP };
+enum Choice { LOSS_TYPE, KL_ESTIMATOR };
+namespace fused {
+// clang-format off
+enum Tensor {
+  LABELS, LOSS_MASK, TURN_IDS, ADVANTAGES, OLD_LOGPROBS, REF_LOGPROBS, ROLLOUT_LOGPROBS, TEMPERATURES,
+  REWARDS, TURN_COUNTS, SEGMENT_IDS, REWARD_MASK, GROUP_IDS, NORMALIZER_AT, CU_SEQLENS
+};
+enum Number { GAMMA, STD_EPS, NORMALIZER, SPEC_NUMBERS };
+enum Choice { LOOKAHEAD, SEGMENT_LENGTH, BASELINE, REDUCTION, SEQUENCES, SKIP_ZERO_ADVANTAGES, SPEC_CHOICES };
+enum Output { TURNS, LOSS, TOTAL, LOGPROB, ENTROPY, SCORE_NORM, DLOGITS };
+// clang-format on
+}  // namespace fused
+}  // namespace wire
+
 enum Sums {
   PLAIN,
   ENTROPY,
@@ -184,6 +203,8 @@ void logprobs_bwd(const LogprobsBwdArgs&, int64_t first, int64_t last);
 void policy_loss(const PolicyLossArgs&, int64_t first, int64_t last);
 void rescale_rows(const RescaleRowsArgs&, int64_t first, int64_t last);
 void partial_returns(const PartialReturnsArgs&, int64_t first, int64_t last);
+void credit(const CreditArgs&);  // all turns at once; of the tokens only the number of sequences is read
+bool turns_are_valid(const float* rewards, const int64_t* segment_ids, const Ints& turn_counts, int64_t B, int64_t T);
 void want_huge_pages(void* data, int64_t bytes);
 const char* isa();               // "avx512", "avx2" or "baseline": what the run-time dispatch chose
 bool use_isa(const char* name);  // chooses another one; false if the processor lacks it

@@ -11,25 +11,12 @@
 #include <string>
 #include <type_traits>
 
+#include "arguments.h"
+#include "cpu/fused_policy_loss.h"
 #include "schemas.h"
-#include "tensors.h"
 
 namespace {
 using namespace ppg;
-
-Sweep sweep_of(const Tensor& logits, const Tensor& labels, const Optional& temperatures, double temperature,
-               double logit_softcap) {
-  Sweep s;
-  s.logits = rows_of(logits, "logits");
-  s.N = logits.size(0) * logits.size(1);
-  s.V = logits.size(2);
-  s.labels = per_row<int64_t>(labels, s.N, ScalarType::Long, "labels");
-  s.temperatures = floats(temperatures, s.N, "temperatures");
-  s.dtype = dtype_of(logits);
-  s.temperature = float(temperature);
-  s.logit_softcap = float(logit_softcap);
-  return s;
-}
 
 #ifdef PPG_EMULATED
 #define PPG_ON_CPU(op) nullptr
@@ -75,12 +62,6 @@ void run(std::type_identity_t<void (*)(const Args&, int64_t, int64_t)> on_cpu,
   }
 }
 
-TermArgs term_of(int64_t loss_type, int64_t kl_estimator, double clip_low, double clip_high, double dual_clip,
-                 double kl_coef, double entropy_coef, double importance_cap) {
-  return {LossType(loss_type), KLEstimator(kl_estimator), float(clip_low),      float(clip_high), float(dual_clip),
-          float(kl_coef),      float(entropy_coef),       float(importance_cap)};
-}
-
 void logprobs_fwd(const Tensor& logits, const Tensor& labels, const Optional& temperatures, double temperature,
                   double logit_softcap, const Tensor& logprob, const Optional& entropy, const Tensor& lse,
                   const Optional& score_norm) {
@@ -105,19 +86,17 @@ void logprobs_bwd(const Tensor& logits, const Tensor& labels, const Tensor& lse,
   run(PPG_ON_CPU(logprobs_bwd), PPG_ON_CUDA(logprobs_bwd), a, a.N, logits);
 }
 
-void policy_loss(const Tensor& logits, const Tensor& labels, const Tensor& advantages, const Optional& weights,
-                 const Optional& old_logprobs, const Optional& ref_logprobs, const Optional& rollout_logprobs,
-                 const Optional& temperatures, int64_t loss_type, int64_t kl_estimator, double clip_low,
-                 double clip_high, double dual_clip, double kl_coef, double entropy_coef, double importance_cap,
-                 double temperature, double logit_softcap, const Tensor& loss, const Tensor& logprob,
-                 const Optional& entropy, const Optional& dlogits, const Optional& score_norm) {
-  PolicyLossArgs a{sweep_of(logits, labels, temperatures, temperature, logit_softcap)};
-  a.advantages = floats(advantages, a.N, "advantages");
-  a.weights = floats(weights, a.N, "weights");
-  a.old_logprobs = floats(old_logprobs, a.N, "old_logprobs");
-  a.ref_logprobs = floats(ref_logprobs, a.N, "ref_logprobs");
-  a.rollout_logprobs = floats(rollout_logprobs, a.N, "rollout_logprobs");
-  a.term = term_of(loss_type, kl_estimator, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap);
+void policy_loss(const Tensor& logits, const Tensor& labels, const Tensors& rows, const Numbers& numbers,
+                 const Choices& choices, const Tensor& loss, const Tensor& logprob, const Optional& entropy,
+                 const Optional& dlogits, const Optional& score_norm) {
+  using namespace wire;
+  PolicyLossArgs a{sweep_of(logits, labels, rows.at(TEMPERATURES), numbers.at(TEMPERATURE), numbers.at(LOGIT_SOFTCAP))};
+  a.advantages = floats(rows[ADVANTAGES], a.N, "advantages");
+  a.weights = floats(rows[WEIGHTS], a.N, "weights");
+  a.old_logprobs = floats(rows[OLD_LOGPROBS], a.N, "old_logprobs");
+  a.ref_logprobs = floats(rows[REF_LOGPROBS], a.N, "ref_logprobs");
+  a.rollout_logprobs = floats(rows[ROLLOUT_LOGPROBS], a.N, "rollout_logprobs");
+  a.term = term_of(numbers.data(), choices.data());
   a.loss = floats(loss, a.N, "loss");
   a.logprob = floats(logprob, a.N, "logprob");
   a.entropy = floats(entropy, a.N, "entropy");
@@ -137,7 +116,8 @@ void rescale_rows(const Tensor& dlogits, const Tensor& scale) {
   run(PPG_ON_CPU(rescale_rows), PPG_ON_CUDA(rescale_rows), a, a.N, dlogits);
 }
 
-void partial_returns(const Tensor& rewards, const Optional& segment_ids, const Optional& turn_counts, int64_t lookahead,
+// False, having computed nothing, where a value breaks a rule; a CPU alone looks.
+bool partial_returns(const Tensor& rewards, const Optional& segment_ids, const Optional& turn_counts, int64_t lookahead,
                      int64_t segment_length, double gamma, const Tensor& returns) {
   STD_TORCH_CHECK(rewards.dim() == 2, "rewards must be (B, T), got ", rewards.dim(), " dimensions");
   PartialReturnsArgs a{};
@@ -150,94 +130,64 @@ void partial_returns(const Tensor& rewards, const Optional& segment_ids, const O
   a.lookahead = lookahead;
   a.segment_length = segment_length;
   a.gamma = gamma;
+#ifndef PPG_EMULATED
+  if (rewards.is_cpu() && !cpu::turns_are_valid(a.rewards, a.segment_ids, {a.turn_counts, true}, a.B, a.T))
+    return false;
+#endif
   run(PPG_ON_CPU(partial_returns), PPG_ON_CUDA(partial_returns), a, a.B, rewards);
+  return true;
 }
 
-// `work`: counts (counted, slices) and behind them the ticket. `turns`: returns and advantages (1 or 2, S, T). `total`
-// without: loss per row.
-void fused_policy_loss(const Tensor& logits, const Tensor& labels, const Optional& loss_mask, const Optional& turn_ids,
-                       const Optional& advantages, const Optional& old_logprobs, const Optional& ref_logprobs,
-                       const Optional& rollout_logprobs, const Optional& temperatures, const Optional& rewards,
-                       const Optional& turn_counts, const Optional& segment_ids, const Optional& reward_mask,
-                       const Optional& group_ids, int64_t lookahead, int64_t segment_length, double gamma,
-                       int64_t baseline, double std_eps, int64_t reduction, double normalizer,
-                       const Optional& normalizer_at, int64_t sequences, const Optional& cu_seqlens, int64_t counted,
-                       int64_t slices, bool skip_zero_advantages, int64_t loss_type, int64_t kl_estimator,
-                       double clip_low, double clip_high, double dual_clip, double kl_coef, double entropy_coef,
-                       double importance_cap, double temperature, double logit_softcap, const Optional& turns,
-                       const Tensor& work, const Tensor& loss, const Optional& total, const Tensor& logprob,
-                       const Optional& entropy, const Optional& dlogits, const Optional& score_norm) {
-  CreditArgs c{};
-  TokenArgs& t = c.tokens;
-  const Rows rows = rows_of(logits, "logits");
-  t.labels = column(labels, logits, ScalarType::Long, "labels");
-  t.loss_mask = column(loss_mask, logits, {}, "loss_mask");
-  t.turn_ids = column(turn_ids, logits, {}, "turn_ids");
-  STD_TORCH_CHECK(!turn_ids || ((t.turn_ids.bytes == 4 || t.turn_ids.bytes == 8) && !t.turn_ids.floating),
-                  "turn_ids must be int32 or int64");
-  t.N = logits.size(0) * logits.size(1);
-  t.length = rows.length;
-  t.sequences = sequences;
-  t.cu_seqlens = ints(cu_seqlens, sequences + 1, "cu_seqlens");
-  STD_TORCH_CHECK(t.N == 0 || (sequences >= 1 && (cu_seqlens || t.N % sequences == 0)), "rows do not make ", sequences,
-                  " sequences");
-  STD_TORCH_CHECK(work.scalar_type() == ScalarType::Int && work.is_contiguous() && work.numel() == counted * slices + 1,
-                  "work is amiss");
-  c.ticket = static_cast<uint32_t*>(work.data_ptr()) + counted * slices;
-  c.counts = counted ? static_cast<int32_t*>(work.data_ptr()) : nullptr;
-  c.counted = counted;
-  c.slices = slices;
-  if (rewards) {
-    STD_TORCH_CHECK(turn_ids && turns && rewards->dim() == 2 && rewards->size(0) == sequences,
-                    "rewards (S, T) go with turn_ids and turns");
-    c.T = rewards->size(1);
-    c.baseline = Baseline(baseline);
-    const int64_t size = sequences * c.T;
-    c.rewards = floats(rewards, size, "rewards");
-    c.segment_ids = longs(segment_ids, size, "segment_ids");
-    c.reward_mask = reward_mask ? per_row<uint8_t>(*reward_mask, c.T * c.T, ScalarType::Bool, "reward_mask") : nullptr;
-    c.turn_counts = ints(turn_counts, sequences, "turn_counts");
-    c.group_ids = ints(group_ids, sequences, "group_ids");
-    c.returns = floats(turns, size * (c.baseline == Baseline::NONE ? 1 : 2), "turns");
-    c.advantages = c.baseline == Baseline::NONE ? c.returns : c.returns + size;
-    c.lookahead = lookahead;
-    c.segment_length = segment_length;
-    c.gamma = gamma;
-    c.std_eps = std_eps;
+#ifndef PPG_EMULATED
+// False, having computed nothing, where a value breaks a rule.
+bool fused_on_cpu(const CreditArgs& c, const FusedPolicyLossArgs& a, const Tensor& logits) {
+  if (c.rewards) {
+    if (!cpu::turns_are_valid(c.rewards, c.segment_ids, c.turn_counts, c.tokens.sequences, c.T)) return false;
+    cpu::credit(c);
   }
-  FusedPolicyLossArgs a{};
-  a.tokens = t;
-  a.logits = rows;
-  a.dlogits = gradient_rows(dlogits, logits);
-  a.V = logits.size(2);
-  a.dtype = dtype_of(logits);
-  a.temperature = float(temperature);
-  a.logit_softcap = float(logit_softcap);
-  a.advantages = column(advantages, logits, ScalarType::Float, "advantages");
-  a.old_logprobs = column(old_logprobs, logits, ScalarType::Float, "old_logprobs");
-  a.ref_logprobs = column(ref_logprobs, logits, ScalarType::Float, "ref_logprobs");
-  a.rollout_logprobs = column(rollout_logprobs, logits, ScalarType::Float, "rollout_logprobs");
-  a.temperatures = column(temperatures, logits, ScalarType::Float, "temperatures");
-  a.turn_advantages = rewards ? c.advantages : nullptr;
+  static thread_local cpu::FusedRows rows;
+  if (!rows.look_up(a, c.turn_counts)) return false;
+  run(cpu::policy_loss, nullptr, rows.arguments(), a.tokens.N, logits);
+  if (a.total) *a.total = rows.total();
+  return true;
+}
+#endif
+
+// `counts` (counted, slices) and one more, the ticket, where a GPU works. `turns`: returns and advantages (1 or 2, S,
+// T). Without `total`: loss per row.
+bool fused_policy_loss(const Tensor& logits, const Tensors& tensors, const Numbers& numbers, const Choices& choices,
+                       const Optional& counts, int64_t counted, const Tensors& outputs) {
+  using namespace wire::fused;
+  STD_TORCH_CHECK(numbers.size() == SPEC_NUMBERS + wire::LOGIT_SOFTCAP + 1 && outputs.size() == DLOGITS + 1 &&
+                      choices.size() == SPEC_CHOICES + wire::KL_ESTIMATOR + 1,
+                  "the lists must be as long as args.h says");
+  const TokenArgs tokens = tokens_of(logits, tensors, choices[SEQUENCES]);
+  CreditArgs c = credit_of(tokens, tensors, numbers, choices, outputs.at(TURNS));
+  FusedPolicyLossArgs a = fused_of(logits, tokens, tensors, numbers, choices);
+  a.turn_advantages = c.rewards ? c.advantages : nullptr;
   a.T = c.T;
-  a.term = term_of(loss_type, kl_estimator, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap);
-  a.reduction = Reduction(reduction);
-  a.skip_zero_advantages = skip_zero_advantages;
-  a.normalizer = float(normalizer);
-  a.normalizer_at = floats(normalizer_at, 1, "normalizer");
-  a.counts = c.counts;
-  a.counted = counted;
-  a.slices = slices;
-  a.loss = floats(loss, t.N, "loss");
-  a.logprob = floats(logprob, t.N, "logprob");
-  a.entropy = floats(entropy, t.N, "entropy");
+  a.dlogits = gradient_rows(outputs[DLOGITS], logits);
+  a.loss = floats(outputs[LOSS], tokens.N, "loss");
+  a.logprob = floats(outputs[LOGPROB], tokens.N, "logprob");
+  a.entropy = floats(outputs[Output::ENTROPY], tokens.N, "entropy");
   STD_TORCH_CHECK(a.entropy || a.term.entropy_coef == 0.f, "an entropy term needs the entropy output");
-  a.score_norm = score_norm_of(score_norm, a.entropy, t.N);
-  a.total = floats(total, 1, "total");
-  a.ticket = c.ticket;
+  a.score_norm = score_norm_of(outputs[Output::SCORE_NORM], a.entropy, tokens.N);
+  a.total = floats(outputs[TOTAL], 1, "total");
+#ifndef PPG_EMULATED
+  if (logits.is_cpu()) return fused_on_cpu(c, a, logits);
+#endif
+  STD_TORCH_CHECK(counts && counts->scalar_type() == ScalarType::Int && counts->is_contiguous() &&
+                      counts->numel() > counted && (counted == 0 || (counts->numel() - 1) % counted == 0),
+                  "counts must be (counted * slices + 1,) int32, contiguous, for ", counted, " counted sequences");
+  c.slices = a.slices = counted ? (counts->numel() - 1) / counted : 1;
+  c.counted = a.counted = counted;
+  c.counts = counted ? static_cast<int32_t*>(counts->data_ptr()) : nullptr;
+  c.ticket = a.ticket = static_cast<uint32_t*>(counts->data_ptr()) + counts->numel() - 1;
+  a.counts = c.counts;
   if (!a.total) c.ticket = nullptr;
-  run(nullptr, PPG_ON_CUDA(credit), c, t.N, logits);
-  run(nullptr, PPG_ON_CUDA(fused_policy_loss), a, t.N, logits);
+  run(nullptr, PPG_ON_CUDA(credit), c, tokens.N, logits);
+  run(nullptr, PPG_ON_CUDA(fused_policy_loss), a, tokens.N, logits);
+  return true;
 }
 
 void want_huge_pages(const Tensor& memory) {
@@ -276,11 +226,12 @@ bool use_isa(std::string name) {
 #endif
 #define PPG_EXPAND(macro, ...) macro(__VA_ARGS__)
 
-#define PPG_IMPLEMENT(m)                            \
-  m.impl("logprobs_fwd", TORCH_BOX(&logprobs_fwd)); \
-  m.impl("logprobs_bwd", TORCH_BOX(&logprobs_bwd)); \
-  m.impl("policy_loss", TORCH_BOX(&policy_loss));   \
-  m.impl("rescale_rows", TORCH_BOX(&rescale_rows)); \
+#define PPG_IMPLEMENT(m)                                      \
+  m.impl("logprobs_fwd", TORCH_BOX(&logprobs_fwd));           \
+  m.impl("logprobs_bwd", TORCH_BOX(&logprobs_bwd));           \
+  m.impl("policy_loss", TORCH_BOX(&policy_loss));             \
+  m.impl("rescale_rows", TORCH_BOX(&rescale_rows));           \
+  m.impl("fused_policy_loss", TORCH_BOX(&fused_policy_loss)); \
   m.impl("partial_returns", TORCH_BOX(&partial_returns))
 
 PPG_EXPAND(STABLE_TORCH_LIBRARY, PPG_LIBRARY, m) {
@@ -288,15 +239,9 @@ PPG_EXPAND(STABLE_TORCH_LIBRARY, PPG_LIBRARY, m) {
 }
 PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CPU, m) {
   PPG_IMPLEMENT(m);
-#ifdef PPG_EMULATED
-  m.impl("fused_policy_loss", TORCH_BOX(&fused_policy_loss));
-#endif
   m.impl("want_huge_pages", TORCH_BOX(&want_huge_pages));
 }
-PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CUDA, m) {
-  PPG_IMPLEMENT(m);
-  m.impl("fused_policy_loss", TORCH_BOX(&fused_policy_loss));
-}
+PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CUDA, m) { PPG_IMPLEMENT(m); }
 PPG_EXPAND(STABLE_TORCH_LIBRARY_IMPL, PPG_LIBRARY, CompositeExplicitAutograd, m) {
   m.impl("build", TORCH_BOX(&build));
   m.impl("use_isa", TORCH_BOX(&use_isa));

@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <vector>
 
 #include "args.h"
 
@@ -13,6 +14,9 @@ namespace ppg {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
+using Tensors = std::vector<Optional>;
+using Numbers = std::vector<double>;
+using Choices = std::vector<int64_t>;
 
 inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -63,16 +67,18 @@ inline Ints ints(const Optional& t, int64_t N, const char* name) {
   return {t->data_ptr(), wide};
 }
 
-// A value a token in any strides, of the dtype asked for where one is.
+// A value a token, (B, L), or (L,) where B is 1, in any strides, of the dtype asked for where one is.
 inline Column column(const Optional& t, const Tensor& logits, std::optional<ScalarType> type, const char* name) {
   if (!t) return {nullptr, 0, 0, 4, false};
   STD_TORCH_CHECK(!type || t->scalar_type() == *type, name, " has the wrong dtype");
-  STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == logits.size(0) && t->size(1) == logits.size(1), name,
-                  " must be (B, L)");
+  const bool flat = t->dim() == 1 && logits.size(0) == 1;
+  STD_TORCH_CHECK(flat ? t->size(0) == logits.size(1)
+                       : t->dim() == 2 && t->size(0) == logits.size(0) && t->size(1) == logits.size(1),
+                  name, " must be (B, L)");
   const ScalarType s = t->scalar_type();
   const bool floating =
       s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half || s == ScalarType::Double;
-  return {t->data_ptr(), t->stride(0), t->stride(1), int(t->element_size()), floating};
+  return {t->data_ptr(), flat ? 0 : t->stride(0), t->stride(flat ? 0 : 1), int(t->element_size()), floating};
 }
 
 }  // namespace ppg

@@ -63,7 +63,6 @@ import torch
 
 NAMES = ("cpu", "triton", "cuda")
 CONTRACT = ("partial_returns", "logprobs_fwd", "logprobs_bwd", "policy_loss", "rescale_rows")
-FUSES = ("triton", "cuda")
 MODULES = {
     "cpu": "ppg_fast.native",
     "cuda": "ppg_fast.native",
@@ -96,13 +95,23 @@ def why_not(name: str) -> str | None:
 
 @torch.compiler.assume_constant_result  # torch.compile need not look inside
 def fuses(name: str) -> bool:
-    """Whether backend ``name`` takes a whole policy loss at once; else it is composed of small operations around the
-    row kernels."""
-    return name in FUSES and hasattr(load(name), "fused_policy_loss")
+    """Whether backend ``name`` takes a whole policy loss at once; plain PyTorch alone is composed of operations."""
+    return hasattr(load(name), "fused_policy_loss")
 
 
 @torch.compiler.assume_constant_result
 def default(device_type: str) -> str:
     """The fastest backend that runs on tensors of ``device_type``; "reference" where no kernel does."""
+    return _default(device_type)
+
+
+@cache
+def _default(device_type: str) -> str:
     order = ("cuda", "triton") if device_type == "cuda" else ("cpu",) if device_type == "cpu" else ()
     return next((name for name in order if why_not(name) is None), "reference")
+
+
+def forget() -> None:
+    """Look again at what can run here."""
+    for known in (load, why_not, _default):
+        known.cache_clear()

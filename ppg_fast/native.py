@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppg_fast.spec import BASELINES, REDUCTIONS, Columns, KLEstimator, LossType, PolicyLossSpec, Reduction, Turns
+from ppg_fast.contract import Columns, FusedArguments, Reduction, Turns
+from ppg_fast.spec import PolicyLossSpec
 
 
 def _load_extension() -> Any:
@@ -54,17 +55,13 @@ def require_cuda() -> None:
         raise ImportError("torch sees no CUDA device")
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether the kernels of ``tensor`` are those of csrc/cuda."""
+    return not tensor.is_cpu
+
+
 def _new(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _term(spec: PolicyLossSpec) -> tuple[float, ...]:
-    """The numbers of the scalar loss, as the operators take them."""
-    return (
-        LossType[spec.loss_type.upper()], KLEstimator[spec.kl_estimator.upper()], spec.clip_low, spec.clip_high,
-        spec.dual_clip,
-        spec.kl_coef, spec.entropy_coef, spec.importance_cap, spec.temperature, spec.logit_softcap,
-    )  # fmt: skip
 
 
 def logprobs_fwd(
@@ -78,7 +75,7 @@ def logprobs_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     N, entropy = labels.numel(), entropy or score_norm is not None
     logprob, ent, lse = _new(logits, N), _new(logits, N if entropy else 0), _new(logits, N)
-    _lib.logprobs_fwd(
+    _lib.logprobs_fwd.default(
         logits, labels, temperatures, temperature, logit_softcap, logprob, ent if entropy else None, lse, score_norm
     )
     return logprob, ent, lse
@@ -96,9 +93,8 @@ def logprobs_bwd(
     logit_softcap: float,
     dlogits: Tensor,
 ) -> None:
-    _lib.logprobs_bwd(
-        logits, labels, lse, entropy, d_logprob, d_entropy, temperatures, temperature, logit_softcap, dlogits
-    )
+    scale = temperatures, temperature, logit_softcap
+    _lib.logprobs_bwd.default(logits, labels, lse, entropy, d_logprob, d_entropy, *scale, dlogits)
 
 
 def policy_loss(
@@ -118,10 +114,9 @@ def policy_loss(
     N = labels.numel()
     entropy = entropy or spec.entropy_coef != 0 or score_norm is not None
     loss, logprob, ent = _new(logits, N), _new(logits, N), _new(logits, N if entropy else 0)
-    _lib.policy_loss(
-        logits, labels, advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures, *_term(spec),
-        loss, logprob, ent if entropy else None, dlogits, score_norm,
-    )  # fmt: skip
+    rows = [advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures]
+    outputs = loss, logprob, ent if entropy else None, dlogits, score_norm
+    _lib.policy_loss.default(logits, labels, rows, spec.numbers, spec.choices, *outputs)
     return loss, logprob, ent
 
 
@@ -135,30 +130,30 @@ def fused_policy_loss(
     entropy: bool,
     dlogits: Tensor | None,
     score_norm: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape, summed, given = logits.shape[:2], reduction.kind != "none", reduction.normalizer
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    shape, summed, gpu = columns.labels.shape, reduction.kind != "none", on_gpu(logits)
     entropy = entropy or spec.entropy_coef != 0 or score_norm is not None
-    loss, logprob, ent = _new(logits, *shape), _new(logits, *shape), _new(logits, *shape if entropy else (0,))
-    if shape.numel() == 0:
-        return torch.zeros((), device=logits.device) if summed else loss, logprob, ent
-    counted, slices = _counts(shape.numel(), reduction)
-    normalizer = (0.0, given) if isinstance(given, Tensor) else (given or 0.0, None)
-    work = torch.empty(counted * slices + 1, dtype=torch.int32, device=logits.device)
-    total, credit, given_turns = _new(logits) if summed else None, None, (*(None,) * 5, 1, 0, 1.0, 0, 0.0)
+    new = (columns.advantages if turns is None else turns.rewards).new_empty  # type: ignore[union-attr]  # float32
+    loss, logprob, ent = new(shape), new(shape), new(shape if entropy else 0)
+    total = new(()) if summed else None
+    if gpu and shape.numel() == 0:
+        return loss if total is None else total.zero_(), logprob, ent
+    credit, counts, counted = None, None, 0
     if turns is not None:
-        credit = _new(logits, 1 if turns.baseline == "none" else 2, *turns.rewards.shape)
-        given_turns = *turns[:8], BASELINES.index(turns.baseline), turns.std_eps
-    _lib.fused_policy_loss(
-        logits, *columns, *given_turns, REDUCTIONS.index(reduction.kind), *normalizer,
-        reduction.sequences, reduction.cu_seqlens, counted, slices, skip_zero_advantages, *_term(spec),
-        credit, work, loss, total, logprob, ent if entropy else None, dlogits, score_norm,
-    )  # fmt: skip
+        credit = new((1 if turns.baseline == "none" else 2, *turns.rewards.shape))
+    if gpu:
+        counted, slices = _counts(shape.numel(), reduction)
+        counts = torch.empty(counted * slices + 1, dtype=torch.int32, device=logits.device)
+    lists = FusedArguments(columns, turns, reduction, spec, skip_zero_advantages).pack()
+    outputs = [credit, loss, total, logprob, ent if entropy else None, score_norm, dlogits]
+    if not _lib.fused_policy_loss.default(logits, *lists, counts, counted, outputs):
+        return None
     return loss if total is None else total, logprob, ent
 
 
 def _counts(rows: int, reduction: Reduction) -> tuple[int, int]:
-    """How many sequences have their active tokens counted, and in how many slices each, so that a slice is a few
-    thousand tokens."""
+    """How many sequences have their active tokens counted on a GPU, and in how many slices each, so that a slice is a
+    few thousand tokens."""
     if reduction.kind == "sequence_mean" or (reduction.kind == "sequence_sum" and reduction.normalizer is None):
         return reduction.sequences, max(1, min(rows // reduction.sequences // 4096, 16))
     if reduction.kind == "token_mean" and reduction.normalizer is None:
@@ -167,7 +162,7 @@ def _counts(rows: int, reduction: Reduction) -> tuple[int, int]:
 
 
 def rescale_rows(dlogits: Tensor, scale: Tensor) -> None:
-    _lib.rescale_rows(dlogits, scale)
+    _lib.rescale_rows.default(dlogits, scale)
 
 
 def partial_returns(
@@ -177,7 +172,7 @@ def partial_returns(
     lookahead: int,
     segment_length: int,
     gamma: float,
-) -> Tensor:
-    returns = _new(rewards, *rewards.shape)
-    _lib.partial_returns(rewards, segment_ids, turn_counts, lookahead, segment_length, gamma, returns)
-    return returns
+) -> Tensor | None:
+    returns = torch.empty_like(rewards)
+    valid = _lib.partial_returns.default(rewards, segment_ids, turn_counts, lookahead, segment_length, gamma, returns)
+    return returns if valid else None

@@ -4,9 +4,13 @@ this."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORE = -100  # the label of a token that takes no part
 
@@ -31,30 +35,49 @@ class KLEstimator(IntEnum):
 
 LOSS_TYPES = tuple(t.name.lower() for t in LossType)
 KL_ESTIMATORS = tuple(k.name.lower() for k in KLEstimator)
+LOSS_NUMBERS = {t.name.lower(): int(t) for t in LossType}
+KL_NUMBERS = {k.name.lower(): int(k) for k in KLEstimator}
 SEQUENCE_LEVEL = ("gspo", "gspo_turn")  # their ratio needs other rows, so they take two sweeps
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "sum", "none")
 BASELINES = ("none", "leave_one_out", "group_mean", "group_std")  # in the order of csrc/args.h, like the reductions
 STD_EPS = 1e-6
+# how a spec travels to the kernels, mirrored by csrc/args.h
+SPEC_NUMBERS = (
+    "clip_low",
+    "clip_high",
+    "dual_clip",
+    "kl_coef",
+    "entropy_coef",
+    "importance_cap",
+    "temperature",
+    "logit_softcap",
+)
+SPEC_CHOICES = ("loss_type", "kl_estimator")
 
 
 def require(condition: bool, rule: str, value: object) -> None:
     """Raise ValueError(rule, got value) unless ``condition``."""
     if not condition:
-        raise ValueError(f"{rule}, got {value!r}")
+        fail(rule, value)
+
+
+def fail(rule: str, value: object) -> NoReturn:
+    """Raise ValueError(rule, got value). ``if not ok: fail(...)`` builds its message only where it is needed."""
+    raise ValueError(f"{rule}, got {value!r}")
 
 
 def require_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
-    require(value in choices, f"{name} must be one of {', '.join(choices)}", value)
+    if value not in choices:
+        fail(f"{name} must be one of {', '.join(choices)}", value)
 
 
 def require_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     """Raise ValueError unless ``value`` is a finite number in [low, high] (open at ``low`` when asked)."""
-    bounds = f"{name} must be a finite number {'>' if open_low else '>='} {low}" + (
-        f" and <= {high}" if high < math.inf else ""
-    )
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    require(number and (value > low if open_low else value >= low) and value <= high, bounds, value)  # type: ignore[operator]
+    if not number or value > high or value < low or (open_low and value == low):  # type: ignore[operator]
+        bounds = f"{'>' if open_low else '>='} {low}" + (f" and <= {high}" if high < math.inf else "")
+        fail(f"{name} must be a finite number {bounds}", value)
 
 
 @dataclass(frozen=True)
@@ -75,7 +98,7 @@ class PolicyLossSpec:
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
     importance_cap: float = 0.0
-    temperature: Any = 1.0
+    temperature: float | Tensor = 1.0
     logit_softcap: float = 0.0
 
     def __post_init__(self) -> None:
@@ -96,6 +119,25 @@ class PolicyLossSpec:
     def needs_every_row(self) -> bool:
         """Whether a row of zero advantage still has a gradient."""
         return self.kl_coef != 0 or self.entropy_coef != 0
+
+    @property
+    def numbers(self) -> list[float]:
+        """The numbers of a spec whose temperature is one, in the order of SPEC_NUMBERS: how kernels take them."""
+        clips = self.clip_low, self.clip_high, self.dual_clip
+        terms = self.kl_coef, self.entropy_coef, self.importance_cap
+        return [*clips, *terms, self.temperature, self.logit_softcap]  # type: ignore[list-item]
+
+    @property
+    def choices(self) -> list[int]:
+        """The enums of a spec, in the order of SPEC_CHOICES."""
+        return [LOSS_NUMBERS[self.loss_type], KL_NUMBERS[self.kl_estimator]]
+
+    @classmethod
+    def of(cls, numbers: Sequence[float], choices: Sequence[int]) -> PolicyLossSpec:
+        """The spec that `numbers` and `choices` describe."""
+        loss_type, kl_estimator = LossType(choices[0]), KLEstimator(choices[1])
+        named = dict(zip(SPEC_NUMBERS, numbers, strict=True))
+        return cls(loss_type=loss_type.name.lower(), kl_estimator=kl_estimator.name.lower(), **named)
 
 
 UNBOUNDED = 2**31 - 1
@@ -187,42 +229,3 @@ def policy_class(text: str | PolicyClass) -> PolicyClass:
         text,
     )
     return Lookahead(int(number)) if name == "lookahead" else Segment(int(number))
-
-
-class Columns(NamedTuple):
-    """What each token brings along to a fused loss: tensors (B, L) in any strides, as the caller holds them; None where
-    absent."""
-
-    labels: Any  # int64, negative = masked
-    loss_mask: Any  # any dtype, 0 = masked
-    turn_ids: Any  # int32 or int64, negative = masked; None without turns
-    advantages: Any  # float32, like the rest; None with turns
-    old_logprobs: Any
-    ref_logprobs: Any
-    rollout_logprobs: Any
-    temperatures: Any
-
-
-class Turns(NamedTuple):
-    """What the advantages of S dialogues of T turns are computed from; contiguous tensors or None."""
-
-    rewards: Any  # (S, T) float32
-    turn_counts: Any  # (S,) int32 or int64
-    segment_ids: Any  # (S, T) int64
-    reward_mask: Any  # (T, T) bool, in place of the window
-    group_ids: Any  # (S,) int32 or int64
-    lookahead: int
-    segment_length: int
-    gamma: float
-    baseline: str
-    std_eps: float = STD_EPS
-
-
-class Reduction(NamedTuple):
-    """How the losses of tokens become one: ``kind``, one of REDUCTIONS, over ``sequences`` equal ones or those that
-    cu_seqlens bounds."""
-
-    kind: str
-    normalizer: Any  # None, a number, or a 0-d float32 tensor on the device
-    sequences: int
-    cu_seqlens: Any  # (sequences + 1,) int32 or int64, or None

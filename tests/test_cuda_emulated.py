@@ -282,9 +282,9 @@ def test_extreme_logits_stay_in_their_row(emulated):
         x[1, 9], x[2, 9], x[3, 5], x[4, 9] = torch.nan, torch.inf, -torch.inf, -torch.inf
         labels, adv, d = torch.full((5,), 5), torch.ones(5), torch.empty(1, 5, 64)
         out = [torch.empty(5) for _ in range(3)]
-        emulated.ops.policy_loss(
-            x[None], labels, adv, None, None, None, None, None, 0, 3, 0.2, 0.2, 0.0, 0.0, 0.1, 0.0, 1.0, 0.0, *out, d
-        )
+        spec = PolicyLossSpec(entropy_coef=0.1)
+        rows = [adv, *[None] * 5]
+        emulated.ops.policy_loss(x[None], labels, rows, spec.numbers, spec.choices, *out, d, None)
         assert out[1].isnan().tolist() == [False, True, True, False, False]
         assert out[2].isnan().tolist() == [False, True, True, False, False]
         assert d[0].isnan().any(1).tolist() == [False, True, True, False, False]

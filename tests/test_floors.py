@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # ground first; a room is a module or a package
     ["spec"],
+    ["contract"],
     ["reference", "kernels", "native"],
     ["backends"],
     ["ops"],
@@ -23,7 +24,7 @@ FLOORS = [  # ground first; a room is a module or a package
     ["bench"],
     ["cli"],
 ]
-CORE = FLOORS[:5]
+CORE = FLOORS[:6]
 FLOOR = {f"ppg_fast.{room}": n for n, rooms in enumerate(FLOORS) for room in rooms}
 FILES = {
     p: "ppg_fast." + ".".join(p.relative_to(ROOT / "ppg_fast").with_suffix("").parts)

@@ -12,6 +12,7 @@ from test_contract import CLASSES, turns_of
 
 import ppg_fast as ppg
 from ppg_fast import backends, ops
+from ppg_fast.contract import Columns, FusedArguments, Reduction, Turns, Wanted
 from ppg_fast.spec import BASELINES, LOSS_TYPES, REDUCTIONS, SEQUENCE_LEVEL
 
 TOKEN_LEVEL = [loss for loss in LOSS_TYPES if loss not in SEQUENCE_LEVEL]
@@ -28,7 +29,7 @@ MASKS = (
     torch.float64,
 )
 
-pytestmark = pytest.mark.parametrize("backend", backends.FUSES, indirect=True)
+pytestmark = pytest.mark.parametrize("backend", backends.NAMES, indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -241,18 +242,7 @@ def op_arguments(device, backend, reduction, with_grad):
         torch.arange(6).view(2, 3) % 7,
         torch.tensor([[0, 1, -1], [1, 1, 0]]),
     )
-    window = (
-        torch.randn(2, 2, device=device),
-        None,
-        None,
-        None,
-        torch.zeros(2, dtype=torch.int64, device=device),
-        2,
-        0,
-        0.9,
-    )
-    numbers = [getattr(ppg.PolicyLossSpec("ppo"), name) for name in ops.NUMBERS]
-    columns = (
+    columns = Columns(
         labels.to(device),
         torch.rand(2, 3, device=device) < 0.8,
         turns.to(device),
@@ -260,28 +250,17 @@ def op_arguments(device, backend, reduction, with_grad):
         torch.randn(2, 3, device=device),
         *(None,) * 3,
     )
-    rest = (
-        "leave_one_out",
-        1e-6,
-        reduction,
-        None,
-        None,
-        2,
-        None,
-        False,
-        *numbers,
-        True,
-        False,
-        with_grad,
-        False,
-        backend,
-    )
-    return x.requires_grad_(with_grad), *columns, *window, *rest
+    groups = torch.zeros(2, dtype=torch.int64, device=device)
+    rewards = torch.randn(2, 2, device=device)
+    given = Turns(rewards, None, None, None, groups, 2, 0, 0.9, "leave_one_out")
+    arguments = FusedArguments(columns, given, Reduction(reduction, None, 2, None), ppg.PolicyLossSpec("ppo"), False)
+    wanted = Wanted(entropy=True, score_norms=False, gradient=with_grad, validate=False)
+    return x.requires_grad_(with_grad), *arguments.pack(), list(wanted), backend
 
 
 @pytest.mark.parametrize(("reduction", "with_grad"), [("token_mean", True), ("none", True), ("sequence_sum", False)])
 def test_opcheck(reduction, with_grad, backend, device):
-    torch.library.opcheck(ops.fused_policy_loss_op, op_arguments(device, backend, reduction, with_grad))
+    torch.library.opcheck(ops.policy_loss_op, op_arguments(device, backend, reduction, with_grad))
 
 
 ONES, X, LABELS = torch.ones(2, 3), torch.randn(2, 3, 5), torch.tensor([[0, 1, 2], [3, 4, 0]])

@@ -12,7 +12,9 @@ from ppg_fast.bench.gpu import counts
 
 import ppg_fast as ppg
 from ppg_fast import backends, reference
+from ppg_fast.contract import Chunks, PerRow, RowArguments, Wanted
 from ppg_fast.ops import head as head_ops
+from ppg_fast.ops.linear_policy_loss import _loss_and_gradients
 from ppg_fast.spec import LOSS_TYPES, REDUCTIONS
 
 pytestmark = pytest.mark.gpu
@@ -320,15 +322,11 @@ def test_the_head_is_lean_and_right(monkeypatch, overlap):
                 seen.append([t.dtype for t in arguments[-2:] if isinstance(t, torch.Tensor)])
             return function(*arguments, **(keywords or {}))
 
-    from ppg_fast.ops import NUMBERS
-    from ppg_fast.ops.linear import _loss_and_gradients
-
-    numbers = [getattr(ppg.PolicyLossSpec(), name) for name in NUMBERS]
+    rows = RowArguments(labels, PerRow(advantages, *[None] * 5), ppg.PolicyLossSpec())
+    flags = list(Wanted(entropy=True, score_norms=False, gradient=True, validate=False))
+    plan = [True, True, False], Chunks(chunk, N).pack(), backends.default("cuda")
     with torch.no_grad(), Watch():
-        plan = (False, backends.default("cuda"), chunk, N)
-        _loss_and_gradients(
-            hidden, weight, None, labels, advantages, *[None] * 5, *numbers, True, True, *plan, [True, True, False]
-        )
+        _loss_and_gradients(hidden, weight, None, *rows.pack(), flags, *plan)
     assert len(seen) == 3 * N // chunk
     assert {dtype for pair in seen for dtype in pair} == {torch.bfloat16}
 

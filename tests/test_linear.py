@@ -2,6 +2,7 @@
 GEMMs."""
 
 import contextlib
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,12 @@ from closeness import assert_as_good_as
 
 import ppg_fast as ppg
 from ppg_fast import ops, reference
+from ppg_fast.contract import Chunks, PerRow, RowArguments, Wanted
 from ppg_fast.functional.loss import LossRows
 from ppg_fast.ops import head as head_ops
-from ppg_fast.ops import linear as linear_ops
+
+loss_ops = importlib.import_module("ppg_fast.ops.linear_policy_loss")  # `ops` has functions of these names
+logprob_ops = importlib.import_module("ppg_fast.ops.linear_token_logprobs")
 
 N, D, V = 23, 16, 209
 
@@ -177,18 +181,21 @@ def test_ops_are_well_formed(backend, device, bias):
         pytest.skip("reference: plain PyTorch, no op")
     head, labels, advantages, _ = inputs(torch.float32, device, bias)
     head = [None if t is None else t.nan_to_num().requires_grad_() for t in head]
-    numbers = [getattr(LOSSES["ppo"], name) for name in ops.NUMBERS]
-    wanted = [t is not None for t in head]
-    arguments = (*head, labels, advantages, *[None] * 5, *numbers, True, False, True, False, backend, 8, None, wanted)
+    gradients = [t is not None for t in head]
+    rows = RowArguments(labels, PerRow(advantages, *[None] * 5), LOSSES["ppo"])
+    flags = list(Wanted(entropy=True, score_norms=False, gradient=True, validate=False))
+    arguments = (*head, *rows.pack(), flags, gradients, Chunks(8, None).pack(), backend)
     torch.library.opcheck(ops.linear_policy_loss_op, arguments)
-    torch.library.opcheck(ops.linear_token_logprobs_op, (*head, labels, None, 0.7, 3.0, True, False, backend, 8, 20))
+    scored = (*head, labels, None, [0.7, 3.0], flags, Chunks(8, 20).pack(), backend)
+    torch.library.opcheck(ops.linear_token_logprobs_op, scored)
 
 
 # ---- rows that are bounded by the caller, not counted by the host ----------------------------------------------------
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Counting rows costs a sync there, so a bound takes its place; here counting is free and would hide that path."""
-    monkeypatch.setattr(linear_ops, "counted", lambda labels, bound, validate: bound is None or validate)
+    for module in (loss_ops, logprob_ops):
+        monkeypatch.setattr(module, "counted", lambda labels, bound, validate: bound is None or validate)
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -267,21 +274,21 @@ def test_one_sync_or_none(as_on_a_gpu, monkeypatch, bound, expected):
 
     tolist = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (looked.append("tolist"), tolist(self))[1])
-    monkeypatch.setattr(linear_ops, "check_labels", lambda *_: None)  # looks on a CPU only
+    for module in (loss_ops, logprob_ops):
+        monkeypatch.setattr(module, "check_labels", lambda *_: None)  # looks on a CPU only
     (hidden, weight, bias), labels, advantages, _ = inputs(torch.float32, "cpu")
-    numbers = [getattr(LOSSES["ppo"], name) for name in ops.NUMBERS]
-    plan = (False, "cpu", 8, bound)
+    rows = RowArguments(labels, PerRow(advantages, *[None] * 5), LOSSES["ppo"])
+    flags = list(Wanted(entropy=True, score_norms=False, gradient=True, validate=False))
+    chunks, scale = Chunks(8, bound).pack(), [0.7, 0.0]
     with Watch():
-        linear_ops._loss_and_gradients(
-            hidden, weight, bias, labels, advantages, *[None] * 5, *numbers, True, False, True, *plan, [True] * 3
-        )
+        loss_ops._loss_and_gradients(hidden, weight, bias, *rows.pack(), flags, [True] * 3, chunks, "cpu")
     assert len(looked) == expected
     with Watch():
-        _, entropy, lse, _ = linear_ops._logprobs(hidden, weight, bias, labels, None, 0.7, 0.0, True, *plan)
+        _, lse, entropy, _ = logprob_ops._logprobs(hidden, weight, bias, labels, None, scale, flags, chunks, "cpu")
     assert len(looked) == 2 * expected
     with Watch():
-        rows = lse, entropy, advantages, None, None
-        linear_ops._logprobs_gradients(hidden, weight, bias, labels, *rows, 0.7, 0.0, *plan[1:], [True] * 3)
+        of_rows = [labels, lse, entropy, advantages, None, None]
+        logprob_ops._logprobs_gradients(hidden, weight, bias, of_rows, scale, chunks, [True] * 3, "cpu")
     assert len(looked) == 3 * expected
 
 

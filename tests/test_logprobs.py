@@ -6,9 +6,14 @@ from cases import make_case
 from closeness import assert_as_good_as
 
 from ppg_fast import ops, reference
+from ppg_fast.contract import Wanted
 from ppg_fast.spec import IGNORE, PolicyLossSpec
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def wanted(entropy):
+    return Wanted(entropy, score_norms=False, gradient=True, validate=False)
 
 
 def numbers_of(case):
@@ -18,7 +23,7 @@ def numbers_of(case):
 def ours(case, backend, d_logprob, d_entropy):
     x = case.logits.detach().requires_grad_()
     logprob, entropy, _ = ops.token_logprobs(
-        x, case.labels, case.temperatures, *numbers_of(case), d_entropy is not None, False, backend
+        x, case.labels, case.temperatures, *numbers_of(case), wanted(d_entropy is not None), backend
     )
     total = (logprob * d_logprob).sum() + (0 if d_entropy is None else (entropy * d_entropy).sum())
     return {"logprob": logprob, "dlogits": torch.autograd.grad(total, x)[0]} | (
@@ -60,7 +65,7 @@ def test_rows_without_a_gradient_are_not_read(backend, device):
     case = make_case((1, 5, 100), PolicyLossSpec(temperature=0.8), device=device)
     upstream = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.0], device=device)
     x = case.logits.detach().requires_grad_()
-    logprob, *_ = ops.token_logprobs(x, case.labels, None, 0.8, 0.0, False, False, backend)
+    logprob, *_ = ops.token_logprobs(x, case.labels, None, 0.8, 0.0, wanted(False), backend)
     if backend == "reference":
         pytest.skip("reference: plain autograd reads what it likes")
     x.data[0, 1] = torch.nan  # .data: behind autograd's back
@@ -76,5 +81,5 @@ def test_op_is_well_formed(backend, device):
     for entropy in (True, False):
         x = case.logits.nan_to_num().requires_grad_()
         torch.library.opcheck(
-            ops.token_logprobs_op, (x, case.labels, case.temperatures, 1.0, 4.0, entropy, False, backend)
+            ops.token_logprobs_op, (x, case.labels, case.temperatures, [1.0, 4.0], list(wanted(entropy)), backend)
         )

@@ -4,9 +4,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from ppg_fast import backends
-from ppg_fast.spec import BASELINES, REDUCTIONS, KLEstimator, LossType
+from ppg_fast import backends, contract, ops
+from ppg_fast.spec import (
+    BASELINES,
+    REDUCTIONS,
+    SPEC_CHOICES,
+    SPEC_NUMBERS,
+    KLEstimator,
+    LossType,
+    PolicyLossSpec,
+)
 
 ROOT = Path(__file__).parents[1]
 EVERY = (
@@ -19,7 +28,9 @@ EVERY = (
 )
 # in CUDA the sweep of the fused loss is that of policy_loss
 FUSED = (
-    "ppg_fast/ops/{}.py",
+    "ppg_fast/ops/policy_loss.py",
+    "csrc/cpu/{}.cpp",
+    "csrc/cpu/credit.cpp",
     "kernels/triton/{}.py",
     "kernels/triton/credit.py",
     "csrc/cuda/credit.cu",
@@ -69,3 +80,48 @@ def test_enums_agree_with_cpp(enum):
 @pytest.mark.parametrize(("name", "names"), [("Baseline", BASELINES), ("Reduction", REDUCTIONS)])
 def test_names_that_travel_by_their_place_agree_with_cpp(name, names):
     assert cpp_enum(name) == {text.upper(): place for place, text in enumerate(names)}
+
+
+def wire(name, namespace):
+    """The names of an unscoped enum of csrc/args.h, in order."""
+    body = (ROOT / "csrc/args.h").read_text().split(f"namespace {namespace} {{")[1]
+    return [word.lower() for word in re.findall(r"\w+", re.search(rf"enum {name} {{(.*?)}}", body, re.DOTALL)[1])]
+
+
+@pytest.mark.parametrize(
+    ("name", "namespace", "names"),
+    [
+        ("PerRow", "wire", contract.PerRow._fields),
+        ("Number", "wire", SPEC_NUMBERS),
+        ("Choice", "wire", SPEC_CHOICES),
+        ("Tensor", "fused", contract.FUSED_TENSORS),
+        ("Number", "fused", [n for n in contract.FUSED_NUMBERS if n not in SPEC_NUMBERS] + ["spec_numbers"]),
+        ("Choice", "fused", [n for n in contract.FUSED_CHOICES if n not in SPEC_CHOICES] + ["spec_choices"]),
+    ],
+)
+def test_lists_travel_in_the_order_of_args_h(name, namespace, names):
+    assert wire(name, namespace) == list(names)
+
+
+@pytest.mark.parametrize("policy_class", [None, "lookahead:3"])
+@pytest.mark.parametrize("normalizer", [None, 2.5, torch.tensor(3.5)])
+def test_what_is_packed_is_unpacked(policy_class, normalizer):
+    names = iter(range(100))
+    columns = contract.Columns(*(torch.tensor(next(names)) for _ in contract.Columns._fields))
+    turns = contract.Turns(*(torch.tensor(next(names)) for _ in range(5)), 3, 2, 0.9, "group_std", 1e-3)
+    reduction = contract.Reduction("sequence_sum", normalizer, 4, torch.tensor(next(names)))
+    spec = PolicyLossSpec("ppo", 0.1, 0.3, 2.0, 0.05, "k1", 0.02, 1.5, 0.7, 9.0)
+    given = contract.FusedArguments(columns, turns if policy_class else None, reduction, spec, True)
+    assert contract.FusedArguments.unpack(*given.pack()) == given
+    rows = contract.RowArguments(torch.tensor(1), contract.PerRow(*map(torch.tensor, range(6))), spec)
+    assert contract.RowArguments.unpack(*rows.pack()) == rows
+    assert all(contract.Chunks.unpack(c.pack()) == c for c in (contract.Chunks(3, None), contract.Chunks(3, 7)))
+
+
+def test_no_operator_takes_more_than_ten_arguments():
+    ours = [getattr(ops, name) for name in ops.__all__ if name.endswith("_op")]
+    schemas = [op._opoverload._schema for op in ours]
+    native = backends.load("cpu")._lib
+    schemas += [getattr(native, name).default._schema for name in (*backends.CONTRACT, "fused_policy_loss")]
+    assert len(schemas) >= 11
+    assert [s.name for s in schemas if len(s.arguments) > 10] == []

@@ -72,4 +72,4 @@ def test_special_cases_coincide(backend, device):
 
 def test_op_is_well_formed(backend, device):
     rewards, counts = torch.randn(3, 5, device=device), torch.tensor([5, 2, 3], device=device)
-    torch.library.opcheck(ops.partial_returns_op, (rewards, None, counts, None, 3, 0, 0.9, False, backend))
+    torch.library.opcheck(ops.partial_returns_op, (rewards, None, counts, None, [3, 0], 0.9, False, backend))

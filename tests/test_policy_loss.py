@@ -4,23 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import LOSSES, TERMS, make_case
+from cases import LOSSES, TERMS, make_case, run
 from closeness import assert_as_good_as
 
-from ppg_fast import backends, ops
-from ppg_fast.spec import IGNORE, PolicyLossSpec
+import ppg_fast as ppg
+from ppg_fast import backends
+from ppg_fast.spec import IGNORE
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # one token; less than a vector; not a multiple of any vector; a few blocks and a tail
 SHAPES = {"1x1": (1, 1, 1), "one-row": (1, 1, 7), "tails": (1, 9, 1003), "batch": (2, 5, 4099)}
-
-
-def run(case, backend, dlogits=None):
-    """The op's outputs on ``backend`` by name; the gradient through autograd, or into ``dlogits`` straight through the
-    contract."""
-    x = case.logits.detach().requires_grad_()
-    loss, logprob, entropy, _ = ops.policy_loss(x, case.labels, case.per_row, case.spec, True, False, False, backend)
-    return {"loss": loss, "logprob": logprob, "entropy": entropy, "dlogits": torch.autograd.grad(loss.sum(), x)[0]}
 
 
 def assert_matches(case, backend):
@@ -99,14 +92,10 @@ def test_a_row_does_not_depend_on_its_neighbours(backend, device):
     case = make_case((1, 8, 515), replace(LOSSES["ppo"], **TERMS["everything"]), device=device)
     together = run(case, backend)
     for n in range(8):
-        rows = ops.PerRow(*(None if t is None else t[n : n + 1] for t in case.per_row))
-        x = case.logits[:, n : n + 1].detach().requires_grad_()
-        loss, logprob, entropy, _ = ops.policy_loss(
-            x, case.labels[n : n + 1], rows, case.spec, True, False, False, backend
-        )
-        alone = {"loss": loss, "logprob": logprob, "entropy": entropy}
+        alone = run(case, backend, slice(n, n + 1))
+        dlogits = alone.pop("dlogits")
         assert all(torch.equal(alone[name], together[name][n : n + 1]) for name in alone), n
-        assert torch.equal(torch.autograd.grad(loss.sum(), x)[0][0], together["dlogits"][0, n : n + 1]), n
+        assert torch.equal(dlogits[0], together["dlogits"][0, n : n + 1]), n
 
 
 def test_minus_infinity_is_a_probability_of_zero(backend, device):
@@ -132,50 +121,31 @@ def test_upstream_gradients_scale_rows(backend, device):
     case = make_case((1, 9, 515), LOSSES["ppo"], device=device)
     upstream = torch.linspace(-1.0, 2.0, 9, device=device)
     upstream[4] = 1.0
-    expected = run(case, backend)["dlogits"] * upstream[None, :, None]
-    x = case.logits.detach().requires_grad_()
-    loss = ops.policy_loss(x, case.labels, case.per_row, case.spec, False, False, False, backend)[0]
-    torch.testing.assert_close(torch.autograd.grad(loss, x, upstream)[0], expected, rtol=1e-6, atol=0)
+
+    def gradient(upstream):
+        x = case.logits[0].nan_to_num().requires_grad_()
+        options = {"old_logprobs": case.old_logprobs, "spec": case.spec, "reduction": "none", "backend": backend}
+        loss = ppg.policy_loss(x, case.labels, case.advantages, **options).loss
+        return torch.autograd.grad(loss, x, upstream)[0]
+
+    expected = gradient(torch.ones_like(upstream)) * upstream[:, None]
+    assert expected.any()
+    torch.testing.assert_close(gradient(upstream), expected, rtol=1e-6, atol=0)
 
 
-def test_an_empty_batch(backend, device):
+def test_no_rows(backend, device):
     case = make_case((1, 4, 33), LOSSES["ppo"], device=device)
-    x = case.logits[:, :0].detach().requires_grad_()
-    rows = ops.PerRow(*(None if t is None else t[:0] for t in case.per_row))
-    loss = ops.policy_loss(x, case.labels[:0], rows, case.spec, True, False, False, backend)[0]
-    loss.sum().backward()
-    assert loss.shape == (0,)
-    assert x.grad.shape == x.shape
-
-
-def test_op_is_well_formed(backend, device):
-    """Schema, fake tensors and autograd registration, as torch.compile needs them."""
-    if backend == "reference":
-        pytest.skip("reference: plain PyTorch, no op")
-    case = make_case((2, 3, 100), replace(LOSSES["ppo"], **TERMS["everything"]), device=device)
-    numbers = [getattr(case.spec, name) for name in ops.NUMBERS]
-    for with_grad in (True, False):
-        arguments = (
-            case.logits.nan_to_num().requires_grad_(with_grad),
-            case.labels,
-            *case.per_row,
-            *numbers,
-            True,
-            False,
-            with_grad,
-            False,
-            backend,
-        )
-        torch.library.opcheck(ops.policy_loss_op, arguments)
+    out = run(case, backend, slice(0))
+    assert out["loss"].shape == (0,)
+    assert out["dlogits"].shape == (1, 0, 33)
 
 
 def test_a_second_backward_pass_says_what_to_do(backend, device):
     if backend == "reference":
         pytest.skip("reference: plain autograd")
     x = torch.randn(1, 3, 20, device=device, requires_grad=True)
-    labels = torch.tensor([1, 2, 3], device=device)
-    rows = ops.PerRow(torch.ones(3, device=device), *[None] * 5)
-    loss = 2 * ops.policy_loss(x, labels, rows, PolicyLossSpec(), False, False, False, backend)[0].sum()
+    labels, advantages = torch.tensor([[1, 2, 3]], device=device), torch.ones(1, 3, device=device)
+    loss = 2 * ppg.policy_loss(x, labels, advantages, backend=backend).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated a second time"):
         loss.backward()

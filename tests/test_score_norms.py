@@ -8,13 +8,14 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from cases import LOSSES, TERMS, make_case
+from cases import LOSSES, TERMS, make_case, run
 from closeness import assert_as_good_as
 from contract_case import Call, close, draw
 from test_isa import isa  # noqa: F401
 
 import ppg_fast as ppg
 from ppg_fast import backends, ops, reference
+from ppg_fast.contract import Chunks, Columns, FusedArguments, Reduction, RowArguments, Wanted
 from ppg_fast.spec import IGNORE, LOSS_TYPES, REDUCTIONS, SEQUENCE_LEVEL
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -34,19 +35,13 @@ def truth_of(case, dtype=torch.float64):
 
 def all_outputs(case, backend, score_norms):
     """Every output of the row kernels, and the gradient."""
-    x = case.logits.detach().requires_grad_()
-    loss, *rows = ops.policy_loss(x, case.labels, case.per_row, case.spec, True, False, False, backend, score_norms)
-    scale = (
-        case.labels,
-        case.temperatures,
-        case.spec.temperature if case.temperatures is None else 1.0,
-        case.spec.logit_softcap,
-    )
-    pair = ops.token_logprobs(x.detach(), *scale, True, False, backend, score_norms)
-    return {
-        "loss": loss, "logprob": rows[0], "entropy": rows[1], "dlogits": torch.autograd.grad(loss.sum(), x)[0],
-        "logprob alone": pair[0], "entropy alone": pair[1],
-    }, rows[2], pair[2]  # fmt: skip
+    norms = torch.empty_like(case.advantages) if score_norms else case.advantages.new_empty(0)
+    outputs = run(case, backend, norm=norms if score_norms else None)
+    temperature = case.spec.temperature if case.temperatures is None else 1.0
+    scale = case.labels, case.temperatures, temperature, case.spec.logit_softcap
+    wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=False)
+    logprob, entropy, alone = ops.token_logprobs(case.logits.detach(), *scale, wanted, backend)
+    return outputs | {"logprob alone": logprob, "entropy alone": entropy}, norms, alone
 
 
 def check(case, backend):
@@ -206,16 +201,20 @@ def test_opcheck(with_grad, backend, device):
         pytest.skip("reference: plain PyTorch, no op")
     case = make_case((2, 3, 60), replace(LOSSES["ppo"], **TERMS["everything"]), device=device)
     x = case.logits.nan_to_num().requires_grad_(with_grad)
-    numbers = [getattr(case.spec, name) for name in ops.NUMBERS]
-    flags = False, True, with_grad, False, backend  # no entropy asked for: the norm brings it along
-    torch.library.opcheck(ops.policy_loss_op, (x, case.labels, *case.per_row, *numbers, *flags))
-    torch.library.opcheck(ops.token_logprobs_op, (x, case.labels, None, 0.8, 0.0, False, False, backend, True))
+    # no entropy asked for: the norm brings it along
+    flags = list(Wanted(entropy=False, score_norms=True, gradient=with_grad, validate=False))
+    advantages, _, *others = case.per_row
+    columns = (None if c is None else c.view(2, 3) for c in (case.labels, None, None, advantages, *others))
+    columns = Columns(*columns)
+    fused = FusedArguments(columns, None, Reduction("token_mean", None, 2, None), case.spec, False)
+    torch.library.opcheck(ops.policy_loss_op, (x, *fused.pack(), flags, backend))
+    torch.library.opcheck(ops.token_logprobs_op, (x, case.labels, None, [0.8, 0.0], flags, backend))
     hidden, weight = (torch.randn(n, 4, device=device, requires_grad=with_grad) for n in (6, 60))
-    rows = hidden, weight, None, case.labels
-    torch.library.opcheck(
-        ops.linear_policy_loss_op, (*rows, *case.per_row, *numbers, *flags, 4, None, [with_grad, with_grad, False])
-    )
-    torch.library.opcheck(ops.linear_token_logprobs_op, (*rows, None, 0.8, 0.0, False, False, backend, 4, None, True))
+    head, rows = (hidden, weight, None), RowArguments(case.labels, case.per_row, case.spec)
+    gradients, chunks = [with_grad, with_grad, False], Chunks(4, None).pack()
+    torch.library.opcheck(ops.linear_policy_loss_op, (*head, *rows.pack(), flags, gradients, chunks, backend))
+    scored = *head, case.labels, None, [0.8, 0.0], flags, chunks, backend
+    torch.library.opcheck(ops.linear_token_logprobs_op, scored)
 
 
 def test_log_probs_alone_do_not_tell():

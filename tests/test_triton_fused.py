@@ -18,7 +18,8 @@ pytest.importorskip("triton")
 from triton.runtime.interpreter import GridExecutor
 
 from ppg_fast import backends
-from ppg_fast.spec import BASELINES, REDUCTIONS, Columns, PolicyLossSpec, Reduction, Turns
+from ppg_fast.contract import Columns, Reduction, Turns
+from ppg_fast.spec import BASELINES, REDUCTIONS, PolicyLossSpec
 
 # (B, L) and the bounds of packed sequences: dialogues; an empty run and one of a token; more dialogues than a program
 # takes

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppg_fast.spec import BASELINES, Columns, Reduction, Turns
+from ppg_fast.contract import Columns, Reduction, Turns
+from ppg_fast.spec import BASELINES
 
 from .partial_returns import double, split, window, window_end, window_return
 from .weights import COUNTERS

@@ -4,7 +4,8 @@ ppg_fast/backends.py"""
 import torch
 from torch import Tensor
 
-from ppg_fast.spec import Columns, PolicyLossSpec, Reduction, Turns
+from ppg_fast.contract import Columns, Reduction, Turns
+from ppg_fast.spec import PolicyLossSpec
 
 from .credit import credit
 from .plan import on_device

@@ -1,15 +1,15 @@
 """The policy loss on a backend that fuses: what the caller holds goes to the kernels as it is, and metrics wait until
 they are read."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from ppg_fast import backends, ops
+from ppg_fast.contract import Columns, Reduction, Turns, Wanted
 from ppg_fast.functional.loss import (
     SCORE_NORMS,
     LossOptions,
@@ -22,7 +22,7 @@ from ppg_fast.functional.loss import (
 )
 from ppg_fast.functional.returns import checked_turns
 from ppg_fast.functional.tokens import advantages_per_token, check_tensor, check_tokens, checked_normalizer
-from ppg_fast.spec import SEQUENCE_LEVEL, Columns, PolicyLossSpec, Reduction, Turns, require
+from ppg_fast.spec import SEQUENCE_LEVEL, PolicyLossSpec, fail, require
 
 TURN_NAMES = ("rewards", "turn_ids", "policy_class", "gamma", "baseline", "group_ids", "turn_counts", "backend")
 TurnArguments = tuple[Any, ...]  # of credit_turns, by these names
@@ -45,18 +45,19 @@ class LazyMetrics(Mapping[str, Tensor]):
     def __init__(
         self,
         values: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]],
-        made_of: Mapping[str, object] | None = None,
+        made_of: Iterable[tuple[str, Tensor]] = (),
         known: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._values, self._known = values, dict(known or {})
-        self._captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        tensors = {name: t for name, t in (made_of or {}).items() if isinstance(t, Tensor) and not t.is_inference()}
-        self._made_of = {} if self._captured else {name: (t, t._version) for name, t in tensors.items()}
+        self._values, self._known = values, known or {}
+        self._captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        self._made_of = []
+        if not self._captured:
+            self._made_of = [(name, t, t._version) for name, t in made_of if not t.is_inference()]
 
     def _read(self) -> Mapping[str, Tensor]:
         if isinstance(self._values, Mapping):
             return self._values
-        for name, (tensor, version) in self._made_of.items():
+        for name, tensor, version in self._made_of:
             if tensor._version != version:
                 raise RuntimeError(
                     f"metrics are computed when they are first read, but {name} was modified in place since: read "
@@ -64,7 +65,7 @@ class LazyMetrics(Mapping[str, Tensor]):
                 )
         values = {**self._values(), **self._known}
         if not self._captured:
-            self._values, self._made_of = values, {}
+            self._values, self._made_of = values, []
         return values
 
     def __getitem__(self, name: str) -> Tensor:
@@ -87,7 +88,7 @@ def fused_policy_loss(
     turns: TurnArguments | None,
     inplace: bool,
     backend: str,
-    **options: Unpack[LossOptions],
+    options: LossOptions,
 ) -> PolicyLossOutput:
     """`policy_loss` of ``logits`` (B, L, V), or `partial_policy_loss` where ``turns`` are given in place of
     advantages."""
@@ -95,19 +96,27 @@ def fused_policy_loss(
     spec = checked_spec(options.get("spec"), options.get("ref_logprobs"))
     cu_seqlens = options.get("cu_seqlens")
     sequences = check_tokens(labels, options.get("loss_mask"), cu_seqlens, device)
-    require(sequences > 0 or labels.numel() == 0, "cu_seqlens must rise from 0 to the number of tokens", labels.numel())
+    if sequences == 0 and labels.numel():
+        fail("cu_seqlens must rise from 0 to the number of tokens", labels.numel())
     normalizer = checked_normalizer(kind, options.get("normalizer"), device, validate)
     given, turn_ids = (None, None) if turns is None else _checked_turns(turns, labels, sequences)
     columns = _columns(logits.shape[:2], labels, turn_ids, advantages, spec, options)
     wants_norms = options.get("score_norms", False)
-    loss, logprobs, entropy, norms = ops.fused_policy_loss(
-        logits, columns, given,
-        Reduction(kind, normalizer, sequences, None if cu_seqlens is None else cu_seqlens.contiguous()),
-        replace(spec, temperature=1.0) if columns.temperatures is not None else spec,
-        options.get("skip_zero_advantages", False), True, inplace, validate, backend, wants_norms,
-    )  # fmt: skip
-    logprobs, entropy = logprobs.detach().view(labels.shape), entropy.detach().view(labels.shape)
-    known = {SCORE_NORMS: norms.detach().view(labels.shape)} if wants_norms else {}
+    reduction = Reduction(kind, normalizer, sequences, None if cu_seqlens is None else cu_seqlens.contiguous())
+    loss, logprobs, entropy, norms = ops.policy_loss(
+        logits,
+        columns,
+        given,
+        reduction,
+        spec if columns.temperatures is None else replace(spec, temperature=1.0),
+        options.get("skip_zero_advantages", False),
+        Wanted(entropy=True, score_norms=wants_norms, gradient=False, validate=validate),
+        inplace,
+        backend,
+    )
+    shape = labels.shape
+    logprobs, entropy = _in_shape(logprobs, shape), _in_shape(entropy, shape)
+    known = {SCORE_NORMS: _in_shape(norms, shape)} if wants_norms and norms is not None else {}
 
     def metrics() -> Mapping[str, Tensor]:
         with torch.no_grad():
@@ -121,15 +130,18 @@ def fused_policy_loss(
     if torch.compiler.is_compiling():
         lazy: Mapping[str, Tensor] = {**metrics(), **known}
     else:
-        made_of = {
-            "labels": labels,
-            "advantages": advantages,
-            "logprobs": logprobs,
-            "entropy": entropy,
-            "temperature": spec.temperature,
-        }
-        lazy = LazyMetrics(metrics, {**made_of, **options, **dict(zip(TURN_NAMES, turns or (), strict=False))}, known)
-    return PolicyLossOutput(loss.view(labels.shape) if kind == "none" else loss, logprobs, entropy, lazy)
+        made_of = [("labels", labels), ("logprobs", logprobs), ("entropy", entropy)]
+        made_of += [(name, t) for name, t in options.items() if isinstance(t, Tensor)]
+        own = [("advantages", advantages), ("temperature", spec.temperature)]
+        for name, value in own if turns is None else [own[1], *zip(TURN_NAMES, turns, strict=True)]:
+            if isinstance(value, Tensor):
+                made_of.append((name, value))
+        lazy = LazyMetrics(metrics, made_of, known)
+    return PolicyLossOutput(_in_shape(loss, shape) if kind == "none" else loss, logprobs, entropy, lazy)
+
+
+def _in_shape(values: Tensor, shape: torch.Size) -> Tensor:
+    return values if values.shape == shape else values.reshape(shape)
 
 
 def _checked_turns(turns: TurnArguments, labels: Tensor, sequences: int) -> tuple[Turns, Tensor]:
@@ -150,21 +162,27 @@ def _columns(
     spec: PolicyLossSpec,
     options: LossOptions,
 ) -> Columns:
-    """Every argument per token as (B, L), without a copy where its strides and dtype allow it."""
+    """Every argument per token as (B, L) or, flat, (L,), without a copy where its strides and dtype allow it."""
+    if labels.dim() == 1:
+        shape = labels.shape
 
     def column(name: str, values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
         check_tensor(name, values, labels.shape, labels.device)
-        return values.detach().float().reshape(shape)
+        if values.requires_grad:
+            values = values.detach()
+        if values.dtype != torch.float32:
+            values = values.float()
+        return _in_shape(values, shape)
 
     mask = options.get("loss_mask")
     if turn_ids is None:
         advantages = advantages_per_token(advantages, labels)  # type: ignore[arg-type]
     return Columns(
-        labels.reshape(shape),
-        None if mask is None else mask.reshape(shape),
-        None if turn_ids is None else turn_ids.reshape(shape),
+        _in_shape(labels, shape),
+        None if mask is None else _in_shape(mask, shape),
+        None if turn_ids is None else _in_shape(turn_ids, shape),
         column("advantages", advantages),
         column("old_logprobs", options.get("old_logprobs")),
         column("ref_logprobs", options.get("ref_logprobs")),

@@ -5,6 +5,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ppg_fast import backends, ops
+from ppg_fast.contract import Chunks, RowArguments, Wanted
 from ppg_fast.functional.loss import LossOptions, LossRows, PolicyLossOutput, credit_turns, spec_and_temperatures
 from ppg_fast.functional.tokens import Tokens, check_floats
 from ppg_fast.spec import SEQUENCE_LEVEL, PolicyClass, PolicyLossSpec, require
@@ -94,8 +95,11 @@ def linear_token_logprobs(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
     )
     backend = backend or backends.default(hidden.device.type)
-    numbers = float(spec.temperature), float(logit_softcap), entropy, validate, backend, chunk, max_active_rows
-    logprobs, ent, _ = ops.linear_token_logprobs(x, weight, bias, tokens.labels, temperatures, *numbers)
+    wanted = Wanted(entropy, score_norms=False, gradient=False, validate=validate)
+    scale = float(spec.temperature), float(logit_softcap)
+    logprobs, ent, _ = ops.linear_token_logprobs(
+        x, weight, bias, tokens.labels, temperatures, *scale, wanted, Chunks(chunk, max_active_rows), backend
+    )
     return (logprobs.view(labels.shape), ent.view(labels.shape)) if entropy else logprobs.view(labels.shape)
 
 
@@ -149,34 +153,17 @@ def linear_policy_loss(
         normalizer=normalizer, skip_zero_advantages=skip_zero_advantages, score_norms=score_norms, validate=validate,
     )  # fmt: skip
     backend = backend or backends.default(hidden.device.type)
+    wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
+    chunks = Chunks(chunk, max_active_rows)
     if rows.spec.loss_type in SEQUENCE_LEVEL or reduction == "none":
-        numbers = (
-            float(rows.spec.temperature),
-            float(rows.spec.logit_softcap),
-            True,
-            validate,
-            backend,
-            chunk,
-            max_active_rows,
-        )
+        scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
         logprobs, entropy, norms = ops.linear_token_logprobs(
-            x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, *numbers, score_norms
+            x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, *scale, wanted, chunks, backend
         )
         loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)
     else:
-        loss, logprobs, entropy, norms = ops.linear_policy_loss(
-            x,
-            weight,
-            bias,
-            rows.tokens.labels,
-            rows.per_row,
-            rows.spec,
-            validate,
-            backend,
-            chunk,
-            max_active_rows,
-            score_norms,
-        )
+        arguments = RowArguments(rows.tokens.labels, rows.per_row, rows.spec)
+        loss, logprobs, entropy, norms = ops.linear_policy_loss(x, weight, bias, arguments, wanted, chunks, backend)
     return rows.output(loss, logprobs, entropy, skip_zero_advantages, norms)
 
 

@@ -4,27 +4,31 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ppg_fast import backends, ops
+from ppg_fast.contract import Wanted
 from ppg_fast.functional.fused import fused_policy_loss, fuses
 from ppg_fast.functional.loss import LossOptions, LossRows, PolicyLossOutput, credit_turns, spec_and_temperatures
 from ppg_fast.functional.tokens import Tokens, check_floats
-from ppg_fast.spec import SEQUENCE_LEVEL, PolicyClass, PolicyLossSpec, require
+from ppg_fast.ops.checks import check_labels
+from ppg_fast.spec import SEQUENCE_LEVEL, PolicyClass, PolicyLossSpec, fail
 
 
 def _rows_of(logits: Tensor, labels: Tensor) -> Tensor:
     """Logits (..., V) as (B, L, V) with unit stride along V; a view where the strides allow it, as for `logits[:,
     :-1]`."""
     check_floats("logits", logits)
-    require(isinstance(labels, Tensor), "labels must be a tensor", type(labels).__name__)
-    matches = logits.dim() >= 1 and logits.shape[:-1] == labels.shape
-    require(
-        matches, f"logits must be the shape of labels and a vocabulary, {(*labels.shape, 'V')}", tuple(logits.shape)
-    )
-    require(logits.shape[-1] >= 1, "the vocabulary must hold at least one token", logits.shape[-1])
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+    if not isinstance(labels, Tensor):
+        fail("labels must be a tensor", type(labels).__name__)
+    shape, rank = logits.shape, logits.dim()
+    if rank < 1 or shape[:-1] != labels.shape:
+        fail(f"logits must be the shape of labels and a vocabulary, {(*labels.shape, 'V')}", tuple(shape))
+    V = shape[-1]
+    if V < 1:
+        fail("the vocabulary must hold at least one token", V)
+    if logits.stride(-1) != 1 and V > 1:
         logits = logits.contiguous()
-    if logits.dim() == 3:
+    if rank == 3:
         return logits
-    return logits.reshape(1, labels.numel(), logits.shape[-1]) if logits.dim() < 3 else logits.flatten(0, -3)
+    return logits.reshape(1, labels.numel(), V) if rank < 3 else logits.flatten(0, -3)
 
 
 def token_logprobs(
@@ -61,8 +65,9 @@ def token_logprobs(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
     )
     backend = backend or backends.default(logits.device.type)
-    numbers = float(spec.temperature), float(logit_softcap), entropy, validate, backend
-    logprobs, ent, _ = ops.token_logprobs(x, tokens.labels, temperatures, *numbers)
+    wanted = Wanted(entropy, score_norms=False, gradient=False, validate=validate)
+    scale = float(spec.temperature), float(logit_softcap)
+    logprobs, ent, _ = ops.token_logprobs(x, tokens.labels, temperatures, *scale, wanted, backend)
     return (logprobs.view(labels.shape), ent.view(labels.shape)) if entropy else logprobs.view(labels.shape)
 
 
@@ -134,15 +139,21 @@ def policy_loss(
         "skip_zero_advantages": skip_zero_advantages, "score_norms": score_norms, "validate": validate,
     }  # fmt: skip
     if fuses(backend, spec):
-        return fused_policy_loss(x, labels, advantages, None, inplace, backend, **options)
+        return fused_policy_loss(x, labels, advantages, None, inplace, backend, options)
     rows = LossRows.of(labels, advantages, logits.device, turn_ids=turn_ids, **options)
     if rows.spec.loss_type in SEQUENCE_LEVEL:
-        numbers = float(rows.spec.temperature), float(rows.spec.logit_softcap), True, validate, backend, score_norms
-        logprobs, entropy, norms = ops.token_logprobs(x, rows.tokens.labels, rows.per_row.temperatures, *numbers)
+        wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
+        scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
+        logprobs, entropy, norms = ops.token_logprobs(
+            x, rows.tokens.labels, rows.per_row.temperatures, *scale, wanted, backend
+        )
         loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)
-    else:
-        flags = True, inplace, validate, backend, score_norms
-        loss, logprobs, entropy, norms = ops.policy_loss(x, rows.tokens.labels, rows.per_row, rows.spec, *flags)
+    else:  # plain PyTorch
+        check_labels(rows.tokens.labels, logits.shape[-1], validate)
+        z = x.flatten(0, 1).float()
+        loss, logprobs, entropy, norms = ops.reference_policy_loss(
+            z, rows.tokens.labels, rows.per_row, rows.spec, score_norms
+        )
     return rows.output(loss, logprobs, entropy, skip_zero_advantages, norms)
 
 
@@ -183,6 +194,6 @@ def partial_policy_loss(
     x = _rows_of(logits, labels)
     chosen = backend or backends.default(logits.device.type)
     if fuses(chosen, options.get("spec")):
-        return fused_policy_loss(x, labels, None, turns, inplace, chosen, **options)
+        return fused_policy_loss(x, labels, None, turns, inplace, chosen, options)
     options, advantages = credit_turns(options, labels, *turns)
     return policy_loss(logits, labels, advantages, inplace=inplace, turn_ids=turn_ids, backend=backend, **options)

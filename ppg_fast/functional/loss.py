@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppg_fast import ops, reference
+from ppg_fast.contract import PerRow
 from ppg_fast.functional.returns import partial_returns, turn_advantages
 from ppg_fast.functional.tokens import (
     Tokens,
@@ -20,9 +21,9 @@ from ppg_fast.functional.tokens import (
     readable,
     reduction_weights,
 )
-from ppg_fast.ops import PerRow
-from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
+from ppg_fast.spec import PolicyClass, PolicyLossSpec, fail, require
 
+DEFAULT_SPEC = PolicyLossSpec()
 SCORE_NORMS = "score_norms"  # among the metrics
 
 
@@ -158,9 +159,12 @@ class LossRows:
 
 def checked_spec(spec: PolicyLossSpec | None, ref_logprobs: Tensor | None) -> PolicyLossSpec:
     """The spec, or the default one; ValueError where it does not go with the other arguments."""
-    spec = PolicyLossSpec() if spec is None else spec
-    require(isinstance(spec, PolicyLossSpec), "spec must be a PolicyLossSpec", type(spec).__name__)
-    require(spec.kl_coef == 0 or ref_logprobs is not None, "a KL term (kl_coef > 0) needs ref_logprobs", None)
+    if spec is None:
+        return DEFAULT_SPEC
+    if not isinstance(spec, PolicyLossSpec):
+        fail("spec must be a PolicyLossSpec", type(spec).__name__)
+    if spec.kl_coef and ref_logprobs is None:
+        fail("a KL term (kl_coef > 0) needs ref_logprobs", None)
     return spec
 
 

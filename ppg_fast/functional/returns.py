@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ppg_fast import backends, ops, reference
+from ppg_fast.contract import Turns
 from ppg_fast.ops.checks import check_turn_counts
 from ppg_fast.spec import (
     BASELINES,
@@ -11,7 +12,7 @@ from ppg_fast.spec import (
     PolicyClass,
     RewardMask,
     Segment,
-    Turns,
+    fail,
     require,
     require_number,
     require_one_of,
@@ -21,12 +22,10 @@ from ppg_fast.spec import policy_class as named_policy_class
 
 def _check_turns(values: Tensor, name: str, turn_counts: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Values (B, T) as contiguous float32 and turn_counts (B,) on their device, or a ValueError."""
-    require(
-        isinstance(values, Tensor) and values.dim() == 2,
-        f"{name} must be a (B, T) tensor",
-        getattr(values, "shape", values),
-    )
-    require(values.is_floating_point(), f"{name} must be floating point", values.dtype)
+    if not isinstance(values, Tensor) or values.dim() != 2:
+        fail(f"{name} must be a (B, T) tensor", getattr(values, "shape", values))
+    if not values.is_floating_point():
+        fail(f"{name} must be floating point", values.dtype)
     if turn_counts is not None:
         require(isinstance(turn_counts, Tensor), "turn_counts must be a tensor", type(turn_counts).__name__)
         shape_is_valid = turn_counts.shape == values.shape[:1] and not turn_counts.is_floating_point()
@@ -40,8 +39,6 @@ def _check_turns(values: Tensor, name: str, turn_counts: Tensor | None) -> tuple
             f"turn_counts must be on the device of {name}, {values.device}",
             turn_counts.device,
         )
-        if turn_counts.is_cpu and not torch.compiler.is_compiling():
-            check_turn_counts(turn_counts, values.shape[1])
         turn_counts = _integers(turn_counts)
     return values.detach().float().contiguous(), turn_counts
 
@@ -134,12 +131,7 @@ def partial_returns(
     Raises: ValueError for wrong shapes or dtypes, gamma outside [0, 1], non-finite rewards, scattered segments.
     """
     turns = checked_turns(rewards, policy_class, gamma, turn_counts)
-    counts = None if turns.turn_counts is None else turns.turn_counts.long()
-    backend = backend or backends.default(rewards.device.type)
-    window = turns.lookahead, turns.segment_length, turns.gamma
-    return ops.partial_returns_op(
-        turns.rewards, turns.segment_ids, counts, turns.reward_mask, *window, validate, backend
-    )
+    return ops.partial_returns(turns, validate, backend or backends.default(rewards.device.type))
 
 
 def turn_advantages(
@@ -169,6 +161,8 @@ def turn_advantages(
     Raises: ValueError for wrong shapes, dtypes or names.
     """
     returns, turn_counts = _check_turns(returns, "returns", turn_counts)
+    if turn_counts is not None and turn_counts.is_cpu and not torch.compiler.is_compiling():
+        check_turn_counts(turn_counts, returns.shape[1])
     group_ids = _check_groups(group_ids, baseline, returns)
     B, T = returns.shape
     turns = torch.arange(T, device=returns.device)

@@ -8,23 +8,36 @@ from torch import Tensor
 
 from ppg_fast import ops
 from ppg_fast.reference import consecutive_ids, group_sum
-from ppg_fast.spec import IGNORE, REDUCTIONS, SEQUENCE_LEVEL, PolicyLossSpec, require, require_number, require_one_of
+from ppg_fast.spec import (
+    IGNORE,
+    REDUCTIONS,
+    SEQUENCE_LEVEL,
+    PolicyLossSpec,
+    fail,
+    require,
+    require_number,
+    require_one_of,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, value: Tensor, shape: torch.Size | None, device: torch.device) -> None:
     """ValueError unless ``value`` is a tensor of that shape (None: any) on that device."""
-    require(isinstance(value, Tensor), f"{name} must be a tensor", type(value).__name__)
-    require(value.device == device, f"{name} must be on {device} like the logits or hidden states", value.device)
-    if shape is not None:
-        require(value.shape == shape, f"{name} must have the shape of labels, {tuple(shape)}", tuple(value.shape))
+    if not isinstance(value, Tensor):
+        fail(f"{name} must be a tensor", type(value).__name__)
+    if value.device != device:
+        fail(f"{name} must be on {device} like the logits or hidden states", value.device)
+    if shape is not None and value.shape != shape:
+        fail(f"{name} must have the shape of labels, {tuple(shape)}", tuple(value.shape))
 
 
 def check_floats(name: str, tensor: Tensor) -> None:
     """ValueError unless the tensor holds logits, hidden states or weights that the kernels read."""
-    require(isinstance(tensor, Tensor), f"{name} must be a tensor", type(tensor).__name__)
-    require(tensor.dtype in DTYPES, f"{name} must be float32, bfloat16 or float16", tensor.dtype)
+    if not isinstance(tensor, Tensor):
+        fail(f"{name} must be a tensor", type(tensor).__name__)
+    if tensor.dtype not in DTYPES:
+        fail(f"{name} must be float32, bfloat16 or float16", tensor.dtype)
 
 
 def readable(tensor: Tensor, validate: bool) -> bool:
@@ -95,7 +108,8 @@ class Tokens:
 
 def advantages_per_token(advantages: Tensor, labels: Tensor) -> Tensor:
     """Advantages of the labels' shape, from that or from (B,) for a (B, L) batch, which is not copied."""
-    require(isinstance(advantages, Tensor), "advantages must be a tensor", type(advantages).__name__)
+    if not isinstance(advantages, Tensor):
+        fail("advantages must be a tensor", type(advantages).__name__)
     if labels.dim() == 2 and advantages.shape == labels.shape[:1] and advantages.shape != labels.shape:
         return advantages[:, None].expand(labels.shape)
     return advantages

@@ -6,33 +6,26 @@ too.
 """
 
 from ppg_fast.ops.checks import check_temperatures
-from ppg_fast.ops.fused_policy_loss import fused_policy_loss, fused_policy_loss_op
-from ppg_fast.ops.linear import (
-    default_chunk_rows,
-    linear_policy_loss,
-    linear_policy_loss_op,
-    linear_token_logprobs,
-    linear_token_logprobs_op,
-)
-from ppg_fast.ops.partial_returns import partial_returns_op
-from ppg_fast.ops.policy_loss import NUMBERS, PerRow, policy_loss, policy_loss_op
+from ppg_fast.ops.head import default_chunk_rows
+from ppg_fast.ops.linear_policy_loss import linear_policy_loss, linear_policy_loss_op
+from ppg_fast.ops.linear_token_logprobs import linear_token_logprobs, linear_token_logprobs_op
+from ppg_fast.ops.partial_returns import partial_returns, partial_returns_op
+from ppg_fast.ops.policy_loss import policy_loss, policy_loss_op, reference_policy_loss
 from ppg_fast.ops.sequences import sequence_ids, sequence_ids_op, turn_credit_op
 from ppg_fast.ops.token_logprobs import token_logprobs, token_logprobs_op
 
 __all__ = [
-    "NUMBERS",
-    "PerRow",
     "check_temperatures",
     "default_chunk_rows",
-    "fused_policy_loss",
-    "fused_policy_loss_op",
     "linear_policy_loss",
     "linear_policy_loss_op",
     "linear_token_logprobs",
     "linear_token_logprobs_op",
+    "partial_returns",
     "partial_returns_op",
     "policy_loss",
     "policy_loss_op",
+    "reference_policy_loss",
     "sequence_ids",
     "sequence_ids_op",
     "token_logprobs",

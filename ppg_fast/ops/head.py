@@ -1,7 +1,7 @@
 """A linear head over the rows that count: which rows those are, the GEMMs around one chunk of them, the order in which
 chunks run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -82,6 +82,24 @@ def partition(full: Tensor, forward: Tensor, bound: int | None = None, counting:
     return Rows(order[:taken], order[:0], numbers[:taken] >= active, excess)
 
 
+# ---- what comes out of them ---------------------------------------------------------------------------------------
+def pick(values: Sequence[Tensor | None], rows: Tensor) -> tuple[Tensor | None, ...]:
+    return tuple(None if v is None else v[rows] for v in values)
+
+
+def row_outputs(like: Tensor, rows: int, entropy: bool, score_norms: bool) -> list[Tensor]:
+    """Two columns, and those of entropy and score norms, (0,) unless wanted."""
+    sizes = rows, rows, rows if entropy or score_norms else 0, rows if score_norms else 0
+    return [torch.zeros(n, dtype=torch.float32, device=like.device) for n in sizes]
+
+
+def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty d_hidden in the dtype of hidden, d_weight and d_bias in float32, (0,) where not wanted."""
+    d_hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
+    d_weight = hidden.new_empty(weight.shape if wanted[1] else (0,), dtype=torch.float32)
+    return d_hidden, d_weight, hidden.new_empty(weight.shape[:1] if wanted[2] else (0,), dtype=torch.float32)
+
+
 # ---- GEMMs -----------------------------------------------------------------------------------------------------------
 class Chunk(NamedTuple):
     """Some rows in the middle of the sweep."""
@@ -102,7 +120,7 @@ class Head:
         self.hidden, self.weight, self.bias, self.chunk_rows = hidden, weight, bias, chunk_rows
         like = {"dtype": torch.float32, "device": hidden.device}
         self.d_hidden = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
-        self.d_weight = fresh(weight.shape, **like) if wanted[1] else torch.empty(0, **like)
+        self.d_weight = fresh(hidden, weight.shape, torch.float32) if wanted[1] else torch.empty(0, **like)
         self.d_bias = torch.zeros(weight.shape[0], **like) if wanted[2] else torch.empty(0, **like)
         self.wanted = wanted
         self.buffers: list[Tensor] = []
@@ -133,9 +151,9 @@ class Head:
         """Memory of the logits of at least ``rows`` rows, the same one for each ``number``."""
         rows = -(-rows // GEMM_ROWS) * GEMM_ROWS
         if number == len(self.buffers):
-            self.buffers.append(fresh((rows, self.weight.shape[0]), self.hidden.dtype, self.hidden.device))
+            self.buffers.append(fresh(self.hidden, (rows, self.weight.shape[0])))
         elif self.buffers[number].shape[0] < rows:
-            self.buffers[number] = fresh((rows, self.weight.shape[0]), self.hidden.dtype, self.hidden.device)
+            self.buffers[number] = fresh(self.hidden, (rows, self.weight.shape[0]))
         return self.buffers[number]
 
     def sweep(

@@ -1,186 +1,175 @@
-"""policy_loss: log-prob, loss and dlogits in one sweep, as a custom op with autograd."""
+"""policy_loss: from what the caller holds to the reduced loss and dlogits in one sweep, a custom op with autograd."""
 
-from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ppg_fast import backends, reference
+from ppg_fast.contract import Columns, FusedArguments, PerRow, Reduction, Turns, Wanted
 from ppg_fast.ops.allocation import fresh
-from ppg_fast.ops.checks import check_labels
-from ppg_fast.spec import PolicyLossSpec
+from ppg_fast.ops.checks import check_cu_seqlens, check_labels, check_rewards, check_temperatures, check_turn_ids
+from ppg_fast.ops.sequences import sequence_ids
+from ppg_fast.ops.tracing import needs_grad, no_gradients, traced
+from ppg_fast.spec import IGNORE, PolicyLossSpec
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-class PerRow(NamedTuple):
-    """What the loss needs of each row beside its label, (N,) float32 each."""
-
-    advantages: Tensor
-    weights: Tensor | None  # of the reduction; None: 1
-    old_logprobs: Tensor | None  # None: on-policy
-    ref_logprobs: Tensor | None
-    rollout_logprobs: Tensor | None
-    temperatures: Tensor | None  # None: the spec's number for all
-
-
-NUMBERS = tuple(f.name for f in fields(PolicyLossSpec))  # the wire format of a spec, in order
-SPEC_SCHEMA = (
-    "str loss_type, float clip_low, float clip_high, float dual_clip, float kl_coef, str kl_estimator, float "
-    "entropy_coef, "
-    "float importance_cap, float temperature, float logit_softcap, bool entropy, bool score_norms, bool with_grad, "
-    "bool validate, "
-    "str backend"
-)
-OUTPUTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-SCHEMA = (
-    "Tensor labels, Tensor advantages, Tensor? weights, Tensor? old_logprobs, Tensor? ref_logprobs, Tensor? "
-    "rollout_logprobs, "
-    f"Tensor? temperatures, {SPEC_SCHEMA}"
-)
+def compute(logits: Tensor, dlogits: Tensor | None, arguments: FusedArguments, wanted: Wanted, backend: str) -> Outputs:
+    """-> loss () (that of a token for "none"), log-prob, entropy and score norm in the shape of the labels, float32;
+    writes ``dlogits``, which may be the logits. The entropy is (0,) and the score norm None unless wanted."""
+    if wanted.validate or (logits.is_cpu and backend != "cpu"):
+        check_values(logits, arguments)
+    norm = None
+    if wanted.score_norms:
+        norm = torch.empty(arguments.columns.labels.shape, dtype=torch.float32, device=logits.device)
+    out = backends.load(backend).fused_policy_loss(logits, *arguments, wanted.entropy, dlogits, norm)
+    if out is None:  # a value breaks a rule, and nothing was computed
+        check_values(logits, arguments)
+        raise RuntimeError("the kernels refused values in which the checks find no fault: please report it")
+    return *out, norm
 
 
-def wanted_norm(logits: Tensor, wanted: bool, *shape: int) -> Tensor | None:
-    """Where a backend writes score norms to, if they are wanted."""
-    return logits.new_empty(shape, dtype=torch.float32) if wanted else None
+def check_values(logits: Tensor, arguments: FusedArguments) -> None:
+    """ValueError (IndexError for a label) that names the first value to break a rule."""
+    columns, turns, reduction = arguments[:3]
+    labels, rows = columns.labels.reshape(-1), logits.shape[0] * logits.shape[1]
+    if columns.loss_mask is not None:
+        labels = torch.where(columns.loss_mask.reshape(-1) != 0, labels, IGNORE)
+    if reduction.cu_seqlens is not None:
+        check_cu_seqlens(reduction.cu_seqlens, rows)
+    if turns is not None:
+        assert columns.turn_ids is not None
+        check_rewards(turns.rewards, turns.turn_counts, turns.segment_ids)
+        sequences = sequence_ids(reduction.cu_seqlens, reduction.sequences, labels)
+        turn_ids, T = columns.turn_ids.reshape(-1), turns.rewards.shape[1]
+        check_turn_ids(turn_ids, T, sequences, turns.turn_counts, labels != IGNORE)
+        labels = torch.where(turn_ids < 0, IGNORE, labels)
+    check_labels(labels, logits.shape[-1], True)
+    if columns.temperatures is not None:
+        check_temperatures(columns.temperatures.reshape(-1), labels != IGNORE)
 
 
-def given_norm(logits: Tensor, norm: Tensor | None) -> Tensor:
-    """What an op returns for it: (0,) where it was not wanted."""
-    return logits.new_empty(0, dtype=torch.float32) if norm is None else norm
-
-
-def _policy_loss(
-    logits: Tensor, dlogits: Tensor | None, labels: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    advantages, weights, old, ref, rollout, temperatures, *numbers, entropy, score_norms, _, validate, backend = (
-        arguments
-    )
-    check_labels(labels, logits.shape[-1], validate)
-    spec, norm = PolicyLossSpec(*numbers), wanted_norm(logits, score_norms, labels.numel())
-    rows = labels, advantages, weights, old, ref, rollout, temperatures
-    out = backends.load(backend).policy_loss(logits, *rows, spec, entropy, dlogits, norm)
-    return *out, given_norm(logits, norm)
-
-
-@torch.library.custom_op("ppg_fast::policy_loss", mutates_args=(), schema=f"(Tensor logits, {SCHEMA}) -> {OUTPUTS}")
-def policy_loss_op(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """-> weighted loss, log-prob, entropy and score norm (N,) float32, and dlogits (B, L, V); the last three (0,)
-    unless wanted."""
-    dlogits = fresh(logits.shape, logits.dtype, logits.device) if arguments[-3] else None
-    return *_policy_loss(logits, dlogits, *arguments), logits.new_empty(0) if dlogits is None else dlogits
-
-
+# ---- for tracers -----------------------------------------------------------------------------------------------------
 @torch.library.custom_op(
-    "ppg_fast::policy_loss_",
-    mutates_args=("logits",),
-    schema=f"(Tensor(a!) logits, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "ppg_fast::policy_loss",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor?[] tensors, float[] numbers, int[] choices, bool[] wanted, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def policy_loss_inplace_op(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same with dlogits written over the logits."""
-    return _policy_loss(logits, logits, *arguments)
-
-
-def _rows_like(logits: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    N, entropy, norm = logits.shape[0] * logits.shape[1], arguments[-5], arguments[-4]
-    entropy = entropy or norm or arguments[7 + NUMBERS.index("entropy_coef")] != 0
-    shapes = N, N, N if entropy else 0, N if norm else 0
-    return tuple(logits.new_empty(n, dtype=torch.float32) for n in shapes)  # type: ignore[return-value]
+def policy_loss_op(
+    logits: Tensor,
+    tensors: list[Tensor | None],
+    numbers: list[float],
+    choices: list[int],
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss, log-prob, entropy, score norm as in `compute`, and dlogits (B, L, V); the last three (0,) unless
+    wanted."""
+    flags = Wanted(*wanted)
+    dlogits = fresh(logits, logits.shape) if flags.gradient else None
+    arguments = FusedArguments.unpack(tensors, numbers, choices)
+    *out, norm = compute(logits, dlogits, arguments, flags, backend)
+    norm = logits.new_empty(0, dtype=torch.float32) if norm is None else norm
+    return *out, norm, logits.new_empty(0) if dlogits is None else dlogits  # type: ignore[return-value]
 
 
 @policy_loss_op.register_fake
-def _(logits, *arguments):
-    return *_rows_like(logits, arguments), logits.new_empty(logits.shape if arguments[-3] else (0,))
+def _(logits, tensors, numbers, choices, wanted, backend):
+    flags, arguments = Wanted(*wanted), FusedArguments.unpack(tensors, numbers, choices)
+    rows, none = arguments.columns.labels.shape, (0,)
+    has_entropy = flags.entropy or flags.score_norms or arguments.spec.entropy_coef != 0
+    loss = rows if arguments.reduction.kind == "none" else ()
+    shapes = loss, rows, rows if has_entropy else none, rows if flags.score_norms else none
+    small = [logits.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    return *small, logits.new_empty(logits.shape if flags.gradient else none)
 
 
-@policy_loss_inplace_op.register_fake
-def _(logits, *arguments):
-    return _rows_like(logits, arguments)
-
-
-def setup_traced(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, tensors, _, _, _, _ = inputs
+    _, _, _, _, dlogits = output
     ctx.set_materialize_grads(False)  # else dlogits gets zeros of its size
-    ctx.save_for_backward(output[-1])
-    ctx.arguments = len(inputs) - 1
+    ctx.save_for_backward(dlogits)
+    ctx.no_gradients = no_gradients(tensors)
 
 
-def backward_traced(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     (dlogits,) = ctx.saved_tensors
-    if d_loss is None:
-        return (None,) * (1 + ctx.arguments)
-    scale = d_loss if d_loss.dim() == 0 else d_loss.view(dlogits.shape[0], dlogits.shape[1], 1)
-    return (dlogits * scale).to(dlogits.dtype), *[None] * ctx.arguments
+    gradient = None
+    if d_loss is not None:
+        scale = d_loss if d_loss.dim() == 0 else d_loss.view(dlogits.shape[0], dlogits.shape[1], 1)
+        gradient = (dlogits * scale).to(dlogits.dtype)
+    return gradient, ctx.no_gradients, None, None, None, None
 
 
-policy_loss_op.register_autograd(backward_traced, setup_context=setup_traced)
+policy_loss_op.register_autograd(_backward, setup_context=_setup)
 
 
+# ---- in eager mode ---------------------------------------------------------------------------------------------------
 class EagerPolicyLoss(torch.autograd.Function):
     """Outside of a tracer the one gradient buffer is scaled by the upstream gradient in place, so that it is never held
     twice."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, inplace: bool, ops: tuple[Any, Any], *arguments: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``ops``: the one that returns dlogits behind its other results, and the one that writes it over the
-        logits."""
-        if inplace:
-            out = ops[1](logits.detach(), *arguments)
-            # whoever else saved the logits for a backward pass is told that they are gone
+        ctx: Any, logits: Tensor, arguments: FusedArguments, wanted: Wanted, inplace: bool, backend: str
+    ) -> Outputs:
+        dlogits = logits.detach() if inplace else fresh(logits, logits.shape)
+        out = compute(logits, dlogits, arguments, wanted, backend)
+        if inplace:  # whoever else saved the logits for a backward pass is told that they are gone
             torch.autograd.graph.increment_version(logits)
-            dlogits = logits.detach()
-        else:
-            *out, dlogits = ops[0](logits.detach(), *arguments)
         ctx.save_for_backward(dlogits)
-        ctx.backend, ctx.scaled, ctx.arguments = arguments[-1], False, len(arguments)
-        ctx.mark_non_differentiable(*out[1:])
-        return tuple(out)  # type: ignore[return-value]
+        ctx.backend, ctx.scaled = backend, False
+        ctx.mark_non_differentiable(*(t for t in out[1:] if t is not None))
+        return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (dlogits,) = ctx.saved_tensors
         if ctx.scaled:
             raise RuntimeError(
-                "the policy loss was differentiated a second time, but its only gradient buffer was scaled in place "
-                "by the first "
-                "backward pass: compute the loss again, or build on token_logprobs"
+                "the policy loss was differentiated a second time, but its only gradient buffer was scaled in place by "
+                "the first backward pass: compute the loss again, or build on token_logprobs"
             )
         if not (d_loss.is_cpu and bool((d_loss == 1).all())):
             backends.load(ctx.backend).rescale_rows(dlogits, d_loss.reshape(-1).contiguous())
             ctx.scaled = True
-        return dlogits, *[None] * (ctx.arguments + 2)
+        return dlogits, None, None, None, None
 
 
 def policy_loss(
-    logits: Tensor, labels: Tensor, per_row: PerRow, spec: PolicyLossSpec, entropy: bool, inplace: bool, validate: bool,
+    logits: Tensor,
+    columns: Columns,
+    turns: Turns | None,
+    reduction: Reduction,
+    spec: PolicyLossSpec,
+    skip_zero_advantages: bool,
+    wanted: Wanted,
+    inplace: bool,
     backend: str,
-    score_norms: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Weighted loss (differentiable in the logits), log-prob, entropy and score norm ((0,) unless wanted) of each row,
-    (N,) float32."""
-    if backend == "reference":
-        check_labels(labels, logits.shape[-1], validate)
-        return reference_policy_loss(logits.flatten(0, 1).float(), labels, per_row, spec, score_norms)
-    with_grad = torch.is_grad_enabled() and logits.requires_grad
-    arguments = (
-        labels,
-        *per_row,
-        *(getattr(spec, name) for name in NUMBERS),
-        entropy,
-        score_norms,
-        with_grad,
-        validate,
-        backend,
-    )
-    if with_grad and not torch.compiler.is_compiling():
-        return EagerPolicyLoss.apply(logits, inplace, (policy_loss_op, policy_loss_inplace_op), *arguments)
-    return policy_loss_op(logits, *arguments)[:4]
+) -> Outputs:
+    """Reduced loss, differentiable in the logits, log-prob, entropy and, where wanted, score norm, float32 in the shape
+    of the labels; contract: `backends`. ``wanted.gradient`` is found here."""
+    wanted = Wanted(wanted.entropy, wanted.score_norms, needs_grad(logits), wanted.validate)
+    arguments = FusedArguments(columns, turns, reduction, spec, skip_zero_advantages)
+    if traced(logits):
+        loss, logprob, entropy, norm, _ = policy_loss_op(logits, *arguments.pack(), list(wanted), backend)
+        return loss, logprob.detach(), entropy.detach(), norm.detach()
+    if wanted.gradient:
+        return EagerPolicyLoss.apply(logits, arguments, wanted, inplace, backend)  # type: ignore[return-value]
+    return compute(logits, None, arguments, wanted, backend)
 
 
 def reference_policy_loss(
     logits: Tensor, labels: Tensor, per_row: PerRow, spec: PolicyLossSpec, score_norms: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of float32 logits (N, V) by plain PyTorch."""
+    """Weighted loss, log-prob, entropy and score norm ((0,) unless wanted) of float32 logits (N, V) by plain
+    PyTorch."""
     temperature = spec.temperature if per_row.temperatures is None else per_row.temperatures
     out = reference.policy_loss(logits, labels, *per_row[:5], replace(spec, temperature=temperature))
     norms = (

@@ -6,77 +6,72 @@ import torch
 from torch import Tensor
 
 from ppg_fast import backends, reference
+from ppg_fast.contract import Wanted
 from ppg_fast.ops.allocation import fresh
 from ppg_fast.ops.checks import check_labels
-from ppg_fast.ops.policy_loss import given_norm, wanted_norm
+from ppg_fast.ops.tracing import differentiable, needs_grad, traced
 
 
-@torch.library.custom_op("ppg_fast::token_logprobs", mutates_args=())
-def token_logprobs_op(
+def _logprobs(
     logits: Tensor,
     labels: Tensor,
     temperatures: Tensor | None,
-    temperature: float,
-    logit_softcap: float,
-    entropy: bool,
-    validate: bool,
+    scale: list[float],
+    wanted: list[bool],
     backend: str,
-    score_norms: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> log-prob, entropy, log-sum-exp and score norm of each row, (N,) float32; zeros where masked, (0,) unless
-    wanted."""
+    wanted. ``scale``: temperature and softcap."""
+    entropy, score_norms, _, validate = wanted
     check_labels(labels, logits.shape[-1], validate)
-    norm = wanted_norm(logits, score_norms, labels.numel())
-    out = backends.load(backend).logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, entropy, norm)
-    return *out, given_norm(logits, norm)
+    norm = torch.empty(labels.numel() if score_norms else 0, dtype=torch.float32, device=logits.device)
+    given = norm if score_norms else None
+    out = backends.load(backend).logprobs_fwd(logits, labels, temperatures, *scale, entropy, given)
+    return *out, norm
 
 
-@torch.library.custom_op("ppg_fast::token_logprobs_bwd", mutates_args=())
-def token_logprobs_bwd_op(
-    logits: Tensor, labels: Tensor, lse: Tensor, entropy: Tensor, d_logprob: Tensor, d_entropy: Tensor | None,
-    temperatures: Tensor | None, temperature: float, logit_softcap: float, backend: str,
-) -> Tensor:  # fmt: skip
-    """-> dlogits (B, L, V) of `token_logprobs`."""
-    dlogits = fresh(logits.shape, logits.dtype, logits.device)
-    scale = temperatures, temperature, logit_softcap
-    backends.load(backend).logprobs_bwd(logits, labels, lse, entropy, d_logprob, d_entropy, *scale, dlogits)
+def _gradient(logits: Tensor, rows: list[Tensor | None], scale: list[float], backend: str) -> Tensor:
+    """-> dlogits (B, L, V). ``rows``: labels, log-sum-exp, entropy, d_logprob, d_entropy, temperatures."""
+    dlogits = fresh(logits, logits.shape)
+    backends.load(backend).logprobs_bwd(logits, *rows, *scale, dlogits)
     return dlogits
 
 
+token_logprobs_op = torch.library.custom_op("ppg_fast::token_logprobs", _logprobs, mutates_args=())
+token_logprobs_bwd_op = torch.library.custom_op("ppg_fast::token_logprobs_bwd", _gradient, mutates_args=())
+
+
 @token_logprobs_op.register_fake
-def _(logits, labels, temperatures, temperature, logit_softcap, entropy, validate, backend, score_norms=False):
-    N = logits.shape[0] * logits.shape[1]
-    return tuple(
-        logits.new_empty(n, dtype=torch.float32)
-        for n in (N, N if entropy or score_norms else 0, N, N if score_norms else 0)
-    )
+def _(logits, labels, temperatures, scale, wanted, backend):
+    flags, N = Wanted(*wanted), logits.shape[0] * logits.shape[1]
+    sizes = N, N if flags.entropy or flags.score_norms else 0, N, N if flags.score_norms else 0
+    return tuple(logits.new_empty(n, dtype=torch.float32) for n in sizes)
 
 
 @token_logprobs_bwd_op.register_fake
-def _(logits, *_):
+def _(logits, rows, scale, backend):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _setup_token_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, temperatures, temperature, logit_softcap, entropy, _, backend, _ = inputs
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, temperatures, ctx.scale, wanted, ctx.backend = inputs
+    _, entropy, lse, _ = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, output[2], output[1], temperatures)
-    ctx.numbers, ctx.entropy = (temperature, logit_softcap, backend), entropy
+    ctx.save_for_backward(logits, labels, lse, entropy, temperatures)
+    ctx.entropy = Wanted(*wanted).entropy
 
 
-def _backward_token_logprobs(
-    ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     logits, labels, lse, entropy, temperatures = ctx.saved_tensors
-    d_logprob = torch.zeros_like(lse) if d_logprob is None else d_logprob
+    d_logprob = torch.zeros_like(lse) if d_logprob is None else d_logprob.contiguous()
     d_entropy = d_entropy.contiguous() if ctx.entropy and d_entropy is not None else None
-    grad = token_logprobs_bwd_op(
-        logits, labels, lse, entropy, d_logprob.contiguous(), d_entropy, temperatures, *ctx.numbers
-    )
-    return grad, *[None] * 8
+    call = token_logprobs_bwd_op if traced(logits, d_logprob) else _gradient
+    rows = [labels, lse, entropy, d_logprob, d_entropy, temperatures]
+    return call(logits, rows, ctx.scale, ctx.backend), None, None, None, None, None
 
 
-token_logprobs_op.register_autograd(_backward_token_logprobs, setup_context=_setup_token_logprobs)
+token_logprobs_op.register_autograd(_backward, setup_context=_setup)
+EagerTokenLogprobs = differentiable(_logprobs, _setup, _backward)
 
 
 def token_logprobs(
@@ -85,20 +80,17 @@ def token_logprobs(
     temperatures: Tensor | None,
     temperature: float,
     logit_softcap: float,
-    entropy: bool,
-    validate: bool,
+    wanted: Wanted,
     backend: str,
-    score_norms: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob, entropy, both differentiable in the logits, and score norm of each row, (N,) float32; (0,) unless
     wanted."""
     if backend == "reference":
-        check_labels(labels, logits.shape[-1], validate)
-        scale = temperature if temperatures is None else temperatures
-        z = logits.flatten(0, 1).float()
-        norms = reference.score_norms(z, labels, scale, logit_softcap) if score_norms else z.new_empty(0)
-        return *reference.token_logprobs(z, labels, scale, logit_softcap), norms
-    logprob, ent, _, norms = token_logprobs_op(
-        logits, labels, temperatures, temperature, logit_softcap, entropy, validate, backend, score_norms
-    )
-    return logprob, ent, norms
+        check_labels(labels, logits.shape[-1], wanted.validate)
+        by, z = temperature if temperatures is None else temperatures, logits.flatten(0, 1).float()
+        norms = reference.score_norms(z, labels, by, logit_softcap) if wanted.score_norms else z.new_empty(0)
+        return *reference.token_logprobs(z, labels, by, logit_softcap), norms
+    call = token_logprobs_op if traced(logits) else EagerTokenLogprobs.apply if needs_grad(logits) else _logprobs
+    scale = [temperature, logit_softcap]
+    logprob, entropy, _, norms = call(logits, labels, temperatures, scale, list(wanted), backend)
+    return logprob, entropy, norms

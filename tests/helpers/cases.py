@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ppg_fast import reference
-from ppg_fast.ops import PerRow
+from ppg_fast import backends, ops, reference
+from ppg_fast.contract import PerRow
 from ppg_fast.spec import IGNORE, PolicyLossSpec
 
 NUMBERS = {"clip_low": 0.15, "clip_high": 0.3, "temperature": 0.7}
@@ -98,3 +98,22 @@ def make_case(
     columns = (advantages, torch.rand(N) + 0.5, old, logprobs - ratios[1], behind - ratios[2], temperatures)
     advantages, weights, old, ref, rollout, temperatures = (None if t is None else t.to(device) for t in columns)
     return Case(logits, labels.to(device), advantages, weights, old, ref, rollout, temperatures, spec)
+
+
+def run(case: Case, backend: str, rows=slice(None), norm: Tensor | None = None) -> dict[str, Tensor]:
+    """What the contract's `policy_loss` makes of these rows, by name, and their score norms into ``norm``.
+
+    Of "reference", which has no such function, the gradient is autograd's.
+    """
+    x, labels = case.logits[:, rows].detach(), case.labels[rows]
+    per_row = PerRow(*(None if t is None else t[rows] for t in case.per_row))
+    if backend == "reference":
+        z = x.requires_grad_().flatten(0, 1).float()
+        loss, logprob, entropy, norms = ops.reference_policy_loss(z, labels, per_row, case.spec, norm is not None)
+        dlogits = torch.autograd.grad(loss.sum(), x)[0]
+        if norm is not None:
+            norm.copy_(norms)
+    else:
+        dlogits, call = torch.full_like(x, torch.nan), backends.load(backend).policy_loss
+        loss, logprob, entropy = call(x, labels, *per_row, case.spec, True, dlogits, norm)
+    return {"loss": loss.detach(), "logprob": logprob.detach(), "entropy": entropy.detach(), "dlogits": dlogits}

@@ -28,7 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from ppg_fast.spec import Columns, PolicyLossSpec, Reduction, Turns
+from ppg_fast.contract import Columns, Reduction, Turns
+from ppg_fast.spec import PolicyLossSpec
 
 # the package refuses to load without a device; its modules do not
 package = importlib.util.find_spec("ppg_fast.kernels")

@@ -83,11 +83,10 @@ def install(library: Path | str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module._lib, module.require_cuda = torch.ops.ppg_fast_emulated, lambda: None
+    module._lib, module.require_cuda, module.on_gpu = torch.ops.ppg_fast_emulated, lambda: None, lambda _: True
     sys.modules["ppg_fast_emulated"] = module
     backends.MODULES["cuda"] = "ppg_fast_emulated"
-    backends.load.cache_clear()
-    backends.why_not.cache_clear()
+    backends.forget()
     return module
 
 

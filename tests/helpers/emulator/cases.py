@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ppg_fast as ppg
 from ppg_fast import reference
-from ppg_fast.spec import KLEstimator, LossType, PolicyLossSpec
+from ppg_fast.spec import PolicyLossSpec
 
 GUARD = 7.75  # what lies between the rows and must still be there afterwards
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -128,13 +128,9 @@ def run(ops, case: Case) -> Result:
     got = [torch.full((N,), torch.nan) for _ in range(3)]
     entropy = case.entropy or spec.entropy_coef != 0 or case.score_norm
     norm = torch.full((N,), torch.nan) if case.score_norm else None
-    ops.policy_loss(
-        x, c["labels"], c["advantages"], c["weights"], *given, temperatures, LossType[spec.loss_type.upper()],
-        KLEstimator[spec.kl_estimator.upper()], spec.clip_low, spec.clip_high, spec.dual_clip, spec.kl_coef,
-        spec.entropy_coef,
-        spec.importance_cap, spec.temperature, spec.logit_softcap, got[0], got[1], got[2] if entropy else None, dlogits,
-        norm,
-    )  # fmt: skip
+    rows = [c["advantages"], c["weights"], *given, temperatures]
+    outputs = got[0], got[1], got[2] if entropy else None, dlogits, norm
+    ops.policy_loss(x, c["labels"], rows, spec.numbers, spec.choices, *outputs)
     result = Result(*got, dlogits.reshape(N, case.V).clone(), norm)
     if norm is not None:
         norms = reference.score_norms(truth_in, c["labels"], truth_spec.temperature, spec.logit_softcap)

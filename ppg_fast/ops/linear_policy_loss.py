@@ -1,0 +1,164 @@
+"""linear_policy_loss: the row kernel in a loop over chunks of compacted rows, GEMMs around it.
+
+The [N, V] logits never exist: one chunk of them does, and its gradient takes its place. Only FULL rows go through all
+three GEMMs (logits, d_hidden, d_weight; two where the head is frozen), FORWARD-ONLY rows through the first, SKIP rows
+through none.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ppg_fast import backends
+from ppg_fast.contract import Chunks, PerRow, RowArguments, Wanted
+from ppg_fast.ops.checks import check_labels
+from ppg_fast.ops.head import Head, check_bound, counted, gradients_like, partition, pick, row_outputs
+from ppg_fast.ops.policy_loss import reference_policy_loss
+from ppg_fast.ops.tracing import differentiable, needs_grad, no_gradients, traced
+
+
+def _loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tensors: list[Tensor | None],
+    numbers: list[float],
+    choices: list[int],
+    wanted: list[bool],
+    gradients: list[bool],
+    chunks: list[int],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> weighted loss, log-prob, entropy, score norm (N,) float32, and d_hidden (N, D), d_weight (V, D), d_bias (V,)
+    of the summed loss.
+
+    d_hidden in the dtype of hidden, the other two in float32; (0,) where not wanted. ``tensors``, ``numbers`` and
+    ``choices`` are `RowArguments`, ``wanted`` is `Wanted`, ``chunks`` `Chunks`; ``gradients``: of the three inputs.
+    """
+    labels, per_row, spec = RowArguments.unpack(tensors, numbers, choices)
+    flags, (chunk_rows, bound), kernels = Wanted(*wanted), Chunks.unpack(chunks), backends.load(backend)
+    check_labels(labels, weight.shape[0], flags.validate)
+    loss, logprob, entropy, norms = row_outputs(
+        hidden, labels.numel(), flags.entropy or spec.entropy_coef != 0, flags.score_norms
+    )
+    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients))  # type: ignore[arg-type]
+    full = (labels >= 0) & ((per_row.advantages != 0) | spec.needs_every_row) & any(gradients)
+    parts = partition(full, (labels >= 0) & ~full, bound, counted(labels, bound, flags.validate))
+    if parts.excess is not None:  # by the weight NaN reaches the loss and all gradients
+        weights = 1.0 if per_row.weights is None else per_row.weights
+        per_row = per_row._replace(weights=parts.excess.expand(labels.numel()) + weights)
+
+    def kernel(rows: Tensor, logits: Tensor, dlogits: Tensor | None) -> None:
+        norm = torch.empty_like(loss[: rows.numel()]) if flags.score_norms else None
+        picked = labels[rows], *pick(per_row, rows)
+        out = kernels.policy_loss(logits, *picked, spec, entropy.numel() > 0, dlogits, norm)
+        loss[rows], logprob[rows] = out[0], out[1]
+        if entropy.numel():
+            entropy[rows] = out[2]
+        if norm is not None:
+            norms[rows] = norm
+
+    trains = any(gradients)
+    head.sweep(parts.full, lambda rows, logits: kernel(rows, logits, logits if trains else None), trains, parts.skip)
+    head.sweep(parts.forward, lambda rows, logits: kernel(rows, logits, None), False)
+    return loss, logprob, entropy, norms, *head.gradients()
+
+
+linear_policy_loss_op = torch.library.custom_op("ppg_fast::linear_policy_loss", _loss_and_gradients, mutates_args=())
+
+
+@linear_policy_loss_op.register_fake
+def _(hidden, weight, bias, tensors, numbers, choices, wanted, gradients, chunks, backend):
+    flags, (_, _, spec) = Wanted(*wanted), RowArguments.unpack(tensors, numbers, choices)
+    small = row_outputs(hidden, hidden.shape[0], flags.entropy or spec.entropy_coef != 0, flags.score_norms)
+    return *small, *gradients_like(hidden, weight, gradients)
+
+
+def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, tensors, _, _, _, ctx.gradients, _, _ = inputs
+    _, _, _, _, *saved = output
+    ctx.set_materialize_grads(False)  # else the outputs that are gradients get zeros of their size
+    ctx.save_for_backward(*saved)
+    ctx.no_gradients = no_gradients(tensors)
+    ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
+
+
+def _backward_loss(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * 10
+    upstream = d_loss[:1].sum()  # the public function hands out the sum alone, so every element is the same
+    # a tracer's tensor has no values to branch on
+    unscaled = type(d_loss) is Tensor and d_loss.is_cpu and bool(upstream == 1)
+    saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.gradients, strict=True)
+    scaled = (
+        (d.to(dtype) if unscaled else _scaled(d, upstream, dtype)) if wanted else None for d, dtype, wanted in saved
+    )
+    return *scaled, None, None, None, None, None, None, None
+
+
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * upstream in ``dtype``. On a GPU in one pass: a float32 product in between would be as large as
+    d_weight."""
+    if gradient.is_cuda:
+        return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
+    return (gradient * upstream).to(dtype)
+
+
+def _backward_traced(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
+    d_hidden, d_weight, d_bias, _, *rest = _backward_loss(ctx, *d_outputs)
+    return d_hidden, d_weight, d_bias, ctx.no_gradients, *rest
+
+
+linear_policy_loss_op.register_autograd(_backward_traced, setup_context=_setup_loss)
+EagerLinearPolicyLoss = differentiable(_loss_and_gradients, _setup_loss, _backward_loss)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: RowArguments,
+    wanted: Wanted,
+    chunks: Chunks,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weighted loss of each row, whose SUM is differentiable in hidden, weight and bias; log-prob, entropy, score norm.
+    (N,) float32. ``wanted.gradient`` is found here."""
+    if backend == "reference":
+        return reference_linear(hidden, weight, bias, rows, wanted, chunks)
+    inputs = hidden, weight, bias
+    trains = needs_grad(*inputs)
+    gradients = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
+    call = linear_policy_loss_op if traced(hidden, weight) else _loss_and_gradients
+    if trains and call is _loss_and_gradients:
+        call = EagerLinearPolicyLoss.apply
+    flags = list(wanted._replace(gradient=trains))
+    return call(*inputs, *rows.pack(), flags, gradients, chunks.pack(), backend)[:4]  # type: ignore[return-value]
+
+
+def reference_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: RowArguments, wanted: Wanted, chunks: Chunks
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same by plain PyTorch: chunks of active rows under activation checkpointing, so that one chunk of logits is
+    alive at a time."""
+    labels, per_row, spec = rows
+    check_labels(labels, weight.shape[0], wanted.validate)
+
+    def chunk_loss(
+        x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *columns: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        logits = torch.nn.functional.linear(x, weight, bias).float()
+        row = PerRow(*columns)  # type: ignore[arg-type]
+        return reference_policy_loss(logits, labels, row, spec, wanted.score_norms)[: len(outputs)]
+
+    outputs = [torch.zeros(labels.numel(), device=hidden.device) for _ in range(3 + wanted.score_norms)]
+    active = (labels >= 0).nonzero().squeeze(1)
+    check_bound(active.numel(), chunks.max_active)
+    for part in active.split(chunks.rows):
+        x = hidden.index_select(0, part)
+        found = checkpoint(chunk_loss, x, weight, bias, labels[part], *pick(per_row, part), use_reentrant=False)
+        outputs = [out.index_put((part,), values) for out, values in zip(outputs, found, strict=True)]
+    norms = outputs[3] if wanted.score_norms else hidden.new_empty(0, dtype=torch.float32)
+    return outputs[0], outputs[1], outputs[2], norms
