@@ -7,13 +7,14 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 from cases import LOSSES, TERMS, Case
 from torch import Tensor
 
 import ppg_fast as ppg
-from ppg_fast import backends, ops, reference
+from ppg_fast import backends, reference
 from ppg_fast.spec import LOSS_TYPES, PolicyLossSpec
 
 # not every NaN has the same bits: PyTorch's, the one that x86 makes, the one that CUDA makes
@@ -61,10 +62,8 @@ def a_case(spec: PolicyLossSpec, dtype: torch.dtype, device: str, V: int = 35) -
 
 
 def run(case: Case, backend: str) -> dict[str, Tensor]:
-    x = case.logits.detach().requires_grad_()
-    loss, logprob, entropy, _ = ops.policy_loss(x, case.labels, case.per_row, case.spec, True, False, False, backend)
-    (dlogits,) = torch.autograd.grad(loss.sum(), x)
-    return {"loss": loss.detach(), "logprob": logprob.detach(), "entropy": entropy.detach(), "dlogits": dlogits[0]}
+    out = cases.run(case, backend)
+    return {**out, "dlogits": out["dlogits"][0]}
 
 
 @cache
