@@ -12,7 +12,8 @@ import transformers
 
 from ppg_fast.dialogues.chat_format import ChatFormat, make_byte_tokenizer, make_word_tokenizer
 from ppg_fast.dialogues.dialogue import Dialogue, Message
-from ppg_fast.dialogues.packing import Sample, encode_dialogue, pack
+from ppg_fast.dialogues.encoding import encode_dialogue
+from ppg_fast.dialogues.packing import Sample, pack
 from ppg_fast.functional import policy_loss
 from ppg_fast.models import causal_lm as models
 from ppg_fast.models import varlen_attention
