@@ -107,6 +107,8 @@ def test_loss_and_gradients_from_hidden_states_equal_those_from_logits(kind):
     model.zero_grad()
     logits = torch.cat([eager_logits(model, s) for s in parts])
     per_token = models.token_advantages(batch, advantages)
+    following = [(row, turn) for row, part in zip(advantages, parts, strict=True) for turn in [*part.turn_ids[1:], -1]]
+    assert per_token.tolist() == [float(row[turn]) if turn >= 0 else 0.0 for row, turn in following]
     plain = policy_loss(
         logits, batch.labels, per_token, cu_seqlens=batch.cu_seqlens, spec=spec, reduction="sequence_sum"
     )

@@ -37,6 +37,10 @@ def test_packed_row_is_its_dialogues_one_by_one(drawn):
     assert batch.rewards.shape == (len(drawn), max([1, *(len(s.rewards) for s in drawn)]))
     assert batch.turn_counts.tolist() == [len(s.rewards) for s in drawn]
     assert batch.group_ids.tolist() == [s.group_id for s in drawn]
+    assert batch.dialogue_ids.tolist() == [n for n, sample in enumerate(drawn) for _ in sample.tokens]
+    assert batch.dialogue_ids.dtype == torch.int64
+    widest = batch.rewards.shape[1]
+    assert batch.turn_mask.tolist() == [[t < len(s.rewards) for t in range(widest)] for s in drawn]
     for n, sample in enumerate(drawn):
         rows = slice(batch.cu_seqlens[n], batch.cu_seqlens[n + 1])
         assert batch.tokens[rows].tolist() == sample.tokens

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ppg_fast.reference.turns import turn_mask
 from ppg_fast.spec import IGNORE, require
 
 CONTEXT = -1  # turn id of a token the policy did not choose
@@ -36,7 +37,7 @@ class Sample:
     cut_off: list[bool] | None = None
 
 
-# a dialogue to pass through a model for company: its gradient is zero
+# Dummy dialogue with zero gradient, for ranks without work.
 NOTHING = Sample([0], [CONTEXT], [], 0, rollout_logprobs=[0.0])
 
 
@@ -55,6 +56,18 @@ class PackedBatch:
     turn_counts: Tensor  # (S,) int64
     group_ids: Tensor  # (S,) int64
     rollout_logprobs: Tensor | None = None  # (N,) float32 in nats, 0 at context
+
+    @property
+    def turn_mask(self) -> Tensor:
+        """(S, T) bool: whether turn t of dialogue s exists."""
+        return turn_mask(self.turn_counts, self.rewards.shape[1])
+
+    @property
+    def dialogue_ids(self) -> Tensor:
+        """(N,) int64: the dialogue, 0 .. S - 1, that each token belongs to."""
+        lengths = torch.diff(self.cu_seqlens).long()
+        rows = torch.arange(len(lengths), device=lengths.device)
+        return rows.repeat_interleave(lengths, output_size=len(self.tokens))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch on ``device``."""
