@@ -17,6 +17,7 @@ from closeness import assert_as_good_as
 
 import ppg_fast as ppg
 from ppg_fast.integrations.transformers import LogitRule, logit_rule, patch
+from ppg_fast.integrations.transformers.alignment import LabelledTokens
 from ppg_fast.integrations.transformers.head import linear_of
 
 V, B, L = 61, 3, 11
@@ -333,6 +334,20 @@ def test_shift_labels_and_labels_say_the_same(batch):
         assert torch.equal(a[:, 1:], b[:, :-1])
         assert not a[:, 0].any()
         assert a.any()
+
+
+def test_alignment_leaves_the_callers_arguments_as_they_were():
+    labels, old = torch.tensor([[5, 6, 7]]), torch.tensor([[0.0, -1.0, -2.0]])
+    spec = ppg.PolicyLossSpec(temperature=torch.tensor([[1.0, 2.0, 3.0]]))
+    given, bounds = {"old_logprobs": old, "spec": spec}, torch.tensor([0, 2, 3])
+    tokens = LabelledTokens.of(labels, None, {"cu_seq_lens_q": bounds}, given, 2)
+    assert tokens.labels.tolist() == [[6, -100, -100]]
+    assert tokens.arguments["old_logprobs"].tolist() == [[-1.0, -2.0, 0.0]]
+    assert tokens.arguments["spec"].temperature.tolist() == [[2.0, 3.0, 1.0]]
+    assert (tokens.arguments["cu_seqlens"] is bounds, tokens.arguments["normalizer"]) == (True, 2.0)
+    assert given.keys() == {"old_logprobs", "spec"}
+    assert given["old_logprobs"] is old
+    assert given["spec"] is spec
 
 
 def test_log_probs_of_one_call_are_the_old_log_probs_of_the_next(batch):

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 NAME = "ppg_varlen"
+LAYERS = ("full_attention", "sliding_attention")  # layer types of transformers that it computes
 QUERY_BLOCK = 512  # rows of scores made at once where a mask or softcap forbids the fused kernel
 
 

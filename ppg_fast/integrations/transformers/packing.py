@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from ppg_fast.dialogues.packing import Sample, pack
-from ppg_fast.models.varlen_attention import NAME
+from ppg_fast.models import varlen_attention
 from ppg_fast.spec import IGNORE, require
 
 # model.set_attn_implementation(PACKED_ATTENTION): reads the bounds and makes no mask of the row's length squared
-PACKED_ATTENTION = NAME
+PACKED_ATTENTION = varlen_attention.NAME
+
+# layers that carry nothing over a bound where position ids restart; chunks are those of transformers' own attention
+PACKABLE_LAYERS = (*varlen_attention.LAYERS, "chunked_attention")
 
 FIELDS = ("input_ids", "turn_ids", "rewards", "group_id", "rollout_logprobs")
-
-PACKABLE_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def check_packable(model: Any) -> None:
