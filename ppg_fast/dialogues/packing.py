@@ -22,11 +22,9 @@ class Sample:
     """One dialogue as tokens; all lists but ``rewards`` have one entry per token.
 
     ``turn_ids``: the assistant's turn that a token belongs to, its end-of-turn token included, -1 for context.
-        ``rewards``: one per turn.
-    ``group_id``: dialogues of one prompt share it. ``rollout_logprobs``: the sampler's log-probability of the token
-        itself, in nats,
-    not read at context tokens. ``cut_off``: one per turn, whether a sampler stopped the answer before it ended by
-    itself.
+    ``rewards``: one per turn. ``group_id``: dialogues of one prompt share it. ``rollout_logprobs``: the sampler's
+    log-probability of the token itself, in nats, not read at context tokens. ``cut_off``: one per turn, whether a
+    sampler stopped the answer before it ended by itself.
     """
 
     tokens: list[int]
@@ -135,10 +133,9 @@ def micro_batches(samples: Iterable[Sample], max_tokens: int) -> Iterator[list[S
     comes first.
 
     Longest first, into the fullest batch with room (best fit), decides how many; longest first into the emptiest
-    spreads them evenly
-    where that needs no more. A batch keeps the order of ``samples``. A sample longer than the budget comes alone: a
-    turn is credited through all that came before it, so it is never cut, and dropping it would change the gradient.
-    ValueError if max_tokens < 1.
+    spreads them evenly where that needs no more. A batch keeps the order of ``samples``. A sample longer than the
+    budget comes alone: a turn is credited through all that came before it, so it is never cut, and dropping it would
+    change the gradient. ValueError if max_tokens < 1.
     """
     is_count = isinstance(max_tokens, int) and not isinstance(max_tokens, bool) and max_tokens >= 1
     require(is_count, "max_tokens must be an integer >= 1", max_tokens)

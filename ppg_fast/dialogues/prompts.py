@@ -18,8 +18,8 @@ class Prompt:
     """The beginning of a dialogue, up to the message that the assistant answers first.
 
     ``partner``: who the partner is, for a partner that is a model. ``logged``: what the partner said next, where the
-        prompt is a logged
-    dialogue. ``info``: what else its line holds, for reward functions. ValueError where there is nothing to answer.
+    prompt is a logged dialogue. ``info``: what else its line holds, for reward functions. ValueError where there is
+    nothing to answer.
     """
 
     id: str
@@ -39,8 +39,7 @@ def read_prompts(path: str | os.PathLike[str], strict: bool = False) -> list[Pro
     is taken.
 
     What cannot be read is a warning that names file, line and prompt, and the rest is kept; with ``strict`` it is a
-    ValueError. Always a
-    ValueError: a file without any prompt.
+    ValueError. Always a ValueError: a file without any prompt.
     """
     raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     problems = Problems(str(path), strict)

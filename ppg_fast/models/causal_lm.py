@@ -167,8 +167,7 @@ class PolicyModule(nn.Module):
     """A causal LM whose forward is its policy loss: one call that uses every weight, the head's too.
 
     DDP and FSDP2 work around the forward of a module: so each weight is gathered once a micro-batch, and each has a
-    gradient, be it zero.
-    ``autocast``: the dtype of mixed precision, None: that of the weights.
+    gradient, be it zero. ``autocast``: the dtype of mixed precision, None: that of the weights.
     """
 
     def __init__(self, model: Any, autocast: torch.dtype | None = None) -> None:

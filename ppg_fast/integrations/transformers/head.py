@@ -55,8 +55,7 @@ def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor |
     """Hidden states (..., D), weight (V, D), bias (V,) or None whose product is head(hidden), all differentiable.
 
     A LoRA head W x + s B A x is the linear layer [W, B] of [x, s A x]: no sum W + s B A, whose rounding would swallow a
-    small update.
-    ValueError for any other head: a quantized one, DoRA, tensor-parallel or ZeRO-3 shards.
+    small update. ValueError for any other head: a quantized one, DoRA, tensor-parallel or ZeRO-3 shards.
     """
     peft = sys.modules.get("peft")  # its layers exist only where it was imported
     if peft is not None and isinstance(head, peft.utils.other.AuxiliaryTrainingWrapper):
@@ -136,7 +135,7 @@ def _probe(model: Any) -> tuple[Tensor, Tensor]:
     """The model's own logits (rows, V) and head(hidden) (rows, V) of random hidden rows put in front of its head."""
     head, seen = output_head(model), []
     device = model.get_input_embeddings().weight.device
-    require(device.type != "meta", "patch the model after its weights are there", device)
+    require(device.type != "meta", "patch the model after its weights are loaded", device)
 
     def substitute(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = inputs[0]

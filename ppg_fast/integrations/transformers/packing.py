@@ -41,11 +41,12 @@ class PackedCollator:
     None and use_cache is off; with an all-ones mask or the default cache it mixes them without a word. So the batch has
     exactly this, and the bounds for attention that reads them (`PACKED_ATTENTION`, flash attention).
 
-    A dialogue is a `ppg_fast.dialogues.packing.Sample`, or a mapping:
+    A dialogue is a `ppg_fast.dialogues.Sample`, or a mapping:
         input_ids         tokens, a list or (L,) tensor.
         turn_ids          one per token: the assistant's turn it belongs to, -1 for context. Explicit, as two adjacent
-        turns look like one. rewards           one per turn; default none: then give the call advantages or
-        turn_advantages. group_id          an integer, rollouts of one prompt share it; default 0.
+                          turns look like one.
+        rewards           one per turn; default none: then give the call advantages or turn_advantages.
+        group_id          an integer, rollouts of one prompt share it; default 0.
         rollout_logprobs  one per token, the sampler's, in nats; for all dialogues or for none.
 
     A batch has input_ids, position_ids, labels (transformers' alignment), shift_labels, turn_ids, rollout_logprobs

@@ -21,8 +21,7 @@ class PolicyCausalLMOutput(ModelOutput):
     ``loss``: 0-d float32, or (B, L) with reduction "none"; the mean cross-entropy where no advantages or rewards were
         given.
     ``logprobs``, ``entropy``: (B, L) float32 in nats, at the places of the labels as they were given, zero where
-    masked;
-        differentiable only where no advantages or rewards were given. ``entropy`` there only if asked for.
+        masked; differentiable only where no advantages or rewards were given, and then ``entropy`` only if asked for.
     ``metrics``: 0-d float32 tensors by name. ``aux_loss``: the router's, of mixtures of experts, already in ``loss``.
     ``logits``: None, always.
     """

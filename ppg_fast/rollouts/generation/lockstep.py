@@ -1,5 +1,4 @@
-"""One KV cache for many dialogues: a column is a token of each of them, or a hole where one has nothing to say while
-others speak."""
+"""One KV cache for many dialogues: a column is a token of each of them, or a hole where a dialogue has none."""
 
 import inspect
 from typing import Any
@@ -61,7 +60,7 @@ class GrowingLayer(DynamicLayer):
 
 
 class Lockstep:
-    """Reads some tokens of each dialogue at a time and says what comes next."""
+    """Reads some tokens of each dialogue at a time and gives the logits of the next."""
 
     def __init__(self, model: Any, size: int) -> None:
         self.model, self.cache = model, Cache(layer_class_to_replicate=GrowingLayer)
