@@ -133,9 +133,10 @@ def micro_batches(samples: Iterable[Sample], max_tokens: int) -> Iterator[list[S
     comes first.
 
     Longest first, into the fullest batch with room (best fit), decides how many; longest first into the emptiest
-    spreads them evenly where that needs no more. A batch keeps the order of ``samples``. A sample longer than the
-    budget comes alone: a turn is credited through all that came before it, so it is never cut, and dropping it would
-    change the gradient. ValueError if max_tokens < 1.
+    spreads them evenly
+    where that needs no more. A batch keeps the order of ``samples``. A sample longer than the budget comes alone: a
+    turn is credited through all that came before it, so it is never cut, and dropping it would change the gradient.
+    ValueError if max_tokens < 1.
     """
     is_count = isinstance(max_tokens, int) and not isinstance(max_tokens, bool) and max_tokens >= 1
     require(is_count, "max_tokens must be an integer >= 1", max_tokens)

@@ -18,8 +18,8 @@ class Prompt:
     """The beginning of a dialogue, up to the message that the assistant answers first.
 
     ``partner``: who the partner is, for a partner that is a model. ``logged``: what the partner said next, where the
-    prompt is a logged dialogue. ``info``: what else its line holds, for reward functions. ValueError where there is
-    nothing to answer.
+        prompt is a logged
+    dialogue. ``info``: what else its line holds, for reward functions. ValueError where there is nothing to answer.
     """
 
     id: str
