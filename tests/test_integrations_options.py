@@ -1,16 +1,15 @@
-"""What becomes of hosts' options: the check itself, verl's tables without verl, and the tables in docs/integrations.md."""
+"""What becomes of hosts' options: the check, verl's tables without verl, and the tables in docs/integrations.md."""
 
 import importlib.util
 import re
 from dataclasses import dataclass, field, make_dataclass
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from pydantic import BaseModel
 
-from ppg_fast.integrations.options import as_markdown, check, check_unknown, hosts_own, obeyed, refused
+from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,7 +96,7 @@ POLICY_LOSS = {
     "ppo_kl_coef": 0.1, "dro_beta": None,
 }  # fmt: skip
 ACTOR = {
-    "clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0, "loss_agg_mode": "token-mean",
+    "clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, "clip_ratio_c": 3.0, "loss_agg_mode": "token-sum",
     "loss_scale_factor": None, "entropy_coeff": 0, "tau_pos": 1.0, "tau_neg": 1.05, "use_kl_loss": False,
     "ppo_epochs": 1, "later": 0,
 }  # fmt: skip
@@ -159,14 +158,18 @@ def test_verls_options_that_we_honour_pass():
 def test_verls_options_that_nobody_knows():
     with pytest.raises(ValueError, match=r"^later is an option of verl's actor .* its default 0, got 3$"):
         VERL.check_actor(ActorConfig(later=3), "ppo")
-    with pytest.raises(ValueError, match=r"^turn_weights is an option of verl's algorithm .*, or be off, got 'linear'$"):
+    with pytest.raises(
+        ValueError, match=r"^turn_weights is an option of verl's algorithm .*, or be off, got 'linear'$"
+    ):
         VERL.check_algorithm({**ALGORITHM, "turn_weights": "linear"}, AlgoConfig)
     with pytest.raises(ValueError, match=r"^policy_loss.later is an option of verl's actor"):
         VERL.check_actor(ActorConfig(policy_loss=dataclass_of("Later", {**POLICY_LOSS, "later": 0})(later=1)), "ppo")
 
 
 def test_verls_cispo_has_no_lower_clip():
-    with pytest.raises(ValueError, match=r"^clip_ratio_low of verl's actor must be at least 1 for ppg_cispo .*got 0.2$"):
+    with pytest.raises(
+        ValueError, match=r"^clip_ratio_low of verl's actor must be at least 1 for ppg_cispo .*got 0.2$"
+    ):
         VERL.check_actor(ActorConfig(), "cispo")
 
 

@@ -148,9 +148,7 @@ def test_slime_loss_keeps_its_samples_apart(slime, loss_type):
     torch.manual_seed(6)
     totals, responses = [6, 9], [4, 7]
     logits = torch.randn(1, 15, 19)
-    args = slime_args(
-        ppg_loss_type=loss_type, use_tis=True, entropy_coef=0.0, use_kl_loss=False, **BOUNDS[loss_type]
-    )
+    args = slime_args(ppg_loss_type=loss_type, use_tis=True, entropy_coef=0.0, use_kl_loss=False, **BOUNDS[loss_type])
     fields = {
         "log_probs": lambda n: -2 - torch.rand(n),
         "rollout_log_probs": lambda n: -2 - torch.rand(n),
@@ -260,7 +258,7 @@ def test_slimes_defaults_are_accepted(slime):
     [
         ({"ppg_loss_type": "cispo", "eps_clip_c": None}, "eps_clip of slime must be at least 1 for cispo .*got 0.1"),
         ({"ppg_loss_type": "reinforce"}, "eps_clip_c of slime must be None for reinforce .*got 1.3"),
-        ({"ppg_loss_type": "ppo", "advantage_estimator": "gspo"}, "advantage_estimator gspo .*got 'ppo'"),
+        ({"ppg_loss_type": "ppo", "advantage_estimator": "gspo"}, "ppg_loss_type must be gspo, .*got 'ppo'"),
     ],
 )
 def test_slimes_options_that_do_not_go_together(slime, fields, words):

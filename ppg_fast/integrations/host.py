@@ -27,21 +27,19 @@ def require_host(name: str, minimum: str, module: str | None = None) -> Any:
         host's own.
     """
     package = name.replace("-", "_")
-    wanted = module or package
     needed = f"ppg_fast.integrations.{package} needs {name} >= {minimum}"
     install = INSTALL.get(name, f"pip install '{name}>={minimum}'")
-    if (name, minimum) not in _satisfied:
-        found = _version(name, package)
-        if found is not None and _numbers(found) < _numbers(minimum):
-            raise ImportError(f"{needed}, found {found}: {install}")
+    found = None if (name, minimum) in _satisfied else _version(name, package)
+    if found is not None and _numbers(found) < _numbers(minimum):
+        raise ImportError(f"{needed}, found {found}: {install}")
     try:
-        imported = import_module(wanted)
+        import_module(package)
+        imported = import_module(module or package)
     except ModuleNotFoundError as missing:
-        if missing.name != wanted and not wanted.startswith(f"{missing.name}."):
+        if not any(f"{wanted}.".startswith(f"{missing.name}.") for wanted in (package, module)):
             raise  # the host is installed and lacks something of its own
-        found = _version(name, package)
-        what = "none" if found is None and missing.name == package else f"{found or 'one'} without {missing.name!r}"
-        raise ImportError(f"{needed}, found {what}: {install}") from None
+        found = "none" if missing.name == package else f"{_version(name, package) or 'one'} without {missing.name!r}"
+        raise ImportError(f"{needed}, found {found}: {install}") from None
     _satisfied.add((name, minimum))
     return imported
 

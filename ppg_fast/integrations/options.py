@@ -42,9 +42,10 @@ def hosts_own(part: str, names: str, note: str) -> Option:
 
 
 def refused(part: str, names: str, only: Any, note: str) -> Option:
-    """Options of which we can honour only one value, or a tuple of values: the host's default, as a rule."""
+    """Options of which we can honour one value, as a rule the host's default, or a tuple of values; () for none."""
     values = only if isinstance(only, tuple) else (only,)
-    return Option(names, part, "refused", note, lambda value: value in values, " or ".join(map(repr, values)))
+    must = " or ".join(map(repr, values)) or "absent"
+    return Option(names, part, "refused", note, lambda value: value in values, must)
 
 
 def check(host: str, table: Sequence[Option], config: Any, part: str) -> None:

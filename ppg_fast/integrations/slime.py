@@ -153,7 +153,7 @@ def loss_spec(args: Any) -> PolicyLossSpec:
     estimator = getattr(args, "advantage_estimator", "grpo")
     loss_type = getattr(args, "ppg_loss_type", None) or ESTIMATORS.get(estimator, "ppo")
     named = ESTIMATORS.get(estimator, loss_type)
-    rule = f"advantage_estimator {estimator} of slime is the loss {named}: ppg_loss_type must be {named}, or grpo chosen"
+    rule = f"ppg_loss_type must be {named}, the loss of slime's advantage_estimator {estimator} (or choose grpo there)"
     require(estimator == "grpo" or loss_type == named, rule, loss_type)
     dual_clip = getattr(args, "eps_clip_c", None) or 0.0
     rule = f"eps_clip_c of slime must be None for {loss_type} (it has no dual clip)"
@@ -187,8 +187,8 @@ def ppg_loss(
         sum_of_sample_mean: slime's reducer of the responses' tokens, (sum of R_i,) -> 0-d.
 
     Returns: 0-d loss and metrics by name.
-    Raises: ValueError under tensor or context parallelism, which split a row of logits (use slime's own loss there), and
-        for an option that `OPTIONS` refuses.
+    Raises: ValueError under tensor or context parallelism, which split a row of logits (use slime's own loss there),
+        and for an option that `OPTIONS` refuses.
     """
     mpu = require_host("slime", MINIMUM, "megatron.core").mpu
     sizes = mpu.get_tensor_model_parallel_world_size(), mpu.get_context_parallel_world_size()
