@@ -1,5 +1,6 @@
 """What becomes of hosts' options: the check, verl's tables without verl, and the tables in docs/integrations.md."""
 
+import importlib
 import importlib.util
 import re
 from dataclasses import dataclass, field, make_dataclass
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import BaseModel
 
-from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
+from ppg_fast.integrations.options import as_markdown, check, check_unknown, hosts_own, obeyed, refused
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,3 +177,29 @@ def test_verls_cispo_has_no_lower_clip():
 def test_every_row_of_verl_that_refuses_has_a_case():
     for table, cases in ((VERL.ALGORITHM, REFUSED_ALGORITHM), (VERL.ACTOR, REFUSED_ACTOR)):
         assert {name for option in table if option.allows for name in option.names.split()} == set(cases)
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+def table_of(host, monkeypatch):
+    if host.startswith("verl"):
+        return getattr(VERL, host.split(".")[1])
+    if host in ("trl.config", "axolotl"):
+        pytest.importorskip("trl", reason="trl is not installed")
+    if host == "axolotl":
+        importlib.import_module("axolotl_case").stub_axolotl(monkeypatch, None)
+    return importlib.import_module(f"ppg_fast.integrations.{host}").OPTIONS
+
+
+@pytest.mark.parametrize(
+    "host", ["trl.config", "axolotl", "verl.ALGORITHM", "verl.ACTOR", "prime_rl", "skyrl", "slime", "nemo_rl"]
+)
+def test_the_page_shows_the_table(host, monkeypatch):
+    shown = as_markdown(table_of(host, monkeypatch))
+    page = (ROOT / "docs/integrations.md").read_text()
+    assert shown in page, f"put this table of {host} into docs/integrations.md:\n{shown}"
+
+
+def test_a_long_row_is_cut():
+    assert as_markdown([hosts_own("loss", "a b c", "x")], shown=2).splitlines()[-1] == (
+        "| `a`, `b` and 1 more | loss | the host's: x |"
+    )

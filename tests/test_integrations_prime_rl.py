@@ -119,11 +119,14 @@ def test_prime_rl_credits_turns(prime):
             nodes += [Node([0, 0]), Node([0, *[1] * int((ids == t).sum())])]
         traces.append(Trace(nodes, {"turn_rewards": rewards}))
 
-    class Algorithm:  # its documented hook
-        async def score_group(self, group):
-            prime.credit_group(group, **OPTIONS)
+    def iter_trainable_traces(episodes):  # as in prime_rl.orchestrator.algo.base
+        return ((episode, trace) for episode in episodes for trace in episode.traces)
 
-    asyncio.run(Algorithm().score_group(traces))
+    class Algorithm:  # its documented hook
+        async def score_group(self, episodes):
+            prime.credit_group([trace for _, trace in iter_trainable_traces(episodes)], **OPTIONS)
+
+    asyncio.run(Algorithm().score_group([SimpleNamespace(traces=[trace]) for trace in traces]))
     for trace, values, mask in zip(traces, expected_credit(), MASK, strict=False):
         compact = [a for node in trace.nodes if node.advantages for a in node.advantages]
         torch.testing.assert_close(torch.tensor(compact), values[mask.bool()])

@@ -24,7 +24,7 @@ try:
 except ImportError as reason:
     raise RuntimeError(str(reason)) from None
 
-ASYNC = "it belongs to axolotl's asynchronous trainer, PPGTrainer is TRL's: take it out"
+ASYNC = "belongs to axolotl's asynchronous trainer, and PPGTrainer is TRL's"
 OPTIONS = (  # of axolotl's configuration; what it hands on to GRPOConfig is checked as TRL's
     obeyed("trainer", "rl", "`grpo`; every other kind, `gdpo` included, is trained by axolotl as ever"),
     obeyed("trainer", "ppg", "fields of PPGOptions"),
@@ -38,7 +38,7 @@ OPTIONS = (  # of axolotl's configuration; what it hands on to GRPOConfig is che
     refused("trainer", "context_parallel_size", (None, 1), "TRL splits no sequence of a rollout over ranks"),
     refused("trainer", "batch_flattening", (None, False), "advantages of turns are padded, (B, C)"),
     hosts_own("trainer", "trl.skip_zero_advantage_batches trl.replay_recompute_logps trl.reroll_max_groups",
-              "settings of its asynchronous trainer, which is not used"),
+              "settings of its asynchronous trainer, without effect"),
     hosts_own("trainer", "trl.*", "the rest becomes GRPOConfig: the table of TRL"),
 )  # fmt: skip
 

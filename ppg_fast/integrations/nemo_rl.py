@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppg_fast.functional import policy_loss_from_logprobs
 from ppg_fast.integrations.host import require_host
-from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
+from ppg_fast.integrations.options import Option, check, check_unknown, hosts_own, obeyed, refused
 from ppg_fast.integrations.turns import Credit, last_tokens, place_turn_rewards, turn_counts, turn_ids_of_mask
 from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
 
@@ -52,9 +52,9 @@ OPTIONS = (  # of the master configuration
     obeyed(LOSS, "loss_fn.truncated_importance_sampling_type", "importance_cap", lambda kind: kind in (None, "tis"),
            "null or tis"),
     refused(LOSS, "loss_fn.truncated_importance_sampling_ratio_min", (None, 0.0), "our weights have no lower bound"),
-    hosts_own(LOSS, "loss_fn.use_kl_in_reward", "takes the KL out of the loss: a matter of its estimators"),
-    obeyed(LOSS, "loss_fn.reference_policy_kl_penalty", "0, or use_kl_in_reward: its KL has clamps and the gradient "
-           "of the sampling, ours has not; PPGLossFn(PolicyLossSpec(kl_coef=...)) is ours"),
+    hosts_own(LOSS, "loss_fn.use_kl_in_reward", "takes the KL out of the loss, for its own estimators"),
+    Option("loss_fn.reference_policy_kl_penalty", LOSS, "refused", "its KL has clamps and a gradient of the sampling, "
+           "ours has neither: give PPGLossFn a spec with kl_coef", must="0, or use_kl_in_reward is on"),
     hosts_own(LOSS, "loss_fn.reference_policy_kl_type loss_fn.kl_input_clamp_value loss_fn.kl_output_clamp_value",
               "of its KL"),
     refused(LOSS, "loss_fn.use_on_policy_kl_approximation", False, "of its KL"),

@@ -131,12 +131,14 @@ def _default(kind: Any, name: str) -> Any:
     return _ABSENT if field is None or field.is_required() else field.get_default(call_default_factory=True)
 
 
-def as_markdown(table: Sequence[Option]) -> str:
-    """The table as docs/integrations.md shows it: options, which part they concern, what becomes of them."""
+def as_markdown(table: Sequence[Option], shown: int = 9) -> str:
+    """The table of docs/integrations.md; of a long row the first ``shown`` names and the number of the others."""
     lines = ["| options | for | what becomes of them |", "|---|---|---|"]
     for option in table:
-        names = ", ".join(f"`{name}`" for name in option.names.split())
-        fate = f"refused unless {option.must}" if option.fate == "refused" else option.fate
+        names = option.names.split()
+        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        fate = option.fate if option.fate != "refused" else f"refused unless {option.must}"
         fate += f", must be {option.must}" if option.must and option.fate != "refused" else ""
-        lines.append(f"| {names} | {option.part} | {fate}: {option.note} |")
+        listed = ", ".join(f"`{name}`" for name in names[:shown])
+        lines.append(f"| {listed}{more} | {option.part} | {fate}: {option.note} |")
     return "\n".join(lines) + "\n"
