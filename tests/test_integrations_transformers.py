@@ -2,7 +2,7 @@
 float64."""
 
 import copy
-import importlib.metadata
+import importlib
 import inspect
 import sys
 
@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
+from host_case import found_is
 from transformers_case import HEADS, SIZES, V, assert_equals_own_logits, make_batch, single_thread, tiny
 
 from ppg_fast.integrations.transformers import LogitRule, logit_rule, patch
@@ -187,14 +188,11 @@ def test_a_deep_copy_scores_with_its_own_head(batch):
 # ---- the host --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("found", ["4.57.1", None])
 def test_a_missing_or_old_host_is_one_line(found, monkeypatch):
-    def version(name):
-        if found is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return found
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(
-        ImportError,
-        match=rf"^ppg_fast\.integrations\.transformers needs transformers >= 5\.10, found {found or 'none'}$",
-    ):
-        importlib.reload(sys.modules["ppg_fast.integrations.transformers"])
+    found_is(monkeypatch, found)
+    if found is None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    needed = (
+        rf"^ppg_fast\.integrations\.transformers needs transformers >= 5\.10, found {found or 'none'}: pip install "
+    )
+    with pytest.raises(ImportError, match=needed + "'transformers>=5.10'$"):
+        importlib.import_module("ppg_fast.integrations.transformers")
