@@ -95,6 +95,15 @@ class FusedHead:
         return {name: field.new_zeros(scored.shape).masked_scatter(scored, field) for name, field in named}
 
 
+def _aligned(hidden: Tensor, labels: Tensor | None, shift_labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Hidden states and the labels that they predict."""
+    if shift_labels is not None:
+        return hidden, shift_labels
+    require(labels is not None, "fused_lm_head=True needs labels or shift_labels", None)
+    assert labels is not None
+    return hidden[:, :-1], labels[:, 1:]
+
+
 def add_fused_lm_head(
     model: Any, temperature: float = 1.0, cast_lm_head_to_fp32: bool = False, outputs: tuple[str, ...] = ("log_probs",)
 ) -> None:
@@ -140,14 +149,10 @@ def add_fused_lm_head(
             kwargs.setdefault("output_router_logits", True)
         # looked up at each call: FSDP and PEFT replace modules after this patch
         backbone = self.base_model(*args, **kwargs)
-        hidden = backbone.last_hidden_state
-        if shift_labels is None:
-            require(labels is not None, "fused_lm_head=True needs labels or shift_labels", None)
-            assert labels is not None
-            hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
+        hidden, predicted = _aligned(backbone.last_hidden_state, labels, shift_labels)
         lm_head = self.get_output_embeddings()
         device = lm_head.weight.device  # a model spread by device_map may end elsewhere
-        scored = shift_labels.to(device)
+        scored = predicted.to(device)
         fields = head(hidden.to(device), lm_head, scored)
         mask = scored != IGNORE
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
