@@ -42,7 +42,7 @@ class Renderer:
         self._roles, self._at_roles = roles, re.compile("(" + "|".join(map(re.escape, roles)) + ")")
         # padding and unknown words are harmless in a content, unless the same token also begins or ends something
         harmless = {tokenizer.unk_token, tokenizer.pad_token} - {tokenizer.eos_token, tokenizer.bos_token}
-        harmless = {token for token in harmless if token and token not in str(template)}
+        harmless = {token for token in harmless if token and token not in roles and token not in str(template)}
         reserved = (*self.special, *ROLE_TOKENS, END) if self.by_role else tuple(self.special)
         self._reserved = [token for token in dict.fromkeys(reserved) if token not in harmless]
 
