@@ -32,13 +32,17 @@ class Message:
             raise ValueError(f"content must be a string, got {self.content!r}")
         _require_encodable("content", self.content)
 
+    def as_dict(self) -> dict[str, str]:
+        """``{"role": ..., "content": ...}``: the message as chat templates, endpoints and JSON lines have it."""
+        return {"role": self.role, "content": self.content}
+
 
 @dataclass(frozen=True)
 class Dialogue:
     """A dialogue and its rewards; dialogues of one prompt share ``group_id``.
 
     ``turn_rewards``: one finite number per assistant message, None where it was not scored. ValueError names dialogue,
-        turn and value.
+    turn and value.
     """
 
     id: str
@@ -72,9 +76,8 @@ def read_dialogues(path: str | os.PathLike[str], strict: bool = False) -> list[D
     """Read our JSONL, one dialogue a line, or a Consistent-LLMs file; which of the two is found from the content.
 
     What cannot be read is a warning that names file, line, dialogue and value, and the rest is kept; with ``strict`` it
-    is a
-    ValueError. Always a ValueError: a file without any valid dialogue, and a Consistent-LLMs file whose YES/NO cannot
-    be calibrated. Turns without a reward are counted in one warning.
+    is a ValueError. Always a ValueError: a file without any valid dialogue, and a Consistent-LLMs file whose YES/NO
+    cannot be calibrated. Turns without a reward are counted in one warning.
     """
     problems = Problems(str(path), strict)
     raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
@@ -113,7 +116,7 @@ def write_dialogues(path: str | os.PathLike[str], dialogues: Iterable[Dialogue])
                 if dialogue.id in seen:
                     raise ValueError(f"dialogue id {dialogue.id!r} stands twice")
                 seen.add(dialogue.id)
-                messages = [{"role": message.role, "content": message.content} for message in dialogue.messages]
+                messages = [message.as_dict() for message in dialogue.messages]
                 values = (dialogue.id, dialogue.group_id, messages, dialogue.turn_rewards)
                 file.write(json.dumps(dict(zip(KEYS, values, strict=True)), ensure_ascii=False, allow_nan=False) + "\n")
             file.flush()

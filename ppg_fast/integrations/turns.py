@@ -1,5 +1,4 @@
-"""What hosts know of turns, in our words: masks as turn ids, per-token rewards as rewards of turns, names of groups as
-numbers.
+"""Turns as other trainers hold them: masks to turn ids, per-token rewards to rewards of turns, group names to numbers.
 
 Bookkeeping only: returns and baselines come from `ppg_fast.functional`.
 """
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.reference.turns import of_tokens
 from ppg_fast.spec import BASELINES, PolicyClass, policy_class, require, require_number, require_one_of
 
 
@@ -19,7 +19,7 @@ class Credit:
     """How turns are credited: the options of `partial_returns` and `turn_advantages`.
 
     ``policy_class``: a policy class or its name; ``gamma``: discount per turn in [0, 1]; ``baseline``: as in
-        `turn_advantages`.
+    `turn_advantages`.
     """
 
     policy_class: PolicyClass | str = "full"
@@ -125,8 +125,8 @@ def place_turn_rewards(turn_rewards: Sequence[Sequence[float | None]], turn_ids:
 
 def spread(values: Tensor, turn_ids: Tensor) -> Tensor:
     """Values of turns (B, T) as values of tokens, (B, L): that of each token's turn, 0 where its id is -1."""
-    padded = torch.nn.functional.pad(values, (0, 1))  # column T: no turn
-    return padded.gather(1, torch.where(turn_ids < 0, values.shape[1], turn_ids))
+    rows = torch.arange(len(turn_ids), device=turn_ids.device)[:, None]
+    return of_tokens(values, turn_ids, rows.expand_as(turn_ids))
 
 
 def stacked(rows: Sequence[Sequence[float | None]]) -> tuple[Tensor, Tensor]:
