@@ -13,7 +13,7 @@ import torch
 from host_case import found_is, put
 from pydantic import BaseModel
 
-from ppg_fast.integrations.options import as_markdown, check, check_unknown, hosts_own, obeyed, refused
+from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
 
 ROOT, OURS = Path(__file__).parents[1], "ppg_fast.integrations"
 
@@ -221,6 +221,19 @@ def test_every_row_of_verl_that_refuses_has_a_case():
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
+def as_markdown(table, shown=9):
+    """The table of docs/integrations.md; of a long row the first ``shown`` names and the number of the others."""
+    lines = ["| options | for | what becomes of them |", "|---|---|---|"]
+    for option in table:
+        names = option.names.split()
+        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        fate = option.fate if option.fate != "refused" else f"refused unless {option.must}"
+        fate += f", must be {option.must}" if option.must and option.fate != "refused" else ""
+        listed = ", ".join(f"`{name}`" for name in names[:shown])
+        lines.append(f"| {listed}{more} | {option.part} | {fate}: {option.note} |")
+    return "\n".join(lines) + "\n"
+
+
 def table_of(host, monkeypatch):
     if host.startswith("verl"):
         return getattr(VERL, host.split(".")[1])
