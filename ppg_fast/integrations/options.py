@@ -129,16 +129,3 @@ def _default(kind: Any, name: str) -> Any:
         return _ABSENT if field is None or field.default is MISSING else field.default
     field = getattr(kind, "model_fields", {}).get(name)
     return _ABSENT if field is None or field.is_required() else field.get_default(call_default_factory=True)
-
-
-def as_markdown(table: Sequence[Option], shown: int = 9) -> str:
-    """The table of docs/integrations.md; of a long row the first ``shown`` names and the number of the others."""
-    lines = ["| options | for | what becomes of them |", "|---|---|---|"]
-    for option in table:
-        names = option.names.split()
-        more = f" and {len(names) - shown} more" if len(names) > shown else ""
-        fate = option.fate if option.fate != "refused" else f"refused unless {option.must}"
-        fate += f", must be {option.must}" if option.must and option.fate != "refused" else ""
-        listed = ", ".join(f"`{name}`" for name in names[:shown])
-        lines.append(f"| {listed}{more} | {option.part} | {fate}: {option.note} |")
-    return "\n".join(lines) + "\n"
