@@ -165,24 +165,21 @@ def turn_advantages(
         check_turn_counts(turn_counts, returns.shape[1])
     group_ids = _check_groups(group_ids, baseline, returns)
     B, T = returns.shape
-    turns = torch.arange(T, device=returns.device)
-    there = (
-        torch.ones(B, T, dtype=torch.bool, device=returns.device)
-        if turn_counts is None
-        else turns < turn_counts[:, None]
-    )
-    own = torch.where(there, returns, 0.0).double()
+    if turn_counts is None:
+        turn_counts = torch.full((B,), T, device=returns.device)
+    exists = reference.turn_mask(turn_counts, T)
+    own = torch.where(exists, returns, 0.0).double()
     if group_ids is None:
         return own.float()
     groups = reference.consecutive_ids(group_ids)
-    members = reference.group_sum(there.double(), groups, B)[groups]
+    members = reference.group_sum(exists.double(), groups, B)[groups]
     total = reference.group_sum(own, groups, B)[groups]
     if baseline == "leave_one_out":
         advantages = own - (total - own) / (members - 1).clamp(min=1)
     else:
         advantages = own - total / members.clamp(min=1)
         if baseline == "group_std":
-            square = reference.group_sum(torch.where(there, advantages**2, 0.0), groups, B)[groups]
+            square = reference.group_sum(torch.where(exists, advantages**2, 0.0), groups, B)[groups]
             advantages = advantages / ((square / (members - 1).clamp(min=1)).sqrt() + std_eps)
     alone = members <= 1
-    return torch.where(there, torch.where(alone, own, advantages), 0.0).float()
+    return torch.where(exists, torch.where(alone, own, advantages), 0.0).float()

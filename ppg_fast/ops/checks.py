@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ppg_fast.reference.turns import turn_mask
 from ppg_fast.spec import IGNORE, require
 
 
@@ -57,24 +58,24 @@ def check_rewards(rewards: Tensor, turn_counts: Tensor | None, segment_ids: Tens
     finite = bool(rewards.sum().isfinite())  # nearly always, and then no element has to be looked at
     if finite and segment_ids is None:
         return
-    there = torch.ones(rewards.shape, dtype=torch.bool, device=rewards.device)
+    exists = torch.ones(rewards.shape, dtype=torch.bool, device=rewards.device)
     if turn_counts is not None:
-        there = torch.arange(rewards.shape[1], device=rewards.device) < turn_counts[:, None]
-    bad = there & ~rewards.isfinite()
+        exists = turn_mask(turn_counts, rewards.shape[1])
+    bad = exists & ~rewards.isfinite()
     if not finite and bad.any():
         b, t = (int(i) for i in bad.nonzero()[0])
         raise ValueError(f"rewards must be finite, got {float(rewards[b, t])} for dialogue {b}, turn {t}")
     if segment_ids is not None:
-        _check_segments(segment_ids, there)
+        _check_segments(segment_ids, exists)
 
 
-def _check_segments(segment_ids: Tensor, there: Tensor) -> None:
+def _check_segments(segment_ids: Tensor, exists: Tensor) -> None:
     """ValueError where an id comes back after another one: a segment is one run of turns."""
     run = torch.nn.functional.pad((segment_ids[:, 1:] != segment_ids[:, :-1]).cumsum(1), (1, 0))
     # turns of one id side by side, those beyond the dialogue behind them
     order = segment_ids.argsort(dim=1, stable=True)
-    ids, run, there = (t.gather(1, order) for t in (segment_ids, run, there))
-    scattered = ((ids[:, 1:] == ids[:, :-1]) & (run[:, 1:] != run[:, :-1]) & there[:, 1:] & there[:, :-1]).any(1)
+    ids, run, exists = (t.gather(1, order) for t in (segment_ids, run, exists))
+    scattered = ((ids[:, 1:] == ids[:, :-1]) & (run[:, 1:] != run[:, :-1]) & exists[:, 1:] & exists[:, :-1]).any(1)
     if scattered.any():
         b = int(scattered.nonzero()[0])
         raise ValueError(

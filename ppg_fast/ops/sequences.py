@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from ppg_fast.ops.checks import check_cu_seqlens, check_turn_ids
+from ppg_fast.reference.turns import of_tokens
 
 
 def sequence_ids(cu_seqlens: Tensor | None, sequences: int, labels: Tensor) -> Tensor:
@@ -42,8 +43,7 @@ def turn_credit_op(
     T = advantages.shape[1]
     if active.is_cpu or validate:
         check_turn_ids(turn_ids, T, sequences, turn_counts, active)
-    padded = torch.nn.functional.pad(advantages, (0, 1))  # column T: no turn, no advantage
-    return padded[sequences, torch.where(turn_ids < 0, T, turn_ids.clamp(max=T))]
+    return of_tokens(advantages, torch.where(turn_ids < T, turn_ids, -1), sequences)
 
 
 @turn_credit_op.register_fake

@@ -6,6 +6,7 @@ from ppg_fast.reference.logprobs import score_norms, token_logprobs
 from ppg_fast.reference.partial_returns import masked_returns, partial_returns
 from ppg_fast.reference.policy_loss import grouped_old_logprobs, loss_from_logprobs, policy_loss
 from ppg_fast.reference.policy_term import importance_weight, policy_term
+from ppg_fast.reference.turns import of_tokens, turn_mask
 
 __all__ = [
     "consecutive_ids",
@@ -14,9 +15,11 @@ __all__ = [
     "importance_weight",
     "loss_from_logprobs",
     "masked_returns",
+    "of_tokens",
     "partial_returns",
     "policy_loss",
     "policy_term",
     "score_norms",
     "token_logprobs",
+    "turn_mask",
 ]

@@ -6,6 +6,8 @@ Mirrors kernels/triton/partial_returns.py and csrc/*/partial_returns.*
 import torch
 from torch import Tensor
 
+from ppg_fast.reference.turns import turn_mask
+
 
 def partial_returns(
     rewards: Tensor,  # (B, T)
@@ -39,7 +41,7 @@ def masked_returns(rewards: Tensor, mask: Tensor, turn_counts: Tensor | None, ga
     """R[b, t] = sum over k with mask[t, k] of gamma^(k-t) r[b, k]: any subset of the rewards, as one matrix product."""
     B, T = rewards.shape
     turns = torch.arange(T, device=rewards.device)
-    there = turns < (torch.full((B,), T, device=rewards.device) if turn_counts is None else turn_counts)[:, None]
+    exists = turn_mask(torch.full((B,), T, device=rewards.device) if turn_counts is None else turn_counts, T)
     discount = torch.where(mask, float(gamma) ** (turns - turns[:, None]).double(), 0.0)
-    returns = torch.where(there, rewards, 0.0).double() @ discount.T
-    return torch.where(there, returns, 0.0).to(rewards.dtype)
+    returns = torch.where(exists, rewards, 0.0).double() @ discount.T
+    return torch.where(exists, returns, 0.0).to(rewards.dtype)
