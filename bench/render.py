@@ -118,6 +118,19 @@ def _hosts_section(results: Results) -> str:
     return text.lstrip("\n") or NOT_MEASURED
 
 
+def _hosts_summary_section(results: Results) -> str:
+    """For the README: TRL's own head and ours."""
+    text = ""
+    for device, file in of(results, "hosts"):
+        for entries in groups(file):
+            trl = sorted((e for e in entries if e["param"].startswith("TRL")), key=lambda e: -e["stats"]["median"])
+            rows = [(e["param"], duration(e["stats"]["median"]), memory(e["extra_info"])) for e in trl]
+            text += table(
+                (f"{title(entries[0]['params'])} ({device})", "forward, loss, backward", "peak extra memory"), rows
+            )
+    return text or NOT_MEASURED
+
+
 def _machine_section(results: Results) -> str:
     text = ""
     for name, file in results.items():
@@ -189,6 +202,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "instructions": _instructions_section,
     "training_step": _step_section,
     "hosts": _hosts_section,
+    "hosts_summary": _hosts_summary_section,
     "learning_curve": _learning_section,
     "gpu": gpu_section,
     "gpu_summary": summary_section,

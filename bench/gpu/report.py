@@ -33,7 +33,7 @@ def merged(results: Results) -> dict[str, Any] | None:
 
 # ---- sections --------------------------------------------------------------------------------------------------------
 def summary_section(results: Results) -> str:
-    """For the README: the bars that were measured."""
+    """The bars that were measured, by themselves."""
     file = merged(results)
     return NOT_MEASURED if file is None else _bars(file)
 
