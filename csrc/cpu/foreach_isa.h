@@ -9,7 +9,7 @@
 //     ... kernels, with PPG_LANES floats a vector ...
 //     #endif
 // Headers of the standard library stay outside of the targets: an inline function compiled for AVX-512 must never be
-// the copy that the linker keeps for everybody.
+// the one copy that the linker keeps.
 #pragma once
 #include <algorithm>
 #include <cmath>
