@@ -1,7 +1,7 @@
 """The small launch before the sweep of a fused policy loss: which rows are read, what each turn is credited with, how
 many rows count.
 
-Its work is per token and per turn, that of the sweep per logit.
+It decides per token and per turn, where the sweep pays for every logit.
 """
 
 import triton
