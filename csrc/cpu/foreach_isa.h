@@ -9,7 +9,7 @@
 //     ... kernels, with PPG_LANES floats a vector ...
 //     #endif
 // Headers of the standard library stay outside of the targets: an inline function compiled for AVX-512 must never be
-// the one copy that the linker keeps.
+// the copy that the linker keeps for everybody.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -1,9 +1,9 @@
 // A row of logits: the view of it that softcap and temperature give, and the statistics that every kernel starts from.
 // Included after vec.h, in the same manner.
 
-// ---- the logit after softcap and temperature ------------------------------------------------------------------------
-// In units of log 2, so that a probability is one FMA away from the argument of exp2: z = x * scale, or
-// tanh(x * inverse_cap) * scale.
+// ---- the logit after softcap and temperature
+// ---------------------------------------------------------------------------------------- In units of log 2, so that a
+// probability is one FMA away from the argument of exp2: z = x * scale, or tanh(x * inverse_cap) * scale.
 template <bool CAP> struct View {
   float scale, inverse_cap;
   View(const Sweep& a, int64_t n) {

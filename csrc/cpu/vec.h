@@ -57,7 +57,8 @@ PPG_INLINE void finish_streaming() {  // before another thread may look
 }
 PPG_INLINE bool can_stream(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0; }
 
-// ---- element types --------------------------------------------------------------------------------------------------
+// ---- element types
+// ----------------------------------------------------------------------------------------------------------------
 struct F32 {
   using raw = float;
   PPG_INLINE Vec load(const raw* p) {
@@ -169,7 +170,8 @@ template <class E> PPG_INLINE void store_tail(typename E::raw* p, int count, Vec
 template <class E> PPG_INLINE float load_one(const typename E::raw* p) { return load_tail<E>(p, 1, *p)[0]; }
 template <class E> PPG_INLINE void store_one(typename E::raw* p, float x) { store_tail<E>(p, 1, splat(x)); }
 
-// ---- functions ------------------------------------------------------------------------------------------------------
+// ---- functions
+// --------------------------------------------------------------------------------------------------------------------
 // 2^t to 1.5e-7 relative, for t that may be far below zero (0 below the normal range) but not far above; NaN stays NaN.
 // Minimax polynomials of the fractional part.
 PPG_INLINE Vec exp2_(Vec t) {

@@ -9,7 +9,8 @@
 
 namespace hw {
 
-// ---- device: every architecture -------------------------------------------------------------------------------------
+// ---- device: every architecture
+// ------------------------------------------------------------------------------------------------
 __device__ __forceinline__ unsigned char* smem() {
   extern __shared__ __align__(128) unsigned char raw[];
   return raw;
@@ -50,7 +51,7 @@ __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<con
 __device__ __forceinline__ void store16(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
 // What other CTAs of this launch have written: not from the first-level cache, which may be stale.
 __device__ __forceinline__ float load_shared_by_all(const float* p) { return __ldcg(p); }
-// The tickets drawn before this one. A draw sees what the earlier ones had written before theirs.
+// The tickets drawn before this one. Whoever draws sees what the earlier ones had written before they drew.
 __device__ __forceinline__ unsigned draw_ticket(uint32_t* counter) {
   __threadfence();
   const unsigned ticket = atomicAdd(counter, 1u);
@@ -58,7 +59,8 @@ __device__ __forceinline__ unsigned draw_ticket(uint32_t* counter) {
   return ticket;
 }
 
-// ---- device: clusters, mbarriers, bulk copies (sm_90 and later) -----------------------------------------------------
+// ---- device: clusters, mbarriers, bulk copies (sm_90 and later)
+// ----------------------------------------------------------------
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ uint32_t addr(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ unsigned cluster_rank() {
@@ -135,7 +137,8 @@ __device__ __forceinline__ void send(float v, void* dst, uint64_t* bar, unsigned
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
 
-// ---- host -----------------------------------------------------------------------------------------------------------
+// ---- host
+// -----------------------------------------------------------------------------------------------------------------------
 constexpr int INVALID_VALUE = cudaErrorInvalidValue;
 constexpr int MAX_DEVICES = 64;
 

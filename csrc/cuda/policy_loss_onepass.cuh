@@ -4,11 +4,9 @@
 // A cluster of 1, 2, 4 or 8 CTAs owns a row; each CTA holds a slice of it in a ring of 16 KB shared-memory slots. One
 // producer warp keeps the ring full by bulk copies, running ahead into the next rows. The consumer warps sweep the
 // slice twice in shared memory:
-//   sweep 1  reference exponent, sum of exponentials, sum of exponential * exponent;
-//            combined over warps and CTAs by one exchange
-//   scalar   logprob, entropy -> policy_term -> (g, h), computed redundantly by every thread
-//   sweep 2  gradient from shared memory to registers to global memory;
-//            each slot is handed back to the producer as it is read
+//   sweep 1  reference exponent, sum of exponentials, sum of exponential * exponent; combined over warps and CTAs by
+//   one exchange scalar   logprob, entropy -> policy_term -> (g, h), computed redundantly by every thread sweep 2
+//   gradient from shared memory to registers to global memory; each slot is handed back to the producer as it is read
 // There is no CTA-wide barrier and no cluster barrier in the loop over rows: only mbarriers.
 #pragma once
 #include "lookup.cuh"

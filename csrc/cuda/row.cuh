@@ -11,7 +11,8 @@ constexpr float LOWEST = -1e30f;       // start of a running reference: finite, 
 constexpr float NEGLIGIBLE = -1000.f;  // an exponent whose ex2 is 0: keeps 0 * -inf out of the entropy sums
 constexpr uint32_t NAN_BITS = 0x7fc00000u;
 
-// ---- element types --------------------------------------------------------------------------------------------------
+// ---- element types
+// -------------------------------------------------------------------------------------------------------------
 struct F32 {
   using raw = uint32_t;
   static __device__ __forceinline__ void unpack(uint32_t w, float* z) { z[0] = hw::bits_to_float(w); }
@@ -66,8 +67,9 @@ __device__ __forceinline__ uint4 shift16(uint4 lo, uint4 hi, unsigned bytes) {
   return uint4{hw::funnel(b0, b1, bits), hw::funnel(b1, b2, bits), hw::funnel(b2, b3, bits), hw::funnel(b3, b4, bits)};
 }
 
-// ---- the mathematics of a row ---------------------------------------------------------------------------------------
-// With v = z, or tanh(z / cap) under softcap, the logit after cap and temperature is v * k in units of log 2.
+// ---- the mathematics of a row
+// -------------------------------------------------------------------------------------------------- With v = z, or
+// tanh(z / cap) under softcap, the logit after cap and temperature is v * k in units of log 2.
 template <bool CAP> struct View {
   float k, twice;
   __device__ __forceinline__ View(float logit_softcap, float temperature)
@@ -165,7 +167,8 @@ __device__ __forceinline__ float gradient(const Slope& s, const View<CAP>& view,
   return CAP ? d * (1.f - v * v) : d;
 }
 
-// ---- loads and stores -----------------------------------------------------------------------------------------------
+// ---- loads and stores
+// ----------------------------------------------------------------------------------------------------------
 template <class E> __device__ __forceinline__ typename E::raw* row_at(const Rows& rows, int64_t n) {
   return static_cast<typename E::raw*>(rows.data) + rows.offset(n);
 }

@@ -110,7 +110,7 @@ def rescale_rows_kernel(
     N, L, V: tl.int32, scale_stride, batch_stride: tl.int64, row_stride: tl.int64,
     BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Grid-stride loop over rows; one whose scale is 1 is not touched."""
+    """A program takes every so-manieth row, and is done with it at once where its scale is 1."""
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
         factor = tl.load(scale + n * scale_stride)
         if factor != 1.0:

@@ -55,9 +55,9 @@ def policy_loss_kernel(
     LOSS_TYPE: tl.constexpr, KL_ESTIMATOR: tl.constexpr, REDUCTION: tl.constexpr, SKIP_ZERO: tl.constexpr,
     ONE_BLOCK: tl.constexpr, KEEP_EXP: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Grid-stride loop over rows.
+    """A program takes every so-manieth row.
 
-    With ONE_BLOCK a row stays in registers. Otherwise it is read twice, backwards the second time: what was read last
+    A row of PARTS blocks stays in registers. One of none is read twice, backwards the second time: what was read last
     is still in the L2.
     """
     outer = outer_denominator(counts, S, normalizer, normalizer_at, REDUCTION)
