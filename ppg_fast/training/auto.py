@@ -199,7 +199,7 @@ class WindowChooser:
         Adam divides by the gradients it remembers: after a class of large ones, those of a class with less noise would
         hardly move it.
         """
-        if self.chosen == self.full:
+        if self.fixed or self.chosen == self.full:
             return 1.0
         lengths = self._average().length
         return float(lengths[self.full] / lengths[self.chosen])
@@ -211,7 +211,8 @@ class WindowChooser:
         """Take in one step's signals; metrics for the log, ``auto/reason`` where the class changes. ``policy_class`` is
         the next one."""
         row: dict[str, Any] = {"policy_class": name_of(self.current), "auto/coverage": signals.coverage}
-        if signals.coverage < self.min_coverage or not bool(signals.square[self.full] > 0):
+        finite = bool(signals.inner.isfinite().all() and signals.square.isfinite().all())  # else it would stay so
+        if signals.coverage < self.min_coverage or not (finite and signals.square[self.full] > 0):
             return row
         self.weight, self.dialogues = self.keep * self.weight + 1 - self.keep, signals.dialogues
         for total, value in ((self.inner, signals.inner), (self.square, signals.square)):
@@ -239,10 +240,7 @@ class WindowChooser:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave; ValueError for other candidates."""
-        require(
-            saved["names"] == self.names,
-            f"auto goes on with the candidates it began with, {self.names}",
-            saved["names"],
-        )
+        rule = f"auto goes on with the candidates it began with, {saved['names']}"
+        require(saved["names"] == self.names, rule, self.names)
         for name, value in saved.items():
             setattr(self, name, value.clone() if isinstance(value, Tensor) else value)

@@ -9,91 +9,22 @@ dialogues; the windowed return) and imitation (demonstrations; 1).
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppg_fast.dialogues.packing import NOTHING, PackedBatch, Sample, micro_batches, pack
-from ppg_fast.distributed import Ranks, shard_like, whole
-from ppg_fast.models.adaptation import StartingWeights, load_trainable_state, trainable_state
+from ppg_fast.distributed import Ranks, whole
+from ppg_fast.models.adaptation import StartingWeights
 from ppg_fast.models.causal_lm import PolicyModule
 from ppg_fast.spec import PolicyLossSpec
-from ppg_fast.training.auto import WindowChooser
 from ppg_fast.training.metrics import TokenMeans, describe, peak_memory_mb
 from ppg_fast.training.objective import Objective, Schedule, credit, denominator, live_parts, reading
-from ppg_fast.training.optimisers import make_optimizer, set_learning_rate
+from ppg_fast.training.optimisers import set_learning_rate
 from ppg_fast.training.signals import SignalTokens
-
-
-class NotFinite(FloatingPointError):
-    """Too many steps in a row had a loss or gradient that is not finite. ``batches``: (step, its dialogues) of each of
-    them."""
-
-    def __init__(self, message: str, batches: list[tuple[int, Sequence[Sample]]]) -> None:
-        super().__init__(message)
-        self.batches = batches
-
-
-@dataclass
-class TrainingState:
-    """What steps change, but for the sources of randomness. ``reference``: the weights at the start, where a KL term
-    wants them.
-
-    ``chooser``: what has been seen of the policy classes, where the objective has candidates.
-    """
-
-    model: Any
-    optimizer: torch.optim.Optimizer
-    reference: StartingWeights | None = None
-    step: int = 0
-    num_tokens: int = 0
-    skipped_steps: int = 0
-    chooser: WindowChooser | None = None
-
-    @classmethod
-    def start(cls, model: Any, objective: Objective, schedule: Schedule) -> "TrainingState":
-        """Before the first step; where ranks share ``model``, it is spread over them already."""
-        optimizer = make_optimizer(
-            model,
-            schedule.optim,
-            arguments=schedule.optim_args,
-            betas=(schedule.adam_beta1, schedule.adam_beta2),
-            weight_decay=schedule.weight_decay,
-            offload=schedule.optim_offload,
-        )
-        reference = StartingWeights(model) if objective.spec.kl_coef else None
-        fixed = None if objective.auto else objective.policy_class
-        return cls(
-            model,
-            optimizer,
-            reference,
-            chooser=WindowChooser(objective.candidates, fixed=fixed) if objective.candidates else None,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that training changes, as `torch.save` likes it: frozen weights are not in it."""
-        values = {
-            name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(self).items() if name != "model"
-        }
-        return {"model": trainable_state(self.model), **values}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        load_trainable_state(self.model, saved["model"])
-        optimizer = saved["optimizer"]
-        if "state" in optimizer:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            moments = optimizer["state"].items()
-            spread = {i: {name: shard_like(value, parameters[i]) for name, value in of.items()} for i, of in moments}
-            optimizer = {**optimizer, "state": spread}
-        self.optimizer.load_state_dict(optimizer)
-        if self.reference is not None:
-            self.reference.load_state_dict(saved["reference"])
-        self.step, self.num_tokens, self.skipped_steps = (
-            saved[name] for name in ("step", "num_tokens", "skipped_steps")
-        )
+from ppg_fast.training.state import NotFinite, TrainingState
 
 
 def optimise(
@@ -114,7 +45,6 @@ def optimise(
     """
     ranks = ranks or Ranks()
     state = state or TrainingState.start(model, objective, schedule)
-    skipped: list[tuple[int, Sequence[Sample]]] = []
     for step in range(state.step + 1, schedule.max_steps + 1):
         start = time.perf_counter()
         samples = collect(step)
@@ -123,17 +53,16 @@ def optimise(
         now = replace(objective, policy_class=chooser.current, scale=chooser.scale) if chooser else objective
         metrics = update(model, state.optimizer, samples, now, schedule, state.reference, ranks)
         if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
-            skipped = []
+            state.skipped.in_a_row.clear()
         else:
-            skipped.append((step, samples))
-            state.skipped_steps += 1
-        if len(skipped) > schedule.max_skipped_steps:
+            state.skipped.add(step, samples)
+        if len(in_a_row := state.skipped.in_a_row) > schedule.max_skipped_steps:
             seen = (
                 f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step}, the last of "
-                f"{len(skipped)} in a row"
+                f"{len(in_a_row)} in a row"
             )
             raise NotFinite(
-                f"loss and gradient must be finite (the weights are those before these steps), got {seen}", skipped
+                f"loss and gradient must be finite (the weights are those before these steps), got {seen}", in_a_row
             )
         signals = metrics.pop("signals", None)
         if chooser and signals:
@@ -146,7 +75,7 @@ def optimise(
             **metrics,
             "learning_rate": schedule.learning_rate_at(step),
             "num_tokens": state.num_tokens,
-            "skipped_steps": state.skipped_steps,
+            "skipped_steps": state.skipped.total,
             "step_time": seconds,
             "perf/tokens_per_second": tokens / seconds,
             "perf/peak_memory_mb": peak_memory_mb(model),
