@@ -11,7 +11,7 @@ from ppg_fast.compare.tabular import TabularProblem, sampled_signals
 from ppg_fast.dialogues.packing import Sample, pack
 from ppg_fast.rollouts.problems import PROBLEMS
 from ppg_fast.spec import FullPlanning, Greedy, Lookahead, policy_class
-from ppg_fast.training.auto import CANDIDATES, Signals, WindowChooser, context_ids, measure_signals, name_of
+from ppg_fast.training.auto import Signals, WindowChooser, context_ids, measure_signals
 
 GROUP, DIALOGUES = 4, 32
 CLASSES = (Greedy(), Lookahead(3), policy_class("segment:4"), FullPlanning())
@@ -195,7 +195,3 @@ def test_the_state_goes_on_where_it_was():
         WindowChooser([Greedy(), FullPlanning()]).load_state_dict(saved)
     with pytest.raises(ValueError, match="must include full planning"):
         WindowChooser([Greedy()])
-
-
-def test_names_are_read_back():
-    assert [policy_class(name_of(c)) for c in CANDIDATES] == list(CANDIDATES)

@@ -232,7 +232,7 @@ def test_negative_rewards_are_named():
 
 def test_terminal_rewards_under_a_short_window_are_warned_of():
     samples = [replace(s, rewards=[0.0] * (len(s.rewards) - 1) + [1.0]) for s in some_samples()]
-    with pytest.warns(UserWarning, match=r"last turn only: Greedy.* credits 6 of 14 turns"):
+    with pytest.warns(UserWarning, match=r"last turn only: greedy credits 6 of 14 turns, full all"):
         warn_if_hardly_credited(samples, Objective(policy_class=Greedy()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ppg_fast.dialogues.packing import CONTEXT, PackedBatch, Sample, pack, trim_after_last_turn
 from ppg_fast.functional import partial_returns, turn_advantages
-from ppg_fast.spec import Lookahead, PolicyClass, PolicyLossSpec
+from ppg_fast.spec import FullPlanning, Lookahead, PolicyClass, PolicyLossSpec
 
 
 @dataclass(frozen=True)
@@ -145,5 +145,5 @@ def warn_if_hardly_credited(samples: Sequence[Sample], objective: Objective) -> 
     turns = sum(len(s.rewards) for s in long if s.rewards[-1])
     credited = int((returns != 0).sum())
     if credited < turns:
-        seen = f"{objective.policy_class} credits {credited} of {turns} turns, FullPlanning() all"
+        seen = f"{objective.policy_class} credits {credited} of {turns} turns, {FullPlanning()} all"
         warnings.warn(f"rewards come with the last turn only: {seen}", stacklevel=2)
