@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -230,3 +232,14 @@ def test_convert_writes_what_was_read(tmp_path):
     source = write(tmp_path / "s.jsonl", line(), line(id="b"))
     assert convert_to_jsonl(source, tmp_path / "t.jsonl") == 2
     assert read_dialogues(tmp_path / "t.jsonl") == read_dialogues(source)
+
+
+def test_rooms_give_the_names_of_the_documents_and_import_transformers_only_on_use():
+    code = (
+        "import sys\n"
+        "import ppg_fast.dialogues, ppg_fast.models.export, ppg_fast.rollouts.problems\n"
+        "assert 'transformers' not in sys.modules\n"
+        "for room in (ppg_fast.dialogues, ppg_fast.models, ppg_fast.rollouts):\n"
+        "    assert all(getattr(room, name).__name__ == name for name in room.__all__)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

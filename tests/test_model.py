@@ -12,7 +12,8 @@ import transformers
 
 from ppg_fast.dialogues.chat_format import ChatFormat, make_byte_tokenizer, make_word_tokenizer
 from ppg_fast.dialogues.dialogue import Dialogue, Message
-from ppg_fast.dialogues.packing import Sample, encode_dialogue, pack
+from ppg_fast.dialogues.encoding import encode_dialogue
+from ppg_fast.dialogues.packing import Sample, pack
 from ppg_fast.functional import policy_loss
 from ppg_fast.models import causal_lm as models
 from ppg_fast.models import varlen_attention
@@ -106,6 +107,8 @@ def test_loss_and_gradients_from_hidden_states_equal_those_from_logits(kind):
     model.zero_grad()
     logits = torch.cat([eager_logits(model, s) for s in parts])
     per_token = models.token_advantages(batch, advantages)
+    following = [(row, turn) for row, part in zip(advantages, parts, strict=True) for turn in [*part.turn_ids[1:], -1]]
+    assert per_token.tolist() == [float(row[turn]) if turn >= 0 else 0.0 for row, turn in following]
     plain = policy_loss(
         logits, batch.labels, per_token, cu_seqlens=batch.cu_seqlens, spec=spec, reduction="sequence_sum"
     )

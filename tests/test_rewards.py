@@ -256,12 +256,12 @@ def reward_folder(tmp_path_factory):
 
 def test_a_reward_model_gives_its_logit_whatever_the_batch(reward_folder):
     (reward,) = make_rewards(f"model:{reward_folder}")
-    many = [transcript(), transcript("e", ("three <end> one",)), transcript("f", ("one", "two", "three"))]
+    many = [transcript(), transcript("e", ("three <e<end>nd> one",)), transcript("f", ("one", "two", "three"))]
     batched = reward.turns(many)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(reward_folder)
     for row, t in zip(batched, many, strict=True):
         for value, prefix in zip(row, t.prefixes(), strict=True):
-            messages = [{"role": m.role, "content": m.content.replace("<end>", "")} for m in prefix.messages]
+            messages = [{"role": m.role, "content": m.content.replace("<e<end>nd>", "")} for m in prefix.messages]
             tokens = reward.scorer.tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
             assert value == pytest.approx(float(model(input_ids=tokens["input_ids"]).logits.detach()), abs=1e-5)
     reward.scorer.max_tokens = 1

@@ -1,1 +1,26 @@
 """Dialogues from files to packed tokens: formats on disk, chat templates, prompts, packing."""
+
+from ppg_fast.dialogues.chat_format import ChatFormat, make_byte_tokenizer, make_word_tokenizer
+from ppg_fast.dialogues.dialogue import Dialogue, Message, convert_to_jsonl, read_dialogues, write_dialogues
+from ppg_fast.dialogues.encoding import encode_dialogue
+from ppg_fast.dialogues.packing import PackedBatch, Sample, micro_batches, pack, trim_after_last_turn
+from ppg_fast.dialogues.prompts import Prompt, read_prompts
+
+__all__ = [
+    "ChatFormat",
+    "Dialogue",
+    "Message",
+    "PackedBatch",
+    "Prompt",
+    "Sample",
+    "convert_to_jsonl",
+    "encode_dialogue",
+    "make_byte_tokenizer",
+    "make_word_tokenizer",
+    "micro_batches",
+    "pack",
+    "read_dialogues",
+    "read_prompts",
+    "trim_after_last_turn",
+    "write_dialogues",
+]

@@ -32,6 +32,10 @@ class Message:
             raise ValueError(f"content must be a string, got {self.content!r}")
         _require_encodable("content", self.content)
 
+    def as_dict(self) -> dict[str, str]:
+        """``{"role": ..., "content": ...}``: the message as chat templates, endpoints and JSON lines have it."""
+        return {"role": self.role, "content": self.content}
+
 
 @dataclass(frozen=True)
 class Dialogue:
@@ -113,7 +117,7 @@ def write_dialogues(path: str | os.PathLike[str], dialogues: Iterable[Dialogue])
                 if dialogue.id in seen:
                     raise ValueError(f"dialogue id {dialogue.id!r} stands twice")
                 seen.add(dialogue.id)
-                messages = [{"role": message.role, "content": message.content} for message in dialogue.messages]
+                messages = [message.as_dict() for message in dialogue.messages]
                 values = (dialogue.id, dialogue.group_id, messages, dialogue.turn_rewards)
                 file.write(json.dumps(dict(zip(KEYS, values, strict=True)), ensure_ascii=False, allow_nan=False) + "\n")
             file.flush()

@@ -3,22 +3,18 @@ padding."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ppg_fast.dialogues.dialogue import Dialogue, Message
+from ppg_fast.reference.turns import turn_mask
 from ppg_fast.spec import IGNORE, require
 
 CONTEXT = -1  # turn id of a token the policy did not choose
 LARGEST_REWARD = torch.finfo(torch.float32).max
-# of tokenizers without a chat template; <tool> only if there are tool messages
-CONTROL = ("<system>", "<user>", "<assistant>", "<end>")
 
 
 @dataclass
@@ -41,7 +37,7 @@ class Sample:
     cut_off: list[bool] | None = None
 
 
-# a dialogue to pass through a model for company: its gradient is zero
+# Dummy dialogue with zero gradient, for ranks without work.
 NOTHING = Sample([0], [CONTEXT], [], 0, rollout_logprobs=[0.0])
 
 
@@ -60,6 +56,18 @@ class PackedBatch:
     turn_counts: Tensor  # (S,) int64
     group_ids: Tensor  # (S,) int64
     rollout_logprobs: Tensor | None = None  # (N,) float32 in nats, 0 at context
+
+    @property
+    def turn_mask(self) -> Tensor:
+        """(S, T) bool: whether turn t of dialogue s exists."""
+        return turn_mask(self.turn_counts, self.rewards.shape[1])
+
+    @property
+    def dialogue_ids(self) -> Tensor:
+        """(N,) int64: the dialogue, 0 .. S - 1, that each token belongs to."""
+        lengths = torch.diff(self.cu_seqlens).long()
+        rows = torch.arange(len(lengths), device=lengths.device)
+        return rows.repeat_interleave(lengths, output_size=len(self.tokens))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch on ``device``."""
@@ -172,150 +180,6 @@ def trim_after_last_turn(sample: Sample, turns: Collection[int] | None = None) -
     return Sample(
         sample.tokens[:end], sample.turn_ids[:end], list(sample.rewards), sample.group_id, logprobs, sample.cut_off
     )
-
-
-def encode_dialogue(tokenizer: Any, dialogue: Dialogue) -> Sample:
-    """Tokens and turn ids of a logged dialogue. A turn without a reward gets 0.
-
-    A tokenizer with a chat template: the tokens of apply_chat_template on the whole, a turn being what the template
-    adds to the generation prompt up to its end-of-turn token. Without one: role token, content, <end>, with <system>,
-    <user>, <assistant> (<tool> if there are tool messages) and <end> in the vocabulary. ValueError names the dialogue,
-    the message and what is wrong: a template that rewrites earlier messages, a token across a turn's bound, a control
-    token inside a content.
-    """
-    require(bool(dialogue.messages), f"dialogue {dialogue.id!r} must have messages", dialogue.messages)
-    pieces = _template_pieces if getattr(tokenizer, "chat_template", None) else _role_token_pieces
-    try:
-        parts = pieces(tokenizer, dialogue.messages)
-    except ValueError as error:
-        raise ValueError(f"dialogue {dialogue.id!r}, {error}") from error
-    return Sample(
-        tokens=[token for tokens, _ in parts for token in tokens],
-        turn_ids=[turn for tokens, turn in parts for _ in tokens],
-        rewards=[0.0 if reward is None else reward for reward in dialogue.turn_rewards],
-        group_id=stable_group_id(dialogue.group_id),
-    )
-
-
-def stable_group_id(name: str) -> int:
-    """A 63-bit number for a group's name: the same in every process and run."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
-
-
-_Pieces = list[tuple[list[int], int]]  # tokens and the turn they belong to
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-
-
-def _reject_control(message: Message, index: int, control: Iterable[str]) -> None:
-    """A content that holds a control token would end its message early or speak for another role."""
-    for token in control:
-        require(
-            token not in message.content,
-            f"message {index}: content must not hold a control token of the tokenizer",
-            token,
-        )
-
-
-def _role_token_pieces(tokenizer: Any, messages: Sequence[Message]) -> _Pieces:
-    """Role token, content, <end> of every message; content and <end> of an assistant message are a turn."""
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in CONTROL if token not in vocabulary]
-    require(
-        not missing,
-        f"message 0: a tokenizer without a chat template must have the tokens {' '.join(CONTROL)}; missing",
-        missing,
-    )
-    pieces: _Pieces = []
-    turn = 0
-    for index, message in enumerate(messages):
-        role = f"<{message.role}>"
-        require(role in vocabulary, f"message {index}: the tokenizer must have a token for the role", role)
-        _reject_control(message, index, (*CONTROL, "<tool>"))
-        content = _encode(tokenizer, message.content)
-        kept = bool(content) or not message.content.strip()
-        require(kept, f"message {index}: the tokenizer must give tokens for the content", message.content[:40])
-        pieces.append(([vocabulary[role]], CONTEXT))
-        is_turn = message.role == "assistant"
-        pieces.append(([*content, vocabulary["<end>"]], turn if is_turn else CONTEXT))
-        turn += is_turn
-    return pieces
-
-
-def _template_pieces(tokenizer: Any, messages: Sequence[Message]) -> _Pieces:
-    """The chat template's text cut at every turn's bounds, each part encoded, and checked against the whole."""
-    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special = {**dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)), **added}
-    for index, message in enumerate(messages):
-        _reject_control(message, index, special.keys() - {tokenizer.unk_token, tokenizer.pad_token})
-    texts = _template_texts(tokenizer, messages)
-    whole = _encode(tokenizer, "".join(text for text, _, _ in texts))
-    parts = [_encode(tokenizer, text) for text, _, _ in texts]
-    if [token for part in parts for token in part] != whole:
-        # a tokenizer may treat the beginning of any text in its own way, so ask again for the parts as they stand in
-        # the whole
-        parts = _parts_in_place(tokenizer, texts, whole)
-    ends = set(special.values())
-    pieces: _Pieces = []
-    for part, (_, turn, _) in zip(parts, texts, strict=True):
-        # what a template writes after the end-of-turn token, such as a line break, the policy never chose
-        end = max((n + 1 for n, token in enumerate(part) if token in ends), default=len(part))
-        end = end if not tokenizer.decode(part[end:]).strip() else len(part)
-        pieces += [(part[:end], turn), (part[end:], CONTEXT)]
-    return pieces
-
-
-def _template_texts(tokenizer: Any, messages: Sequence[Message]) -> list[tuple[str, int, int]]:
-    """(text, turn, message index) of the whole rendering: context up to each generation prompt's end, then the turn
-    itself."""
-    conversation = [{"role": message.role, "content": message.content} for message in messages]
-    texts: list[tuple[str, int, int]] = []
-    done, turn = "", 0
-
-    def extend(index: int, stop: int, turn_id: int, generation_prompt: bool) -> None:
-        nonlocal done
-        try:
-            text = tokenizer.apply_chat_template(
-                conversation[:stop], tokenize=False, add_generation_prompt=generation_prompt
-            )
-        except Exception as error:  # a template refuses a conversation with an error class of its own
-            raise ValueError(f"message {index}: the chat template refuses it: {error}") from error
-        if not text.startswith(done):
-            changed = done[_first_difference(text, done) :][:60]
-            rule = "the chat template must only append (a training template keeps what earlier messages had)"
-            raise ValueError(f"message {index}: {rule}, but it no longer writes {changed!r}")
-        texts.append((text[len(done) :], turn_id, index))
-        done = text
-
-    for index, message in enumerate(messages):
-        if message.role == "assistant":
-            extend(index, index, CONTEXT, True)
-            extend(index, index + 1, turn, False)
-            turn += 1
-    extend(len(messages) - 1, len(messages), CONTEXT, False)
-    return texts
-
-
-def _parts_in_place(tokenizer: Any, texts: list[tuple[str, int, int]], whole: list[int]) -> list[list[int]]:
-    """Tokens of each part as the growing prefixes of the whole show them; ValueError where a token crosses a bound."""
-    parts: list[list[int]] = []
-    prefix, done = "", 0
-    for text, _, index in texts:
-        prefix += text
-        tokens = _encode(tokenizer, prefix)
-        if whole[: len(tokens)] != tokens:
-            crossing = tokenizer.convert_ids_to_tokens(whole[_first_difference(whole, tokens)])
-            raise ValueError(f"message {index}: a token must not cross the bound of a turn, got {crossing!r} across it")
-        parts.append(tokens[done:])
-        done = len(tokens)
-    return parts
-
-
-def _first_difference(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """First position at which the two differ; the last common one if either is the beginning of the other."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)) - 1)
 
 
 def _check_sample(sample: Sample, index: int) -> None:

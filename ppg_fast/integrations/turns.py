@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.reference.turns import of_tokens
 from ppg_fast.spec import BASELINES, PolicyClass, policy_class, require, require_number, require_one_of
 
 
@@ -125,8 +126,8 @@ def place_turn_rewards(turn_rewards: Sequence[Sequence[float | None]], turn_ids:
 
 def spread(values: Tensor, turn_ids: Tensor) -> Tensor:
     """Values of turns (B, T) as values of tokens, (B, L): that of each token's turn, 0 where its id is -1."""
-    padded = torch.nn.functional.pad(values, (0, 1))  # column T: no turn
-    return padded.gather(1, torch.where(turn_ids < 0, values.shape[1], turn_ids))
+    rows = torch.arange(len(turn_ids), device=turn_ids.device)[:, None]
+    return of_tokens(values, turn_ids, rows.expand_as(turn_ids))
 
 
 def stacked(rows: Sequence[Sequence[float | None]]) -> tuple[Tensor, Tensor]:

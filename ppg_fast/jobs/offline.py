@@ -9,7 +9,8 @@ from typing import Any
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.chat_format import make_byte_tokenizer
 from ppg_fast.dialogues.dialogue import Dialogue, read_dialogues
-from ppg_fast.dialogues.packing import CONTEXT, Sample, encode_dialogue
+from ppg_fast.dialogues.encoding import encode_dialogue
+from ppg_fast.dialogues.packing import CONTEXT, Sample
 from ppg_fast.distributed import Ranks
 from ppg_fast.jobs.policy import Policy
 from ppg_fast.jobs.resume import ResumableRun

@@ -12,6 +12,7 @@ from ppg_fast.distributed import Ranks
 from ppg_fast.functional import PolicyLossOutput, linear_policy_loss, linear_token_logprobs
 from ppg_fast.models import varlen_attention
 from ppg_fast.models.adaptation import plain_head
+from ppg_fast.reference.turns import of_tokens
 from ppg_fast.spec import PolicyLossSpec, require
 
 PACKABLE_LAYERS = ("full_attention", "sliding_attention")
@@ -216,12 +217,7 @@ def token_score_norms(model: Any, batch: PackedBatch, temperature: float = 1.0) 
 
 def token_advantages(batch: PackedBatch, advantages: Tensor) -> Tensor:
     """The advantage (S, T) of each token's turn, (N,), 0 on context."""
-    lengths = torch.diff(batch.cu_seqlens).long()
-    row = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    taken = batch.turn_ids >= 0
-    if advantages.numel() == 0:
-        return torch.zeros_like(batch.turn_ids, dtype=torch.float32)
-    return torch.where(taken, advantages[row, batch.turn_ids.clamp(min=0)], 0.0)
+    return of_tokens(advantages, batch.turn_ids, batch.dialogue_ids)
 
 
 class PolicyModule(nn.Module):

@@ -6,6 +6,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from ppg_fast.reference.turns import turn_mask
 from ppg_fast.spec import require
 
 
@@ -20,11 +21,10 @@ def _check(scores: Tensor, turn_counts: Tensor | None) -> Tensor:
     B, T = scores.shape
     counts = torch.full((B,), T) if turn_counts is None else turn_counts
     require(counts.shape == (B,), f"turn_counts must be ({B},)", tuple(counts.shape))
-    there = torch.arange(T, device=scores.device) < counts.to(scores.device)[:, None]
-    require(
-        bool(scores[there].isfinite().all()), "scores must be finite", scores[there & ~scores.isfinite()][:1].tolist()
-    )
-    return there
+    exists = turn_mask(counts.to(scores.device), T)
+    bad = exists & ~scores.isfinite()
+    require(not bool(bad.any()), "scores must be finite", scores[bad][:1].tolist())
+    return exists
 
 
 def telescoping_rewards(scores: Tensor, turn_counts: Tensor | None = None, start: float = 0.0) -> Tensor:
@@ -36,11 +36,11 @@ def telescoping_rewards(scores: Tensor, turn_counts: Tensor | None = None, start
     training: a warning says how many. Credited with a short window, a turn is paid for its own step of the score and
         not for what it leads to.
     """
-    there = _check(scores, turn_counts)
+    exists = _check(scores, turn_counts)
     before = torch.cat([scores.new_full((len(scores), 1), start), scores[:, :-1]], 1)
-    rewards = torch.where(there, scores - before, 0.0)
+    rewards = torch.where(exists, scores - before, 0.0)
     if negative := int((rewards < 0).sum()):
-        seen = f"{negative} of {int(there.sum())} telescoping rewards are negative"
+        seen = f"{negative} of {int(exists.sum())} telescoping rewards are negative"
         warnings.warn(f"{seen}: offline, reward-weighted likelihood is no lower bound any more", stacklevel=2)
     return rewards
 
@@ -53,13 +53,13 @@ def prefix_maximum_rewards(scores: Tensor, turn_counts: Tensor | None = None, st
     conversation that reaches a good score and loses it again is paid in full. A warning says in how many dialogues the
     two differ.
     """
-    there = _check(scores, turn_counts)
+    exists = _check(scores, turn_counts)
     lowest = torch.finfo(scores.dtype).min
     running = (
-        torch.cat([scores.new_full((len(scores), 1), start), torch.where(there, scores, lowest)], 1).cummax(1).values
+        torch.cat([scores.new_full((len(scores), 1), start), torch.where(exists, scores, lowest)], 1).cummax(1).values
     )
-    rewards = torch.where(there, running.diff(dim=1), 0.0)
-    counts = there.sum(1)
+    rewards = torch.where(exists, running.diff(dim=1), 0.0)
+    counts = exists.sum(1)
     last = scores.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
     other = int(((rewards.sum(1) + start - last).abs() > 1e-6 * (1 + last.abs()))[counts > 0].sum())
     if other:

@@ -56,7 +56,7 @@ class Judge:
         return values
 
     def _value(self, transcript: Transcript) -> float | None:
-        messages = [{"role": message.role, "content": message.content} for message in transcript.messages]
+        messages = [message.as_dict() for message in transcript.messages]
         dialogue = json.dumps(messages, ensure_ascii=False, indent=1)
         task = TASK.format(dialogue=dialogue, what=self.what, low=self.low, high=self.high)
         ask = [{"role": "system", "content": self.rubric}, {"role": "user", "content": task}]

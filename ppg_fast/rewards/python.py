@@ -67,7 +67,7 @@ class PythonReward:
                 f"reward {self.name} asks for {', '.join(missing)}, which {where} has not (it has {', '.join(info)})"
             )
         given = info if self.takes_all else {name: value for name, value in info.items() if name in self.names}
-        messages = [{"role": message.role, "content": message.content} for message in transcript.messages]
+        messages = [message.as_dict() for message in transcript.messages]
         try:
             return self.function(messages, **given)
         except Exception as error:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ppg_fast.dialogues.dialogue import Message
+from ppg_fast.dialogues.renderer import Renderer
 from ppg_fast.rewards.scoring import Transcript
 
 
@@ -27,6 +29,7 @@ class RewardModel:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         if not self.tokenizer.chat_template:
             raise ValueError(f"the tokenizer of reward model {folder} must have a chat template, got none")
+        self.renderer = Renderer(self.tokenizer)
         model = AutoModelForSequenceClassification.from_pretrained(folder)
         if model.config.num_labels != 1:
             raise ValueError(f"a reward model must have one label, got {model.config.num_labels} in {folder}")
@@ -52,21 +55,15 @@ class RewardModel:
         return values
 
     def _tokens(self, transcript: Transcript) -> list[int]:
-        messages = [{"role": m.role, "content": self._plain(m.content)} for m in transcript.messages]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # an answer that spells a special token would end its message early or speak for another role
+        messages = [Message(m.role, self.renderer.without_special(m.content)) for m in transcript.messages]
+        tokens = self.renderer.encode(self.renderer.text(messages))
         if self.positions and len(tokens) > self.positions:
             rule = f"reward model {self.folder} reads at most {self.positions} tokens"
             raise ValueError(
                 f"{rule}, got {len(tokens)} in dialogue {transcript.id!r} up to turn {transcript.turns - 1}"
             )
         return tokens
-
-    def _plain(self, text: str) -> str:
-        """An answer that spells a control token would end its message early or speak for another role."""
-        for token in self.tokenizer.all_special_tokens:
-            text = text.replace(token, "")
-        return text
 
     def _batches(self, rows: list[list[int]]) -> Iterator[list[list[int]]]:
         """Consecutive rows; one at a time where the model cannot tell padding."""

@@ -146,7 +146,7 @@ class EndpointPartner:
         return list(self.endpoint.map(self._reply, list(conversations)))
 
     def _reply(self, conversation: Conversation) -> Message:
-        messages = [{"role": m.role, "content": m.content} for m in as_partner(conversation, self.instruction)]
+        messages = [message.as_dict() for message in as_partner(conversation, self.instruction)]
         settings = {"temperature": self.temperature, "max_tokens": self.max_tokens, "seed": conversation.number()}
         return Message("user", self.endpoint.chat(messages, **settings))
 

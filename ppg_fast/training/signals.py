@@ -29,9 +29,9 @@ class SignalTokens:
         """The tokens of a pass over the dialogues ``rows``, with the score norms that its loss gave."""
         if not rows:
             return
-        device, lengths = batch.tokens.device, torch.diff(batch.cu_seqlens).long()
+        device = batch.tokens.device
         by_token = torch.stack([token_advantages(batch, a) for a in self.advantages[:, list(rows)].to(device)])
-        dialogue = torch.repeat_interleave(torch.tensor(rows, device=device), lengths)
+        dialogue = torch.tensor(rows, device=device)[batch.dialogue_ids]
         columns = context_ids(batch).to(device), dialogue, batch.labels, out.metrics["score_norms"]
         taken = batch.labels >= 0
         self.parts.append(tuple(c[..., taken].cpu() for c in (*columns, by_token)))
