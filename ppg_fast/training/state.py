@@ -1,5 +1,6 @@
 """What training steps change, as one state that a checkpoint holds and a resumed run takes over whole."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -28,10 +29,17 @@ class SkippedSteps:
         self.total = 0
         self.in_a_row: list[tuple[int, Sequence[Sample]]] = []
 
-    def add(self, step: int, samples: Sequence[Sample]) -> None:
-        """``step`` was skipped."""
+    def observe(self, step: int, samples: Sequence[Sample], loss: float, grad_norm: float, limit: int) -> None:
+        """Take in a step. NotFinite for more than ``limit`` in a row."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.in_a_row = []
+            return
         self.total += 1
         self.in_a_row.append((step, samples))
+        if len(self.in_a_row) > limit:
+            rule = "loss and gradient must be finite (the weights are those before these steps)"
+            seen = f"loss {loss} and gradient norm {grad_norm} at step {step}"
+            raise NotFinite(f"{rule}, got {seen}, the last of {len(self.in_a_row)} in a row", self.in_a_row)
 
     def state_dict(self) -> dict[str, Any]:
         """Both, in plain types."""
