@@ -94,8 +94,9 @@ def make(case: Case, seed: int = 0, near: bool = True) -> Any:
     from ppg_fast.jobs.offline import cut_tokens
     from ppg_fast.models.causal_lm import make_model, policy_hidden, token_advantages
 
-    samples = [_word_sample(*dialogue, case.V) for dialogue in _dialogues(case)]
-    batch = pack(next(micro_batches([cut_tokens(s, case.N) for s in samples], case.N))).to(case.device)
+    samples = [cut_tokens(_word_sample(*dialogue, case.V), case.N) for dialogue in _dialogues(case)]
+    fullest = micro_batches([len(s.tokens) for s in samples], case.N)[0]
+    batch = pack([samples[i] for i in fullest]).to(case.device)
     model = make_model(case.V, case.D, seed=seed).to(case.device, case.torch_dtype)
     returns = partial_returns(batch.rewards, "lookahead:3", turn_counts=batch.turn_counts)
     hidden = policy_hidden(model, batch).detach().requires_grad_()

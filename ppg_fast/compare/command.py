@@ -17,9 +17,9 @@ from ppg_fast.compare.cells import Cell
 from ppg_fast.compare.summary import of_problem
 from ppg_fast.rewards.decomposition import DECOMPOSITIONS
 from ppg_fast.rollouts.problems import DRAWN, PROBLEMS, drawn, problem_names
-from ppg_fast.spec import policy_class, require, require_one_of
+from ppg_fast.spec import CANDIDATES, Lookahead, policy_class, require, require_one_of
 
-CLASSES = "greedy,lookahead:2,lookahead:3,lookahead:4,segment:4,full,auto"
+CLASSES = ",".join(str(c) for c in CANDIDATES if c != Lookahead(6)) + ",auto"  # six turns are half of a problem or more
 LOG_CLASSES = "greedy,lookahead:3,segment:4,full,imitation"
 VERSIONS = ("tabular", "language")
 SETTINGS, REPORT, NUMBERS = "settings.json", "report.html", "compare.json"

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from ppg_fast.config import TrainConfig
-from ppg_fast.dialogues.packing import CONTEXT, Sample, micro_batches, pack
+from ppg_fast.dialogues.packing import pack
 from ppg_fast.functional import partial_returns
 from ppg_fast.jobs.offline import OfflineJob
-from ppg_fast.models.causal_lm import token_logprobs
 from ppg_fast.rewards.decomposition import DECOMPOSITIONS
 from ppg_fast.spec import policy_class
+from ppg_fast.training.evaluation import turn_logprobs
 from ppg_fast.training.objective import Objective, require_nonnegative
 from ppg_fast.training.trainer import optimise
 
@@ -46,20 +46,20 @@ class Log:
         counts only.
         """
         batch = pack(self.job.samples)
-        there = torch.arange(batch.rewards.shape[1]) < batch.turn_counts[:, None]
+        mask = batch.turn_mask
         out: dict[str, Any] = {
             "dialogues": len(self.job.samples),
-            "turns": int(there.sum()),
-            "reward": float(batch.rewards[there].mean()),
+            "turns": int(mask.sum()),
+            "reward": float(batch.rewards[mask].mean()),
         }
         out["classes"] = {}
         for name in classes:
             if name == IMITATION:
                 continue
             returns = partial_returns(batch.rewards, policy_class(name), turn_counts=batch.turn_counts).double()
-            w = returns[there]
+            w = returns[mask]
             effective = float(w.sum() ** 2 / (len(w) * w.square().sum()).clamp(min=1e-12))
-            by_turn = [float(returns[there[:, t], t].mean()) for t in range(min(SHOWN, returns.shape[1]))]
+            by_turn = [float(returns[mask[:, t], t].mean()) for t in range(min(SHOWN, returns.shape[1]))]
             out["classes"][name] = {
                 "credited": float((w != 0).double().mean()),
                 "effective": effective,
@@ -90,38 +90,21 @@ class Log:
         of paid answers minus that of unpaid ones, what the model learned of the rewards at all.
         """
         job = self.job
-        samples = [job.samples[i] for i in (job.held_out or job.seen)]
-        turns: list[tuple[float, float, float, float]] = []  # own reward, mean reward of the dialogue, log-prob, tokens
-        with torch.no_grad():
-            for part in micro_batches(samples, job.config.max_tokens):
-                batch = pack(part).to(job.policy.model.device)
-                logprobs, at = token_logprobs(job.policy.model, batch).double().cpu(), 0
-                for sample in part:
-                    turns += _turns(sample, logprobs[at : at + len(sample.tokens)])
-                    at += len(sample.tokens)
-        own, mean, logprob, count = torch.tensor(turns, dtype=torch.float64).T
-        paid = own > 0
+        batch = pack([job.samples[i] for i in (job.held_out or job.seen)])
+        logprobs, tokens = turn_logprobs(job.policy.module, batch, job.config.max_tokens)
+        own, paid = batch.rewards.double(), (batch.rewards > 0) & (tokens > 0)
+        unpaid = (tokens > 0) & ~paid
 
         def average(weight: torch.Tensor) -> float:
-            return float((weight * logprob).sum() / (weight * count).sum().clamp(min=1e-12))
+            return float((weight * logprobs).sum() / (weight * tokens).sum().clamp(min=1e-12))
 
-        contrast = (
-            average(paid.double()) - average((~paid).double()) if bool(paid.any()) and not bool(paid.all()) else 0.0
-        )
+        both = bool(paid.any() and unpaid.any())
         return {
             "per_turn": average(own),
-            "per_dialogue": average(mean),
+            "per_dialogue": average((own.sum(1) / batch.turn_counts)[:, None]),
             "plain": average(torch.ones_like(own)),
-            "contrast": contrast,
+            "contrast": average(paid.double()) - average(unpaid.double()) if both else 0.0,
         }
-
-
-def _turns(sample: Sample, logprobs: torch.Tensor) -> list[tuple[float, float, float, float]]:
-    """Own reward, mean reward of the dialogue, log-prob and tokens of each turn that was read."""
-    ids = torch.tensor([*sample.turn_ids[1:], CONTEXT])
-    mean = sum(sample.rewards) / len(sample.rewards)
-    read = sorted(set(ids.tolist()) - {CONTEXT})
-    return [(sample.rewards[t], mean, float(logprobs[ids == t].sum()), int((ids == t).sum())) for t in read]
 
 
 def open_log(config: TrainConfig, decompose: str | None) -> tuple[Log, list[str]]:

@@ -7,7 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,11 @@ def _check(saved: dict[str, Any], config: TrainConfig, policy: Policy, data_dige
         )
     if bool(saved["config"]["kl_coef"]) != bool(config.kl_coef):
         raise ValueError(f"a run goes on with a KL term if it began with one, got kl_coef {config.kl_coef}")
+    of_before = {name: saved["config"][name] for name in ("policy_class", "signals", "candidates")}
+    before, now = (", ".join(map(str, c.candidate_classes())) or "none" for c in (replace(config, **of_before), config))
+    if before != now:
+        rule = "a run goes on with the candidates it began with (policy_class auto or signals, and candidates)"
+        raise ValueError(f"{rule}, {before}; got {now}")
     if saved.get("frozen", "") != frozen:
         raise ValueError(
             f"a run goes on with the frozen weights it began with, got others: model {config.model!r}, freeze "

@@ -34,26 +34,7 @@ import torch
 from torch import Tensor
 
 from ppg_fast.dialogues.packing import CONTEXT, PackedBatch
-from ppg_fast.spec import FullPlanning, Greedy, Lookahead, PolicyClass, Segment, require
-
-CANDIDATES: tuple[PolicyClass, ...] = (
-    Greedy(),
-    Lookahead(2),
-    Lookahead(3),
-    Lookahead(4),
-    Lookahead(6),
-    Segment(4),
-    FullPlanning(),
-)
-
-
-def name_of(policy_class: PolicyClass) -> str:
-    """What `ppg_fast.policy_class` reads back: greedy, lookahead:3, segment:4, full."""
-    if isinstance(policy_class, Lookahead):
-        return f"lookahead:{policy_class.k}"
-    if isinstance(policy_class, Segment):
-        return f"segment:{policy_class.ids_or_length}"
-    return "full" if isinstance(policy_class, FullPlanning) else type(policy_class).__name__.lower()
+from ppg_fast.spec import CANDIDATES, PolicyClass, require
 
 
 @dataclass(frozen=True)
@@ -174,7 +155,7 @@ class WindowChooser:
         margin: float = 0.05,
         min_coverage: float = 0.5,
     ) -> None:
-        self.candidates, self.names = list(candidates), [name_of(c) for c in candidates]
+        self.candidates, self.names = list(candidates), [str(c) for c in candidates]
         require("full" in self.names, "the candidates of auto must include full planning", self.names)
         require(memory >= 1, "memory must be at least one step", memory)
         self.fixed, self.keep, self.margin, self.min_coverage = fixed, 1 - 1 / memory, margin, min_coverage
@@ -199,7 +180,7 @@ class WindowChooser:
         Adam divides by the gradients it remembers: after a class of large ones, those of a class with less noise would
         hardly move it.
         """
-        if self.chosen == self.full:
+        if self.fixed or self.chosen == self.full:
             return 1.0
         lengths = self._average().length
         return float(lengths[self.full] / lengths[self.chosen])
@@ -210,8 +191,9 @@ class WindowChooser:
     def observe(self, signals: Signals) -> dict[str, Any]:
         """Take in one step's signals; metrics for the log, ``auto/reason`` where the class changes. ``policy_class`` is
         the next one."""
-        row: dict[str, Any] = {"policy_class": name_of(self.current), "auto/coverage": signals.coverage}
-        if signals.coverage < self.min_coverage or not bool(signals.square[self.full] > 0):
+        row: dict[str, Any] = {"policy_class": str(self.current), "auto/coverage": signals.coverage}
+        finite = bool(signals.inner.isfinite().all() and signals.square.isfinite().all())  # else it would stay so
+        if signals.coverage < self.min_coverage or not (finite and signals.square[self.full] > 0):
             return row
         self.weight, self.dialogues = self.keep * self.weight + 1 - self.keep, signals.dialogues
         for total, value in ((self.inner, signals.inner), (self.square, signals.square)):
@@ -239,10 +221,7 @@ class WindowChooser:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave; ValueError for other candidates."""
-        require(
-            saved["names"] == self.names,
-            f"auto goes on with the candidates it began with, {self.names}",
-            saved["names"],
-        )
+        rule = f"auto goes on with the candidates it began with, {saved['names']}"
+        require(saved["names"] == self.names, rule, self.names)
         for name, value in saved.items():
             setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
