@@ -1,4 +1,4 @@
-// The best instruction set of the processor, detected once; tests and benchmarks may choose a lesser one.
+// What the processor can do, asked once; tests and benchmarks may ask for less.
 #include "isa.h"
 
 #include <atomic>

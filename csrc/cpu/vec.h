@@ -12,13 +12,13 @@ typedef int16_t ShortVec __attribute__((vector_size(4 * PPG_LANES)));
 
 #define PPG_INLINE static inline __attribute__((always_inline))
 
-struct Pair {  // 2 * LANES elements of a row, in the order that suits their type
+struct Pair {  // 2 * LANES elements of a row, in an order of their type's own
   Vec a, b;
 };
 
 PPG_INLINE Vec splat(float x) { return Vec{} + x; }
-// The maximum; b where either is NaN. By intrinsic: compilers turn the ternary into a compare and a blend.
-PPG_INLINE Vec vmax(Vec a, Vec b) {
+PPG_INLINE Vec
+vmax(Vec a, Vec b) {  // b where either is NaN; by name, since compilers make a compare and a blend of the ternary
 #if PPG_LANES == 16
   return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
 #elif PPG_LANES == 8
@@ -39,7 +39,8 @@ PPG_INLINE double reduce_add(Vec v) {
   return s;
 }
 
-// Streaming store past the caches, for memory that is written as a whole and not read soon. `p` is aligned to a vector.
+// Past the caches, to memory that is written whole and not read soon: its lines need not be read first. `p` is aligned
+// to a vector.
 PPG_INLINE void stream(void* p, Vec v) {
 #if PPG_LANES == 16
   _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
@@ -49,14 +50,15 @@ PPG_INLINE void stream(void* p, Vec v) {
   __builtin_memcpy(p, &v, sizeof v);
 #endif
 }
-PPG_INLINE void finish_streaming() {  // before another thread may read it
+PPG_INLINE void finish_streaming() {  // before another thread may look
 #if PPG_LANES > 4
   _mm_sfence();
 #endif
 }
 PPG_INLINE bool can_stream(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0; }
 
-// ---- element types ----
+// ---- element types
+// ----------------------------------------------------------------------------------------------------------------
 struct F32 {
   using raw = float;
   PPG_INLINE Vec load(const raw* p) {
@@ -91,7 +93,7 @@ struct BF16 {
     const HalfBits h = __builtin_convertvector(round_up(v) >> 16, HalfBits);
     __builtin_memcpy(p, &h, sizeof h);
   }
-  PPG_INLINE Pair load_pair(const raw* p) {  // even and odd elements: a shift and a mask instead of two conversions
+  PPG_INLINE Pair load_pair(const raw* p) {  // even and odd elements: a shift and a mask in place of two conversions
     UintVec u;
     __builtin_memcpy(&u, p, sizeof u);
     return {(Vec)(u << 16), (Vec)(u & 0xffff0000u)};
@@ -153,7 +155,7 @@ struct F16 {
   }
 };
 
-// The last `count` < LANES elements of a row; the other lanes are `fill`.
+// The `count` < LANES elements at the end of a row; the lanes behind them are copies of `fill`.
 template <class E> PPG_INLINE Vec load_tail(const typename E::raw* p, int count, typename E::raw fill) {
   typename E::raw buffer[LANES];
   for (int i = 0; i < LANES; ++i) buffer[i] = fill;
@@ -168,7 +170,8 @@ template <class E> PPG_INLINE void store_tail(typename E::raw* p, int count, Vec
 template <class E> PPG_INLINE float load_one(const typename E::raw* p) { return load_tail<E>(p, 1, *p)[0]; }
 template <class E> PPG_INLINE void store_one(typename E::raw* p, float x) { store_tail<E>(p, 1, splat(x)); }
 
-// ---- functions ----
+// ---- functions
+// --------------------------------------------------------------------------------------------------------------------
 // 2^t to 1.5e-7 relative, for t that may be far below zero (0 below the normal range) but not far above; NaN stays NaN.
 // Minimax polynomials of the fractional part.
 PPG_INLINE Vec exp2_(Vec t) {
