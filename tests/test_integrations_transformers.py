@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 import transformers
 from closeness import assert_as_good_as
+from host_case import found_is
 
 import ppg_fast as ppg
 from ppg_fast.integrations.transformers import LogitRule, logit_rule, patch
@@ -514,14 +515,11 @@ def test_the_loss_of_a_router_is_added_as_the_model_adds_it(batch):
 # ---- the host --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("found", ["4.57.1", None])
 def test_a_missing_or_old_host_is_one_line(found, monkeypatch):
-    def version(name):
-        if found is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return found
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(
-        ImportError,
-        match=rf"^ppg_fast\.integrations\.transformers needs transformers >= 5\.10, found {found or 'none'}$",
-    ):
-        importlib.reload(sys.modules["ppg_fast.integrations.transformers"])
+    found_is(monkeypatch, found)
+    if found is None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    needed = (
+        rf"^ppg_fast\.integrations\.transformers needs transformers >= 5\.10, found {found or 'none'}: pip install "
+    )
+    with pytest.raises(ImportError, match=needed + "'transformers>=5.10'$"):
+        importlib.import_module("ppg_fast.integrations.transformers")
