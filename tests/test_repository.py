@@ -42,6 +42,18 @@ def test_tools_are_pinned_alike():
         assert re.search(rf"{tool}==", hooks), tool
 
 
+def test_workflows_run_what_there_is():
+    """Every `make` target that a workflow or CONTRIBUTING.md names is in the Makefile, and every file in the tree."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    workflows = sorted((ROOT / ".github/workflows").glob("*.yml"))
+    assert {path.stem for path in workflows} == {"test", "wheels"}
+    text = "".join(path.read_text() for path in workflows)
+    assert set(re.findall(r"\bmake ([a-z-]+)", text)) >= {"train", "test", "test-verl"}
+    named = re.findall(r"\bmake ([a-z-]+)", text + (ROOT / "CONTRIBUTING.md").read_text())
+    assert set(named) - targets == set()
+    assert [path for path in re.findall(r"tests/\w+\.py", text) if not (ROOT / path).exists()] == []
+
+
 @pytest.mark.parametrize("name", [n for n in ppg.__all__ if inspect.isfunction(getattr(ppg, n))])
 def test_public_functions_document_every_argument(name):
     function = getattr(ppg, name)
