@@ -3,7 +3,6 @@ runs/compare-log`."""
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,44 +11,27 @@ from ppg_fast.compare import across, plots
 from ppg_fast.compare.report import bias_text
 from ppg_fast.rollouts.problems import DRAWN
 
-from . import machine
+from . import machine, result_file
 from .tables import NOT_MEASURED, Results, of, table
 
 NAME = "policy_classes"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write ``policy_classes.cpu.json`` and one chart a problem, one of the credits and one of the scores of each
-    log."""
+    """Write the results file ``policy_classes.cpu`` and one chart a problem, one of the credits and one of the scores
+    of each log."""
     parser = argparse.ArgumentParser(description="Store finished comparisons of policy classes.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `ppg-fast compare` wrote")
-    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    parser.add_argument("--output", type=Path, default=result_file.FOLDER)
     arguments = parser.parse_args(argv)
     summaries = [json.loads((run / "compare.json").read_text()) for run in arguments.runs]
     problems = [p for s in summaries for p in s["problems"] if not p["problem"].startswith(DRAWN)]
     logs = [s["log"] for s in summaries if s["log"]]
-    file = {
-        "machine_info": machine.machine_info("cpu"),
-        "commit_info": machine.commit_info(),
-        "datetime": machine.now(),
-        "version": "1",
-        "benchmarks": [],
-        "ppg_fast": {
-            "command": " ; ".join(s["command"] for s in summaries),
-            "versions": machine.versions(),
-            "load_before": machine.load(),
-            "missing": {},
-            "cpu_seconds": sum(s["cpu_seconds"] for s in summaries),
-        },
-        "problems": problems,
-        "across": [entry for s in summaries for entry in s["across"]],
-        "logs": logs,
-    }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_rounded(file), indent=1)
-    # a list of numbers is one line
-    text = re.sub(r"\[[^][{}\"]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
-    (arguments.output / f"{NAME}.cpu.json").write_text(text + "\n")
+    file = machine.header(
+        " ; ".join(s["command"] for s in summaries), "cpu", cpu_seconds=sum(s["cpu_seconds"] for s in summaries)
+    )
+    file |= {"problems": problems, "across": [entry for s in summaries for entry in s["across"]], "logs": logs}
+    result_file.write(arguments.output, f"{NAME}.cpu", _rounded(file))
     for name, svg in charts(file).items():
         (arguments.output / name).write_text(svg)
 

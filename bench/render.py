@@ -1,7 +1,6 @@
 """From result files to documents: every number between `<!-- bench:NAME -->` and `<!-- /bench -->` is written here and
 nowhere else."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from .chart import Bar, bars
 from .gpu.report import gpu_section, summary_section
 from .linear_tables import active_section, contributions_section
 from .policy_classes import across_section, logs_section, overview_section, problems_section
+from .result_file import FOLDER, load
 from .step_tables import whole_step_table
 from .tables import (
     NOT_MEASURED,
@@ -33,12 +33,6 @@ from .tables import (
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 DOCUMENTS = ("docs/benchmarks.md", "docs/integrations.md", "docs/policy_classes.md", "README.md")
-RESULTS = Path("bench/results")
-
-
-def load(folder: Path) -> Results:
-    """Every result file of a folder, by its stem."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -53,7 +47,7 @@ def _op_section(op: str) -> Callable[[Results], str]:
             for entries in groups(file):
                 text += f"\n**{title(entries[0]['params'])}** ({device})\n\n{group_table(entries)}"
             text += f"\nDid not take part ({device}):\n\n{_absent(file)}" if file["ppg_fast"]["missing"] else ""
-            text += "".join(f"\n![{name}](../{RESULTS}/{name})\n" for name in sorted(_charts_of(op, device, file)))
+            text += "".join(f"\n![{name}](../{FOLDER}/{name})\n" for name in sorted(_charts_of(op, device, file)))
         return text.lstrip("\n") or NOT_MEASURED
 
     return section
@@ -248,11 +242,11 @@ def fill(text: str, results: Results) -> str:
 
 def expected(root: Path) -> dict[Path, str]:
     """What the documents and charts below ``root`` have to say, given its results."""
-    results = load(root / RESULTS)
+    results = load(root / FOLDER)
     found = {root / name: fill((root / name).read_text(), results) for name in DOCUMENTS if (root / name).exists()}
     for op in ("policy_loss", "linear"):
         for device, file in of(results, op):
-            found |= {root / RESULTS / name: svg for name, svg in _charts_of(op, device, file).items()}
+            found |= {root / FOLDER / name: svg for name, svg in _charts_of(op, device, file).items()}
     return found
 
 

@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from ppg_fast.bench import command, harness, instructions, learning_curve, machine, peers, render, timing, worker
+from ppg_fast.bench import (
+    command,
+    harness,
+    instructions,
+    learning_curve,
+    machine,
+    peers,
+    render,
+    result_file,
+    timing,
+    worker,
+)
 from ppg_fast.bench.problem import Case, make_problem, make_truth
 from ppg_fast.bench.providers import Provider, Unavailable
 
@@ -28,19 +39,13 @@ def entries_of(op, index=0, **changes):
 def policy_loss_results(tmp_path_factory):
     """A folder of results as the command writes them, measured without subprocesses."""
     folder = tmp_path_factory.mktemp("root")
-    (folder / render.RESULTS).mkdir(parents=True)
     for op in ("policy_loss", "linear"):
         entries, missing = entries_of(op)
-        header = {
-            "machine_info": machine.machine_info("cpu"),
-            "commit_info": machine.commit_info(),
-            "datetime": machine.now(),
-            "version": command.VERSION,
-            "ppg_fast": {"command": "test", "versions": machine.versions(), "load_before": 0.0},
-        }
         peak = {"case": entries[0]["params"], "bytes": {entries[0]["param"]: 3 * 2**20}}
-        merged = command._merged(op, header, [{"entries": entries, "missing": {op: missing}, "peaks": [peak]}])
-        (folder / render.RESULTS / f"{op}.cpu.json").write_text(json.dumps(merged))
+        merged = command._merged(
+            op, machine.header("test", "cpu"), [{"entries": entries, "missing": {op: missing}, "peaks": [peak]}]
+        )
+        result_file.write(folder / render.FOLDER, f"{op}.cpu", merged)
     return folder
 
 
@@ -234,9 +239,32 @@ def assert_schema(file):
             assert set(entry["extra_info"]) >= {"error", "correct", "compacted"}
 
 
+@pytest.mark.parametrize("rows", [1, 10_000])
+def test_a_result_file_is_read_as_it_was_written(tmp_path, rows):
+    """Small ones as text, one line a list of numbers, large ones compressed; the same content has the same bytes."""
+    file = {"a": [0.1 + n for n in range(rows)], "b": [{"text": '[1,\n  2] {"', "none": None}] * rows, "c": {}}
+    path = result_file.write(tmp_path, "some.cpu", file)
+    assert path.suffix == (".json" if rows == 1 else ".gz")
+    first = path.read_bytes()
+    assert result_file.write(tmp_path, "some.cpu", file).read_bytes() == first
+    assert render.load(tmp_path) == {"some.cpu": file}
+    result_file.write(tmp_path, "some.cpu", {"a": [1] * (10_001 - rows) * 10})  # small to large, and large to small
+    assert render.load(tmp_path) == {"some.cpu": {"a": [1] * (10_001 - rows) * 10}}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_one_header_with_and_without_torch():
+    """What a GPU run knows before torch is imported, and what every other result file says, have the same fields."""
+    without, with_torch = result_file.header("some command", commit="abc"), machine.header("some command", "cpu")
+    assert_schema(without)
+    assert_schema(with_torch)
+    assert without["commit_info"]["id"] == "abc"
+    assert set(with_torch["machine_info"]) - set(without["machine_info"]) <= {"torch_cpu_capability", "ppg_fast_isa"}
+    assert with_torch["ppg_fast"]["versions"]["torch"] == torch.__version__
+
+
 def test_results_have_their_fields(policy_loss_results):
-    for path in (policy_loss_results / render.RESULTS).glob("*.json"):
-        file = json.loads(path.read_text())
+    for file in render.load(policy_loss_results / render.FOLDER).values():
         assert_schema(file)
         first = file["benchmarks"][0]
         assert first["extra_info"]["peak_extra_bytes"] == 3 * 2**20
@@ -245,7 +273,7 @@ def test_results_have_their_fields(policy_loss_results):
 
 def test_pytest_benchmark_reads_them(policy_loss_results):
     pytest.importorskip("pytest_benchmark")
-    file = policy_loss_results / render.RESULTS / "policy_loss.cpu.json"
+    file = policy_loss_results / render.FOLDER / "policy_loss.cpu.json"
     run = subprocess.run(
         [sys.executable, "-m", "pytest_benchmark", "compare", str(file)], capture_output=True, text=True
     )
@@ -255,8 +283,10 @@ def test_pytest_benchmark_reads_them(policy_loss_results):
 
 def test_committed_results_and_documents_agree():
     """docs/benchmarks.md, the README and the charts are what `--render` makes of bench/results; else run it."""
-    for path in (ROOT / render.RESULTS).glob("*.json"):
-        assert_schema(json.loads(path.read_text()))
+    for file in render.load(ROOT / render.FOLDER).values():
+        assert_schema(file)
+    large = [p for p in (ROOT / render.FOLDER).glob("*.json") if p.stat().st_size > result_file.LARGE]
+    assert large == [], "larger files are kept compressed: result_file.write"
     for path, text in render.expected(ROOT).items():
         assert path.exists(), path
         assert path.read_text() == text, (
@@ -280,7 +310,7 @@ def test_render_replaces_what_stood_there(policy_loss_results):
     assert "made up" not in text
     assert "ppg_fast cpu, in place" in text
     assert render.NOT_MEASURED in text
-    assert (root / render.RESULTS / "policy_loss.cpu.512.float32.svg").read_text().startswith("<svg")
+    assert (root / render.FOLDER / "policy_loss.cpu.512.float32.svg").read_text().startswith("<svg")
     assert render.write(root) == []
     (root / "docs/benchmarks.md").write_text(text.replace("ppg_fast cpu, in place", "ppg_fast cpu, in haste"))
     assert render.write(root) == [root / "docs/benchmarks.md"]
@@ -290,7 +320,7 @@ def test_render_replaces_what_stood_there(policy_loss_results):
 
 @pytest.mark.parametrize("wrong", ["ours", "peer"])
 def test_no_speedup_for_a_wrong_result(policy_loss_results, wrong):
-    file = render.load(policy_loss_results / render.RESULTS)["policy_loss.cpu"]
+    file = render.load(policy_loss_results / render.FOLDER)["policy_loss.cpu"]
     entries = file["benchmarks"]
     assert " x |" in render.group_table(entries)
     for entry in entries:
@@ -342,7 +372,7 @@ def test_learning_curves_become_a_table(tmp_path):
 # ---- instructions ----------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(instructions.why_not() is not None, reason=str(instructions.why_not()))
 def test_the_row_kernel_needs_no_more_instructions_than_when_it_was_measured(tmp_path):
-    stored = json.loads((ROOT / "bench/results/instructions.cpu.json").read_text())["instructions"]
+    stored = render.load(ROOT / render.FOLDER)["instructions.cpu"]["instructions"]
     case = {"kernel": "policy_loss", "dtype": "bfloat16", "isa": "avx2"}
     before = next(c["per_element"] for c in stored if c.items() >= case.items())
     program = instructions.build(tmp_path)

@@ -29,7 +29,7 @@ def told(statuses, output, lines):
 
 
 def stored(tmp_path):
-    return driver.Store(tmp_path / "out/gpu.cuda.json", driver.header(ROOT, "make gpu", "abc"))
+    return driver.Store(tmp_path / "out", "gpu.cuda", driver.header("make gpu", "abc"))
 
 
 def content(store):
@@ -87,7 +87,7 @@ from pathlib import Path
 from bench.gpu.driver import Part, Store, header, run
 here, tell = Path({str(tmp_path)!r}), lambda *_: ({{}}, None)
 two = Part("two", 60, [[*{SAY!r}, {slow!r}]], tell, lines=here / "lines.jsonl")
-store = Store(here / "gpu.cuda.json", header(here, "make gpu", "abc"))
+store = Store(here, "gpu.cuda", header("make gpu", "abc"))
 run([Part("one", 60, [[*{SAY!r}, "pass"]], tell), two], store, 300, here / "logs")
 """
     running = subprocess.Popen(
@@ -408,7 +408,7 @@ def entry(op, provider, median, kind="peer", **params):
 
 
 def synthetic(when, commit, **parts):
-    file = driver.header(ROOT, "make gpu", commit)
+    file = driver.header("make gpu", commit)
     file["datetime"] = when
     file["parts"] = {name: {"status": "passed", "seconds": 1.0, "results": results} for name, results in parts.items()}
     return file
@@ -513,7 +513,7 @@ def test_a_wrong_result_meets_no_bar():
 def test_a_results_file_becomes_sections(tmp_path):
     """From a file that is made up and lives in a temporary folder: the documents of the repository know no such
     figures."""
-    results = tmp_path / render.RESULTS
+    results = tmp_path / render.FOLDER
     results.mkdir(parents=True)
     page = (
         "<!-- bench:gpu -->\n<!-- /bench -->\n<!-- bench:gpu_summary -->\n<!-- /bench -->\n<!-- bench:machine "
@@ -549,9 +549,9 @@ def test_a_results_file_becomes_sections(tmp_path):
 
 
 def test_without_a_results_file_no_figure_is_claimed():
-    if list((ROOT / render.RESULTS).glob("gpu*.cuda.json")):
+    if list((ROOT / render.FOLDER).glob("gpu*.cuda.json")):
         pytest.skip("there is one")
-    assert report.gpu_section(render.load(ROOT / render.RESULTS)) == NOT_MEASURED
+    assert report.gpu_section(render.load(ROOT / render.FOLDER)) == NOT_MEASURED
     assert report.summary_section({}) == NOT_MEASURED
 
 
@@ -597,7 +597,7 @@ from pathlib import Path
 from bench.gpu.driver import Part, Store, header, run, stop_on_signals
 stop_on_signals()
 here, part = Path({str(tmp_path)!r}), Part("slow", 60, [[*{SAY!r}, {slow!r}]], lambda *_: ({{}}, None))
-run([part], Store(here / "gpu.cuda.json", header(here, "make gpu", "abc")), 300, here / "logs")
+run([part], Store(here, "gpu.cuda", header("make gpu", "abc")), 300, here / "logs")
 """
     running = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60

@@ -1,7 +1,5 @@
 """Finished comparisons become a results file, charts and sections of the documents."""
 
-import json
-
 import pytest
 from ppg_fast.bench import policy_classes, render
 
@@ -37,7 +35,7 @@ def test_drawn_problems_have_one_table_and_one_chart_together(stored):
     assert "(../bench/results/policy_classes.drawn.tabular.svg)" in text
     assert (folder / "policy_classes.drawn.tabular.svg").exists()
     assert "drawn:" not in render.SECTIONS["policy_class_problems"](results)
-    stored_problems = json.loads((folder / "policy_classes.cpu.json").read_text())["problems"]
+    stored_problems = results["policy_classes.cpu"]["problems"]
     assert [p["problem"] for p in stored_problems] == ["plan"]
 
 
@@ -47,5 +45,5 @@ def test_the_same_comparison_makes_the_same_files(stored, tmp_path):
     charts = sorted(p.name for p in tmp_path.glob("*.svg"))
     assert charts == sorted(p.name for p in folder.glob("*.svg"))
     assert all((tmp_path / name).read_bytes() == (folder / name).read_bytes() for name in charts)
-    one, other = (json.loads((f / "policy_classes.cpu.json").read_text()) for f in (folder, tmp_path))
+    one, other = (render.load(f)["policy_classes.cpu"] for f in (folder, tmp_path))
     assert [one[k] for k in ("problems", "across", "logs")] == [other[k] for k in ("problems", "across", "logs")]

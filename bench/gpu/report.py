@@ -1,10 +1,10 @@
 """GPU results as text: for the documents, and `python -m ppg_fast.bench.gpu.report FILE` for the terminal."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from .. import result_file
 from ..tables import NOT_MEASURED, Results, duration, group_table, groups, table, title
 from .bars import bars, met
 
@@ -159,6 +159,4 @@ def _missing(file: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    given = Path(sys.argv[1])
-    content = json.loads(given.read_text())
-    print(gpu_section({"gpu.cuda": content}))
+    print(gpu_section({"gpu.cuda": result_file.read(Path(sys.argv[1]))}))
