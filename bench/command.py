@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import machine, render, result_file
-from .harness import OPS, PACES
+from .harness import OPS, PACES, settings_of
 
 # what a peak of memory depends on
 LIKE = ("op", "N", "V", "D", "dtype", "active", "zero", "variant", "device", "shape")
@@ -87,7 +87,7 @@ def _plans(arguments: argparse.Namespace, ops: list[str]) -> list[dict[str, Any]
     )
     wanted: dict[tuple[int, str], list[str]] = {}
     for op in ops:
-        for setting in OPS[op].settings(arguments.device, threads)[: 1 if arguments.grid == "quick" else None]:
+        for setting in settings_of(op, arguments.device, threads)[: 1 if arguments.grid == "quick" else None]:
             wanted.setdefault((setting[0], "tuned") if arguments.grid == "quick" else setting, []).append(op)
     shared = {"grid": arguments.grid, "device": arguments.device, "dialogues": arguments.dialogues}
     plans = [
