@@ -27,7 +27,7 @@ def class_table(p: dict[str, Any]) -> Table:
         level = "not reached" if c["level_samples"] is None else f"{c['level_samples']:,.0f}"
         reached = f"{level} ({c['level_reached']}/{len(c['seeds'])})"
         measured = (_number(g.get(key)) for key in ("cosine", "alignment", "alignment_by_score_norms"))
-        row = name, _spread(c["final"], 2), _spread(c["area"], 2), reached, _number(g.get("variance")), _bias(g)
+        row = name, _mean_std(c["final"], 2), _mean_std(c["area"], 2), reached, _number(g.get("variance")), _bias(g)
         rows.append((*row, *measured))
     return Table(heads, rows)
 
@@ -66,7 +66,7 @@ def credit_table(log: dict[str, Any]) -> Table:
 
 def score_table(log: dict[str, Any]) -> Table:
     """Held-out scores after training with each class."""
-    rows = [(name, *(_spread(c["final"][key], 3) for key in SCORES)) for name, c in log["classes"].items()]
+    rows = [(name, *(_mean_std(c["final"][key], 3) for key in SCORES)) for name, c in log["classes"].items()]
     return Table(("", *SCORES.values()), rows)
 
 
@@ -74,7 +74,7 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _spread(over_seeds: dict[str, Any], digits: int) -> str:
+def _mean_std(over_seeds: dict[str, Any], digits: int) -> str:
     return f"{over_seeds['mean']:.{digits}f} ± {over_seeds['std']:.{digits}f}"
 
 

@@ -1,5 +1,4 @@
-"""Logged dialogues: what each class credits at each turn, and what a small model that was trained with it says of
-dialogues kept apart."""
+"""Logged dialogues: what each class credits at each turn, and held-out scores of a small model trained with it."""
 
 import warnings
 from dataclasses import replace

@@ -83,8 +83,8 @@ def of_problem(
         for c in classes.values():
             c["against_own"] = {key: difference(c[key]["each"], classes[own][key]["each"]) for key in ("final", "area")}
     facts = {"problem": name, "version": version, "policy_class": own, "why": of.why, "best_return": of.best_return}
-    said = [] if name.startswith(DRAWN) else verdict(own, classes)  # nobody made it for a class
-    return {**facts, "classes": classes, "gradient": gradient, "verdict": said}
+    words = [] if name.startswith(DRAWN) else verdict(own, classes)  # nobody made it for a class
+    return {**facts, "classes": classes, "gradient": gradient, "verdict": words}
 
 
 def verdict(own: str, classes: dict[str, Any]) -> list[str]:
@@ -92,7 +92,7 @@ def verdict(own: str, classes: dict[str, Any]) -> list[str]:
     last one; and auto."""
     if own not in classes or "against_own" not in classes[own] or len(classes) < 2:
         return [f"{own}, for which the problem was made, did not run with the same seeds as the others: no verdict."]
-    said = []
+    sentences = []
     rivals = [c for c in classes if c not in (own, "auto")]
     for key, words in (("area", "mean return over training"), ("final", "last return")):
         if not rivals:
@@ -106,14 +106,14 @@ def verdict(own: str, classes: dict[str, Any]) -> list[str]:
         text += f", {-d['mean']:+.2f} ± {d['error']:.2f} within seeds"
         clear = abs(d["mean"]) > CLEAR * d["error"]
         kind = ("as it should be" if d["mean"] < 0 else "NOT as it should be") if clear else "no clear difference"
-        said.append(f"{kind}: {text}.")
+        sentences.append(f"{kind}: {text}.")
     if "auto" in classes:
-        said.append(_of_auto(classes, [*rivals, own]))
-    return said
+        sentences.append(_of_auto(classes, [*rivals, own]))
+    return sentences
 
 
 def _of_auto(classes: dict[str, Any], fixed: list[str]) -> str:
-    """Where auto stands among the fixed classes, and what it settled on."""
+    """Where auto stands among the fixed classes, and the class it ended with."""
     order = sorted(fixed, key=lambda c: -classes[c]["area"]["mean"])
     mine = classes["auto"]["area"]["mean"]
     ahead = [c for c in order if classes[c]["area"]["mean"] > mine]
