@@ -73,7 +73,7 @@ class Log:
         imitation = Objective(imitate=True)
         objective = imitation if name == IMITATION else replace(job.objective, policy_class=policy_class(name))
         steps, scores = [0], [self.scores()]
-        for row in optimise(job.policy.model, job.batch, objective, job.policy.schedule()):
+        for row in optimise(job.policy.model, job.collect, objective, job.policy.schedule()):
             if row["step"] % config.eval_every == 0 or row["step"] == config.max_steps:
                 steps.append(row["step"])
                 scores.append(self.scores())
