@@ -69,7 +69,7 @@ class Log:
         job, config = self.job, self.job.config
         objective = replace(job.objective, policy_class=chosen) if chosen else Objective(imitate=True)
         steps, scores = [0], [self.scores()]
-        for row in optimise(job.policy.model, job.batch, objective, job.policy.schedule()):
+        for row in optimise(job.policy.model, job.collect, objective, job.policy.schedule()):
             if row["step"] % config.eval_every == 0 or row["step"] == config.max_steps:
                 steps.append(row["step"])
                 scores.append(self.scores())
