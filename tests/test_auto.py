@@ -151,7 +151,7 @@ def test_the_chooser_leaves_a_class_that_turns_bad():
     assert seen[-1] == "lookahead:3"
 
 
-def test_a_class_that_credits_nothing_or_climbs_nowhere_is_not_chosen():
+def test_a_class_that_credits_nothing_or_improves_nothing_is_not_chosen():
     """Where every estimate is below zero nothing is known, and a class without any return would be the best of them."""
     chooser = WindowChooser([Greedy(), Lookahead(3), FullPlanning()])
     inner = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, -0.5], [0.0, -0.5, -1.0]]).double()

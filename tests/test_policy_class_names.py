@@ -44,7 +44,8 @@ def test_a_run_reads_its_classes_by_the_same_names():
     config = TrainConfig(policy_class="auto")
     assert config.chosen_class() == ppg.FullPlanning()
     assert config.candidate_classes() == CANDIDATES
-    mixed = TrainConfig(policy_class="Segment:4", signals=True, candidates="Greedy, FULL")
+    mixed = TrainConfig(policy_class=" Segment:4", signals=True, candidates="Greedy, FULL")
+    assert mixed.policy_class == "segment:4"
     assert mixed.chosen_class() == ppg.Segment(4)
     assert mixed.candidate_classes() == (ppg.Greedy(), ppg.FullPlanning())
     assert TrainConfig().candidate_classes() == ()

@@ -52,16 +52,16 @@ def result(folder):
 def case(request, tmp_path_factory):
     """Flags, a folder with a run that was stopped after its third step, and one with a run that was not."""
     folder, flags = tmp_path_factory.mktemp(request.param), [*RUN.split(), *CASES[request.param]]
-    rollouts = PersonaJob.rollouts
+    collect = PersonaJob.collect
 
     def interrupted(self, step):
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return rollouts(self, step)
+        return collect(self, step)
 
     assert main(["train", "--output-dir", str(folder / "whole"), *flags]) == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PersonaJob, "rollouts", interrupted)
+        patch.setattr(PersonaJob, "collect", interrupted)
         assert main(["train", "--output-dir", str(folder / "stopped"), *flags]) == 143
     return request.param, folder
 

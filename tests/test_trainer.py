@@ -283,7 +283,7 @@ class Log:
     def log(self, phase, metrics):
         self.rows.append(metrics)
 
-    def climb(self, phase, collect, objective, schedule):
+    def optimise(self, phase, collect, objective, schedule):
         return optimise(self.model, collect, objective, schedule)
 
     def phase(self, name, steps):

@@ -1,5 +1,4 @@
-"""Logged dialogues: what each class credits at each turn, and what a small model that was trained with it says of
-dialogues kept apart."""
+"""Logged dialogues: what each class credits at each turn, and held-out scores of a small model trained with it."""
 
 import warnings
 from dataclasses import replace
@@ -13,12 +12,11 @@ from ppg_fast.dialogues.packing import pack
 from ppg_fast.functional import partial_returns
 from ppg_fast.jobs.offline import OfflineJob
 from ppg_fast.rewards.decomposition import DECOMPOSITIONS
-from ppg_fast.spec import policy_class
+from ppg_fast.spec import PolicyClass, policy_class
 from ppg_fast.training.evaluation import turn_logprobs
 from ppg_fast.training.objective import Objective, require_nonnegative
 from ppg_fast.training.trainer import optimise
 
-IMITATION = "imitation"  # every turn counts 1, whatever it was paid: what the rewards are worth is measured against it
 DEFAULTS: dict[str, Any] = {"width": 64, "layers": 1, "threads": 1, "max_steps": 60, "learning_rate": 2e-3}
 SHOWN = 60  # turns in the table of credits
 
@@ -54,8 +52,6 @@ class Log:
         }
         out["classes"] = {}
         for name in classes:
-            if name == IMITATION:
-                continue
             returns = partial_returns(batch.rewards, policy_class(name), turn_counts=batch.turn_counts).double()
             w = returns[mask]
             effective = float(w.sum() ** 2 / (len(w) * w.square().sum()).clamp(min=1e-12))
@@ -67,13 +63,13 @@ class Log:
             }
         return out
 
-    def train(self, name: str) -> dict[str, Any]:
-        """Train with one class; scores on the dialogues kept apart at the start, on the way and at the end."""
+    def train(self, chosen: PolicyClass | None) -> dict[str, Any]:
+        """Train with one class, None to imitate; scores on the dialogues kept apart at the start, on the way and at
+        the end."""
         job, config = self.job, self.job.config
-        imitation = Objective(imitate=True)
-        objective = imitation if name == IMITATION else replace(job.objective, policy_class=policy_class(name))
+        objective = replace(job.objective, policy_class=chosen) if chosen else Objective(imitate=True)
         steps, scores = [0], [self.scores()]
-        for row in optimise(job.policy.model, job.batch, objective, job.policy.schedule()):
+        for row in optimise(job.policy.model, job.collect, objective, job.policy.schedule()):
             if row["step"] % config.eval_every == 0 or row["step"] == config.max_steps:
                 steps.append(row["step"])
                 scores.append(self.scores())

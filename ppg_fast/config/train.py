@@ -229,7 +229,8 @@ class TrainConfig:
             "data (offline) and prompts (on-policy) exclude each other, got both",
             self.prompts,
         )
-        self.chosen_class()
+        if self.policy_class != AUTO:
+            object.__setattr__(self, "policy_class", str(self.chosen_class()))  # as it prints everywhere
         if self.policy_class == AUTO or self.signals:
             what = "policy_class auto needs" if self.policy_class == AUTO else "signals need"
             require(not self.data, f"{what} rollouts of the policy itself, so there must be no data", self.data)

@@ -126,16 +126,16 @@ def completion_lengths(samples: Sequence[Sample]) -> dict[str, float]:
             pairs = [(n, cut) for n, cut in zip(counts, sample.cut_off, strict=True) if n]
             known += len(pairs)
             terminated += [n for n, cut in pairs if not cut]
-    found = _spread("completions/{}_length", lengths)
+    found = _mean_min_max("completions/{}_length", lengths)
     if known:
         found |= {
             "completions/clipped_ratio": 1 - len(terminated) / known,
-            **_spread("completions/{}_terminated_length", terminated),
+            **_mean_min_max("completions/{}_terminated_length", terminated),
         }
     return found
 
 
-def _spread(name: str, values: Sequence[int]) -> dict[str, float]:
+def _mean_min_max(name: str, values: Sequence[int]) -> dict[str, float]:
     mean = sum(values) / max(1, len(values))
     return {
         name.format("mean"): mean,

@@ -60,7 +60,7 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
 
 
 def load_optimizer_state(optimizer: Any, saved: dict[str, Any]) -> None:
-    """Take over what ``optimizer.state_dict()`` gave, its moments spread over ranks where the weights are."""
+    """Take over what ``optimizer.state_dict()`` gave, its moments sharded over ranks where the weights are."""
     if isinstance(optimizer, Together):
         for number, part in enumerate(optimizer.parts):
             load_optimizer_state(part, saved[str(number)])
@@ -68,8 +68,8 @@ def load_optimizer_state(optimizer: Any, saved: dict[str, Any]) -> None:
     if "state" in saved:
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         moments = saved["state"].items()
-        spread = {i: {name: shard_like(value, weights[i]) for name, value in of.items()} for i, of in moments}
-        saved = {**saved, "state": spread}
+        sharded = {i: {name: shard_like(value, weights[i]) for name, value in of.items()} for i, of in moments}
+        saved = {**saved, "state": sharded}
     optimizer.load_state_dict(saved)
 
 

@@ -70,7 +70,7 @@ class TrainingState:
 
     @classmethod
     def start(cls, model: Any, objective: Objective, schedule: Schedule) -> "TrainingState":
-        """Before the first step; where ranks share ``model``, it is spread over them already."""
+        """Before the first step; where ranks share ``model``, it is sharded already."""
         optimizer = make_optimizer(
             model,
             schedule.optim,
