@@ -1,6 +1,6 @@
 // The scalar loss of one token and its two derivatives, once for g++ and nvcc.
-// Mirrors ppg_fast/reference/policy_term.py and kernels/triton/policy_term.py. Runs once a row: the vocabulary loops
-// never see it.
+// Mirrors ppg_fast/reference/policy_term.py and kernels/triton/policy_term.py. Called once per row, outside of the
+// loops over the vocabulary.
 #pragma once
 #include <cmath>
 #include "args.h"
@@ -11,20 +11,26 @@ struct Term {
   float loss, d_logprob, d_entropy;
 };
 
+// The smaller and the larger of two numbers; NaN where either is one, which fminf and fmaxf would drop.
+PPG_HD float minimum(float a, float b) { return a < b || a != a ? a : b; }
+PPG_HD float maximum(float a, float b) { return a > b || a != a ? a : b; }
+
+constexpr float MAX_LOG_RATIO = 80.f;  // exp of more overflows float32 once multiplied, and 0 * inf is NaN
+
 // old_logprob is the log-prob itself where the caller has none (on-policy), ref_logprob likewise, importance 1.
 PPG_HD Term policy_term(const TermArgs& a, float logprob, float entropy, float old_logprob, float ref_logprob,
                         float importance, float advantage) {
-  const float ratio = expf(logprob - old_logprob);
+  const float ratio = expf(minimum(logprob - old_logprob, MAX_LOG_RATIO));
   float loss, d;
   if (a.loss_type == LossType::REINFORCE) {
     d = -advantage;
     loss = d * logprob;
   } else if (a.loss_type == LossType::CISPO) {
-    d = -fminf(ratio, 1.f + a.clip_high) * advantage;
+    d = -minimum(ratio, 1.f + a.clip_high) * advantage;
     loss = d * logprob;
-  } else {  // PPO, and GSPO where the caller has made the old log-probs of a shared ratio
-    const float clipped = fminf(fmaxf(ratio, 1.f - a.clip_low), 1.f + a.clip_high);
-    loss = -fminf(ratio * advantage, clipped * advantage);
+  } else {  // PPO, and GSPO, whose shared ratio the caller expresses by old log-probs
+    const float clipped = minimum(maximum(ratio, 1.f - a.clip_low), 1.f + a.clip_high);
+    loss = -minimum(ratio * advantage, clipped * advantage);
     d = ratio * advantage <= clipped * advantage ? -ratio * advantage : 0.f;
     if (a.dual_clip != 0.f && advantage < 0.f && loss > -a.dual_clip * advantage) {
       loss = -a.dual_clip * advantage;
@@ -49,16 +55,16 @@ PPG_HD Term policy_term(const TermArgs& a, float logprob, float entropy, float o
     loss += a.kl_coef * kl;
     d += a.kl_coef * dk;
   }
-  if (logprob != logprob) loss = d = logprob;  // a NaN row stays NaN also where a clip would swallow it
   if (a.entropy_coef != 0.f) loss -= a.entropy_coef * entropy;
+  if (loss != loss) d = loss;  // a clip would give 0
   return {loss, d, -a.entropy_coef};
 }
 
-// The importance weight min(exp(old - rollout), cap) of a token whose sampler disagrees with the trainer; 1 where it is
-// off.
+// The importance weight min(exp(old - rollout), cap), which corrects for a sampler that is not the trainer's policy; 1
+// where it is off.
 PPG_HD float importance_weight(const TermArgs& a, float old_logprob, const float* rollout_logprobs, int64_t n) {
   if (!rollout_logprobs || a.importance_cap == 0.f) return 1.f;
-  return fminf(expf(old_logprob - rollout_logprobs[n]), a.importance_cap);
+  return minimum(expf(old_logprob - rollout_logprobs[n]), a.importance_cap);
 }
 
 }  // namespace ppg

@@ -23,7 +23,8 @@ Optional tensors may be None.
         Weighted loss, log-prob and entropy of each row; d(sum of losses) into dlogits where it is given, which may be
         the logits. A row is SKIP where masked; FULL where dlogits is given and its advantage is not zero or the spec
         has a KL or entropy term; else FORWARD-ONLY. SKIP rows are not read; SKIP and FORWARD-ONLY rows get exact zeros
-        in dlogits. Entropy is (0,) unless wanted or needed. The spec is of a token-level loss with a number as
+        in dlogits. NaN in a number that a row's loss is made of is NaN in its loss and, where the row is FULL, in its
+        whole gradient. Entropy is (0,) unless wanted or needed. The spec is of a token-level loss with a number as
         temperature.
 
     rescale_rows(dlogits, scale) -> None

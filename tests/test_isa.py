@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import LOSSES, TERMS, make_case
+from test_nan import NANS, nan
 from test_policy_loss import DTYPES, assert_matches
 
 from ppg_fast import backends
@@ -75,6 +76,21 @@ def test_special_values(isa):
     loss, logprob, _ = contract(case.logits, case.labels, *case.per_row, case.spec, True, None)
     assert loss.isnan().tolist() == [False, True, True, False, False, True]
     assert logprob.isnan().tolist() == [False, True, True, False, False, True]
+
+
+@pytest.mark.parametrize("bits", NANS)
+def test_a_nan_of_any_bits_poisons_its_row(isa, bits):
+    for column in (0, 99, 4999):  # a vector, and the tail of the row
+        for spec in (LOSSES["ppo"], replace(LOSSES["ppo"], **TERMS["everything"])):
+            case = make_case((1, 2, 5001), spec)
+            case.labels[:] = 2500
+            case.logits[0, 0, column] = nan(NANS[bits])
+            dlogits = torch.empty_like(case.logits)
+            loss, logprob, _ = backends.load("cpu").policy_loss(
+                case.logits, case.labels, *case.per_row, spec, True, dlogits
+            )
+            assert loss.isnan().tolist() == logprob.isnan().tolist() == [True, False]
+            assert dlogits.isnan().all(-1).tolist() == [[True, False]]
 
 
 def test_an_unknown_instruction_set_is_refused():

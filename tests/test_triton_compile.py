@@ -25,7 +25,7 @@ SCALARS = 6  # exponentials once a row or block: ratio, importance weight, KL, t
 # bytes: for sm_100 ptxas may put up to four words that no column depends on aside, once before the loop over rows
 PARKED = 16
 SWEEPS = {"policy_loss_kernel": 2, "logprobs_fwd_kernel": 1, "logprobs_bwd_kernel": 1, "rescale_rows_kernel": 0}
-SMALL = {"partial_returns_kernel", "plan_kernel"}  # no logits
+SMALL = {"partial_returns_kernel", "credit_kernel"}  # no logits
 
 
 @pytest.fixture(params=[triton.__version__, *(v for v in VERSIONS if v != triton.__version__)])

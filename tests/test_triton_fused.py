@@ -176,7 +176,7 @@ class Drawn:
         out = module.fused_policy_loss(
             **{**arguments, "skip_zero_advantages": self.skip, "entropy": True, "dlogits": dlogits, **more}
         )
-        assert LAUNCHED == ["plan_kernel", "policy_loss_kernel"] or torch.cuda.is_available()
+        assert LAUNCHED == ["credit_kernel", "policy_loss_kernel"] or torch.cuda.is_available()
         return (*out, dlogits)
 
     def check(self, out):
@@ -280,10 +280,10 @@ def test_without_rows_or_gradient(triton):
 def test_a_row_over_a_cluster(triton, monkeypatch):
     """The program of a cluster: the whole row as one block. That its parts meet is for test_triton_compile.py and a GPU
     to show."""
-    from ppg_fast.kernels import launch
+    from ppg_fast.kernels import plan
 
-    monkeypatch.setattr(launch, "why_no_clusters", lambda device: None)
-    shape = launch.row_shape(torch.empty(1, 1, 40_000), False)
+    monkeypatch.setattr(plan, "why_no_clusters", lambda device: None)
+    shape = plan.row_shape(torch.empty(1, 1, 40_000), False)
     assert (shape["ONE_BLOCK"], shape["num_ctas"], shape["BLOCK_V"], shape["num_warps"]) == (True, 2, 65_536, 16)
     case = Drawn(4, "padded", LOSSES["ppo"], "token_mean", V=40_000)
     case.check(case.run(triton))
@@ -303,26 +303,26 @@ H200 = SimpleNamespace(multi_processor_count=132, L2_cache_size=50 * 2**20)
     ],
 )
 def test_who_may_use_clusters(triton, monkeypatch, hip, capability, version, reason):
-    from ppg_fast.kernels import launch
+    from ppg_fast.kernels import plan
 
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(launch.triton, "__version__", version)
-    monkeypatch.setattr(launch, "cluster_probe", lambda sm: None)
-    said = launch.why_no_clusters(torch.device("cuda", 0))
+    monkeypatch.setattr(plan.triton, "__version__", version)
+    monkeypatch.setattr(plan, "cluster_probe", lambda sm: None)
+    said = plan.why_no_clusters(torch.device("cuda", 0))
     assert said is None if reason is None else reason in said
-    monkeypatch.setattr(launch, "cluster_probe", lambda sm: f"not on sm_{sm}")
-    assert launch.why_no_clusters(torch.device("cuda", 0)) is not None
+    monkeypatch.setattr(plan, "cluster_probe", lambda sm: f"not on sm_{sm}")
+    assert plan.why_no_clusters(torch.device("cuda", 0)) is not None
 
 
 def test_rows_that_are_read_twice_fit_the_cache(triton, monkeypatch):
     """Half of the L2, but a quarter of the SMs at least; on ROCm one for each compute unit."""
-    from ppg_fast.kernels import launch
+    from ppg_fast.kernels import plan
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H200)
-    cuda, count = torch.device("cuda", 0), launch.programs.__wrapped__
+    cuda, count = torch.device("cuda", 0), plan.programs.__wrapped__
     assert [count(cuda, 512, 2 * V) for V in (50_257, 128_256, 151_936, 262_144)] == [132, 102, 86, 50]
     assert count(cuda, 512, 4 * 262_144) == 33
-    assert count(cuda, 4 * 512) * 4 == count(cuda, 512) == launch.WAVES * 132
+    assert count(cuda, 4 * 512) * 4 == count(cuda, 512) == plan.WAVES * 132
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert count(cuda, 512, 2 * 262_144) == 132

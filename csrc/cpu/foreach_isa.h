@@ -8,8 +8,8 @@
 //     #else
 //     ... kernels, with PPG_LANES floats a vector ...
 //     #endif
-// Headers of the standard library stay outside of the targets: an inline function compiled for AVX-512 must never be
-// the copy that the linker keeps for everybody.
+// Standard headers are included before the targets: the linker keeps one copy of an inline function, which must not be
+// the one compiled for AVX-512.
 #pragma once
 #include <algorithm>
 #include <cmath>

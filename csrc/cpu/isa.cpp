@@ -1,4 +1,4 @@
-// What the processor can do, asked once; tests and benchmarks may ask for less.
+// The best instruction set of the processor, detected once; tests and benchmarks may choose a lesser one.
 #include "isa.h"
 
 #include <atomic>

@@ -62,9 +62,9 @@ template <class E, bool CAP, bool ENT> void logprobs_bwd_rows(const LogprobsBwdA
     const auto* x = static_cast<const typename E::raw*>(a.logits.data) + a.logits.offset(n);
     auto* out = static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n);
     const View<CAP> view(a, n);
-    const float temperature = a.temperatures ? a.temperatures[n] : a.temperature, lse = float(a.lse[n] * LOG2E);
-    const float g = d_logprob / temperature, h = d_entropy / temperature, c0 = ENT ? -g - h * a.entropy[n] : -g,
-                c1 = float(-h * LN2);
+    const float temperature = a.temperatures ? a.temperatures[n] : a.temperature;
+    const float lse = plain_nan(float(a.lse[n] * LOG2E)), g = plain_nan(d_logprob / temperature),
+                h = plain_nan(d_entropy / temperature), c0 = ENT ? -g - h * a.entropy[n] : -g, c1 = float(-h * LN2);
     const Vec x_label = splat(load_one<E>(x + label));
     const float at_label = (CAP ? g * view.slope(x_label)[0] : g) + gradient<CAP, ENT>(x_label, view, lse, c0, c1)[0];
     int64_t v = 0;

@@ -1,4 +1,4 @@
-// Fresh memory in huge pages: a fault for each 4 KiB costs several times what the kernels do with them.
+// Huge pages for fresh memory: a page fault per 4 KiB costs several times as much as the kernels' work on them.
 #include <cstdint>
 
 #include "../args.h"
@@ -13,7 +13,8 @@ void want_huge_pages(void* data, int64_t bytes) {
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + PAGE - 1) / PAGE * PAGE,
                   end = (reinterpret_cast<uintptr_t>(data) + bytes) / PAGE * PAGE;
   if (begin < end)
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: a kernel without them may say no
+    madvise(reinterpret_cast<void*>(begin), end - begin,
+            MADV_HUGEPAGE);  // advice only: a system without huge pages ignores it
 #else
   (void)data, (void)bytes;
 #endif

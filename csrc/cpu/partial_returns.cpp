@@ -28,7 +28,7 @@ void partial_returns(const PartialReturnsArgs& a, int64_t first, int64_t last) {
       if (segment && t + 1 < count && segment[t] != segment[t + 1]) segment_end = t + 1;
       int64_t end = std::min(segment_end, a.lookahead < count - t ? t + a.lookahead : count);
       if (a.segment_length) end = std::min(end, (t / a.segment_length + 1) * a.segment_length);
-      if (end <= split) {  // the back is used up: the whole window becomes the new one
+      if (end <= split) {  // the back is used up: the whole window becomes the new back
         split = t;
         front = 0;
         double sum = 0;

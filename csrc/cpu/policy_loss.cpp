@@ -1,4 +1,4 @@
-// Log-prob, scalar loss and gradient of each row in one visit. Mirrors ppg_fast/reference/policy_loss.py and
+// Log-prob, scalar loss and gradient of each row in one pass. Mirrors ppg_fast/reference/policy_loss.py and
 // csrc/cuda/policy_loss.cu
 #ifndef PPG_LANES
 #define PPG_KERNELS "policy_loss.cpp"
@@ -23,12 +23,13 @@ template <bool CAP, bool ENT> PPG_INLINE Vec gradient(Vec e, Vec x, const Slope&
   return d;
 }
 
-// `kept` as row_stats left it; `out` may be `x` or `kept.exps`, since every element is read before it is written.
+// The gradient of a row from the exponentials that row_stats kept. `out` may be `x` or `kept.exps`: every element is
+// read before it is written.
 template <class E, bool CAP, bool ENT, bool STREAM>
 PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, int64_t V, const Kept& kept,
                                int64_t label, Vec x_label, const Slope& row, const View<CAP>& view, float max,
                                Fetch& fetch) {
-  constexpr bool AGAIN = CAP || ENT;  // whether the logits are needed beside the exponentials
+  constexpr bool AGAIN = CAP || ENT;  // whether the logits are read again beside the exponentials
   const Vec e_label = exp2_(at_least(view(x_label, max), NEGLIGIBLE));
   const float at_label = (CAP ? row.at_label * view.slope(x_label)[0] : row.at_label) +
                          gradient<CAP, ENT>(e_label, x_label, row, view, max)[0];
@@ -37,7 +38,7 @@ PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, i
     const float scale = exp2_(splat(kept.maxima[first / BLOCK] - max))[0];
     const Slope s{row.c0 * scale, row.c1 * scale, 0.f};
     int64_t v = first;
-    for (; v + STEP <= last; v += STEP) {  // as row_stats went
+    for (; v + STEP <= last; v += STEP) {  // the order of row_stats
       fetch.step();
 #pragma GCC unroll 2
       for (int64_t w = v; w < v + STEP; w += 2 * LANES) {
@@ -56,7 +57,7 @@ PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, i
   store_one<E>(out + label, at_label);
 }
 
-// What the statistics of a row make of it: its outputs and the slope of its gradient.
+// The outputs of a row, and the slope of its gradient, from its statistics.
 template <bool CAP, bool ENT>
 PPG_INLINE Slope finish_row(const PolicyLossArgs& a, int64_t n, const Stats& stats, float z_label) {
   const double log2_sum = std::log2(stats.sum), mean = ENT ? stats.dot / stats.sum : 0.0;
@@ -70,11 +71,12 @@ PPG_INLINE Slope finish_row(const PolicyLossArgs& a, int64_t n, const Stats& sta
   a.logprob[n] = logprob;
   if (ENT) a.entropy[n] = entropy;
   const double g = double(weight) * term.d_logprob / temperature, h = double(weight) * term.d_entropy / temperature;
-  return {float((h * mean * LN2 - g) / stats.sum), float(-h * LN2 / stats.sum), float(g)};
+  return {plain_nan(float((h * mean * LN2 - g) / stats.sum)), plain_nan(float(-h * LN2 / stats.sum)),
+          plain_nan(float(g))};
 }
 
-// Where the exponentials of a row wait: where float32 logits stood, if these are not read again and the gradient goes
-// there too.
+// Where the exponentials of a row are kept: over its float32 logits where the gradient is written over them too and
+// they are not read again, else in `memory`.
 template <class E, bool CAP>
 PPG_INLINE Kept keep(std::vector<float>& memory, const typename E::raw* x, typename E::raw* out,
                      const PolicyLossArgs& a) {
@@ -102,7 +104,7 @@ template <class E, bool CAP, Sums SUMS> void policy_loss_rows(const PolicyLossAr
     const auto* x = static_cast<const typename E::raw*>(a.logits.data) + a.logits.offset(n);
     auto* out = a.dlogits.data ? static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n) : nullptr;
     const View<CAP> view(a, n);
-    const Vec x_label = splat(load_one<E>(x + label));  // the gradient may be written over it
+    const Vec x_label = splat(load_one<E>(x + label));  // before the gradient is written over it
     const Kept kept = full ? keep<E, CAP>(memory, x, out, a) : Kept{};
     Fetch fetch = fetch_next<E>(a, n, last, full ? 2 : 1);
     const Stats stats = full ? row_stats<E, CAP, SUMS, true>(x, a.V, view, kept, fetch)
@@ -111,7 +113,7 @@ template <class E, bool CAP, Sums SUMS> void policy_loss_rows(const PolicyLossAr
     if constexpr (SUMS == SCORE_NORM) a.score_norm[n] = score_norm(stats, view, x_label[0]);
     if (!out) continue;
     if (!full || slope.zero()) {
-      zero_row<E>(a.dlogits, n, a.V);  // only now: it may be the row that was read
+      zero_row<E>(a.dlogits, n, a.V);  // not before the row was read: it may be the same memory
     } else if (ENT && slope.c1 != 0.f) {
       write_gradient<E, CAP, true, false>(x, out, a.V, kept, label, x_label, slope, view, stats.max, fetch);
     } else if (!CAP && out != x && can_stream(out)) {
@@ -137,7 +139,7 @@ static void policy_loss(const PolicyLossArgs& a, int64_t first, int64_t last) {
 
 template <class E> void rescale_rows_of(const RescaleRowsArgs& a, int64_t first, int64_t last) {
   for (int64_t n = first; n < last; ++n) {
-    const float scale = a.scale[a.one_scale ? 0 : n];
+    const float scale = plain_nan(a.scale[a.one_scale ? 0 : n]);
     if (scale == 1.f) continue;
     auto* x = static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n);
     int64_t v = 0;

@@ -1,14 +1,13 @@
-// A row of logits: the view of it that softcap and temperature give, and the statistics that every kernel starts from.
-// Included after vec.h, in the same manner.
+// A row of logits: softcap and temperature, and the statistics that every kernel starts from. Included after vec.h, in
+// the same manner.
 
-// ---- the logit after softcap and temperature
-// ---------------------------------------------------------------------------------------- In units of log 2, so that a
-// probability is one FMA away from the argument of exp2: z = x * scale, or tanh(x * inverse_cap) * scale.
+// The logit after softcap and temperature, in units of log 2 so that a probability is one FMA away from the argument of
+// exp2: z = x * scale, or tanh(x * inverse_cap) * scale.
 template <bool CAP> struct View {
   float scale, inverse_cap;
   View(const Sweep& a, int64_t n) {
     const double temperature = a.temperatures ? a.temperatures[n] : a.temperature;
-    scale = float((CAP ? a.logit_softcap : 1.f) / temperature * LOG2E);
+    scale = plain_nan(float((CAP ? a.logit_softcap : 1.f) / temperature * LOG2E));
     inverse_cap = CAP ? 1.f / a.logit_softcap : 0.f;
   }
   Vec operator()(Vec x, float minus) const {
@@ -33,11 +32,10 @@ struct Stats {
 
 constexpr int STEP = 4 * LANES;       // elements in flight
 constexpr int64_t BLOCK = 32 * STEP;  // elements whose maximum is taken before their exponentials: still in L1 by then
-constexpr float LOWEST =
-    -1e9f;  // where the running maximum starts: what is below counts as -inf, as masks by finfo.min mean it
+// Start of the running maximum. A logit below it counts as -inf, which is what masking by finfo.min means.
+constexpr float LOWEST = -1e9f;
 
-// The row that is read next, fetched into L2 while this one is worked on: `bytes` of it (0: there is none) for every
-// STEP elements.
+// Prefetch of the next row into L2 while this one is computed: `bytes` of it (0: no next row) for every STEP elements.
 struct Fetch {
   const char* at;
   int64_t bytes;
@@ -51,7 +49,7 @@ PPG_INLINE ShortVec ordered(ShortVec bits) { return bits ^ ((bits >> 15) & int16
 
 template <class E> PPG_INLINE float block_max(const typename E::raw* x, int64_t count) {
   int64_t v = 0;
-  if constexpr (sizeof(*x) == 2) {  // 16-bit floats are ordered as integers, once those below zero are turned round
+  if constexpr (sizeof(*x) == 2) {  // 16-bit floats compare like integers once the negative ones are reversed
     ShortVec a, b, m = ShortVec{} + int16_t(-32768), n = m;
     for (; v + STEP <= count; v += STEP) {
       __builtin_memcpy(&a, x + v, sizeof a);
@@ -84,13 +82,14 @@ template <class E> PPG_INLINE float block_max(const typename E::raw* x, int64_t 
   }
 }
 
-// The exponentials of a row for its gradient, each relative to the maximum that ran when its block was met: exps[v]
-// 2^maxima[v / BLOCK]. They are pairs of vectors as their element type orders them, then the tail in plain order.
+// The exponentials of a row, kept for its gradient, each relative to the running maximum at its block: exps[v]
+// 2^maxima[v / BLOCK]. Stored as pairs of vectors in the order of the element type, the tail in plain order.
 struct Kept {
   float *exps, *maxima;
 };
 
-// One visit, one exp2 per element, `kept` if the gradient will need them. `kept.exps` may be the row itself.
+// One pass over the row, one exp2 per element; KEEP: stored in `kept` for the gradient. `kept.exps` may be the row
+// itself.
 template <class E, bool CAP, Sums SUMS, bool KEEP>
 PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>& view, const Kept& kept, Fetch& fetch) {
   constexpr bool ENT = SUMS >= ENTROPY, NORM = SUMS == SCORE_NORM;
@@ -108,7 +107,7 @@ PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>&
   for (int64_t first = 0; first < V; first += BLOCK) {
     const int64_t last = first + BLOCK < V ? first + BLOCK : V;
     const float most = view(block_max<E>(x + first, last - first));
-    if (most > max) {  // what was added up so far is relative to the new maximum from here on
+    if (most > max) {  // rescale the sums so far to the new maximum
       const float shift = max - most, scale = exp2_(splat(shift))[0];
       for (int i = 0; i < 4; ++i) {
         if constexpr (ENT) dot[i] = (dot[i] + sum[i] * shift) * scale;
@@ -144,16 +143,16 @@ PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>&
           reduce_add((square[0] + square[1]) + (square[2] + square[3]))};
 }
 
-// |d logprob / d z|^2 = sum p^2 - 2 p_label + 1, never below 0. The label's exponential has the roundings that it has
-// in the sums, which cancel where the label is certain: inlined, x * scale could be shared with the log-prob, and no
-// multiply-add be made of it.
+// |d logprob / d z|^2 = sum p^2 - 2 p_label + 1, never below 0. Not inlined, so that the label's exponential is rounded
+// as it is in the sums, with which it cancels where p_label is 1: inlined, the compiler may share x * scale with the
+// log-prob instead of fusing it into a multiply-add.
 template <bool CAP> [[gnu::noinline]] float score_norm(const Stats& s, const View<CAP>& view, float x_label) {
   const double e_label = exp2_(at_least(view(splat(x_label), s.max), NEGLIGIBLE))[0];
   const double norm = s.square / (s.sum * s.sum) - 2 * e_label / s.sum + 1;
-  return norm < 0 ? 0.f : float(norm);  // a NaN stays one
+  return norm < 0 ? 0.f : float(norm);  // NaN stays NaN
 }
 
-// Fetches the row behind row n, if it will be read, in `passes` equal parts.
+// Prefetches row n + 1, if it will be read, in `passes` equal parts.
 template <class E> PPG_INLINE Fetch fetch_next(const Sweep& a, int64_t n, int64_t last, int passes) {
   if (n + 1 >= last || a.labels[n + 1] < 0) return {nullptr, 0};
   return {static_cast<const char*>(a.logits.data) + a.logits.offset(n + 1) * int64_t(sizeof(typename E::raw)),

@@ -12,13 +12,13 @@ typedef int16_t ShortVec __attribute__((vector_size(4 * PPG_LANES)));
 
 #define PPG_INLINE static inline __attribute__((always_inline))
 
-struct Pair {  // 2 * LANES elements of a row, in an order of their type's own
+struct Pair {  // 2 * LANES elements of a row, in the order that suits their type
   Vec a, b;
 };
 
 PPG_INLINE Vec splat(float x) { return Vec{} + x; }
-PPG_INLINE Vec
-vmax(Vec a, Vec b) {  // b where either is NaN; by name, since compilers make a compare and a blend of the ternary
+// The maximum; b where either is NaN. By intrinsic: compilers turn the ternary into a compare and a blend.
+PPG_INLINE Vec vmax(Vec a, Vec b) {
 #if PPG_LANES == 16
   return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
 #elif PPG_LANES == 8
@@ -27,6 +27,9 @@ vmax(Vec a, Vec b) {  // b where either is NaN; by name, since compilers make a 
   return a > b ? a : b;
 #endif
 }
+
+// x, or the NaN 0x7fc00000 for any NaN: BF16::round_up would carry 0x7fffffff, the NaN of CUDA, into a finite number.
+PPG_INLINE float plain_nan(float x) { return x != x ? float(NAN) : x; }
 
 PPG_INLINE float reduce_max(Vec v) {
   float m = v[0];
@@ -39,8 +42,7 @@ PPG_INLINE double reduce_add(Vec v) {
   return s;
 }
 
-// Past the caches, to memory that is written whole and not read soon: its lines need not be read first. `p` is aligned
-// to a vector.
+// Streaming store past the caches, for memory that is written as a whole and not read soon. `p` is aligned to a vector.
 PPG_INLINE void stream(void* p, Vec v) {
 #if PPG_LANES == 16
   _mm512_stream_ps(static_cast<float*>(p), (__m512)v);
@@ -50,15 +52,14 @@ PPG_INLINE void stream(void* p, Vec v) {
   __builtin_memcpy(p, &v, sizeof v);
 #endif
 }
-PPG_INLINE void finish_streaming() {  // before another thread may look
+PPG_INLINE void finish_streaming() {  // before another thread may read it
 #if PPG_LANES > 4
   _mm_sfence();
 #endif
 }
 PPG_INLINE bool can_stream(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0; }
 
-// ---- element types
-// ----------------------------------------------------------------------------------------------------------------
+// ---- element types ----
 struct F32 {
   using raw = float;
   PPG_INLINE Vec load(const raw* p) {
@@ -85,7 +86,7 @@ struct BF16 {
     __builtin_memcpy(&h, p, sizeof h);
     return (Vec)(__builtin_convertvector(h, UintVec) << 16);
   }
-  PPG_INLINE UintVec round_up(Vec v) {  // to nearest even in the upper half; a NaN that arithmetic made stays one
+  PPG_INLINE UintVec round_up(Vec v) {  // to nearest even in the upper half; a NaN needs a set bit there, see plain_nan
     const UintVec u = (UintVec)v;
     return u + 0x7fffu + ((u >> 16) & 1u);
   }
@@ -93,7 +94,7 @@ struct BF16 {
     const HalfBits h = __builtin_convertvector(round_up(v) >> 16, HalfBits);
     __builtin_memcpy(p, &h, sizeof h);
   }
-  PPG_INLINE Pair load_pair(const raw* p) {  // even and odd elements: a shift and a mask in place of two conversions
+  PPG_INLINE Pair load_pair(const raw* p) {  // even and odd elements: a shift and a mask instead of two conversions
     UintVec u;
     __builtin_memcpy(&u, p, sizeof u);
     return {(Vec)(u << 16), (Vec)(u & 0xffff0000u)};
@@ -155,7 +156,7 @@ struct F16 {
   }
 };
 
-// The `count` < LANES elements at the end of a row; the lanes behind them are copies of `fill`.
+// The last `count` < LANES elements of a row; the other lanes are `fill`.
 template <class E> PPG_INLINE Vec load_tail(const typename E::raw* p, int count, typename E::raw fill) {
   typename E::raw buffer[LANES];
   for (int i = 0; i < LANES; ++i) buffer[i] = fill;
@@ -170,8 +171,7 @@ template <class E> PPG_INLINE void store_tail(typename E::raw* p, int count, Vec
 template <class E> PPG_INLINE float load_one(const typename E::raw* p) { return load_tail<E>(p, 1, *p)[0]; }
 template <class E> PPG_INLINE void store_one(typename E::raw* p, float x) { store_tail<E>(p, 1, splat(x)); }
 
-// ---- functions
-// --------------------------------------------------------------------------------------------------------------------
+// ---- functions ----
 // 2^t to 1.5e-7 relative, for t that may be far below zero (0 below the normal range) but not far above; NaN stays NaN.
 // Minimax polynomials of the fractional part.
 PPG_INLINE Vec exp2_(Vec t) {
@@ -184,8 +184,8 @@ PPG_INLINE Vec exp2_(Vec t) {
   p = p * f + 9.999999251e-1f;
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)t);
 #else
-  const Vec magic =
-      splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low mantissa bits
+  // 1.5 * 2^23 + 127: adding it rounds t to an integer n and leaves n + 127, the exponent field of 2^n, in the low bits
+  const Vec magic = splat(12583039.f);
   const Vec shifted = t + magic, f = t - (shifted - magic);
   Vec p = f * 1.5345812e-4f + 1.339993122e-3f;
   p = p * f + 9.618488957e-3f;
@@ -193,7 +193,8 @@ PPG_INLINE Vec exp2_(Vec t) {
   p = p * f + 2.402264689e-1f;
   p = p * f + 6.931472057e-1f;
   p = p * f + 1.000000001f;
-  const Vec scaled = (Vec)((UintVec)p + ((UintVec)shifted << 23));
+  // a product: adding n to the exponent bits of p would turn some NaNs into finite numbers
+  const Vec scaled = p * (Vec)((UintVec)shifted << 23);
   return t < splat(-126.f) ? Vec{} : scaled;
 #endif
 }

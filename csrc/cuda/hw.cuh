@@ -9,8 +9,7 @@
 
 namespace hw {
 
-// ---- device: every architecture
-// ------------------------------------------------------------------------------------------------
+// ---- device: every architecture ----
 __device__ __forceinline__ unsigned char* smem() {
   extern __shared__ __align__(128) unsigned char raw[];
   return raw;
@@ -47,11 +46,11 @@ __device__ __forceinline__ float half_to_float(uint32_t w) {
 }
 // A plain load: the row may be overwritten later, which rules out the read-only path.
 __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
-// Streaming: what is stored is not read again here.
+// Streaming store: the value is not read again by this kernel.
 __device__ __forceinline__ void store16(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
-// What other CTAs of this launch have written: not from the first-level cache, which may be stale.
+// A value that another CTA of this launch has written: bypasses L1, which may be stale.
 __device__ __forceinline__ float load_shared_by_all(const float* p) { return __ldcg(p); }
-// The tickets drawn before this one. Whoever draws sees what the earlier ones had written before they drew.
+// The number of tickets drawn before this one. Orders memory: what earlier drawers had written before is visible.
 __device__ __forceinline__ unsigned draw_ticket(uint32_t* counter) {
   __threadfence();
   const unsigned ticket = atomicAdd(counter, 1u);
@@ -59,8 +58,7 @@ __device__ __forceinline__ unsigned draw_ticket(uint32_t* counter) {
   return ticket;
 }
 
-// ---- device: clusters, mbarriers, bulk copies (sm_90 and later)
-// ----------------------------------------------------------------
+// ---- device: clusters, mbarriers, bulk copies (sm_90 and later) ----
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ uint32_t addr(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ unsigned cluster_rank() {
@@ -88,7 +86,7 @@ __device__ __forceinline__ void bar_arrive(uint64_t* bar) {
 __device__ __forceinline__ void bar_expect(uint64_t* bar, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(addr(bar)), "r"(bytes) : "memory");
 }
-// Returns once the phase of this parity has completed. CLUSTER: also sees what other CTAs sent.
+// Returns once the phase of this parity has completed. CLUSTER: what other CTAs sent is visible too.
 template <bool CLUSTER = false> __device__ __forceinline__ void bar_wait(uint64_t* bar, unsigned parity) {
   unsigned done;
   do {
@@ -107,7 +105,8 @@ template <bool CLUSTER = false> __device__ __forceinline__ void bar_wait(uint64_
           : "memory");
   } while (!done);
 }
-// Bulk copy global -> shared; both addresses and the size are multiples of 16. Read once: evicted first from L2.
+// Bulk copy global -> shared; both addresses and the size are multiples of 16. The source is read once: evict first
+// from L2.
 __device__ __forceinline__ void copy_in(void* dst, const void* src, unsigned bytes, uint64_t* bar) {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -117,7 +116,7 @@ __device__ __forceinline__ void copy_in(void* dst, const void* src, unsigned byt
       "l"(__cvta_generic_to_global(src)), "r"(bytes), "r"(addr(bar)), "l"(policy)
       : "memory");
 }
-// 16 bytes into the same place of CTA `rank` of the cluster, counted on the same barrier there.
+// 16 bytes to the same shared-memory address in CTA `rank` of the cluster, counted on that CTA's barrier.
 __device__ __forceinline__ void send(float4 v, void* dst, uint64_t* bar, unsigned rank) {
   asm volatile(
       "{ .reg .b32 d, b; mapa.shared::cluster.u32 d, %0, %2; mapa.shared::cluster.u32 b, %1, %2;\n\t"
@@ -125,7 +124,7 @@ __device__ __forceinline__ void send(float4 v, void* dst, uint64_t* bar, unsigne
       "r"(addr(bar)), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
       : "memory");
 }
-// The same with 4 bytes.
+// The same for 4 bytes.
 __device__ __forceinline__ void send(float v, void* dst, uint64_t* bar, unsigned rank) {
   asm volatile(
       "{ .reg .b32 d, b; mapa.shared::cluster.u32 d, %0, %2; mapa.shared::cluster.u32 b, %1, %2;\n\t"
@@ -137,8 +136,7 @@ __device__ __forceinline__ void send(float v, void* dst, uint64_t* bar, unsigned
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
 
-// ---- host
-// -----------------------------------------------------------------------------------------------------------------------
+// ---- host ----
 constexpr int INVALID_VALUE = cudaErrorInvalidValue;
 constexpr int MAX_DEVICES = 64;
 
@@ -146,7 +144,7 @@ struct Device {
   int id, major, sms, smem_block, smem_sm;
 };
 
-// The current device; each thread asks for its attributes once.
+// The current device; its attributes are cached per thread.
 inline int current_device(Device* d) {
   static thread_local Device cache[MAX_DEVICES];
   int id = 0;
@@ -196,7 +194,7 @@ int resident_clusters(const Device& d, Kernel kernel, unsigned block, unsigned c
   return *clusters ? cudaSuccess : cudaErrorLaunchOutOfResources;
 }
 
-// cluster 0: a launch without clusters, which every architecture knows.
+// cluster 0: a launch without clusters, for every architecture.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, unsigned cluster, size_t smem, void* stream,
            const Arguments&... arguments) {

@@ -1,5 +1,5 @@
-// Behind a loss of the caller's own: one read, one write, from the log-sum-exp and the entropy that the forward pass
-// kept. That pass is the sweep of the policy loss without a loss, in policy_loss.cu.
+// The backward pass of token_logprobs: one read and one write of each row, from the log-sum-exp and entropy of the
+// forward pass, which is the sweep of the policy loss without a loss, in policy_loss.cu.
 #include "row.cuh"
 
 namespace ppg {
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(THREADS) logprobs_bwd_kernel(const __grid_cons
   }
   const float temperature = a.temperatures ? a.temperatures[n] : a.temperature, entropy = ENT ? a.entropy[n] : 0.f;
   const View<CAP> view(a.logit_softcap, temperature);
-  // -g p - h p (log p + H) with log p = LN2 t; an impossible label poisons its row
+  // -g p - h p (log p + H) with log p = LN2 t; a label out of range makes its row NaN
   const float bad = label < a.V ? 0.f : hw::bits_to_float(NAN_BITS), per = 1.f / temperature;
   const Slope slope{a.lse[n] * LOG2E, -(g + h * entropy) * per + bad, -h * LN2 * per, g * per};
   gradient_row<E, CAP, ENT>(slope, view, row_at<E>(a.logits, n), out, V, label, tid, THREADS);

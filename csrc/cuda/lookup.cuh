@@ -1,5 +1,4 @@
-// The scalars of a row and of the whole call: looked up in what the caller holds, and what the row's statistics make of
-// them.
+// The scalars of a row and of the whole call: read from the caller's tensors, and computed from the row's statistics.
 #pragma once
 #include "../policy_term.h"
 #include "row.cuh"
@@ -18,11 +17,11 @@ int sweep(const SweepArgs& a, void* stream);  // policy_loss.cu
 struct alignas(16) Row {
   int label;  // negative: SKIP; V: out of range
   float advantage, weight, temperature, old_logprob, ref_logprob, rollout_logprob;
-  float denominator;  // of the whole call, for whoever looks up the next row
+  float denominator;  // of the whole call, handed on to the next row
 };
 enum Kind { SKIP, FORWARD, FULL };
 
-// The sequence of row n, whatever the bounds hold.
+// The sequence of row n; in range even if cu_seqlens is not valid.
 __device__ __forceinline__ int64_t sequence_of(const TokenArgs& t, int64_t n) {
   if (!t.cu_seqlens.data) return t.sequences > 1 ? n / (t.N / t.sequences) : 0;
   int64_t low = 0, high = t.sequences - 1;  // the last s with cu_seqlens[s] <= n
@@ -34,7 +33,7 @@ __device__ __forceinline__ int64_t sequence_of(const TokenArgs& t, int64_t n) {
   return low;
 }
 
-// Of one counted sequence.
+// The number of active tokens of one counted sequence.
 __device__ __forceinline__ int64_t active_tokens(const FusedPolicyLossArgs& a, int64_t sequence) {
   int64_t sum = 0;
   for (int64_t k = 0; k < a.slices; ++k) sum += a.counts[sequence * a.slices + k];
@@ -47,8 +46,8 @@ template <class T> __device__ __forceinline__ T warp_sum(T x) {
   return x;
 }
 
-// The denominator of the whole call, in two parts around a barrier of the CTA: each thread's share into `scratch` (one
-// entry a warp), then the sum of all. Integers, so the order does not matter.
+// The denominator of the whole call, in two steps around a CTA barrier: a partial count per warp into `scratch`, then
+// their sum. Integers, so the order does not matter.
 __device__ __forceinline__ bool counts_outer(const FusedPolicyLossArgs& a) {
   return a.reduction <= Reduction::SEQUENCE_SUM && a.normalizer == 0.f && !a.normalizer_at;
 }
@@ -69,7 +68,7 @@ __device__ __forceinline__ float outer(const FusedPolicyLossArgs& a, const int* 
   return (float)max(count, 1);
 }
 
-// Row n; one that does not exist is SKIP.
+// The scalars of row n; SKIP for a row beyond the last.
 __device__ __forceinline__ Row look_up(const FusedPolicyLossArgs& a, int64_t n, float denominator) {
   Row r{-1, 0.f, 1.f, a.temperature, 0.f, 0.f, 0.f, denominator};
   if (n >= a.tokens.N) return r;
@@ -97,12 +96,13 @@ __device__ __forceinline__ Kind row_kind(const FusedPolicyLossArgs& a, const Row
   return a.dlogits.data && (r.advantage != 0.f || a.term.needs_every_row()) ? FULL : FORWARD;
 }
 
-// From the statistics of the whole row to its outputs and slope. Every thread computes it, `writer` stores it.
+// The outputs and the slope of a row from its statistics. Computed by every thread, stored by `writer`.
 template <int SUMS>
 __device__ __forceinline__ Slope finish_row(const SweepArgs& a, int64_t n, const Row& row, const Stat& s, float k,
                                             bool writer) {
   const float log_sum = log2f(s.sum), mean = s.dot / s.sum;
-  const float label = row.label < a.V ? s.label : hw::bits_to_float(NAN_BITS);  // an impossible label poisons its row
+  const float label =
+      row.label < a.V ? s.label : hw::bits_to_float(NAN_BITS);  // a label out of range makes its row NaN
   const float logprob = (fmaf(label, k, -s.ref) - log_sum) * LN2, entropy = (log_sum - mean) * LN2;
   const float old_logprob = a.old_logprobs.data ? row.old_logprob : logprob,
               ref_logprob = a.ref_logprobs.data ? row.ref_logprob : logprob;
@@ -117,7 +117,7 @@ __device__ __forceinline__ Slope finish_row(const SweepArgs& a, int64_t n, const
     if constexpr (SUMS == SCORE_NORM) {
       const float per = 1.f / s.sum,
                   norm = fmaf(s.square * per, per, fmaf(hw::ex2(fmaf(label, k, -s.ref)), -2.f * per, 1.f));
-      a.score_norm[n] = norm < 0.f ? 0.f : norm;  // a NaN stays one
+      a.score_norm[n] = norm < 0.f ? 0.f : norm;  // NaN stays NaN
     }
   }
   const float g = row.weight * term.d_logprob / row.temperature,
@@ -133,8 +133,8 @@ template <int SUMS> __device__ __forceinline__ void finish_skipped(const SweepAr
 }
 
 // Called by every thread of a CTA after its rows, whose losses its thread 0 has stored; `teams` CTAs call it. The last
-// one sums the losses of all rows, strided over its threads and then by a tree: the same bits whoever is last.
-// `scratch`: (warps + 1) * 8 bytes, free by now.
+// CTA to finish sums the losses of all rows, strided over its threads and then by a tree: the same bits whichever CTA
+// it is. `scratch`: (warps + 1) * 8 bytes that are free by now.
 __device__ __forceinline__ void sum_losses(const SweepArgs& a, unsigned char* scratch, unsigned teams, int threads) {
   if (!a.total) return;
   double* const part = reinterpret_cast<double*>(scratch);

@@ -1,43 +1,14 @@
-// Rewards to what each turn is credited with, and the counts of a reduction: what has to be known before the sweep over
-// the vocabulary.
+// Windowed discounted returns. Mirrors ppg_fast/reference/partial_returns.py and csrc/cpu/partial_returns.cpp
 #include <algorithm>
 
-#include "../args.h"
-#include "lookup.cuh"
+#include "partial_returns.cuh"
 
 namespace ppg {
 namespace {
 
-constexpr int THREADS = 128, CREDIT_THREADS = 256;
+constexpr int THREADS = 128;
 
-// Horner's rule from the end of the window: only products and sums of rewards, where differences of prefix sums would
-// cancel. Threads of one dialogue read the same rewards, so the loops run from the first-level cache.
-__device__ __forceinline__ float windowed_return(const float* rewards, const int64_t* ids, int64_t t, int64_t turns,
-                                                 int64_t lookahead, int64_t segment_length, double gamma) {
-  int64_t end = lookahead < turns - t ? t + lookahead : turns;
-  if (segment_length && segment_length - t % segment_length < end - t) end = t + segment_length - t % segment_length;
-  if (ids && t < end) {
-    int64_t k = t + 1;
-    while (k < end && ids[k] == ids[t]) ++k;
-    end = k;
-  }
-  double sum = 0.0;
-  for (int64_t k = end - 1; k >= t; --k) sum = fma(gamma, sum, (double)rewards[k]);
-  return (float)sum;
-}
-
-// Any subset of the rewards, those before the turn included.
-__device__ __forceinline__ float masked_return(const float* rewards, const uint8_t* mask, int64_t t, int64_t turns,
-                                               double gamma) {
-  if (t >= turns) return 0.f;
-  double later = 0.0, earlier = 0.0;
-  for (int64_t k = turns - 1; k >= t; --k) later = fma(gamma, later, mask[k] ? (double)rewards[k] : 0.0);
-  for (int64_t k = 0; k < t; ++k)
-    if (mask[k] || earlier != 0.0) earlier = (earlier + (mask[k] ? (double)rewards[k] : 0.0)) / gamma;
-  return (float)(later + earlier);
-}
-
-// A thread a turn.
+// One thread per turn, grid-stride loop.
 __global__ void __launch_bounds__(THREADS) partial_returns_kernel(const __grid_constant__ PartialReturnsArgs a) {
   for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < a.B * a.T; i += (int64_t)gridDim.x * THREADS) {
     const int64_t b = i / a.T, t = i - b * a.T,
@@ -45,92 +16,6 @@ __global__ void __launch_bounds__(THREADS) partial_returns_kernel(const __grid_c
     const int64_t* const ids = a.segment_ids ? a.segment_ids + b * a.T : nullptr;
     a.returns[i] = windowed_return(a.rewards + b * a.T, ids, t, turns, a.lookahead, a.segment_length, a.gamma);
   }
-}
-
-struct Member {
-  int64_t group;
-  float value;
-  int there;
-};
-
-// Turn t of all dialogues: a baseline mixes only the same turn, so no CTA waits for another.
-__device__ void credit_turn(const CreditArgs& a, int64_t t) {
-  Member* const members = reinterpret_cast<Member*>(hw::smem());  // [CREDIT_THREADS]
-  const int64_t S = a.tokens.sequences;
-  const auto turns_of = [&](int64_t b) { return a.turn_counts.data ? min(a.turn_counts[b], a.T) : a.T; };
-  for (int64_t b = threadIdx.x; b < S; b += CREDIT_THREADS) {
-    const float* const rewards = a.rewards + b * a.T;
-    const int64_t* const ids = a.segment_ids ? a.segment_ids + b * a.T : nullptr;
-    a.returns[b * a.T + t] =
-        a.reward_mask ? masked_return(rewards, a.reward_mask + t * a.T, t, turns_of(b), a.gamma)
-                      : windowed_return(rewards, ids, t, turns_of(b), a.lookahead, a.segment_length, a.gamma);
-  }
-  if (a.baseline == Baseline::NONE) return;
-  for (int64_t first = 0; first < S; first += CREDIT_THREADS) {  // a thread a dialogue
-    const int64_t b = first + threadIdx.x, group = b < S ? a.group_ids[b] : 0;
-    // In float64 and in the order of the dialogues, so that equal returns give exact zeros.
-    const auto for_each_member = [&](auto&& use) {
-      for (int64_t base = 0; base < S; base += CREDIT_THREADS) {
-        const int64_t o = base + threadIdx.x;
-        __syncthreads();
-        if (o < S) members[threadIdx.x] = {a.group_ids[o], a.returns[o * a.T + t], t < turns_of(o)};
-        __syncthreads();
-        for (int64_t i = 0; i < min(S - base, (int64_t)CREDIT_THREADS); ++i)
-          if (members[i].there && members[i].group == group) use((double)members[i].value);
-      }
-    };
-    int64_t count = 0;
-    double total = 0.0, squares = 0.0;
-    for_each_member([&](double value) {
-      ++count;
-      total += value;
-    });
-    const double mean = total / (double)max(count, (int64_t)1), others = (double)max(count - 1, (int64_t)1);
-    if (a.baseline == Baseline::GROUP_STD)
-      for_each_member([&](double value) { squares += (value - mean) * (value - mean); });
-    if (b >= S) continue;
-    const double own = a.returns[b * a.T + t];
-    double advantage = own;
-    if (count > 1 && a.baseline == Baseline::LEAVE_ONE_OUT) advantage = own - (total - own) / others;
-    else if (count > 1)
-      advantage = (own - mean) / (a.baseline == Baseline::GROUP_STD ? sqrt(squares / others) + a.std_eps : 1.0);
-    a.advantages[b * a.T + t] = t < turns_of(b) ? (float)advantage : 0.f;
-  }
-}
-
-// Part k of sequence s, or of the batch.
-__device__ void count_active(const CreditArgs& a, int64_t s, int64_t k) {
-  int* const scratch = reinterpret_cast<int*>(hw::smem());
-  const TokenArgs& t = a.tokens;
-  int64_t begin = 0, end = t.N;
-  if (a.counted > 1) {
-    const bool packed = t.cu_seqlens.data;
-    if (s > 0) begin = packed ? min(max(t.cu_seqlens[s], (int64_t)0), t.N) : s * (t.N / t.sequences);
-    if (s < a.counted - 1) end = packed ? min(max(t.cu_seqlens[s + 1], begin), t.N) : (s + 1) * (t.N / t.sequences);
-  }
-  const int64_t part = (end - begin + a.slices - 1) / a.slices;
-  begin = min(begin + k * part, end);
-  end = min(begin + part, end);
-  int count = 0;
-  for (int64_t n = begin + threadIdx.x; n < end; n += CREDIT_THREADS) {
-    const uint32_t b = (uint32_t)n / (uint32_t)t.length, l = (uint32_t)n - b * (uint32_t)t.length;
-    count += t.active(b, l);
-  }
-  count = warp_sum(count);
-  if ((threadIdx.x & 31) == 0) scratch[threadIdx.x / 32] = count;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  count = 0;
-  for (int w = 0; w < CREDIT_THREADS / 32; ++w) count += scratch[w];
-  a.counts[s * a.slices + k] = count;
-}
-
-// CTAs of turns, then CTAs that count. Without the bound on resident CTAs ptxas spills for sm_80.
-__global__ void __launch_bounds__(CREDIT_THREADS, 4) credit_kernel(const __grid_constant__ CreditArgs a) {
-  if (blockIdx.x == 0 && threadIdx.x == 0 && a.ticket) *a.ticket = 0;
-  const int64_t turns = a.rewards ? a.T : 0, i = blockIdx.x - turns;
-  if (i < 0) credit_turn(a, blockIdx.x);
-  else if (a.counts) count_active(a, i / a.slices, i % a.slices);
 }
 
 }  // namespace
@@ -142,15 +27,6 @@ int partial_returns(const PartialReturnsArgs& a, void* stream) {
   if (a.B < 0 || a.T < 0 || a.lookahead < 1 || a.segment_length < 0) return hw::INVALID_VALUE;
   const int64_t blocks = (a.B * a.T + THREADS - 1) / THREADS;
   return hw::launch(partial_returns_kernel, (unsigned)std::min<int64_t>(blocks, 1 << 20), THREADS, 0, 0, stream, a);
-}
-
-int credit(const CreditArgs& a, void* stream) {
-  const int64_t blocks = (a.rewards ? a.T : 0) + (a.counts ? a.counted * a.slices : 0);
-  const bool needs_groups = a.rewards && a.baseline != Baseline::NONE;
-  if (a.tokens.N > INT32_MAX || blocks > INT32_MAX || (needs_groups && !a.group_ids.data)) return hw::INVALID_VALUE;
-  if (blocks == 0 && !a.ticket) return 0;
-  return hw::launch(credit_kernel, (unsigned)std::max<int64_t>(blocks, 1), CREDIT_THREADS, 0,
-                    CREDIT_THREADS * sizeof(Member), stream, a);
 }
 
 }  // namespace cuda

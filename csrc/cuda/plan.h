@@ -16,11 +16,11 @@ constexpr int MAX_CLUSTER = 8;
 constexpr int64_t MAX_V = 1 << 30;  // indices inside a row are 32-bit
 
 constexpr int BATCH = 8;       // rows that the producer looks up at once
-constexpr int ROW_BYTES = 32;  // of what it hands on of each
+constexpr int ROW_BYTES = 32;  // of the scalars of one row
 
 constexpr int SMALL_THREADS = 128, LARGE_THREADS = 512;  // of the two-pass kernels
 
-// What a warp sends to every CTA of its cluster; the sum of squares that a score norm is made of comes on top.
+// Bytes that a warp sends to every CTA of its cluster; with a score norm the sum of squares too.
 template <bool NORM> constexpr int ENTRY_BYTES = NORM ? 20 : 16;
 
 // Ring, two exchange areas, two batches of rows, barriers.
@@ -36,9 +36,9 @@ inline int64_t row_chunks(int64_t V, int elem_bytes, int cluster) {
 }
 
 // The smallest cluster whose shared memory holds a row and leaves >= 32 KB per SM for the next ones. Depends on V,
-// never on N, so that a row gives the same bits in every batch. A row of one chunk stays in the L1 cache between two
-// passes: small CTAs, many an SM. max_per_sm 1: the kernel exists for 512 consumers only. With a score norm the same,
-// at times by a slot fewer, for the same reason.
+// never on N, so that a row gives the same bits in every batch. A row of one chunk stays in L1 between two passes:
+// small CTAs, many per SM. max_per_sm 1: the kernel exists for 512 consumers only. A score norm does not change the
+// plan but for one slot fewer at times, so that it changes no other bits.
 inline Plan plan_row(int64_t V, int elem_bytes, bool has_clusters, int max_per_sm, int smem_block, int smem_sm,
                      int entry_bytes) {
   if (V * elem_bytes <= CHUNK) return {0, SMALL_THREADS, 0, 0};
@@ -56,8 +56,8 @@ inline Plan plan_row(int64_t V, int elem_bytes, bool has_clusters, int max_per_s
   return {0, LARGE_THREADS, 0, 0};
 }
 
-// CTAs an SM for two passes: few enough that the second one finds its row in L2 (about 370 KB an SM on A100 and H100),
-// at most 16.
+// CTAs per SM for two passes: few enough that the second pass finds its row in L2 (about 370 KB per SM on A100 and
+// H100), at most 8 small or 2 large ones.
 inline int two_pass_ctas_per_sm(int64_t V, int elem_bytes, int threads) {
   return static_cast<int>(std::clamp<int64_t>((256 << 10) / (V * elem_bytes), 1, threads == SMALL_THREADS ? 8 : 2));
 }

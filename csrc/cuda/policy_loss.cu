@@ -7,7 +7,7 @@ namespace {
 
 template <class E, bool CAP, int SUMS, int CONSUMERS>
 int launch_onepass(const SweepArgs& a, const hw::Device& d, const Plan& p, void* stream) {
-  // The number of slots follows from the device and the cluster, so the answer does too: asked for once by each thread.
+  // Cached per thread: the number of slots depends on the device and the cluster only, and so does the answer.
   static thread_local int resident[hw::MAX_DEVICES][MAX_CLUSTER + 1];
   const int smem = ring_bytes(p.cluster, CONSUMERS, p.slots, ENTRY_BYTES<SUMS == SCORE_NORM>);
   int& clusters = resident[d.id][p.cluster];
@@ -23,7 +23,7 @@ int launch_onepass(const SweepArgs& a, const hw::Device& d, const Plan& p, void*
 
 template <class E, bool CAP, int SUMS>
 int launch_sweep(const SweepArgs& a, const hw::Device& d, const Plan& p, void* stream) {
-  if constexpr (!CAP)  // softcap goes with vocabularies that take 512; its kernel for 256 would spill registers
+  if constexpr (!CAP)  // with a softcap the kernel for 256 would spill registers, and such vocabularies take 512
     if (p.cluster && p.threads == 256) return launch_onepass<E, CAP, SUMS, 256>(a, d, p, stream);
   if (p.cluster) return launch_onepass<E, CAP, SUMS, 512>(a, d, p, stream);
   const int resident = d.sms * two_pass_ctas_per_sm(a.V, sizeof(typename E::raw), p.threads);
@@ -49,7 +49,8 @@ template <class E> int launch_sweep(const SweepArgs& a, void* stream) {
   return a.logit_softcap != 0.f ? launch_sweep<E, true>(a, d, p, stream) : launch_sweep<E, false>(a, d, p, stream);
 }
 
-// One scale for all: a few CTAs an SM, since nearly always it is 1 and there is nothing to do.
+// Grid-stride loop over rows. With one scale for all, a few CTAs per SM: it is nearly always 1, so nothing is to be
+// done.
 template <class E>
 __global__ void __launch_bounds__(256) rescale_rows_kernel(const __grid_constant__ RescaleRowsArgs a) {
   for (int64_t n = blockIdx.x; n < a.N; n += gridDim.x) {
@@ -66,14 +67,14 @@ __global__ void __launch_bounds__(256) rescale_rows_kernel(const __grid_constant
       hw::store16(row + head + i * VEC<E>, pack16<E>(z));
     }
     const int edges = V - vectors * VEC<E>,
-              e = tid < head ? tid : tid + vectors * VEC<E>;  // fewer than 2 VEC elements at the two ends
+              e = tid < head ? tid : tid + vectors * VEC<E>;  // fewer than 2 VEC elements at both ends
     if (tid < edges) store1<E>(row + e, load1<E>(row + e) * scale);
   }
 }
 
 Column column(const void* data, int64_t length, int bytes = 4) { return {data, length, 1, bytes, true}; }
 
-// What any sweep has, its columns contiguous.
+// The arguments of a sweep whose per-row tensors are contiguous.
 SweepArgs canonical(const Sweep& s) {
   SweepArgs a{};
   a.tokens.labels = column(s.labels, s.logits.length, 8);

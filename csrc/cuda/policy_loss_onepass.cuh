@@ -4,9 +4,12 @@
 // A cluster of 1, 2, 4 or 8 CTAs owns a row; each CTA holds a slice of it in a ring of 16 KB shared-memory slots. One
 // producer warp keeps the ring full by bulk copies, running ahead into the next rows. The consumer warps sweep the
 // slice twice in shared memory:
-//   sweep 1  reference exponent, sum of exponentials, sum of exponential * exponent; combined over warps and CTAs by
-//   one exchange scalar   logprob, entropy -> policy_term -> (g, h), computed redundantly by every thread sweep 2
-//   gradient from shared memory to registers to global memory; each slot is handed back to the producer as it is read
+//   sweep 1  reference exponent, sum of exponentials, sum of exponential * exponent; one exchange combines them over
+//            warps and CTAs
+//   scalar   logprob, entropy -> policy_term -> (g, h), computed redundantly by every thread
+//   sweep 2  gradient from shared memory to registers to global memory; each slot is handed back to the producer as it
+//            is read
+//
 // There is no CTA-wide barrier and no cluster barrier in the loop over rows: only mbarriers.
 #pragma once
 #include "lookup.cuh"
@@ -16,9 +19,9 @@ namespace ppg {
 static_assert(sizeof(Row) == ROW_BYTES, "plan.h lays out the shared memory");
 template <class E> constexpr int SLOT = CHUNK / (int)sizeof(typename E::raw);
 
-// The part of a row that one CTA owns. In shared memory it keeps its distance to the 16-byte boundary below it: slice
-// element i is element pad + i of the image, which the slots of the ring hold one after another. Cut by element, never
-// by address.
+// The part of a row that one CTA owns. Its copy in shared memory keeps its offset from the 16-byte boundary below it:
+// slice element i is element pad + i of the image, which fills the slots of the ring in order. Rows are cut by element
+// index, never by address.
 template <class E> struct Slice {
   int begin, len, pad, chunks;
   const typename E::raw* src;
@@ -32,7 +35,7 @@ template <class E> struct Slice {
   }
 };
 
-struct Cursor {  // a place in the ring and the parity of its current round
+struct Cursor {  // a slot of the ring and the parity of its current phase
   int slot, slots;
   unsigned parity;
   __device__ __forceinline__ void next() {
@@ -60,7 +63,7 @@ template <int WARPS> struct Team {  // what the threads of a CTA share
     empty = full + slots;                                        // [slots] data has been used
     arrived = empty + slots;                                     // [2] the exchange is complete
     known = arrived + 2;                                         // [2] a batch of rows has been looked up
-    used = known + 2;                                            // [2] and is not needed any more
+    used = known + 2;                                            // [2] a batch of rows is no longer needed
     squares = reinterpret_cast<float*>(used + 2);                // SCORE_NORM: as exchange, which is full
     first = blockIdx.x / size;
     step = gridDim.x / size;
@@ -72,11 +75,10 @@ template <class E, int WARPS> __device__ void produce(const SweepArgs& a, const 
   const int lane = threadIdx.x & 31;
   Cursor at{0, team.slots, 0};
   unsigned i = 0;  // row of this team
-  __syncwarp();    // every lane has its denominator: where that was counted, rows may go
+  __syncwarp();    // every lane has read the counts: their memory may be overwritten by rows
   for (int64_t n = team.first; n < a.tokens.N; n += team.step, ++i) {
     Row* const batch = team.rows + i / BATCH % 2 * BATCH;
-    if (i % BATCH ==
-        0) {  // a lane a row, so that a batch waits for memory once, and that while earlier rows are worked on
+    if (i % BATCH == 0) {  // one lane per row: a batch waits for memory once, while earlier rows are computed
       const Row row = lane < BATCH ? look_up(a, n + lane * team.step, denominator) : Row{};
       hw::bar_wait(&team.used[i / BATCH % 2], (i / BATCH / 2 & 1) ^ 1);
       if (lane < BATCH) batch[lane] = row;
@@ -87,8 +89,8 @@ template <class E, int WARPS> __device__ void produce(const SweepArgs& a, const 
     const Slice<E> s(a, n, team.rank, team.size);
     const int head = s.pad ? min(s.len, VEC<E> - s.pad) : 0, body = (s.len - head) / VEC<E> * VEC<E>,
               tail = s.len - head - body;
-    // Bulk copies move multiples of 16 bytes: up to VEC - 1 elements at each end go through registers, lanes 0..
-    // and 8..
+    // Bulk copies move multiples of 16 bytes: up to VEC - 1 elements at each end go through the registers of lanes
+    // 0 to 7 and 8 to 15.
     const int mine = lane < 8 ? lane : head + body + lane - 8;
     const bool has = lane < 8 ? lane < head : lane - 8 < tail;
     const raw edge = has ? s.src[mine] : raw(0);
@@ -111,9 +113,9 @@ template <class E, int WARPS> __device__ void produce(const SweepArgs& a, const 
   }
 }
 
-// Sweep 1 over the chunk at `slot`: statistics of elements j * SLOT .. of the slice. Which thread adds which element
-// depends on its index only, so a row gives the same bits at any alignment; an unaligned group is cut out of two
-// vectors.
+// Sweep 1 over the chunk at `slot`: statistics of elements j * SLOT .. of the slice. Which thread adds an element
+// depends on the element's index only, so that a row gives the same bits at any alignment; an unaligned group is cut
+// out of two vectors.
 template <class E, bool CAP, int SUMS, bool ALIGNED, bool WHOLE, int CONSUMERS, int WARPS>
 __device__ __forceinline__ void sweep_stats(Stat& stat, const Team<WARPS>& team, const Slice<E>& s,
                                             const View<CAP>& view, int j, int slot) {
@@ -150,7 +152,7 @@ __device__ __forceinline__ void sweep_stats(Stat& stat, const Team<WARPS>& team,
   }
 }
 
-// Sweep 2 over one chunk: from shared memory through registers to global memory, in 16-byte vectors of the image.
+// Sweep 2 over one chunk: the gradient from shared to global memory, in 16-byte vectors of the image.
 template <class E, bool CAP, bool ENT, int CONSUMERS, int WARPS>
 __device__ __forceinline__ void sweep_gradient(const Slope& slope, const Team<WARPS>& team, const Slice<E>& s,
                                                const View<CAP>& view, typename E::raw* out, int label, int j,
@@ -160,7 +162,7 @@ __device__ __forceinline__ void sweep_gradient(const Slope& slope, const Team<WA
   const int base = j * SLOT<E> - s.pad;
   const unsigned char* const p = team.ring + slot * CHUNK;
   if (offset16<E>(out) == s.pad) {
-    if (base >= 0 && base + SLOT<E> <= s.len) {  // the usual chunk: all loads first, then a vector at a time
+    if (base >= 0 && base + SLOT<E> <= s.len) {  // a whole chunk: all loads first, then one vector at a time
       uint4 w[U];
 #pragma unroll
       for (int u = 0; u < U; ++u) w[u] = *reinterpret_cast<const uint4*>(p + (u * CONSUMERS + threadIdx.x) * 16);
@@ -176,7 +178,7 @@ __device__ __forceinline__ void sweep_gradient(const Slope& slope, const Team<WA
                                            label);
       }
     }
-  } else {  // the gradient row is aligned differently: element by element, slow but right
+  } else {  // the gradient row has another alignment: element by element, slow
     for (int i = threadIdx.x; i < SLOT<E>; i += CONSUMERS) {
       const int e = base + i;
       if (e >= 0 && e < s.len)
@@ -223,8 +225,7 @@ __device__ void consume(const SweepArgs& a, const Team<CONSUMERS / 32>& team) {
         if (whole && !s.pad) sweep_stats<E, CAP, SUMS, true, true, CONSUMERS>(stat, team, s, view, j, slot);
         else if (whole) sweep_stats<E, CAP, SUMS, false, true, CONSUMERS>(stat, team, s, view, j, slot);
         else sweep_stats<E, CAP, SUMS, false, false, CONSUMERS>(stat, team, s, view, j, slot);
-        if (warp == 0 && label >= j * SLOT<E> &&
-            label < (j + 1) * SLOT<E>) {  // one lane adds the label's view to the statistics
+        if (warp == 0 && label >= j * SLOT<E> && label < (j + 1) * SLOT<E>) {  // one lane adds the label's logit
           const int i = slot * SLOT<E> + s.pad + label - j * SLOT<E>, all = team.slots * SLOT<E>;
           if (lane == 0) stat.label = view(load1<E>(reinterpret_cast<const raw*>(team.ring) + (i < all ? i : i - all)));
         }

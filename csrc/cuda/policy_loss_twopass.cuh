@@ -8,8 +8,8 @@ namespace ppg {
 template <class E, bool CAP, int SUMS>
 __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __grid_constant__ SweepArgs a) {
   using raw = typename E::raw;
-  Row* const rows = reinterpret_cast<Row*>(hw::smem());      // [2] this row and the next
-  float4* const part = reinterpret_cast<float4*>(rows + 2);  // one entry a warp
+  Row* const rows = reinterpret_cast<Row*>(hw::smem());      // [2] of this row and the next
+  float4* const part = reinterpret_cast<float4*>(rows + 2);  // one entry per warp
   const int V = (int)a.V, tid = threadIdx.x, threads = blockDim.x;
   float* const squares = reinterpret_cast<float*>(part + threads / 32);  // SCORE_NORM: the same
   int* const counted = reinterpret_cast<int*>(part);
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __
   for (int64_t n = blockIdx.x; n < a.tokens.N; n += gridDim.x, ++i) {
     const Row& row = rows[i % 2];
     if (tid == threads - 1)
-      rows[(i + 1) % 2] = look_up(a, n + gridDim.x, row.denominator);  // beside the sweep of the other warps
+      rows[(i + 1) % 2] = look_up(a, n + gridDim.x, row.denominator);  // while the other warps sweep
     const Kind kind = row_kind(a, row);
     raw* const out = a.dlogits.data ? row_at<E>(a.dlogits, n) : nullptr;
     bool zero = true;
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __
       const View<CAP> view(a.logit_softcap, row.temperature);
       const int pad = offset16<E>(src);
       Stat stat;
-      // Which thread adds which element depends on its index only: the same bits at any alignment.
+      // Which thread adds an element depends on the element's index only: the same bits at any alignment.
 #pragma unroll(CAP ? 1 : 2)  // more would spill registers
       for (int e = tid * VEC<E>; e < V; e += threads * VEC<E>) {
         float z[VEC<E>];

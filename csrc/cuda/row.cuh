@@ -1,4 +1,4 @@
-// What every kernel over the vocabulary is made of: element types, the mathematics of a row, loads and stores.
+// Parts of every kernel over the vocabulary: element types, the mathematics of a row, loads and stores.
 #pragma once
 #include "../args.h"
 #include "hw.cuh"
@@ -11,8 +11,7 @@ constexpr float LOWEST = -1e30f;       // start of a running reference: finite, 
 constexpr float NEGLIGIBLE = -1000.f;  // an exponent whose ex2 is 0: keeps 0 * -inf out of the entropy sums
 constexpr uint32_t NAN_BITS = 0x7fc00000u;
 
-// ---- element types
-// -------------------------------------------------------------------------------------------------------------
+// ---- element types ----
 struct F32 {
   using raw = uint32_t;
   static __device__ __forceinline__ void unpack(uint32_t w, float* z) { z[0] = hw::bits_to_float(w); }
@@ -67,9 +66,8 @@ __device__ __forceinline__ uint4 shift16(uint4 lo, uint4 hi, unsigned bytes) {
   return uint4{hw::funnel(b0, b1, bits), hw::funnel(b1, b2, bits), hw::funnel(b2, b3, bits), hw::funnel(b3, b4, bits)};
 }
 
-// ---- the mathematics of a row
-// -------------------------------------------------------------------------------------------------- With v = z, or
-// tanh(z / cap) under softcap, the logit after cap and temperature is v * k in units of log 2.
+// ---- the mathematics of a row ----
+// With v = z, or tanh(z / cap) under softcap, the logit after cap and temperature is v * k in units of log 2.
 template <bool CAP> struct View {
   float k, twice;
   __device__ __forceinline__ View(float logit_softcap, float temperature)
@@ -80,8 +78,7 @@ template <bool CAP> struct View {
   }
 };
 
-// Over a set of elements, with t = v * k - ref:  sum 2^t,  sum 2^t t,  sum (2^t)^2,  and v of the label if it is among
-// them.
+// Sums over a set of elements, with t = v * k - ref:  2^t,  2^t t,  (2^t)^2;  and v of the label if it is among them.
 struct Stat {
   float ref = LOWEST, sum = 0.f, dot = 0.f, label = 0.f, square = 0.f;
 };
@@ -94,7 +91,7 @@ template <int SUMS> __device__ __forceinline__ void rebase(Stat& s, float ref) {
   s.ref = ref;
 }
 
-// One exponential per element; the reference moves at most once per call. Elements at or beyond `count` do not exist.
+// One exponential per element; the reference moves at most once per call. Elements at or beyond `count` are ignored.
 template <bool CAP, int SUMS, bool WHOLE, int M>
 __device__ __forceinline__ void add(Stat& s, float (&z)[M], const View<CAP>& view, int count) {
   float top[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
@@ -110,7 +107,7 @@ __device__ __forceinline__ void add(Stat& s, float (&z)[M], const View<CAP>& vie
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float t = fmaf(z[i + j], view.k, -s.ref);
-      e[j] = hw::ex2(t);  // of t itself: a maximum would swallow a NaN
+      e[j] = hw::ex2(t);  // of t itself: fmaxf would drop a NaN
       if constexpr (SUMS >= ENTROPY) et[j] = e[j] * fmaxf(t, NEGLIGIBLE);
     }
     s.sum += (e[0] + e[1]) + (e[2] + e[3]);
@@ -133,7 +130,8 @@ template <int SUMS> __device__ __forceinline__ void warp_combine(Stat& s) {
     if constexpr (SUMS == SCORE_NORM) s.square += __shfl_xor_sync(~0u, s.square, o);
   }
 }
-// Entries first, first + 32, ... of `part` (and `squares`) by lane, then over the lanes: a fixed order.
+// The statistics of all warps: entries lane, lane + 32, ... of `part` (and `squares`) per lane, then over the lanes, in
+// a fixed order.
 template <int SUMS> __device__ __forceinline__ Stat combine(const float4* part, const float* squares, int count) {
   Stat s;
   for (int i = threadIdx.x & 31; i < count; i += 32) {
@@ -167,8 +165,7 @@ __device__ __forceinline__ float gradient(const Slope& s, const View<CAP>& view,
   return CAP ? d * (1.f - v * v) : d;
 }
 
-// ---- loads and stores
-// ----------------------------------------------------------------------------------------------------------
+// ---- loads and stores ----
 template <class E> __device__ __forceinline__ typename E::raw* row_at(const Rows& rows, int64_t n) {
   return static_cast<typename E::raw*>(rows.data) + rows.offset(n);
 }
@@ -185,8 +182,8 @@ template <class E> __device__ __forceinline__ void zero_row(typename E::raw* out
 }
 
 // Elements e .. e + VEC of a row of `len` that starts `pad` elements into an aligned vector, at any alignment of e: one
-// 16-byte load where that is possible, two cut together inside the row, element by element at its ends. Nothing outside
-// the row is read.
+// 16-byte load where possible, else cut out of two inside the row, element by element at its ends. Nothing outside the
+// row is read.
 template <class E> __device__ __forceinline__ uint4 load_group(const typename E::raw* src, int pad, int e, int len) {
   const int over = (pad + e) % VEC<E>, below = e - over;
   if (over == 0 && e >= 0 && e + VEC<E> <= len) return hw::load16(src + e);
@@ -221,8 +218,7 @@ __device__ __forceinline__ void store_vector(const Slope& slope, const View<CAP>
   }
 }
 
-// A whole gradient row from global memory, which may be overwritten in place: a thread writes only what it alone has
-// read.
+// A whole gradient row from global memory, in place or not: a thread writes only elements that no other thread reads.
 template <class E, bool CAP, bool ENT>
 __device__ __forceinline__ void gradient_row(const Slope& slope, const View<CAP>& view, const typename E::raw* src,
                                              typename E::raw* out, int len, int64_t label64, int tid, int threads) {
@@ -231,7 +227,7 @@ __device__ __forceinline__ void gradient_row(const Slope& slope, const View<CAP>
 #pragma unroll 2
     for (int e = tid * VEC<E> - pad; e < len; e += threads * VEC<E>)
       store_vector<E, CAP, ENT, false>(slope, view, load_group<E>(src, pad, e, len), out, e, len, label);
-  } else {  // aligned differently: element by element, slow but right
+  } else {  // another alignment: element by element, slow
     for (int e = tid; e < len; e += threads)
       store1<E>(out + e, gradient<CAP, ENT>(slope, view, load1<E>(src + e), e == label ? slope.at_label : 0.f));
   }

@@ -1,7 +1,7 @@
-"""Compiles a kernel whose row is spread over a cluster of CTAs. `cluster_probe.py SM` ends with 0 where that works.
+"""Compiles a kernel whose row is spread over a cluster of CTAs: `cluster_probe.py SM` exits with 0 where that works.
 
-A process of its own, because a Triton that cannot do it does not raise but abort; and Triton alone, because torch takes
-seconds to import.
+Run in its own process, because a Triton that cannot do it aborts instead of raising. Imports Triton only: torch takes
+seconds.
 """
 
 import sys
@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 
 @triton.jit
 def normalise_kernel(rows, V, BLOCK_V: tl.constexpr):
-    """What the policy loss asks of a cluster: a maximum and a sum over all of its CTAs, and a store in place that
+    """What the policy loss needs from a cluster: a maximum and a sum over all its CTAs, and an in-place store that
     depends on both."""
     cols = tl.arange(0, BLOCK_V)
     row = rows + tl.program_id(0).to(tl.int64) * V

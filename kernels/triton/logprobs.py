@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import loop_shape, number_or_off, on_device, programs, row_shape, strides
+from .plan import loop_shape, number_or_off, on_device, programs, row_shape, strides
 from .row import (
     LN2,
     LOG2E,
@@ -24,7 +24,7 @@ from .row import (
     zero_row,
 )
 
-THREADS = 256  # of one program: several share an SM, and one loads while another waits for its reduction
+THREADS = 256  # per program: several share an SM, so that one loads while another reduces
 
 # lengths, counts and per-row pointers change from call to call: a kernel specialised on them would be compiled again
 PER_CALL = ["L", "labels", "temperatures", "lse", "entropy", "logprob", "d_logprob", "d_entropy", "scale", "score_norm"]
@@ -37,7 +37,7 @@ def logprobs_fwd_kernel(
     L, V: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, temperature, logit_softcap,
     ONE_BLOCK: tl.constexpr, KEEP_EXP: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: one read of it, in the shape `policy_loss` reads it, so that both see the same bits."""
+    """One program per row, which is read once, in the shape that `policy_loss` reads it in: both get the same bits."""
     n = tl.program_id(0)
     label = tl.load(labels + n)
     if label < 0:
@@ -75,7 +75,7 @@ def logprobs_bwd_kernel(
     temperature, logit_softcap,
     BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: one read and one write of it, or no read where there is no gradient."""
+    """One program per row: one read and one write, or no read where there is no gradient."""
     n = tl.program_id(0)
     label = tl.load(labels + n)
     d_row = dlogits + row_offset(n, L, d_batch_stride, d_row_stride)
@@ -110,7 +110,7 @@ def rescale_rows_kernel(
     N, L, V: tl.int32, scale_stride, batch_stride: tl.int64, row_stride: tl.int64,
     BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """A program takes every so-manieth row, and is done with it at once where its scale is 1."""
+    """Grid-stride loop over rows; a row of scale 1 is not touched."""
     for n in range(tl.program_id(0), N, tl.num_programs(0)):
         factor = tl.load(scale + n * scale_stride)
         if factor != 1.0:
@@ -177,7 +177,7 @@ def rescale_rows(dlogits: Tensor, scale: Tensor) -> None:
     N = B * L
     if N:
         shape = loop_shape(V, THREADS, dlogits.element_size(), False, False)
-        count = programs(dlogits.device, 8 * THREADS)  # 4 an SM: for most calls all there is to do is to look
+        count = programs(dlogits.device, 8 * THREADS)  # 4 per SM: nearly always every scale is 1
         with on_device(dlogits):
             rescale_rows_kernel[(min(N, count),)](
                 dlogits, scale, N, L, V, 0 if scale.numel() == 1 else 1, *strides(dlogits), **shape

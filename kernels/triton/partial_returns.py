@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device
+from .plan import on_device
 
 BLOCK = 128  # turns of one program
 STEPS = tl.constexpr(4)  # rewards that are loaded at once
@@ -18,13 +18,13 @@ STEPS = tl.constexpr(4)  # rewards that are loaded at once
 
 @triton.jit
 def double(high, low):
-    """The float64 number that `split` took apart: Triton passes numbers as float32, and 0.9 is none."""
+    """The float64 number that `split` took apart: Triton passes numbers as float32, which does not hold 0.9."""
     return tl.zeros((), tl.float64) + high + low
 
 
 @triton.jit
 def window_end(t, lookahead, segment_length, count):
-    """One past the last turn whose reward turn t is credited for, but for segments by ids."""
+    """One past the last turn of the window of turn t; segments by ids are left to `window_return`."""
     end = tl.minimum(t + lookahead, count)
     if segment_length is not None:
         end = tl.minimum(end, (t // segment_length + 1) * segment_length)
@@ -32,20 +32,20 @@ def window_end(t, lookahead, segment_length, count):
 
 
 @triton.jit
-def window_return(rewards, segment_ids, row, t, here, end, longest, gamma):
-    """Horner's rule down the windows of turns t of dialogues at ``row``, last reward first, in float64; one of t and
+def window_return(rewards, segment_ids, row, t, has_turn, end, longest, gamma):
+    """Returns of turns t of the dialogues at ``row``, by Horner's rule from the last reward, in float64; one of t and
     row is a vector.
 
-    ``here``: there is such a turn; no window is longer than ``longest``.
+    ``has_turn``: whether the dialogue has a turn t. ``longest``: upper bound on the length of the windows.
     """
     if segment_ids is not None:
-        segment = tl.load(segment_ids + row + t, mask=here, other=0)
-    total = here.to(tl.float64) * 0.0
+        segment = tl.load(segment_ids + row + t, mask=has_turn, other=0)
+    total = has_turn.to(tl.float64) * 0.0
     last = t + tl.cdiv(longest, STEPS) * STEPS - 1
     for back in range(0, longest, STEPS):
         for step in tl.static_range(STEPS):
             k = last - back - step
-            inside = here & (k < end)
+            inside = has_turn & (k < end)
             if segment_ids is not None:
                 inside = inside & (tl.load(segment_ids + row + k, mask=inside, other=0) == segment)
             reward = tl.load(rewards + row + k, mask=inside, other=0.0).to(tl.float64)
@@ -73,7 +73,7 @@ def partial_returns_kernel(
 
 
 def split(number: float) -> tuple[float, float]:
-    """A number as a float32 and what is missing: together 48 bits."""
+    """A number as the sum of two float32: 48 bits."""
     high = ctypes.c_float(number).value
     return high, float(number) - high
 

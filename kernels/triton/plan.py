@@ -1,201 +1,134 @@
-"""The small launch before the sweep of a fused policy loss: which rows are read, what each turn is credited with, how
-many rows count.
+"""How rows are laid over a device: blocks and warps, clusters, programs in flight. Mirrors csrc/cuda/plan.h
 
-It decides per token and per turn, where the sweep pays for every logit.
+A shape depends on V and the device alone, never on numbers that change from call to call, which would compile another
+kernel.
 """
 
+import os
+import subprocess
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+
+import torch
 import triton
-import triton.language as tl
+from torch import Tensor
 
-from ppg_fast.spec import BASELINES
+WARP_SIZE = 64 if torch.version.hip else 32
+THREADS = 512  # of a CTA that holds a row, or a part of one: it fills the registers of an SM
+WAVES = 16  # of programs, where rows are read once
+LARGEST_CLUSTER = 8  # CTAs; more is not portable
+FIRST_WITH_CLUSTERS = (3, 8)  # Triton 3.6 fails to compile one, 3.7 aborts the process
 
-from .partial_returns import double, window_end, window_return
-from .weights import COUNTERS
-
-LEAVE_ONE_OUT = tl.constexpr(BASELINES.index("leave_one_out"))
-GROUP_STD = tl.constexpr(BASELINES.index("group_std"))
-NO_BASELINE = tl.constexpr(BASELINES.index("none"))
-DIALOGUES = 32  # of one program, and that are compared with them at once
-ROWS = 1024  # that one program counts at once
-LARGEST_LABEL = tl.constexpr(2**31 - 1)
+Shape = dict[str, int | bool]
 
 
-@triton.jit
-def masked_return(rewards, reward_mask, row, t, here, count, T, gamma):
-    """The sum over k with reward_mask[t, k] of gamma^(k - t) r_k, Horner's rule from both ends towards t, in
-    float64."""
-    future = here.to(tl.float64) * 0.0
-    for back in range(T - t):
-        k = T - 1 - back
-        inside = here & (k < count) & (tl.load(reward_mask + t * T + k) != 0)
-        future = gamma * future + tl.load(rewards + row + k, mask=inside, other=0.0).to(tl.float64)
-    past = here.to(tl.float64) * 0.0
-    for k in range(t):
-        inside = here & (k < count) & (tl.load(reward_mask + t * T + k) != 0)
-        past = (past + tl.load(rewards + row + k, mask=inside, other=0.0).to(tl.float64)) / gamma
-    return future + tl.where(t > 0, past, 0.0)
+def strides(rows: Tensor) -> tuple[int, int]:
+    """Batch and row stride of (B, L, V) in elements; 0 where the size is 1, so that an arbitrary stride compiles no
+    other kernel."""
+    B, L, V = rows.shape
+    if V > 1 and rows.stride(2) != 1:
+        raise ValueError(f"logits must have unit stride along the vocabulary, got strides {rows.stride()}")
+    return rows.stride(0) if B > 1 else 0, rows.stride(1) if L > 1 else 0
 
 
-@triton.jit
-def turn_return(rewards, turn_counts, segment_ids, reward_mask, b, t, S, T, lookahead, segment_length, gamma):
-    """-> whether dialogue b has a turn t, and that turn's return as a float32 in a float64."""
-    count = T
-    if turn_counts is not None:
-        count = tl.load(turn_counts + b, mask=b < S, other=0).to(tl.int32)
-    here = (b < S) & (t < count)
-    row = b.to(tl.int64) * T
-    if reward_mask is not None:
-        total = masked_return(rewards, reward_mask, row, t, here, count, T, gamma)
-    else:
-        end = window_end(t, lookahead, segment_length, count)
-        total = window_return(rewards, segment_ids, row, t, here, end, tl.minimum(lookahead, T - t), gamma)
-    return here, total.to(tl.float32).to(tl.float64)
+def block_shape(V: int, threads: int, per_thread: int, element_size: int) -> Shape:
+    """Columns of a block and warps that share it: ``per_thread`` columns per thread, at most ``threads`` threads.
 
-
-@triton.jit
-def turn_advantages(
-    p, rewards, turn_counts, segment_ids, reward_mask, group_ids, advantages, S, T, lookahead, segment_length, gamma,
-    std_eps,
-    BASELINE: tl.constexpr, DIALOGUES: tl.constexpr,
-):  # fmt: skip
-    """Turn t of DIALOGUES dialogues: its returns minus the baseline over the members of their groups that have such a
-    turn.
-
-    The members' returns are computed again where they are needed: they are few, and no program waits for another.
+    LANES is the number of columns in one access of 16 bytes per thread. enable_fp_fusion: Triton 3.10 fuses no
+    multiply-adds by default.
     """
-    t = p % T
-    lane = tl.arange(0, DIALOGUES)
-    b = p // T * DIALOGUES + lane
-    here, own = turn_return(
-        rewards, turn_counts, segment_ids, reward_mask, b, t, S, T, lookahead, segment_length, gamma
+    block = min(threads * per_thread, max(1024, triton.next_power_of_2(V)))
+    threads = max(128, block // per_thread)
+    lanes = min(block, threads * 16 // element_size)
+    return {"BLOCK_V": block, "LANES": lanes, "num_warps": threads // WARP_SIZE, "enable_fp_fusion": True}
+
+
+def row_shape(logits: Tensor, softcap: bool) -> Shape:
+    """How a row is read for its log-prob. The same for every kernel that does, since sums in another order have other
+    bits.
+
+    512 threads have 128 registers each and hold 64 columns of a row each; 32 where a softcap or an unaligned access
+    keeps a second value per column alive. With 32 the exponentials are kept for the gradient. A longer row is held by a
+    cluster of CTAs, or read in blocks.
+    """
+    V, element_size = logits.shape[-1], logits.element_size()
+    columns = 32 if softcap or narrow(V) or V <= THREADS * 32 else 64
+    ctas = triton.next_power_of_2(triton.cdiv(V, THREADS * columns))
+    if ctas == 1 or (ctas <= LARGEST_CLUSTER and why_no_clusters(logits.device) is None):
+        shape = block_shape(V, ctas * THREADS, columns, element_size)
+        shape["num_warps"] //= ctas
+        return {"ONE_BLOCK": True, "KEEP_EXP": columns == 32, "num_ctas": ctas, **shape}
+    return {"ONE_BLOCK": False, "KEEP_EXP": False, "num_ctas": 1, **block_shape(V, THREADS, 32, element_size)}
+
+
+def loop_shape(V: int, threads: int, element_size: int, softcap: bool, entropy: bool) -> Shape:
+    """`block_shape` of a row that is read in blocks: 64 bytes per thread, fewer where other values take registers."""
+    held = 16 if softcap and entropy else 32 if softcap or narrow(V) else 64
+    return block_shape(V, threads, held // element_size, element_size)
+
+
+def narrow(V: int) -> bool:
+    """Whether rows of V columns are accessed column by column, each with a mask and an address, since not every row is
+    aligned."""
+    return V % 16 != 0
+
+
+def number_or_off(number: float) -> float | None:
+    """A number as the kernels take it: a float, since an int compiles another kernel; None, compiled out, for 0."""
+    return float(number) if number else None
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """A context in which kernels are launched on the device of ``tensor``."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@cache
+def programs(device: torch.device, threads: int, read_again: int = 0) -> int:
+    """Number of programs that share the rows, of ``threads`` threads each (all those of a cluster).
+
+    Rows that are read once: a multiple of what runs at a time, so that the last program adds little. Rows of
+    ``read_again`` bytes that are read twice: as many as fit into half of the L2, so that the second read hits it and
+    writes have the other half; at least one for every fourth SM, to keep memory busy, and at most one per SM. On ROCm
+    one per CU: all dies share a large cache behind their small L2.
+    """
+    if device.type != "cuda":
+        return 2  # interpreted
+    about = torch.cuda.get_device_properties(device)
+    if not read_again:
+        return WAVES * max(about.multi_processor_count * THREADS // threads, 1)
+    if torch.version.hip:
+        return about.multi_processor_count
+    return min(
+        max(about.L2_cache_size // 2 // read_again, about.multi_processor_count // 4), about.multi_processor_count
     )
-    advantage = own
-    if BASELINE != NO_BASELINE:
-        group = tl.load(group_ids + b, mask=b < S, other=0)
-        members = tl.zeros((DIALOGUES,), tl.int32)
-        total = tl.zeros((DIALOGUES,), tl.float64)
-        for start in range(0, S, DIALOGUES):
-            others = start + lane
-            there, theirs = turn_return(
-                rewards, turn_counts, segment_ids, reward_mask, others, t, S, T, lookahead, segment_length, gamma
-            )  # fmt: skip
-            other_group = tl.load(group_ids + others, mask=others < S, other=0)
-            same = (group[:, None] == other_group[None, :]) & there[None, :]
-            members += tl.sum(same.to(tl.int32), 1)
-            total += tl.sum(tl.where(same, theirs[None, :], 0.0), 1)
-        if BASELINE == LEAVE_ONE_OUT:
-            advantage = own - (total - own) / tl.maximum(members - 1, 1).to(tl.float64)
-        else:
-            mean = total / tl.maximum(members, 1).to(tl.float64)
-            advantage = own - mean
-        if BASELINE == GROUP_STD:
-            square = tl.zeros((DIALOGUES,), tl.float64)
-            for start in range(0, S, DIALOGUES):
-                others = start + lane
-                there, theirs = turn_return(
-                    rewards, turn_counts, segment_ids, reward_mask, others, t, S, T, lookahead, segment_length, gamma
-                )  # fmt: skip
-                other_group = tl.load(group_ids + others, mask=others < S, other=0)
-                same = (group[:, None] == other_group[None, :]) & there[None, :]
-                apart = theirs[None, :] - mean[:, None]
-                square += tl.sum(tl.where(same, apart * apart, 0.0), 1)
-            advantage = advantage / (tl.sqrt(square / tl.maximum(members - 1, 1).to(tl.float64)) + std_eps)
-        advantage = tl.where(members <= 1, own, advantage)
-    tl.store(advantages + b.to(tl.int64) * T + t, tl.where(here, advantage, 0.0).to(tl.float32), mask=b < S)
 
 
-@triton.jit
-def is_set(mask):
-    """Whether a mask of any dtype is not 0; NaN is not."""
-    if mask.dtype.is_fp16() or mask.dtype.is_bf16():
-        mask = mask.to(tl.float32)
-    return mask != 0
+def why_no_clusters(device: torch.device) -> str | None:
+    """None where a row can be spread over the registers of a cluster of CTAs on ``device``, else the reason."""
+    if torch.version.hip:
+        return "clusters are NVIDIA's, this is ROCm"
+    if device.type != "cuda":
+        return "interpreted programs have no clusters"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 9:
+        return f"clusters need sm_90, this is sm_{major}{minor}"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < FIRST_WITH_CLUSTERS:
+        return f"clusters need Triton 3.8, this is {triton.__version__}"
+    return cluster_probe(10 * major + minor)
 
 
-# nothing here is worth a kernel of its own: lengths, strides and pointers differ from call to call
-PLANNED = [
-    "labels",
-    "loss_mask",
-    "turn_ids",
-    "rewards",
-    "turn_counts",
-    "segment_ids",
-    "reward_mask",
-    "group_ids",
-    "cu_seqlens",
-]
-PLANNED += [
-    "row_labels",
-    "slots",
-    "sequences",
-    "counts",
-    "advantages",
-    "ticket",
-    "N",
-    "L",
-    "S",
-    "T",
-    "lookahead",
-    "segment_length",
-]
-PLANNED += ["labels_batch", "labels_row", "loss_mask_batch", "loss_mask_row", "turn_ids_batch", "turn_ids_row"]
-
-
-@triton.jit(do_not_specialize=PLANNED)
-def plan_kernel(
-    labels, loss_mask, turn_ids,  # (B, L) of any strides; the latter two may be None
-    rewards, turn_counts, segment_ids, reward_mask, group_ids,  # (S, T), (S,), (S, T), (T, T), (S,); all may be None
-    cu_seqlens,  # (S + 1,) or None
-    # out: (N,), (N,) or None, (N,) or None, (S, COUNTERS), (S, T) or None, ()
-    row_labels, slots, sequences, counts, advantages, ticket,
-    labels_batch: tl.int64, labels_row: tl.int64, loss_mask_batch: tl.int64, loss_mask_row: tl.int64,
-    turn_ids_batch: tl.int64, turn_ids_row: tl.int64,
-    N, L, S, T, lookahead, segment_length, gamma, gamma_low, std_eps,
-    BASELINE: tl.constexpr, DIALOGUES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The first programs take a turn of some dialogues each, the others a part of a sequence: its rows and how many of
-    them are active."""
-    p = tl.program_id(0)
-    if p == 0:
-        tl.store(ticket, 0)
-    turn_programs = tl.cdiv(S, DIALOGUES) * T
-    if p < turn_programs:
-        if rewards is not None:
-            turn_advantages(
-                p, rewards, turn_counts, segment_ids, reward_mask, group_ids, advantages, S, T, lookahead,
-                segment_length,
-                double(gamma, gamma_low), std_eps, BASELINE, DIALOGUES,
-            )  # fmt: skip
-    else:
-        s = (p - turn_programs) // COUNTERS
-        part = (p - turn_programs) % COUNTERS
-        begin = s * (N // S)
-        end = begin + N // S
-        if cu_seqlens is not None:
-            # every row is written, whatever the first and the last bound say
-            begin = tl.where(s > 0, tl.load(cu_seqlens + s).to(tl.int32), 0)
-            end = tl.where(s < S - 1, tl.minimum(tl.load(cu_seqlens + s + 1).to(tl.int32), N), N)
-        count = tl.zeros((ROWS,), tl.int32)
-        for start in range(begin + part * ROWS, end, COUNTERS * ROWS):
-            n = start + tl.arange(0, ROWS)
-            there = (n < end) & (n >= 0)
-            b = (n // L).to(tl.int64)
-            l = (n % L).to(tl.int64)
-            label = tl.load(labels + b * labels_batch + l * labels_row, mask=there, other=-1)
-            active = label >= 0
-            if loss_mask is not None:
-                active = active & is_set(
-                    tl.load(loss_mask + b * loss_mask_batch + l * loss_mask_row, mask=there, other=0)
-                )
-            if turn_ids is not None:
-                turn = tl.load(turn_ids + b * turn_ids_batch + l * turn_ids_row, mask=there, other=-1)
-                active = active & (turn >= 0)
-                bound = T
-                if turn_counts is not None:
-                    bound = tl.minimum(tl.load(turn_counts + s).to(tl.int32), T)
-                tl.store(slots + n, tl.where((turn >= 0) & (turn < bound), s * T + turn, -1).to(tl.int32), mask=there)
-            if sequences is not None:
-                tl.store(sequences + n, s, mask=there)
-            tl.store(row_labels + n, tl.where(active, tl.minimum(label, LARGEST_LABEL), -1).to(tl.int32), mask=there)
-            count += active.to(tl.int32)
-        tl.store(counts + s * COUNTERS + part, tl.sum(count, 0))
+@cache
+def cluster_probe(sm: int) -> str | None:
+    """None if this Triton compiles a cluster for ``sm``, tried once in a subprocess, else the error message."""
+    command = [sys.executable, str(Path(__file__).with_name("cluster_probe.py")), str(sm)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+    return (
+        f"Triton {triton.__version__} ended with {done.returncode} on a cluster for sm_{sm} and said: {said}"
+        if done.returncode
+        else None
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppg_fast.spec import KLEstimator, LossType, PolicyLossSpec
 
-from .launch import WARP_SIZE, number_or_off, on_device, programs, row_shape, strides
+from .plan import WARP_SIZE, number_or_off, on_device, programs, row_shape, strides
 from .policy_term import importance_weight, policy_term
 from .row import (
     LOG2E,
@@ -34,13 +34,39 @@ PER_CALL += ["losses", "logprobs", "entropies", "score_norms", *COLUMNS]
 PER_CALL += [f"{column}_{of}" for column in COLUMNS for of in ("batch", "row")]
 
 
+@triton.jit
+def store_row(losses, logprobs, entropies, score_norms, n, loss, logprob, entropy, norm):
+    """Store the outputs of row n; the last two where they are wanted."""
+    tl.store(losses + n, loss)
+    tl.store(logprobs + n, logprob)
+    if entropies is not None:
+        tl.store(entropies + n, entropy)
+    if score_norms is not None:
+        tl.store(score_norms + n, norm)
+
+
+@triton.jit
+def swept_gradient(
+    row, d_row, V, label, m, s, entropy, g, h, factor, logit_softcap, BLOCK_V: tl.constexpr, LANES: tl.constexpr
+):
+    """Write the gradient of a row that is read again, from its end, which is still in L2; see `block_gradient`."""
+    cols = tile(BLOCK_V, LANES)
+    last = (V - 1) // BLOCK_V * BLOCK_V
+    log2_s = tl.log2(s)
+    for done in range(0, V, BLOCK_V):
+        at = last - done + cols
+        x = tl.load(row + at, mask=at < V, other=float("-inf"), eviction_policy="evict_first")
+        dz = block_gradient(x, at, label, m, log2_s, entropy, g, h, factor, logit_softcap)
+        tl.store(d_row + at, dz.to(d_row.dtype.element_ty), mask=at < V, eviction_policy="evict_first")
+
+
 @triton.jit(do_not_specialize=PER_CALL)
 def policy_loss_kernel(
     logits, labels,  # (B, L, V), (N,)
     # (B, L) of any strides, all but the advantages may be None
     advantages, old_logprobs, ref_logprobs, rollout_logprobs, temperatures,
     weights,  # (N,) or None
-    # where given: `plan`'s advantages (S T,), and what weights are made of
+    # where given: `credit`'s advantages (S T,), and what weights are made of
     slots, sequences, counts, normalizer, normalizer_at,
     losses, logprobs, entropies, score_norms, dlogits,  # out; the last three may be None
     ticket, total,  # () int32, 0, and out: the sum of the losses; or None
@@ -55,18 +81,16 @@ def policy_loss_kernel(
     LOSS_TYPE: tl.constexpr, KL_ESTIMATOR: tl.constexpr, REDUCTION: tl.constexpr, SKIP_ZERO: tl.constexpr,
     ONE_BLOCK: tl.constexpr, KEEP_EXP: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """A program takes every so-manieth row.
+    """Grid-stride loop over rows.
 
-    A row of PARTS blocks stays in registers. One of none is read twice, backwards the second time: what was read last
-    is still in the L2.
+    ONE_BLOCK: a row stays in registers between its statistics and its gradient. Else it is read twice.
     """
     outer = outer_denominator(counts, S, normalizer, normalizer_at, REDUCTION)
-    # nothing is hoisted out of the loop: constants that are kept from row to row would take the registers that hold the
-    # row
+    # no loop-invariant code motion: hoisted constants would take registers that hold the row
     for n in tl.range(tl.program_id(0), N, tl.num_programs(0), disable_licm=True):
         b = (n // L).to(tl.int64)
         l = (n % L).to(tl.int64)
-        label = tl.minimum(tl.load(labels + n), V).to(tl.int32)  # beyond the vocabulary is beyond it
+        label = tl.minimum(tl.load(labels + n), V).to(tl.int32)  # any label out of range is V
         if slots is not None:
             slot = tl.load(slots + n)
             advantage = tl.load(advantages + slot, mask=slot >= 0, other=0.0)
@@ -76,7 +100,7 @@ def policy_loss_kernel(
         if SKIP_ZERO:
             wanted = wanted & (advantage != 0.0)
         if wanted:
-            # what the row's loss needs beside its logits is on its way while they are
+            # loaded before the logits, so that their latencies overlap
             if old_logprobs is not None:
                 old = tl.load(old_logprobs + b * old_logprobs_batch + l * old_logprobs_row)
             if ref_logprobs is not None:
@@ -98,7 +122,6 @@ def policy_loss_kernel(
                     x, cols < V, factor, logit_softcap, entropies is not None, score_norms is not None
                 )
             else:
-                cols = tile(BLOCK_V, LANES)
                 m, s, sd, ss = swept_row(
                     row, V, factor, logit_softcap, entropies is not None, score_norms is not None, BLOCK_V, LANES
                 )  # fmt: skip
@@ -106,10 +129,9 @@ def policy_loss_kernel(
             entropy = 0.0
             if entropies is not None:
                 entropy = entropy_of(s, sd)
-                tl.store(entropies + n, entropy)
+            norm = 0.0
             if score_norms is not None:
-                tl.store(score_norms + n, score_norm_of(z_label, m, s, ss, factor))
-
+                norm = score_norm_of(z_label, m, s, ss, factor)
             old_logprob = logprob if old_logprobs is None else old
             ref_logprob = logprob if ref_logprobs is None else ref
             importance = 1.0
@@ -119,8 +141,7 @@ def policy_loss_kernel(
                 logprob, entropy, old_logprob, ref_logprob, importance, advantage,
                 clip_low, clip_high, dual_clip, kl_coef, entropy_coef, LOSS_TYPE, KL_ESTIMATOR,
             )  # fmt: skip
-            tl.store(losses + n, loss * weight)
-            tl.store(logprobs + n, logprob)
+            store_row(losses, logprobs, entropies, score_norms, n, loss * weight, logprob, entropy, norm)
 
             if dlogits is not None:
                 d_row = dlogits + b * d_batch_stride + l * d_row_stride
@@ -132,33 +153,20 @@ def policy_loss_kernel(
                     h = -entropy_coef * weight
                 elif kl_coef is None:
                     full = advantage != 0.0
-                log2_s = tl.log2(s)
                 if ONE_BLOCK:
                     if KEEP_EXP and entropy_coef is None and logit_softcap is None:
                         dz = tl.where(cols == label, g, 0.0) - e * (g / s)
                     else:
-                        dz = block_gradient(x, cols, label, m, log2_s, entropy, g, h, factor, logit_softcap)
+                        dz = block_gradient(x, cols, label, m, tl.log2(s), entropy, g, h, factor, logit_softcap)
                     tl.store(d_row + cols, tl.where(full, dz, 0.0).to(dlogits.dtype.element_ty), mask=cols < V)
                 elif full:
-                    last = (V - 1) // BLOCK_V * BLOCK_V
-                    for done in range(0, V, BLOCK_V):
-                        back = last - done + cols
-                        x = tl.load(row + back, mask=back < V, other=float("-inf"), eviction_policy="evict_first")
-                        dz = block_gradient(x, back, label, m, log2_s, entropy, g, h, factor, logit_softcap)
-                        tl.store(
-                            d_row + back, dz.to(dlogits.dtype.element_ty), mask=back < V, eviction_policy="evict_first"
-                        )
+                    swept_gradient(row, d_row, V, label, m, s, entropy, g, h, factor, logit_softcap, BLOCK_V, LANES)
                 else:
                     zero_row(d_row, V, BLOCK_V)
         else:
             if dlogits is not None:
                 zero_row(dlogits + b * d_batch_stride + l * d_row_stride, V, BLOCK_V)
-            tl.store(losses + n, 0.0)
-            tl.store(logprobs + n, 0.0)
-            if entropies is not None:
-                tl.store(entropies + n, 0.0)
-            if score_norms is not None:
-                tl.store(score_norms + n, 0.0)
+            store_row(losses, logprobs, entropies, score_norms, n, 0.0, 0.0, 0.0, 0.0)
     if ticket is not None:
         ordered_sum(losses, N, ticket, total)
 
@@ -174,8 +182,8 @@ def sweep(
     total: Tensor | None = None,
     score_norms: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launch the sweep over N > 0 rows. Per-row tensors are (B, L) of any strides, or (N,); the keywords come from
-    `plan`."""
+    """Launch the sweep over N > 0 rows. Per-row tensors are (B, L) of any strides, or (N,); the keywords are those of
+    `credit`."""
     B, L, V = logits.shape
     columns = (advantages, old_logprobs, ref_logprobs, rollout_logprobs if spec.importance_cap else None, temperatures)
     column_strides = ((L, 1) if c is None or c.dim() < 2 else c.stride() for c in columns)

@@ -1,7 +1,7 @@
 """The scalar loss of one token and its two derivatives. Mirrors ppg_fast/reference/policy_term.py and
 csrc/policy_term.h.
 
-Runs once a row: the vocabulary loops never see it.
+Called once per row, outside of the loops over the vocabulary.
 """
 
 import triton
@@ -13,11 +13,24 @@ REINFORCE = tl.constexpr(int(LossType.REINFORCE))
 CISPO = tl.constexpr(int(LossType.CISPO))
 K1 = tl.constexpr(int(KLEstimator.K1))
 K2 = tl.constexpr(int(KLEstimator.K2))
+MAX_LOG_RATIO = tl.constexpr(80.0)  # exp of more overflows float32 once multiplied, and 0 * inf is NaN
+
+
+@triton.jit
+def minimum(a, b):
+    """The smaller; NaN where either is one, which `tl.minimum` drops on a GPU and keeps in the interpreter."""
+    return tl.where((a < b) | (a != a), a, b)
+
+
+@triton.jit
+def maximum(a, b):
+    """The larger; NaN where either is one."""
+    return tl.where((a > b) | (a != a), a, b)
 
 
 @triton.jit
 def k3_of(delta):
-    """exp(delta) - delta - 1; by its series where the subtraction would leave no digits."""
+    """exp(delta) - delta - 1; by its series near 0, where the subtraction would cancel."""
     series = 1.0 / 362880.0
     series = series * delta + 1.0 / 40320.0
     series = series * delta + 1.0 / 5040.0
@@ -31,8 +44,8 @@ def k3_of(delta):
 
 @triton.jit
 def importance_weight(old_logprob, rollout_logprob, importance_cap):
-    """min(exp(old - rollout), importance_cap) of a token whose sampler disagrees with the trainer."""
-    return tl.minimum(tl.exp(old_logprob - rollout_logprob), importance_cap)
+    """min(exp(old - rollout), importance_cap): corrects for a sampler that is not the trainer's policy."""
+    return minimum(tl.exp(old_logprob - rollout_logprob), importance_cap)
 
 
 @triton.jit
@@ -46,16 +59,16 @@ def policy_term(
     ``old_logprob`` is the log-prob itself where the caller has none (on-policy), ``ref_logprob`` likewise,
     ``importance`` 1. ``kl_coef`` and ``entropy_coef`` are None where their terms are off.
     """
-    ratio = tl.exp(logprob - old_logprob)
+    ratio = tl.exp(minimum(logprob - old_logprob, MAX_LOG_RATIO))
     if LOSS_TYPE == REINFORCE:
         d_logprob = -advantage
         loss = d_logprob * logprob
     elif LOSS_TYPE == CISPO:
-        d_logprob = -tl.minimum(ratio, 1.0 + clip_high) * advantage
+        d_logprob = -minimum(ratio, 1.0 + clip_high) * advantage
         loss = d_logprob * logprob
     else:
-        clipped = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
-        loss = -tl.minimum(ratio * advantage, clipped * advantage)
+        clipped = minimum(maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
+        loss = -minimum(ratio * advantage, clipped * advantage)
         d_logprob = tl.where(ratio * advantage <= clipped * advantage, -ratio * advantage, 0.0)
         bound = -dual_clip * advantage
         beyond = (dual_clip != 0.0) & (advantage < 0.0) & (loss > bound)
@@ -76,9 +89,6 @@ def policy_term(
             d_kl = -(kl + delta)
         loss += kl_coef * kl
         d_logprob += kl_coef * d_kl
-    is_nan = logprob != logprob  # a NaN row stays NaN also where a clip would swallow it
-    loss = tl.where(is_nan, logprob, loss)
-    d_logprob = tl.where(is_nan, logprob, d_logprob)
     if entropy_coef is not None:
         loss -= entropy_coef * entropy
-    return loss, d_logprob
+    return loss, tl.where(loss != loss, loss, d_logprob)  # a clip would give 0

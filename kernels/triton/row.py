@@ -1,6 +1,6 @@
-"""The two pieces every sweep over the vocabulary is made of: the statistics of a row and its gradient.
+"""The two parts of every sweep over the vocabulary: the statistics of a row and its gradient.
 
-Exponents are kept in base 2, the hardware's own: with z = softcap(x) and factor = log2(e) / temperature, a logit weighs
+Exponents are in base 2, as in hardware: with z = softcap(x) and factor = log2(e) / temperature, a logit weighs
 2^((z - max z) factor). One exponential per element and sweep (two with a softcap), none for a rescale.
 """
 
@@ -9,7 +9,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1.0e38)  # below every finite logit of interest, and unlike -inf it can be subtracted from itself
+LOWEST = tl.constexpr(-1.0e38)  # below every logit of interest; unlike -inf it can be subtracted from itself
 # 2^FAR is 0 in float32: exponents are clamped here before they multiply, because 0 * -inf is NaN
 FAR = tl.constexpr(-256.0)
 
@@ -22,8 +22,7 @@ def row_offset(n, L, batch_stride, row_stride):
 
 @triton.jit
 def tanh(x):
-    """tanh to 4e-7 relative: (1 - e) / (1 + e), e = exp(-2|x|), loses the digits of a small x, so a polynomial takes
-    over there.
+    """tanh to 4e-7 relative: (1 - e) / (1 + e), e = exp(-2|x|), and a polynomial for small x, where that cancels.
 
     Source of the polynomial: Cephes, tanhf.c
     """
@@ -51,7 +50,7 @@ def softcapped(x, logit_softcap):
 
 @triton.jit
 def temperature_of(n, temperatures, temperature):
-    """The temperature of row n: its own, or the one of all rows."""
+    """The temperature of row n: its own, or that of all rows."""
     if temperatures is not None:
         temperature = tl.load(temperatures + n)
     return temperature
@@ -66,24 +65,24 @@ def tile(BLOCK_V: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def load_block(row, at, V):
-    """Columns ``at`` of a row that will be read once more: -inf, which weighs nothing, beyond its end."""
+    """Columns ``at`` of a row that will be read again; -inf beyond its end."""
     return tl.load(row + at, mask=at < V, other=float("-inf"), eviction_policy="evict_last")
 
 
 @triton.jit
-def capped(x, there, logit_softcap):
-    """`softcapped`, and -inf where there is no column: a softcapped -inf would weigh something."""
+def capped(x, inside, logit_softcap):
+    """`softcapped`, and -inf beyond the end of the row, where a softcapped -inf would be finite."""
     z = softcapped(x, logit_softcap)
     if logit_softcap is not None:
-        z = tl.where(there, z, float("-inf"))
+        z = tl.where(inside, z, float("-inf"))
     return z
 
 
 @triton.jit
-def held_row(x, there, factor, logit_softcap, ENTROPY: tl.constexpr, SCORE_NORM: tl.constexpr):
-    """-> m, s, sd, ss, e of a row that is held whole: m = max z, e = 2^d with d = (z - m) factor, s = sum e, sd = sum e
-    d, ss = sum e^2."""
-    z = capped(x, there, logit_softcap)
+def held_row(x, inside, factor, logit_softcap, ENTROPY: tl.constexpr, SCORE_NORM: tl.constexpr):
+    """-> m, s, sd, ss, e of a row that is held in registers: m = max z, e = 2^d with d = (z - m) factor, s = sum e,
+    sd = sum e d, ss = sum e^2."""
+    z = capped(x, inside, logit_softcap)
     m = tl.maximum(tl.max(z, 0), LOWEST)
     d = (z - m) * factor
     e = tl.exp2(d)
@@ -97,13 +96,12 @@ def held_row(x, there, factor, logit_softcap, ENTROPY: tl.constexpr, SCORE_NORM:
 
 
 @triton.jit
-def fold_block(m, s, sd, ss, x, there, factor, logit_softcap, ENTROPY: tl.constexpr, SCORE_NORM: tl.constexpr):
+def fold_block(m, s, sd, ss, x, inside, factor, logit_softcap, ENTROPY: tl.constexpr, SCORE_NORM: tl.constexpr):
     """Fold a tile of logits into the running statistics: m = max z, and per lane the sums of `held_row`.
 
-    Lanes are summed by the caller at the end, so that a block costs one reduction, and they are rescaled by one factor
-    a block.
+    Lanes are summed by the caller at the end, so that a block costs one reduction and one rescaling factor.
     """
-    z = capped(x, there, logit_softcap)
+    z = capped(x, inside, logit_softcap)
     m_new = tl.maximum(m, tl.max(tl.max(z, 0), 0))
     shift = tl.maximum((m - m_new) * factor, FAR)
     rescale = tl.exp2(shift)
@@ -128,8 +126,8 @@ def swept_row(
     BLOCK_V: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """-> m, s, sd, ss of the row at ``row``, see `fold_block`, in one read of it; a block is loaded while the one
-    before it is folded."""
+    """-> m, s, sd, ss of the row at ``row``, see `fold_block`, in one read; a block is loaded while the previous one is
+    folded."""
     cols = tile(BLOCK_V, LANES)
     m = tl.full((), LOWEST, tl.float32)
     s = tl.zeros((LANES,), tl.float32)
@@ -145,10 +143,9 @@ def swept_row(
 
 @triton.jit
 def label_logit(row, label, V, logit_softcap):
-    """The label's logit behind the softcap; NaN for a label beyond the vocabulary, so that an error the caller did not
-    check is seen.
+    """The label's logit after the softcap; NaN for a label beyond the vocabulary, so that an unchecked error shows.
 
-    Called before the first reduction: its barrier makes every thread have this logit before any store in place.
+    Called before the first reduction, whose barrier orders this load before any in-place store.
     """
     return softcapped(tl.load(row + label, mask=label < V, other=float("nan")), logit_softcap)
 
@@ -175,11 +172,10 @@ def score_norm_of(z_label, m, s, ss, factor):
 
 @triton.jit
 def block_gradient(x, cols, label, m, log2_s, entropy, g, h, factor, logit_softcap):
-    """g (1[v = label] - p) - h p (log p + H) through the softcap, for the columns ``cols``.  p = 2^((z - m) factor) /
-    s.
+    """g (1[v = label] - p) - h p (log p + H) through the softcap, for the columns ``cols``; p = 2^((z - m) factor) / s.
 
     ``g`` and ``h`` are already divided by the temperature; ``h`` None: no entropy term. The label's column is found by
-    compare: a store to it would race with the row's own stores.
+    comparison, since a separate store to it would race with those of the row.
     """
     z = softcapped(x, logit_softcap)
     log2_p = (z - m) * factor - log2_s
@@ -195,7 +191,7 @@ def block_gradient(x, cols, label, m, log2_s, entropy, g, h, factor, logit_softc
 
 @triton.jit
 def zero_row(row, V, BLOCK_V: tl.constexpr):
-    """Exact zeros into a row, which is not read."""
+    """Write exact zeros into a row, without reading it."""
     cols = tl.arange(0, BLOCK_V)
     zeros = tl.zeros((BLOCK_V,), row.dtype.element_ty)
     for start in range(0, V, BLOCK_V):

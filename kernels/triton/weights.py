@@ -1,5 +1,4 @@
-"""What a row's loss is divided by, and the sum of all of them: the parts of a reduction that a sweep over the rows
-needs.
+"""The weight of a row's loss in the reduction, and the sum of the weighted losses.
 
 Mirrors ppg_fast/functional/tokens.py, reduction_weights and ordered_sum.
 """
@@ -12,8 +11,8 @@ SEQUENCE_MEAN = tl.constexpr(1)
 SEQUENCE_SUM = tl.constexpr(2)
 SUM = tl.constexpr(3)  # and none
 COUNTERS = tl.constexpr(8)  # programs that count the active rows of one sequence
-SEQUENCES = tl.constexpr(64)  # whose counts are summed at once
-SUMMED = tl.constexpr(2048)  # losses that are summed at once
+SEQUENCES = tl.constexpr(64)  # whose counts are summed at a time
+SUMMED = tl.constexpr(2048)  # losses that are summed at a time
 
 
 @triton.jit
@@ -39,8 +38,7 @@ def outer_denominator(counts, S, normalizer, normalizer_at, REDUCTION: tl.conste
 
 @triton.jit
 def row_weight(n, weights, sequences, counts, outer, REDUCTION: tl.constexpr):
-    """What the loss of row n is multiplied by: its own weight, or 1 / (outer inner), inner the active rows of its
-    sequence or 1."""
+    """The weight of row n's loss: its own, or 1 / (outer inner); inner: the active rows of its sequence, or 1."""
     if weights is not None:
         weight = tl.load(weights + n)
     elif REDUCTION == SEQUENCE_MEAN:
@@ -53,8 +51,7 @@ def row_weight(n, weights, sequences, counts, outer, REDUCTION: tl.constexpr):
 
 @triton.jit
 def ordered_sum(losses, N, ticket, total):
-    """The program that is done last sums all losses, in an order that only N decides; float64, so that the order hardly
-    matters."""
+    """The last program to finish sums all losses in float64, in an order that depends on N only."""
     tl.debug_barrier()
     if tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         lane = tl.arange(0, SUMMED)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ppg_fast.reference.groups import group_sum
 from ppg_fast.reference.logprobs import token_logprobs
-from ppg_fast.reference.policy_term import importance_weight, policy_term
+from ppg_fast.reference.policy_term import importance_weight, policy_term, with_nan_gradient
 from ppg_fast.spec import PolicyLossSpec
 
 
@@ -53,7 +53,7 @@ def loss_from_logprobs(
         logprobs, logprobs if entropy is None else entropy, old, ref, importance, known(advantages, detached), spec
     )
     loss = loss if weights is None else loss * weights.to(dtype)
-    return torch.where(active, loss, 0.0)
+    return with_nan_gradient(torch.where(active, loss, 0.0), logprobs)
 
 
 def policy_loss(

@@ -11,6 +11,12 @@ from ppg_fast.spec import PolicyLossSpec
 MAX_LOG_RATIO = 80.0
 
 
+def with_nan_gradient(loss: Tensor, logprobs: Tensor) -> Tensor:
+    """``loss`` (N,) with the derivative NaN in ``logprobs`` (N,) where it is NaN, also where a clip has no slope."""
+    is_nan = loss.isnan()
+    return loss + torch.where(is_nan, logprobs, 0.0) * torch.zeros_like(loss).masked_fill(is_nan, torch.nan)
+
+
 def importance_weight(old_logprobs: Tensor, rollout_logprobs: Tensor | None, spec: PolicyLossSpec) -> Tensor | float:
     """min(exp(old - rollout), importance_cap): corrects for a sampler that is not the trainer's policy. 1 where it is
     off."""

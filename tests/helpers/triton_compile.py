@@ -35,7 +35,7 @@ package = importlib.util.find_spec("ppg_fast.kernels")
 assert package is not None
 sys.modules["ppg_fast.kernels"] = importlib.util.module_from_spec(package)
 
-from ppg_fast.kernels import fused_policy_loss, launch, logprobs, partial_returns, policy_loss
+from ppg_fast.kernels import fused_policy_loss, logprobs, partial_returns, plan, policy_loss
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -208,7 +208,7 @@ def fused_case(
 
 def largest_in_registers(dtype: torch.dtype, softcap: float, exponentials: bool) -> int:
     """The longest row that the registers of one CTA hold, together with its exponentials if these are kept."""
-    shape = lambda V: launch.row_shape(some_logits(dtype, 1, 1, V), softcap != 0)  # noqa: E731
+    shape = lambda V: plan.row_shape(some_logits(dtype, 1, 1, V), softcap != 0)  # noqa: E731
     return max(
         v for v in (2**i for i in range(10, 20)) if shape(v)["ONE_BLOCK"] and shape(v)["KEEP_EXP"] >= exponentials
     )
@@ -256,13 +256,13 @@ CASES = {
 
 def compile_all(target: str) -> None:
     """Print the facts of every case for one target; clusters where this Triton and the target have them."""
-    launch.WARP_SIZE = TARGETS[target].warp_size
+    plan.WARP_SIZE = TARGETS[target].warp_size
     seen: set[str] = set()
-    triton_has_clusters = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= launch.FIRST_WITH_CLUSTERS
+    triton_has_clusters = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= plan.FIRST_WITH_CLUSTERS
     for (name, case), dtype in itertools.product(CASES.items(), (torch.bfloat16, torch.float32)):
         if case.cluster and not (triton_has_clusters and target in ("sm_90", "sm_100")):
             continue
-        launch.why_no_clusters = lambda device, cluster=case.cluster: None if cluster else "not this case"
+        plan.why_no_clusters = lambda device, cluster=case.cluster: None if cluster else "not this case"
         with recorded() as launches:
             V = case.V if case.V > 1 else largest_in_registers(dtype, case.softcap, case.V == 1)
             case.launches(dtype, V, case.softcap, case.entropy_term)
@@ -296,7 +296,7 @@ def shape_of(options: dict[str, Any], element_size: int) -> dict[str, Any]:
     if "BLOCK_V" not in options:
         return {}
     ctas = options.get("num_ctas", 1)
-    columns = options["BLOCK_V"] // (options["num_warps"] * launch.WARP_SIZE * ctas)
+    columns = options["BLOCK_V"] // (options["num_warps"] * plan.WARP_SIZE * ctas)
     held = {"columns": columns, "wide": columns * element_size // 16, "ctas": ctas}
     return held | {"one_block": options.get("ONE_BLOCK"), "keep_exp": options.get("KEEP_EXP")}
 
@@ -317,7 +317,7 @@ def specialise_all() -> None:
         {"gamma": 1},
         {"at": 1},
     ]
-    launch.why_no_clusters = lambda device: "not here"
+    plan.why_no_clusters = lambda device: "not here"
     variants: dict[str, set[str]] = {}
     for case, kwargs in (
         (lambda **of: policy_loss_case(torch.bfloat16, 4096, 30.0, True, **of), shapes),

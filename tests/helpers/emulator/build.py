@@ -24,6 +24,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[3]
 EMULATOR = Path(__file__).parent
 CACHE = ROOT / "build" / "emulator"
+SOURCES = [ROOT / "csrc/cuda" / f"{name}.cu" for name in ("credit", "logprobs", "partial_returns")]  # never patched
 COMPILE = (
     "-std=c++20",
     "-O2",
@@ -63,8 +64,7 @@ def build(patches: Sequence[Patch] = ()) -> Path:
         jobs = {
             csrc / "cuda/policy_loss.cu": (*KERNEL, *patched),
             ROOT / "csrc/bindings.cpp": (*STABLE, *includes, f"-DPPG_TORCH={torch.__version__}"),
-            ROOT / "csrc/cuda/logprobs.cu": KERNEL,
-            ROOT / "csrc/cuda/partial_returns.cu": KERNEL,
+            **dict.fromkeys(SOURCES, KERNEL),
             EMULATOR / "control.cpp": (),
         }
         objects = _compile_all(jobs)
@@ -93,7 +93,7 @@ def install(library: Path | str) -> ModuleType:
 
 def build_sanitized() -> Path:
     """The path of a program that runs every launcher under AddressSanitizer and UBSan, see sanitized.cpp."""
-    sources = [ROOT / "csrc/cuda" / f"{name}.cu" for name in ("policy_loss", "logprobs", "partial_returns")]
+    sources = (ROOT / "csrc/cuda/policy_loss.cu", *SOURCES)
     jobs = dict.fromkeys(sources, (*KERNEL, "-O0", *SANITIZE)) | {EMULATOR / "sanitized.cpp": ("-O0", *SANITIZE)}
     return _link(_compile_all(jobs), ".exe", *SANITIZE)
 

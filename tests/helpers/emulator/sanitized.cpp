@@ -3,7 +3,7 @@
 // finite.
 #include <cstdio>
 
-#include "../../csrc/args.h"
+#include "../../../csrc/args.h"
 #include "cuda_emu.h"
 
 using namespace ppg;
