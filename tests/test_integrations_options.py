@@ -3,16 +3,19 @@
 import importlib
 import importlib.util
 import re
+import sys
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from host_case import found_is, put
 from pydantic import BaseModel
 
 from ppg_fast.integrations.options import as_markdown, check, check_unknown, hosts_own, obeyed, refused
 
-ROOT = Path(__file__).parents[1]
+ROOT, OURS = Path(__file__).parents[1], "ppg_fast.integrations"
 
 
 def by_path(file):
@@ -154,6 +157,44 @@ def test_verls_options_that_we_honour_pass():
     VERL.check_actor(ActorConfig(clip_ratio_low=0.1, entropy_coeff=0.1, use_kl_loss=True, loss_scale_factor=5), "ppo")
     VERL.check_actor(ActorConfig(clip_ratio_low=1.0), "cispo")
     VERL.check_actor(ActorConfig(clip_ratio=1.0, clip_ratio_low=None), "cispo")
+
+
+def test_verls_functions_walk_the_tables(monkeypatch, request):
+    """The estimator and the loss that are registered, under stand-ins of the modules that they import."""
+    if importlib.util.find_spec("verl"):
+        pytest.skip("verl itself is here: tests/test_integrations_verl*.py")
+    registered = {}
+
+    def register(name):
+        return lambda function: registered.setdefault(name, function)
+
+    class FusedLinearForPPO:
+        pass
+
+    def agg_loss(loss_mat, loss_mask, **_):
+        return (loss_mat * loss_mask).sum()
+
+    core = {"register_adv_est": register, "register_policy_loss": register, "agg_loss": agg_loss}
+    put(monkeypatch, "verl.trainer.ppo.core_algos", **core)
+    put(monkeypatch, "verl.trainer.config", AlgoConfig=AlgoConfig)
+    put(monkeypatch, "verl.models.transformers", monkey_patch=SimpleNamespace(patch_forward_with_backends=print))
+    functions = SimpleNamespace(FusedLinearForPPO=FusedLinearForPPO)
+    put(monkeypatch, "verl.utils.experimental", torch_functional=functions)
+    found_is(monkeypatch, "0.9.1")
+    request.addfinalizer(lambda: [sys.modules.pop(n) for n in [*sys.modules] if n.startswith(f"{OURS}.verl")])
+    importlib.import_module(f"{OURS}.verl")
+    row = torch.ones(1, 2)
+    advantages, _ = registered["ppg_full"](row, row, {**ALGORITHM, "ppg": {"baseline": "none"}})
+    assert advantages.tolist() == [[2.0, 2.0]]
+    with pytest.raises(ValueError, match=r"^gamma of verl's algorithm must be 1.0 .*, got 0.9$"):
+        registered["ppg_full"](row, row, {**ALGORITHM, "gamma": 0.9})
+    actor = ActorConfig()
+    actor.get, actor.global_batch_info = lambda name, default: getattr(actor, name, default), {}
+    loss, _ = registered["ppg"](row, row, advantages, row, "token-sum", actor)
+    assert loss == -4.0
+    actor.tau_pos = 2.0
+    with pytest.raises(ValueError, match=r"^tau_pos of verl's actor must be 1.0 .*, got 2.0$"):
+        registered["ppg"](row, row, advantages, row, "token-sum", actor)
 
 
 def test_verls_options_that_nobody_knows():

@@ -89,6 +89,21 @@ def test_one_turn_is_grpo(tmp_path, loss_type, level):
     assert all((batch["advantages"] == 0).all(1).sum() >= 4 for batch in ours.batches)
 
 
+def test_options_of_the_loss_are_trls(tmp_path):
+    """Entropy bonus, high-entropy tokens only, off-policy mask, two-sided clip: what the table leaves to TRL."""
+    options = {
+        "entropy_coef": 0.3, "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 1e-3, "delta": 1.05,
+        "epsilon": 0.05, "learning_rate": 0.05, "num_iterations": 2, "max_steps": 4,
+    }  # fmt: skip
+    theirs = train(tmp_path, RecordedGRPO, make_model(), ScriptedRollouts(1, False), token_reward, **options)
+    ours = train(
+        tmp_path, RecordedPPG, make_model(), ScriptedRollouts(1, False), token_reward, baseline="group_std", **options
+    )
+    same_training(ours, theirs)
+    plain = train(tmp_path, RecordedPPG, make_model(), ScriptedRollouts(1, False), token_reward, baseline="group_std")
+    assert abs(plain.losses[0] - ours.losses[0]) > 1e-3  # the options do something
+
+
 def test_one_turn_is_grpo_without_scaling(tmp_path):
     options = {"baseline": "group_mean", "policy_class": "greedy"}
     theirs = train(tmp_path, RecordedGRPO, make_model(), ScriptedRollouts(1, False), token_reward, scale_rewards="none")

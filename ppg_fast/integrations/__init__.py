@@ -1,2 +1,2 @@
-"""Other trainers' words: each module imports one host, when it is itself imported, and translates shapes, masks and
-denominators."""
+"""Adapters to other trainers: each imports its host when it is itself imported, and translates shapes, masks,
+denominators and options."""

@@ -25,7 +25,7 @@ except ImportError as reason:
     raise RuntimeError(str(reason)) from None
 
 ASYNC = "belongs to axolotl's asynchronous trainer, and PPGTrainer is TRL's"
-OPTIONS = (  # of axolotl's configuration; what it hands on to GRPOConfig is checked as TRL's
+OPTIONS = (  # of axolotl's configuration; what it passes to GRPOConfig is checked as TRL's
     obeyed("trainer", "rl", "`grpo`; every other kind, `gdpo` included, is trained by axolotl as ever"),
     obeyed("trainer", "ppg", "fields of PPGOptions"),
     obeyed("trainer", "trl.reward_funcs trl.reward_processing_classes trl.rollout_func", "as axolotl loads them"),
@@ -50,16 +50,16 @@ class PPGArgs(BaseModel):
 
 
 class PPGPlugin(BasePlugin):
-    """Trains `rl: grpo` with `PPGTrainer`; every other kind of training is left alone."""
+    """Trains `rl: grpo` with `PPGTrainer`; other kinds of training are not changed."""
 
     model: Any = None
 
     def get_input_args(self) -> str:
-        """Where axolotl finds the keys it lets through."""
+        """Dotted path of the pydantic model with this plugin's keys."""
         return f"{__name__}.PPGArgs"
 
     def get_training_args_mixin(self) -> str:
-        """Where axolotl finds the fields it adds to its GRPO config."""
+        """Dotted path of the mixin for axolotl's GRPO config."""
         return f"{PPGOptions.__module__}.PPGOptions"
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:

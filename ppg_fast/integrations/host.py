@@ -1,4 +1,4 @@
-"""The one version check of every host: which version was found, which is needed, what to install."""
+"""The version check of all hosts: which version was found, which is needed, what to install."""
 
 import re
 import sys
@@ -15,16 +15,16 @@ _satisfied: set[tuple[str, str]] = set()
 
 
 def require_host(name: str, minimum: str, module: str | None = None) -> Any:
-    """The host's module, or one line that says why not.
+    """Import a module of a host, if the host is installed at ``minimum`` or later.
 
     Args:
-        name: of the distribution, as pip knows it; its package has underscores for hyphens.
+        name: of the distribution, as for pip; its package has underscores for hyphens.
         minimum: oldest version that will do, such as "1.16". A host of unknown version (a folder on the path, without
             metadata and ``__version__``) is taken as it is.
         module: which module to import; the host's package by default.
 
-    Raises: ImportError where the host is missing or too old, or has no such module. An error inside of the host is the
-        host's own.
+    Raises: ImportError, in one line, where the host is missing or too old or has no such module. An error that the host
+        itself raises is passed on.
     """
     package = name.replace("-", "_")
     needed = f"ppg_fast.integrations.{package} needs {name} >= {minimum}"
@@ -45,7 +45,7 @@ def require_host(name: str, minimum: str, module: str | None = None) -> Any:
 
 
 def _version(name: str, package: str) -> str | None:
-    """The installed version: of the distribution, else what the package says of itself if it is imported already."""
+    """The version of the distribution, else ``__version__`` of the package if it is imported, else None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -1,8 +1,8 @@
 """NVIDIA NeMo-RL >= 0.6: a LossFunction and an advantage estimator, for a driver script that calls grpo_train(...,
 loss_fn=...).
 
-With ``config=master_config`` both take what they can from NeMo-RL's configuration and refuse the rest by name, see
-`OPTIONS`. Without it they do not see it: ``loss_fn`` and ``grpo.adv_estimator`` of the configuration have no effect.
+With ``config=master_config`` both obey NeMo-RL's configuration and refuse by name what they cannot honour, see
+`OPTIONS`. Without it, ``loss_fn`` and ``grpo.adv_estimator`` of that configuration have no effect on them.
 """
 
 from typing import Any
@@ -68,7 +68,7 @@ def _check_options(config: Any, part: str, section: str) -> None:
 
 
 def loss_spec(config: Any) -> PolicyLossSpec:
-    """``loss_fn`` of NeMo-RL's master configuration as a spec; ValueError for an option that it cannot honour."""
+    """The loss that ``loss_fn`` of NeMo-RL's master configuration asks for; ValueError for what it cannot honour."""
     _check_options(config, LOSS, "loss_fn")
     given = config.loss_fn
     switches = {
@@ -161,7 +161,7 @@ class PPGLossFn:
             turn_ids=turn_ids_of_mask(mask) if self.spec.loss_type == "gspo_turn" else None, spec=self.spec,
             reduction="token_mean" if self.token_level else "sequence_mean", normalizer=normalizer.clamp(min=1),
         )  # fmt: skip
-        # grpo_train looks for this name; NeMo-RL sums metrics over micro-batches, hence its denominator
+        # grpo_train reads this name, and sums metrics over micro-batches: hence the global denominator
         mismatch = torch.where(mask != 0, (rollout - old).abs().exp(), 0.0).sum() / tokens.clamp(min=1)
         metrics = {
             "loss": out.loss.detach(),
@@ -205,7 +205,7 @@ class PPGAdvantageEstimator:
             prompt_ids: (B, P) tokens of the prompts, equal for the rollouts of one prompt, or (B,).
             rewards: (B,) of the dialogues, given to the last turn where there are no rewards of turns.
             mask: (B, S), non-zero on the policy's own tokens; its runs are the turns.
-            repeated_batch: the batch; ``repeated_batch["turn_rewards"]``, if there, holds one number per turn for each
+            repeated_batch: the batch; ``repeated_batch["turn_rewards"]``, if given, holds one number per turn for each
                 row.
             valid_mask: (B,), 0 for rows that take no part in the baselines either.
 

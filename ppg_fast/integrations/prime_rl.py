@@ -5,7 +5,7 @@
     import_path = "ppg_fast.integrations.prime_rl.ppg_loss"
     kwargs = { loss_type = "ppo", clip_low = 0.2, clip_high = 0.28 }
 
-`OPTIONS` says what becomes of its other options.
+`OPTIONS` lists what becomes of prime-rl's options.
 """
 
 from typing import Any
@@ -73,8 +73,8 @@ def ppg_loss(
 
 
 def _sampled_nodes(trace: Any) -> list[Any]:
-    """The nodes of a trace that carry sampled tokens, one per turn, in order: those that prime-rl's assign_advantages
-    fills."""
+    """The nodes of a trace with sampled tokens, one per turn, in order: those whose advantages prime-rl's
+    assign_advantages sets."""
     branches = [branch for branch in trace.branches if branch.trainable]
     require(len(branches) <= 1, "turns have one order in a trace with one trainable branch; branches", len(branches))
     trainable = {id(node) for branch in branches for node in branch.nodes}

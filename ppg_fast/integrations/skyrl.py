@@ -4,7 +4,7 @@
     class Trainer(skyrl.CreditByLossMask, RayPPOTrainer): ...
     skyrl.register(policy_class="lookahead:3")    # before the trainer is built
 
-Then ``advantage_estimator`` and ``policy_loss_type`` may be "ppg". `OPTIONS` says what becomes of the others.
+Then ``advantage_estimator`` and ``policy_loss_type`` may be "ppg". `OPTIONS` lists what becomes of SkyRL's options.
 """
 
 from functools import partial
@@ -16,13 +16,12 @@ from ppg_fast.functional import policy_loss_from_logprobs
 from ppg_fast.integrations.host import require_host
 from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
 from ppg_fast.integrations.turns import Credit, group_numbers, last_tokens, turn_ids_of_mask
-from ppg_fast.spec import PolicyClass, PolicyLossSpec, require, require_one_of
+from ppg_fast.spec import LOSS_TYPES, PolicyClass, PolicyLossSpec, require, require_one_of
 
 MINIMUM = "0.3"
 UTILS = "skyrl.backends.skyrl_train.utils"
-LOSS_TYPES = ("reinforce", "ppo", "cispo", "gspo", "gspo_turn")
 ADVANTAGES, LOSS, TRAINER = "advantages", "loss", "trainer"
-OPTIONS = (  # of trainer.algorithm, but the last row
+OPTIONS = (  # of trainer.algorithm; the last row is of the whole configuration
     obeyed(ADVANTAGES, "advantage_estimator", "the name given to `register`, which has the policy class and baseline"),
     refused(ADVANTAGES, "gamma", 1.0, "give register(gamma=...), a discount per turn"),
     refused(ADVANTAGES, "lambd", 1.0, "there is no GAE"),
@@ -59,7 +58,7 @@ OPTIONS = (  # of trainer.algorithm, but the last row
 def advantages(
     credit: Credit, token_level_rewards: Tensor, response_mask: Tensor, index: Any, config: Any = None, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Advantage and return of the turn of each token, under SkyRL's signature of an estimator.
+    """Advantage and return of the turn of each token, with the signature of SkyRL's estimators.
 
     Args:
         token_level_rewards: (B, L), the reward of a turn on its last token, where SkyRL's generator puts it.
@@ -76,7 +75,9 @@ def advantages(
     turn_ids = turn_ids_of_mask(response_mask)
     if not getattr(config, "use_kl_in_reward", False):  # which leaves a reward on every token
         inside = (token_level_rewards != 0) & (turn_ids >= 0) & ~last_tokens(turn_ids)
-        rule = "a reward lies inside a run of the mask: give the trainer CreditByLossMask; (row, token)"
+        rule = (
+            "rewards must be at ends of runs of the mask (give the trainer CreditByLossMask); first (row, token) inside"
+        )
         require(not bool(inside.any()), rule, inside.nonzero()[:1].tolist())
     return credit.of_tokens(token_level_rewards, turn_ids, group_numbers(index, turn_ids.device))
 
@@ -90,7 +91,7 @@ def policy_loss(
     loss_mask: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The policy loss under SkyRL's signature, a sum: the reduction is in the advantages already.
+    """The policy loss with SkyRL's signature, a sum: SkyRL has scaled the advantages by its reduction.
 
     Args:
         log_probs: (B, L) differentiable; old_log_probs, advantages (scaled by SkyRL), loss_mask, rollout_logprobs: (B,
@@ -149,7 +150,7 @@ def register(
     loss_type: str = "ppo",
     name: str = "ppg",
 ) -> None:
-    """Register the estimator and the loss under ``name``; SkyRL hands them to its Ray workers.
+    """Register the estimator and the loss under ``name``; SkyRL sends them to its Ray workers.
 
     ``policy_class``, ``gamma``, ``baseline``: as in `partial_returns` and `turn_advantages`; ``loss_type``: as in
     `PolicyLossSpec`.

@@ -7,8 +7,8 @@
 Options, set by --custom-config-path: ppg_policy_class ("full"), ppg_gamma (1.0), ppg_baseline ("leave_one_out") and
 ppg_loss_type, by default the loss of --advantage-estimator: "ppo" for grpo, "gspo", "cispo".
 
-A baseline needs its whole group, and slime distributes the samples of a group over ranks. So the first function takes
-it in the rollout manager. `OPTIONS` says what becomes of every option of slime's that touches the loss.
+A baseline needs its whole group, and slime distributes the samples of a group over ranks: so the first function, in the
+rollout manager, computes it. `OPTIONS` lists what becomes of slime's options.
 """
 
 import re
@@ -65,7 +65,7 @@ OPTIONS = (
               "keep_old_actor ref_update_interval use_routing_replay use_rollout_routing_replay "
               "num_critic_only_steps enable_mtp_training", "memory, models and metrics: no part of this loss"),
 )  # fmt: skip
-# names that an option of a later slime would have if it changed a loss; the rest of its thousand options is Megatron's
+# names by which an option of a later slime would change a loss; slime's arguments include a thousand of Megatron's
 FAMILIES = re.compile(
     "ppg_|eps_clip|(use_)?(tis|mis|opsm|icepop|kl)_|use_(tis|mis|opsm|icepop)$|custom_.*(loss|tis|reducer)"
     "|(?!rl_).*(advantage|pg_loss|importance)"
@@ -142,13 +142,13 @@ def ppg_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
 
 
 def check_options(args: Any, part: str) -> None:
-    """ValueError for the first of slime's arguments that this part cannot honour, or does not know."""
+    """Raise ValueError for the first of slime's arguments that ``part`` cannot honour, or does not know."""
     check("slime", OPTIONS, args, part)
     check_unknown("slime", OPTIONS, args, names=lambda name: bool(FAMILIES.match(name)))
 
 
 def loss_spec(args: Any) -> PolicyLossSpec:
-    """slime's arguments as a spec; ValueError for one that this loss cannot honour, see `OPTIONS`."""
+    """The loss that slime's arguments ask for; ValueError for one that it cannot honour, see `OPTIONS`."""
     check_options(args, LOSS)
     estimator = getattr(args, "advantage_estimator", "grpo")
     loss_type = getattr(args, "ppg_loss_type", None) or ESTIMATORS.get(estimator, "ppo")
@@ -177,8 +177,7 @@ def loss_spec(args: Any) -> PolicyLossSpec:
 def ppg_loss(
     args: Any, batch: dict[str, Any], logits: Tensor, sum_of_sample_mean: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The policy loss, entropy and KL terms included, and its gradient in one pass over the logits, where slime takes
-    several.
+    """The policy loss with its entropy and KL terms, and its gradient, in one pass over the logits.
 
     Args:
         logits: (1, T, V) float32, packed; batch: unconcat_tokens, total_lengths, response_lengths, loss_masks,
@@ -220,7 +219,7 @@ def ppg_loss(
         cu_seqlens=torch.tensor([0, *ends, *([T] if ends[-1] < T else [])], dtype=torch.int32, device=device),
         turn_ids=placed(turn_ids, -1, torch.int64) if spec.loss_type == "gspo_turn" else None,
     )  # fmt: skip
-    # connected where no response token is on this rank
+    # the second term connects the loss to the model on a rank without response tokens
     loss = sum_of_sample_mean(out.loss[rows]) + 0.0 * out.loss.sum()
     metrics = {"loss": loss, "entropy_loss": sum_of_sample_mean(out.entropy[rows])}
     if old:

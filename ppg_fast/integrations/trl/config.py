@@ -48,7 +48,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class PPGOptions:
-    """What `PPGConfig` adds to GRPOConfig, as a mixin for trainers that have a config class of their own."""
+    """The fields that `PPGConfig` adds to GRPOConfig, as a mixin for trainers with their own config class."""
 
     policy_class: str = _option(
         "full", "Future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH or full."
@@ -102,17 +102,17 @@ class PPGConfig(PPGOptions, GRPOConfig):
     Args:
         policy_class: S_t, as `ppg_fast.policy_class` reads it: "greedy", "lookahead:K", "segment:LENGTH", "full".
         gamma: discount per turn, in [0, 1].
-        baseline: "none" | "leave_one_out" | "group_mean" | "group_std", as in `ppg_fast.turn_advantages`. It takes the
-            place of
+        baseline: "none" | "leave_one_out" | "group_mean" | "group_std", as in `ppg_fast.turn_advantages`. It replaces
             ``scale_rewards``: "group_mean" is its "none", "group_std" its "group"; "batch" has no counterpart and is
-                refused.
+            refused.
         std_eps: as in `ppg_fast.turn_advantages`.
         turn_reward_key: where turn rewards are found: key of ``rollout_func``'s output or attribute of an environment.
         turn_id_key: key of ``rollout_func``'s output for explicit turn ids; without it, turns are the runs of the mask.
         fused_head: "ppg_fast" or "trl".
         the rest: as in GRPOConfig.
 
-    Raises: ValueError for a name or number out of range, or options that contradict each other.
+    Raises: ValueError for a name or number out of range, options that contradict each other, and an option of
+        GRPOConfig that `OPTIONS` refuses.
     """
 
     def __post_init__(self) -> None:

@@ -22,8 +22,8 @@ LOGPROBS = ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_lo
 
 @contextmanager
 def _our_head_instead() -> Iterator[None]:
-    """GRPOTrainer.__init__ gives policy and reference their heads at the one moment when neither is wrapped: take its
-    place there."""
+    """While GRPOTrainer.__init__ runs, our add_fused_lm_head replaces TRL's: there neither policy nor reference is
+    wrapped yet."""
     theirs = grpo_trainer.add_fused_lm_head
     grpo_trainer.add_fused_lm_head = add_fused_lm_head
     try:
@@ -48,7 +48,7 @@ class _Scoring:
 
 
 def _loss_mask(batch: dict[str, Any]) -> Tensor:
-    """(B, C): 1 on the tokens the model wrote, 0 on padding and on what a tool, a user or an environment wrote."""
+    """(B, C): 1 on tokens of the model, 0 on padding and on tokens of tools, users and environments."""
     mask = batch["completion_mask"]
     return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
@@ -64,7 +64,7 @@ class PPGTrainer(GRPOTrainer):
     Turn rewards of a rollout, one per turn, None = not scored (0): ``rollout_func``'s output under
     ``args.turn_reward_key``, else the attribute of that name of its environment, else the weighted sum of the reward
     functions as the reward of the last turn. Where turns have rewards of their own, reward functions are for the log
-    only. Turns are the runs of ``env_mask`` or of the tool mask, or what ``rollout_func`` says under
+    only. Turns are the runs of ``env_mask`` or of the tool mask, or what ``rollout_func`` gives under
     ``args.turn_id_key``. A rollout that ``mask_truncated_completions`` masks counts as one turn unless its list of
     rewards says more.
 
@@ -120,7 +120,7 @@ class PPGTrainer(GRPOTrainer):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         key, environments = self.args.turn_reward_key, self.environments or [None] * len(inputs)
         extras = [example.get(key) for example in inputs]
-        self._scored = {  # after the reward functions, which may be what fills an environment's rewards
+        self._scored = {  # read after the reward functions, which may fill an environment's rewards
             "extras": extras,
             "environments": [getattr(environment, key, None) for environment in environments],
             "turn_ids": [example.get(self.args.turn_id_key) for example in inputs],
@@ -155,7 +155,7 @@ class PPGTrainer(GRPOTrainer):
         output["advantages"] = turns.advantages_of_tokens(
             advantages[start : start + len(rewards)].to(mask.device), turn
         )
-        # tokens the loss does not see are not scored again: their ratio stays 1 whatever they hold
+        # the loss does not score masked tokens again: 0 in all log-probs keeps their ratio at 1
         for name in LOGPROBS:
             if name in output:
                 output[name] = output[name].masked_fill(mask == 0, 0.0)
@@ -182,7 +182,7 @@ class PPGTrainer(GRPOTrainer):
         ]
 
     def _log_turns(self, rewards: list[list[float | None]], advantages: Tensor, counts: Tensor) -> None:
-        """The table's column that GRPOTrainer filled with advantages of whole rollouts becomes that of turns; three
+        """Put the advantages of turns into the completions table, in place of those of rollouts, and log three
         metrics."""
         column = self._logs["advantages"]
         for _ in range(min(len(rewards), len(column))):
@@ -190,12 +190,12 @@ class PPGTrainer(GRPOTrainer):
         column.extend(
             turns.TurnAdvantages(row[:n].tolist()) for row, n in zip(advantages, counts.tolist(), strict=True)
         )
-        there = torch.arange(advantages.shape[1]) < counts[:, None]
+        turn_mask = torch.arange(advantages.shape[1]) < counts[:, None]
         scored = [reward for given in rewards for reward in given if reward is not None]
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["turns/mean_count"].append(counts.float().mean().item())
         metrics["turns/reward"].append(sum(scored) / max(len(scored), 1))
-        metrics["turns/zero_advantage"].append((advantages[there] == 0).float().mean().item())
+        metrics["turns/zero_advantage"].append((advantages[turn_mask] == 0).float().mean().item())
 
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
         return super()._compute_loss(_Scoring(model, _loss_mask(inputs)), inputs)

@@ -1,4 +1,4 @@
-"""Turns of rollouts in TRL's words: which completion token belongs to which turn, and which turn has which reward."""
+"""Turns of TRL's rollouts: which completion token belongs to which turn, and which turn has which reward."""
 
 import math
 from collections.abc import Sequence

@@ -17,7 +17,7 @@ from ppg_fast.integrations.host import require_host
 
 
 def register() -> None:
-    """Register everything with the installed verl; ImportError, in one line, where there is none or it is too old."""
+    """Register everything with the installed verl; ImportError, in one line, where it is missing or too old."""
     require_host("verl", "0.9")
     from ppg_fast.integrations.verl import estimators, head, losses
 
@@ -28,7 +28,6 @@ def register() -> None:
 try:
     register()
 except Exception as error:
-    # verl reports a failing plugin at level DEBUG only: the run would end in an unknown estimator, or train without our
-    # head
+    # verl logs a failing plugin at level DEBUG only: the run would end in an unknown estimator, or use verl's own head
     print(f"ppg_fast: nothing of it is registered with verl: {error}", file=sys.stderr, flush=True)
     raise

@@ -12,13 +12,13 @@ from ppg_fast.integrations.turns import Credit, group_numbers, turn_ids_of_mask
 from ppg_fast.integrations.verl.options import PPG, check_algorithm
 from ppg_fast.spec import require
 
-# the number each class needs
+# the option each class needs
 OPTION = {"greedy": None, "lookahead": "lookahead", "segment": "segment_length", "full": None}
 
 
 def credit(policy_class: str, config: Any) -> Credit:
-    """The options of ``algorithm.ppg`` in verl's configuration for one policy class; ValueError names the option that
-    is wrong, of ``algorithm.ppg`` or of ``algorithm``."""
+    """Policy class, discount and baseline from ``algorithm.ppg``; ValueError for a wrong option, there or in
+    ``algorithm``."""
     if config is not None:
         check_algorithm(config, AlgoConfig)
     options = None if config is None else config.get("ppg", None)
@@ -65,6 +65,6 @@ ESTIMATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 
 
 def register() -> None:
-    """Tell verl of the estimators."""
+    """Add the estimators to verl's registry."""
     for name, function in ESTIMATORS.items():
         register_adv_est(name)(function)

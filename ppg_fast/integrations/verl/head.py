@@ -14,7 +14,7 @@ BACKEND = "ppg"
 
 
 class FusedLinear(torch_functional.FusedLinearForPPO):
-    """verl's fused head with one more ``impl_backend``, "ppg"; every other goes verl's own way."""
+    """verl's fused head with one more ``impl_backend``, "ppg"; the others are verl's own."""
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
         super().__init__(chunk_size, "torch" if impl_backend == BACKEND else impl_backend)
@@ -41,8 +41,8 @@ class FusedLinear(torch_functional.FusedLinearForPPO):
 
 
 def with_ppg_backend(patch: Any) -> Any:
-    """verl's patch_forward_with_backends, which knows three names, with "ppg" as the forward of its torch backend and
-    our head in it."""
+    """verl's patch_forward_with_backends with one more backend, "ppg": the forward of its torch backend with our
+    head."""
 
     @wraps(patch)
     def patch_forward_with_backends(
@@ -52,15 +52,14 @@ def with_ppg_backend(patch: Any) -> Any:
         patch(model, use_fused_kernels, "torch" if ours else fused_kernels_backend)
         if ours:
             model._verl_fused_kernels_backend = BACKEND
-            print(f"Its head in {model.__class__.__name__} is that of ppg_fast")
+            print(f"{model.__class__.__name__} uses the fused head of ppg_fast")
 
     patch_forward_with_backends.knows_ppg = True  # type: ignore[attr-defined]
     return patch_forward_with_backends
 
 
 def register() -> None:
-    """Teach verl's torch backend the name "ppg". The forwards look the class up when they run, so all of verl's models
-    follow."""
+    """Add the backend "ppg" to verl's. The forwards look the head's class up when they run: this serves all models."""
     if not hasattr(monkey_patch.patch_forward_with_backends, "knows_ppg"):
         monkey_patch.patch_forward_with_backends = with_ppg_backend(monkey_patch.patch_forward_with_backends)
         torch_functional.FusedLinearForPPO = FusedLinear

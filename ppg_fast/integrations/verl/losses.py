@@ -1,4 +1,4 @@
-"""Policy losses for verl: our surrogates, verl's denominators."""
+"""Policy losses for verl: our loss of each token, verl's denominators."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,12 +12,12 @@ from ppg_fast.integrations.turns import turn_ids_of_mask
 from ppg_fast.integrations.verl.options import check_actor
 from ppg_fast.spec import LOSS_TYPES, PolicyLossSpec, require
 
-CLIPPED = ("ppo", "gspo", "gspo_turn")  # those that verl's dual clip is defined for
+CLIPPED = ("ppo", "gspo", "gspo_turn")  # the losses with a dual clip
 
 
 def loss_spec(loss_type: str, config: Any) -> PolicyLossSpec:
-    """verl's actor configuration as a spec: clip_ratio_low, clip_ratio_high (else clip_ratio), and clip_ratio_c as the
-    dual clip. ValueError for an option that the loss cannot honour."""
+    """The loss that verl's actor configuration asks for: clip_ratio_low and clip_ratio_high, else clip_ratio;
+    clip_ratio_c as dual clip. ValueError for an option that it cannot honour."""
     require(config is not None, "verl's policy losses need the actor's config", config)
     check_actor(config, loss_type)
     low, high = (
@@ -37,7 +37,7 @@ def policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The policy loss under verl's signature; entropy and KL terms are added by verl.
+    """The policy loss with verl's signature; verl adds entropy and KL terms.
 
     Args:
         old_log_prob, log_prob, advantages, response_mask: (bs, response_length), own alignment; ``log_prob`` is
@@ -73,6 +73,6 @@ LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, float]]]] = {
 
 
 def register() -> None:
-    """Tell verl of the losses."""
+    """Add the losses to verl's registry."""
     for name, function in LOSSES.items():
         register_policy_loss(name)(function)

@@ -55,7 +55,7 @@ ACTOR = (
 
 
 def check_algorithm(config: Any, defaults: Any = None) -> None:
-    """ValueError for the first option of ``algorithm`` that an estimator of ours cannot honour, or does not know.
+    """Raise ValueError for the first option of ``algorithm`` that our estimators cannot honour, or do not know.
 
     ``defaults``: verl's AlgoConfig; without it an unknown option must be off.
     """
@@ -64,7 +64,8 @@ def check_algorithm(config: Any, defaults: Any = None) -> None:
 
 
 def check_actor(config: Any, loss_type: str) -> None:
-    """ValueError for the first option of ``actor_rollout_ref.actor`` that this loss cannot honour, or does not know."""
+    """Raise ValueError for the first option of ``actor_rollout_ref.actor`` that this loss cannot honour, or does not
+    know."""
     check("verl's actor", ACTOR, config, LOSS)
     check_unknown("verl's actor", ACTOR, config)
     low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low

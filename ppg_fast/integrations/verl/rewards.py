@@ -1,4 +1,4 @@
-"""Rewards of turns on their way into verl: on the last token of each turn, where its estimators look for them."""
+"""Rewards of turns for verl: on the last token of each turn, where the estimators read them."""
 
 from typing import Any
 
@@ -21,11 +21,10 @@ def rm_scores(turn_rewards: list[list[float | None]], response_mask: Tensor) -> 
 
 
 class TurnRewardOutput(AgentLoopOutput):
-    """What an agent loop returns when it has a reward for every turn, in place of AgentLoopOutput.
+    """The output of an agent loop that has a reward for every turn, in place of AgentLoopOutput.
 
     ``turn_rewards``: one number per run of ``response_mask``, None for a turn without score. Their sum is the
-        ``reward_score`` unless
-    one is given, so that verl does not ask its reward function; a ``reward_score`` is for logs and filters only.
+    ``reward_score`` unless one is given, so that verl calls no reward function; it is only logged and used by filters.
     """
 
     turn_rewards: list[float | None]
