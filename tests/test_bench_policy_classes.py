@@ -1,6 +1,7 @@
 """Finished comparisons become a results file, charts and sections of the documents."""
 
 import json
+
 import pytest
 from ppg_fast.bench import policy_classes, render
 
