@@ -19,7 +19,7 @@ STUDY := compare --jobs 2 --first-seed 100
 LOGS ?=
 STUDIES := runs/study-made runs/study-drawn runs/study-language $(foreach log,$(LOGS),runs/study-log-$(notdir $(basename $(log))))
 
-.PHONY: train test test-verl test-triton triton-versions lint types check bench study gpu docs format clean
+.PHONY: train test test-verl test-triton triton-versions lint types check wheel bench study gpu docs format clean
 
 train: $(VENV)/.train
 	$(BIN)/ppg-fast train --overwrite $(ARGS)
@@ -42,6 +42,14 @@ triton-versions: $(TRITON_VERSIONS:%=.triton/%/.installed)
 .triton/%/.installed: | $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton/$* triton==$*
 	touch $@
+
+# The wheel as it is released, with what this machine can build (NVCC= leaves CUDA out), for Linux as old as this one:
+# the release is built in an older one, .github/workflows/wheels.yml. libtorch stays the user's own.
+wheel: $(VENV)/.dev
+	rm -rf dist build/lib.* build/bdist.*
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist/unrepaired .
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist dist/unrepaired/*.whl
+	PPG_FAST_WHEEL=$$(ls $(CURDIR)/dist/*.whl) $(PYTEST) -q tests/test_wheel.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

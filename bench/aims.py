@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from .tables import NOT_MEASURED, Entry, Results, of, table
+from .tables import NOT_MEASURED, Entry, Results, of, quotient, table
 
 # (provider, **what its case must have) -> median seconds, the fastest of several names
 Time = Callable[..., float | None]
@@ -26,10 +26,6 @@ def _times(file: dict[str, Any]) -> Time:
     return time
 
 
-def _ratio(above: float | None, below: float | None) -> float | None:
-    return None if above is None or below is None or below <= 0 else above / below
-
-
 Row = tuple[str, float, float | None]  # what, at most, measured
 
 
@@ -41,7 +37,7 @@ def _policy_loss(time: Time) -> list[Row]:
             (
                 f"loss and gradient in place, {dtype}, 1 thread / memcpy",
                 bar,
-                _ratio(time(INPLACE, **one), time("memcpy", **one)),
+                quotient(time(INPLACE, **one), time("memcpy", **one)),
             )
         )
     for dtype in DTYPES:
@@ -50,23 +46,23 @@ def _policy_loss(time: Time) -> list[Row]:
             (
                 f"in place, {dtype}, 2 threads / torch.compile",
                 0.2,
-                _ratio(time(INPLACE, **two), time("torch.compile", **two)),
+                quotient(time(INPLACE, **two), time("torch.compile", **two)),
             )
         )
     for dtype in DTYPES:
         two = {"dtype": dtype, "threads": 2, "allocator": "default"}
-        ratio = _ratio(time(INPLACE, **two), time("eager PyTorch", **two))
+        ratio = quotient(time(INPLACE, **two), time("eager PyTorch", **two))
         rows.append((f"in place, {dtype}, 2 threads, default allocator / eager PyTorch", 0.1, ratio))
     for case in ({"dtype": dtype, "threads": threads, "allocator": "tuned"} for dtype in DTYPES for threads in (1, 2)):
         what = f"in place with score norms, {case['dtype']}, threads: {case['threads']} / without"
-        rows.append((what, 1.05, _ratio(time(NORMS, **case), time(INPLACE, **case))))
+        rows.append((what, 1.05, quotient(time(NORMS, **case), time(INPLACE, **case))))
     return rows
 
 
 def _logprobs(time: Time) -> list[Row]:
     cases = [{"dtype": dtype, "threads": threads} for dtype in DTYPES for threads in (1, 2)]
     what = "log-probs, {dtype}, threads: {threads} / reading the logits once"
-    return [(what.format(**case), 1.5, _ratio(time(OURS, **case), time(READ, **case))) for case in cases]
+    return [(what.format(**case), 1.5, quotient(time(OURS, **case), time(READ, **case))) for case in cases]
 
 
 def _linear(time: Time, file: dict[str, Any]) -> list[Row]:
@@ -76,14 +72,14 @@ def _linear(time: Time, file: dict[str, Any]) -> list[Row]:
         whole, half, tenth = ({**at, "active": share, "zero": 0.0} for share in (1.0, 0.5, 0.1))
         zero = {**at, "active": 1.0, "zero": 0.5}
         full, masked, kept = time(OURS, **whole), time(OURS, **half), time(KEEPING, **zero)
-        rows.append((f"from hidden states, {dtype} / three bare GEMMs", bar, _ratio(full, time(GEMMS, **whole))))
+        rows.append((f"from hidden states, {dtype} / three bare GEMMs", bar, quotient(full, time(GEMMS, **whole))))
         rows.append((f"its peak of memory, {dtype} / the leanest other's", 1.0, _leanest(file, whole)))
-        rows.append((f"10% of the rows active, {dtype} / all", 1 / 7, _ratio(time(OURS, **tenth), full)))
+        rows.append((f"10% of the rows active, {dtype} / all", 1 / 7, quotient(time(OURS, **tenth), full)))
         rows.append(
             (
                 f"half of the turns with zero advantage, skipped, {dtype} / masked",
                 1.0,
-                _ratio(time(OURS, **zero), masked),
+                quotient(time(OURS, **zero), masked),
             )
         )
         if full and masked and kept:  # both halves have as many rows
@@ -91,7 +87,7 @@ def _linear(time: Time, file: dict[str, Any]) -> list[Row]:
                 (
                     f"a row of zero advantage that is not skipped, {dtype} / a full row",
                     1 / 3,
-                    _ratio(kept - masked, full - masked),
+                    quotient(kept - masked, full - masked),
                 )
             )
     return rows
@@ -103,7 +99,7 @@ def _leanest(file: dict[str, Any], case: dict[str, Any]) -> float | None:
 
     here = [e for e in file["benchmarks"] if case.items() <= e["params"].items() and peak(e)]
     others = [peak(e) for e in here if e["extra_info"]["kind"] == "peer"]
-    return next((_ratio(peak(e), min(others)) for e in here if e["param"] == OURS and others), None)
+    return next((quotient(peak(e), min(others)) for e in here if e["param"] == OURS and others), None)
 
 
 def _returns(time: Time) -> list[Row]:

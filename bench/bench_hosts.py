@@ -1,6 +1,6 @@
 """Inside other trainers: forward, loss and backward of a small model, the host with its own head and with ours."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from ppg_fast.spec import IGNORE
 
 from .problem import Case
 from .providers import Provider, Providers, Unavailable, gather, selected_logprobs
-from .timing import Contestant
+from .step import require_transformers
 
 ROWS = 4  # dialogues of a batch
 
@@ -49,17 +49,9 @@ def cases(grid: str, device: str) -> list[Case]:
     return [Case("hosts", 16384 if device == "cuda" else 4096, 32000, 256, device=device, dtype=dtype, active=0.25)]
 
 
-def settings(device: str, threads: Sequence[int]) -> list[tuple[int, str]]:
-    """Every core."""
-    return [(max(threads), "default")]
-
-
 def make(case: Case, seed: int = 0, near: bool = True) -> Hosted:
     """A two-layer Qwen3 of random weights; random tokens, the last of each of eight turns are the policy's."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise Unavailable("needs transformers (pip install ppg_fast[train])") from error
+    require_transformers()
     from ppg_fast.models.causal_lm import make_model
 
     draw = torch.Generator().manual_seed(seed)
@@ -128,16 +120,6 @@ def participants(case: Case) -> Providers:
     return gather([transformers_hosts, trl_hosts], case)
 
 
-def ceilings(problem: Hosted, case: Case) -> list[Contestant]:
-    """None: most of the step is not ours."""
-    return []
-
-
-def ceiling_of(provider: Provider) -> tuple[str, ...]:
-    """None."""
-    return ()
-
-
 def checker(problem: Hosted, case: Case) -> Callable[[Any], dict[str, float]]:
     """Errors against the loss that plain log-softmax gives, with advantages and without: the nearer one is the
     provider's."""
@@ -167,8 +149,3 @@ def facts(problem: Hosted, provider: str, seconds: float) -> dict[str, float]:
     """Tokens per second."""
     tokens, active = problem.input_ids.numel(), int((problem.labels != IGNORE).sum())
     return {"tokens": tokens, "active_tokens": active, "tokens_per_second": tokens / seconds}
-
-
-def work(case: Case) -> dict[str, float]:
-    """Not counted."""
-    return {}

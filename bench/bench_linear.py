@@ -2,7 +2,7 @@
 do not count."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,11 +49,6 @@ def cases(grid: str, device: str) -> list[Case]:
         shares = (1.0, *SHARES) if grid == "full" else (0.1, 1.0)
         found += [Case("linear", *shape, dtype="bfloat16", device=device, active=share) for share in shares]
     return found
-
-
-def settings(device: str, threads: Sequence[int]) -> list[tuple[int, str]]:
-    """Matrix products want every core."""
-    return [(max(threads), "default")]
 
 
 def participants(case: Case) -> Providers:

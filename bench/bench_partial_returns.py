@@ -1,6 +1,6 @@
 """partial_returns: windowed returns of 1,000 dialogues; linear in the turns, whatever the window."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +41,6 @@ def cases(grid: str, device: str) -> list[Case]:
     return found + [
         Case("partial_returns", 1000, turns, variant="lookahead:100", device=device) for turns in (250, 1000)
     ]
-
-
-def settings(device: str, threads: Sequence[int]) -> list[tuple[int, str]]:
-    """One setting: it is microseconds."""
-    return [(max(threads), "default")]
 
 
 def make(case: Case, seed: int = 0) -> Dialogues:

@@ -6,7 +6,6 @@ A case with a ``shape`` is the other comparison, of whole trainers: `whole_step`
 
 import random
 import re
-import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,8 +19,8 @@ from ppg_fast.functional import partial_returns
 from . import peers, providers, whole_step
 from .longest import longest_facts
 from .problem import Case, Problem, act_near_by, make_truth
-from .providers import Provider, Providers, Unavailable, gather
-from .timing import Contestant
+from .providers import Provider, Providers, gather
+from .step import require_transformers, step_with
 
 TURNS, TOKENS_OF_A_TURN = 125, 24  # of the dialogue that stands in where no file is given
 CONTROL = 8  # token ids kept for roles
@@ -48,11 +47,6 @@ def cases(grid: str, device: str) -> list[Case]:
     dtype = "bfloat16" if device == "cuda" else "float32"
     swapped = Case("training_step", 16384, 32000, 256, device=device, dtype=dtype)
     return [swapped, whole_step.case("bytes", WHOLE_TOKENS, device, dtype)]
-
-
-def settings(device: str, threads: Sequence[int]) -> list[tuple[int, str]]:
-    """Every core."""
-    return [(max(threads), "default")]
 
 
 def _word_sample(messages: Sequence[tuple[str, str]], rewards: Sequence[float], vocabulary: int) -> Any:
@@ -86,16 +80,14 @@ def make(case: Case, seed: int = 0, near: bool = True) -> Any:
     step is alike."""
     if case.shape:
         return whole_step.make(case)
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise Unavailable("needs transformers (pip install ppg_fast[train])") from error
+    require_transformers()
     from ppg_fast.dialogues.packing import micro_batches, pack
     from ppg_fast.jobs.offline import cut_tokens
     from ppg_fast.models.causal_lm import make_model, policy_hidden, token_advantages
 
-    samples = [_word_sample(*dialogue, case.V) for dialogue in _dialogues(case)]
-    batch = pack(next(micro_batches([cut_tokens(s, case.N) for s in samples], case.N))).to(case.device)
+    samples = [cut_tokens(_word_sample(*dialogue, case.V), case.N) for dialogue in _dialogues(case)]
+    fullest = micro_batches([len(s.tokens) for s in samples], case.N)[0]
+    batch = pack([samples[i] for i in fullest]).to(case.device)
     model = make_model(case.V, case.D, seed=seed).to(case.device, case.torch_dtype)
     returns = partial_returns(batch.rewards, "lookahead:3", turn_counts=batch.turn_counts)
     hidden = policy_hidden(model, batch).detach().requires_grad_()
@@ -107,33 +99,15 @@ def make(case: Case, seed: int = 0, near: bool = True) -> Any:
     return Step(model, torch.optim.AdamW(model.parameters(), lr=0.0), batch, head)
 
 
-def _clock(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def _step_with(provider: Provider, case: Case) -> Provider:
-    """A training step whose loss is the provider's. The backward pass runs in two parts, so that the loss can be
-    clocked inside."""
+    """A training step whose loss is the provider's."""
 
-    @torch.enable_grad()
     def compute(step: Step) -> tuple[Tensor, Tensor]:
-        from ppg_fast.models.causal_lm import policy_hidden
-
-        begin = _clock(case.device)
-        hidden = policy_hidden(step.model, step.batch)
-        start = _clock(case.device)
-        top = hidden.detach().requires_grad_()
-        loss = provider.compute(replace(step.head, hidden=top, weight=step.model.get_output_embeddings().weight))
-        loss.backward()
-        loss_seconds = _clock(case.device) - start
-        assert top.grad is not None
-        hidden.backward(top.grad)
-        step.optimizer.step()
-        step.optimizer.zero_grad(set_to_none=True)
-        step.loss_share[provider.name] = loss_seconds / (_clock(case.device) - begin)
-        return loss.detach(), top.grad
+        loss, d_hidden, seconds, of_loss = step_with(
+            provider, step.model, step.optimizer, step.batch, step.head, case.device
+        )
+        step.loss_share[provider.name] = of_loss / seconds
+        return loss, d_hidden
 
     return replace(provider, compute=compute, forward_only=True)
 
@@ -152,16 +126,6 @@ def participants(case: Case) -> Providers:
         return whole_step.participants(case)
     found, missing = gather([_ours, providers.eager, peers.trl_head], case)
     return [_step_with(p, case) for p in found], missing
-
-
-def ceilings(problem: Any, case: Case) -> list[Contestant]:
-    """None: most of the step is not ours."""
-    return []
-
-
-def ceiling_of(provider: Provider) -> tuple[str, ...]:
-    """None."""
-    return ()
 
 
 def checker(problem: Any, case: Case) -> Callable[[Any], dict[str, float]]:
@@ -187,8 +151,3 @@ def facts(problem: Any, provider: str, seconds: float) -> dict[str, Any]:
     tokens, active = problem.batch.tokens.numel(), int(problem.head.mask.sum())
     share = problem.loss_share[provider]
     return {"tokens": tokens, "active_tokens": active, "tokens_per_second": tokens / seconds, "loss_share": share}
-
-
-def work(case: Case) -> dict[str, float]:
-    """Not counted."""
-    return {}

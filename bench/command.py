@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from . import machine, render
-from .harness import OPS, PACES
+from . import machine, render, result_file
+from .harness import OPS, PACES, settings_of
 
 # what a peak of memory depends on
 LIKE = ("op", "N", "V", "D", "dtype", "active", "zero", "variant", "device", "shape")
-VERSION = "5.3.1"  # of pytest-benchmark, whose file format this is
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,29 +63,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("ppg-fast bench: torch sees no CUDA device", file=sys.stderr)
         return 1
     plans = _plans(arguments, ops)
-    load = machine.load()
+    environment = machine.environment(0, "default")
+    del environment["OMP_NUM_THREADS"]
+    header = machine.header(
+        " ".join(["python -m ppg_fast.bench", *given]),
+        arguments.device,
+        grid=arguments.grid,
+        allocators=machine.ALLOCATORS,
+        environment=environment,
+    )
     results = [_measure(plan) for plan in plans]
-    header = {
-        "machine_info": machine.machine_info(arguments.device),
-        "commit_info": machine.commit_info(),
-        "datetime": machine.now(),
-        "version": VERSION,
-        "ppg_fast": {
-            "command": " ".join(["python -m ppg_fast.bench", *given]),
-            "grid": arguments.grid,
-            "versions": machine.versions(),
-            "load_before": load,
-            "allocators": machine.ALLOCATORS,
-            "environment": {
-                name: value for name, value in machine.environment(0, "default").items() if name != "OMP_NUM_THREADS"
-            },
-        },
-    }
-    arguments.output.mkdir(parents=True, exist_ok=True)
     for op in ops:
-        path = arguments.output / f"{op}.{arguments.device}.json"
-        path.write_text(json.dumps(_merged(op, header, results), indent=1) + "\n")
-        print(f"wrote {path}")
+        print(f"wrote {result_file.write(arguments.output, f'{op}.{arguments.device}', _merged(op, header, results))}")
     print(render.report(arguments.output))
     return 0
 
@@ -99,7 +87,7 @@ def _plans(arguments: argparse.Namespace, ops: list[str]) -> list[dict[str, Any]
     )
     wanted: dict[tuple[int, str], list[str]] = {}
     for op in ops:
-        for setting in OPS[op].settings(arguments.device, threads)[: 1 if arguments.grid == "quick" else None]:
+        for setting in settings_of(op, arguments.device, threads)[: 1 if arguments.grid == "quick" else None]:
             wanted.setdefault((setting[0], "tuned") if arguments.grid == "quick" else setting, []).append(op)
     shared = {"grid": arguments.grid, "device": arguments.device, "dialogues": arguments.dialogues}
     plans = [

@@ -1,7 +1,8 @@
 """One case from inputs to entries: everybody is called once and checked, then timed in interleaved rounds."""
 
+import importlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
@@ -9,27 +10,14 @@ from typing import Any
 
 import torch
 
-from . import (
-    bench_hosts,
-    bench_linear,
-    bench_logprobs,
-    bench_partial_returns,
-    bench_policy_loss,
-    bench_training_step,
-    memory,
-)
+from . import memory
 from .problem import Case, Problem
 from .providers import Provider, Unavailable
 from .timing import Contestant, Pace, cache_bytes, interleave, stats
 
-OPS: dict[str, ModuleType] = {
-    "policy_loss": bench_policy_loss,
-    "logprobs": bench_logprobs,
-    "linear": bench_linear,
-    "partial_returns": bench_partial_returns,
-    "training_step": bench_training_step,
-    "hosts": bench_hosts,
-}
+# A bench_X.py has cases, make, participants and checker; it may have settings, ceilings with ceiling_of, work, facts.
+NAMES = ("policy_loss", "logprobs", "linear", "partial_returns", "training_step", "hosts")
+OPS: dict[str, ModuleType] = {name: importlib.import_module(f".bench_{name}", __package__) for name in NAMES}
 PACES = {
     "quick": Pace(rounds=2, budget=0.5),
     "default": Pace(rounds=15, budget=2.0, slow=4.0),
@@ -44,10 +32,22 @@ Known = list[tuple[Case, dict[str, float]]]  # medians of every provider, by cas
 COPIES = 16  # of small inputs, so that no two calls in a row see the same memory
 
 
+def settings_of(op: str, device: str, threads: Sequence[int]) -> list[tuple[int, str]]:
+    """Threads and allocator of each process that measures an op: every core, unless the op has settings of its own."""
+    module = OPS[op]
+    return module.settings(device, threads) if hasattr(module, "settings") else [(max(threads), "default")]
+
+
+def work_of(case: Case) -> dict[str, float]:
+    """Bytes or operations that nobody can do without, where the op counts them."""
+    module = OPS[case.op]
+    return module.work(case) if hasattr(module, "work") else {}
+
+
 def pool(case: Case, module: ModuleType) -> list[Any]:
     """The problem, and for small ones copies of other numbers until they are larger than the cache."""
     first = module.make(case)
-    size = module.work(case).get("bytes", 0)
+    size = work_of(case).get("bytes", 0)
     small = 0 < size < 2 * cache_bytes(case.device) and case.op == "partial_returns"
     return [first, *(module.make(case, seed) for seed in range(1, COPIES if small else 1))]
 
@@ -92,20 +92,20 @@ def measure(
                 contestant.before()
         contestants.append(contestant)
     _judge(contestants, case)
-    limits = module.ceilings(problems[0], case)
+    limits = module.ceilings(problems[0], case) if hasattr(module, "ceilings") else []
     for limit in limits:
         limit.call()
     _rotate(contestants, problems)
     seconds = interleave([*limits, *contestants], pace, case.device)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for contestant, provider in zip(contestants, [p for p in providers if p.name in medians], strict=True):
-        names = [name for name in module.ceiling_of(provider) if name in medians]
+        names = [name for name in module.ceiling_of(provider) if name in medians] if limits else []
         if names:
             best = min(names, key=lambda name: medians[name])
             contestant.facts |= {"ceiling": best, "share_of_ceiling": medians[best] / medians[contestant.name]}
         if hasattr(module, "facts"):
             contestant.facts |= module.facts(problems[0], contestant.name, medians[contestant.name])
-    return [_entry(case, c, seconds[c.name], module.work(case)) for c in [*contestants, *limits]], missing
+    return [_entry(case, c, seconds[c.name], work_of(case)) for c in [*contestants, *limits]], missing
 
 
 def _too_late(provider: Provider, case: Case, pace: Pace, known: Known) -> str | None:

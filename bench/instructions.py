@@ -5,7 +5,6 @@ the making of inputs. valgrind knows no AVX-512.
 """
 
 import argparse
-import json
 import re
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from . import machine
+from . import machine, result_file
 
 N, V = 4, 8192
 KERNELS, DTYPES, ISAS = ("policy_loss", "logprobs"), ("float32", "bfloat16"), ("avx2", "baseline")
@@ -65,28 +64,15 @@ def measure() -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write ``instructions.cpu.json``; 1 where instructions cannot be counted."""
     parser = argparse.ArgumentParser(description="Count the instructions of the CPU row kernels.")
-    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    parser.add_argument("--output", type=Path, default=result_file.FOLDER)
     arguments = parser.parse_args(argv)
     if reason := why_not():
         print(f"ppg_fast.bench.instructions: {reason}", file=sys.stderr)
         return 1
     compiler = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
-    file = {
-        "machine_info": machine.machine_info("cpu"),
-        "commit_info": machine.commit_info(),
-        "datetime": machine.now(),
-        "version": "1",
-        "benchmarks": [],
-        "ppg_fast": {
-            "command": "python -m ppg_fast.bench.instructions",
-            "versions": {**machine.versions(), "g++": compiler},
-            "load_before": machine.load(),
-            "missing": {},
-        },
-        "instructions": measure(),
-    }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "instructions.cpu.json").write_text(json.dumps(file, indent=1) + "\n")
+    file = machine.header("python -m ppg_fast.bench.instructions", "cpu")
+    file["ppg_fast"]["versions"]["g++"] = compiler
+    result_file.write(arguments.output, "instructions.cpu", file | {"instructions": measure()})
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import machine
+from . import machine, result_file
 
 KEPT = ("policy_class", "loss_type", "seed", "parameters", "device", "backend", "threads", "seconds", "peak_memory_mb")
 
@@ -29,26 +29,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write ``learning_curve.DEVICE.json``."""
     parser = argparse.ArgumentParser(description="Store the learning curves of finished runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `ppg-fast train` wrote")
-    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    parser.add_argument("--output", type=Path, default=result_file.FOLDER)
     arguments = parser.parse_args(argv)
     curves = sorted((curve(run) for run in arguments.runs), key=lambda c: c["seed"])
     device = "cuda" if curves[0]["device"].startswith("cuda") else "cpu"
-    file = {
-        "machine_info": machine.machine_info(device),
-        "commit_info": machine.commit_info(),
-        "datetime": machine.now(),
-        "version": "1",
-        "benchmarks": [],
-        "ppg_fast": {
-            "command": " ; ".join(f"ppg-fast train --seed {c['seed']}" for c in curves),
-            "versions": machine.versions(),
-            "load_before": machine.load(),
-            "missing": {},
-        },
-        "curves": curves,
-    }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / f"learning_curve.{device}.json").write_text(json.dumps(file, indent=1) + "\n")
+    command = " ; ".join(f"ppg-fast train --seed {c['seed']}" for c in curves)
+    file = machine.header(command, device) | {"curves": curves}
+    result_file.write(arguments.output, f"learning_curve.{device}", file)
 
 
 if __name__ == "__main__":

@@ -74,17 +74,11 @@ def _guess(probes: list[tuple[int, float, float]], budget: float) -> int | None:
 
 
 def _next(fits: int, fails: int | None, guess: int | None, first: int, most: int) -> int:
-    """Beside the guess, on the side that is open, where the guess is near or nothing has failed yet; else doubled or
-    halfway."""
+    """Just below the guess, then just above it, where it is near; else doubled or halfway."""
     low = max(first, fits)
     if guess is not None and guess <= 8 * low:  # a line through two short dialogues is not trusted further than that
-        margin = TOLERANCE * guess / 2
-        beside = [int(guess - margin), int(guess + margin), int(low * (1 + TOLERANCE))]
-        if fails is not None:
-            near = abs(guess - fails) <= 2 * TOLERANCE * fails
-            beside = [int(fails / (1 + TOLERANCE))] if near else []
-        for wanted in beside:
-            if fits < wanted < (fails or most) and (fails is not None or wanted <= guess + margin):
+        for wanted in (int(guess * (1 - TOLERANCE / 2)), int(guess * (1 + TOLERANCE / 2))):
+            if fits < wanted < (fails or most):
                 return wanted
     return min(2 * low, most) if fails is None else (fits + fails) // 2
 

@@ -3,53 +3,35 @@ runs/compare-log`."""
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ppg_fast.compare import across, plots
-from ppg_fast.compare.report import bias_text
+from ppg_fast.compare.columns import across_table, class_table, credit_table, score_table
 from ppg_fast.rollouts.problems import DRAWN
 
-from . import machine
+from . import machine, result_file
 from .tables import NOT_MEASURED, Results, of, table
 
 NAME = "policy_classes"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write ``policy_classes.cpu.json`` and one chart a problem, one of the credits and one of the scores of each
-    log."""
+    """Write the results file ``policy_classes.cpu`` and one chart a problem, one of the credits and one of the scores
+    of each log."""
     parser = argparse.ArgumentParser(description="Store finished comparisons of policy classes.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `ppg-fast compare` wrote")
-    parser.add_argument("--output", type=Path, default=Path("bench/results"))
+    parser.add_argument("--output", type=Path, default=result_file.FOLDER)
     arguments = parser.parse_args(argv)
     summaries = [json.loads((run / "compare.json").read_text()) for run in arguments.runs]
     problems = [p for s in summaries for p in s["problems"] if not p["problem"].startswith(DRAWN)]
     logs = [s["log"] for s in summaries if s["log"]]
-    file = {
-        "machine_info": machine.machine_info("cpu"),
-        "commit_info": machine.commit_info(),
-        "datetime": machine.now(),
-        "version": "1",
-        "benchmarks": [],
-        "ppg_fast": {
-            "command": " ; ".join(s["command"] for s in summaries),
-            "versions": machine.versions(),
-            "load_before": machine.load(),
-            "missing": {},
-            "cpu_seconds": sum(s["cpu_seconds"] for s in summaries),
-        },
-        "problems": problems,
-        "across": [entry for s in summaries for entry in s["across"]],
-        "logs": logs,
-    }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_rounded(file), indent=1)
-    # a list of numbers is one line
-    text = re.sub(r"\[[^][{}\"]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), text)
-    (arguments.output / f"{NAME}.cpu.json").write_text(text + "\n")
+    file = machine.header(
+        " ; ".join(s["command"] for s in summaries), "cpu", cpu_seconds=sum(s["cpu_seconds"] for s in summaries)
+    )
+    file |= {"problems": problems, "across": [entry for s in summaries for entry in s["across"]], "logs": logs}
+    result_file.write(arguments.output, f"{NAME}.cpu", _rounded(file))
     for name, svg in charts(file).items():
         (arguments.output / name).write_text(svg)
 
@@ -122,7 +104,7 @@ def across_section(results: Results) -> str:
     for _, file in of(results, NAME):
         for entry in file["across"]:
             text += f"\n**{across.title(entry)}**\n\n![shares](../bench/results/{_chart_of(entry)})\n\n"
-            text += table(across.HEADS, across.rows(entry))
+            text += table(*across_table(entry))
     return text.lstrip("\n") or NOT_MEASURED
 
 
@@ -137,36 +119,9 @@ def problems_section(results: Results) -> str:
             if any(p["gradient"] for p in versions):
                 text += f"![gradients of {name}](../bench/results/{NAME}.{name}.gradients.svg)\n\n"
             for p in versions:
-                text += f"**{p['version']}**, best return {p['best_return']:g}\n\n{_class_table(p)}\n"
+                text += f"**{p['version']}**, best return {p['best_return']:g}\n\n{table(*class_table(p))}\n"
                 text += "".join(f"- {v}\n" for v in p["verdict"]) + "\n"
     return text.strip("\n") + "\n" if text else NOT_MEASURED
-
-
-def _class_table(p: dict[str, Any]) -> str:
-    rows = []
-    for name, c in p["classes"].items():
-        g = (p["gradient"] or {}).get(name, {})
-        level = f"{c['level_samples']:,.0f}" if c["level_samples"] is not None else "not reached"
-        cells = [f"{c[k]['mean']:.2f} ± {c[k]['std']:.2f}" for k in ("final", "area")] + [
-            f"{level} ({c['level_reached']}/{len(c['seeds'])})"
-        ]
-        variance, *others = (
-            "" if g.get(k) is None else f"{g[k]:.3f}"
-            for k in ("variance", "cosine", "alignment", "alignment_by_score_norms")
-        )
-        rows.append((name, *cells, variance, bias_text(g), *others))
-    heads = (
-        "",
-        "final return",
-        "mean return",
-        "dialogues to level (seeds)",
-        "variance",
-        "bias",
-        "cosine",
-        "alignment",
-        "by score norms",
-    )
-    return table(heads, rows)
 
 
 def logs_section(results: Results) -> str:
@@ -180,19 +135,9 @@ def logs_section(results: Results) -> str:
                 f"{credit['reward']:.3f}\n\n"
             )
             text += f"![credits](../bench/results/{NAME}.{stem}.credits.svg)\n\n"
-            shown = credit["shown"]
-            rows = [
-                (n, f"{c['credited']:.0%}", f"{c['effective']:.0%}", *(f"{c['by_turn'][t - 1]:.2f}" for t in shown))
-                for n, c in credit["classes"].items()
-            ]
-            text += table(("", "turns credited", "effective share", *(f"turn {t}" for t in shown)), rows)
+            text += table(*credit_table(log))
             text += f"\n![scores](../bench/results/{NAME}.{stem}.scores.svg)\n\n"
-            names = ("per_turn", "per_dialogue", "plain", "contrast")
-            rows = [
-                (n, *(f"{c['final'][k]['mean']:.3f} ± {c['final'][k]['std']:.3f}" for k in names))
-                for n, c in log["classes"].items()
-            ]
-            text += table(("", "weighted per turn", "weighted per dialogue", "plain", "paid minus unpaid"), rows)
+            text += table(*score_table(log))
     return text.lstrip("\n") or NOT_MEASURED
 
 

@@ -1,8 +1,31 @@
-"""The table of whole trainers: one step, tokens/s, peak of memory, and the longest dialogue that fits into a budget."""
+"""The tables of whole steps: training steps with the loss swapped, whole trainers, other trainers with our head."""
 
 from typing import Any
 
-from .tables import Entry, best_of_ours, duration, error, memory, ordered, speedup, table, title
+from .tables import (
+    NOT_MEASURED,
+    Entry,
+    Results,
+    absent,
+    best_of_ours,
+    duration,
+    error,
+    groups,
+    memory,
+    of,
+    ordered,
+    speedup,
+    table,
+    title,
+)  # fmt: skip
+
+
+def steps_section(results: Results, op: str) -> str:
+    """Every case of ``op``, and who did not take part."""
+    text = ""
+    for device, file in of(results, op):
+        text += "".join(step_table(device, entries) for entries in groups(file)) + absent(device, file)
+    return text.lstrip("\n") or NOT_MEASURED
 
 
 def longest(info: dict[str, Any]) -> str:
@@ -11,25 +34,25 @@ def longest(info: dict[str, Any]) -> str:
     return "" if not found else f"{found['tokens']:,}" + ("" if found["measured"] else " (foreseen)")
 
 
-def whole_step_table(device: str, entries: list[Entry]) -> str:
-    """Our trainer beside the others on one dialogue."""
-    some, ours = entries[0]["extra_info"], best_of_ours(entries)
-    text = (
-        f"\n**{title(entries[0]['params'])}** ({device}), whole trainers: one dialogue of {some['tokens']:,} tokens, "
+def step_table(device: str, entries: list[Entry]) -> str:
+    """Everybody who took part in one case; what was not measured there has no column."""
+    first, ours = entries[0], best_of_ours(entries)
+    info, hosts, whole = first["extra_info"], first["params"]["op"] == "hosts", bool(first["params"].get("shape"))
+    budget = next((b for e in entries if (b := e["extra_info"].get("memory_budget_bytes"))), None)
+    fits = f"longest that fits {budget / 2**20:,.0f} MiB" if budget else ""
+    columns = {
+        "forward, loss, backward" if hosts else "step": lambda e: duration(e["stats"]["median"]),
+        "tokens/s": lambda e: f"{e['extra_info']['tokens_per_second']:,.0f}",
+        "" if hosts or whole else "of it head and loss": lambda e: f"{e['extra_info']['loss_share']:.0%}",
+        "" if hosts else "time / ours": lambda e: speedup(e, ours),
+        "peak extra memory": lambda e: memory(e["extra_info"]),
+        fits: lambda e: longest(e["extra_info"]),
+        "error": lambda e: error(e["extra_info"]),
+    }
+    columns.pop("", None)
+    lines = sorted(entries, key=lambda e: e["param"]) if hosts else ordered(entries)
+    text = f"\n**{title(first['params'])}** ({device})" + (", whole trainers: one dialogue of " if whole else ": ")
+    text += f"{info['tokens']:,} tokens, {info['active_tokens']:,} " + (
+        "with a label" if hosts else "of them the policy's"
     )
-    text += f"{some['active_tokens']:,} of them the policy's\n\n"
-    budget = next(
-        (e["extra_info"]["memory_budget_bytes"] for e in entries if "memory_budget_bytes" in e["extra_info"]), None
-    )
-    fits = [f"longest that fits {budget / 2**20:,.0f} MiB"] if budget else []
-    rows = []
-    for entry in ordered(entries):
-        info = entry["extra_info"]
-        cells = [
-            duration(entry["stats"]["median"]),
-            f"{info['tokens_per_second']:,.0f}",
-            speedup(entry, ours),
-            memory(info),
-        ]
-        rows.append((entry["param"], *cells, *([longest(info)] if fits else []), error(info)))
-    return text + table(("", "step", "tokens/s", "time / ours", "peak extra memory", *fits, "error"), rows)
+    return f"{text}\n\n" + table(("", *columns), [(e["param"], *(cell(e) for cell in columns.values())) for e in lines])

@@ -54,6 +54,11 @@ def speedup(entry: Entry, ours: Entry | None) -> str:
     return f"{entry['stats']['median'] / ours['stats']['median']:.2f} x"
 
 
+def quotient(above: float | None, below: float | None) -> float | None:
+    """None where either was not measured."""
+    return None if above is None or not below or below < 0 else above / below
+
+
 # ---- tables ----------------------------------------------------------------------------------------------------------
 HEADINGS = (
     "",
@@ -104,6 +109,13 @@ def title(params: dict[str, Any]) -> str:
     if params["device"] == "cpu":
         parts += [f"{params['threads']} thread{'s' * (params['threads'] > 1)}", f"{params['allocator']} allocator"]
     return ", ".join(parts)
+
+
+def absent(device: str, file: dict[str, Any]) -> str:
+    """Who did not take part, and why."""
+    missing = sorted(file["ppg_fast"]["missing"].items())
+    lines = "".join(f"- {name}: {reason}\n" for name, reason in missing)
+    return f"\nDid not take part ({device}):\n\n{lines}" if missing else ""
 
 
 def groups(file: dict[str, Any]) -> list[list[Entry]]:

@@ -7,10 +7,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from .result_file import cpu_cache_bytes
 
 
 @dataclass
@@ -44,9 +45,7 @@ def cache_bytes(device: str) -> int:
     """Size of the largest cache: what has to be emptied between calls."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
-    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    return max([int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units], default=32 * 2**20)
+    return cpu_cache_bytes()
 
 
 class Eviction:

@@ -13,34 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .byte_dialogue import END, byte_sample, lines_of
+from .byte_dialogue import byte_sample, lines_of
 from .problem import Case, relative_error
 from .providers import Provider, Providers, Unavailable, gather
+from .step import SHAPES, make_model, require_transformers
 
 CHECKED_TOKENS = 2048  # of the shorter dialogue on which every step is checked against float64
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's sizes. ``checkpointing``: activations are computed again in the backward pass, for everybody alike."""
-
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    tied: bool = True
-    checkpointing: bool = False
-
-
-SHAPES = {
-    "smallest": Shape(264, 32, 1, 2, 1, 16, 64),
-    "bytes": Shape(264, 128, 2, 4, 2, 32, 256),
-    "qwen3-0.6b": Shape(151936, 1024, 28, 16, 8, 128, 3072, True, True),
-    "qwen3-8b": Shape(151936, 4096, 36, 32, 8, 128, 12288, False, True),
-}
 
 
 @dataclass
@@ -60,60 +38,33 @@ class WholeStep:
 
 def case(shape: str, tokens: int, device: str = "cpu", dtype: str = "float32") -> Case:
     """One dialogue of ``tokens`` tokens on a model of ``shape``."""
-    return Case(
-        "training_step", tokens, SHAPES[shape].vocab_size, SHAPES[shape].width, device=device, dtype=dtype, shape=shape
-    )
+    sizes = SHAPES[shape]
+    return Case("training_step", tokens, sizes.vocabulary, sizes.width, device=device, dtype=dtype, shape=shape)
 
 
 @functools.lru_cache(maxsize=2)
-def _model(shape: Shape, device: str, dtype: torch.dtype) -> tuple[Any, torch.optim.Optimizer]:
-    """Random weights; kept, so that a large one is made once. The learning rate is 0: every step is alike."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.width,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=2**20,
-        tie_word_embeddings=shape.tied,
-        pad_token_id=0,
-        eos_token_id=END,
-        bos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(0)
-        model = Qwen3ForCausalLM._from_config(config, dtype=dtype).train()
+def _model(shape: str, device: str, dtype: torch.dtype) -> tuple[Any, torch.optim.Optimizer]:
+    """Kept, so that it is made once. The learning rate is 0: every step is alike."""
+    model = make_model(shape, device, dtype)
     return model, torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
 
 
 def make(case: Case) -> WholeStep:
     """The dialogue of `byte_sample`, cut to the case's length, and the model of its shape. ``variant``: the file of
     dialogues, if any."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise Unavailable("needs transformers (pip install ppg_fast[train])") from error
-    model, optimizer = _model(SHAPES[case.shape], case.device, case.torch_dtype)
+    require_transformers()
+    model, optimizer = _model(case.shape, case.device, case.torch_dtype)
     return WholeStep(case, model, optimizer, byte_sample(lines_of(case.variant), case.N), {})
 
 
 # ---- the two steps ---------------------------------------------------------------------------------------------------
 def _objective() -> Any:
-    """What both climb: returns over three turns, no baseline, PPO's surrogate on-policy, one mean over the assistant's
+    """Of both: returns over three turns, no baseline, PPO's surrogate on-policy, one mean over the assistant's
     tokens."""
     from ppg_fast.spec import Lookahead, PolicyLossSpec
     from ppg_fast.training.objective import Objective
 
     return Objective(Lookahead(3), baseline="none", spec=PolicyLossSpec("ppo"), reduction="token_mean")
-
-
-def _checkpointing(problem: WholeStep) -> None:
-    if SHAPES[problem.case.shape].checkpointing:
-        problem.model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def our_step(problem: WholeStep) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -128,7 +79,6 @@ def our_step(problem: WholeStep) -> Callable[[], tuple[Tensor, Tensor]]:
 
     def step() -> tuple[Tensor, Tensor]:
         prepare(problem.model)
-        _checkpointing(problem)
         return torch.tensor(next(steps)["loss"]), problem.model.get_input_embeddings().weight.grad
 
     return step
@@ -143,7 +93,6 @@ def trl_step(problem: WholeStep) -> Callable[[], tuple[Tensor, Tensor]]:
 
     def step() -> tuple[Tensor, Tensor]:
         model.set_attn_implementation("sdpa")
-        _checkpointing(problem)
         problem.optimizer.zero_grad(set_to_none=True)
         loss = trainer.compute_loss(model, inputs)
         loss.backward()
@@ -165,18 +114,10 @@ def _grpo_trainer(problem: WholeStep) -> Any:
     problem.model.set_attn_implementation("sdpa")
     with tempfile.TemporaryDirectory() as folder:
         options = {
-            "per_device_train_batch_size": 2,
-            "num_generations": 2,
-            "gradient_checkpointing": False,
-            "loss_type": "bnpo",
-        }
-        options |= {
-            "use_cpu": problem.case.device == "cpu",
-            "bf16": False,
-            "report_to": [],
-            "save_strategy": "no",
-            "disable_tqdm": True,
-        }
+            "per_device_train_batch_size": 2, "num_generations": 2, "gradient_checkpointing": False,
+            "loss_type": "bnpo", "use_cpu": problem.case.device == "cpu", "bf16": False,
+            "report_to": [], "save_strategy": "no", "disable_tqdm": True,
+        }  # fmt: skip
         data = Dataset.from_dict({"prompt": ["a", "b"]})
         given = {"train_dataset": data, "processing_class": make_byte_tokenizer(["a"], 263)}
         with warnings.catch_warnings():
@@ -261,14 +202,8 @@ def truth(problem: WholeStep) -> tuple[Tensor, Tensor]:
 
 def checker(problem: WholeStep, case: Case) -> Callable[[Any], dict[str, float]]:
     """Each step on a short dialogue against float64; at full length the two against each other, the first one being the
-    measure.
-
-    A model too large to be copied in float64 is stood in for by a small one in the same dtype, on the same device.
-    """
-    small = case.shape if not SHAPES[case.shape].checkpointing else "bytes"
-    short = make(
-        replace(case, N=min(case.N, CHECKED_TOKENS), V=SHAPES[small].vocab_size, D=SHAPES[small].width, shape=small)
-    )
+    measure."""
+    short = make(replace(case, N=min(case.N, CHECKED_TOKENS)))
     expected = truth(short)
     first: list[tuple[Tensor, Tensor]] = []
 

@@ -148,12 +148,16 @@ class PolicyClass:
     """Which future rewards a turn is credited for, as a window.
 
     R_t = sum over k in S_t of gamma^(k-t) r_k, and S_t = {t, ..., end_t - 1} where end_t is the smallest of t +
-    ``lookahead``, the end of t's segment and the end of the dialogue.  Source: arXiv:2603.06138
+    ``lookahead``, the end of t's segment and the end of the dialogue. ``str`` gives the name that `policy_class`
+    reads: greedy, lookahead:3, segment:4, full.  Source: arXiv:2603.06138
     """
 
     lookahead: int = field(default=UNBOUNDED, init=False)
     segment_length: int = field(default=0, init=False)  # 0: segments, if any, are given by ids
     segment_ids: Any = field(default=None, init=False)
+
+    def __str__(self) -> str:
+        return type(self).__name__.lower()
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,9 @@ class Lookahead(PolicyClass):
         )
         object.__setattr__(self, "lookahead", min(self.k, UNBOUNDED))
 
+    def __str__(self) -> str:
+        return f"lookahead:{self.k}"
+
 
 @dataclass(frozen=True)
 class Segment(PolicyClass):
@@ -197,10 +204,17 @@ class Segment(PolicyClass):
             require(self.ids_or_length is not None, "Segment needs a length or ids", None)
             object.__setattr__(self, "segment_ids", self.ids_or_length)
 
+    def __str__(self) -> str:
+        """segment:ids for ids, which no name could tell."""
+        return f"segment:{'ids' if self.segment_ids is not None else self.ids_or_length}"
+
 
 @dataclass(frozen=True)
 class FullPlanning(PolicyClass):
     """S_t = {t, ..., n}: a turn is credited for every reward from its own to the end of the dialogue."""
+
+    def __str__(self) -> str:
+        return "full"
 
 
 @dataclass(frozen=True)
@@ -212,6 +226,10 @@ class RewardMask(PolicyClass):
 
     def __post_init__(self) -> None:
         require(self.mask is not None, "RewardMask needs a (T, T) boolean mask", None)
+
+    def __str__(self) -> str:
+        """mask, which is not enough to read it back."""
+        return "mask"
 
 
 def policy_class(text: str | PolicyClass) -> PolicyClass:
@@ -229,3 +247,11 @@ def policy_class(text: str | PolicyClass) -> PolicyClass:
         text,
     )
     return Lookahead(int(number)) if name == "lookahead" else Segment(int(number))
+
+
+def policy_classes(text: str) -> tuple[PolicyClass, ...]:
+    """The policy classes that ``text`` names, separated by commas, each once."""
+    return tuple(dict.fromkeys(policy_class(name) for name in text.split(",")))
+
+
+CANDIDATES = policy_classes("greedy, lookahead:2, lookahead:3, lookahead:4, lookahead:6, segment:4, full")  # of auto

@@ -30,6 +30,20 @@ def test_a_problem_that_was_made_has_its_row_and_its_charts(stored):
     assert render.SECTIONS["policy_class_logs"](results) == render.NOT_MEASURED
 
 
+def test_a_table_has_the_same_columns_on_the_page_and_in_the_documents(stored):
+    folder, results = stored
+    (p,) = json.loads((folder / "made/compare.json").read_text())["problems"]
+    page, text = (folder / "made/report.html").read_text(), render.SECTIONS["policy_class_problems"](results)
+    for name, c in p["classes"].items():
+        g = p["gradient"].get(name, {})
+        level = "not reached" if c["level_samples"] is None else f"{c['level_samples']:,.0f}"
+        row = [name, *(f"{c[k]['mean']:.2f} ± {c[k]['std']:.2f}" for k in ("final", "area"))]
+        row += [f"{level} ({c['level_reached']}/2)"]
+        row += [f"{g[k]:.3f}" if k in g else "" for k in ("variance", "bias", "cosine", "alignment")] + [""]
+        assert f"<tr{' class=own' * (name == 'full')}><td>{'</td><td>'.join(row)}</td></tr>" in page
+        assert f"| {' | '.join(row)} |" in text
+
+
 def test_drawn_problems_have_one_table_and_one_chart_together(stored):
     folder, results = stored
     text = render.SECTIONS["policy_class_across"](results)
@@ -37,7 +51,7 @@ def test_drawn_problems_have_one_table_and_one_chart_together(stored):
     assert "(../bench/results/policy_classes.drawn.tabular.svg)" in text
     assert (folder / "policy_classes.drawn.tabular.svg").exists()
     assert "drawn:" not in render.SECTIONS["policy_class_problems"](results)
-    stored_problems = json.loads((folder / "policy_classes.cpu.json").read_text())["problems"]
+    stored_problems = results["policy_classes.cpu"]["problems"]
     assert [p["problem"] for p in stored_problems] == ["plan"]
 
 
@@ -47,5 +61,5 @@ def test_the_same_comparison_makes_the_same_files(stored, tmp_path):
     charts = sorted(p.name for p in tmp_path.glob("*.svg"))
     assert charts == sorted(p.name for p in folder.glob("*.svg"))
     assert all((tmp_path / name).read_bytes() == (folder / name).read_bytes() for name in charts)
-    one, other = (json.loads((f / "policy_classes.cpu.json").read_text()) for f in (folder, tmp_path))
+    one, other = (render.load(f)["policy_classes.cpu"] for f in (folder, tmp_path))
     assert [one[k] for k in ("problems", "across", "logs")] == [other[k] for k in ("problems", "across", "logs")]

@@ -91,7 +91,7 @@ def test_kill_minus_nine_at_many_moments(tmp_path):
 def test_a_signal_ends_the_run_after_the_step_and_resume_goes_on(
     number, code, name, whole, tmp_path, monkeypatch, capsys
 ):
-    rollouts = PersonaJob.rollouts
+    rollouts = PersonaJob.collect
 
     def interrupted(self, step):
         if step == 3:
@@ -99,7 +99,7 @@ def test_a_signal_ends_the_run_after_the_step_and_resume_goes_on(
         return rollouts(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PersonaJob, "rollouts", interrupted)
+        patch.setattr(PersonaJob, "collect", interrupted)
         assert main(["train", "--output-dir", str(tmp_path / "run"), *SHORT]) == code
     assert status(tmp_path / "run") == name
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -300,7 +300,7 @@ def test_too_many_in_a_row_end_the_training_with_their_batches():
 
 
 def test_a_run_that_is_not_finite_keeps_the_batch_and_names_the_file(tmp_path, monkeypatch, capsys):
-    rollouts = PersonaJob.rollouts
+    rollouts = PersonaJob.collect
 
     def exploding(self, step):
         found = rollouts(self, step)
@@ -320,7 +320,7 @@ def test_a_run_that_is_not_finite_keeps_the_batch_and_names_the_file(tmp_path, m
         "1",
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(PersonaJob, "rollouts", exploding)
+        patch.setattr(PersonaJob, "collect", exploding)
         said = refused(capsys, *argv)
     file = tmp_path / "run" / "not_finite.jsonl"
     assert f"step 3, the last of 2 in a row; the dialogues of these steps are in {file}" in said

@@ -157,14 +157,14 @@ def test_overwrite_replaces_a_run_and_nothing_else(persona_run, tmp_path, capsys
 def test_ctrl_c_keeps_what_was_done(tmp_path, monkeypatch):
     from ppg_fast.jobs.persona import PersonaJob
 
-    rollouts = PersonaJob.rollouts
+    rollouts = PersonaJob.collect
 
     def interrupted(self, step):
         if step == 2:
             raise KeyboardInterrupt
         return rollouts(self, step)
 
-    monkeypatch.setattr(PersonaJob, "rollouts", interrupted)
+    monkeypatch.setattr(PersonaJob, "collect", interrupted)
     assert main(["train", "--output-dir", str(tmp_path / "run"), *SHORT]) == 130
     assert {p.name for p in (tmp_path / "run").iterdir()} == FILES
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -177,7 +177,7 @@ def test_a_crash_keeps_the_weights_and_says_failed(tmp_path, monkeypatch, capsys
     def broken(self, step):
         raise FloatingPointError("the gradient must be finite, got norm nan")
 
-    monkeypatch.setattr(PersonaJob, "rollouts", broken)
+    monkeypatch.setattr(PersonaJob, "collect", broken)
     assert "got norm nan" in failure(capsys, "--output-dir", str(tmp_path / "run"), *SHORT)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").is_file()

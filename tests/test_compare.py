@@ -1,4 +1,4 @@
-"""`ppg-fast compare`: cells that resume, numbers that are what they are called, a report that stands alone."""
+"""`ppg-fast compare`: results that are kept, numbers that are what they are called, a report that stands alone."""
 
 import json
 import math
@@ -11,24 +11,24 @@ import pytest
 import torch
 
 from ppg_fast import cli
-from ppg_fast.compare import cells, summary
-from ppg_fast.compare.cells import Cell
+from ppg_fast.compare import results, summary
 from ppg_fast.compare.command import main
+from ppg_fast.compare.results import Run
 
 TABULAR = ["--problem", "plan", "--version", "tabular", "--policy-classes", "greedy,full,auto", "--max-steps", "6"]
 
 
 def files(folder):
-    return {p.name: p.stat().st_mtime_ns for p in (folder / cells.CELLS).iterdir()}
+    return {p.name: p.stat().st_mtime_ns for p in (folder / results.RESULTS).iterdir()}
 
 
-def test_a_comparison_resumes_cell_by_cell_and_reports(tmp_path, capsys):
+def test_a_comparison_resumes_result_by_result_and_reports(tmp_path, capsys):
     flags = [*TABULAR, "--output-dir", str(tmp_path)]
     assert cli.main(["compare", *flags, "--seeds", "2"]) == 0
     first = json.loads((tmp_path / "compare.json").read_text())
     before = files(tmp_path)
     assert len(before) == 7  # two seeds of three classes, and the gradients
-    gone = next(p for p in (tmp_path / cells.CELLS).iterdir() if "auto-1" in p.name)
+    gone = next(p for p in (tmp_path / results.RESULTS).iterdir() if "auto-1" in p.name)
     gone.unlink()
     assert main([*flags, "--seeds", "3"]) == 0
     after = files(tmp_path)
@@ -38,7 +38,7 @@ def test_a_comparison_resumes_cell_by_cell_and_reports(tmp_path, capsys):
     second = json.loads((tmp_path / "compare.json").read_text())
     for name, c in second["problems"][0]["classes"].items():
         assert c["seeds"] == [0, 1, 2]
-        # same cell, same numbers
+        # same run, same numbers
         assert c["final"]["each"][:2] == first["problems"][0]["classes"][name]["final"]["each"]
     page = (tmp_path / "report.html").read_text()
     assert page.startswith("<!doctype html>")
@@ -49,7 +49,7 @@ def test_a_comparison_resumes_cell_by_cell_and_reports(tmp_path, capsys):
 
 
 def test_a_comparison_that_is_killed_goes_on_to_the_same_numbers(tmp_path):
-    """kill -9 as soon as some cells are there; what was half written does not count."""
+    """kill -9 as soon as it has some results; what was half written does not count."""
     flags = [
         "--version",
         "tabular",
@@ -68,12 +68,12 @@ def test_a_comparison_that_is_killed_goes_on_to_the_same_numbers(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", call, *flags, "--output-dir", str(folder)], stdout=subprocess.DEVNULL
     )
-    while process.poll() is None and len(list(folder.glob("cells/*.json"))) < 3:
+    while process.poll() is None and len(list(folder.glob("results/*.json"))) < 3:
         time.sleep(0.001)
     process.kill()
     process.wait()
-    (folder / cells.CELLS / "half.1.new").write_text('{"returns": [')
-    assert 3 <= len(list(folder.glob("cells/*.json"))) < 17
+    (folder / results.RESULTS / "half.1.new").write_text('{"returns": [')
+    assert 3 <= len(list(folder.glob("results/*.json"))) < 17
     assert main([*flags, "--output-dir", str(folder)]) == 0
     one, other = (json.loads((f / "compare.json").read_text())["problems"] for f in (tmp_path / "whole", folder))
     for name, c in one[0]["classes"].items():
@@ -116,20 +116,20 @@ def test_bad_input_is_named_before_anything_is_written(flags, words, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def failing(cell):
-    if cell.seed == 1:
-        raise ValueError("this cell cannot be")
-    return {"value": cell.seed}
+def failing(run):
+    if run.seed == 1:
+        raise ValueError("this run cannot be")
+    return {"value": run.seed}
 
 
-def test_a_cell_that_fails_leaves_the_others(tmp_path):
-    wanted = [Cell("tabular", "plan", "full", s) for s in range(4)]
+def test_a_run_that_fails_leaves_the_others(tmp_path):
+    wanted = [Run("tabular", "plan", "full", s) for s in range(4)]
     done = []
-    with pytest.raises(ValueError, match="this cell cannot be"):
-        done.extend(r["value"] for _, r in cells.run(tmp_path, wanted, failing, jobs=2))
-    assert [cells.read(tmp_path, c) is not None for c in wanted] == [True, False, True, True]
-    with pytest.raises(ValueError, match="this cell cannot be"):
-        list(cells.run(tmp_path, wanted, failing, jobs=1))
+    with pytest.raises(ValueError, match="this run cannot be"):
+        done.extend(r["value"] for _, r in results.compute(tmp_path, wanted, failing, jobs=2))
+    assert [results.read(tmp_path, c) is not None for c in wanted] == [True, False, True, True]
+    with pytest.raises(ValueError, match="this run cannot be"):
+        list(results.compute(tmp_path, wanted, failing, jobs=1))
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -10,8 +10,11 @@ import pytest
 import torch
 from test_compare import files
 
-from ppg_fast.compare.cells import Cell
-from ppg_fast.compare.command import Study, main
+from ppg_fast.compare.columns import credit_table, score_table
+from ppg_fast.compare.command import main
+from ppg_fast.compare.page import table as page_table
+from ppg_fast.compare.results import Run
+from ppg_fast.compare.study import Study
 from ppg_fast.rewards.decomposition import prefix_maximum_rewards, telescoping_rewards
 
 
@@ -78,8 +81,8 @@ def test_training_reads_up_to_a_bound_and_credits_are_whole(tmp_path):
     for bound in (0, 12):
         study = Study(str(tmp_path), ("full",), max_steps=1, data=str(path), max_dialogue_tokens=bound)
         looked[bound] = (
-            study(Cell("logged", "", "gradient", 0))["credits"],
-            study(Cell("logged", "", "full", 0))["scores"]["plain"][0],
+            study(Run("logged", "", "gradient", 0))["credits"],
+            study(Run("logged", "", "full", 0))["scores"]["plain"][0],
         )
     assert looked[0][0] == looked[12][0]
     assert looked[0][1] != looked[12][1]  # of the held-out turns that were read
@@ -96,6 +99,11 @@ def test_a_running_score_is_decomposed_with_its_warning(tmp_path):
     log = json.loads((tmp_path / "b/compare.json").read_text())["log"]
     assert log["credits"]["classes"]["greedy"]["by_turn"] == pytest.approx([0.2, 0.4, 0.0, 0.3])
     assert any("in 5 of 10 dialogues the best score is not the last one" in w for w in log["warnings"])
+    page = (tmp_path / "b/report.html").read_text()
+    assert "<p>10 dialogues, 35 turns, mean reward 0.214 a turn; rewards decomposed: prefix_maximum.</p>" in page
+    for given in (credit_table(log), score_table(log)):
+        assert page_table(given) in page
+    assert credit_table(log).rows[0] == ("greedy", "71%", "66%", "0.20", "0.40", "0.30")  # turns 1, 2, 4
 
 
 # ---- decompositions --------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_fact_3_triangular_weights_are_another_algorithm(tree, k):
     torch.testing.assert_close(tree.expected_gradient(tree.returns(ppg.Lookahead(k))), frozen, **FINITE_DIFFERENCE)
 
 
-# ---------------------------------------------------------------------------------------------------------------- basel
+# ---- baselines -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids="groups of {}".format)
@@ -244,7 +244,7 @@ def test_apart_from_full_planning_a_class_is_the_gradient_of_no_function():
     assert all(curl(c) > FAR for c in (ppg.Greedy(), ppg.Lookahead(2), ppg.Segment(2)))
 
 
-# ------------------------------------------------------------------------------------------------ variance and soft win
+# ---- variance and soft windows ---------------------------------------------------------------------------------------
 
 
 def _variance(tree, returns):
@@ -316,7 +316,7 @@ def test_classes_that_are_one_another(count):
         assert all(torch.equal(ppg.partial_returns(rewards, c, 0.75, counts), expected) for c in classes)
 
 
-# ------------------------------------------------------------------------------------------- from rewards to dlogits in
+# ---- from rewards to dlogits in one op -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", POLICY_CLASSES)

@@ -1,5 +1,5 @@
-"""Evaluation on held-out dialogues: turns on their logged prefix against plain logits, rollouts by turn, a score of own
-answers."""
+"""Evaluation on held-out dialogues: turns on their logged prefix against plain logits, rollouts by turn, own answers
+in the places of the log."""
 
 import json
 
@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from ppg_fast.config import make_config
 from ppg_fast.dialogues.packing import Sample
-from ppg_fast.jobs import OfflineJob, Progress, ResumableRun
+from ppg_fast.jobs import run_job
 from ppg_fast.models.causal_lm import PolicyModule, make_model
 from ppg_fast.spec import Greedy, Lookahead
 from ppg_fast.training.evaluation import of_rollouts, on_logged_prefix
@@ -75,32 +75,23 @@ def test_rollouts_by_turn():
     assert not any("advantage" in name or "rows" in name for name in found)
 
 
-def test_an_offline_job_can_score_the_policys_own_answers(tmp_path):
-    """`score` is what a reward function plugs into: one reward a turn, metrics of rollouts, scored tables."""
-    messages = [{"role": "user", "content": "who ?"}, {"role": "assistant", "content": "anna"}] * 2
-    lines = [
-        json.dumps({"id": str(i), "group_id": "g", "messages": messages, "turn_rewards": [1.0, 0.5]}) for i in range(10)
-    ]
-    (tmp_path / "log.jsonl").write_text("\n".join(lines))
-    flags = {
-        "data": str(tmp_path / "log.jsonl"),
-        "output_dir": str(tmp_path / "run"),
-        "width": 16,
-        "layers": 1,
-        "max_new_tokens": 3,
-    }
-    config = make_config({**flags, "max_steps": 2, "eval_every": 1, "vocab_size": 280})
-    job = OfflineJob(config)
-    job.score = lambda rollout: [float(turn + 1) for turn in range(len(rollout.sample.rewards))]
-    with ResumableRun(config, job.policy, job.data_digest) as run:
-        progress = Progress(False, 1)
-        job.train(run, progress)
-        results = job.finish(run, progress)
-    assert results["eval/reward/end"] == 3.0
-    rows = run.of_phase("eval")
-    assert [row["eval/turns/return/1"] for row in rows] == [2.0] * len(rows)
-    assert all("eval/turns/logprob/1" in row for row in rows)
+@pytest.mark.parametrize("opening", ["user", "system"])
+def test_an_offline_job_shows_the_policys_own_answers_without_a_reward(opening, tmp_path):
+    """In the places of the log, before and after training: nobody can say what they are worth. It may speak first."""
+    said = [(opening, "be anna"), ("assistant", "anna"), ("user", "who ?"), ("assistant", "anna")]
+    line = {"group_id": "g", "messages": [{"role": r, "content": c} for r, c in said], "turn_rewards": [1.0, 0.5]}
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps({"id": str(i), **line}) for i in range(10)))
+    settings = {"data": str(tmp_path / "log.jsonl"), "output_dir": str(tmp_path / "run"), "width": 16, "layers": 1}
+    short = {"max_new_tokens": 3, "max_steps": 2, "eval_every": 1, "vocab_size": 280, "progress": False}
+    assert run_job(make_config({**settings, **short})) == 0
+    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(("eval/turns/logprob/1" in row) == (row["phase"] == "eval") for row in metrics)
+    assert not any("eval/reward" in row for row in metrics)
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
-    assert {row["reward"] for row in samples} == {1.0, 2.0}
-    assert {row["step"] for row in samples} == {0, 1, 2}
-    assert "`reward 2.00`" in (tmp_path / "run/samples_after.md").read_text()
+    assert {(row["phase"], row["step"], row["turn"], row["reward"], row["return"]) for row in samples} == {
+        ("eval", step, turn, None, None) for step in (0, 2) for turn in (0, 1)
+    }
+    text = (tmp_path / "run/samples_after.md").read_text()
+    assert text.count(f"- **{opening}**: be anna") == 2, "two dialogues are held out"
+    assert text.count("- **user**: who ?") == 2
+    assert "`reward" not in text

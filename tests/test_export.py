@@ -68,6 +68,7 @@ def test_a_run_with_adapters_leaves_the_adapter(folders, tmp_path):
     """And training can go on: neither weights nor adapters of the model that is saved change."""
     _, adapted, tokenizer, ids, expected = folders
     run = RunFolder(make_config({"output_dir": str(tmp_path / "run")}))
+    run.open()
     before = {name: value.clone() for name, value in adapted.state_dict().items()}
     run.save_checkpoint(adapted, tokenizer)
     assert all(torch.equal(before[name], value) for name, value in adapted.state_dict().items())
@@ -80,6 +81,7 @@ def test_a_run_with_adapters_leaves_the_adapter(folders, tmp_path):
 def test_what_cannot_be_merged_is_said(folders, tmp_path, capsys):
     root, _, tokenizer, *_ = folders
     run = RunFolder(make_config({"output_dir": str(tmp_path / "run")}))
+    run.open()
     run.save_checkpoint(make_model(len(tokenizer), width=16, layers=1), tokenizer)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")

@@ -1,11 +1,13 @@
 """What a step is estimated to take is what it takes: peak resident memory of real steps, and what follows from the
 estimate's parts."""
 
+import bisect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +16,7 @@ pytest.importorskip("peft")
 
 from ppg_fast.cli import main
 from ppg_fast.config import make_config
-from ppg_fast.jobs import meta_step
+from ppg_fast.jobs import memory_estimate, meta_step
 from ppg_fast.jobs.memory_estimate import estimate, largest
 
 SIZES = {
@@ -78,6 +80,8 @@ def test_settings_change_the_peak_as_they_should(folder):
     assert total(device="cuda", activation_checkpointing=True, activation_offload=True) < total(
         device="cuda", activation_checkpointing=True
     )
+    half = {"bf16": True, "activation_checkpointing": True}
+    assert total(**half) < checkpointed, "casts hold in layers that are computed again"
     assert total(optim="adamw_8bit") < plain
     assert total(device="cuda", optim_offload=True) < total(device="cuda")
     assert total(optim_offload=True) > plain, "a CPU holds the copies itself"
@@ -92,6 +96,33 @@ def test_the_longest_dialogue_fits_and_a_longer_one_does_not(folder):
     assert estimate(config, tokens).total <= budget
     assert estimate(config, tokens + tokens // 32).total > budget
     assert largest(config, 1e6) == 0
+
+
+PEAKS = {
+    "linear": lambda n: 10**8 + 3000 * n,
+    "two phases": lambda n: max(10**8 + 3000 * n, 4 * 10**7 + 9000 * n),
+    "flatter": lambda n: 10**8 + 9000 * min(n, 3000) + 500 * max(0, n - 3000),
+    "chunks": lambda n: 10**8 + 3000 * n + 4 * 10**6 * (n // 4096),
+    "nothing": lambda n: 10**8,
+}
+
+
+@pytest.mark.parametrize("shape", PEAKS)
+def test_the_longest_dialogue_is_found_with_few_estimates(shape, monkeypatch):
+    """Against peaks whose longest dialogue bisection finds one by one."""
+    asked = []
+
+    def made_up(config, tokens, device):
+        asked.append(tokens)
+        return SimpleNamespace(total=PEAKS[shape](tokens))
+
+    monkeypatch.setattr(memory_estimate, "estimate", made_up)
+    for memory in (1.0e8, 1.004e8, 1.2e8, 1.3e8, 2e9, 8e10):
+        asked.clear()
+        longest = bisect.bisect_right(range(2**31), memory, key=PEAKS[shape]) - 1
+        found = largest(make_config(), memory)
+        assert found == 0 if longest < 64 else found <= longest < found + max(2, found / 64 + 1) or found >= 2**31
+        assert len(asked) <= (8 if shape == "linear" else 20)
 
 
 def test_info_says_it_from_a_config_alone(folder, capsys):

@@ -1,4 +1,4 @@
-"""What a step says: by turn index, by rows of work, by answers; against counting by hand, and against the documented
+"""Metrics of a step: by turn index, by rows of work, by answers; against counting by hand, and against the documented
 names."""
 
 import json

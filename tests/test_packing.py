@@ -1,11 +1,13 @@
 """Packed batches: one packed row equal to its dialogues one by one, micro-batches under a budget."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppg_fast.dialogues.packing import Sample, micro_batches, pack, trim_after_last_turn
+from ppg_fast.dialogues.packing import Sample, micro_batches, pack
 
 
 @st.composite
@@ -97,37 +99,55 @@ def test_to_moves_every_tensor():
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 25))
 def test_micro_batches_hold_everything_under_the_budget(lengths, max_tokens):
-    given_samples = [Sample([n] * length, [-1] * length, [], 0) for n, length in enumerate(lengths)]
-    batches = list(micro_batches(given_samples, max_tokens))
-    names = [[sample.tokens[0] for sample in batch] for batch in batches]
-    assert sorted(n for batch in names for n in batch) == list(range(len(lengths)))
-    assert all(batch == sorted(batch) for batch in names), "a batch keeps the order of the samples"
-    totals = [sum(len(sample.tokens) for sample in batch) for batch in batches]
+    batches = micro_batches(lengths, max_tokens)
+    assert sorted(n for batch in batches for n in batch) == list(range(len(lengths)))
+    assert all(batch == sorted(batch) for batch in batches), "a batch keeps the order of the dialogues"
+    totals = [sum(lengths[n] for n in batch) for batch in batches]
     assert all(total <= max_tokens or len(batch) == 1 for total, batch in zip(totals, batches, strict=True))
     assert totals == sorted(totals, reverse=True)
 
 
 def test_micro_batches_are_few_and_even():
     """Consecutive filling would need four, of 9, 2, 9 and 1 tokens; best fit alone would leave 10, 10 and 1."""
-    lengths = [5, 4, 2, 9, 1]
-    batches = list(micro_batches([Sample([n] * length, [-1] * length, [], 0) for n, length in enumerate(lengths)], 11))
-    assert [[len(s.tokens) for s in batch] for batch in batches] == [[2, 9], [5, 4, 1]]
-    batches = list(
-        micro_batches([Sample([n] * length, [-1] * length, [], 0) for n, length in enumerate([6, 6, 2, 2, 2, 2])], 12)
-    )
-    assert [sum(len(s.tokens) for s in batch) for batch in batches] == [10, 10], "best fit alone would make 12 and 8"
+    assert micro_batches([5, 4, 2, 9, 1], 11) == [[2, 3], [0, 1, 4]]
+    batches = micro_batches(sizes := [6, 6, 2, 2, 2, 2], 12)
+    assert [sum(sizes[n] for n in batch) for batch in batches] == [10, 10], "best fit alone would make 12 and 8"
 
 
 @pytest.mark.parametrize("max_tokens", [0, -3, 2.5, True])
 def test_micro_batches_refuse_a_budget(max_tokens):
     with pytest.raises(ValueError, match=f"max_tokens must be an integer >= 1, got {max_tokens}"):
-        next(micro_batches([], max_tokens))
+        micro_batches([], max_tokens)
 
 
-def test_trim_after_last_turn():
-    sample = Sample([1, 2, 3, 4], [-1, 0, -1, -1], [0.5], 7, [0.0, -0.3, 0.0, 0.0])
-    assert trim_after_last_turn(sample) == Sample([1, 2], [-1, 0], [0.5], 7, [0.0, -0.3])
-    longer = Sample([1, 2, 3, 4, 5], [0, -1, 0, -1, 1], [0.5, 1.0], 7)
-    assert trim_after_last_turn(longer) == longer
-    assert trim_after_last_turn(longer, {0}) == Sample([1, 2, 3], [0, -1, 0], [0.5, 1.0], 7)
-    assert trim_after_last_turn(Sample([1, 2], [0, -1], [0.5], 7)).tokens == [], "nothing predicts a first token"
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_a_part_is_what_packing_its_dialogues_gives(logprobs):
+    """Dialogues picked out of a packed batch, each up to a length, against packing samples that were cut by hand."""
+    layout, rewards = [-1, 0, -1, 1, 1, -1], [0.5, 1.0]
+    samples = [
+        Sample([10 * n + i for i in range(6)], layout, [r + n for r in rewards], n, [-0.1 * i for i in range(6)])
+        for n in range(4)
+    ]
+    samples[1] = Sample([7, 8], [-1, 0], [0.25], 9, [0.0, -0.5])
+    if not logprobs:
+        samples = [replace(s, rollout_logprobs=None) for s in samples]
+    lengths, chosen = [4, 2, 6, 5], [3, 0, 1]
+    cut = [
+        replace(
+            samples[n],
+            tokens=samples[n].tokens[: lengths[n]],
+            turn_ids=samples[n].turn_ids[: lengths[n]],
+            rollout_logprobs=samples[n].rollout_logprobs[: lengths[n]] if logprobs else None,
+        )
+        for n in chosen
+    ]
+    whole = pack(samples)
+    for found, truth in (
+        (whole.part(chosen, torch.tensor(lengths)), pack(cut)),
+        (whole.part(chosen), pack([samples[n] for n in chosen])),
+        (whole.part([2]), pack([samples[2]])),
+    ):
+        for name, tensor in vars(truth).items():
+            other = getattr(found, name)
+            assert (other is None) == (tensor is None)
+            assert tensor is None or (other.dtype == tensor.dtype and torch.equal(other, tensor)), name

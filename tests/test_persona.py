@@ -4,8 +4,6 @@ import random
 
 import pytest
 
-from ppg_fast.dialogues.dialogue import Dialogue, Message
-from ppg_fast.rollouts.environment import LoggedDialogue
 from ppg_fast.rollouts.persona import DELAY, PLEASED, SETTLED, PersonaInterview, words
 
 
@@ -120,16 +118,6 @@ def test_a_more_skilled_teacher_earns_more():
         return sum(sum(play(env, s, lambda e: e.demonstrate(rng, skill))) for s in range(100)) / 100
 
     assert mean_return(0.0) < mean_return(0.5) < mean_return(1.0)
-
-
-def test_logged_dialogue_replays_the_partner():
-    messages = [("system", "s"), ("user", "u0"), ("assistant", "a0"), ("user", "u1"), ("assistant", "a1")]
-    env = LoggedDialogue([Dialogue("d", "g", tuple(Message(*m) for m in messages), (1.0, 0.0))])
-    assert [m.content for m in env.reset(0)] == ["s", "u0"]
-    assert env.step("anything") == (Message("user", "u1"), 0.0, False)
-    assert env.step("anything") == (None, 0.0, True)
-    with pytest.raises(ValueError, match="at least one dialogue"):
-        LoggedDialogue([])
 
 
 def test_the_courtesy_is_half_of_every_later_reward():

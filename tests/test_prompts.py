@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from test_cli import FILES, TINY, dialogue, failure, rows, threads_stay, write  
 from ppg_fast import endpoint as endpoints
 from ppg_fast.cli import main
 from ppg_fast.dialogues.chat_format import ChatFormat, make_byte_tokenizer
-from ppg_fast.dialogues.dialogue import Message, read_dialogues
-from ppg_fast.dialogues.prompts import Prompt, read_prompts
+from ppg_fast.dialogues.dialogue import Dialogue, Message, read_dialogues
+from ppg_fast.dialogues.prompts import Prompt, prompt_of, read_prompts
 from ppg_fast.endpoint import Endpoint
 from ppg_fast.jobs import score as scoring_job
 from ppg_fast.jobs.prompts import prompt_seeds
@@ -125,6 +126,20 @@ def test_the_log_and_nobody_as_partners_and_the_most_turns():
         talk = Conversation([logged], partner, turns)
         talk.reset(0)
         assert talk.step("x") == (None, 0.0, True)
+
+
+def test_a_logged_dialogue_is_a_prompt_with_its_log():
+    messages = [("system", "s"), ("user", "u0"), ("assistant", "a0"), ("user", "u1"), ("assistant", "a1")]
+    logged = Dialogue("d", "g", tuple(Message(*m) for m in messages), (1.0, 0.0))
+    talk = Conversation([prompt_of(logged)], LoggedPartner(), max_turns=9)
+    assert [m.content for m in talk.reset(0)] == ["s", "u0"]
+    assert talk.step("anything") == (Message("user", "u1"), 0.0, False)
+    assert talk.step("anything") == (None, 0.0, True)
+    begun = replace(logged, messages=logged.messages[2:])
+    assert prompt_of(begun).messages == (), "the assistant spoke first"
+    assert prompt_of(begun).logged == (Message("user", "u1"),)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        Conversation([], LoggedPartner(), 9)
 
 
 def test_the_start_weights_as_partner_stay_and_do_not_hear_special_tokens():

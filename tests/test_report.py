@@ -14,12 +14,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from test_cli import SHORT, failure, rows
+from test_cli import SHORT, dialogue, failure, rows, write
 
 from ppg_fast.cli import main
 from ppg_fast.config import OFFLINE, SECTIONS, TrainConfig, add_flags, make_config
 from ppg_fast.dialogues.packing import Sample
-from ppg_fast.jobs import cards, curves, samples, trackers
+from ppg_fast.jobs import PromptsJob, cards, curves, samples, trackers
 from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.spec import Greedy
 from ppg_fast.training.objective import Objective
@@ -102,7 +102,7 @@ def test_a_run_that_goes_on_has_every_sample_once(tmp_path, monkeypatch):
         "--eval-every",
         "1",
     ]
-    rollouts = PersonaJob.rollouts
+    rollouts = PersonaJob.collect
 
     def broken(self, step):
         if step == 3:
@@ -110,7 +110,7 @@ def test_a_run_that_goes_on_has_every_sample_once(tmp_path, monkeypatch):
         return rollouts(self, step)
 
     with monkeypatch.context() as patched:
-        patched.setattr(PersonaJob, "rollouts", broken)
+        patched.setattr(PersonaJob, "collect", broken)
         assert main(["train", *flags]) == 1
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     table = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
@@ -159,19 +159,57 @@ def test_the_folder_says_what_it_is(run):
 
 
 def test_a_run_under_way_and_every_end_are_described(tmp_path):
-    config = make_config({"data": "logs/talks.jsonl"})
-    cards.write_readme(tmp_path, config, None)
+    config, description = make_config({"data": "logs/talks.jsonl"}), "Offline training on `talks.jsonl`."
+    cards.write_readme(tmp_path, config, description, None)
     assert "there is no summary yet" in (tmp_path / "README.md").read_text()
     for status, words in cards.ENDED.items():
         cards.write_readme(
             tmp_path,
             config,
+            description,
             {"status": status, "steps": 3, "seconds": 1.0, "eval/logprob/start": -2.0, "eval/logprob/end": -1.5},
         )
         text = (tmp_path / "README.md").read_text()
         assert words in text
         assert "`talks.jsonl`" in text
         assert "| `eval/logprob` | -2 | -1.5 |" in text
+
+
+RUNS = {  # flags of a run, and what its cards must name
+    "persona": ("", ["On-policy training", "rollouts of the persona interview"]),
+    "offline": ("--data FILE", ["Offline training", "logged dialogues of `talks.jsonl`"]),
+    "prompts": ("--prompts FILE --reward REWARD", ["prompts of `talks.jsonl`", "logged partner", "1*brief@turn"]),
+    "self": ("--prompts FILE --reward 2*REWARD@dialogue --partner self", ["own start weights", "2*brief@dialogue"]),
+}
+
+
+def make_files(folder):
+    """--data and --prompts files, and a reward."""
+    (folder / "rewards.py").write_text("def brief(messages):\n    return 1.0\n")
+    write(folder / "talks.jsonl", [dialogue(n) for n in range(5)])
+    return {"FILE": str(folder / "talks.jsonl"), "REWARD": f"{folder / 'rewards.py'}:brief"}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_readme_and_model_card_say_what_was_trained_on(name, tmp_path):
+    flags, wanted = RUNS[name]
+    for key, value in make_files(tmp_path).items():
+        flags = flags.replace(key, value)
+    short = [*SHORT, "--imitation-steps", "0", "--max-steps", "0", "--max-new-tokens", "2", "--max-turns", "2"]
+    assert main(["train", "--output-dir", str(tmp_path / "run"), *short, *flags.split()]) == 0
+    for card in ("README.md", "checkpoint/README.md"):
+        text = (tmp_path / "run" / card).read_text()
+        assert [part for part in wanted if part not in text] == []
+        assert ("persona interview" in text) == (name == "persona")
+
+
+def test_addresses_and_folders_stay_out_of_the_cards(tmp_path):
+    files = make_files(tmp_path)
+    settings = {"prompts": files["FILE"], "reward": files["REWARD"], "partner": "http://10.1.2.3:8000/v1", "width": 16}
+    text = PromptsJob(make_config({**settings, "partner_model": "qwen", "layers": 1})).description()
+    assert "a model behind an endpoint (`qwen`) as partner" in text
+    assert "10.1.2.3" not in text
+    assert str(tmp_path) not in text
 
 
 # ---- trackers --------------------------------------------------------------------------------------------------------

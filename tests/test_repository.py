@@ -42,6 +42,41 @@ def test_tools_are_pinned_alike():
         assert re.search(rf"{tool}==", hooks), tool
 
 
+def test_workflows_run_what_there_is():
+    """Every `make` target that a workflow or CONTRIBUTING.md names is in the Makefile, and every file in the tree."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    workflows = sorted((ROOT / ".github/workflows").glob("*.yml"))
+    assert {path.stem for path in workflows} == {"test", "wheels"}
+    text = "".join(path.read_text() for path in workflows)
+    assert set(re.findall(r"\bmake ([a-z-]+)", text)) >= {"train", "test", "test-verl"}
+    named = re.findall(r"\bmake ([a-z-]+)", text + (ROOT / "CONTRIBUTING.md").read_text())
+    assert set(named) - targets == set()
+    assert [path for path in re.findall(r"tests/\w+\.py", text) if not (ROOT / path).exists()] == []
+
+
+WIDTH = 120  # columns of prose
+
+
+def wide_lines(text):
+    """Numbers of the lines of prose that are too wide: not tables, code, generated sections, or a link by itself."""
+    found, code, generated = [], False, False
+    for number, line in enumerate(text.splitlines(), 1):
+        code ^= line.lstrip().startswith("```")
+        generated = (generated or line.startswith("<!-- bench:")) and not line.startswith("<!-- /bench")
+        apart = code or generated or line.lstrip().startswith("|")
+        if len(line) > WIDTH and not apart and not re.fullmatch(r"[\s*-]*!?\[?\S+\]?\(?\S*\)?[.,;:]?", line):
+            found.append(number)
+    return found
+
+
+def test_prose_is_not_wide():
+    wide, narrow = "word " * 30, "word"
+    page = [wide, narrow, "```", wide, "```", f"| {wide} |", "<!-- bench:x -->", wide, "<!-- /bench -->", f"* {wide}"]
+    assert wide_lines("\n".join([*page, f"- [{'x' * 60}](https://{'y' * 80})."])) == [1, 10]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    assert {page.name: lines for page in pages if (lines := wide_lines(page.read_text()))} == {}
+
+
 @pytest.mark.parametrize("name", [n for n in ppg.__all__ if inspect.isfunction(getattr(ppg, n))])
 def test_public_functions_document_every_argument(name):
     function = getattr(ppg, name)

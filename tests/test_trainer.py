@@ -17,13 +17,13 @@ from ppg_fast.models import causal_lm as models
 from ppg_fast.models.adaptation import StartingWeights
 from ppg_fast.spec import FullPlanning, Greedy, Lookahead, PolicyLossSpec
 from ppg_fast.training import trainer
+from ppg_fast.training.metrics import reading
 from ppg_fast.training.objective import (
     Objective,
     Schedule,
     credit,
-    live_parts,
-    reading,
     require_nonnegative,
+    tokens_to_read,
     warn_if_hardly_credited,
 )
 from ppg_fast.training.trainer import optimise, update
@@ -107,9 +107,7 @@ def test_what_is_not_read_has_no_gradient(case, max_tokens, monkeypatch):
     samples, reference, results = ending_early(), StartingWeights(tiny(3)), []
     for whole in (False, True):
         if whole:
-            monkeypatch.setattr(
-                trainer, "live_parts", lambda samples, *_: [(sample, row) for row, sample in enumerate(samples)]
-            )
+            monkeypatch.setattr(trainer, "tokens_to_read", lambda batch, *_: torch.diff(batch.cu_seqlens).long())
         model = tiny()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
         schedule = Schedule(1, 0.02, max_tokens=10_000 if whole else max_tokens, max_grad_norm=1e9)
@@ -133,13 +131,19 @@ def test_what_is_not_read_has_no_gradient(case, max_tokens, monkeypatch):
 def test_dialogues_are_read_up_to_their_last_credited_token(case):
     spec, reduction, iterations, tokens = EARLY[case]
     objective = Objective(Greedy(), baseline="none", spec=spec, reduction=reduction, num_iterations=iterations)
-    samples = ending_early()
-    _, advantages = credit(pack(samples), objective)
-    read = reading(samples, advantages, objective, [part for part, _ in live_parts(samples, advantages, objective)])
+    batch = pack(samples := ending_early())
+    _, advantages = credit(batch, objective)
+    read = reading(batch, advantages, spec, tokens_to_read(batch, advantages, objective))
     assert read["perf/tokens_read"] == tokens
     credited = sum(1 for i, s in enumerate(samples) for t in s.turn_ids if 0 <= t <= i % 2 and i != 3)
     labels = sum(t >= 0 for s in samples for t in s.turn_ids)
     assert read["perf/active_row_share"] == pytest.approx(1 if spec.needs_every_row else credited / labels)
+
+
+def test_a_dialogue_of_which_nothing_predicts_an_answer_is_not_read():
+    batch = pack([Sample([1, 2], [0, -1], [1.0], 0), Sample([1, 2, 3], [0, 0, -1], [1.0], 0)])
+    objective = Objective(Greedy(), baseline="none", spec=PolicyLossSpec(kl_coef=0.1))
+    assert tokens_to_read(batch, batch.rewards, objective).tolist() == [0, 2]
 
 
 def test_the_gradient_is_the_partial_policy_gradient():
@@ -232,7 +236,7 @@ def test_negative_rewards_are_named():
 
 def test_terminal_rewards_under_a_short_window_are_warned_of():
     samples = [replace(s, rewards=[0.0] * (len(s.rewards) - 1) + [1.0]) for s in some_samples()]
-    with pytest.warns(UserWarning, match=r"last turn only: Greedy.* credits 6 of 14 turns"):
+    with pytest.warns(UserWarning, match=r"last turn only: greedy credits 6 of 14 turns, full all"):
         warn_if_hardly_credited(samples, Objective(policy_class=Greedy()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -279,7 +283,7 @@ class Log:
     def log(self, phase, metrics):
         self.rows.append(metrics)
 
-    def climb(self, phase, collect, objective, schedule):
+    def optimise(self, phase, collect, objective, schedule):
         return optimise(self.model, collect, objective, schedule)
 
     def phase(self, name, steps):

@@ -64,7 +64,7 @@ def test_both_trainers_take_the_same_step():
         assert info["tokens"] == QUICK.N
         assert 0 < info["active_tokens"] < QUICK.N
     assert "agreement" in entries[-1]["extra_info"]["error"]
-    text = step_tables.whole_step_table("cpu", entries)
+    text = step_tables.step_table("cpu", entries)
     assert "whole trainers: one dialogue of 512 tokens" in text
     assert "longest" not in text
     json.dumps(entries)

@@ -148,8 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     build.link(ROOT, WORK / "site")
     stem = "gpu" if tuple(names) == ALL else f"gpu-{'-'.join(names)}"
     said = " ".join(["make gpu", *([f"ONLY={given.only}"] if given.only else [])])
-    out = given.out.resolve()
-    store = Store(out / f"{stem}.{given.device}.json", header(ROOT, said, given.commit))
+    store = Store(given.out.resolve(), f"{stem}.{given.device}", header(said, given.commit))
     passed = run(parts(names, given.device, given.tiny, given.pytest.split()), store, 60 * given.minutes, WORK / "logs")
     print(f"wrote {store.path}")
     command = [sys.executable, "-m", "ppg_fast.bench.gpu.report", str(store.path)]

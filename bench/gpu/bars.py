@@ -4,6 +4,8 @@ says."""
 from collections.abc import Callable
 from typing import Any
 
+from ..tables import quotient
+
 Bar = tuple[str, str, float, float | None, bool]  # what, "<=" or ">=", the bar, measured, in percent
 OURS, INPLACE, ENTROPY = "ppg_fast cuda", "ppg_fast cuda, in place", "ppg_fast cuda, with entropy"
 VOCABULARIES = (32000, 128256, 151936, 262144)
@@ -28,10 +30,6 @@ def _seconds(file: dict[str, Any], names: tuple[str, ...], **case: Any) -> float
     return None if entry is None else entry["stats"]["median"]
 
 
-def _ratio(above: float | None, below: float | None) -> float | None:
-    return None if above is None or not below else above / below
-
-
 def bars(file: dict[str, Any]) -> list[Bar]:
     """Every bar, measured or not."""
     found: list[Bar] = []
@@ -47,9 +45,9 @@ def _logits(file: dict[str, Any]) -> list[Bar]:
         case = {"op": "policy_loss", "N": 8192, "V": V, "dtype": "bfloat16", "active": 1.0}
         ours, at = _seconds(file, (INPLACE,), **case), f"V {V:,}"
         rows.append((f"{at}: DRAM bytes of the fused kernel / (one read + one write)", "<=", 1.05, moved.get(V), False))
-        copied = _ratio(_seconds(file, ("copy",), **case), ours)
+        copied = quotient(_seconds(file, ("copy",), **case), ours)
         rows.append((f"{at}: share of the rate of a device copy", ">=", 0.85 if V == 262144 else 0.90, copied, True))
-        slowest = {name: _ratio(_seconds(file, (name,), **case), ours) for name in PEERS}
+        slowest = {name: quotient(_seconds(file, (name,), **case), ours) for name in PEERS}
         least = min((r for r in slowest.values() if r is not None), default=None)
         name = next((n for n, r in slowest.items() if r == least and r is not None), "the others")
         rows.append((f"{at}: time of {name} / ours", ">=", 1.5, least, False))
@@ -58,7 +56,7 @@ def _logits(file: dict[str, Any]) -> list[Bar]:
                 f"{at}: time of quack's cross-entropy / ours",
                 ">=",
                 1.0,
-                _ratio(_seconds(file, ("quack cross-entropy",), **case), ours),
+                quotient(_seconds(file, ("quack cross-entropy",), **case), ours),
                 False,
             )
         )
@@ -69,7 +67,7 @@ def _forward(file: dict[str, Any]) -> list[Bar]:
     rows: list[Bar] = []
     for V in VOCABULARIES:
         case = {"op": "logprobs", "N": 8192, "V": V, "dtype": "bfloat16"}
-        share = _ratio(_seconds(file, READ, **case), _seconds(file, (ENTROPY,), **case))
+        share = quotient(_seconds(file, READ, **case), _seconds(file, (ENTROPY,), **case))
         rows.append((f"V {V:,}: log-prob and entropy alone, share of the read rate", ">=", 0.90, share, True))
     return rows
 
@@ -78,18 +76,24 @@ def _hidden(file: dict[str, Any]) -> list[Bar]:
     case: dict[str, Any] = {"op": "linear", "N": 8192, "V": 128256, "D": 4096, "dtype": "bfloat16", "zero": 0.0}
     ours, bare = _entry(file, (OURS,), **case, active=1.0), _seconds(file, ("three bare GEMMs",), **case, active=1.0)
     seconds = None if ours is None else ours["stats"]["median"]
-    quarter = _ratio(_seconds(file, (OURS,), **case, active=0.25), seconds)
+    quarter = quotient(_seconds(file, (OURS,), **case, active=0.25), seconds)
     peak = None if ours is None else ours["extra_info"].get("peak_extra_bytes")
     limit = None if ours is None else ours["extra_info"].get("chunk_bytes")
     allowed = None if limit is None else limit + case["V"] * case["D"] * 4 + case["N"] * case["D"] * 2
-    peers = [r for name in HEADS if (r := _ratio(_seconds(file, (name,), **case, active=1.0), seconds)) is not None]
+    peers = [r for name in HEADS if (r := quotient(_seconds(file, (name,), **case, active=1.0), seconds)) is not None]
     return [
-        ("from hidden states, V 128,256, D 4,096: share of three bare GEMMs", ">=", 0.90, _ratio(bare, seconds), True),
+        (
+            "from hidden states, V 128,256, D 4,096: share of three bare GEMMs",
+            ">=",
+            0.90,
+            quotient(bare, seconds),
+            True,
+        ),
         (
             "its peak memory / (a chunk of logits + float32 d_weight + d_hidden)",
             "<=",
             1.0,
-            _ratio(peak, allowed),
+            quotient(peak, allowed),
             False,
         ),
         ("25% of the rows active: time / that of all", "<=", 0.30, quarter, False),

@@ -4,16 +4,16 @@ line of theirs."""
 import contextlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from .. import result_file
 
 TAIL = 3000  # characters of a part's output that are kept
 LEAST = 5.0  # seconds under which no part is started
@@ -38,43 +38,20 @@ class Part:
     after: Callable[[], None] = lambda: None
 
 
-def header(root: Path, command: str, commit: str | None) -> dict[str, Any]:
-    """What is known before torch has been imported."""
-    cpu = {"brand_raw": platform.processor(), "count": os.cpu_count(), "last_level_cache": 0}
-    known = {"system": platform.system(), "release": platform.release(), "libc": " ".join(platform.libc_ver())}
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "machine_info": {**known, "python_version": platform.python_version(), "cpu": cpu, "memory_bytes": pages},
-        "commit_info": {
-            "id": commit or _git(root, "rev-parse", "HEAD") or "unknown",
-            "dirty": bool(_git(root, "diff", "HEAD", "--stat")),
-        },
-        "datetime": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "version": "1",
-        "ppg_fast": {"command": command, "versions": {}, "load_before": round(os.getloadavg()[0], 2), "missing": {}},
-        "parts": {},
-        "benchmarks": [],
-    }
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    try:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def header(command: str, commit: str | None = None) -> dict[str, Any]:
+    """Of a GPU run: `result_file.header`, and the parts to come."""
+    return result_file.header(command, commit=commit) | {"parts": {}}
 
 
 class Store:
-    """The results file: written beside itself and renamed, so that it is whole whenever it is looked at."""
+    """The results file, whole whenever it is looked at. ``path``: where it was written last."""
 
-    def __init__(self, path: Path, content: dict[str, Any]) -> None:
-        self.path, self.content = path, content
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, name: str, content: dict[str, Any]) -> None:
+        self.folder, self.name, self.content = folder, name, content
+        self.write()
 
     def write(self) -> None:
-        draft = self.path.with_suffix(".draft")
-        draft.write_text(json.dumps(self.content, indent=1) + "\n")
-        draft.replace(self.path)
+        self.path = result_file.write(self.folder, self.name, self.content)
 
     def take(self, part: str, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Move what belongs to the whole file to its place; what is left belongs to the part."""

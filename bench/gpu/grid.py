@@ -9,8 +9,9 @@ import torch
 
 from ppg_fast.ops import head
 
-from .. import harness
-from ..problem import Case
+from .. import bench_linear, harness
+from ..problem import Case, make_problem
+from ..providers import SPEC, linear_policy_loss
 from ..timing import Contestant, Pace, interleave, stats
 
 VOCABULARIES = (32000, 128256, 151936, 262144)
@@ -42,8 +43,7 @@ def cases(device: str, tiny: bool) -> list[tuple[Case, bool, float]]:
 
 
 def run(report: Any) -> None:
-    """Entries in pytest-benchmark's form, as `ppg-fast bench` writes them, case by case; then what the head's switches
-    cost."""
+    """Entries as `ppg-fast bench` writes them, case by case; then what the size of the head's chunks costs."""
     known: dict[str, harness.Known] = {}  # by op
     for case, compilers, needed in cases(report.device, report.tiny):
         size = f"N={case.N} V={case.V} D={case.D} {case.dtype} active={case.active} zero={case.zero}"
@@ -59,7 +59,7 @@ def run(report: Any) -> None:
             report.add(benchmarks=entries, missing=named)
 
         report.case(f"{case.op} {size}", measure, needed)
-    report.case("switches of the head", lambda: _switches(report), 6.0)
+    report.case("chunks of the head", lambda: _chunks(report), 4.0)
 
 
 def _with_peaks(entries: list[dict[str, Any]], case: Case) -> None:
@@ -72,50 +72,25 @@ def _with_peaks(entries: list[dict[str, Any]], case: Case) -> None:
             entry["extra_info"]["chunk_bytes"] = head.equal_chunks(case.N, rows) * case.V * case.torch_dtype.itemsize
 
 
-def _switches(report: Any) -> None:
-    """`linear_policy_loss` by rows of a chunk, with and without the second stream: what `ops.head` should do by
-    default."""
-    from .. import bench_linear
-    from ..problem import make_problem
-    from ..providers import SPEC, linear_policy_loss
-
+def _chunks(report: Any) -> None:
+    """`linear_policy_loss` by rows of a chunk: what `ops.head` should do by default."""
     case = Case("linear", 64, 512, 32, device=report.device) if report.tiny else Case(
         "linear", 8192, 128256, 4096, dtype="bfloat16", device=report.device
     )  # fmt: skip
     problem = make_problem(case, near=False)
     hidden, weight = problem.leaves
 
-    def call(chunk: int, overlap: bool) -> Any:
-        head.OVERLAP = overlap
-        try:
-            out = linear_policy_loss(
-                hidden,
-                weight,
-                problem.labels,
-                problem.advantages,
-                old_logprobs=problem.old_logprobs,
-                spec=SPEC,
-                chunk_rows=chunk,
-            )
-            return torch.autograd.grad(out.loss, (hidden, weight))
-        finally:
-            head.OVERLAP = False
+    def call(rows: int) -> Any:
+        given = {"old_logprobs": problem.old_logprobs, "spec": SPEC, "chunk_rows": rows}
+        out = linear_policy_loss(hidden, weight, problem.labels, problem.advantages, **given)
+        return torch.autograd.grad(out.loss, (hidden, weight))
 
-    ways = [(chunk, overlap) for chunk in ((16, 32) if report.tiny else CHUNKS) for overlap in (False, True)]
-    contestants = [
-        Contestant(f"{chunk} rows{', second stream' * on}", "ours", lambda c=chunk, o=on: call(c, o))
-        for chunk, on in ways
-    ]
+    sizes = (16, 32) if report.tiny else CHUNKS
+    contestants = [Contestant(f"{rows} rows", "ours", lambda rows=rows: call(rows)) for rows in sizes]
     for contestant in contestants:
         contestant.call()
-    seconds = interleave(
-        [*bench_linear.ceilings(problem, case), *contestants], QUICK if report.tiny else PACE, report.device
-    )
-    bare = statistics.median(seconds.pop("three bare GEMMs"))
-    for (chunk, overlap), values in zip(ways, seconds.values(), strict=True):
-        report.add(
-            chunk_rows=chunk,
-            second_stream=overlap,
-            stats=stats(values),
-            share_of_bare_gemms=bare / statistics.median(values),
-        )
+    limits = bench_linear.ceilings(problem, case)
+    seconds = interleave([*limits, *contestants], QUICK if report.tiny else PACE, report.device)
+    bare = statistics.median(seconds.pop(limits[0].name))
+    for rows, values in zip(sizes, seconds.values(), strict=True):
+        report.add(chunk_rows=rows, stats=stats(values), share_of_bare_gemms=bare / statistics.median(values))

@@ -1,12 +1,14 @@
 """GPU results as text: for the documents, and `python -m ppg_fast.bench.gpu.report FILE` for the terminal."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from .. import result_file
 from ..tables import NOT_MEASURED, Results, duration, group_table, groups, table, title
 from .bars import bars, met
+
+SUMMARY = "On a GPU, what was asked for and what `make gpu` measured, as shares of ceilings of the same run"
 
 
 def merged(results: Results) -> dict[str, Any] | None:
@@ -33,9 +35,9 @@ def merged(results: Results) -> dict[str, Any] | None:
 
 # ---- sections --------------------------------------------------------------------------------------------------------
 def summary_section(results: Results) -> str:
-    """For the README: the bars that were measured."""
+    """For the README: what was asked for and what was measured; nothing before anything was."""
     file = merged(results)
-    return NOT_MEASURED if file is None else _bars(file)
+    return "" if file is None else f"{SUMMARY}:\n\n{_bars(file)}"
 
 
 def gpu_section(results: Results) -> str:
@@ -45,7 +47,7 @@ def gpu_section(results: Results) -> str:
         return NOT_MEASURED
     makers = {
         "Parts": _parts, "Bars": _bars, "Launches and syncs": _counts, "Bytes of memory": _dram,
-        "The head's chunks": _switches,
+        "The head's chunks": _chunks,
         "Whole training steps": _steps, "Plans of the fused kernel": _plans, "Cases": _cases, "Not measured": _missing,
     }  # fmt: skip
     return "\n".join(f"### {name}\n\n{text}" for name, make in makers.items() if (text := make(file)))
@@ -92,20 +94,14 @@ def _dram(file: dict[str, Any]) -> str:
     return table(("N 8,192, bfloat16", "V", "least", "moved", "moved / least"), rows) if rows else ""
 
 
-def _switches(file: dict[str, Any]) -> str:
-    rows = []
-    for line in _lines(file, "bench"):
-        if "chunk_rows" in line:
-            second, median = "yes" if line["second_stream"] else "no", duration(line["stats"]["median"])
-            rows.append((f"{line['chunk_rows']:,}", second, median, f"{line['share_of_bare_gemms']:.0%}"))
-    return (
-        table(
-            ("rows of a chunk, N 8,192, V 128,256, D 4,096", "second stream", "median", "share of three bare GEMMs"),
-            rows,
-        )
-        if rows
-        else ""
-    )
+def _chunks(file: dict[str, Any]) -> str:
+    rows = [
+        (f"{line['chunk_rows']:,}", duration(line["stats"]["median"]), f"{line['share_of_bare_gemms']:.0%}")
+        for line in _lines(file, "bench")
+        if "chunk_rows" in line
+    ]
+    heads = ("rows of a chunk, N 8,192, V 128,256, D 4,096", "median", "share of three bare GEMMs")
+    return table(heads, rows) if rows else ""
 
 
 def _steps(file: dict[str, Any]) -> str:
@@ -159,6 +155,4 @@ def _missing(file: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    given = Path(sys.argv[1])
-    content = json.loads(given.read_text())
-    print(gpu_section({"gpu.cuda": content}))
+    print(gpu_section({"gpu.cuda": result_file.read(Path(sys.argv[1]))}))

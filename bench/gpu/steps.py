@@ -5,17 +5,14 @@ Packed dialogues, activation checkpointing, bfloat16, AdamW. With our head and w
 how fast they go.
 """
 
-import contextlib
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .. import peers, providers
+from .. import peers, providers, step
 from ..problem import Case, Problem
 from ..providers import Provider
 
@@ -24,66 +21,10 @@ TURN = 512  # tokens of a turn and of what was said before it; the second half i
 GUESS = 2e14  # floating-point operations a second, before anything has been measured
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What the config of a Qwen3 model says."""
-
-    name: str
-    width: int
-    inner: int
-    layers: int
-    heads: int
-    groups: int
-    tied: bool
-    vocabulary: int = 151936
-    head_dim: int = 128
-
-    @property
-    def parameters(self) -> int:
-        attention = 2 * self.width * self.head_dim * (self.heads + self.groups)
-        return self.layers * (attention + 3 * self.width * self.inner) + self.vocabulary * self.width * (
-            1 if self.tied else 2
-        )
-
-    def flops(self, tokens: int, dialogue: int) -> float:
-        """Of a step with checkpointing: the forward pass twice, the backward pass for two."""
-        attention = self.layers * 2 * tokens * dialogue * self.heads * self.head_dim  # causal: half of 4
-        return 8.0 * self.parameters * tokens + 4.5 * attention
-
-
-SMALL = Shape("Qwen3-0.6B", 1024, 3072, 28, 16, 8, True)
-LARGE = Shape("Qwen3-8B", 4096, 12288, 36, 32, 8, False)
-TINY = Shape("tiny", 32, 64, 2, 4, 2, True, 512, 8)
-CASES = [  # shape, tokens, whether peers take part, whether checkpoints go to the host
-    (SMALL, 32768, True, False), (LARGE, 32768, True, False), (SMALL, 131072, True, False),
-    (SMALL, 262144, False, False),
-    (LARGE, 131072, False, False), (LARGE, 262144, False, True),
+CASES = [  # model, tokens, whether peers take part, whether checkpoints go to the host
+    ("Qwen3-0.6B", 32768, True, False), ("Qwen3-8B", 32768, True, False), ("Qwen3-0.6B", 131072, True, False),
+    ("Qwen3-0.6B", 262144, False, False), ("Qwen3-8B", 131072, False, False), ("Qwen3-8B", 262144, False, True),
 ]  # fmt: skip
-
-
-def make_model(shape: Shape, device: str, dtype: torch.dtype) -> Any:
-    """Random weights, made where they are used."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    from ppg_fast.models.causal_lm import prepare
-
-    config = Qwen3Config(
-        vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.groups, head_dim=shape.head_dim,
-        max_position_embeddings=40960,
-        tie_word_embeddings=shape.tied, pad_token_id=0, bos_token_id=None, eos_token_id=1,
-    )  # fmt: skip
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = prepare(Qwen3ForCausalLM(config))
-    finally:
-        torch.set_default_dtype(default)
-    model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
 
 
 def make_batch(tokens: int, dialogue: int, turn: int, vocabulary: int, device: str) -> tuple[Any, Problem]:
@@ -109,32 +50,9 @@ def make_batch(tokens: int, dialogue: int, turn: int, vocabulary: int, device: s
     return batch, Problem(labels, advantages, torch.zeros(tokens, device=device), 1, None)
 
 
-def step(
-    model: Any, optimizer: Any, batch: Any, head: Problem, provider: Provider, device: str, offload: bool
-) -> tuple[float, float]:
-    """One step -> its seconds and those of head and loss, whose backward pass runs first and by itself."""
-    from ppg_fast.models.causal_lm import policy_hidden
-
-    def clock() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    begin = clock()
-    with torch.autograd.graph.save_on_cpu() if offload else contextlib.nullcontext():
-        hidden: Tensor = policy_hidden(model, batch)
-    start = clock()
-    top = hidden.detach().requires_grad_()
-    provider.compute(replace(head, hidden=top, weight=model.get_output_embeddings().weight)).backward()
-    loss_seconds = clock() - start
-    assert top.grad is not None
-    hidden.backward(top.grad)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return clock() - begin, loss_seconds
-
-
-def _contestants(shape: Shape, tokens: int, device: str, with_peers: bool) -> tuple[list[Provider], dict[str, str]]:
+def _contestants(
+    shape: step.Shape, tokens: int, device: str, with_peers: bool
+) -> tuple[list[Provider], dict[str, str]]:
     case = Case("linear", tokens, shape.vocabulary, shape.width, dtype="bfloat16", device=device)
     names = providers.our_backends(case)[-1:]  # the CUDA kernels where they run
     ours = [Provider(f"ppg_fast {name}", providers.loss_from_hidden(name, True), "ours") for name in names]
@@ -151,31 +69,37 @@ class Run:
     report: Any
     rate: float = GUESS
     model: Any = None
-    shape: Shape | None = None
+    name: str = ""
 
-    def case(self, shape: Shape, tokens: int, dialogue: int, turn: int, with_peers: bool, offload: bool) -> None:
+    def use(self, name: str) -> None:
+        """Have the model of that name in hand, and no other in memory."""
+        from ppg_fast.models.causal_lm import prepare
+
+        if self.name != name:
+            self.model, device = None, self.report.device
+            made = step.make_model(name, device, torch.bfloat16 if device == "cuda" else torch.float32)
+            self.model, self.name = prepare(made), name
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def case(self, name: str, tokens: int, dialogue: int, turn: int, with_peers: bool, offload: bool) -> None:
         """A line for each head."""
-        device = self.report.device
-        if self.shape != shape:
-            self.model = None
-            self.model, self.shape = (
-                make_model(shape, device, torch.bfloat16 if device == "cuda" else torch.float32),
-                shape,
-            )
+        self.use(name)
+        shape, device = step.SHAPES[name], self.report.device
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, fused=device == "cuda")
         batch, head = make_batch(tokens, dialogue, turn, shape.vocabulary, device)
         found, missing = _contestants(shape, tokens, device, with_peers)
         self.report.add(missing=missing)
         size = {
-            "model": shape.name,
-            "parameters": shape.parameters,
-            "tokens": tokens,
-            "dialogue": dialogue,
-            "offload": offload,
-        }
+            "model": name, "parameters": shape.parameters, "tokens": tokens, "dialogue": dialogue, "offload": offload,
+            "active": float((head.labels >= 0).float().mean()),
+        }  # fmt: skip
         for provider in found:
-            result = self.measured(lambda p=provider: step(self.model, optimizer, batch, head, p, device, offload))
-            self.report.add(**size, active=float((head.labels >= 0).float().mean()), provider=provider.name, **result)
+
+            def call(provider: Provider = provider) -> tuple[float, float]:
+                return step.step_with(provider, self.model, optimizer, batch, head, device, offload)[2:]
+
+            result = self.measured(call)
+            self.report.add(**size, provider=provider.name, **result)
             if provider.kind == "ours" and result["fits"]:
                 self.rate = shape.flops(tokens, dialogue) / result["seconds"]
 
@@ -206,8 +130,8 @@ def run(report: Any) -> None:
     """A line a model, length and head; one that does not fit into memory says so."""
     here, sizes, lengths = Run(report), CASES, (DIALOGUE, TURN)
     if report.tiny:
-        sizes, lengths = [(TINY, 128, True, False), (TINY, 256, False, True)], (64, 16)
-    for shape, tokens, with_peers, offload in sizes:
-        needed = 0.0 if report.tiny else 5.0 + 2.5 * shape.flops(tokens, lengths[0]) / here.rate
-        work = partial(here.case, shape, tokens, *lengths, with_peers, offload)
-        report.case(f"step of {shape.name}, {tokens} tokens", work, needed)
+        sizes, lengths = [("smallest", 128, True, False), ("smallest", 256, False, True)], (64, 16)
+    for name, tokens, with_peers, offload in sizes:
+        needed = 0.0 if report.tiny else 5.0 + 2.5 * step.SHAPES[name].flops(tokens, lengths[0]) / here.rate
+        work = partial(here.case, name, tokens, *lengths, with_peers, offload)
+        report.case(f"step of {name}, {tokens} tokens", work, needed)

@@ -8,8 +8,6 @@ import numpy as np
 from ppg_fast.compare.summary import difference
 from ppg_fast.rollouts.problems import DRAWN
 
-HEADS = ("class", "mean share", "worst share", "on", "behind the best", "auto minus it")
-
 READING = """Share: mean return over training, 0 at the start and 1 at the best return there is. Behind the best:
 mean distance to the best fixed class of each problem, picked after the fact, which favours it. Auto minus it:
 paired, problem by problem, with its standard error."""
@@ -19,9 +17,8 @@ def across(problems: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry for each version, made and drawn problems apart, where there are at least two of them.
 
     ``each``: share of a problem, its mean return over training with 0 at the start and 1 at the best return there is.
-        ``behind_best``: mean
-    distance to the best fixed class of each problem, picked after the fact. ``auto_minus``: mean of auto's share minus
-    that of the class, problem by problem, with its standard error.
+    ``behind_best``: mean distance to the best fixed class of each problem, picked after the fact. ``auto_minus``: mean
+    of auto's share minus that of the class, problem by problem, with its standard error.
     """
     kinds: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for p in problems:
@@ -65,15 +62,3 @@ def title(entry: dict[str, Any]) -> str:
     """What an entry is about."""
     kind, seeds = "drawn" if entry["drawn"] else "made", " or ".join(map(str, entry["seeds"]))
     return f"{len(entry['problems'])} {kind} problems, {entry['version']}, seeds: {seeds}"
-
-
-def rows(entry: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Cells under `HEADS`, the class of the largest mean share first."""
-    found = []
-    for name, c in sorted(entry["classes"].items(), key=lambda item: -item[1]["mean"]):
-        paired = c["auto_minus"]
-        versus = f"{paired['mean']:+.1%} ± {paired['error']:.1%}" if paired else ""
-        found.append(
-            (name, f"{c['mean']:.1%}", f"{c['worst']:.1%}", c["worst_problem"], f"{c['behind_best']:.1%}", versus)
-        )
-    return found

@@ -1,5 +1,4 @@
-"""Logged dialogues: what each class credits at each turn, and what a small model that was trained with it says of
-dialogues kept apart."""
+"""Logged dialogues: what each class credits at each turn, and held-out scores of a small model trained with it."""
 
 import warnings
 from dataclasses import replace
@@ -9,16 +8,15 @@ from typing import Any
 import torch
 
 from ppg_fast.config import TrainConfig
-from ppg_fast.dialogues.packing import CONTEXT, Sample, micro_batches, pack
+from ppg_fast.dialogues.packing import pack
 from ppg_fast.functional import partial_returns
 from ppg_fast.jobs.offline import OfflineJob
-from ppg_fast.models.causal_lm import token_logprobs
 from ppg_fast.rewards.decomposition import DECOMPOSITIONS
-from ppg_fast.spec import policy_class
+from ppg_fast.spec import PolicyClass, policy_class
+from ppg_fast.training.evaluation import turn_logprobs
 from ppg_fast.training.objective import Objective, require_nonnegative
 from ppg_fast.training.trainer import optimise
 
-IMITATION = "imitation"  # every turn counts 1, whatever it was paid: what the rewards are worth is measured against it
 DEFAULTS: dict[str, Any] = {"width": 64, "layers": 1, "threads": 1, "max_steps": 60, "learning_rate": 2e-3}
 SHOWN = 60  # turns in the table of credits
 
@@ -46,20 +44,18 @@ class Log:
         counts only.
         """
         batch = pack(self.job.samples)
-        there = torch.arange(batch.rewards.shape[1]) < batch.turn_counts[:, None]
+        mask = batch.turn_mask
         out: dict[str, Any] = {
             "dialogues": len(self.job.samples),
-            "turns": int(there.sum()),
-            "reward": float(batch.rewards[there].mean()),
+            "turns": int(mask.sum()),
+            "reward": float(batch.rewards[mask].mean()),
         }
         out["classes"] = {}
         for name in classes:
-            if name == IMITATION:
-                continue
             returns = partial_returns(batch.rewards, policy_class(name), turn_counts=batch.turn_counts).double()
-            w = returns[there]
+            w = returns[mask]
             effective = float(w.sum() ** 2 / (len(w) * w.square().sum()).clamp(min=1e-12))
-            by_turn = [float(returns[there[:, t], t].mean()) for t in range(min(SHOWN, returns.shape[1]))]
+            by_turn = [float(returns[mask[:, t], t].mean()) for t in range(min(SHOWN, returns.shape[1]))]
             out["classes"][name] = {
                 "credited": float((w != 0).double().mean()),
                 "effective": effective,
@@ -67,13 +63,13 @@ class Log:
             }
         return out
 
-    def train(self, name: str) -> dict[str, Any]:
-        """Train with one class; scores on the dialogues kept apart at the start, on the way and at the end."""
+    def train(self, chosen: PolicyClass | None) -> dict[str, Any]:
+        """Train with one class, None to imitate; scores on the dialogues kept apart at the start, on the way and at
+        the end."""
         job, config = self.job, self.job.config
-        imitation = Objective(imitate=True)
-        objective = imitation if name == IMITATION else replace(job.objective, policy_class=policy_class(name))
+        objective = replace(job.objective, policy_class=chosen) if chosen else Objective(imitate=True)
         steps, scores = [0], [self.scores()]
-        for row in optimise(job.policy.model, job.batch, objective, job.policy.schedule()):
+        for row in optimise(job.policy.model, job.collect, objective, job.policy.schedule()):
             if row["step"] % config.eval_every == 0 or row["step"] == config.max_steps:
                 steps.append(row["step"])
                 scores.append(self.scores())
@@ -90,38 +86,21 @@ class Log:
         of paid answers minus that of unpaid ones, what the model learned of the rewards at all.
         """
         job = self.job
-        samples = [job.samples[i] for i in (job.held_out or job.seen)]
-        turns: list[tuple[float, float, float, float]] = []  # own reward, mean reward of the dialogue, log-prob, tokens
-        with torch.no_grad():
-            for part in micro_batches(samples, job.config.max_tokens):
-                batch = pack(part).to(job.policy.model.device)
-                logprobs, at = token_logprobs(job.policy.model, batch).double().cpu(), 0
-                for sample in part:
-                    turns += _turns(sample, logprobs[at : at + len(sample.tokens)])
-                    at += len(sample.tokens)
-        own, mean, logprob, count = torch.tensor(turns, dtype=torch.float64).T
-        paid = own > 0
+        batch = pack([job.samples[i] for i in (job.held_out or job.seen)])
+        logprobs, tokens = turn_logprobs(job.policy.module, batch, job.config.max_tokens)
+        own, paid = batch.rewards.double(), (batch.rewards > 0) & (tokens > 0)
+        unpaid = (tokens > 0) & ~paid
 
         def average(weight: torch.Tensor) -> float:
-            return float((weight * logprob).sum() / (weight * count).sum().clamp(min=1e-12))
+            return float((weight * logprobs).sum() / (weight * tokens).sum().clamp(min=1e-12))
 
-        contrast = (
-            average(paid.double()) - average((~paid).double()) if bool(paid.any()) and not bool(paid.all()) else 0.0
-        )
+        both = bool(paid.any() and unpaid.any())
         return {
             "per_turn": average(own),
-            "per_dialogue": average(mean),
+            "per_dialogue": average((own.sum(1) / batch.turn_counts)[:, None]),
             "plain": average(torch.ones_like(own)),
-            "contrast": contrast,
+            "contrast": average(paid.double()) - average(unpaid.double()) if both else 0.0,
         }
-
-
-def _turns(sample: Sample, logprobs: torch.Tensor) -> list[tuple[float, float, float, float]]:
-    """Own reward, mean reward of the dialogue, log-prob and tokens of each turn that was read."""
-    ids = torch.tensor([*sample.turn_ids[1:], CONTEXT])
-    mean = sum(sample.rewards) / len(sample.rewards)
-    read = sorted(set(ids.tolist()) - {CONTEXT})
-    return [(sample.rewards[t], mean, float(logprobs[ids == t].sum()), int((ids == t).sum())) for t in read]
 
 
 def open_log(config: TrainConfig, decompose: str | None) -> tuple[Log, list[str]]:

@@ -1,4 +1,4 @@
-"""From cells to the numbers of a report: means over seeds with bands, samples to a level, differences within seeds,
+"""From results to the numbers of a report: means over seeds with bands, samples to a level, differences within seeds,
 verdicts."""
 
 from collections.abc import Sequence
@@ -32,6 +32,12 @@ def samples_to(level: float, steps: Sequence[int], returns: Sequence[float], dia
     return None
 
 
+def over_seeds(values: np.ndarray) -> dict[str, Any]:
+    """Mean and standard deviation of a number over seeds, and each of them."""
+    std = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(values.mean()), "std": std, "each": values.tolist()}
+
+
 def of_class(runs: list[dict[str, Any]], best: float) -> dict[str, Any]:
     """One class over its seeds. ``area``: mean return over training, by trapezoids; ``level_samples``: median, if most
     got there."""
@@ -43,23 +49,14 @@ def of_class(runs: list[dict[str, Any]], best: float) -> dict[str, Any]:
     times = sorted(x for x in reached if x is not None)
     widths = np.diff(steps)
     areas = (curves[:, 1:] + curves[:, :-1]) @ widths / (2 * widths.sum())
-    final = curves[:, -1]
     return {
         "seeds": [r["seed"] for r in runs],
         "steps": steps,
         "mean": curves.mean(0).tolist(),
         "low": low.tolist(),
         "high": high.tolist(),
-        "final": {
-            "mean": float(final.mean()),
-            "std": float(final.std(ddof=1)) if len(final) > 1 else 0.0,
-            "each": final.tolist(),
-        },
-        "area": {
-            "mean": float(areas.mean()),
-            "std": float(areas.std(ddof=1)) if len(areas) > 1 else 0.0,
-            "each": areas.tolist(),
-        },
+        "final": over_seeds(curves[:, -1]),
+        "area": over_seeds(areas),
         "level": level,
         "level_reached": len(times),
         "level_samples": float(np.median(times)) if len(times) > len(runs) / 2 else None,
@@ -86,8 +83,8 @@ def of_problem(
         for c in classes.values():
             c["against_own"] = {key: difference(c[key]["each"], classes[own][key]["each"]) for key in ("final", "area")}
     facts = {"problem": name, "version": version, "policy_class": own, "why": of.why, "best_return": of.best_return}
-    said = [] if name.startswith(DRAWN) else verdict(own, classes)  # nobody made it for a class
-    return {**facts, "classes": classes, "gradient": gradient, "verdict": said}
+    words = [] if name.startswith(DRAWN) else verdict(own, classes)  # nobody made it for a class
+    return {**facts, "classes": classes, "gradient": gradient, "verdict": words}
 
 
 def verdict(own: str, classes: dict[str, Any]) -> list[str]:
@@ -95,7 +92,7 @@ def verdict(own: str, classes: dict[str, Any]) -> list[str]:
     last one; and auto."""
     if own not in classes or "against_own" not in classes[own] or len(classes) < 2:
         return [f"{own}, for which the problem was made, did not run with the same seeds as the others: no verdict."]
-    said = []
+    sentences = []
     rivals = [c for c in classes if c not in (own, "auto")]
     for key, words in (("area", "mean return over training"), ("final", "last return")):
         if not rivals:
@@ -109,14 +106,14 @@ def verdict(own: str, classes: dict[str, Any]) -> list[str]:
         text += f", {-d['mean']:+.2f} ± {d['error']:.2f} within seeds"
         clear = abs(d["mean"]) > CLEAR * d["error"]
         kind = ("as it should be" if d["mean"] < 0 else "NOT as it should be") if clear else "no clear difference"
-        said.append(f"{kind}: {text}.")
+        sentences.append(f"{kind}: {text}.")
     if "auto" in classes:
-        said.append(_of_auto(classes, [*rivals, own]))
-    return said
+        sentences.append(_of_auto(classes, [*rivals, own]))
+    return sentences
 
 
 def _of_auto(classes: dict[str, Any], fixed: list[str]) -> str:
-    """Where auto stands among the fixed classes, and what it settled on."""
+    """Where auto stands among the fixed classes, and the class it ended with."""
     order = sorted(fixed, key=lambda c: -classes[c]["area"]["mean"])
     mine = classes["auto"]["area"]["mean"]
     ahead = [c for c in order if classes[c]["area"]["mean"] > mine]
@@ -131,3 +128,20 @@ def _of_auto(classes: dict[str, Any], fixed: list[str]) -> str:
         else "before every fixed class"
     )
     return f"auto: mean return over training {mine:.2f}, {place}; it ended with: {counts}."
+
+
+def of_log(looked: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What the classes credit of logged dialogues (``looked``), and held-out scores while training with each."""
+    classes = {}
+    for name, found in runs.items():
+        scores = {key: np.array([r["scores"][key] for r in found]) for key in found[0]["scores"]}
+        classes[name] = {
+            "steps": found[0]["steps"],
+            "curves": {key: values.mean(0).tolist() for key, values in scores.items()},
+            "final": {key: over_seeds(values[:, -1]) for key, values in scores.items()},
+            "seeds": [r["seed"] for r in found],
+        }
+    credits = looked["credits"]
+    turns = len(next(iter(credits["classes"].values()))["by_turn"])
+    credits["shown"] = sorted({1, *(t for t in (2, 5, 10, 20, 40) if t < turns), turns})
+    return {"warnings": looked["warnings"], "credits": credits, "classes": classes}

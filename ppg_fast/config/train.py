@@ -7,12 +7,15 @@ from typing import Any
 from ppg_fast.distributed import PARALLEL
 from ppg_fast.spec import (
     BASELINES,
+    CANDIDATES,
     KL_ESTIMATORS,
     LOSS_TYPES,
     REDUCTIONS,
+    FullPlanning,
     PolicyClass,
     PolicyLossSpec,
     policy_class,
+    policy_classes,
     require,
     require_number,
     require_one_of,
@@ -25,7 +28,7 @@ SECTIONS = {  # of the help: from this setting on, until the next section begins
     "model": "the model",
     "bf16": "what of it trains, in which precision and memory",
     "parallel": "several ranks; randomness",
-    "policy_class": "what is climbed",
+    "policy_class": "the objective",
     "max_steps": "steps and rollouts",
     "imitation_steps": "the warm start of the persona interview",
     "prompts": "your own prompts and their partner",
@@ -88,7 +91,7 @@ class TrainConfig:
         "lookahead:3", "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, auto"
     )
     candidates: str = _option(
-        "greedy,lookahead:2,lookahead:3,lookahead:4,lookahead:6,segment:4,full",
+        ",".join(map(str, CANDIDATES)),
         "classes that auto chooses among; full must be one",
     )
     signals: bool = _option(False, "log what auto looks at, whatever class trains; reads turns without advantage too")
@@ -227,11 +230,11 @@ class TrainConfig:
             self.prompts,
         )
         if self.policy_class != AUTO:
-            policy_class(self.policy_class)
+            object.__setattr__(self, "policy_class", str(self.chosen_class()))  # as it prints everywhere
         if self.policy_class == AUTO or self.signals:
             what = "policy_class auto needs" if self.policy_class == AUTO else "signals need"
             require(not self.data, f"{what} rollouts of the policy itself, so there must be no data", self.data)
-            require("full" in self.candidate_classes(), "candidates must include full", self.candidates)
+            require(FullPlanning() in self.candidate_classes(), "candidates must include full", self.candidates)
         self.loss_spec()
         if self.data and not self.allow_negative_rewards:
             rule = (
@@ -246,12 +249,13 @@ class TrainConfig:
         names = [name.strip() for name in self.report_to.split(",")]
         return [name for name in dict.fromkeys(names) if name not in ("", "none")]
 
-    def candidate_classes(self) -> dict[str, PolicyClass]:
-        """Classes whose signals a step measures, by name: what auto chooses among, and ``signals`` logs."""
-        names = (
-            [name.strip() for name in self.candidates.split(",")] if self.policy_class == AUTO or self.signals else []
-        )
-        return {name: policy_class(name) for name in names}
+    def chosen_class(self) -> PolicyClass:
+        """The policy class of the first step: full planning where auto chooses."""
+        return FullPlanning() if self.policy_class == AUTO else policy_class(self.policy_class)
+
+    def candidate_classes(self) -> tuple[PolicyClass, ...]:
+        """Classes whose signals a step measures: what auto chooses among, and ``signals`` logs."""
+        return policy_classes(self.candidates) if self.policy_class == AUTO or self.signals else ()
 
     def loss_spec(self) -> PolicyLossSpec:
         """The policy loss."""

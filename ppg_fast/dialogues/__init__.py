@@ -3,7 +3,7 @@
 from ppg_fast.dialogues.chat_format import ChatFormat, make_byte_tokenizer, make_word_tokenizer
 from ppg_fast.dialogues.dialogue import Dialogue, Message, convert_to_jsonl, read_dialogues, write_dialogues
 from ppg_fast.dialogues.encoding import encode_dialogue
-from ppg_fast.dialogues.packing import PackedBatch, Sample, micro_batches, pack, trim_after_last_turn
+from ppg_fast.dialogues.packing import PackedBatch, Sample, micro_batches, pack
 from ppg_fast.dialogues.prompts import Prompt, read_prompts
 
 __all__ = [
@@ -21,6 +21,5 @@ __all__ = [
     "pack",
     "read_dialogues",
     "read_prompts",
-    "trim_after_last_turn",
     "write_dialogues",
 ]

@@ -4,7 +4,7 @@ padding."""
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -75,6 +75,32 @@ class PackedBatch:
         }
         return PackedBatch(**moved)
 
+    def part(self, dialogues: Sequence[int], lengths: Tensor | None = None) -> PackedBatch:
+        """Some of its dialogues, in the order given, each up to its first ``lengths`` (S,) tokens; by default whole.
+
+        What the last token kept would have predicted is masked. Rewards and turn counts stay whole.
+        """
+        rows = torch.tensor(dialogues, dtype=torch.int64, device=self.tokens.device)
+        starts = self.cu_seqlens.long()[rows]
+        sizes = torch.diff(self.cu_seqlens).long()[rows] if lengths is None else lengths[rows]
+        ends = sizes.cumsum(0)
+        position_ids = torch.arange(int(sizes.sum()), device=rows.device) - (ends - sizes).repeat_interleave(sizes)
+        at = starts.repeat_interleave(sizes) + position_ids
+        turn_ids = self.turn_ids[at]
+        turn_ids[ends - 1] = CONTEXT
+        context, logprobs = turn_ids == CONTEXT, self.rollout_logprobs
+        return PackedBatch(
+            tokens=self.tokens[at],
+            labels=self.labels[at].masked_fill_(context, IGNORE),
+            turn_ids=turn_ids,
+            cu_seqlens=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
+            position_ids=position_ids,
+            rewards=self.rewards[rows],
+            turn_counts=self.turn_counts[rows],
+            group_ids=self.group_ids[rows],
+            rollout_logprobs=None if logprobs is None else logprobs[at].masked_fill_(context, 0.0),
+        )
+
 
 def pack(samples: Sequence[Sample]) -> PackedBatch:
     """Put samples end to end. No samples give a batch without tokens.
@@ -128,27 +154,23 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
     )
 
 
-def micro_batches(samples: Iterable[Sample], max_tokens: int) -> Iterator[list[Sample]]:
-    """Batches of at most ``max_tokens`` tokens, as few and then as even as two greedy rules make them; the fullest
-    comes first.
+def micro_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Dialogues of ``sizes`` tokens, by their index, in batches of at most ``max_tokens``: as few and then as even as
+    two greedy rules make them, the fullest first.
 
     Longest first, into the fullest batch with room (best fit), decides how many; longest first into the emptiest
-    spreads them evenly
-    where that needs no more. A batch keeps the order of ``samples``. A sample longer than the budget comes alone: a
-    turn is credited through all that came before it, so it is never cut, and dropping it would change the gradient.
-    ValueError if max_tokens < 1.
+    spreads them evenly where that needs no more. Indices in a batch are in order. A dialogue longer than the budget
+    comes alone: a turn is credited through all that came before it, so it is never cut, and dropping it would change
+    the gradient. ValueError if max_tokens < 1.
     """
     is_count = isinstance(max_tokens, int) and not isinstance(max_tokens, bool) and max_tokens >= 1
     require(is_count, "max_tokens must be an integer >= 1", max_tokens)
-    samples = list(samples)
-    sizes = [len(sample.tokens) for sample in samples]
     tight = _fill(sizes, max_tokens, [], fullest=True) or []
     even = _fill(sizes, max_tokens, [[] for _ in tight], fullest=False) or tight
-    for batch in sorted(even, key=lambda batch: (-sum(sizes[i] for i in batch), min(batch))):
-        yield [samples[i] for i in sorted(batch)]
+    return sorted((sorted(batch) for batch in even), key=lambda batch: (-sum(sizes[i] for i in batch), batch[0]))
 
 
-def _fill(sizes: list[int], budget: int, batches: list[list[int]], fullest: bool) -> list[list[int]] | None:
+def _fill(sizes: Sequence[int], budget: int, batches: list[list[int]], fullest: bool) -> list[list[int]] | None:
     """Positions of ``sizes`` put into ``batches``, longest first; None where they do not hold all and new ones are not
     to be opened."""
     totals = [0] * len(batches)
@@ -164,20 +186,6 @@ def _fill(sizes: list[int], budget: int, batches: list[list[int]], fullest: bool
         batches[best].append(i)
         totals[best] += sizes[i]
     return batches
-
-
-def trim_after_last_turn(sample: Sample, turns: Collection[int] | None = None) -> Sample:
-    """The sample without what follows its last assistant token, or the last one of ``turns``: no loss is predicted from
-    it.
-
-    Rewards stay whole. Without tokens where no such token has another before it that could predict it.
-    """
-    turns = range(len(sample.rewards)) if turns is None else turns
-    end = max((position + 1 for position, turn in enumerate(sample.turn_ids) if position and turn in turns), default=0)
-    logprobs = None if sample.rollout_logprobs is None else sample.rollout_logprobs[:end]
-    return Sample(
-        sample.tokens[:end], sample.turn_ids[:end], list(sample.rewards), sample.group_id, logprobs, sample.cut_off
-    )
 
 
 def _check_sample(sample: Sample, index: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppg_fast.dialogues import consistent_llms
-from ppg_fast.dialogues.dialogue import Message, Problems, json_lines, message_of, read_dialogues
+from ppg_fast.dialogues.dialogue import Dialogue, Message, Problems, json_lines, message_of, read_dialogues
 
 KNOWN = ("id", "messages", "partner", "turn_rewards")
 
@@ -19,7 +19,7 @@ class Prompt:
 
     ``partner``: who the partner is, for a partner that is a model. ``logged``: what the partner said next, where the
         prompt is a logged
-    dialogue. ``info``: what else its line holds, for reward functions. ValueError where there is nothing to answer.
+    dialogue. ``info``: what else its line holds, for reward functions.
     """
 
     id: str
@@ -27,11 +27,6 @@ class Prompt:
     partner: str = ""
     logged: tuple[Message, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        last = self.messages[-1].role if self.messages else "nothing"
-        if last not in ("user", "tool"):
-            raise ValueError(f"prompt {self.id!r} must end with a message of the user or a tool, got {last}")
 
 
 def read_prompts(path: str | os.PathLike[str], strict: bool = False) -> list[Prompt]:
@@ -46,12 +41,12 @@ def read_prompts(path: str | os.PathLike[str], strict: bool = False) -> list[Pro
     if not raw.strip():
         raise ValueError(f"{path} is empty")
     if raw.lstrip()[:1] == b"[" or _is_family(raw):
-        return [_split(d.id, d.messages, "", {"group_id": d.group_id}) for d in read_dialogues(path, strict)]
+        return [_answerable(prompt_of(d)) for d in read_dialogues(path, strict)]
     prompts: list[Prompt] = []
     seen: set[str] = set()
     for number, where, value in json_lines(raw, problems):
         try:
-            prompt = _prompt(value, f"line {number}")
+            prompt = _answerable(_prompt(value, f"line {number}"))
             if prompt.id in seen:
                 raise ValueError(f"prompt id {prompt.id!r} was used before")
         except ValueError as error:
@@ -61,6 +56,19 @@ def read_prompts(path: str | os.PathLike[str], strict: bool = False) -> list[Pro
         prompts.append(prompt)
     problems.close(len(prompts))
     return prompts
+
+
+def prompt_of(dialogue: Dialogue) -> Prompt:
+    """The beginning of a logged dialogue; no messages where its first one is the assistant's."""
+    return _split(dialogue.id, dialogue.messages, "", {"group_id": dialogue.group_id})
+
+
+def _answerable(prompt: Prompt) -> Prompt:
+    """The prompt itself. ValueError where there is nothing to answer."""
+    last = prompt.messages[-1].role if prompt.messages else "nothing"
+    if last not in ("user", "tool"):
+        raise ValueError(f"prompt {prompt.id!r} must end with a message of the user or a tool, got {last}")
+    return prompt
 
 
 def _is_family(raw: bytes) -> bool:

@@ -1,5 +1,4 @@
-"""What a run says of itself to people who have only its folder: README.md there, and the model card beside the
-weights."""
+"""README.md of a run folder, and the model card beside the weights: for people who have only these."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,10 +43,11 @@ tokenizer = AutoTokenizer.from_pretrained("{where}")
 """
 
 
-def write_readme(path: Path, config: TrainConfig, summary: Mapping[str, Any] | None) -> None:
-    """README.md of the run folder; ``summary`` is None while it runs."""
+def write_readme(path: Path, config: TrainConfig, description: str, summary: Mapping[str, Any] | None) -> None:
+    """README.md of the run folder. ``description``: a sentence on what was trained; ``summary`` is None while it
+    runs."""
     status = ENDED.get(summary["status"], str(summary["status"])) if summary else RUNNING
-    lines = [f"# {path.resolve().name}: a training run of ppg_fast", "", f"{_what_was_done(config)} {status}", ""]
+    lines = [f"# {path.resolve().name}: a training run of ppg_fast", "", f"{description} {status}".lstrip(), ""]
     if summary:
         lines += [*_results(summary), ""]
     lines += ["| file | what it is |", "|---|---|"]
@@ -67,7 +67,7 @@ def write_readme(path: Path, config: TrainConfig, summary: Mapping[str, Any] | N
     (path / "README.md").write_text("\n".join([*lines, "```", ""]), encoding="utf-8")
 
 
-def write_model_card(checkpoint: Path, config: TrainConfig, summary: Mapping[str, Any]) -> None:
+def write_model_card(checkpoint: Path, config: TrainConfig, description: str, summary: Mapping[str, Any]) -> None:
     """README.md beside the weights, with the front matter that the Hub reads; nothing where there are no weights."""
     if not checkpoint.is_dir():
         return
@@ -76,7 +76,7 @@ def write_model_card(checkpoint: Path, config: TrainConfig, summary: Mapping[str
     tags = ["ppg_fast", "reinforcement-learning", "partial-policy-gradients"]
     lines = ["---", *front, "tags:", *(f"- {tag}" for tag in tags), "---", "", "# A policy trained with ppg_fast", ""]
     lines += [
-        _what_was_done(config),
+        description,
         "",
         *_results(summary),
         "",
@@ -101,21 +101,6 @@ def write_model_card(checkpoint: Path, config: TrainConfig, summary: Mapping[str
     source = "Partial policy gradients credit each turn of a dialogue for a chosen subset of the future rewards"
     lines += ["", f"{source} ([arXiv:2603.06138](https://arxiv.org/abs/2603.06138)).", ""]
     (checkpoint / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def _what_was_done(config: TrainConfig) -> str:
-    model = (
-        f"`{Path(config.model).name}`"
-        if config.model
-        else f"a small Qwen3 of random weights ({config.layers} layers of {config.width})"
-    )
-    how = f"policy class `{config.policy_class}`, loss `{config.loss_type}`, seed {config.seed}"
-    if config.data:
-        return (
-            f"Offline training of {model} on the logged dialogues of `{Path(config.data).name}` by reward-weighted "
-            f"likelihood: {how}."
-        )
-    return f"On-policy training of {model} in rollouts of the persona interview that ppg_fast brings along: {how}."
 
 
 def _results(summary: Mapping[str, Any]) -> list[str]:

@@ -92,27 +92,23 @@ def largest(config: TrainConfig, memory: float, device: str = "cpu") -> int:
     """Tokens of the longest dialogue whose step stays within ``memory`` bytes, 0 where not even 64 do; short of it by
     at most a 64th.
 
-    The peak grows with the tokens, piecewise linearly, so the line through two points says where to look next.
+    The peak grows with the tokens, piecewise linearly: the line through the two estimates nearest to ``memory`` says
+    where to look next, a 160th short of it and, where that fits, a 160th beyond; after eight estimates, bisection.
     """
-    low, high = 64, 1024
-    at_low, at_high = (estimate(config, tokens, device).total for tokens in (low, high))
-    if at_low > memory:
+    peak = {tokens: estimate(config, tokens, device).total for tokens in (64, 1024)}
+    if peak[64] > memory:
         return 0
-    while at_high <= memory and high < 2**31:
-        reach = high + (memory - at_high) * (high - low) / max(1, at_high - at_low)
-        low, at_low, high = high, at_high, min(max(int(reach * 65 / 64), high + 64), 64 * high)
-        at_high = estimate(config, high, device).total
-    while high - low > max(1, low // 64):
-        middle = low + int((high - low) * (memory - at_low) / (at_high - at_low))
-        middle = min(max(middle, low + (high - low) // 64 + 1), high - 1)
-        at_middle = estimate(config, middle, device).total
-        if at_middle <= memory:
-            low, at_low = middle, at_middle
-        else:
-            high, at_high = middle, at_middle
-        if at_low <= memory and estimate(config, low + max(1, low // 64), device).total > memory:
-            break
-    return low
+    while True:
+        low = max(tokens for tokens, size in peak.items() if size <= memory)
+        high = min((tokens for tokens, size in peak.items() if size > memory), default=64 * low)
+        if low >= 2**31 or high - low <= max(1, low // 64):
+            return low
+        one, other = sorted(peak, key=lambda tokens: abs(peak[tokens] - memory))[:2]
+        slope = max(1.0, (peak[one] - peak[other]) / (one - other))  # bytes a token
+        reach = one + (memory - peak[one]) / slope
+        tokens = int(reach * 159 / 160) if reach * 159 / 160 > low + 1 else int(reach * 161 / 160)
+        tokens = min(max(tokens, low + 1), high - 1) if len(peak) < 8 else (low + high) // 2
+        peak[tokens] = estimate(config, tokens, device).total
 
 
 def report(config: TrainConfig, tokens: int, device: str, memory: float = 0.0) -> str:

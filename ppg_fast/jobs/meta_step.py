@@ -8,7 +8,7 @@ either, by its casts.
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,11 @@ WORKSPACE = {"cpu": 16 * 2**20, "cuda": 32 * 2**20}
 
 class Count(TorchDispatchMode):
     """Bytes of the storages that are alive, each under the name that was current when it was made; a snapshot at the
-    peak."""
+    peak.
+
+    Not torch's MemTracker: it fails on frozen parameters (adapters), tells parameters from activations but not layers
+    from attention and head, and cannot be told of a moment's memory such as a chunk of logits.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,10 +117,12 @@ class Step:
 
         self.model, self.config, self.cuda, self.count = model, config, device == "cuda", Count()
         self.layers = getattr(decoder(model), "layers", ())
-        if config.activation_offload and self.cuda:
-            for module in model.modules():
-                if keep := getattr(module, "_gradient_checkpointing_func", None):
-                    module._gradient_checkpointing_func = partial(_on_the_host, keep)
+        for module in model.modules():
+            if checkpoint := getattr(module, "_gradient_checkpointing_func", None):
+                # the casts of a forward pass do not reach what its backward pass computes again
+                again = partial(checkpoint, context_fn=lambda: (nullcontext(), _Autocast(config.bf16, cached=False)))
+                on_host = config.activation_offload and self.cuda
+                module._gradient_checkpointing_func = partial(_on_the_host, again) if on_host else again
         AttentionInterface.register(NAME, self.attend)
         model.set_attn_implementation(NAME)
         for layer in self.layers:
@@ -182,7 +188,9 @@ class Step:
             loss = _Head.apply(hidden, weight, self)
             del hidden, weight
         with count.phase_of("backward pass"), count.under("backward"), _Autocast(bf16, cached=False):
-            loss.backward()
+            torch.autograd.backward(
+                loss
+            )  # not loss.backward, under which the casts are off and layers recompute without
 
     def optimise(self) -> None:
         """The step itself."""

@@ -1,148 +1,83 @@
 """Offline: reward-weighted likelihood of logged dialogues, each turn weighted by its windowed return."""
 
-import hashlib
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.chat_format import make_byte_tokenizer
 from ppg_fast.dialogues.dialogue import Dialogue, read_dialogues
 from ppg_fast.dialogues.encoding import encode_dialogue
 from ppg_fast.dialogues.packing import CONTEXT, Sample
+from ppg_fast.dialogues.prompts import prompt_of
 from ppg_fast.distributed import Ranks
-from ppg_fast.jobs.policy import Policy
+from ppg_fast.jobs.job import Evaluation, Job, keep_readable
 from ppg_fast.jobs.resume import ResumableRun
-from ppg_fast.jobs.run_folder import Progress, RunFolder
+from ppg_fast.jobs.run_folder import Progress
 from ppg_fast.jobs.samples import SHOWN
-from ppg_fast.rollouts.environment import LoggedDialogue
+from ppg_fast.rollouts.partner import Conversation, LoggedPartner
 from ppg_fast.rollouts.rollout import Rollout
-from ppg_fast.training.evaluation import of_rollouts, on_logged_prefix
+from ppg_fast.training.evaluation import on_logged_prefix
 from ppg_fast.training.objective import require_nonnegative, warn_if_hardly_credited
 
 
-class OfflineJob:
+class OfflineJob(Job):
     """Train on logged dialogues; evaluate on a part of them kept apart (at most a fifth, none of fewer than five)."""
 
+    on_policy = False
+    title, unit = "Logged dialogues", "mean log-prob of the answers, nats a token"
+    reported = ("eval/logprob", "eval/weighted_logprob")
+
     def __init__(self, config: TrainConfig, ranks: Ranks | None = None) -> None:
-        self.config = config
         dialogues = read_dialogues(str(config.data), strict=config.strict)
         contents = [m.content for d in dialogues for m in d.messages]
-        self.policy = Policy(config, lambda: make_byte_tokenizer(contents, config.vocab_size), ranks)
-        self.objective = self.policy.objective()
-        self.dialogues, samples = _encode_all(self.policy.tokenizer, dialogues, config.strict)
+        super().__init__(config, lambda: make_byte_tokenizer(contents, config.vocab_size), ranks)
+        encode = lambda dialogue: encode_dialogue(self.policy.tokenizer, dialogue)  # noqa: E731
+        self.dialogues, samples = keep_readable(dialogues, encode, config.strict, "dialogues")
         if not config.allow_negative_rewards:
             require_nonnegative(samples, [d.id for d in self.dialogues])
         warn_if_hardly_credited(samples, self.objective)
         self.samples = [cut_tokens(s, config.max_dialogue_tokens) for s in samples]
         self.shortened = sum(a is not b for a, b in zip(self.samples, samples, strict=True))
-        order = list(range(len(samples)))
-        self.policy.rng.shuffle(order)
-        apart = min(config.eval_dialogues, len(order) // 5)
-        self.held_out, self.seen = order[:apart], order[apart:]
-        # rewards of a rollout's turns, where somebody can judge them
-        self.score: Callable[[Rollout], Sequence[float]] | None = None
+        self.held_out, self.seen = self.split(len(samples))
 
-    @property
-    def data_digest(self) -> str:
-        """A checksum of everything that training reads of the dialogues."""
-        total = hashlib.sha256()
-        for sample in self.samples:
-            total.update(repr((sample.tokens, sample.turn_ids, sample.rewards, sample.group_id)).encode())
-        return total.hexdigest()
+    def source(self) -> str:
+        """The file."""
+        return f"on the logged dialogues of `{Path(str(self.config.data)).name}` by reward-weighted likelihood"
 
-    def train(self, run: ResumableRun, progress: Progress) -> None:
-        """Climb the weighted likelihood."""
-        config, tokens = self.config, sum(len(s.tokens) for s in self.samples)
+    def data_read(self) -> Iterable[object]:
+        """Of every dialogue."""
+        return ((s.tokens, s.turn_ids, s.rewards, s.group_id) for s in self.samples)
+
+    def start(self, run: ResumableRun, progress: Progress) -> None:
+        """Say how much there is to read."""
+        tokens = sum(len(s.tokens) for s in self.samples)
         text = f"{len(self.seen)} dialogues to train on, {len(self.held_out)} held out, {tokens:,} tokens"
-        progress.say(
-            text + (f"; {self.shortened} read up to {config.max_dialogue_tokens} tokens" if self.shortened else "")
-        )
-        if not run.of_phase("eval"):
-            self.evaluate(run, progress, 0, "before")
-        with progress.phase(config.policy_class, config.max_steps) as phase:
-            for metrics in run.climb("train", self.batch, self.objective, self.policy.schedule()):
-                phase.show(metrics, "logprob")
-                if metrics["step"] % config.eval_every == 0 and metrics["step"] < config.max_steps:
-                    self.evaluate(run, progress, metrics["step"])
+        cut = f"; {self.shortened} read up to {self.config.max_dialogue_tokens} tokens" if self.shortened else ""
+        progress.say(text + cut)
 
-    def batch(self, step: int) -> list[Sample]:
+    def collect(self, step: int) -> list[Sample]:
         """Dialogues drawn without replacement within a step."""
-        del step
-        return [
-            self.samples[i] for i in self.policy.rng.sample(self.seen, min(self.config.num_prompts, len(self.seen)))
-        ]
+        count = min(self.config.num_prompts, len(self.seen))
+        return [self.samples[i] for i in self.policy.rng.sample(self.seen, count)]
 
-    def evaluate(self, run: RunFolder, progress: Progress, step: int, when: str = "") -> None:
-        """Log-probs of the logged answers, each on its logged prefix, by turn; the policy's own answers in the same
-        places.
-
-        The answers are sampled for the pages before and after, and every time where ``score`` can say what they are
-        worth.
-        """
+    def measure(self, when: str) -> Evaluation:
+        """Log-probs of the logged answers, each on its logged prefix, by turn; ``when``: the policy's own answers in
+        the same places, to read."""
         where, name = (self.held_out, "held-out") if self.held_out else (self.seen, "training")
-        with self.policy.ranks.no_grad_forward(self.policy.module):
-            metrics = on_logged_prefix(
-                self.policy.module, [self.samples[i] for i in where], self.objective, self.config.max_tokens
-            )
-        if when or self.score:
-            rollouts = self._answer([self.dialogues[i] for i in where])
-            metrics |= of_rollouts([r.sample for r in rollouts], self.objective) if self.score else {}
-            run.log_samples(
-                "eval",
-                step,
-                [r.sample for r in rollouts],
-                self.policy.chat,
-                self.objective,
-                scored=self.score is not None,
-            )
-            if when:
-                text = f"The policy in the places of {name} logged dialogues, step {step}."
-                note = text if self.score else f"{text} The partner does not hear it, so nothing is scored."
-                run.write_samples(when, rollouts[:SHOWN], note, scored=self.score is not None)
-        run.log("eval", {"step": step, **metrics})
-        said = f"; return of its own answers {metrics['eval/reward']:.2f}" if self.score else ""
-        progress.say(
-            f"{name} dialogues after step {step}: mean log-prob {metrics['eval/logprob']:.3f} nats a token{said}"
-        )
+        module, samples = self.policy.module, [self.samples[i] for i in where]
+        with self.policy.ranks.no_grad_forward(module):
+            metrics = on_logged_prefix(module, samples, self.objective, self.config.max_tokens)
+        result = f"mean log-prob {metrics['eval/logprob']:.3f} nats a token"
+        rollouts = self._answer([self.dialogues[i] for i in where[:SHOWN]]) if when else []
+        note = "The policy answers in the places of the log; the partner does not hear it, so nothing is scored."
+        return Evaluation(f"{name} dialogues", metrics, result, rollouts, note)
 
     def _answer(self, logged: Sequence[Dialogue]) -> list[Rollout]:
-        """One rollout in each of ``logged``, a few of them where nothing is scored; the same sampling noise every
-        time."""
-        make = lambda: LoggedDialogue(logged, self.config.max_turns)  # noqa: E731
-        count = len(logged) if self.score else min(SHOWN, len(logged))
-        rollouts = self.policy.roll_out(make, range(count), 1, self.policy.sampling_generator(0))
-        for rollout in rollouts if self.score else []:
-            rollout.sample.rewards[:] = self.score(rollout)  # type: ignore[misc]
-        return rollouts
-
-    def finish(self, run: RunFolder, progress: Progress) -> dict[str, Any]:
-        """The last evaluation and the curves; start and end for the summary."""
-        self.evaluate(run, progress, run.steps, "after")
-        run.draw_curve(
-            "logprob",
-            "eval/logprob",
-            f"Logged dialogues, {self.config.policy_class}",
-            "mean log-prob of the answers, nats a token",
-        )
-        return run.start_and_end("eval/logprob", "eval/weighted_logprob", *(("eval/reward",) if self.score else ()))
-
-
-def _encode_all(tokenizer: Any, dialogues: Sequence[Dialogue], strict: bool) -> tuple[list[Dialogue], list[Sample]]:
-    """Every dialogue that the tokenizer can write, with its sample; the others are a warning each, an error if
-    ``strict``."""
-    pairs = []
-    for dialogue in dialogues:
-        try:
-            pairs.append((dialogue, encode_dialogue(tokenizer, dialogue)))
-        except ValueError as error:  # noqa: PERF203 (the good ones are kept)
-            if strict:
-                raise
-            warnings.warn(f"{error}; left out", stacklevel=2)
-    if not pairs:
-        raise ValueError(f"none of {len(dialogues)} dialogues can be written in the tokenizer's chat format")
-    return [d for d, _ in pairs], [s for _, s in pairs]
+        """One rollout in each of ``logged``; the same sampling noise every time."""
+        prompts, partner = [prompt_of(dialogue) for dialogue in logged], LoggedPartner()
+        make = lambda: Conversation(prompts, partner, self.config.max_turns)  # noqa: E731
+        return self.policy.roll_out(make, range(len(prompts)), 1, self.policy.sampling_generator(0))
 
 
 def cut_tokens(sample: Sample, max_tokens: int) -> Sample:

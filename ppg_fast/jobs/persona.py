@@ -8,14 +8,13 @@ from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.chat_format import ChatFormat, make_word_tokenizer
 from ppg_fast.dialogues.packing import CONTEXT, Sample
 from ppg_fast.distributed import Ranks
-from ppg_fast.jobs.policy import Policy
+from ppg_fast.jobs.job import Evaluation, Job
 from ppg_fast.jobs.resume import ResumableRun
-from ppg_fast.jobs.run_folder import Progress, RunFolder
-from ppg_fast.jobs.samples import SHOWN
+from ppg_fast.jobs.run_folder import Progress
 from ppg_fast.rollouts.environment import TeachableEnvironment
 from ppg_fast.rollouts.persona import PersonaInterview, words
 from ppg_fast.training.evaluation import of_rollouts
-from ppg_fast.training.objective import Objective, warn_if_hardly_credited
+from ppg_fast.training.objective import Objective
 
 IMITATION: dict[str, Any] = {
     "warmup_steps": 10,
@@ -26,38 +25,28 @@ IMITATION: dict[str, Any] = {
 }
 
 
-class PersonaJob:
+class PersonaJob(Job):
     """Train on personas of the training part, evaluate on personas that it never sees."""
 
-    data_digest = ""  # a persona is a function of its seed
+    title = "Persona interview"
+    reported = ("eval/reward", "eval/reward_share")
 
     def __init__(self, config: TrainConfig, ranks: Ranks | None = None) -> None:
-        self.config, self.policy = config, Policy(config, lambda: make_word_tokenizer(words()), ranks)
-        self.objective = self.policy.objective()
-        self.last: list[Sample] = []  # of the step under way
+        super().__init__(config, lambda: make_word_tokenizer(words()), ranks)
 
-    def train(self, run: ResumableRun, progress: Progress) -> None:
-        """Imitate, evaluate, then climb the windowed return."""
+    def source(self) -> str:
+        """The built-in environment."""
+        return "in rollouts of the persona interview that ppg_fast brings along"
+
+    def start(self, run: ResumableRun, progress: Progress) -> None:
+        """Imitate the scripted assistant."""
         config = self.config
         imitation = Objective(imitate=True, reduction="token_mean")
-        warm_up = replace(
-            self.policy.schedule(),
-            **IMITATION,
-            max_steps=config.imitation_steps,
-            learning_rate=config.imitation_learning_rate,
-        )
+        steps = {"max_steps": config.imitation_steps, "learning_rate": config.imitation_learning_rate}
+        schedule = replace(self.policy.schedule(), **IMITATION, **steps)
         with progress.phase("imitation", config.imitation_steps) as phase:
-            for metrics in run.climb("imitation", self.demonstrations, imitation, warm_up):
+            for metrics in run.optimise("imitation", self.demonstrations, imitation, schedule):
                 phase.show(metrics, "loss")
-        if not run.of_phase("eval"):
-            self.evaluate(run, progress, 0, "before")
-        with progress.phase(config.policy_class, config.max_steps) as phase:
-            for metrics in run.climb("train", self.rollouts, self.objective, self.policy.schedule()):
-                phase.show(metrics, "reward")
-                if metrics["step"] % config.eval_every == 0:
-                    run.log_samples("train", metrics["step"], self.last, self.policy.chat, self.objective)
-                    if metrics["step"] < config.max_steps:
-                        self.evaluate(run, progress, metrics["step"])
 
     def demonstrations(self, step: int) -> list[Sample]:
         """Scripted dialogues, every other of plain questions."""
@@ -68,20 +57,16 @@ class PersonaJob:
             for g, e in enumerate(environments)
         ]
 
-    def rollouts(self, step: int) -> list[Sample]:
+    def collect(self, step: int) -> list[Sample]:
         """Groups of rollouts of the policy as it is now."""
         policy = self.policy
         seeds = [policy.rng.getrandbits(48) for _ in range(self.config.num_prompts)]
         mine, size = policy.ranks.part(len(seeds) * self.config.num_generations), self.config.num_generations
-        rollouts = policy.roll_out(PersonaInterview, seeds, size, policy.generator, only=mine)
-        self.last = samples = policy.of_all(rollouts)
-        if step == 1:
-            warn_if_hardly_credited(samples, self.objective)
-        return samples
+        return policy.of_all(policy.roll_out(PersonaInterview, seeds, size, policy.generator, only=mine))
 
-    def evaluate(self, run: RunFolder, progress: Progress, step: int, when: str = "") -> None:
-        """Mean return on the same held-out personas with the same sampling noise every time, and its share of the best
-        return."""
+    def measure(self, when: str) -> Evaluation:
+        """Mean return on the held-out personas, its share of the best return, and the share of right answers by
+        kind."""
         policy, count = self.policy, self.config.eval_dialogues
         rollouts = policy.roll_out(
             lambda: PersonaInterview(held_out=True), range(count), 1, policy.sampling_generator(0)
@@ -93,24 +78,10 @@ class PersonaJob:
             for kind, right in rollout.environment.agreement():  # type: ignore[attr-defined]
                 kinds.setdefault(kind, []).append(right)
         agreement = {f"eval/agreement/{kind}": sum(v) / len(v) for kind, v in sorted(kinds.items())}
-        earned = of_rollouts([r.sample for r in rollouts], self.objective)
-        run.log("eval", {"step": step, **earned, "eval/reward": reward, "eval/reward_share": share, **agreement})
-        run.log_samples("eval", step, [r.sample for r in rollouts], policy.chat, self.objective)
-        progress.say(f"held-out personas after step {step}: return {reward:.2f}, {share:.0%} of a truthful assistant's")
-        if when:
-            note = (
-                f"Held-out personas, step {step}, temperature {self.config.temperature}. A reward may settle an "
-                "earlier answer too."
-            )
-            run.write_samples(when, rollouts[:SHOWN], note)
-
-    def finish(self, run: RunFolder, progress: Progress) -> dict[str, Any]:
-        """The last evaluation and the curves; start and end for the summary."""
-        self.evaluate(run, progress, run.steps, "after")
-        run.draw_curve(
-            "reward", "eval/reward", f"Persona interview, {self.config.policy_class}", "mean return per dialogue"
-        )
-        return run.start_and_end("eval/reward", "eval/reward_share")
+        metrics = of_rollouts([r.sample for r in rollouts], self.objective)
+        metrics |= {"eval/reward": reward, "eval/reward_share": share, **agreement}
+        result = f"return {reward:.2f}, {share:.0%} of a truthful assistant's"
+        return Evaluation("held-out personas", metrics, result, rollouts, "A reward may be for an earlier answer too.")
 
 
 def demonstrate(

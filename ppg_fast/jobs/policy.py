@@ -19,7 +19,6 @@ from ppg_fast.models.causal_lm import check_vocabulary, distribute, load_model, 
 from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.generation import EndpointSampler
 from ppg_fast.rollouts.rollout import Rollout, StepAll, collect_groups, step_each
-from ppg_fast.spec import policy_class
 from ppg_fast.training.metrics import peak_memory_mb
 from ppg_fast.training.objective import Objective, Schedule
 
@@ -115,11 +114,15 @@ class Policy:
     def objective(self) -> Objective:
         """The partial policy gradient that the config describes."""
         c = self.config
-        candidates = tuple(c.candidate_classes().values())
-        auto = c.policy_class == AUTO
-        chosen = policy_class("full" if auto else c.policy_class)
         return Objective(
-            chosen, c.gamma, c.baseline, c.loss_spec(), c.reduction, c.num_iterations, candidates=candidates, auto=auto
+            c.chosen_class(),
+            c.gamma,
+            c.baseline,
+            c.loss_spec(),
+            c.reduction,
+            c.num_iterations,
+            candidates=c.candidate_classes(),
+            auto=c.policy_class == AUTO,
         )
 
     def schedule(self) -> Schedule:

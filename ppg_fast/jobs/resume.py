@@ -7,7 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,29 +41,54 @@ class ResumableRun(RunFolder):
     after the same step.
     """
 
-    def __init__(self, config: TrainConfig, policy: Policy, data_digest: str = "", resume: bool = False) -> None:
-        self.ranks = policy.ranks
-        self.keeps, self._release = self.ranks.is_main, lambda: None
-        self.ranks.run_on_main(lambda: self._claim(Path(config.output_dir)))
-        saved = checkpoint.newest(Path(config.output_dir, CHECKPOINTS), self.ranks) if resume else None
-        self.frozen = frozen_digest(policy.model)
-        self.ranks.run_on_all(lambda: _check(saved, config, policy, data_digest, self.frozen) if saved else None)
-        if not self.keeps:
-            super().__init__(config, resume)
-        self.ranks.run_on_main(lambda: RunFolder.__init__(self, config, resume))
-        self.config, self.policy, self.data_digest, self.saved = config, policy, data_digest, saved
-        self.finished: list[str] = saved["finished"] if saved else []
-        self.taken: int = saved["taken"] if saved else 0
+    def __init__(
+        self, config: TrainConfig, policy: Policy, data_digest: str = "", description: str = "", resume: bool = False
+    ) -> None:
+        ranks = policy.ranks
+        super().__init__(config, description, keeps=ranks.is_main)
+        self.ranks, self.policy, self.data_digest = ranks, policy, data_digest
         self.signal: int | None = None
+        self._release: Callable[[], object] = lambda: None
+        ranks.run_on_main(self._claim)
+        self.saved = checkpoint.newest(self.path / CHECKPOINTS, ranks) if resume else None
+        self.frozen = frozen_digest(policy.model)
+        ranks.run_on_all(self._check)
+        ranks.run_on_main(lambda: self.open(resume))
+        saved = self.saved or {"finished": [], "taken": 0, "metrics_bytes": 0, "seconds": 0.0}
+        self.finished: list[str] = saved["finished"]
+        self.taken: int = saved["taken"]
         if resume:
-            self.ranks.run_on_main(lambda: (self.path / SUMMARY).unlink(missing_ok=True))
-            self.ranks.run_on_all(
-                lambda: self.rewind(saved["metrics_bytes"] if saved else 0, saved["seconds"] if saved else 0.0)
-            )
+            ranks.run_on_main(lambda: (self.path / SUMMARY).unlink(missing_ok=True))
+            ranks.run_on_all(lambda: self.rewind(saved["metrics_bytes"], saved["seconds"]))
 
-    def _claim(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
-        self._release = _lock(self, path)
+    def _claim(self) -> None:
+        """Keep the folder to this process."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._release = _lock(self, self.path)
+
+    def _check(self) -> None:
+        """ValueError, before anything is written, where the checkpoint is none of this model and this data."""
+        saved, config = self.saved, self.config
+        if saved is None:
+            return
+        if saved["data"] != self.data_digest:
+            rule = "a run goes on with the dialogues and the tokenizer it began with, got others"
+            raise ValueError(f"{rule}: data {config.data or config.prompts!r}")
+        if bool(saved["config"]["kl_coef"]) != bool(config.kl_coef):
+            raise ValueError(f"a run goes on with a KL term if it began with one, got kl_coef {config.kl_coef}")
+        of_before = {name: saved["config"][name] for name in ("policy_class", "signals", "candidates")}
+        both = (c.candidate_classes() for c in (replace(config, **of_before), config))
+        before, now = (", ".join(map(str, classes)) or "none" for classes in both)
+        if before != now:
+            rule = "a run goes on with the candidates it began with (policy_class auto or signals, and candidates)"
+            raise ValueError(f"{rule}, {before}; got {now}")
+        if saved.get("frozen", "") != self.frozen:
+            rule = "a run goes on with the frozen weights it began with, got others"
+            raise ValueError(f"{rule}: model {config.model!r}, freeze {config.freeze!r}")
+        try:
+            load_trainable_state(self.policy.model, saved["training"]["model"])
+        except ValueError as error:
+            raise ValueError(f"a run goes on with the model it began with, got another one: {error}") from error
 
     def origin(self) -> str:
         """What a resumed run goes on from, and with which other settings than before."""
@@ -78,7 +103,7 @@ class ResumableRun(RunFolder):
         where = f"{self.path} goes on after step {self.saved['training']['step']} of phase {self.saved['phase']!r}"
         return where + (f", with other settings: {', '.join(changes)}" if changes else "")
 
-    def climb(
+    def optimise(
         self, phase: str, collect: Callable[[int], Sequence[Sample]], objective: Objective, schedule: Schedule
     ) -> Iterator[dict[str, Any]]:
         """The steps of `optimise` that are still to be taken in ``phase``, logged and kept. Stopped after a signal.
@@ -165,25 +190,6 @@ class ResumableRun(RunFolder):
             raise KeyboardInterrupt
         self.signal = number
         os.write(2, b"ppg-fast: stopping after this step (Ctrl-C: at once)\n")  # print may be what the signal came into
-
-
-def _check(saved: dict[str, Any], config: TrainConfig, policy: Policy, data_digest: str, frozen: str) -> None:
-    """ValueError, before anything is written, where a checkpoint is none of this model and this data."""
-    if saved["data"] != data_digest:
-        raise ValueError(
-            f"a run goes on with the dialogues and the tokenizer it began with, got others: data {config.data!r}"
-        )
-    if bool(saved["config"]["kl_coef"]) != bool(config.kl_coef):
-        raise ValueError(f"a run goes on with a KL term if it began with one, got kl_coef {config.kl_coef}")
-    if saved.get("frozen", "") != frozen:
-        raise ValueError(
-            f"a run goes on with the frozen weights it began with, got others: model {config.model!r}, freeze "
-            f"{config.freeze!r}"
-        )
-    try:
-        load_trainable_state(policy.model, saved["training"]["model"])
-    except ValueError as error:
-        raise ValueError(f"a run goes on with the model it began with, got another one: {error}") from error
 
 
 PLACES = ("output_dir", "overwrite", "progress", "rank_timeout")  # settings that change nothing in what is computed

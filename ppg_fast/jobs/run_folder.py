@@ -17,7 +17,6 @@ from ppg_fast.dialogues.chat_format import ChatFormat
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.jobs import cards, curves
 from ppg_fast.jobs.samples import SAMPLES, answer_rows, append_rows, keep_rows, page
-from ppg_fast.jobs.samples import SHOWN as SHOWN
 from ppg_fast.jobs.trackers import FOLDER as TRACKERS
 from ppg_fast.jobs.trackers import Trackers
 from ppg_fast.rollouts.rollout import Rollout
@@ -64,22 +63,24 @@ class RunFolder:
     """metrics.jsonl (one line a step, written at once), config.yaml, samples, learning_curve.png, checkpoint/ and
     summary.json.
 
-    FileExistsError if the folder already holds a run and ``overwrite`` is off. With it, the files of a run are removed
-    and others stay.
-    ``resume``: the folder holds a run, and that is the one to go on with. Of several ranks one keeps the folder; the
-        others only know
-    the metrics.
+    Nothing is written before `open`. ``description``: what is trained, on what and how, in a sentence. ``keeps``:
+    whether this process writes; of several ranks one does, and the others only know the metrics.
     """
 
-    keeps = True  # whether this process writes
-
-    def __init__(self, config: TrainConfig, resume: bool = False) -> None:
+    def __init__(self, config: TrainConfig, description: str = "", keeps: bool = True) -> None:
+        self.config, self.description, self.keeps = config, description, keeps
         self.path, self.start, self.position = Path(config.output_dir), time.perf_counter(), 0
         self.metrics: list[dict[str, Any]] = []
-        if not self.keeps:
-            return
+
+    @kept
+    def open(self, resume: bool = False) -> None:
+        """Begin to write: config.yaml, README.md and the trackers.
+
+        FileExistsError if the folder already holds a run and the config's ``overwrite`` is off. With it, the files of a
+        run are removed and others stay. ``resume``: the folder holds a run, and that is the one to go on with.
+        """
         held = [] if resume else [name for name in OURS if (self.path / name).exists()]
-        if held and not config.overwrite:
+        if held and not self.config.overwrite:
             wanted = "give another --output-dir, --resume to go on with it, or --overwrite to replace it"
             raise FileExistsError(f"{self.path} already holds a run ({held[0]}): {wanted}")
         for name in held:  # the config goes last, so that no half of a run is taken up with the settings of another
@@ -87,10 +88,10 @@ class RunFolder:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
         new = self.path / f"{CONFIG}.new"
-        write_yaml(new, config)
+        write_yaml(new, self.config)
         new.replace(self.path / CONFIG)
-        self.trackers = Trackers(config, self.path, resume)
-        cards.write_readme(self.path, config, None)
+        self.trackers = Trackers(self.config, self.path, resume)
+        cards.write_readme(self.path, self.config, self.description, None)
 
     def log(self, phase: str, metrics: dict[str, Any]) -> None:
         """Append one line of metrics; ``phase`` is imitation, train or eval."""
@@ -200,15 +201,16 @@ class RunFolder:
         return self.path / NOT_FINITE
 
     @kept
-    def write_summary(self, config: TrainConfig, **values: Any) -> None:
-        """summary.json: how it ended, from where to where, and what decides the run; README.md and the model card say
-        it to people."""
-        chosen = {name: getattr(config, name) for name in ("policy_class", "loss_type", "seed", "data", "model")}
+    def write_summary(self, **values: Any) -> None:
+        """summary.json: how it ended, from where to where, and what decides the run. README.md and the model card say
+        it for people."""
+        names = ("policy_class", "loss_type", "seed", "data", "prompts", "model")
+        chosen = {name: getattr(self.config, name) for name in names}
         spent = {"seconds": round(self.seconds, 1), "cpu_seconds": round(time.process_time(), 1)}
         summary = {**values, **chosen, **spent}
         (self.path / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        cards.write_readme(self.path, config, summary)
-        cards.write_model_card(self.path / CHECKPOINT, config, summary)
+        cards.write_readme(self.path, self.config, self.description, summary)
+        cards.write_model_card(self.path / CHECKPOINT, self.config, self.description, summary)
 
     @kept
     def draw_curve(self, key: str, eval_key: str, title: str, unit: str) -> None:

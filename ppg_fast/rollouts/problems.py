@@ -53,11 +53,6 @@ class Problem:
         """What honesty earns in every turn; it is the most there is."""
         return sum(self.rewards([1.0] * self.turns, [0.0] * self.turns))
 
-    @cached_property
-    def settled_later(self) -> tuple[bool, ...]:
-        """Whether an answer of the turn is paid for later than at once."""
-        return tuple(self.finale > 0 or any(row[t + 1 :]) for t, row in enumerate(self.honest_pays))
-
 
 def _table(turns: int, *entries: tuple[int, int, float]) -> Table:
     cells = {(t, k): value for t, k, value in entries}

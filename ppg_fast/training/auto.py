@@ -2,27 +2,23 @@
 choice among them.
 
 The gradient of log p with respect to a token's logits is e_y - p, and two tokens that the policy chose in the same
-context have
+context have, with n = |e_y - p|^2 = sum p^2 - 2 p_y + 1,
 
-    <e_y - p, e_y' - p> = 1[y = y'] - p_y - p_y' + sum p^2 = 1[y = y'] - 1 + (n + n') / 2,     n = |e_y - p|^2 = sum p^2
-    - 2 p_y + 1.
+    <e_y - p, e_y' - p> = 1[y = y'] - p_y - p_y' + sum p^2 = 1[y = y'] - 1 + (n + n') / 2.
 
 So with each token's label and its score norm n the inner product of any two dialogues' gradients is known in logit
-space, for every
-class at once: a class only changes the advantages that the scores are multiplied with. Averaged over pairs of DIFFERENT
-dialogues it is an unbiased estimate of <G_S, G_S'>, the expected gradients' inner product (a U-statistic: their noise
-is independent); a dialogue with itself gives E|g_S|^2, signal plus noise. That is signal, noise, and, through <G_S,
-G_full>, bias.
+space, for every class at once: a class only changes the advantages that the scores are multiplied with. Averaged over
+pairs of DIFFERENT dialogues it is an unbiased estimate of <G_S, G_S'>, the expected gradients' inner product (a
+U-statistic: their noise is independent); a dialogue with itself gives E|g_S|^2, signal plus noise. That is signal,
+noise, and, through <G_S, G_full>, bias.
 
 What it assumes. Logit space stands for parameter space: the tokens of one context (the partner's last message and the
-answer so far) share
-their parameters, others share none. Exact for a tabular policy over such contexts. In a network contexts share
-parameters too: signal then adds up over contexts faster than noise does, so the estimate takes a class for noisier,
-relative to its signal, than it is. Where a partner
-never says the same twice, no pair is found beyond the opening: ``coverage`` says for how many of the tokens there was
-one, and where it is low nothing is known of bias and the chooser stays. With a leave-one-out baseline, dialogues of one
-group are not quite independent: signals come out larger by a share of at most 1 / (G - 1)^2, the same for every class,
-and noise smaller by |G_S|^2 / (G - 1).
+answer so far) share their parameters, others share none. Exact for a tabular policy over such contexts. In a network
+contexts share parameters too: signal then adds up over contexts faster than noise does, so the estimate takes a class
+for noisier, relative to its signal, than it is. Where a partner never says the same twice, no pair is found beyond the
+opening: ``coverage`` says for how many of the tokens there was one, and where it is low nothing is known of bias and
+the chooser stays. With a leave-one-out baseline, dialogues of one group are not quite independent: signals come out
+larger by a share of at most 1 / (G - 1)^2, the same for every class, and noise smaller by |G_S|^2 / (G - 1).
 """
 
 from collections.abc import Sequence
@@ -34,26 +30,7 @@ import torch
 from torch import Tensor
 
 from ppg_fast.dialogues.packing import CONTEXT, PackedBatch
-from ppg_fast.spec import FullPlanning, Greedy, Lookahead, PolicyClass, Segment, require
-
-CANDIDATES: tuple[PolicyClass, ...] = (
-    Greedy(),
-    Lookahead(2),
-    Lookahead(3),
-    Lookahead(4),
-    Lookahead(6),
-    Segment(4),
-    FullPlanning(),
-)
-
-
-def name_of(policy_class: PolicyClass) -> str:
-    """What `ppg_fast.policy_class` reads back: greedy, lookahead:3, segment:4, full."""
-    if isinstance(policy_class, Lookahead):
-        return f"lookahead:{policy_class.k}"
-    if isinstance(policy_class, Segment):
-        return f"segment:{policy_class.ids_or_length}"
-    return "full" if isinstance(policy_class, FullPlanning) else type(policy_class).__name__.lower()
+from ppg_fast.spec import CANDIDATES, PolicyClass, require
 
 
 @dataclass(frozen=True)
@@ -121,13 +98,10 @@ def measure_signals(
     """
     norms, A = score_norms.double(), advantages.double()
     context = torch.unique(contexts, return_inverse=True)[1]
-    cell = torch.unique(torch.stack([context, dialogues]), dim=1, return_inverse=True)[1]
-    all_pairs, own = (_pairs(block, labels, norms, A) for block in (context, cell))
-    heard = torch.zeros(int(context.max()) + 1 if len(context) else 0, dtype=torch.int64)
-    if len(cell):
-        first = torch.zeros(int(cell.max()) + 1, dtype=torch.int64).scatter_(0, cell, context)
-        heard = first.bincount(minlength=len(heard))
-    coverage = float((heard[context] > 1).double().mean()) if len(context) else 0.0
+    occurrences, own_context = torch.unique(torch.stack([context, dialogues]), dim=1, return_inverse=True)
+    all_pairs, own = (_pairs(block, labels, norms, A) for block in (context, own_context))
+    sharing = occurrences[0].bincount()  # dialogues in which a context occurs
+    coverage = float((sharing[context] > 1).double().mean()) if len(context) else 0.0
     return Signals((all_pairs - own) / max(1, count * (count - 1)), own.diagonal() / max(1, count), count, coverage)
 
 
@@ -153,12 +127,11 @@ class WindowChooser:
     choices.
 
     The figure of merit of a class is its alignment, the expected cosine of its batch gradient with the true one, up to
-    the factor |G_full|
-    that all have in common:
+    the factor |G_full| that all have in common:
 
         <G_S, G_full> / sqrt(|G_S|^2 + tr Cov_S / dialogues)
 
-    Bias lowers the numerator (below zero where the class climbs away from the return), noise raises the denominator,
+    Bias lowers the numerator (below zero where the class moves away from the return), noise raises the denominator,
     and it is proportional to what a step of given length gains. What is observed is averaged over the last ``memory``
     steps. ``current`` is the best class, unless its lead over the one before is less than ``margin`` of it; it does not
     wait for a lead that is statistically clear (docs/log.md says what was tried). It begins with full planning, which
@@ -174,17 +147,15 @@ class WindowChooser:
         margin: float = 0.05,
         min_coverage: float = 0.5,
     ) -> None:
-        self.candidates, self.names = list(candidates), [name_of(c) for c in candidates]
+        self.candidates, self.names = list(candidates), [str(c) for c in candidates]
         require("full" in self.names, "the candidates of auto must include full planning", self.names)
         require(memory >= 1, "memory must be at least one step", memory)
         self.fixed, self.keep, self.margin, self.min_coverage = fixed, 1 - 1 / memory, margin, min_coverage
         self.full = self.chosen = self.names.index("full")
         count = len(self.names)
         self.weight, self.dialogues = 0.0, 1
-        self.inner, self.square = (
-            torch.zeros(count, count, dtype=torch.float64),
-            torch.zeros(count, dtype=torch.float64),
-        )
+        self.inner = torch.zeros(count, count, dtype=torch.float64)
+        self.square = torch.zeros(count, dtype=torch.float64)
 
     @property
     def current(self) -> PolicyClass:
@@ -199,7 +170,7 @@ class WindowChooser:
         Adam divides by the gradients it remembers: after a class of large ones, those of a class with less noise would
         hardly move it.
         """
-        if self.chosen == self.full:
+        if self.fixed or self.chosen == self.full:
             return 1.0
         lengths = self._average().length
         return float(lengths[self.full] / lengths[self.chosen])
@@ -210,8 +181,9 @@ class WindowChooser:
     def observe(self, signals: Signals) -> dict[str, Any]:
         """Take in one step's signals; metrics for the log, ``auto/reason`` where the class changes. ``policy_class`` is
         the next one."""
-        row: dict[str, Any] = {"policy_class": name_of(self.current), "auto/coverage": signals.coverage}
-        if signals.coverage < self.min_coverage or not bool(signals.square[self.full] > 0):
+        row: dict[str, Any] = {"policy_class": str(self.current), "auto/coverage": signals.coverage}
+        finite = bool(signals.inner.isfinite().all() and signals.square.isfinite().all())  # else it would stay so
+        if signals.coverage < self.min_coverage or not (finite and signals.square[self.full] > 0):
             return row
         self.weight, self.dialogues = self.keep * self.weight + 1 - self.keep, signals.dialogues
         for total, value in ((self.inner, signals.inner), (self.square, signals.square)):
@@ -239,10 +211,7 @@ class WindowChooser:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave; ValueError for other candidates."""
-        require(
-            saved["names"] == self.names,
-            f"auto goes on with the candidates it began with, {self.names}",
-            saved["names"],
-        )
+        rule = f"auto goes on with the candidates it began with, {saved['names']}"
+        require(saved["names"] == self.names, rule, self.names)
         for name, value in saved.items():
             setattr(self, name, value.clone() if isinstance(value, Tensor) else value)

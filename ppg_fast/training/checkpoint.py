@@ -2,7 +2,7 @@
 them.
 
 The format is torch's (`torch.save`, read back with ``weights_only``; torch.distributed.checkpoint for tensors that are
-spread over ranks), the checksum file is that of ``sha256sum``. A state holds tensors, numbers, text, lists, tuples and
+sharded over ranks), the checksum file is that of ``sha256sum``. A state holds tensors, numbers, text, lists, tuples and
 dictionaries.
 """
 
@@ -30,7 +30,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int, ranks: Ranks
 
     It is written and synced under another name and then renamed: whenever the process dies, the checkpoints before this
     one are whole.
-    All ``ranks`` call it: each writes and sums its part of the tensors that are spread over them, the first everything
+    All ``ranks`` call it: each writes and sums its part of the tensors that are sharded over them, the first everything
     else of its own ``state``. OSError, on all of them, where it cannot be written, a full disk for one; nothing is left
     of it then, and nothing else is touched.
     """
@@ -90,7 +90,7 @@ def newest(folder: Path, ranks: Ranks | None = None) -> dict[str, Any] | None:
     """The state of the newest checkpoint that is whole, its tensors on the CPU; None where there is no checkpoint.
 
     A damaged one is a warning and renamed, and the one before it is taken. ValueError if all are damaged. All ``ranks``
-    call it; tensors that were spread over as many or other ranks are spread over these, or whole where these hold the
+    call it; tensors that were sharded over as many or other ranks are sharded over these, or whole where these hold the
     whole model each.
     """
     ranks = ranks or Ranks()
@@ -129,7 +129,7 @@ def _each_leaf(value: Any, change: Callable[[Any, str], Any], name: str = "") ->
 
 
 def _marked(leaf: Any, name: str, shards: dict[str, Any]) -> Any:
-    """``leaf`` itself, or, where it is spread over ranks, a mark in its place, and it in ``shards``."""
+    """``leaf`` itself, or, where it is sharded over ranks, a mark in its place, and it in ``shards``."""
     if not hasattr(leaf, "device_mesh"):
         return leaf
     shards[name] = leaf
@@ -156,14 +156,14 @@ def _write_shards(folder: Path, shards: dict[str, Any]) -> None:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about collectives between CPUs, which are meant
+            warnings.simplefilter("ignore")  # about collectives between CPUs: gloo is what we want
             save(shards, storage_writer=Writer(folder))
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from error
 
 
 def _read_shards(folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """The tensors of a folder, spread over ``ranks`` as FSDP2 spreads them. Each rank reads what it needs and asks no
+    """The tensors of a folder, sharded over ``ranks`` as FSDP2 shards them. Each rank reads what it needs and asks no
     other."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -175,7 +175,7 @@ def _read_shards(folder: Path, ranks: Ranks) -> dict[str, Any]:
         assert isinstance(of, TensorStorageMetadata)
         shards[name] = ranks.empty(of.size, of.properties.dtype)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nobody else is asked is meant
+        warnings.simplefilter("ignore")  # about reading without the other ranks: each reads its own
         load(shards, checkpoint_id=folder, no_dist=True)
     return shards
 
@@ -209,8 +209,8 @@ def _fault(path: Path) -> str | None:
         for written, name in pairs:
             if _digest(path / name) != written:
                 return f"the checksum of {name} differs"
-        there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {SUMS}
-        unsummed = there.symmetric_difference(name for _, name in pairs)
+        files = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {SUMS}
+        unsummed = files.symmetric_difference(name for _, name in pairs)
         return f"{SUMS} does not name {', '.join(sorted(unsummed))}" if unsummed else None
     except (OSError, ValueError) as error:
         return str(error)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ppg_fast.dialogues.packing import Sample, micro_batches, pack
+from ppg_fast.dialogues.packing import PackedBatch, Sample, micro_batches, pack
 from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training.metrics import by_turn, describe
 from ppg_fast.training.objective import Objective, credit
@@ -18,47 +18,43 @@ def on_logged_prefix(
 ) -> dict[str, float]:
     """How likely the logged answers are, each after the logged dialogue before it; one forward pass, no gradient.
 
-    ``eval/logprob``: mean over tokens, nats. ``eval/weighted_logprob``: mean over dialogues of sum_t R_t log pi(a_t |
-    h_t) with R_t the
-    windowed return, which is what offline training climbs. By turn index t: ``eval/turns/logprob/<t>``, mean over
-    dialogues of the turn's mean token log-prob, ``eval/turns/weighted_logprob/<t>``, mean of R_t log pi(a_t | h_t).
-    ``module``: a PolicyModule, as ranks spread it; its dropout is off meanwhile.
+    ``eval/logprob``: mean over tokens, nats. ``eval/weighted_logprob``: mean over dialogues of
+    sum_t R_t log pi(a_t | h_t) with R_t the windowed return, the objective of offline training. By turn index t:
+    ``eval/turns/logprob/<t>``, mean over dialogues of the turn's mean token log-prob, and
+    ``eval/turns/weighted_logprob/<t>``, mean of R_t log pi(a_t | h_t). ``module``: a PolicyModule, as ranks share it;
+    its dropout is off meanwhile.
     """
     if not samples:
         return {}
-    batches, was_training = list(micro_batches(samples, max_tokens)), module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            parts = [_turn_sums(module, batch) for batch in batches]
-    finally:
-        module.train(was_training)
-    width = max(logprobs.shape[1] for logprobs, _ in parts)
-    logprobs, tokens = (
-        torch.cat([torch.nn.functional.pad(p[i], (0, width - p[i].shape[1])) for p in parts]) for i in (0, 1)
-    )
-    everything = pack([sample for batch in batches for sample in batch])
-    returns, _ = credit(everything, objective)
-    there = tokens > 0
+    batch = pack(samples)
+    returns, _ = credit(batch, objective)
+    logprobs, tokens = turn_logprobs(module, batch, max_tokens)
+    read = tokens > 0
     weighted = logprobs * returns.double()
     return {
         "eval/logprob": float(logprobs.sum() / tokens.sum().clamp(min=1)),
         "eval/weighted_logprob": float(weighted.sum() / len(samples)),
-        **by_turn("eval/turns/logprob", logprobs / tokens.clamp(min=1), there),
-        **by_turn("eval/turns/weighted_logprob", weighted, there),
+        **by_turn("eval/turns/logprob", logprobs / tokens.clamp(min=1), read),
+        **by_turn("eval/turns/weighted_logprob", weighted, read),
     }
 
 
-def _turn_sums(module: nn.Module, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+def turn_logprobs(module: nn.Module, batch: PackedBatch, max_tokens: int) -> tuple[Tensor, Tensor]:
     """Log-prob (S, T) float64 of each turn's tokens together, and how many they are; on the CPU."""
-    batch = pack(samples)
-    logprobs = module(batch.to(next(module.parameters()).device), None, PolicyLossSpec()).double().cpu()
-    lengths = torch.diff(batch.cu_seqlens).long()
-    shape = batch.rewards.shape
-    active = batch.labels >= 0
-    place = torch.arange(shape[0]).repeat_interleave(lengths)[active] * shape[1] + batch.turn_ids[active]
-    sums = torch.zeros(shape.numel(), dtype=torch.float64).index_add_(0, place, logprobs[active])
-    return sums.view(shape), place.bincount(minlength=shape.numel()).view(shape)
+    device, was_training = next(module.parameters()).device, module.training
+    logprobs = torch.zeros(len(batch.tokens), dtype=torch.float64)
+    module.eval()
+    try:
+        with torch.no_grad():
+            for dialogues in micro_batches(torch.diff(batch.cu_seqlens).tolist(), max_tokens):
+                at = torch.isin(batch.dialogue_ids, torch.tensor(dialogues))
+                logprobs[at] = module(batch.part(dialogues).to(device), None, PolicyLossSpec()).double().cpu()
+    finally:
+        module.train(was_training)
+    active, shape = batch.labels >= 0, batch.rewards.shape
+    turn = (batch.dialogue_ids * shape[1] + batch.turn_ids)[active]
+    sums = torch.zeros(shape.numel(), dtype=torch.float64).index_add_(0, turn, logprobs[active])
+    return sums.view(shape), turn.bincount(minlength=shape.numel()).view(shape)
 
 
 def of_rollouts(samples: Sequence[Sample], objective: Objective) -> dict[str, float]:

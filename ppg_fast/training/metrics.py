@@ -1,5 +1,4 @@
-"""What a step says of itself: token means of the loss, the dialogues it saw turn by turn, the rows it paid for, the
-memory it took."""
+"""Metrics of a training step: token means of the loss, its dialogues turn by turn, computed rows, peak memory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +8,9 @@ from torch import Tensor
 
 from ppg_fast.dialogues.packing import CONTEXT, PackedBatch, Sample
 from ppg_fast.functional import PolicyLossOutput
+from ppg_fast.reference.turns import of_tokens
 from ppg_fast.spec import PolicyLossSpec
+from ppg_fast.training.objective import turns_with_gradient
 
 TOKEN_MEANS = {  # ours: TRL's
     "entropy": "entropy",
@@ -94,7 +95,6 @@ def describe(
     """
     totals = batch.rewards.sum(1)
     groups = [totals[batch.group_ids == g] for g in batch.group_ids.unique()]
-    there = torch.arange(batch.rewards.shape[1]) < batch.turn_counts[:, None]
     return {
         "reward": float(totals.mean()) if len(totals) else 0.0,
         "reward_std": float(totals.std(correction=0)) if len(totals) else 0.0,
@@ -104,8 +104,8 @@ def describe(
         "turns/adv_abs_mean": float(advantages.abs().sum() / batch.turn_counts.sum().clamp(min=1)),
         "active_turns": int((advantages != 0).sum()),
         **row_shares(batch, advantages, spec or PolicyLossSpec(), shared_ratios),
-        **by_turn("turns/return", returns, there),
-        **by_turn("turns/advantage", advantages, there),
+        **by_turn("turns/return", returns, batch.turn_mask),
+        **by_turn("turns/advantage", advantages, batch.turn_mask),
     }
 
 
@@ -126,16 +126,16 @@ def completion_lengths(samples: Sequence[Sample]) -> dict[str, float]:
             pairs = [(n, cut) for n, cut in zip(counts, sample.cut_off, strict=True) if n]
             known += len(pairs)
             terminated += [n for n, cut in pairs if not cut]
-    found = _spread("completions/{}_length", lengths)
+    found = _mean_min_max("completions/{}_length", lengths)
     if known:
         found |= {
             "completions/clipped_ratio": 1 - len(terminated) / known,
-            **_spread("completions/{}_terminated_length", terminated),
+            **_mean_min_max("completions/{}_terminated_length", terminated),
         }
     return found
 
 
-def _spread(name: str, values: Sequence[int]) -> dict[str, float]:
+def _mean_min_max(name: str, values: Sequence[int]) -> dict[str, float]:
     mean = sum(values) / max(1, len(values))
     return {
         name.format("mean"): mean,
@@ -152,27 +152,27 @@ def row_shares(
     Nothing for context and for turns of advantage zero, unless KL or entropy terms want every row of the policy's; a
     turn of advantage zero in a sequence whose other turns have one is read for the ratio that gspo shares.
     """
-    lengths = torch.diff(batch.cu_seqlens).long()
-    row = torch.arange(len(lengths)).repeat_interleave(lengths)
-    active = batch.labels >= 0
-    turns = advantages.shape[1]
-    counts = (
-        (row[active] * turns + batch.turn_ids[active])
-        .bincount(minlength=len(lengths) * turns)
-        .view(len(lengths), turns)
-    )
-    credited = advantages != 0
-    full = counts.sum() if spec.needs_every_row else counts[credited].sum()
-    read = (
-        counts[credited.any(1)].sum()
-        if shared_ratios and spec.loss_type == "gspo" and not spec.needs_every_row
-        else full
-    )
-    tokens = max(1, batch.tokens.numel())
+    credited = turns_with_gradient(batch, advantages, spec)
+    read = credited
+    if shared_ratios and spec.loss_type == "gspo":
+        read = credited.any(1, keepdim=True).expand_as(credited)
+    full, read = (int(of_tokens(turns, batch.turn_ids, batch.dialogue_ids).sum()) for turns in (credited, read))
+    tokens = max(1, len(batch.tokens))
     return {
-        "rows/full_share": int(full) / tokens,
-        "rows/forward_only_share": int(read - full) / tokens,
-        "rows/skip_share": 1 - int(read) / tokens,
+        "rows/full_share": full / tokens,
+        "rows/forward_only_share": (read - full) / tokens,
+        "rows/skip_share": 1 - read / tokens,
+    }
+
+
+def reading(batch: PackedBatch, advantages: Tensor, spec: PolicyLossSpec, lengths: Tensor) -> dict[str, float]:
+    """How much of the dialogues a step reads: tokens that go through the model, ``lengths`` (S,) of each, and the share
+    of assistant tokens with a gradient."""
+    labels = batch.labels >= 0
+    live = of_tokens(turns_with_gradient(batch, advantages, spec), batch.turn_ids, batch.dialogue_ids)
+    return {
+        "perf/tokens_read": int(lengths.sum()),
+        "perf/active_row_share": int(live.sum()) / max(1, int(labels.sum())),
     }
 
 
@@ -187,16 +187,16 @@ def turn_ranges(count: int) -> list[tuple[str, int, int]]:
     return ranges
 
 
-def by_turn(name: str, values: Tensor, there: Tensor) -> dict[str, float]:
+def by_turn(name: str, values: Tensor, turn_mask: Tensor) -> dict[str, float]:
     """Mean and standard deviation of ``values`` (S, T) over the dialogues that reach a turn: ``name``/<t> and
     ``name``_std/<t>.
 
-    ``there`` (S, T) bool. Turn indices as `turn_ranges` labels them, those that some dialogue reaches.
+    ``turn_mask`` (S, T) bool. Turn indices as `turn_ranges` labels them, those that some dialogue reaches.
     """
-    reached = there.any(0).nonzero()
+    reached = turn_mask.any(0).nonzero()
     count = int(reached[-1]) + 1 if len(reached) else 0
-    kept = torch.where(there, values, 0.0).double()
-    sums = torch.stack([there.sum(0).double(), kept.sum(0), kept.square().sum(0)])
+    kept = torch.where(turn_mask, values, 0.0).double()
+    sums = torch.stack([turn_mask.sum(0).double(), kept.sum(0), kept.square().sum(0)])
     found: dict[str, float] = {}
     for label, first, end in turn_ranges(count):
         number, total, squares = sums[:, first:end].sum(1).tolist()

@@ -1,4 +1,4 @@
-"""What a step climbs: which rewards a turn is credited for, how dialogues are weighed, how large the steps are."""
+"""Objective, credit assignment and schedule."""
 
 import warnings
 from collections.abc import Sequence
@@ -7,19 +7,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ppg_fast.dialogues.packing import CONTEXT, PackedBatch, Sample, pack, trim_after_last_turn
+from ppg_fast.dialogues.packing import PackedBatch, Sample, pack
 from ppg_fast.functional import partial_returns, turn_advantages
-from ppg_fast.spec import Lookahead, PolicyClass, PolicyLossSpec
+from ppg_fast.reference.turns import of_tokens
+from ppg_fast.spec import FullPlanning, Lookahead, PolicyClass, PolicyLossSpec
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step climbs. ``imitate``: every turn has advantage 1, which is supervised fine-tuning through the same
-    kernel.
+    """The objective of a step. ``imitate``: every turn has advantage 1: supervised fine-tuning by the same kernel.
 
     ``candidates``: classes whose signals `ppg_fast.training.auto` measures at every step; ``auto``: it chooses one of
-        them for the next, in place of
-    ``policy_class``. ``scale``: what the advantages are multiplied with then.
+    them for the next, in place of ``policy_class``. ``scale``: what the advantages are multiplied with then.
     """
 
     policy_class: PolicyClass = field(default_factory=lambda: Lookahead(3))
@@ -39,8 +38,8 @@ class Schedule:
     """Steps and step sizes: ``warmup_steps`` to the peak learning rate, then linear to ``final_learning_rate`` of it.
 
     A step whose loss or gradient is not finite is skipped; more than ``max_skipped_steps`` of them in a row end the
-    training. ``optim``
-    and what follows it: as `make_optimizer` takes them. ``bf16``: forward passes under bfloat16 autocast.
+    training. ``optim`` and what follows it: as `make_optimizer` takes them. ``bf16``: forward passes under bfloat16
+    autocast.
     """
 
     max_steps: int
@@ -67,9 +66,8 @@ class Schedule:
 def credit(batch: PackedBatch, objective: Objective) -> tuple[Tensor, Tensor]:
     """Windowed returns and advantages of every turn, both (S, T) float32."""
     counts = batch.turn_counts
-    there = torch.arange(batch.rewards.shape[1]) < counts[:, None]
     if objective.imitate:
-        return batch.rewards, there.float()
+        return batch.rewards, batch.turn_mask.float()
     if not len(counts):
         return batch.rewards, batch.rewards
     returns = partial_returns(batch.rewards, objective.policy_class, gamma=objective.gamma, turn_counts=counts)
@@ -77,49 +75,35 @@ def credit(batch: PackedBatch, objective: Objective) -> tuple[Tensor, Tensor]:
     return returns, advantages * objective.scale
 
 
-def live_parts(samples: Sequence[Sample], advantages: Tensor, objective: Objective) -> list[tuple[Sample, int]]:
-    """What a step has to read of ``samples``: parts of them, each with its row of ``advantages``.
+def turns_with_gradient(batch: PackedBatch, advantages: Tensor, spec: PolicyLossSpec) -> Tensor:
+    """(S, T) bool: turns whose advantage is not zero; with a KL or entropy term all of them."""
+    return batch.turn_mask if spec.needs_every_row else advantages != 0
 
-    A dialogue ends after its last turn whose advantage is not zero and is left out where it has none: what follows has
+
+def tokens_to_read(batch: PackedBatch, advantages: Tensor, objective: Objective) -> Tensor:
+    """(S,) int64: how many of its first tokens a step has to read of each dialogue.
+
+    A dialogue ends with its last turn whose advantage is not zero, and is left out where it has none: what follows has
     no gradient. With a KL or entropy term every assistant token has one; where a dialogue's tokens share a ratio (gspo)
-    or a mean (sequence_mean), a live dialogue keeps them all; with candidates all keep theirs, since other classes may
-    have an advantage elsewhere. The denominator stays that of all ``samples``.
+    or a mean (sequence_mean), a dialogue with a gradient is read up to its last turn; with candidates every dialogue
+    is, since other classes may have an advantage there. The denominator stays that of the whole batch.
     """
-    spec, credited = objective.spec, (advantages != 0).tolist()
-    shared = objective.reduction == "sequence_mean" or (spec.loss_type == "gspo" and objective.num_iterations > 1)
-    parts: list[tuple[Sample, int]] = []
-    for row, (sample, turns) in enumerate(zip(samples, credited, strict=True)):
-        every = spec.needs_every_row or bool(objective.candidates)
-        if not (every or any(turns)):
-            continue
-        whole = shared or every
-        part = trim_after_last_turn(sample, None if whole else {turn for turn, live in enumerate(turns) if live})
-        if part.tokens:
-            parts.append((part, row))
-    return parts
+    spec = objective.spec
+    credited = turns_with_gradient(batch, advantages, spec)
+    if objective.reduction == "sequence_mean" or (spec.loss_type == "gspo" and objective.num_iterations > 1):
+        credited = credited.any(1, keepdim=True).expand_as(credited)
+    if objective.candidates:
+        credited = batch.turn_mask
+    dialogue_ids = batch.dialogue_ids
+    read = of_tokens(credited, batch.turn_ids, dialogue_ids)
+    ends = torch.where(read, batch.position_ids + 2, 0)  # the predicted token is read too
+    return torch.zeros_like(batch.turn_counts).scatter_reduce(0, dialogue_ids, ends, "amax")
 
 
-def reading(
-    samples: Sequence[Sample], advantages: Tensor, objective: Objective, parts: Sequence[Sample]
-) -> dict[str, float]:
-    """How much of the dialogues a step reads: tokens that go through the model, and the share of assistant tokens with
-    a gradient."""
-    live = ((advantages != 0) | objective.spec.needs_every_row).tolist()
-    labels = [live[row][turn] for row, s in enumerate(samples) for turn in s.turn_ids[1:] if turn != CONTEXT]
-    return {
-        "perf/tokens_read": sum(len(p.tokens) for p in parts),
-        "perf/active_row_share": sum(labels) / max(1, len(labels)),
-    }
-
-
-def denominator(samples: Sequence[Sample], reduction: str) -> float | None:
-    """The reduction's denominator over all micro-batches: labels are the assistant's tokens but a dialogue's first."""
-    labels = [sum(turn != CONTEXT for turn in s.turn_ids[1:]) for s in samples]
-    total = {
-        "token_mean": sum(labels),
-        "sequence_mean": sum(n > 0 for n in labels),
-        "sequence_sum": sum(n > 0 for n in labels),
-    }
+def denominator(batch: PackedBatch, reduction: str) -> float | None:
+    """The reduction's denominator over all micro-batches of ``batch``: its labels, or the dialogues that have one."""
+    labels = batch.dialogue_ids[batch.labels >= 0].bincount()
+    total = {"token_mean": labels.sum(), "sequence_mean": (labels > 0).sum(), "sequence_sum": (labels > 0).sum()}
     return max(1.0, float(total[reduction])) if reduction in total else None
 
 
@@ -128,10 +112,8 @@ def require_nonnegative(samples: Sequence[Sample], names: Sequence[str]) -> None
     for sample, name in zip(samples, names, strict=True):
         for turn, reward in enumerate(sample.rewards):
             if reward < 0:
-                rule = (
-                    "offline rewards must be >= 0 (negative ones void the lower bound; allow_negative_rewards "
-                    "permits them)"
-                )
+                why = "negative ones void the lower bound; allow_negative_rewards permits them"
+                rule = f"offline rewards must be >= 0 ({why})"
                 raise ValueError(f"{rule}, got {reward} in dialogue {name!r}, turn {turn}")
 
 
@@ -145,5 +127,5 @@ def warn_if_hardly_credited(samples: Sequence[Sample], objective: Objective) -> 
     turns = sum(len(s.rewards) for s in long if s.rewards[-1])
     credited = int((returns != 0).sum())
     if credited < turns:
-        seen = f"{objective.policy_class} credits {credited} of {turns} turns, FullPlanning() all"
+        seen = f"{objective.policy_class} credits {credited} of {turns} turns, {FullPlanning()} all"
         warnings.warn(f"rewards come with the last turn only: {seen}", stacklevel=2)

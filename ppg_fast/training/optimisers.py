@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppg_fast.distributed import shard_like
 from ppg_fast.spec import require
 
 MUON = "muon"
@@ -56,6 +57,20 @@ def set_learning_rate(optimizer: Any, rate: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+def load_optimizer_state(optimizer: Any, saved: dict[str, Any]) -> None:
+    """Take over what ``optimizer.state_dict()`` gave, its moments sharded over ranks where the weights are."""
+    if isinstance(optimizer, Together):
+        for number, part in enumerate(optimizer.parts):
+            load_optimizer_state(part, saved[str(number)])
+        return
+    if "state" in saved:
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+        moments = saved["state"].items()
+        sharded = {i: {name: shard_like(value, weights[i]) for name, value in of.items()} for i, of in moments}
+        saved = {**saved, "state": sharded}
+    optimizer.load_state_dict(saved)
 
 
 def _resolve(model: nn.Module, name: str, arguments: str, betas: tuple[float, float]) -> tuple[Any, dict[str, Any]]:
@@ -137,8 +152,7 @@ class Together:
         return {str(n): part.state_dict() for n, part in enumerate(self.parts)}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        for n, part in enumerate(self.parts):
-            part.load_state_dict(saved[str(n)])
+        load_optimizer_state(self, saved)
 
 
 class OnCPU:

@@ -9,91 +9,24 @@ dialogues; the windowed return) and imitation (demonstrations; 1).
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from ppg_fast.dialogues.packing import NOTHING, PackedBatch, Sample, micro_batches, pack
-from ppg_fast.distributed import Ranks, shard_like, whole
-from ppg_fast.models.adaptation import StartingWeights, load_trainable_state, trainable_state
+from ppg_fast.dialogues.packing import Sample, pack
+from ppg_fast.distributed import Ranks, whole
+from ppg_fast.models.adaptation import StartingWeights
 from ppg_fast.models.causal_lm import PolicyModule
-from ppg_fast.spec import PolicyLossSpec
-from ppg_fast.training.auto import WindowChooser
-from ppg_fast.training.metrics import TokenMeans, describe, peak_memory_mb
-from ppg_fast.training.objective import Objective, Schedule, credit, denominator, live_parts, reading
-from ppg_fast.training.optimisers import make_optimizer, set_learning_rate
+from ppg_fast.training.metrics import TokenMeans, describe, peak_memory_mb, reading
+from ppg_fast.training.objective import Objective, Schedule, credit, denominator, tokens_to_read
+from ppg_fast.training.optimisers import set_learning_rate
+from ppg_fast.training.passes import Pass, add_logprobs, make_passes
 from ppg_fast.training.signals import SignalTokens
+from ppg_fast.training.state import NotFinite, TrainingState
 
-
-class NotFinite(FloatingPointError):
-    """Too many steps in a row had a loss or gradient that is not finite. ``batches``: (step, its dialogues) of each of
-    them."""
-
-    def __init__(self, message: str, batches: list[tuple[int, Sequence[Sample]]]) -> None:
-        super().__init__(message)
-        self.batches = batches
-
-
-@dataclass
-class TrainingState:
-    """What steps change, but for the sources of randomness. ``reference``: the weights at the start, where a KL term
-    wants them.
-
-    ``chooser``: what has been seen of the policy classes, where the objective has candidates.
-    """
-
-    model: Any
-    optimizer: torch.optim.Optimizer
-    reference: StartingWeights | None = None
-    step: int = 0
-    num_tokens: int = 0
-    skipped_steps: int = 0
-    chooser: WindowChooser | None = None
-
-    @classmethod
-    def start(cls, model: Any, objective: Objective, schedule: Schedule) -> "TrainingState":
-        """Before the first step; where ranks share ``model``, it is spread over them already."""
-        optimizer = make_optimizer(
-            model,
-            schedule.optim,
-            arguments=schedule.optim_args,
-            betas=(schedule.adam_beta1, schedule.adam_beta2),
-            weight_decay=schedule.weight_decay,
-            offload=schedule.optim_offload,
-        )
-        reference = StartingWeights(model) if objective.spec.kl_coef else None
-        fixed = None if objective.auto else objective.policy_class
-        return cls(
-            model,
-            optimizer,
-            reference,
-            chooser=WindowChooser(objective.candidates, fixed=fixed) if objective.candidates else None,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that training changes, as `torch.save` likes it: frozen weights are not in it."""
-        values = {
-            name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(self).items() if name != "model"
-        }
-        return {"model": trainable_state(self.model), **values}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        load_trainable_state(self.model, saved["model"])
-        optimizer = saved["optimizer"]
-        if "state" in optimizer:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            moments = optimizer["state"].items()
-            spread = {i: {name: shard_like(value, parameters[i]) for name, value in of.items()} for i, of in moments}
-            optimizer = {**optimizer, "state": spread}
-        self.optimizer.load_state_dict(optimizer)
-        if self.reference is not None:
-            self.reference.load_state_dict(saved["reference"])
-        self.step, self.num_tokens, self.skipped_steps = (
-            saved[name] for name in ("step", "num_tokens", "skipped_steps")
-        )
+__all__ = ["NotFinite", "TrainingState", "optimise", "update"]
 
 
 def optimise(
@@ -108,45 +41,30 @@ def optimise(
     evaluate, save or stop.
 
     ``collect(step)`` gives the dialogues of a step: on-policy, it rolls out the model as it is now. ``state``: where to
-    go on from,
-    kept up to date. ``ranks``: who trains it together, `spread` before; each of them collects the dialogues of all, and
-    all of them yield the same metrics. NotFinite after too many skipped steps; the weights are those before them.
+    go on from, kept up to date. ``ranks``: who trains it together, after `Ranks.shard`; each of them collects the
+    dialogues of all, and all of them yield the same metrics. NotFinite after too many skipped steps; the weights are
+    those before them.
     """
     ranks = ranks or Ranks()
     state = state or TrainingState.start(model, objective, schedule)
-    skipped: list[tuple[int, Sequence[Sample]]] = []
     for step in range(state.step + 1, schedule.max_steps + 1):
-        start = time.perf_counter()
+        start, rate, chooser = time.perf_counter(), schedule.learning_rate_at(step), state.chooser
         samples = collect(step)
-        set_learning_rate(state.optimizer, schedule.learning_rate_at(step))
-        chooser = state.chooser
+        set_learning_rate(state.optimizer, rate)
         now = replace(objective, policy_class=chooser.current, scale=chooser.scale) if chooser else objective
         metrics = update(model, state.optimizer, samples, now, schedule, state.reference, ranks)
-        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
-            skipped = []
-        else:
-            skipped.append((step, samples))
-            state.skipped_steps += 1
-        if len(skipped) > schedule.max_skipped_steps:
-            seen = (
-                f"loss {metrics['loss']} and gradient norm {metrics['grad_norm']} at step {step}, the last of "
-                f"{len(skipped)} in a row"
-            )
-            raise NotFinite(
-                f"loss and gradient must be finite (the weights are those before these steps), got {seen}", skipped
-            )
+        state.skipped.observe(step, samples, metrics["loss"], metrics["grad_norm"], schedule.max_skipped_steps)
         signals = metrics.pop("signals", None)
         if chooser and signals:
             metrics |= chooser.observe(signals)
-        seconds = time.perf_counter() - start
-        tokens = sum(len(s.tokens) for s in samples)
+        seconds, tokens = time.perf_counter() - start, sum(len(s.tokens) for s in samples)
         state.step, state.num_tokens = step, state.num_tokens + tokens
         yield {
             "step": step,
             **metrics,
-            "learning_rate": schedule.learning_rate_at(step),
+            "learning_rate": rate,
             "num_tokens": state.num_tokens,
-            "skipped_steps": state.skipped_steps,
+            "skipped_steps": state.skipped.total,
             "step_time": seconds,
             "perf/tokens_per_second": tokens / seconds,
             "perf/peak_memory_mb": peak_memory_mb(model),
@@ -171,87 +89,59 @@ def update(
     has candidates, the metrics hold their `Signals` at the weights before the first step.
     """
     ranks = ranks or Ranks()
-    everything = pack(samples)
-    returns, advantages = credit(everything, objective)
-    normalizer = denominator(samples, objective.reduction)
-    parts = live_parts(samples, advantages, objective)
-    passes = _passes(parts, schedule.max_tokens, ranks)
-    spec, device = objective.spec, model.device
     module = ranks.module(model) or PolicyModule(model, torch.bfloat16 if schedule.bf16 else None)
-    olds, refs = _given_logprobs(module, [batch for batch, _ in passes], device, objective, reference, ranks)
-    signals = SignalTokens(samples, everything, objective) if objective.candidates else None
-    sums, norm = TokenMeans(), 0.0
+    batch = pack(samples)
+    returns, advantages = credit(batch, objective)
+    lengths = tokens_to_read(batch, advantages, objective)
+    passes = make_passes(batch, advantages, lengths, schedule.max_tokens, model.device, ranks)
+    add_logprobs(passes, module, objective, reference, ranks)
+    signals = SignalTokens(batch, objective) if objective.candidates else None
+    normalizer, means, norm = denominator(batch, objective.reduction), TokenMeans(), 0.0
     for iteration in range(objective.num_iterations):
         optimizer.zero_grad(set_to_none=True)
-        sums = TokenMeans()
-        for number, ((batch, rows), old, ref) in enumerate(zip(passes, olds, refs, strict=True), 1):
-            batch = batch.to(device)
-            with ranks.accumulate(module, last=number == len(passes)):
-                out = module(
-                    batch,
-                    (advantages[rows] if rows else torch.zeros(1, 1)).to(device),
-                    spec,
-                    old_logprobs=old,
-                    ref_logprobs=ref,
-                    rollout_logprobs=batch.rollout_logprobs if spec.importance_cap else None,
-                    reduction=objective.reduction,
-                    normalizer=normalizer,
-                    skip_zero_advantages=signals is None,  # other classes may have an advantage there
-                    score_norms=signals is not None and iteration == 0,
-                )
-                (out.loss * ranks.world).backward()  # the engines take the mean over the ranks
-            sums.add(out, batch.rollout_logprobs, old)
-            if signals and iteration == 0:
-                signals.add(batch, rows, out)
-        sums = TokenMeans.total(ranks.gather(sums))
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)))
-        if not (math.isfinite(norm) and math.isfinite(sums.loss)):
+        means = backward(module, passes, objective, normalizer, ranks, None if iteration else signals)
+        norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)))
+        if not (math.isfinite(norm) and math.isfinite(means.loss)):
             break
         if norm > 0:
             optimizer.step()
-    read = reading(samples, advantages, objective, [part for part, _ in parts])
-    seen = describe(samples, everything, returns, advantages, spec, shared_ratios=objective.num_iterations > 1)
-    found = {"signals": signals.measure(ranks)} if signals else {}
-    return {**sums.means(), "grad_norm": norm, **read, **seen, **found}
+    shared_ratios = objective.num_iterations > 1
+    return {
+        **means.means(),
+        "grad_norm": norm,
+        **reading(batch, advantages, objective.spec, lengths),
+        **describe(samples, batch, returns, advantages, objective.spec, shared_ratios),
+        **({"signals": signals.measure(ranks)} if signals else {}),
+    }
 
 
-def _passes(parts: Sequence[tuple[Sample, int]], max_tokens: int, ranks: Ranks) -> list[tuple[PackedBatch, list[int]]]:
-    """This rank's micro-batches of ``parts``, each with its rows of the advantages; as many as any rank has, and at
-    least one."""
-    mine = [parts[i] for i in ranks.share([len(part.tokens) for part, _ in parts])]
-    row = {id(part): row for part, row in mine}
-    batches = list(micro_batches([part for part, _ in mine], max_tokens))
-    passes = [(pack(batch), [row[id(part)] for part in batch]) for batch in batches]
-    lacking = max(1, ranks.largest(len(passes))) - len(passes)
-    return passes + [(pack([NOTHING]), [])] * lacking
-
-
-def _given_logprobs(
-    module: torch.nn.Module,
-    batches: Sequence[PackedBatch],
-    device: torch.device,
+def backward(
+    module: nn.Module,
+    passes: Sequence[Pass],
     objective: Objective,
-    reference: StartingWeights | None,
+    normalizer: float | None,
     ranks: Ranks,
-) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """Of each batch under the weights before the first of several iterations, and under the reference; None where
-    nothing asks for them."""
-    spec, none = objective.spec, [None] * len(batches)
-    olds = [_frozen(module, b, device, spec, ranks) for b in batches] if objective.num_iterations > 1 else none
-    if reference is None:
-        return olds, none
-    with reference.in_place():
-        return olds, [_frozen(module, b, device, spec, ranks) for b in batches]
-
-
-def _frozen(
-    module: torch.nn.Module, batch: PackedBatch, device: torch.device, spec: PolicyLossSpec, ranks: Ranks
-) -> Tensor:
-    """Log-probs without a gradient, and without dropout."""
-    was_training = module.training
-    module.eval()
-    try:
-        with ranks.no_grad_forward(module):
-            return module(batch.to(device), None, spec)
-    finally:
-        module.train(was_training)
+    signals: SignalTokens | None,
+) -> TokenMeans:
+    """Forward and backward of every pass; gradients are those of the loss of all of them, on all ranks. ``signals``
+    takes in their tokens."""
+    means = TokenMeans()
+    for number, one in enumerate(passes, 1):
+        with ranks.accumulate(module, last=number == len(passes)):
+            out = module(
+                one.batch,
+                one.advantages,
+                objective.spec,
+                old_logprobs=one.old_logprobs,
+                ref_logprobs=one.ref_logprobs,
+                rollout_logprobs=one.batch.rollout_logprobs if objective.spec.importance_cap else None,
+                reduction=objective.reduction,
+                normalizer=normalizer,
+                skip_zero_advantages=not objective.candidates,  # other classes may have an advantage there
+                score_norms=signals is not None,
+            )
+            (out.loss * ranks.world).backward()  # the engines take the mean over the ranks
+        means.add(out, one.batch.rollout_logprobs, one.old_logprobs)
+        if signals:
+            signals.add(one.batch, one.dialogues, out)
+    return TokenMeans.total(ranks.gather(means))

@@ -75,7 +75,7 @@ def exploding(step: int) -> list[Sample]:
 
 @dataclass(frozen=True)
 class Case:
-    """Some steps of training: the dialogues of each, and how it climbs."""
+    """Some steps of training: the dialogues of each, objective and schedule."""
 
     samples: Callable[[int], list[Sample]] = lambda step: dialogues(7, step)
     objective: Objective = field(default_factory=lambda: Objective(Lookahead(2)))
@@ -151,7 +151,7 @@ LOSSES = {"killed": lambda: os.kill(os.getpid(), signal.SIGKILL), "silent": lamb
 
 def train(*options: object, cut_at: int = 0, act: Callable[[], None] = terminate) -> int:
     """`ppg-fast train`; at step ``cut_at`` rank 1 alone, or the only one, is told to end, or worse."""
-    batches = {job: job.__dict__[name] for job, name in ((OfflineJob, "batch"), (PersonaJob, "rollouts"))}
+    collects = {job: job.collect for job in (OfflineJob, PersonaJob)}
 
     def cutting(collect: Callable) -> Callable:
         def collected(self: object, step: int) -> list[Sample]:
@@ -161,11 +161,13 @@ def train(*options: object, cut_at: int = 0, act: Callable[[], None] = terminate
 
         return collected
 
-    OfflineJob.batch, PersonaJob.rollouts = cutting(batches[OfflineJob]), cutting(batches[PersonaJob])
+    for job, collect in collects.items():
+        job.collect = cutting(collect)
     try:
         return main(["train", *map(str, options)])
     finally:
-        OfflineJob.batch, PersonaJob.rollouts = batches[OfflineJob], batches[PersonaJob]
+        for job, collect in collects.items():
+            job.collect = collect
 
 
 def jobs(folder: Path, parallel: str, first: bool) -> dict[str, int]:

@@ -147,8 +147,7 @@ template <class T> void send(T v, void* dst, uint64_t* p, unsigned rank) {
   push(o);
 }
 
-// ---- host: an H200, or an A100 where settings.major is 8
-// -----------------------------------------------------------------------
+// ---- host: an H200, or an A100 where settings.major is 8 ------------------------------------------------------------
 constexpr int INVALID_VALUE = 1, EMULATOR_ERROR = 2, MAX_DEVICES = 64;
 struct Device {
   int id, major, sms, smem_block, smem_sm;

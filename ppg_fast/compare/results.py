@@ -1,5 +1,5 @@
-"""Cells of a comparison, one JSON file each: what is there is not computed again, and a killed run keeps what was
-done."""
+"""Results of a comparison, a JSON file for each class and seed: none is computed twice, and a killed comparison keeps
+those it has."""
 
 import hashlib
 import json
@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-CELLS = "cells"
+RESULTS = "results"
+MEASUREMENT = "gradient"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """``version``: tabular, language or logged. ``policy_class``: one to train with, or "gradient" for the measurement
-    of all of them."""
+class Run:
+    """One run, of one result. ``version``: tabular, language or logged. ``policy_class``: one to train with, or
+    `MEASUREMENT` of all of them at the start."""
 
     version: str
     problem: str
@@ -32,33 +33,33 @@ class Cell:
         return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}.json"
 
 
-Work = Callable[[Cell], dict[str, Any]]
+Work = Callable[[Run], dict[str, Any]]
 
 
-def read(folder: Path, cell: Cell) -> dict[str, Any] | None:
-    """The result of ``cell``, None where there is none (or half of one, which cannot be: files appear whole)."""
-    path = folder / CELLS / cell.name
+def read(folder: Path, run: Run) -> dict[str, Any] | None:
+    """The result of ``run``, None where there is none (or half of one, which cannot be: files appear whole)."""
+    path = folder / RESULTS / run.name
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def run(folder: Path, cells: Sequence[Cell], work: Work, jobs: int) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """Compute the cells that are not there, ``jobs`` at a time in processes of one thread each; yield each as it is
+def compute(folder: Path, runs: Sequence[Run], work: Work, jobs: int) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Compute the results that are missing, ``jobs`` at a time in processes of one thread each; yield each as it is
     done.
 
-    ``work`` must be picklable for jobs > 1. A cell that fails does not stop the others; the first failure is raised at
+    ``work`` must be picklable for jobs > 1. A run that fails does not stop the others; the first failure is raised at
     the end.
     """
-    (folder / CELLS).mkdir(parents=True, exist_ok=True)
-    missing = [cell for cell in cells if read(folder, cell) is None]
+    (folder / RESULTS).mkdir(parents=True, exist_ok=True)
+    missing = [run for run in runs if read(folder, run) is None]
     if jobs <= 1:
-        for cell in missing:
-            yield cell, _compute(folder, cell, work)
+        for run in missing:
+            yield run, _compute(folder, run, work)
         return
     import multiprocessing
 
     failure: BaseException | None = None
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
-        futures = {pool.submit(_compute, folder, cell, work): cell for cell in missing}
+        futures = {pool.submit(_compute, folder, run, work): run for run in missing}
         try:
             for future in as_completed(futures):
                 if (error := future.exception()) is not None:
@@ -79,16 +80,16 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _compute(folder: Path, cell: Cell, work: Work) -> dict[str, Any]:
+def _compute(folder: Path, run: Run, work: Work) -> dict[str, Any]:
     start = time.perf_counter()
-    result = work(cell)
-    result = {**asdict(cell), "seconds": round(time.perf_counter() - start, 2), **result}
-    write_whole(folder / CELLS / cell.name, json.dumps(result))
+    result = work(run)
+    result = {**asdict(run), "seconds": round(time.perf_counter() - start, 2), **result}
+    write_whole(folder / RESULTS / run.name, json.dumps(result))
     return result
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole, or as it was, whenever the process is killed."""
+    """Write a file that is whole, or as it was, whenever the process is killed."""
     new = path.with_suffix(f".{os.getpid()}.new")
     new.write_text(text, encoding="utf-8")
     new.replace(path)

@@ -1,0 +1,166 @@
+"""What every job of `ppg-fast train` does: train step by step, evaluate on what training does not read, report."""
+
+import hashlib
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ppg_fast.config import TrainConfig
+from ppg_fast.dialogues.packing import Sample
+from ppg_fast.distributed import Ranks
+from ppg_fast.jobs.policy import Policy
+from ppg_fast.jobs.resume import ResumableRun
+from ppg_fast.jobs.run_folder import Progress, RunFolder
+from ppg_fast.jobs.samples import SHOWN
+from ppg_fast.rollouts.rollout import Rollout
+from ppg_fast.training.objective import warn_if_hardly_credited
+
+Item = TypeVar("Item")
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of ``subject`` ("held-out personas"), their one-line ``result``, dialogues to read and a note on them."""
+
+    subject: str
+    metrics: dict[str, float]
+    result: str
+    rollouts: Sequence[Rollout] = ()
+    note: str = ""
+
+
+class Job(ABC):
+    """One kind of training: a subclass reads its data, collects the dialogues of a step and measures the policy.
+
+    Where ``on_policy`` is False, the dialogues of a step are logged ones: their log-prob is shown and drawn instead of
+    the return, and the policy's own answers have no reward.
+    """
+
+    on_policy = True
+    title, unit = "", "mean return per dialogue"  # of the learning curve
+    reported: tuple[str, ...] = ("eval/reward",)  # metrics whose start and end go into the summary
+
+    def __init__(self, config: TrainConfig, make_tokenizer: Callable[[], Any], ranks: Ranks | None = None) -> None:
+        self.config, self.policy = config, Policy(config, make_tokenizer, ranks)
+        self.objective = self.policy.objective()
+        self.rollout_metrics: dict[str, Any] = {}  # of the step under way, logged as phase rollout
+
+    @abstractmethod
+    def source(self) -> str:
+        """Where the dialogues come from, as the rest of "training of a model ..."."""
+
+    @abstractmethod
+    def collect(self, step: int) -> list[Sample]:
+        """The dialogues of ``step`` (from 1), on all ranks the same."""
+
+    @abstractmethod
+    def measure(self, when: str) -> Evaluation:
+        """An evaluation on held-out data, with the same sampling noise every time; ``when``: before, after or ""."""
+
+    def data_read(self) -> Iterable[object]:
+        """Everything that training reads of the data, for a checksum; nothing where it is a function of the seed."""
+        return ()
+
+    def start(self, run: ResumableRun, progress: Progress) -> None:
+        """What comes before the first evaluation: an introduction, a warm start."""
+        del run, progress
+
+    @property
+    def metric(self) -> str:
+        """What is shown and drawn: <metric> of training steps and eval/<metric> of evaluations."""
+        return "reward" if self.on_policy else "logprob"
+
+    @property
+    def data_digest(self) -> str:
+        """A checksum of `data_read`."""
+        total = hashlib.sha256()
+        for part in self.data_read():
+            total.update(repr(part).encode())
+        return total.hexdigest()
+
+    def description(self) -> str:
+        """What is trained, on what and how, in one sentence."""
+        c = self.config
+        made = f"a small Qwen3 of random weights ({c.layers} layers of {c.width})"
+        model = f"`{Path(c.model).name}`" if c.model else made
+        how = f"policy class `{c.policy_class}`, loss `{c.loss_type}`, seed {c.seed}"
+        return f"{'On-policy' if self.on_policy else 'Offline'} training of {model} {self.source()}: {how}."
+
+    def split(self, count: int) -> tuple[list[int], list[int]]:
+        """``count`` places in random order: those held out (at most a fifth and ``eval_dialogues``), those to train
+        on."""
+        order = list(range(count))
+        self.policy.rng.shuffle(order)
+        apart = min(self.config.eval_dialogues, count // 5)
+        return order[:apart], order[apart:]
+
+    def train(self, run: ResumableRun, progress: Progress) -> None:
+        """Maximise the objective for ``max_steps`` steps, with an evaluation before them and every ``eval_every``."""
+        config, last = self.config, []
+        self.start(run, progress)
+        if not run.of_phase("eval"):
+            self.evaluate(run, progress, 0, "before")
+
+        def collect(step: int) -> list[Sample]:
+            last[:] = self.collect(step)
+            if self.on_policy and step == 1:
+                warn_if_hardly_credited(last, self.objective)
+            if self.rollout_metrics:
+                run.log("rollout", {"step": step, **self.rollout_metrics})
+            return list(last)
+
+        with progress.phase(config.policy_class, config.max_steps) as phase:
+            for metrics in run.optimise("train", collect, self.objective, self.policy.schedule()):
+                step = metrics["step"]
+                phase.show(metrics, self.metric)
+                if step % config.eval_every == 0:
+                    if self.on_policy:
+                        run.log_samples("train", step, last, self.policy.chat, self.objective)
+                    if step < config.max_steps:
+                        self.evaluate(run, progress, step)
+
+    def evaluate(self, run: RunFolder, progress: Progress, step: int, when: str = "") -> None:
+        """`measure` after ``step``: logged, said, and with ``when`` (before, after) a page of dialogues to read."""
+        found, scored = self.measure(when), self.on_policy
+        run.log("eval", {"step": step, **found.metrics})
+        if found.rollouts:
+            samples = [rollout.sample for rollout in found.rollouts]
+            run.log_samples("eval", step, samples, self.policy.chat, self.objective, scored)
+        progress.say(f"{found.subject} after step {step}: {found.result}")
+        if when:
+            note = f"{found.subject.capitalize()}, step {step}, temperature {self.config.temperature}. {found.note}"
+            run.write_samples(when, found.rollouts[:SHOWN], note.rstrip(), scored)
+
+    def finish(self, run: RunFolder, progress: Progress) -> dict[str, Any]:
+        """The last evaluation and the curves; start and end of the ``reported`` metrics, for the summary."""
+        self.evaluate(run, progress, run.steps, "after")
+        title = f"{self.title}, {self.config.policy_class}"
+        run.draw_curve(self.metric, f"eval/{self.metric}", title, self.unit)
+        return run.start_and_end(*self.reported)
+
+
+def keep_readable(
+    items: Sequence[Item], read: Callable[[Item], Read], strict: bool, name: str
+) -> tuple[list[Item], list[Read]]:
+    """The items that ``read`` can read, and what it gives for each. The others are a warning each.
+
+    ValueError, that of ``read``, for the first of them if ``strict``; and where none is left.
+    """
+    kept: list[Item] = []
+    results: list[Read] = []
+    for item in items:
+        try:
+            results.append(read(item))
+        except ValueError as error:  # noqa: PERF203 (the good ones are kept)
+            if strict:
+                raise
+            warnings.warn(f"{error}; left out", stacklevel=2)
+        else:
+            kept.append(item)
+    if not kept:
+        raise ValueError(f"none of {len(items)} {name} can be written in the tokenizer's chat format")
+    return kept, results

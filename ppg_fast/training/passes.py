@@ -1,0 +1,68 @@
+"""The forward and backward passes of a step: which dialogues each reads, and what is known of them before."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ppg_fast.dialogues.packing import NOTHING, PackedBatch, micro_batches, pack
+from ppg_fast.distributed import Ranks
+from ppg_fast.models.adaptation import StartingWeights
+from ppg_fast.spec import PolicyLossSpec
+from ppg_fast.training.objective import Objective
+
+
+@dataclass
+class Pass:
+    """Some dialogues of a step's batch, by their index there, on the model's device; none in a dummy pass."""
+
+    dialogues: Sequence[int]
+    batch: PackedBatch
+    advantages: Tensor  # (S, T) float32
+    old_logprobs: Tensor | None = None  # (N,) under the weights before the first of several iterations
+    ref_logprobs: Tensor | None = None  # (N,) under the reference of a KL term
+
+
+def make_passes(
+    batch: PackedBatch, advantages: Tensor, lengths: Tensor, max_tokens: int, device: torch.device, ranks: Ranks
+) -> list[Pass]:
+    """This rank's passes over the first ``lengths`` (S,) tokens of each dialogue, of at most ``max_tokens`` each.
+
+    There are as many as any rank has, at least one: those of a rank with less work are dummies without a gradient.
+    """
+    sizes = lengths.tolist()
+    read = [dialogue for dialogue, size in enumerate(sizes) if size]
+    mine = [read[i] for i in ranks.share([sizes[dialogue] for dialogue in read])]
+    passes = []
+    for indices in micro_batches([sizes[dialogue] for dialogue in mine], max_tokens):
+        chosen = [mine[i] for i in indices]
+        passes.append(Pass(chosen, batch.part(chosen, lengths).to(device), advantages[chosen].to(device)))
+    lacking = max(1, ranks.largest(len(passes))) - len(passes)
+    dummy = Pass([], pack([NOTHING]).to(device), torch.zeros(1, 1, device=device))
+    return passes + [dummy] * lacking
+
+
+def add_logprobs(
+    passes: Sequence[Pass], module: nn.Module, objective: Objective, reference: StartingWeights | None, ranks: Ranks
+) -> None:
+    """Fill in the log-probs that the objective compares with: old ones for several iterations, those of ``reference``
+    where there is one."""
+    if objective.num_iterations > 1:
+        for one in passes:
+            one.old_logprobs = _logprobs(module, one.batch, objective.spec, ranks)
+    if reference is not None:
+        with reference.in_place():
+            for one in passes:
+                one.ref_logprobs = _logprobs(module, one.batch, objective.spec, ranks)
+
+
+def _logprobs(module: nn.Module, batch: PackedBatch, spec: PolicyLossSpec, ranks: Ranks) -> Tensor:
+    """Of a batch's labels (N,), without a gradient and without dropout."""
+    was_training = module.training
+    module.eval()
+    try:
+        with ranks.no_grad_forward(module):
+            return module(batch, None, spec)
+    finally:
+        module.train(was_training)
