@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from .bench_host_time import EAGER, PRODUCT
 from .tables import NOT_MEASURED, Entry, Results, of, quotient, table
 
 # (provider, **what its case must have) -> median seconds, the fastest of several names
@@ -110,10 +111,29 @@ def _returns(time: Time) -> list[Row]:
     ]
 
 
+def _host_time(time: Time) -> list[Row]:
+    names = [f"ppg_fast{stub}{place}" for stub in ("", " cuda") for place in ("", ", in place")]
+    names = [f"{name}, kernels stubbed" if "cuda" in name else name for name in names]
+    eager = time(EAGER, variant="policy_loss")
+    rows: list[Row] = [
+        (f"host time of `policy_loss`, {name} / {EAGER}", 1.5, quotient(time(name, variant="policy_loss"), eager))
+        for name in names
+    ]
+    case = {"variant": "partial_returns"}
+    ours = time("ppg_fast", **case)
+    return [*rows, ("host time of `partial_returns` / the product", 5.0, quotient(ours, time(PRODUCT, **case)))]
+
+
 def aims_section(results: Results) -> str:
     """Each aim with its bar and what the result files say."""
     rows: list[Row] = []
-    for op, make in (("policy_loss", _policy_loss), ("logprobs", _logprobs), ("partial_returns", _returns)):
+    makers = {
+        "policy_loss": _policy_loss,
+        "logprobs": _logprobs,
+        "partial_returns": _returns,
+        "host_time": _host_time,
+    }
+    for op, make in makers.items():
         rows += [row for device, file in of(results, op) if device == "cpu" for row in make(_times(file))]
     rows += [row for device, file in of(results, "linear") if device == "cpu" for row in _linear(_times(file), file)]
     lines = [

@@ -4,6 +4,7 @@ import importlib
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +16,9 @@ from .problem import Case, Problem
 from .providers import Provider, Unavailable
 from .timing import Contestant, Pace, cache_bytes, interleave, stats
 
-# A bench_X.py has cases, make, participants and checker; it may have settings, ceilings with ceiling_of, work, facts.
-NAMES = ("policy_loss", "logprobs", "linear", "partial_returns", "training_step", "hosts")
+# A bench_X.py has cases, make, participants and checker; it may have settings, ceilings with ceiling_of, work, facts
+# and a clock.
+NAMES = ("policy_loss", "logprobs", "linear", "partial_returns", "host_time", "training_step", "hosts")
 OPS: dict[str, ModuleType] = {name: importlib.import_module(f".bench_{name}", __package__) for name in NAMES}
 PACES = {
     "quick": Pace(rounds=2, budget=0.5),
@@ -96,7 +98,8 @@ def measure(
     for limit in limits:
         limit.call()
     _rotate(contestants, problems)
-    seconds = interleave([*limits, *contestants], pace, case.device)
+    clock = partial(module.clock, problem=problems[0]) if hasattr(module, "clock") else None
+    seconds = interleave([*limits, *contestants], pace, case.device, clock)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for contestant, provider in zip(contestants, [p for p in providers if p.name in medians], strict=True):
         names = [name for name in module.ceiling_of(provider) if name in medians] if limits else []

@@ -169,7 +169,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "policy_class_across": across_section,
     "policy_class_problems": problems_section,
     "policy_class_logs": logs_section,
-    **{op: _op_section(op) for op in ("policy_loss", "logprobs", "linear", "partial_returns")},
+    **{op: _op_section(op) for op in ("policy_loss", "logprobs", "linear", "partial_returns", "host_time")},
 }
 
 

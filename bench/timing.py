@@ -58,10 +58,16 @@ class Eviction:
         self.memory.neg_()
 
 
-def interleave(contestants: Sequence[Contestant], pace: Pace, device: str) -> dict[str, list[float]]:
-    """Seconds of every call, by contestant. All have been called before: nothing is compiled or first touched here."""
+def interleave(
+    contestants: Sequence[Contestant],
+    pace: Pace,
+    device: str,
+    clock: Callable[[Callable[[], Any]], float] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of every call, by contestant, by the device's clock or another. All have been called before: nothing is
+    compiled or first touched here."""
     seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
-    evict, clock = Eviction(device), _cuda_seconds if device == "cuda" else _cpu_seconds
+    evict, clock = Eviction(device), clock or (_cuda_seconds if device == "cuda" else _cpu_seconds)
     gc.collect()
     gc.disable()
     try:

@@ -134,10 +134,11 @@ def fused_policy_loss(
     shape, summed, gpu = columns.labels.shape, reduction.kind != "none", on_gpu(logits)
     entropy = entropy or spec.entropy_coef != 0 or score_norm is not None
     new = (columns.advantages if turns is None else turns.rewards).new_empty  # type: ignore[union-attr]  # float32
-    loss, logprob, ent = new(shape), new(shape), new(shape if entropy else 0)
+    logprob, ent = new(shape), new(shape if entropy else 0)
     total = new(()) if summed else None
+    loss = new(shape) if gpu or not summed else None  # on a CPU a sum needs none that the caller sees
     if gpu and shape.numel() == 0:
-        return loss if total is None else total.zero_(), logprob, ent
+        return loss if total is None else total.zero_(), logprob, ent  # type: ignore[return-value]
     credit, counts, counted = None, None, 0
     if turns is not None:
         credit = new((1 if turns.baseline == "none" else 2, *turns.rewards.shape))
@@ -148,7 +149,7 @@ def fused_policy_loss(
     outputs = [credit, loss, total, logprob, ent if entropy else None, score_norm, dlogits]
     if not _lib.fused_policy_loss.default(logits, *lists, counts, counted, outputs):
         return None
-    return loss if total is None else total, logprob, ent
+    return loss if total is None else total, logprob, ent  # type: ignore[return-value]
 
 
 def _counts(rows: int, reduction: Reduction) -> tuple[int, int]:

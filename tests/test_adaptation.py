@@ -11,8 +11,6 @@ from torch.autograd.graph import saved_tensors_hooks
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from ppg_fast.ops.linear import Head
-
 from ppg_fast.cli import main
 from ppg_fast.dialogues.packing import Sample, pack
 from ppg_fast.models import causal_lm as models
@@ -26,6 +24,7 @@ from ppg_fast.models.adaptation import (
     plain_head,
     trainable_state,
 )
+from ppg_fast.ops.head import Head
 from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training import checkpoint
 

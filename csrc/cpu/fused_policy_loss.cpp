@@ -83,7 +83,8 @@ bool FusedRows::look_up(const FusedPolicyLossArgs& a, const Ints& turn_counts) {
   rows.ref_logprobs = gather(a.ref_logprobs, t, ref_logprobs);
   rows.rollout_logprobs = gather(a.rollout_logprobs, t, rollout_logprobs);
   rows.term = a.term;
-  rows.loss = a.loss;
+  if (!a.loss) losses.resize(t.N);
+  rows.loss = a.loss ? a.loss : losses.data();
   rows.logprob = a.logprob;
   rows.entropy = a.entropy;
   rows.score_norm = a.score_norm;
