@@ -81,7 +81,9 @@ def test_a_step_measures_every_class_once_and_whatever_the_micro_batches(rollout
 
 
 def test_the_score_norms_are_those_of_the_loss(rollouts, monkeypatch):
+    from ppg_fast import reference
     from ppg_fast.models import causal_lm as models
+    from ppg_fast.models.output_head import Head
     from ppg_fast.training import trainer
     from ppg_fast.training.objective import Objective, Schedule
 
@@ -102,7 +104,8 @@ def test_the_score_norms_are_those_of_the_loss(rollouts, monkeypatch):
 
     def by_a_pass(model, batch, *args, **options):
         out = loss(model, batch, *args, **options)
-        return out._replace(metrics={**out.metrics, "score_norms": models.token_score_norms(model, batch)})
+        logits = Head.of(model).logits(models.policy_hidden(model, batch))
+        return out._replace(metrics={**out.metrics, "score_norms": reference.score_norms(logits, batch.labels)})
 
     own = squares()
     monkeypatch.setattr(models, "policy_loss", by_a_pass)

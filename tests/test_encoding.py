@@ -8,9 +8,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ppg_fast.dialogues.chat_format import ChatFormat
+from ppg_fast.dialogues.chat_format import ChatFormat, make_word_tokenizer
 from ppg_fast.dialogues.dialogue import Dialogue, Message
 from ppg_fast.dialogues.encoding import encode_dialogue, stable_group_id
+from ppg_fast.dialogues.renderer import Renderer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -85,6 +86,14 @@ def test_role_tokens():
     assert sample.turn_ids == [-1, -1, -1, -1, -1, 0, 0, 0, -1, -1, -1]
     assert sample.rewards == [1.0]
     assert sample.group_id == stable_group_id("g")
+
+
+@pytest.mark.parametrize("answer_next", [False, True])
+def test_role_tokens_are_written_as_the_template_of_a_saved_tokenizer_writes_them(answer_next):
+    tokenizer = make_word_tokenizer(["hello"])
+    text = Renderer(tokenizer).text([*TALK, Message("tool", "ok")], answer_next)
+    conversation = [*CONVERSATION, {"role": "tool", "content": "ok"}]
+    assert text == tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answer_next)
 
 
 def test_adjacent_turns_stay_apart():

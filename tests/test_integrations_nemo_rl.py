@@ -1,7 +1,10 @@
 """The contract of NeMo-RL, by stand-ins with its documented names: next-token alignment, global denominators."""
 
+import re
 from enum import Enum
+from functools import reduce
 from importlib import import_module
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from host_case import (
     same,
     truth,
 )
+from pydantic import BaseModel, Field
 
 import ppg_fast as ppg
 from ppg_fast.integrations import turns
@@ -106,3 +110,174 @@ def test_nemo_rl_estimator(nemo):
     first = [row[mask.bool()][0] for row, mask in zip(outcome, MASK, strict=True)]
     np.testing.assert_allclose(first, [1.0 - 1.0, 4.0 + 0.5, -2.0 - 2.5, 0.5])
     assert outcome[1, 5] == 4.0  # the only dialogue with a third turn: the reward stands there, without a baseline
+
+
+# ---- the master configuration ----------------------------------------------------------------------------------------
+class ClippedPGLossConfig(BaseModel, extra="allow"):  # of NeMo-RL 0.6
+    disable_ppo_ratio: bool = False
+    token_level_loss: bool = True
+    sequence_level_importance_ratios: bool = False
+    ratio_clip_min: float = 0.1
+    ratio_clip_max: float = 0.15
+    ratio_clip_c: float | None = None
+    reference_policy_kl_penalty: float = 0.0  # NeMo-RL: 0.01
+    use_kl_in_reward: bool = False
+    use_importance_sampling_correction: bool = False
+    truncated_importance_sampling_type: str | None = None
+    truncated_importance_sampling_ratio: float | None = None
+    truncated_importance_sampling_ratio_min: float | None = None
+    use_on_policy_kl_approximation: bool = False
+    force_on_policy_ratio: bool = False
+    use_cispo: bool = False
+    positive_example_nll_weight: float = 0.0
+
+
+class AdvEstimatorConfig(BaseModel, extra="allow"):
+    name: str = "grpo"
+    normalize_rewards: bool = True
+    use_leave_one_out_baseline: bool = True
+    reward_weights: list | None = None
+    minus_baseline: bool = True
+
+
+class Switch(BaseModel):
+    enabled: bool = False
+
+
+class GRPOConfig(BaseModel, extra="allow"):
+    num_prompts_per_step: int = 32
+    normalize_rewards: bool = True
+    use_leave_one_out_baseline: bool = True
+    advantage_clip_high: float | None = None
+    reward_shaping: Switch = Field(default_factory=Switch)
+    reward_scaling: Switch = Field(default_factory=Switch)
+    adv_estimator: AdvEstimatorConfig = Field(default_factory=AdvEstimatorConfig)
+
+
+def master(path=None, value=None, **loss):
+    config = SimpleNamespace(loss_fn=ClippedPGLossConfig(**loss), grpo=GRPOConfig(), policy={"anything": 1})
+    if path:
+        *outer, last = path.split(".")
+        setattr(reduce(getattr, outer, config), last, value)
+    return config
+
+
+REFUSED = {
+    "loss": {
+        "loss_fn.truncated_importance_sampling_type": "icepop", "loss_fn.truncated_importance_sampling_ratio_min": 0.5,
+        "loss_fn.use_on_policy_kl_approximation": True, "loss_fn.positive_example_nll_weight": 0.1,
+        "loss_fn.reference_policy_kl_penalty": 0.01, "loss_fn.later": True,
+    },
+    "advantages": {
+        "grpo.adv_estimator.name": "gdpo", "grpo.normalize_rewards": False, "grpo.use_leave_one_out_baseline": False,
+        "grpo.adv_estimator.normalize_rewards": False, "grpo.adv_estimator.use_leave_one_out_baseline": False,
+        "grpo.adv_estimator.minus_baseline": False, "grpo.adv_estimator.reward_weights": [1.0],
+        "loss_fn.use_kl_in_reward": True, "grpo.later": 3, "grpo.adv_estimator.later": 3,
+    },
+    "turn rewards": {"grpo.reward_shaping.enabled": True, "grpo.reward_scaling.enabled": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "name"), [(part, name) for part, cases in REFUSED.items() for name in cases])
+def test_nemo_rls_options_that_we_cannot_honour_are_refused(nemo, part, name):
+    value = REFUSED[part][name]
+    config, batch = master(name, value), (torch.arange(4), torch.ones(4), MASK)
+    calls = {
+        "loss": lambda: nemo.PPGLossFn(config=config),
+        "advantages": lambda: nemo.PPGAdvantageEstimator(config=config),
+        "turn rewards": lambda: nemo.PPGAdvantageEstimator(config=config).compute_advantage(
+            *batch, repeated_batch={"turn_rewards": TURN_REWARDS}
+        ),
+    }
+    with pytest.raises(ValueError, match=rf"^{name} .*of NeMo-RL .*must .*, got {re.escape(repr(value))}$"):
+        calls[part]()
+    if part == "turn rewards":  # fine for the reward of the dialogue
+        nemo.PPGAdvantageEstimator(config=config).compute_advantage(*batch)
+
+
+def test_every_row_that_refuses_has_a_case(nemo):
+    for part, cases in REFUSED.items():
+        rows = [o for o in nemo.OPTIONS if o.part == part and o.allows]
+        assert {name for o in rows for name in o.names.split()} <= set(cases)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"use_cispo": True}, "loss_fn.ratio_clip_min .* at least 1 for use_cispo .*got 0.1"),
+        ({"disable_ppo_ratio": True, "ratio_clip_c": 3.0}, "loss_fn.ratio_clip_c .* null for reinforce .*got 3.0"),
+        ({"use_importance_sampling_correction": True}, "truncated_importance_sampling_ratio .* number .*got None"),
+        (
+            {"sequence_level_importance_ratios": True, "use_importance_sampling_correction": True,
+             "truncated_importance_sampling_ratio": 2.0}, "use_importance_sampling_correction .*must be False",
+        ),
+    ],
+)  # fmt: skip
+def test_nemo_rls_options_that_do_not_go_together(nemo, options, words):
+    with pytest.raises(ValueError, match=words):
+        nemo.PPGLossFn(config=master(**options))
+
+
+def test_a_spec_or_a_config(nemo):
+    with pytest.raises(ValueError, match="a spec or NeMo-RL's config, not both"):
+        nemo.PPGLossFn(ppg.PolicyLossSpec("ppo"), config=master())
+
+
+TIS = {"truncated_importance_sampling_type": "tis", "truncated_importance_sampling_ratio": 1.1}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"ratio_clip_c": 1.3}, {"disable_ppo_ratio": True}, {"use_cispo": True, "ratio_clip_min": 1.0},
+        {"sequence_level_importance_ratios": True, "token_level_loss": False}, {"token_level_loss": False},
+        {"use_importance_sampling_correction": True, **TIS}, {"force_on_policy_ratio": True},
+        {"force_on_policy_ratio": True, "use_importance_sampling_correction": True, **TIS},
+    ],
+    ids=lambda options: "+".join(options) or "defaults",
+)  # fmt: skip
+def test_nemo_rls_own_loss_from_its_own_options(nemo, batch, options):
+    """The formulas of its ClippedPGLossFn, written out, with one advantage a sequence as its own estimator gives."""
+    loss_fn, o = nemo.PPGLossFn(config=master(**options)), ClippedPGLossConfig(**options)
+    current = ppg.token_logprobs(batch.logits[:, :-1], batch.tokens[:, 1:])
+    prev, generation = batch.old[:, 1:], batch.rollout[:, 1:]
+    advantages = batch.advantages[:, :1].expand(-1, batch.advantages.shape[1])
+    data = {
+        "token_mask": batch.mask.float(), "sample_mask": torch.ones(4), "advantages": advantages,
+        "prev_logprobs": torch.zeros_like(batch.old) if o.force_on_policy_ratio else batch.old,
+        "generation_logprobs": batch.rollout,
+    }  # fmt: skip
+    tokens = batch.mask[:, 1:].sum()
+    loss, _ = loss_fn(current, data, torch.tensor(4.0), tokens.float())
+    mask, A = batch.mask[:, 1:].float(), advantages[:, 1:]
+    if o.force_on_policy_ratio:
+        prev = current.detach()
+    difference = current - prev
+    if o.sequence_level_importance_ratios:
+        difference = ((difference * mask).sum(1) / mask.sum(1))[:, None]
+    ratio = current if o.disable_ppo_ratio else difference.exp()
+    clipped = ratio if o.disable_ppo_ratio else ratio.clamp(1 - o.ratio_clip_min, 1 + o.ratio_clip_max)
+    term = -A * clipped.detach() * current if o.use_cispo else torch.maximum(-A * ratio, -A * clipped)
+    if o.ratio_clip_c is not None:
+        term = torch.where(A < 0, torch.minimum(term, -A * o.ratio_clip_c), term)
+    if o.use_importance_sampling_correction:
+        term = term * (prev - generation).exp().clamp(max=1.1)
+    masked = term * mask
+    naive = masked.sum() / tokens if o.token_level_loss else (masked.sum(1) / mask.sum(1)).mean()
+    torch.testing.assert_close(loss, naive, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(value, batch.logits, retain_graph=True)[0] for value in (loss, naive)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_log_probs_that_nemo_rl_left_out_are_named(nemo, batch):
+    current = ppg.token_logprobs(batch.logits[:, :-1], batch.tokens[:, 1:])
+    data = {
+        "token_mask": batch.mask.float(), "sample_mask": torch.ones(4), "advantages": batch.advantages,
+        "prev_logprobs": torch.zeros_like(batch.old), "generation_logprobs": batch.rollout,
+        "reference_policy_logprobs": batch.ref,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"prev_logprobs are zeros, as under loss_fn.force_on_policy_ratio"):
+        nemo.PPGLossFn()(current, data, torch.tensor(4.0), torch.tensor(9.0))
+    data |= {"prev_logprobs": batch.old, "curr_logprobs_unfiltered": current}
+    with pytest.raises(ValueError, match=r"a KL term \(kl_coef\) needs sampling without top-k and top-p"):
+        nemo.PPGLossFn(ppg.PolicyLossSpec("ppo", kl_coef=0.1))(current, data, torch.tensor(4.0), torch.tensor(9.0))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from host_case import MASK, OPTIONS, TURN_REWARDS, a_batch, expected_credit, own_logprobs, put, same, truth
+from pydantic import BaseModel
 
 import ppg_fast as ppg
 from ppg_fast.integrations import turns
@@ -76,7 +77,7 @@ def test_prime_rl_sums_a_sample_and_the_trainer_divides(batch, prime, loss_type)
         "loss_type": loss_type,
         "clip_low": 0.1,
         "clip_high": 0.15,
-        "dual_clip": 1.3,
+        "dual_clip": 0.0 if loss_type in ("cispo", "reinforce") else 1.3,
         "kl_coef": 0.2,
         "kl_estimator": "k2",
     }
@@ -100,8 +101,13 @@ def test_prime_rl_weights_and_errors(batch, prime):
     torch.testing.assert_close(halved, whole / 2)
     with pytest.raises(ValueError, match="KL term"):
         prime.ppg_loss(inputs(), kl_coef=0.1)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match=r"kwargs of .*trainer.loss must be among loss_type, .*got {'clip': 0.1}"):
         prime.ppg_loss(inputs(), clip=0.1)
+    with pytest.raises(ValueError, match=r"dual_clip must be 0 for loss_type cispo .*got 3.0"):
+        prime.ppg_loss(inputs(), loss_type="cispo", dual_clip=3.0)
+    for name in ("dppo_mask_low", "dppo_mask_high", "ipo_threshold", "adv_tau", "kl_tau"):
+        with pytest.raises(ValueError, match=rf"^{name} of prime-rl's trainer.loss must be absent \(.*\), got 0.5$"):
+            prime.ppg_loss(inputs(), **{name: 0.5})
 
 
 def test_prime_rl_credits_turns(prime):
@@ -113,11 +119,14 @@ def test_prime_rl_credits_turns(prime):
             nodes += [Node([0, 0]), Node([0, *[1] * int((ids == t).sum())])]
         traces.append(Trace(nodes, {"turn_rewards": rewards}))
 
-    class Algorithm:  # its documented hook
-        async def score_group(self, group):
-            prime.credit_group(group, **OPTIONS)
+    def iter_trainable_traces(episodes):  # as in prime_rl.orchestrator.algo.base
+        return ((episode, trace) for episode in episodes for trace in episode.traces)
 
-    asyncio.run(Algorithm().score_group(traces))
+    class Algorithm:  # its documented hook
+        async def score_group(self, episodes):
+            prime.credit_group([trace for _, trace in iter_trainable_traces(episodes)], **OPTIONS)
+
+    asyncio.run(Algorithm().score_group([SimpleNamespace(traces=[trace]) for trace in traces]))
     for trace, values, mask in zip(traces, expected_credit(), MASK, strict=False):
         compact = [a for node in trace.nodes if node.advantages for a in node.advantages]
         torch.testing.assert_close(torch.tensor(compact), values[mask.bool()])
@@ -134,3 +143,19 @@ def test_prime_rl_credits_turns(prime):
 def test_prime_rl_names_what_is_wrong_with_a_trace(prime, trace, rule):
     with pytest.raises(ValueError, match=rule):
         prime.credit_group([trace])
+
+
+class GRPOAlgoConfig(BaseModel, extra="allow"):
+    type: str = "grpo"
+    length_penalty: dict | None = None
+    decay: float = 0.95
+
+
+def test_prime_rls_algorithm_is_checked(prime):
+    group = [Trace([Node([1])], {"turn_rewards": [1.0]}), Trace([Node([1])], {"turn_rewards": [3.0]})]
+    prime.credit_group(group, config=GRPOAlgoConfig(type="mine"))
+    assert [trace.nodes[0].advantages for trace in group] == [[-2.0], [2.0]]
+    with pytest.raises(ValueError, match=r"^length_penalty of prime-rl's algorithm must be None .*, got {'type': 1}$"):
+        prime.credit_group(group, config=GRPOAlgoConfig(length_penalty={"type": 1}))
+    with pytest.raises(ValueError, match=r"^decay is an option of prime-rl's algorithm .* its default 0.95, got 0.5$"):
+        prime.credit_group(group, config=GRPOAlgoConfig(decay=0.5))

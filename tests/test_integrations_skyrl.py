@@ -1,7 +1,9 @@
 """The contract of SkyRL, by stand-ins with its documented names: registries, a sum, advantages scaled before."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,10 +22,54 @@ UTILS = "skyrl.backends.skyrl_train.utils"
 
 
 @dataclass
-class AlgorithmConfig:
+class CISPOConfig:
+    cispo_eps_clip_low: float = 0.0
+    cispo_eps_clip_high: float = 5.0
+
+
+@dataclass
+class SAPOConfig:
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+
+
+@dataclass
+class ClipCovConfig:
+    clip_ratio: float = 0.0002
+    clip_cov_lb: float = 1.0
+    clip_cov_ub: float = 5.0
+
+
+@dataclass
+class KLCovConfig:
+    kl_cov_frac: float = 0.2
+    ppo_kl_coef: float = 1.0
+
+
+@dataclass
+class DPPOConfig:
+    dppo_type: str = "binary_tv"
+    delta_low: float = 0.2
+    delta_high: float = 0.2
+
+
+@dataclass
+class AlgorithmConfig:  # of SkyRL 0.3.0
     eps_clip_low: float = 0.1
     eps_clip_high: float = 0.15
     use_kl_in_reward: bool = False
+    gamma: float = 1.0
+    lambd: float = 1.0
+    grpo_norm_by_std: bool = True
+    clip_ratio_c: float = 3.0
+    loss_reduction: str = "token_mean"
+    use_entropy_loss: bool = False
+    later: float = 0.5
+    cispo: CISPOConfig = field(default_factory=CISPOConfig)
+    sapo: SAPOConfig = field(default_factory=SAPOConfig)
+    clip_cov: ClipCovConfig = field(default_factory=ClipCovConfig)
+    kl_cov: KLCovConfig = field(default_factory=KLCovConfig)
+    dppo: DPPOConfig = field(default_factory=DPPOConfig)
     off_policy_correction: float | None = None  # of the stand-in below: the cap of token weights
 
 
@@ -108,3 +154,60 @@ def test_skyrl_sums_what_the_advantages_have_scaled(batch, sky, loss_type):
     corrected = ppg.PolicyLossSpec(loss_type, clip_low=0.1, clip_high=0.15, importance_cap=1.1)
     same(registries["loss"]["ppg"](*capped)[0], batch, truth(batch, corrected))
     assert registries["loss"]["ppg"].__name__ == "ppg_policy_loss"
+
+
+REFUSED = {
+    "advantages": {"gamma": 0.9, "lambd": 0.95, "grpo_norm_by_std": False, "later": 0.25},
+    "loss": {
+        "clip_ratio_c": 2.0, "cispo.cispo_eps_clip_low": 0.5, "cispo.cispo_eps_clip_high": 2.0, "sapo.tau_pos": 2.0,
+        "sapo.tau_neg": 2.0, "clip_cov.clip_ratio": 0.1, "clip_cov.clip_cov_lb": 0.0, "clip_cov.clip_cov_ub": 1.0,
+        "kl_cov.kl_cov_frac": 0.1, "kl_cov.ppo_kl_coef": 0.5, "dppo.dppo_type": "binary_kl", "dppo.delta_low": 0.1,
+        "dppo.delta_high": 0.1, "later": 0.25,
+    },
+}  # fmt: skip
+
+
+def configured(name, value):
+    config = AlgorithmConfig()
+    *outer, last = name.split(".")
+    setattr(getattr(config, outer[0]) if outer else config, last, value)
+    return config
+
+
+@pytest.mark.parametrize(("part", "name"), [(part, name) for part, cases in REFUSED.items() for name in cases])
+def test_skyrls_options_that_we_cannot_honour_are_refused(sky, part, name):
+    skyrl, registries = sky
+    skyrl.register()
+    value = REFUSED[part][name]
+    config, row, mask = configured(name, value), torch.zeros(1, 2), torch.ones(1, 2)
+    calls = {
+        "loss": lambda: registries["loss"]["ppg"](row, row, row, config, mask),
+        "advantages": lambda: registries["advantage"]["ppg"](row, mask, ["p"], config=config),
+    }
+    with pytest.raises(ValueError, match=rf"^{name} .*of SkyRL .*must .*, got {re.escape(repr(value))}$"):
+        calls[part]()
+
+
+def test_every_row_that_refuses_has_a_case(sky):
+    skyrl, _ = sky
+    for part, cases in REFUSED.items():
+        rows = [o for o in skyrl.OPTIONS if o.part == part and o.allows]
+        assert {name for o in rows for name in o.names.split()} | {"later"} == set(cases)
+
+
+def test_skyrls_own_terms_are_its_own(sky):
+    skyrl, registries = sky
+    skyrl.register()
+    config = AlgorithmConfig(use_entropy_loss=True, loss_reduction="sequence_mean")
+    loss, _ = registries["loss"]["ppg"](*[torch.ones(1, 2)] * 3, config, torch.ones(1, 2))
+    assert loss == -2.0  # a sum of ratio 1 times advantage 1
+
+
+def test_rows_of_steps_are_refused(sky):
+    skyrl, _ = sky
+
+    class Trainer(skyrl.CreditByLossMask, RayPPOTrainer):
+        cfg = SimpleNamespace(generator=SimpleNamespace(step_wise_trajectories=True))
+
+    with pytest.raises(ValueError, match=r"^generator.step_wise_trajectories of SkyRL must be False .*, got True$"):
+        Trainer({}, None).compute_advantages_and_returns({})

@@ -1,5 +1,6 @@
 """The contract of slime, by stand-ins with its documented names: lists of responses, its reducer, groups over ranks."""
 
+import re
 from dataclasses import dataclass
 from importlib import import_module
 from types import SimpleNamespace
@@ -136,15 +137,18 @@ def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, use_
     assert all(value.dim() == 0 and not value.requires_grad for value in metrics.values())
 
 
-@pytest.mark.parametrize("loss_type", ["gspo", "gspo_turn", "cispo", "reinforce"])
+BOUNDS = {  # what the losses have no place for
+    "gspo": {}, "gspo_turn": {}, "cispo": {"eps_clip": 1.0, "eps_clip_c": None}, "reinforce": {"eps_clip_c": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_type", BOUNDS)
 def test_slime_loss_keeps_its_samples_apart(slime, loss_type):
     module, _ = slime
     torch.manual_seed(6)
     totals, responses = [6, 9], [4, 7]
-    logits, args = (
-        torch.randn(1, 15, 19),
-        slime_args(ppg_loss_type=loss_type, use_tis=True, entropy_coef=0.0, use_kl_loss=False),
-    )
+    logits = torch.randn(1, 15, 19)
+    args = slime_args(ppg_loss_type=loss_type, use_tis=True, entropy_coef=0.0, use_kl_loss=False, **BOUNDS[loss_type])
     fields = {
         "log_probs": lambda n: -2 - torch.rand(n),
         "rollout_log_probs": lambda n: -2 - torch.rand(n),
@@ -166,12 +170,104 @@ def test_slime_loss_keeps_its_samples_apart(slime, loss_type):
     torch.testing.assert_close(both, sum(alone))
 
 
-def test_slime_loss_says_what_it_cannot_do(slime):
+@pytest.mark.parametrize("estimator", ["gspo", "cispo"])
+def test_slimes_estimator_chooses_the_loss(slime, estimator):
+    """advantage_estimator gspo and cispo are losses in slime: one ratio a response, or a clipped weight."""
+    module, _ = slime
+    torch.manual_seed(8)
+    totals, responses = [6, 9], [4, 7]
+    masks = [torch.tensor(m) for m in ([1, 0, 1, 1], [1, 1, 0, 0, 1, 1, 0])]
+    logits, taken = torch.randn(1, 15, 19, requires_grad=True), [torch.randint(19, (n,)) for n in responses]
+    batch = {
+        "unconcat_tokens": [torch.cat([torch.zeros(2, dtype=torch.int64), t]) for t in taken], "loss_masks": masks,
+        "total_lengths": totals, "response_lengths": responses,
+        "log_probs": [-2.5 - torch.rand(n) for n in responses],
+        "advantages": [torch.full((4,), 1.5), torch.full((7,), -0.75)],  # one number a response, as slime's own
+    }  # fmt: skip
+    only = {"entropy_coef": 0.0, "use_kl_loss": False, "eps_clip": 1.0, "eps_clip_high": 0.2, "eps_clip_c": None}
+    args = slime_args(advantage_estimator=estimator, **only)
+    loss, _ = module.ppg_loss(args, batch, logits, lambda x: (x * torch.cat(masks)).sum())
+    naive = 0
+    rows = (slice(1, 5), slice(7, 14))
+    for r, t, mask, old, A in zip(rows, taken, masks, batch["log_probs"], batch["advantages"], strict=True):
+        l = torch.log_softmax(logits[0, r] / 0.8, -1).gather(1, t[:, None])[:, 0]
+        difference = l - old
+        if estimator == "gspo":
+            ratio = ((difference * mask).sum() / mask.sum()).exp()
+            per_token = torch.maximum(-ratio * A, -ratio.clamp(0.0, 1.2) * A)
+        else:
+            per_token = -difference.exp().clamp(0.0, 1.2).detach() * A * l
+        naive = naive + (per_token * mask).sum()
+    torch.testing.assert_close(loss, naive)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, naive)))
+
+
+REFUSED = {
+    "advantages": {
+        "advantage_estimator": "ppo", "gamma": 0.9, "lambd": 0.95, "kl_coef": 0.1, "rewards_normalization": False,
+        "grpo_std_normalization": False, "compute_advantages_and_returns": False, "ppg_polcy_class": "greedy",
+    },
+    "loss": {
+        "kl_loss_type": "abs", "tis_clip_low": 0.5, "custom_tis_function_path": "mis.py:weights",
+        "custom_pg_loss_reducer_function_path": "a.b", "use_opsm": True, "use_unbiased_kl": True,
+        "get_mismatch_metrics": True, "true_on_policy_mode": True, "rollout_top_p": 0.9, "use_icepop": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "name"), [(part, name) for part, cases in REFUSED.items() for name in cases])
+def test_slimes_options_that_we_cannot_honour_are_refused(slime, part, name):
+    module, _ = slime
+    value = REFUSED[part][name]
+    calls = {
+        "advantages": [
+            lambda args: module.reward_post_process(args, []),
+            lambda args: module.ppg_advantages(args, {}),
+        ],
+        "loss": [lambda args: module.ppg_loss(args, {}, torch.randn(1, 3, 4), torch.sum)],
+    }
+    for call in calls[part]:
+        with pytest.raises(ValueError, match=rf"^{name} .*of slime.* must .*got {re.escape(repr(value))}$") as error:
+            call(slime_args(**{name: value}))
+        assert "\n" not in str(error.value)
+
+
+def test_every_row_that_refuses_has_a_case(slime):
+    module, _ = slime
+    for part, cases in REFUSED.items():
+        rows = [o for o in module.OPTIONS if o.part == part and o.allows]
+        assert {name for o in rows for name in o.names.split()} <= set(cases)
+
+
+def test_slimes_defaults_are_accepted(slime):
+    module, _ = slime
+    defaults = {
+        "advantage_estimator": "grpo", "gamma": 1.0, "lambd": 1.0, "kl_coef": 0.0, "rewards_normalization": True,
+        "grpo_std_normalization": True, "compute_advantages_and_returns": True, "normalize_advantages": True,
+        "custom_advantage_function_path": "ppg_fast.integrations.slime.ppg_advantages", "use_opd": True,
+        "tis_clip_low": 0, "custom_tis_function_path": None, "use_opsm": False, "opsm_delta": 1e-4,
+        "rollout_top_p": 1.0, "loss_type": "custom_loss", "rl_importance_sampling_truncation_coef": 2.0,
+    }  # fmt: skip
+    args = slime_args(**defaults)
+    assert module.reward_post_process(args, [])[0] == []
+    assert module.loss_spec(args).loss_type == "ppo"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"ppg_loss_type": "cispo", "eps_clip_c": None}, "eps_clip of slime must be at least 1 for cispo .*got 0.1"),
+        ({"ppg_loss_type": "reinforce"}, "eps_clip_c of slime must be None for reinforce .*got 1.3"),
+        ({"ppg_loss_type": "ppo", "advantage_estimator": "gspo"}, "ppg_loss_type must be gspo, .*got 'ppo'"),
+    ],
+)
+def test_slimes_options_that_do_not_go_together(slime, fields, words):
+    with pytest.raises(ValueError, match=words):
+        slime[0].loss_spec(slime_args(**fields))
+
+
+def test_slime_loss_needs_whole_rows_of_logits(slime):
     module, sizes = slime
-    with pytest.raises(ValueError, match="kl_loss_type"):
-        module.loss_spec(slime_args(kl_loss_type="abs"))
-    with pytest.raises(ValueError, match="tis_clip_low"):
-        module.loss_spec(slime_args(use_tis=True, tis_clip_low=0.5))
     sizes.tp = 2
     with pytest.raises(ValueError, match="tensor and context parallel"):
         module.ppg_loss(slime_args(), {}, torch.randn(1, 3, 4), torch.sum)

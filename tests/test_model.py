@@ -17,6 +17,7 @@ from ppg_fast.dialogues.packing import Sample, pack
 from ppg_fast.functional import policy_loss
 from ppg_fast.models import causal_lm as models
 from ppg_fast.models import varlen_attention
+from ppg_fast.models.output_head import Head
 from ppg_fast.spec import PolicyLossSpec
 
 
@@ -216,8 +217,31 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused():
     models.check_vocabulary(tiny("qwen3"), 61)
 
 
+def test_folding_the_scale_leaves_the_distribution():
+    """softmax(c tanh(s y / c) / T) by hand, and from y with the folded temperature and softcap."""
+    torch.manual_seed(0)
+    y = 5 * torch.randn(4, 11, dtype=torch.float64)
+    for scale, softcap, temperature in ((0.3, 2.5, 0.7), (1.7, 0.0, 1.2), (1.0, 4.0, 1.0)):
+        scaled = scale * y
+        expected = (softcap * torch.tanh(scaled / softcap) if softcap else scaled) / temperature
+        head = Head(torch.eye(11, dtype=torch.float64), None, scale, softcap)
+        torch.testing.assert_close(head.logits(y) / temperature, expected)
+        folded = head.fold(temperature)
+        c = folded["logit_softcap"]
+        capped = c * torch.tanh(y / c) if c else y
+        torch.testing.assert_close((capped / folded["temperature"]).softmax(-1), expected.softmax(-1))
+
+
+def test_a_softcap_that_the_model_has_not_is_refused():
+    """The sampler knows the model's own only: with another the ratio of an on-policy token would not be 1."""
+    with pytest.raises(ValueError, match=r"logit_softcap of the spec must be 0 or the model's own, 0\.0, got 4"):
+        models.policy_loss(
+            models.prepare(tiny("qwen3")), pack(samples()), torch.ones(4, 2), PolicyLossSpec(logit_softcap=4.0)
+        )
+
+
 def test_a_second_softcap_is_refused():
-    with pytest.raises(ValueError, match=r"logit_softcap must be the model's own final softcap 2\.5 or 0, got 4"):
+    with pytest.raises(ValueError, match=r"logit_softcap of the spec must be 0 or the model's own, 2\.5, got 4"):
         models.policy_loss(
             models.prepare(tiny(KINDS[3])), pack(samples()), torch.ones(4, 2), PolicyLossSpec(logit_softcap=4.0)
         )

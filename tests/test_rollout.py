@@ -62,21 +62,23 @@ def make(kind="qwen3", **changes):
     if kind == "qwen3":
         model = models.make_model(len(tokenizer) + 3, width=32, layers=2, seed=1)  # rows of the head that name no token
     else:
-        config = transformers.Gemma2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            sliding_window=6,
-            attn_logit_softcapping=5.0,
-            final_logit_softcapping=3.0,
-            initializer_range=0.3,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
+        sizes = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.3,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": None,
+        }
+        caps = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
+        config = (
+            transformers.Gemma2Config(**sizes, **caps, head_dim=8, sliding_window=6)
+            if kind == "gemma2"
+            else transformers.GraniteConfig(**sizes, logits_scaling=3.0)
         )
         torch.manual_seed(1)
         model = models.prepare(transformers.AutoModelForCausalLM.from_config(config))
@@ -90,7 +92,7 @@ def run(model, chat, seeds=range(7), group_size=2, seed=0, **settings):
     )
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "granite"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampler_and_trainer_agree_on_every_token(kind, temperature):
     model, chat = make(kind)

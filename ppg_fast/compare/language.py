@@ -17,9 +17,9 @@ from ppg_fast.dialogues.packing import Sample, pack
 from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.jobs.persona import demonstrate
 from ppg_fast.jobs.policy import Policy
-from ppg_fast.models.causal_lm import token_advantages, token_logprobs, token_score_norms
+from ppg_fast.models.causal_lm import policy_loss, token_advantages, token_logprobs
 from ppg_fast.rollouts.problems import ProblemDialogue, problem, words
-from ppg_fast.spec import policy_class
+from ppg_fast.spec import PolicyLossSpec, policy_class
 from ppg_fast.training.auto import Signals, context_ids, measure_signals
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import optimise
@@ -126,9 +126,11 @@ def measure(name: str, config: TrainConfig, folder: Path, classes: Sequence[str]
             rows.append(torch.cat([g.flatten() for g in out]))
         gradients.append(torch.stack(rows))
         taken = batch.labels >= 0
-        dialogue = torch.repeat_interleave(torch.arange(len(samples)), torch.diff(batch.cu_seqlens).long())
-        norms, A = token_score_norms(student.policy.model, batch), torch.stack(advantages)
-        tokens = (part[taken] for part in (context_ids(batch), dialogue, batch.labels, norms))
+        with torch.no_grad():
+            options: dict[str, Any] = {"skip_zero_advantages": False, "score_norms": True}
+            out = policy_loss(student.policy.model, batch, batch.rewards, PolicyLossSpec(), **options)
+        norms, A = out.metrics["score_norms"], torch.stack(advantages)
+        tokens = (part[taken] for part in (context_ids(batch), batch.dialogue_ids, batch.labels, norms))
         seen.append(measure_signals(*tokens, advantages=A[:, taken], count=len(samples)))
     return _statistics(torch.stack(gradients).double(), seen, classes, full)
 

@@ -1,4 +1,4 @@
-"""Dialogues that are being spoken, as tokens; and tokenizers made on the spot that have a chat template."""
+"""On-policy dialogues as tokens; and tokenizers made on the spot that have a chat template."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -2,7 +2,7 @@
 the format.
 
 Source: abdulhaim/consistent-LLMs, "Consistently Simulating Human Personas with Multi-Turn Reinforcement Learning"
-    (NeurIPS 2025)
+(NeurIPS 2025)
 """
 
 from __future__ import annotations
@@ -105,9 +105,8 @@ def calibrate(dialogues: Iterable[JudgedDialogue]) -> str | None:
     """The word, "YES" or "NO", that means consistent in this file; None if no line has a verdict.
 
     It is the word whose share reproduces the stored score in every dialogue. ValueError with both shares if neither
-    does, if two
-    dialogues need different words, or if every dialogue fits both: files of the family differ in this, so there is
-    nothing to assume.
+    does, if two dialogues need different words, or if every dialogue fits both: files of the family differ in this, so
+    there is nothing to assume.
     """
     judged = [d for d in dialogues if any(d.verdicts)]
     if not judged:

@@ -42,7 +42,7 @@ class Dialogue:
     """A dialogue and its rewards; dialogues of one prompt share ``group_id``.
 
     ``turn_rewards``: one finite number per assistant message, None where it was not scored. ValueError names dialogue,
-        turn and value.
+    turn and value.
     """
 
     id: str
@@ -76,9 +76,8 @@ def read_dialogues(path: str | os.PathLike[str], strict: bool = False) -> list[D
     """Read our JSONL, one dialogue a line, or a Consistent-LLMs file; which of the two is found from the content.
 
     What cannot be read is a warning that names file, line, dialogue and value, and the rest is kept; with ``strict`` it
-    is a
-    ValueError. Always a ValueError: a file without any valid dialogue, and a Consistent-LLMs file whose YES/NO cannot
-    be calibrated. Turns without a reward are counted in one warning.
+    is a ValueError. Always a ValueError: a file without any valid dialogue, and a Consistent-LLMs file whose YES/NO
+    cannot be calibrated. Turns without a reward are counted in one warning.
     """
     problems = Problems(str(path), strict)
     raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")

@@ -22,11 +22,9 @@ class Sample:
     """One dialogue as tokens; all lists but ``rewards`` have one entry per token.
 
     ``turn_ids``: the assistant's turn that a token belongs to, its end-of-turn token included, -1 for context.
-        ``rewards``: one per turn.
-    ``group_id``: dialogues of one prompt share it. ``rollout_logprobs``: the sampler's log-probability of the token
-        itself, in nats,
-    not read at context tokens. ``cut_off``: one per turn, whether a sampler stopped the answer before it ended by
-    itself.
+    ``rewards``: one per turn. ``group_id``: dialogues of one prompt share it. ``rollout_logprobs``: the sampler's
+    log-probability of the token itself, in nats, not read at context tokens. ``cut_off``: one per turn, whether a
+    sampler stopped the answer before it ended by itself.
     """
 
     tokens: list[int]

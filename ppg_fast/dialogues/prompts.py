@@ -34,8 +34,7 @@ def read_prompts(path: str | os.PathLike[str], strict: bool = False) -> list[Pro
     is taken.
 
     What cannot be read is a warning that names file, line and prompt, and the rest is kept; with ``strict`` it is a
-    ValueError. Always a
-    ValueError: a file without any prompt.
+    ValueError. Always a ValueError: a file without any prompt.
     """
     raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     problems = Problems(str(path), strict)

@@ -12,20 +12,35 @@ Errors here are RuntimeErrors: axolotl prints a plugin's ImportError and goes on
 from dataclasses import fields
 from typing import Any
 
+from pydantic import BaseModel
+
+from ppg_fast.integrations.host import require_host
+from ppg_fast.integrations.options import check, hosts_own, obeyed, refused
+from ppg_fast.spec import require
+
 try:
-    from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found]
-except ModuleNotFoundError:
-    raise RuntimeError(
-        "ppg_fast.integrations.axolotl needs axolotl >= 0.18 (pip install axolotl), and it is not installed"
-    ) from None
-try:
+    BasePlugin: Any = require_host("axolotl", "0.18", "axolotl.integrations.base").BasePlugin
     from ppg_fast.integrations.trl import PPGOptions, PPGTrainer
 except ImportError as reason:
     raise RuntimeError(str(reason)) from None
 
-from pydantic import BaseModel
-
-from ppg_fast.spec import require
+ASYNC = "belongs to axolotl's asynchronous trainer, and PPGTrainer is TRL's"
+OPTIONS = (  # of axolotl's configuration; what it hands on to GRPOConfig is checked as TRL's
+    obeyed("trainer", "rl", "`grpo`; every other kind, `gdpo` included, is trained by axolotl as ever"),
+    obeyed("trainer", "ppg", "fields of PPGOptions"),
+    obeyed("trainer", "trl.reward_funcs trl.reward_processing_classes trl.rollout_func", "as axolotl loads them"),
+    refused("trainer", "trl.use_data_producer trl.async_prefetch trl.streaming_partial_batch trl.vllm_lora_sync",
+            (None, False), ASYNC),
+    refused("trainer", "trl.prefetch_depth trl.vllm_sync_interval trl.streaming_min_groups", None, ASYNC),
+    refused("trainer", "trl.replay_buffer_size", (None, 0), ASYNC),
+    refused("trainer", "trl.reroll_start_fraction", (None, 1.0), ASYNC),
+    refused("trainer", "trl.reward_num_workers", (None, 1), ASYNC),
+    refused("trainer", "context_parallel_size", (None, 1), "TRL splits no sequence of a rollout over ranks"),
+    refused("trainer", "batch_flattening", (None, False), "advantages of turns are padded, (B, C)"),
+    hosts_own("trainer", "trl.skip_zero_advantage_batches trl.replay_recompute_logps trl.reroll_max_groups",
+              "settings of its asynchronous trainer, without effect"),
+    hosts_own("trainer", "trl.*", "the rest becomes GRPOConfig: the table of TRL"),
+)  # fmt: skip
 
 
 class PPGArgs(BaseModel):
@@ -48,23 +63,25 @@ class PPGPlugin(BasePlugin):
         return f"{PPGOptions.__module__}.PPGOptions"
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
-        """The values of those fields; ValueError for an unknown one."""
+        """The values of those fields; ValueError for an unknown one, and for an option that `OPTIONS` refuses."""
+        if _wanted(cfg):
+            check("axolotl", OPTIONS, cfg, "trainer")
         chosen, known = dict(cfg.ppg or {}) if _wanted(cfg) else {}, [field.name for field in fields(PPGOptions)]
         unknown = [name for name in chosen if name not in known]
         require(not unknown, f"ppg must hold only {', '.join(known)}", unknown)
         return chosen
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
-        """No callbacks, but the policy: axolotl hands no model to the trainer class of a plugin, and asks for callbacks
-        just before."""
+        """No callbacks. Called just before the trainer is made, this keeps the policy, which axolotl passes to its own
+        trainer classes only."""
         self.model = model
         return []
 
     def get_trainer_cls(self, cfg: Any) -> type[Any] | None:
         """`PPGTrainer` with axolotl's own additions to GRPOTrainer, or None unless `rl: grpo`.
 
-        The class brings along what axolotl passes to its own GRPO trainer and not to a plugin's: model, reward
-        functions, rollout function.
+        axolotl passes model, reward functions and rollout function to its own GRPO trainer and not to that of a plugin:
+        the class here has them already.
         """
         if not _wanted(cfg):
             return None

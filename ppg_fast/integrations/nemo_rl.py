@@ -1,5 +1,9 @@
-"""NVIDIA NeMo-RL >= 0.6: a LossFunction, and an advantage estimator, for a driver script that calls grpo_train(...,
-loss_fn=...)."""
+"""NVIDIA NeMo-RL >= 0.6: a LossFunction and an advantage estimator, for a driver script that calls grpo_train(...,
+loss_fn=...).
+
+With ``config=master_config`` both take what they can from NeMo-RL's configuration and refuse the rest by name, see
+`OPTIONS`. Without it they do not see it: ``loss_fn`` and ``grpo.adv_estimator`` of the configuration have no effect.
+"""
 
 from typing import Any
 
@@ -7,28 +11,122 @@ import torch
 from torch import Tensor
 
 from ppg_fast.functional import policy_loss_from_logprobs
-from ppg_fast.integrations.host import import_host
+from ppg_fast.integrations.host import require_host
+from ppg_fast.integrations.options import Option, check, check_unknown, hosts_own, obeyed, refused
 from ppg_fast.integrations.turns import Credit, last_tokens, place_turn_rewards, turn_counts, turn_ids_of_mask
-from ppg_fast.spec import PolicyClass, PolicyLossSpec
+from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
 
-NEEDED = "nemo-rl >= 0.6"
+MINIMUM = "0.6"
+ADVANTAGES, TURN_REWARDS, LOSS = "advantages", "turn rewards", "loss"
+BASELINE = "give PPGAdvantageEstimator(baseline=...)"
+OPTIONS = (  # of the master configuration
+    refused(ADVANTAGES, "grpo.adv_estimator.name", "grpo", "the estimator is PPGAdvantageEstimator"),
+    refused(ADVANTAGES, "grpo.normalize_rewards grpo.use_leave_one_out_baseline grpo.adv_estimator.normalize_rewards "
+            "grpo.adv_estimator.use_leave_one_out_baseline grpo.adv_estimator.minus_baseline", True, BASELINE),
+    refused(ADVANTAGES, "grpo.adv_estimator.reward_weights", None, "turns have one reward: add them up before"),
+    refused(ADVANTAGES, "loss_fn.use_kl_in_reward", False, "rewards get no KL penalty"),
+    refused(TURN_REWARDS, "grpo.reward_shaping.enabled grpo.reward_scaling.enabled", False,
+            "they change the reward of the dialogue, not those of its turns"),
+    hosts_own(ADVANTAGES, "grpo.reward_shaping grpo.reward_scaling grpo.use_dynamic_sampling grpo.batch_multiplier "
+              "grpo.dynamic_sampling_max_gen_batches", "before us, on the reward of the dialogue"),
+    hosts_own(ADVANTAGES, "grpo.advantage_clip_low grpo.advantage_clip_high grpo.invalid_tool_call_advantage "
+              "grpo.malformed_thinking_advantage", "change our advantages"),
+    hosts_own(ADVANTAGES, "grpo.overlong_filtering grpo.seq_logprob_error_threshold",
+              "mask sequences, which then take no part in a baseline"),
+    hosts_own(ADVANTAGES, "grpo.num_prompts_per_step grpo.num_generations_per_prompt grpo.max_num_epochs "
+              "grpo.max_num_steps grpo.max_rollout_turns grpo.val_period grpo.val_start_at grpo.val_batch_size "
+              "grpo.val_at_start grpo.val_at_end grpo.max_val_samples grpo.val_num_generations_per_prompt "
+              "grpo.stop_at_validation_metric grpo.stop_at_validation_threshold "
+              "grpo.skip_reference_policy_logprobs_calculation grpo.seed grpo.async_grpo "
+              "grpo.calculate_advantages_on_gpu grpo.deduplicate_multimodal_data grpo.debug_payload_metrics",
+              "the run"),
+    obeyed(LOSS, "loss_fn.token_level_loss", "mean over tokens, else over sequences of their token mean"),
+    obeyed(LOSS, "loss_fn.disable_ppo_ratio loss_fn.sequence_level_importance_ratios loss_fn.use_cispo",
+           "loss_type reinforce, gspo, cispo; else ppo"),
+    obeyed(LOSS, "loss_fn.ratio_clip_min loss_fn.ratio_clip_max",
+           "clip_low and clip_high; cispo has no lower clip and needs ratio_clip_min >= 1"),
+    obeyed(LOSS, "loss_fn.ratio_clip_c", "dual_clip of ppo and gspo"),
+    obeyed(LOSS, "loss_fn.force_on_policy_ratio", "prev_logprobs, then zeros, are not read"),
+    obeyed(LOSS, "loss_fn.use_importance_sampling_correction loss_fn.truncated_importance_sampling_ratio",
+           "importance_cap, weights of single tokens"),
+    obeyed(LOSS, "loss_fn.truncated_importance_sampling_type", "importance_cap", lambda kind: kind in (None, "tis"),
+           "null or tis"),
+    refused(LOSS, "loss_fn.truncated_importance_sampling_ratio_min", (None, 0.0), "our weights have no lower bound"),
+    hosts_own(LOSS, "loss_fn.use_kl_in_reward", "takes the KL out of the loss, for its own estimators"),
+    Option("loss_fn.reference_policy_kl_penalty", LOSS, "refused", "its KL has clamps and a gradient of the sampling, "
+           "ours has neither: give PPGLossFn a spec with kl_coef", must="0, or use_kl_in_reward is on"),
+    hosts_own(LOSS, "loss_fn.reference_policy_kl_type loss_fn.kl_input_clamp_value loss_fn.kl_output_clamp_value",
+              "of its KL"),
+    refused(LOSS, "loss_fn.use_on_policy_kl_approximation", False, "of its KL"),
+    refused(LOSS, "loss_fn.positive_example_nll_weight", 0.0, "there is no likelihood term"),
+)  # fmt: skip
+
+
+def _check_options(config: Any, part: str, section: str) -> None:
+    check("NeMo-RL", OPTIONS, config, part)
+    check_unknown("NeMo-RL", OPTIONS, config, names=lambda path: path.split(".")[0] == section)
+
+
+def loss_spec(config: Any) -> PolicyLossSpec:
+    """``loss_fn`` of NeMo-RL's master configuration as a spec; ValueError for an option that it cannot honour."""
+    _check_options(config, LOSS, "loss_fn")
+    given = config.loss_fn
+    switches = {
+        "reinforce": given.disable_ppo_ratio,
+        "gspo": given.sequence_level_importance_ratios,
+        "cispo": given.use_cispo,
+    }
+    loss_type = next((name for name, chosen in switches.items() if chosen), "ppo")
+    penalty = given.reference_policy_kl_penalty
+    rule = "loss_fn.reference_policy_kl_penalty of NeMo-RL must be 0 (for our KL give PPGLossFn a spec with kl_coef)"
+    require(penalty == 0 or given.use_kl_in_reward, rule, penalty)
+    rule = f"loss_fn.ratio_clip_c of NeMo-RL must be null for {loss_type} (it has no dual clip)"
+    require(given.ratio_clip_c is None or loss_type in ("ppo", "gspo"), rule, given.ratio_clip_c)
+    rule = "loss_fn.ratio_clip_min of NeMo-RL must be at least 1 for use_cispo (it has no lower clip)"
+    require(loss_type != "cispo" or given.ratio_clip_min >= 1, rule, given.ratio_clip_min)
+    cap = given.truncated_importance_sampling_ratio
+    if given.use_importance_sampling_correction:
+        rule = "loss_fn.truncated_importance_sampling_ratio of NeMo-RL must be a number (importance weights have a cap)"
+        require(cap is not None, rule, cap)
+        rule = "loss_fn.use_importance_sampling_correction of NeMo-RL must be False with"
+        require(loss_type != "gspo", f"{rule} sequence_level_importance_ratios (our weights are of tokens)", True)
+    return PolicyLossSpec(
+        loss_type, clip_low=min(given.ratio_clip_min, 1.0), clip_high=given.ratio_clip_max,
+        dual_clip=given.ratio_clip_c or 0.0,
+        importance_cap=float(cap) if given.use_importance_sampling_correction else 0.0,
+    )  # fmt: skip
 
 
 class PPGLossFn:
     """The policy loss as NeMo-RL's LossFunction over log-probs.
 
-    ``spec``: the loss; ``token_level``: divided by the global number of tokens, else the mean over sequences of their
-        token mean,
-    divided by the global number of sequences. ``importance_cap`` of the spec uses generation_logprobs.
+    Args:
+        spec: the loss; its ``importance_cap`` uses generation_logprobs.
+        config: NeMo-RL's master configuration in place of ``spec`` and ``token_level``, see `OPTIONS`.
+        token_level: divided by the global number of tokens; else the mean over sequences of their token mean, divided
+            by the global number of sequences.
+        use_fused_linear_logprobs: as in NeMo-RL's own loss.
+
+    Raises: ValueError for an option of ``config`` that cannot be honoured.
     """
 
     def __init__(
-        self, spec: PolicyLossSpec | None = None, *, token_level: bool = True, use_fused_linear_logprobs: bool = False
+        self,
+        spec: PolicyLossSpec | None = None,
+        *,
+        config: Any = None,
+        token_level: bool = True,
+        use_fused_linear_logprobs: bool = False,
     ) -> None:
-        interfaces = import_host("nemo_rl.algorithms.loss.interfaces", NEEDED)
+        interfaces = require_host("nemo-rl", MINIMUM, "nemo_rl.algorithms.loss.interfaces")
+        require(spec is None or config is None, "PPGLossFn takes a spec or NeMo-RL's config, not both", spec)
         self.spec = PolicyLossSpec("ppo") if spec is None else spec
-        self.token_level = token_level
-        self.loss_type = interfaces.LossType.TOKEN_LEVEL if token_level else interfaces.LossType.SEQUENCE_LEVEL
+        self.token_level, self.on_policy = token_level, False
+        if config is not None:
+            self.spec, self.token_level = loss_spec(config), config.loss_fn.token_level_loss
+            self.on_policy = config.loss_fn.force_on_policy_ratio
+        levels = interfaces.LossType
+        self.loss_type = levels.TOKEN_LEVEL if self.token_level else levels.SEQUENCE_LEVEL
         self.input_type = interfaces.LossInputType.LOGPROB
         self.use_fused_linear_logprobs = use_fused_linear_logprobs
 
@@ -47,7 +145,12 @@ class PPGLossFn:
         """
         keep = data.get("curr_logprobs_keep_mask")  # next-token frame: tokens that top-k or top-p filtering left
         mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None] * (1 if keep is None else keep)
-        old, rollout = data["prev_logprobs"][:, 1:], data["generation_logprobs"][:, 1:]
+        rule = "a KL term (kl_coef) needs sampling without top-k and top-p: log-probs are those of the filtered tokens"
+        require(not self.spec.kl_coef or data.get("curr_logprobs_unfiltered") is None, rule, self.spec.kl_coef)
+        rollout = data["generation_logprobs"][:, 1:]
+        old = next_token_logprobs.detach() if self.on_policy else data["prev_logprobs"][:, 1:]
+        rule = "prev_logprobs are zeros, as under loss_fn.force_on_policy_ratio: give PPGLossFn NeMo-RL's config; sum"
+        require(self.on_policy or not bool(mask.any()) or bool((old * mask).any()), rule, 0.0)
         denominator = global_valid_toks if self.token_level else global_valid_seqs
         tokens, normalizer = (
             torch.as_tensor(n, device=mask.device).reshape(()).float() for n in (global_valid_toks, denominator)
@@ -60,18 +163,32 @@ class PPGLossFn:
         )  # fmt: skip
         # grpo_train looks for this name; NeMo-RL sums metrics over micro-batches, hence its denominator
         mismatch = torch.where(mask != 0, (rollout - old).abs().exp(), 0.0).sum() / tokens.clamp(min=1)
-        metrics = {"loss": out.loss, "token_mult_prob_error": mismatch, "num_valid_samples": data["sample_mask"].sum()}
+        metrics = {
+            "loss": out.loss.detach(),
+            "token_mult_prob_error": mismatch,
+            "num_valid_samples": data["sample_mask"].sum(),
+        }
         return out.loss, {name: float(value) for name, value in metrics.items()}
 
 
 class PPGAdvantageEstimator:
-    """Advantages of turns under NeMo-RL's estimator interface. ``policy_class``, ``gamma``, ``baseline``: as in
-    `turn_advantages`."""
+    """Advantages of turns under NeMo-RL's estimator interface.
+
+    ``policy_class``, ``gamma``, ``baseline``: as in `turn_advantages`. ``config``: NeMo-RL's master configuration, of
+    which an option that cannot be honoured is refused by a ValueError, see `OPTIONS`.
+    """
 
     def __init__(
-        self, policy_class: PolicyClass | str = "full", gamma: float = 1.0, baseline: str = "leave_one_out"
+        self,
+        policy_class: PolicyClass | str = "full",
+        gamma: float = 1.0,
+        baseline: str = "leave_one_out",
+        *,
+        config: Any = None,
     ) -> None:
-        self.credit = Credit(policy_class, gamma, baseline)
+        self.credit, self.config = Credit(policy_class, gamma, baseline), config
+        if config is not None:
+            _check_options(config, ADVANTAGES, "grpo")
 
     def compute_advantage(
         self,
@@ -92,12 +209,14 @@ class PPGAdvantageEstimator:
                 row.
             valid_mask: (B,), 0 for rows that take no part in the baselines either.
 
-        Raises: ValueError where a row that takes part has another number of rewards than turns.
+        Raises: ValueError where a row that takes part has another number of rewards than turns, and where turns have
+            rewards although the configuration changes that of the dialogue.
         """
         mask = mask if valid_mask is None else mask * valid_mask[:, None]
         turn_ids = turn_ids_of_mask(mask)
         counts = turn_counts(turn_ids)
         if repeated_batch is not None and "turn_rewards" in repeated_batch:
+            check("NeMo-RL", OPTIONS, self.config, TURN_REWARDS)
             rows = [
                 list(row) if n else [] for row, n in zip(repeated_batch["turn_rewards"], counts.tolist(), strict=True)
             ]

@@ -1,9 +1,11 @@
-"""prime-rl: a custom loss on its packed samples, and credit of turns for an Algorithm of its orchestrator.
+"""prime-rl >= 0.8: a custom loss on its packed samples, and credit of turns for an Algorithm of its orchestrator.
 
-[trainer.loss]
-type = "custom"
-import_path = "ppg_fast.integrations.prime_rl.ppg_loss"
-kwargs = { loss_type = "ppo", clip_low = 0.2, clip_high = 0.28 }
+    [trainer.loss]
+    type = "custom"
+    import_path = "ppg_fast.integrations.prime_rl.ppg_loss"
+    kwargs = { loss_type = "ppo", clip_low = 0.2, clip_high = 0.28 }
+
+`OPTIONS` says what becomes of its other options.
 """
 
 from typing import Any
@@ -11,11 +13,24 @@ from typing import Any
 import torch
 
 from ppg_fast.functional import policy_loss_from_logprobs
-from ppg_fast.integrations.host import import_host
+from ppg_fast.integrations.host import require_host
+from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
 from ppg_fast.integrations.turns import Credit, stacked, turn_ids_of_mask
 from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
 
-NEEDED = "prime-rl with [trainer.loss] type = custom"
+MINIMUM = "0.8"
+ADVANTAGES, LOSS = "advantages", "loss"
+OPTIONS = (  # of trainer.loss.kwargs, and of the algorithm's configuration in the orchestrator
+    obeyed(LOSS, "loss_type clip_low clip_high dual_clip kl_coef kl_estimator", "as in `PolicyLossSpec`"),
+    refused(LOSS, "dppo_mask_low dppo_mask_high ipo_threshold", (), "of its other losses: set clip_low, clip_high"),
+    refused(LOSS, "adv_tau", (), "of its other losses: scale the rewards"),
+    refused(LOSS, "kl_tau", (), "of its other losses, a KL to the sampler: kl_coef is one to a reference"),
+    hosts_own(LOSS, "loss_weights", "factors of tokens: those of the rl component, which our loss takes"),
+    hosts_own(LOSS, "temperature", "in the log-probs we are given"),
+    obeyed(ADVANTAGES, "type sampling", "an Algorithm of your own whose score_group calls `credit_group`"),
+    refused(ADVANTAGES, "length_penalty", None, "credit_group has none: put it into the rewards of turns"),
+    hosts_own(ADVANTAGES, "filter_zero_advantages", "drops tokens that have no gradient"),
+)
 
 
 def ppg_loss(
@@ -26,6 +41,7 @@ def ppg_loss(
     dual_clip: float = 0.0,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    **others: Any,
 ) -> Any:
     """The policy loss of one sample, summed: prime-rl divides by its global number of tokens.
 
@@ -34,11 +50,17 @@ def ppg_loss(
             loss_mask and loss_weights or None, each (seq,), own alignment. The sampler's log-probs are the old ones, so
             the ratio covers the mismatch between sampler and trainer too.
         loss_type, clip_low, clip_high, dual_clip, kl_coef, kl_estimator: as in `PolicyLossSpec`; ``kwargs`` of the
-        configuration.
+            configuration.
+        others: none; every other option is refused.
 
     Returns: LossOutputs with the sum as loss and metrics by name.
-    Raises: ValueError for a KL term where the algorithm scores no ref_logprobs.
+    Raises: ValueError for a KL term where the algorithm scores no ref_logprobs, and for other options.
     """
+    check("prime-rl's trainer.loss", OPTIONS, others, LOSS)
+    known = ", ".join(OPTIONS[0].names.split())
+    require(not others, f"kwargs of prime-rl's trainer.loss must be among {known}", others)
+    rule = f"dual_clip must be 0 for loss_type {loss_type} (it has no dual clip)"
+    require(not dual_clip or loss_type not in ("cispo", "reinforce"), rule, dual_clip)
     spec = PolicyLossSpec(loss_type, clip_low, clip_high, dual_clip, kl_coef, kl_estimator)
     turn_ids = turn_ids_of_mask(inputs.loss_mask[None])[0] if loss_type == "gspo_turn" else None
     out = policy_loss_from_logprobs(
@@ -47,7 +69,7 @@ def ppg_loss(
     )  # fmt: skip
     loss = out.loss if inputs.loss_weights is None else out.loss * inputs.loss_weights
     metrics = {name: out.metrics[name] for name in ("approx_kl", "clip_fraction", "kl") if name in out.metrics}
-    return import_host("prime_rl.trainer.rl.loss", NEEDED).LossOutputs(loss=loss.sum(), metrics=metrics)
+    return require_host("prime-rl", MINIMUM, "prime_rl.trainer.rl.loss").LossOutputs(loss=loss.sum(), metrics=metrics)
 
 
 def _sampled_nodes(trace: Any) -> list[Any]:
@@ -65,6 +87,7 @@ def credit_group(
     gamma: float = 1.0,
     baseline: str = "leave_one_out",
     key: str = "turn_rewards",
+    config: Any = None,
 ) -> None:
     """Assign to each sampled token of a group of traces the advantage of its turn: the body of an Algorithm's
     ``score_group``.
@@ -73,10 +96,14 @@ def credit_group(
         group: traces of one prompt, each with ``info[key]``, one number or None per turn (a node with sampled tokens),
             None counting 0.
         policy_class, gamma, baseline: as in `partial_returns` and `turn_advantages`.
+        config: the algorithm's configuration, if it is to be checked for options that this does not honour.
 
-    Raises: ValueError where a trace has no such rewards, another number of them than turns, or several trainable
-        branches.
+    Raises: ValueError for such an option, and where a trace has no such rewards, another number of them than turns, or
+        several trainable branches.
     """
+    if config is not None:
+        check("prime-rl's algorithm", OPTIONS, config, ADVANTAGES)
+        check_unknown("prime-rl's algorithm", OPTIONS, config)
     turns = [_sampled_nodes(trace) for trace in group]
     for trace, nodes in zip(group, turns, strict=True):
         rewards = trace.info.get(key)
@@ -85,7 +112,7 @@ def credit_group(
     rewards, counts = stacked([trace.info[key] for trace in group])
     group_ids = torch.zeros(len(group), dtype=torch.int64)
     advantages, _ = Credit(policy_class, gamma, baseline).of_turns(rewards, group_ids, counts)
-    assign_advantages = import_host("prime_rl.orchestrator.algo.routing", NEEDED).assign_advantages
+    assign_advantages = require_host("prime-rl", MINIMUM, "prime_rl.orchestrator.algo.routing").assign_advantages
     for trace, nodes, row in zip(group, turns, advantages.tolist(), strict=True):
         assign_advantages(
             trace, [value for node, value in zip(nodes, row, strict=False) for _ in range(sum(node.mask))]

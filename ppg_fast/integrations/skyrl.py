@@ -1,9 +1,10 @@
 """SkyRL >= 0.3: an advantage estimator and a policy loss in its registries, and the mask that the estimator needs.
 
-from ppg_fast.integrations import skyrl
-class Trainer(skyrl.CreditByLossMask, RayPPOTrainer): ...
-skyrl.register(policy_class="lookahead:3")       # before the trainer is built: advantage_estimator "ppg",
-policy_loss_type "ppg"
+    from ppg_fast.integrations import skyrl
+    class Trainer(skyrl.CreditByLossMask, RayPPOTrainer): ...
+    skyrl.register(policy_class="lookahead:3")    # before the trainer is built
+
+Then ``advantage_estimator`` and ``policy_loss_type`` may be "ppg". `OPTIONS` says what becomes of the others.
 """
 
 from functools import partial
@@ -12,13 +13,47 @@ from typing import Any
 from torch import Tensor
 
 from ppg_fast.functional import policy_loss_from_logprobs
-from ppg_fast.integrations.host import import_host
+from ppg_fast.integrations.host import require_host
+from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
 from ppg_fast.integrations.turns import Credit, group_numbers, last_tokens, turn_ids_of_mask
 from ppg_fast.spec import PolicyClass, PolicyLossSpec, require, require_one_of
 
-NEEDED = "SkyRL >= 0.3"
+MINIMUM = "0.3"
 UTILS = "skyrl.backends.skyrl_train.utils"
 LOSS_TYPES = ("reinforce", "ppo", "cispo", "gspo", "gspo_turn")
+ADVANTAGES, LOSS, TRAINER = "advantages", "loss", "trainer"
+OPTIONS = (  # of trainer.algorithm, but the last row
+    obeyed(ADVANTAGES, "advantage_estimator", "the name given to `register`, which has the policy class and baseline"),
+    refused(ADVANTAGES, "gamma", 1.0, "give register(gamma=...), a discount per turn"),
+    refused(ADVANTAGES, "lambd", 1.0, "there is no GAE"),
+    refused(ADVANTAGES, "grpo_norm_by_std", True, "give register(baseline=...)"),
+    hosts_own(ADVANTAGES, "use_kl_in_reward kl_ctrl", "a penalty on a token is part of its turn's reward"),
+    hosts_own(ADVANTAGES, "advantage_batch_normalize", "whitens our advantages"),
+    hosts_own(ADVANTAGES, "zero_variance_filter zero_variance_filter_tol dynamic_sampling",
+              "before us, by rewards of dialogues"),
+    hosts_own(ADVANTAGES, "value_clip value_head_prefix", "of a critic"),
+    obeyed(LOSS, "policy_loss_type", "the name given to `register`, which has the loss type"),
+    obeyed(LOSS, "eps_clip_low eps_clip_high", "clip_low and clip_high; cispo has no lower clip, reinforce none"),
+    obeyed(LOSS, "off_policy_correction", "by SkyRL's own function, on the loss of each token"),
+    hosts_own(LOSS, "use_tis tis_imp_ratio_cap", "become off_policy_correction before we see them"),
+    hosts_own(LOSS, "loss_reduction max_seq_len", "scales the advantages: our loss is a sum"),
+    hosts_own(LOSS, "use_kl_loss kl_loss_coef kl_estimator_type use_entropy_loss entropy_loss_coef",
+              "terms that SkyRL adds"),
+    hosts_own(LOSS, "temperature", "in the log-probs we are given"),
+    refused(LOSS, "clip_ratio_c", 3.0, "belongs to policy_loss_type dual_clip: there is no dual clip here"),
+    refused(LOSS, "cispo.cispo_eps_clip_low", 0.0, "loss type cispo of register has no lower clip"),
+    refused(LOSS, "cispo.cispo_eps_clip_high", 5.0, "loss type cispo of register takes eps_clip_high"),
+    refused(LOSS, "sapo.tau_pos", 1.0, "belongs to policy_loss_type sapo"),
+    refused(LOSS, "sapo.tau_neg", 1.05, "belongs to policy_loss_type sapo"),
+    refused(LOSS, "clip_cov.clip_ratio", 0.0002, "belongs to policy_loss_type clip_cov"),
+    refused(LOSS, "clip_cov.clip_cov_lb", 1.0, "belongs to policy_loss_type clip_cov"),
+    refused(LOSS, "clip_cov.clip_cov_ub", 5.0, "belongs to policy_loss_type clip_cov"),
+    refused(LOSS, "kl_cov.kl_cov_frac", 0.2, "belongs to policy_loss_type kl_cov"),
+    refused(LOSS, "kl_cov.ppo_kl_coef", 1.0, "belongs to policy_loss_type kl_cov"),
+    refused(LOSS, "dppo.dppo_type", "binary_tv", "belongs to policy_loss_type dppo"),
+    refused(LOSS, "dppo.delta_low dppo.delta_high", 0.2, "belongs to policy_loss_type dppo"),
+    refused(TRAINER, "generator.step_wise_trajectories", False, "the row of a step has no rewards of other steps"),
+)  # fmt: skip
 
 
 def advantages(
@@ -34,9 +69,10 @@ def advantages(
         config: SkyRL's algorithm configuration.
 
     Returns: advantages and returns, (B, L) float32, zero outside of the mask.
-    Raises: ValueError for a reward in the middle of a run, which is what SkyRL's response mask, observations included,
-        gives.
+    Raises: ValueError for an option that `OPTIONS` refuses, and for a reward in the middle of a run, which is what
+        SkyRL's response mask, observations included, gives.
     """
+    _check_options(config, ADVANTAGES)
     turn_ids = turn_ids_of_mask(response_mask)
     if not getattr(config, "use_kl_in_reward", False):  # which leaves a reward on every token
         inside = (token_level_rewards != 0) & (turn_ids >= 0) & ~last_tokens(turn_ids)
@@ -62,7 +98,9 @@ def policy_loss(
         config: SkyRL's algorithm configuration: eps_clip_low, eps_clip_high, off_policy_correction.
 
     Returns: 0-d loss and metrics by name. The off-policy correction is SkyRL's own, on the loss of each token.
+    Raises: ValueError for an option that `OPTIONS` refuses.
     """
+    _check_options(config, LOSS)
     spec = PolicyLossSpec(loss_type, clip_low=float(config.eps_clip_low), clip_high=float(config.eps_clip_high))
     require(loss_type != "gspo_turn" or loss_mask is not None, 'loss_type "gspo_turn" needs a loss_mask', loss_mask)
     turn_ids = turn_ids_of_mask(loss_mask) if loss_type == "gspo_turn" and loss_mask is not None else None
@@ -75,10 +113,16 @@ def policy_loss(
         spec=spec,
         reduction="none",
     )
-    correct = import_host(f"{UTILS}.off_policy_correction_utils", NEEDED).apply_off_policy_correction
+    correct = require_host("skyrl", MINIMUM, f"{UTILS}.off_policy_correction_utils").apply_off_policy_correction
     loss, mask, metrics = correct(out.loss, old_log_probs, rollout_logprobs, loss_mask, config.off_policy_correction)
-    reduced = import_host(f"{UTILS}.ppo_utils", NEEDED).reduce_loss(loss, mask)
+    reduced = require_host("skyrl", MINIMUM, f"{UTILS}.ppo_utils").reduce_loss(loss, mask)
     return reduced, {"clip_ratio": float(out.metrics.get("clip_fraction", 0.0)), **metrics}
+
+
+def _check_options(config: Any, part: str) -> None:
+    if config is not None:
+        check("SkyRL", OPTIONS, config, part)
+        check_unknown("SkyRL", OPTIONS, config)
 
 
 class CreditByLossMask:
@@ -90,6 +134,7 @@ class CreditByLossMask:
     """
 
     def compute_advantages_and_returns(self, data: Any) -> Any:
+        check("SkyRL", OPTIONS, getattr(self, "cfg", None), TRAINER)
         response_mask = data["response_mask"]
         data["response_mask"] = data["loss_mask"]
         out = super().compute_advantages_and_returns(data)  # type: ignore[misc]
@@ -110,7 +155,7 @@ def register(
     `PolicyLossSpec`.
     """
     require_one_of("loss_type", loss_type, LOSS_TYPES)
-    registries = import_host(f"{UTILS}.ppo_utils", NEEDED)
+    registries = require_host("skyrl", MINIMUM, f"{UTILS}.ppo_utils")
     registries.register_advantage_estimator(name)(
         _named(partial(advantages, Credit(policy_class, gamma, baseline)), "ppg_advantages")
     )

@@ -1,5 +1,4 @@
-"""What hosts know of turns, in our words: masks as turn ids, per-token rewards as rewards of turns, names of groups as
-numbers.
+"""Turns as other trainers hold them: masks to turn ids, per-token rewards to rewards of turns, group names to numbers.
 
 Bookkeeping only: returns and baselines come from `ppg_fast.functional`.
 """
@@ -20,7 +19,7 @@ class Credit:
     """How turns are credited: the options of `partial_returns` and `turn_advantages`.
 
     ``policy_class``: a policy class or its name; ``gamma``: discount per turn in [0, 1]; ``baseline``: as in
-        `turn_advantages`.
+    `turn_advantages`.
     """
 
     policy_class: PolicyClass | str = "full"

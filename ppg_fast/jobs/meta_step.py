@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppg_fast.config import TrainConfig
-from ppg_fast.models.adaptation import StartingWeights
-from ppg_fast.models.causal_lm import decoder, plain_head
+from ppg_fast.models.adaptation import StartingWeights, plain_head
+from ppg_fast.models.causal_lm import decoder
 from ppg_fast.models.varlen_attention import QUERY_BLOCK
 from ppg_fast.ops.head import CHUNK_BYTES, GEMM_ROWS, MIN_CHUNK_ROWS, equal_chunks
 from ppg_fast.training.optimisers import make_optimizer, set_learning_rate

@@ -24,8 +24,7 @@ def add_lora(model: Any, rank: int, alpha: int = 0, dropout: float = 0.0, target
 
     ``alpha`` 0: twice the rank. ``target_modules``: "all-linear" (all linear layers but the head), or names or a
     regular expression as peft takes them, names separated by commas. The adapters are float32 whatever the model's
-    dtype. ValueError where peft is missing,
-    for targets that match nothing, and for the head.  Source: arXiv:2106.09685
+    dtype. ValueError where peft is missing, for targets that match nothing, and for the head.  Source: arXiv:2106.09685
     """
     try:
         from peft import LoraConfig
@@ -88,7 +87,7 @@ def checkpoint_activations(model: Any, every_n_layers: int = 1, offload: bool = 
         if switch is not None:
             switch(
                 {"use_reentrant": False}, every_n_layers=every_n_layers, offload=offload and model.device.type != "cpu"
-            )  # a CPU's are there
+            )  # on a CPU they are in host memory anyway
         else:
             import transformers
 
@@ -112,15 +111,15 @@ def trainable_state(model: nn.Module) -> dict[str, Any]:
 
 
 def load_trainable_state(model: nn.Module, saved: dict[str, Any]) -> None:
-    """Take over what `trainable_state` gave, whether either is spread over ranks or not. ValueError where it is of
-    others weights."""
-    there = trainable_state(model)
-    others = sorted(there.keys() ^ saved.keys())
+    """Take over what `trainable_state` gave, whether either is sharded or not. ValueError where it is of other
+    weights."""
+    own = trainable_state(model)
+    others = sorted(own.keys() ^ saved.keys())
     require(
         not others, "a checkpoint must hold the weights that train, and no others; in one of the two only", others[:3]
     )
     try:
-        model.load_state_dict({name: shard_like(value, there[name]) for name, value in saved.items()}, strict=False)
+        model.load_state_dict({name: shard_like(value, own[name]) for name, value in saved.items()}, strict=False)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
 

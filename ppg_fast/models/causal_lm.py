@@ -1,7 +1,6 @@
 """From packed dialogues to the policy loss through a Hugging Face causal LM, without ever making its logits."""
 
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,11 +10,9 @@ from ppg_fast.dialogues.packing import NOTHING, PackedBatch, pack
 from ppg_fast.distributed import Ranks
 from ppg_fast.functional import PolicyLossOutput, linear_policy_loss, linear_token_logprobs
 from ppg_fast.models import varlen_attention
-from ppg_fast.models.adaptation import plain_head
+from ppg_fast.models.output_head import Head
 from ppg_fast.reference.turns import of_tokens
-from ppg_fast.spec import PolicyLossSpec, require
-
-PACKABLE_LAYERS = ("full_attention", "sliding_attention")
+from ppg_fast.spec import PolicyLossSpec
 
 
 def make_model(
@@ -74,11 +71,11 @@ def prepare(model: Any) -> Any:
     """Let ``model`` attend inside each dialogue of a packed row; ValueError for layers that cannot be packed that
     way."""
     config = model.config.get_text_config()
-    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - set(PACKABLE_LAYERS))
+    known = varlen_attention.LAYERS
+    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - set(known))
     if unknown:
         raise ValueError(
-            f"packed training needs layers of {', '.join(PACKABLE_LAYERS)}, got {', '.join(unknown)} in "
-            f"{config.model_type}"
+            f"packed training needs layers of {', '.join(known)}, got {', '.join(unknown)} in {config.model_type}"
         )
     model.set_attn_implementation(varlen_attention.NAME)
     return model
@@ -110,38 +107,6 @@ def policy_hidden(model: Any, batch: PackedBatch) -> Tensor:
     return out.last_hidden_state[0]
 
 
-def logit_scale(config: Any) -> float:
-    """What a model multiplies hidden W^T + b by before the softcap, from its text config; 1 where it does not.
-
-    Cohere's logit_scale, Muse's output_multiplier, Falcon-H1's lm_head_multiplier; Granite and MiniCPM3 divide by
-    logits_scaling, HyperCLOVA X multiplies by it. ValueError unless > 0.
-    """
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling"):
-        if (scale := getattr(config, name, None)) is not None:
-            require(scale > 0, f"{name} of the model must be > 0", scale)
-            return 1 / scale if name == "logits_scaling" and config.model_type != "hyperclovax" else float(scale)
-    return 1.0
-
-
-def head_of(model: Any) -> tuple[Tensor, Tensor | None, float, float]:
-    """(weight (V, D), bias (V,) or None, scale, softcap): logits = softcap(scale (hidden weight^T + bias)), softcap 0
-    where there is none.
-
-    The scale as `logit_scale` finds it; the softcap is Gemma's final_logit_softcapping.
-    """
-    head, config = plain_head(model), model.config.get_text_config()
-    softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
-    return head.weight, getattr(head, "bias", None), logit_scale(config), softcap
-
-
-def _with_softcap(spec: PolicyLossSpec, softcap: float) -> PolicyLossSpec:
-    if spec.logit_softcap and softcap and spec.logit_softcap != softcap:
-        raise ValueError(
-            f"logit_softcap must be the model's own final softcap {softcap} or 0, got {spec.logit_softcap}"
-        )
-    return replace(spec, logit_softcap=softcap) if softcap else spec
-
-
 def policy_loss(
     model: Any,
     batch: PackedBatch,
@@ -163,20 +128,19 @@ def policy_loss(
     turn's. The log-probs (N,) are those of ``batch.labels``. Turns of advantage zero cost what context costs, unless
     ``skip_zero_advantages`` is off. The rest as `ppg.policy_loss`.
     """
-    weight, bias, scale, softcap = head_of(model)
-    hidden = policy_hidden(model, batch)
+    head = Head.of(model)
     return linear_policy_loss(
-        hidden if scale == 1.0 else hidden * scale,
-        weight,
+        policy_hidden(model, batch),
+        head.weight,
         batch.labels,
         token_advantages(batch, advantages),
-        bias=bias if bias is None or scale == 1.0 else bias * scale,
+        bias=head.bias,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs,
         cu_seqlens=batch.cu_seqlens,
         turn_ids=batch.turn_ids,
-        spec=_with_softcap(spec, softcap),
+        spec=head.fold_spec(spec),
         reduction=reduction,
         normalizer=normalizer,
         skip_zero_advantages=skip_zero_advantages,
@@ -187,32 +151,11 @@ def policy_loss(
 
 def token_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
     """log pi(label) of each token (N,) float32, 0 on context; differentiable."""
-    weight, bias, scale, softcap = head_of(model)
+    head = Head.of(model)
     hidden = policy_hidden(model, batch)
-    bias = bias if bias is None or scale == 1.0 else bias * scale
-    logprobs = linear_token_logprobs(
-        hidden * scale, weight, batch.labels, bias=bias, temperature=temperature, logit_softcap=softcap
-    )
+    logprobs = linear_token_logprobs(hidden, head.weight, batch.labels, bias=head.bias, **head.fold(temperature))
     assert isinstance(logprobs, Tensor)  # a pair only where the entropy is asked for
     return logprobs
-
-
-def token_score_norms(model: Any, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
-    """|gradient of log pi(label) by its logits|^2 = sum p^2 - 2 p_label + 1 of each token (N,) float32, 0 on context.
-
-    By a forward pass of its own in plain PyTorch, with the logits of the assistant's tokens in memory: for a look
-    without a loss.
-    """
-    weight, bias, scale, softcap = head_of(model)
-    out = torch.zeros(len(batch.labels), device=batch.labels.device)
-    with torch.no_grad():
-        taken = batch.labels >= 0
-        logits = nn.functional.linear(policy_hidden(model, batch)[taken], weight, bias).float() * scale
-        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-        p = (logits / temperature).softmax(-1)
-        chosen = p.gather(-1, batch.labels[taken][:, None])[:, 0]
-        out[taken] = p.square().sum(-1) - 2 * chosen + 1
-    return out
 
 
 def token_advantages(batch: PackedBatch, advantages: Tensor) -> Tensor:
@@ -224,8 +167,7 @@ class PolicyModule(nn.Module):
     """A causal LM whose forward is its policy loss: one call that uses every weight, the head's too.
 
     DDP and FSDP2 work around the forward of a module: so each weight is gathered once a micro-batch, and each has a
-    gradient, be it zero.
-    ``autocast``: the dtype of mixed precision, None: that of the weights.
+    gradient, be it zero. ``autocast``: the dtype of mixed precision, None: that of the weights.
     """
 
     def __init__(self, model: Any, autocast: torch.dtype | None = None) -> None:

@@ -20,8 +20,7 @@ def merge_adapter(source: str, output: str, base: str | None = None) -> Path:
     """Write to ``output`` the base model with the adapter of ``source`` merged, and the tokenizer; returns the folder.
 
     ``source``: a run or an adapter folder. ``base``: the base model, by default the one that the adapter names.
-        ValueError for a folder
-    without an adapter, for a base that is not there and for an ``output`` that holds something.
+    ValueError for a folder without an adapter, for a base that is not there and for an ``output`` that holds something.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -3,10 +3,9 @@
 A packed row holds dialogues one after the other, ``cu_seq_lens_q`` their bounds. On a CUDA device in half precision it
 is `torch.nn.attention.varlen.varlen_attn`, or flash-attn's own kernel where it is installed and knows what torch's does
 not: score softcaps, and a deterministic backward pass under torch.use_deterministic_algorithms. Elsewhere (float32, a
-    softcap without flash-attn) it is a loop
-over the dialogues. No mask of the packed row's length squared is ever made. Without ``cu_seq_lens_q`` the bounds are
-where position ids restart; in a padded batch or with a cache it is ordinary attention, so that the same model also
-generates.
+softcap without flash-attn) it is a loop over the dialogues. No mask of the packed row's length squared is ever made.
+Without ``cu_seq_lens_q`` the bounds are where position ids restart; in a padded batch or with a cache it is ordinary
+attention, so that the same model also generates.
 
 Why an entry of our own: a packed row with restarting position ids is block-diagonal in transformers only if
 attention_mask is None and use_cache is off, silently contaminated otherwise, and its SDPA path builds the dense mask.
@@ -24,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 NAME = "ppg_varlen"
+LAYERS = ("full_attention", "sliding_attention")  # layer types of transformers that it computes
 QUERY_BLOCK = 512  # rows of scores made at once where a mask or softcap forbids the fused kernel
 
 
@@ -133,19 +133,19 @@ def _causal(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    there: Tensor | None,
+    is_token: Tensor | None,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Queries (B, H, Q, D) that are the last of K keys; ``there`` (B, K) bool, False = padding.
+    """Queries (B, H, Q, D) that are the last of K keys; ``is_token`` (B, K) bool, False = padding.
 
     Where the fused kernel does not serve, in blocks of queries, so that no (Q, K) mask is made. Padding sees itself: no
     row is empty.
     """
     length, past = q.shape[2], k.shape[2] - q.shape[2]
     window = k.shape[2] if window is None else min(window, k.shape[2])
-    if not softcap and there is None and window == k.shape[2] and (past == 0 or length == 1):
+    if not softcap and is_token is None and window == k.shape[2] and (past == 0 or length == 1):
         return scaled_dot_product_attention(
             q, k, v, is_causal=length > 1, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -155,8 +155,8 @@ def _causal(
         first, end = max(0, past + start - window + 1), past + stop
         distance = torch.arange(past + start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
         seen = (distance >= 0) & (distance < window)
-        if there is not None:
-            seen = (seen & there[:, None, None, first:end]) | (distance == 0)
+        if is_token is not None:
+            seen = (seen & is_token[:, None, None, first:end]) | (distance == 0)
         blocks.append(_masked(q[:, :, start:stop], k[:, :, first:end], v[:, :, first:end], seen, scaling, softcap))
     return torch.cat(blocks, dim=2)
 
@@ -202,8 +202,8 @@ def varlen_mask(
         return sdpa_mask(batch_size, q_length, kv_length, allow_is_causal_skip=False, device=kwargs["device"], **places)
     if attention_mask is None:
         return None
-    there = attention_mask[:, -kv_length:]
-    return None if bool(there.all()) else there
+    is_token = attention_mask[:, -kv_length:]
+    return None if bool(is_token.all()) else is_token
 
 
 AttentionInterface.register(NAME, varlen_attention)

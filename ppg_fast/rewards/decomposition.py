@@ -31,10 +31,9 @@ def telescoping_rewards(scores: Tensor, turn_counts: Tensor | None = None, start
     """r_t = f_t - f_{t-1} with f_0 = ``start``: rewards that sum to the last score, whatever the scores before it were.
 
     ``scores`` (B, T) floating point, f_t = the conversation's score after turn t; ``turn_counts`` (B,), default T.
-    Returns (B, T) of the
-    same dtype, zero beyond the dialogue. A score that falls gives a negative reward, which voids the bound of offline
-    training: a warning says how many. Credited with a short window, a turn is paid for its own step of the score and
-        not for what it leads to.
+    Returns (B, T) of the same dtype, zero beyond the dialogue. A score that falls gives a negative reward, which voids
+    the bound of offline training: a warning says how many. Credited with a short window, a turn is credited for
+    its own step of the score and not for what it leads to.
     """
     exists = _check(scores, turn_counts)
     before = torch.cat([scores.new_full((len(scores), 1), start), scores[:, :-1]], 1)
@@ -47,11 +46,11 @@ def telescoping_rewards(scores: Tensor, turn_counts: Tensor | None = None, start
 
 def prefix_maximum_rewards(scores: Tensor, turn_counts: Tensor | None = None, start: float = 0.0) -> Tensor:
     """r_t = max(f_0 .. f_t) - max(f_0 .. f_{t-1}) with f_0 = ``start``: never negative, and they sum to the best score
-    there ever was.
+    of all.
 
     Arguments and result as `telescoping_rewards`. What is maximised is max f - f_0 and not the last score: a
-    conversation that reaches a good score and loses it again is paid in full. A warning says in how many dialogues the
-    two differ.
+    conversation that reaches a good score and loses it again keeps its rewards. A warning says in how many dialogues
+    the two differ.
     """
     exists = _check(scores, turn_counts)
     lowest = torch.finfo(scores.dtype).min

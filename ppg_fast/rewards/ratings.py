@@ -13,9 +13,8 @@ class Ratings:
     where nobody rated.
 
     ``turn`` counts the assistant's messages from 0; left out, the rating is that of the last turn. ``rater`` may be
-    left out where a turn
-    has one rating only. ValueError names file and line: malformed, a rating that is not finite, a rater twice at one
-    turn; and a rating of a turn that its dialogue has not.
+    left out where a turn has one rating only. ValueError names file and line: malformed, a rating that is not finite, a
+    rater twice at one turn; and a rating of a turn that its dialogue has not.
     """
 
     def __init__(self, path: str) -> None:

@@ -63,11 +63,11 @@ class Reward:
                 f"reward {self.name} must give one value for each of {len(asked)} dialogues, got {len(values)}"
             )
         if self.scope == "dialogue":
-            return [self._spread(value, t) for value, t in zip(values, asked, strict=True)]
+            return [self._by_turn(value, t) for value, t in zip(values, asked, strict=True)]
         checked = iter([self._number(value, t, t.turns - 1) for value, t in zip(values, asked, strict=True)])
         return [[next(checked) for _ in range(t.turns)] for t in transcripts]
 
-    def _spread(self, value: Value, transcript: Transcript) -> list[float | None]:
+    def _by_turn(self, value: Value, transcript: Transcript) -> list[float | None]:
         """A dialogue's value over its turns."""
         if value is None:
             return [None] * transcript.turns

@@ -25,8 +25,7 @@ class Rollout:
     """One finished dialogue.
 
     ``sample`` is what training reads; its ``rollout_logprobs`` are the sampler's, log softmax(logits / temperature)
-    over the whole
-    vocabulary. ``cut_off`` has one entry a turn: whether the answer failed to end by itself.
+    over the whole vocabulary. ``cut_off`` has one entry a turn: whether the answer failed to end by itself.
     """
 
     environment: Environment
@@ -45,7 +44,7 @@ class Rollout:
 
 
 def step_each(environments: Sequence[Environment], answers: Sequence[str]) -> list[Stepped]:
-    """Every environment settles its answer by itself, one after the other."""
+    """Every environment steps by itself, one after the other."""
     return [environment.step(answer) for environment, answer in zip(environments, answers, strict=True)]
 
 
@@ -69,14 +68,13 @@ def collect_groups(
     generator: same rollouts.
 
     ``model``: a causal LM, or an `EndpointSampler`, whose own temperature counts. ``generator`` lives on the model's
-        device and gives
-    every dialogue its own randomness, so that ``batch_size``, the dialogues generated at once, decides memory and speed
-    only, up to rounding. Temperature 0 takes the most likely token. A dialogue stops when its environment is done, at
-    ``max_turns``, or where its next answer would not fit ``max_dialogue_tokens`` (0: what the model's positions allow,
-    if it says); an answer at the end token or at ``max_new_tokens``. Special tokens other than the end are never
-    sampled. ``step_all`` takes the answers of a turn to
-    their environments, all at once. ``only``: which of the rollouts, numbered in order, are wanted; they are what they
-    would be among all. ValueError for an opening that leaves no room for an answer.
+    device and gives every dialogue its own randomness, so that ``batch_size``, the dialogues generated at once, decides
+    memory and speed only, up to rounding. Temperature 0 takes the most likely token. A dialogue stops when its
+    environment is done, at ``max_turns``, or where its next answer would not fit ``max_dialogue_tokens`` (0: what the
+    model's positions allow, if it says); an answer at the end token or at ``max_new_tokens``. Special tokens other than
+    the end are never sampled. ``step_all`` takes the answers of a turn to their environments, all at once. ``only``:
+    which of the rollouts, numbered in order, are wanted; they are what they would be among all. ValueError for an
+    opening that leaves no room for an answer.
     """
     total = len(seeds) * group_size
     draws = torch.randint(2**62, (total,), generator=generator, device=generator.device).tolist()
@@ -144,18 +142,18 @@ def _run(
         answers = sampler.answer(
             [Request(i, rollouts[i].sample.tokens, limits.room(rollouts[i]), streams[i]) for i in live]
         )
-        texts = [_take(rollouts[i], chat, turn, answer) for i, answer in zip(live, answers, strict=True)]
+        texts = [_append_answer(rollouts[i], chat, turn, answer) for i, answer in zip(live, answers, strict=True)]
         stepped = step_all([rollouts[i].environment for i in live], texts)
         for i, (reply, reward, done) in zip(live, stepped, strict=True):
             rollouts[i].sample.rewards.append(float(reward))
             rollouts[i].done = done or reply is None
             if not rollouts[i].done:
                 assert reply is not None
-                _hear(rollouts[i], chat, reply, limits)
+                _append_reply(rollouts[i], chat, reply, limits)
 
 
-def _take(rollout: Rollout, chat: ChatFormat, turn: int, answer: Answer) -> str:
-    """Write the answer down; return its text."""
+def _append_answer(rollout: Rollout, chat: ChatFormat, turn: int, answer: Answer) -> str:
+    """Append the answer to the sample and its text to the messages; return the text."""
     text = chat.decode(answer.tokens[:-1] if answer.tokens[-1:] == [chat.end_id] else answer.tokens)
     _append(rollout, answer.tokens, turn, answer.logprobs)
     rollout.messages.append(Message("assistant", text))
@@ -163,14 +161,14 @@ def _take(rollout: Rollout, chat: ChatFormat, turn: int, answer: Answer) -> str:
     return text
 
 
-def _hear(rollout: Rollout, chat: ChatFormat, reply: Message, limits: _Limits) -> None:
-    """Write the partner's reply down, if an answer to it still fits."""
-    said = chat.reply(reply)
-    if limits.dialogue_tokens - len(rollout.sample.tokens) - len(said) < 1:
+def _append_reply(rollout: Rollout, chat: ChatFormat, reply: Message, limits: _Limits) -> None:
+    """Append the partner's reply, if an answer to it still fits; else the dialogue is done."""
+    tokens = chat.reply(reply)
+    if limits.dialogue_tokens - len(rollout.sample.tokens) - len(tokens) < 1:
         rollout.done = True
         return
     rollout.messages.append(reply)
-    _append(rollout, said, CONTEXT)
+    _append(rollout, tokens, CONTEXT)
 
 
 def _append(rollout: Rollout, tokens: list[int], turn: int, logprobs: list[float] | None = None) -> None:

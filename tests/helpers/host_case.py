@@ -2,12 +2,13 @@
 
 import re
 import sys
+from importlib import metadata
 from types import ModuleType, SimpleNamespace
 
 import torch
 
 import ppg_fast as ppg
-from ppg_fast.integrations import turns
+from ppg_fast.integrations import host, turns
 
 
 def put(monkeypatch, name, **attributes):
@@ -16,6 +17,20 @@ def put(monkeypatch, name, **attributes):
         if name[:end] not in sys.modules:
             monkeypatch.setitem(sys.modules, name[:end], ModuleType(name[:end]))
     vars(sys.modules[name]).update(attributes)
+
+
+def found_is(monkeypatch, version):
+    """Every host has this version, or none, for modules of ours that are imported from now on."""
+
+    def found(name):
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", found)
+    monkeypatch.setattr(host, "_satisfied", set())
+    for name in [name for name in sys.modules if re.match(r"ppg_fast\.integrations\.(trl|verl|transformers)\b", name)]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def credited(rewards, counts, groups, **options):

@@ -4,13 +4,14 @@ and checked."""
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ppg_fast.spec import PolicyLossSpec, require
+from ppg_fast.models.output_head import Head, final_softcap, logits_of, named_scales
+from ppg_fast.spec import require
 
 # largest |logit| of each probing row: small ones show a scale, large ones a softcap
 ROW_PEAKS = (1.0, 10.0, 100.0, 1000.0)
@@ -28,16 +29,13 @@ class LogitRule:
     vocabulary: int
 
     def __call__(self, projected: Tensor) -> Tensor:
-        logits = projected[..., : self.vocabulary].float() * self.scale
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        return logits_of(projected[..., : self.vocabulary].float(), self.scale, self.softcap)
 
-    def fold(self, spec: PolicyLossSpec) -> PolicyLossSpec:
-        """``spec`` for logits without the scale: softcap(s x; c) / T = softcap(x; c / s) / (T / s), so no hidden state
-        is copied."""
-        require(isinstance(spec, PolicyLossSpec), "spec must be a PolicyLossSpec", type(spec).__name__)
-        same = spec.logit_softcap in (0.0, self.softcap)
-        require(same, f"logit_softcap of the spec must be 0 or the model's own, {self.softcap}", spec.logit_softcap)
-        return replace(spec, temperature=spec.temperature / self.scale, logit_softcap=self.softcap / self.scale)
+    def head(self, weight: Tensor, bias: Tensor | None) -> Head:
+        """The head of this weight and bias, without rows beyond the vocabulary."""
+        if weight.shape[0] > self.vocabulary:
+            weight, bias = weight[: self.vocabulary], None if bias is None else bias[: self.vocabulary]
+        return Head(weight, bias, self.scale, self.softcap)
 
 
 def output_head(model: Any) -> nn.Module:
@@ -57,8 +55,7 @@ def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor |
     """Hidden states (..., D), weight (V, D), bias (V,) or None whose product is head(hidden), all differentiable.
 
     A LoRA head W x + s B A x is the linear layer [W, B] of [x, s A x]: no sum W + s B A, whose rounding would swallow a
-    small update.
-    ValueError for any other head: a quantized one, DoRA, tensor-parallel or ZeRO-3 shards.
+    small update. ValueError for any other head: a quantized one, DoRA, tensor-parallel or ZeRO-3 shards.
     """
     peft = sys.modules.get("peft")  # its layers exist only where it was imported
     if peft is not None and isinstance(head, peft.utils.other.AuxiliaryTrainingWrapper):
@@ -115,19 +112,14 @@ def logit_rule(model: Any) -> LogitRule:
     """How ``model`` turns head(hidden) into logits, from its config and proven on a few random hidden rows through its
     own forward pass.
 
-    The scale is one of logit_scale (Cohere), output_multiplier (Muse), lm_head_multiplier (Falcon-H1), 1 /
-    logits_scaling (Granite), logits_scaling (HyperCLOVA X) and 1 (MiniCPM3 scales its hidden states); the softcap is
-    final_logit_softcapping (Gemma) or none. ValueError where none of these gives the model's own logits.
+    The scale is 1, a number that the config names (`named_scales`) or its reciprocal; the softcap is that of the config
+    or none. ValueError where none of these gives the model's own logits.
     """
     own, projected = _probe(model)
     config = model.config.get_text_config()
-    named = [
-        getattr(config, name, None)
-        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    ]
-    numbers = [float(n) for n in named if n]
+    numbers = [number for number in named_scales(config).values() if number]
     scales = [1.0, *(s for n in numbers for s in (n, 1 / n))]
-    softcaps = [0.0, float(getattr(config, "final_logit_softcapping", None) or 0.0)]
+    softcaps = [0.0, final_softcap(config)]
     rules = [LogitRule(scale, cap, own.shape[-1]) for scale in scales if scale > 0 for cap in softcaps]
     tolerance, peak = TOLERANCE.get(projected.dtype, 4e-2), own.abs().amax(-1)
     errors = [((rule(projected) - own.float()).abs().amax(-1) / peak).max().item() for rule in rules]
@@ -143,7 +135,7 @@ def _probe(model: Any) -> tuple[Tensor, Tensor]:
     """The model's own logits (rows, V) and head(hidden) (rows, V) of random hidden rows put in front of its head."""
     head, seen = output_head(model), []
     device = model.get_input_embeddings().weight.device
-    require(device.type != "meta", "patch the model after its weights are there", device)
+    require(device.type != "meta", "patch the model after its weights are loaded", device)
 
     def substitute(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = inputs[0]

@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 
 from ppg_fast.dialogues.packing import Sample, pack
-from ppg_fast.models.varlen_attention import NAME
+from ppg_fast.models import varlen_attention
 from ppg_fast.spec import IGNORE, require
 
 # model.set_attn_implementation(PACKED_ATTENTION): reads the bounds and makes no mask of the row's length squared
-PACKED_ATTENTION = NAME
+PACKED_ATTENTION = varlen_attention.NAME
+
+# layers that carry nothing over a bound where position ids restart; chunks are those of transformers' own attention
+PACKABLE_LAYERS = (*varlen_attention.LAYERS, "chunked_attention")
 
 FIELDS = ("input_ids", "turn_ids", "rewards", "group_id", "rollout_logprobs")
-
-PACKABLE_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 def check_packable(model: Any) -> None:
@@ -40,11 +41,12 @@ class PackedCollator:
     None and use_cache is off; with an all-ones mask or the default cache it mixes them without a word. So the batch has
     exactly this, and the bounds for attention that reads them (`PACKED_ATTENTION`, flash attention).
 
-    A dialogue is a `ppg_fast.dialogues.packing.Sample`, or a mapping:
+    A dialogue is a `ppg_fast.dialogues.Sample`, or a mapping:
         input_ids         tokens, a list or (L,) tensor.
         turn_ids          one per token: the assistant's turn it belongs to, -1 for context. Explicit, as two adjacent
-        turns look like one. rewards           one per turn; default none: then give the call advantages or
-        turn_advantages. group_id          an integer, rollouts of one prompt share it; default 0.
+                          turns look like one.
+        rewards           one per turn; default none: then give the call advantages or turn_advantages.
+        group_id          an integer, rollouts of one prompt share it; default 0.
         rollout_logprobs  one per token, the sampler's, in nats; for all dialogues or for none.
 
     A batch has input_ids, position_ids, labels (transformers' alignment), shift_labels, turn_ids, rollout_logprobs

@@ -44,27 +44,26 @@ class Patch:
 def patch(model: Any, **defaults: Any) -> Patch:
     """Let ``model(..., labels=...)`` give the policy loss or the log-probs from hidden states, without its logits.
 
-    loss = sum over active tokens of weight * term(l, H, old, ref, rollout, A)            as
-    `ppg_fast.linear_policy_loss`
+    loss = sum over active tokens of weight * term(l, H, old, ref, rollout, A)   as `ppg_fast.linear_policy_loss`
 
     A call with ``labels`` or ``shift_labels`` returns `PolicyCausalLMOutput`; any other is the model's own: generation
     is untouched. Such a call also takes, besides the model's own arguments (B rows of L tokens; S dialogues: the rows,
     or the runs of cu_seqlens):
 
-        labels        (B, L) int64, aligned with input_ids as everywhere in transformers: the shift is made here; -100 =
-        masked. shift_labels  (B, L) int64, already shifted: position i predicts shift_labels[i]. Wins over labels.
+        labels        (B, L) int64, aligned with input_ids as everywhere in transformers: the shift is made here;
+                      -100 = masked.
+        shift_labels  (B, L) int64, already shifted: position i predicts shift_labels[i]. Wins over labels.
         advantages    (B, L), or (B,) one a dialogue. Per-token arguments stand where their label stands: at the token
-        itself with
-                      labels, at the token before it with shift_labels.
+                      itself with labels, at the token before it with shift_labels.
         turn_advantages  (S, T) one a turn, with turn_ids: (B, L) integers, -1 = context (masked), else the turn of the
-        label. rewards       (S, T), with turn_ids and policy_class, and gamma, baseline, group_ids, turn_counts:
-        `linear_partial_policy_loss`. loss_mask, old_logprobs, ref_logprobs, rollout_logprobs  (B, L); spec, reduction,
-        normalizer, skip_zero_advantages, chunk_rows,
-                      validate, backend: as there. num_items_in_batch of transformers' Trainer is the normalizer of
-                      token_mean.
+                      label.
+        rewards       (S, T), with turn_ids and policy_class, and gamma, baseline, group_ids, turn_counts as in
+                      `linear_partial_policy_loss`.
+        loss_mask, old_logprobs, ref_logprobs, rollout_logprobs  (B, L); spec, reduction, normalizer,
+                      skip_zero_advantages, chunk_rows, validate, backend: as in `linear_policy_loss`.
+                      num_items_in_batch of transformers' Trainer is the normalizer of token_mean.
         cu_seqlens    (S + 1,) int32, the dialogues of one packed row, default the cu_seq_lens_q of the model's own
-        arguments; no
-                      dialogue predicts the first token of the next.
+                      arguments; no dialogue predicts the first token of the next.
         entropy       with no advantages or rewards: also the entropy, differentiable.
 
     use_cache is off unless given: with a cache, transformers lets packed dialogues see each other.
@@ -121,8 +120,7 @@ def _make_forward(model: Any, rule: LogitRule, defaults: dict[str, Any]) -> Call
 
 
 def _with_arguments(signature: inspect.Signature) -> inspect.Signature:
-    """The signature with ours before its **kwargs: transformers' Trainer drops the columns that it does not find
-    there."""
+    """The signature with ours before its **kwargs: transformers' Trainer drops columns that the signature lacks."""
     parameters = list(signature.parameters.values())
     names = [name for name in ("shift_labels", *ARGUMENTS) if name not in signature.parameters]
     added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]

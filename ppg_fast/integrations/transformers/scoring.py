@@ -21,8 +21,7 @@ class PolicyCausalLMOutput(ModelOutput):
     ``loss``: 0-d float32, or (B, L) with reduction "none"; the mean cross-entropy where no advantages or rewards were
         given.
     ``logprobs``, ``entropy``: (B, L) float32 in nats, at the places of the labels as they were given, zero where
-    masked;
-        differentiable only where no advantages or rewards were given. ``entropy`` there only if asked for.
+        masked; differentiable only where no advantages or rewards were given, and then ``entropy`` only if asked for.
     ``metrics``: 0-d float32 tensors by name. ``aux_loss``: the router's, of mixtures of experts, already in ``loss``.
     ``logits``: None, always.
     """
@@ -72,14 +71,13 @@ def _router_coefficient(model: Any) -> float:
 
 def _score(head: nn.Module, hidden: Tensor, tokens: LabelledTokens, rule: LogitRule) -> PolicyCausalLMOutput:
     hidden, weight, bias = linear_of(head, hidden)
-    if weight.shape[0] > rule.vocabulary:
-        weight, bias = weight[: rule.vocabulary], None if bias is None else bias[: rule.vocabulary]
-    device = hidden.device
+    unembedding, device = rule.head(weight, bias), hidden.device
     given: dict[str, Any] = {
         name: value.to(device) if isinstance(value, Tensor) else value for name, value in tokens.arguments.items()
     }
-    labels, spec = tokens.labels.to(device), rule.fold(given.pop("spec", PolicyLossSpec()))
-    given.update(bias=bias)
+    labels, spec = tokens.labels.to(device), unembedding.fold_spec(given.pop("spec", PolicyLossSpec()))
+    weight = unembedding.weight
+    given.update(bias=unembedding.bias)
     kinds = [name for name in CREDIT if name in given]
     require(len(kinds) <= 1, f"one of {', '.join(CREDIT)} makes the loss", kinds)
     want_entropy, policy_class = bool(given.pop("entropy", False)), given.pop("policy_class", None)

@@ -1,12 +1,45 @@
-"""PPGConfig: GRPOConfig and the words of this package."""
+"""PPGConfig: GRPOConfig with the options of this package, and what becomes of GRPOConfig's own."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from transformers import TrainingArguments
+
+from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
 from ppg_fast.integrations.trl.host import GRPOConfig
 from ppg_fast.spec import BASELINES, policy_class, require, require_number, require_one_of
 
 HEADS = ("ppg_fast", "trl")
+ADVANTAGES, LOSS, HEAD = "advantages", "loss", "head"
+OPTIONS = (  # of GRPOConfig; the loss is TRL's own, so every option of it is
+    refused(ADVANTAGES, "scale_rewards", ("group", "none"), "baseline decides what is divided by what"),
+    refused(ADVANTAGES, "multi_objective_aggregation", "sum_then_normalize",
+            "turns have one reward, the weighted sum of the reward functions"),
+    obeyed(ADVANTAGES, "reward_weights", "the sum that is the last turn's reward where turns have none of their own"),
+    obeyed(ADVANTAGES, "num_generations num_generations_eval", "the size of a group"),
+    obeyed(ADVANTAGES, "mask_truncated_completions", "a masked rollout stays in its group's baseline"),
+    hosts_own(LOSS, "loss_type epsilon epsilon_high delta importance_sampling_level num_iterations beta "
+              "use_bias_correction_kl sync_ref_model ref_model_mixup_alpha ref_model_sync_steps entropy_coef "
+              "use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target "
+              "top_entropy_quantile router_aux_loss_coef steps_per_generation max_completion_length",
+              "on advantages (B, C)"),
+    hosts_own(LOSS, "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
+              "vespo_lambda_neg off_policy_mask_threshold", "by the sign of the advantage, here that of the turn"),
+    hosts_own(LOSS, "vllm_importance_sampling_correction vllm_importance_sampling_mode "
+              "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min vllm_importance_sampling_cap",
+              "weights of tokens or rollouts"),
+    obeyed(HEAD, "temperature cast_lm_head_to_fp32", "as in TRL's head"),
+    hosts_own(LOSS, "model_init_kwargs trust_remote_code disable_dropout ds3_gather_for_generation shuffle_dataset "
+              "pad_to_multiple_of generation_batch_size top_p top_k min_p generation_kwargs chat_template_kwargs "
+              "repetition_penalty cache_implementation use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode "
+              "vllm_structured_outputs_regex vllm_server_base_url vllm_server_host vllm_server_port "
+              "vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization vllm_max_model_length "
+              "vllm_tensor_parallel_size max_tool_calling_iterations log_completions log_multimodal "
+              "num_completions_to_print log_unique_prompts log_completions_hub_repo "
+              "use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged",
+              "models, generation, logging; TrainingArguments likewise"),
+)  # fmt: skip
+OF_GRPO = {f.name for f in fields(GRPOConfig)} - {f.name for f in fields(TrainingArguments)}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -49,13 +82,8 @@ def _check_values(args: Any) -> None:
     require_one_of("baseline", args.baseline, BASELINES)
     require_number("std_eps", args.std_eps, 0.0)
     require_one_of("fused_head", args.fused_head, HEADS)
-    rule = 'multi_objective_aggregation must be "sum_then_normalize": turns have one reward, the weighted sum'
-    require(args.multi_objective_aggregation == "sum_then_normalize", rule, args.multi_objective_aggregation)
-    require(
-        args.scale_rewards != "batch",
-        'scale_rewards must not be "batch": baseline decides what is divided by what',
-        "batch",
-    )
+    check("TRL", OPTIONS, args, ADVANTAGES)
+    check_unknown("TRL", OPTIONS, args, GRPOConfig, names=OF_GRPO.__contains__)
     contradiction = args.baseline == "group_std" and args.scale_rewards == "none"
     require(
         not contradiction,

@@ -12,7 +12,7 @@ from torch.distributed.tensor import Partial
 
 from ppg_fast.functional import linear_token_logprobs
 from ppg_fast.integrations.trl.host import ChunkedLogProbFunction, FusedCausalLMOutput
-from ppg_fast.models.causal_lm import logit_scale
+from ppg_fast.models.output_head import Head, final_softcap, logit_scale
 from ppg_fast.spec import IGNORE, require
 
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -63,12 +63,10 @@ class FusedHead:
 
     def __init__(self, config: Any, temperature: float, cast_to_fp32: bool, outputs: tuple[str, ...]) -> None:
         self.temperature, self.cast_to_fp32, self.outputs = temperature, cast_to_fp32, outputs
-        self.scale = logit_scale(config)
-        self.softcap = getattr(config, "final_logit_softcapping", None)
+        self.scale, self.softcap = logit_scale(config), final_softcap(config)
 
     def __call__(self, hidden: Tensor, lm_head: Any, labels: Tensor) -> dict[str, Tensor]:
-        """Fields (B, L) asked for. c tanh(s y / c) / t is the softcap c / s and the temperature t / s of the unscaled
-        logits y."""
+        """Fields (B, L) asked for."""
         weight, bias = _whole(lm_head.weight), _whole(lm_head.bias)
         context = nullcontext()
         if self.cast_to_fp32:
@@ -76,29 +74,34 @@ class FusedHead:
         with context:
             if not torch.is_autocast_enabled(hidden.device.type):
                 weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-            numbers = {
-                "temperature": self.temperature / self.scale,
-                "logit_softcap": (self.softcap or 0.0) / self.scale,
-            }
-            scores = linear_token_logprobs(
-                hidden, weight, labels, bias=bias, entropy="entropy" in self.outputs, **numbers
-            )
+            head = Head(weight, bias, self.scale, self.softcap)
+            options: dict[str, Any] = {"entropy": "entropy" in self.outputs, **head.fold(self.temperature)}
+            scores = linear_token_logprobs(hidden, weight, labels, bias=bias, **options)
             fields = {"log_probs": scores} if isinstance(scores, Tensor) else dict(zip(OUTPUTS, scores, strict=False))
-            fields |= self._statistics(hidden, weight, bias, labels)
+            fields |= self._statistics(hidden, head, labels)
         return {name: fields[name] for name in self.outputs}
 
-    def _statistics(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> dict[str, Tensor]:
+    def _statistics(self, hidden: Tensor, head: Head, labels: Tensor) -> dict[str, Tensor]:
         """The fields without a gradient that `linear_token_logprobs` does not give, by one more sweep of TRL's own
         kernel."""
         if not set(self.outputs) & set(OUTPUTS[2:]):
             return {}
         scored = labels != IGNORE
         with torch.no_grad():
-            numbers = self.temperature, TILE, self.softcap, self.scale, OUTPUTS[2:]
-            fields = ChunkedLogProbFunction.apply(hidden[scored], weight, bias, labels[scored], *numbers)
+            numbers = self.temperature, TILE, head.softcap or None, head.scale, OUTPUTS[2:]
+            fields = ChunkedLogProbFunction.apply(hidden[scored], head.weight, head.bias, labels[scored], *numbers)
         assert fields is not None
         named = zip(OUTPUTS[2:], fields[2:], strict=True)
         return {name: field.new_zeros(scored.shape).masked_scatter(scored, field) for name, field in named}
+
+
+def _aligned(hidden: Tensor, labels: Tensor | None, shift_labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Hidden states and the labels that they predict."""
+    if shift_labels is not None:
+        return hidden, shift_labels
+    require(labels is not None, "fused_lm_head=True needs labels or shift_labels", None)
+    assert labels is not None
+    return hidden[:, :-1], labels[:, 1:]
 
 
 def add_fused_lm_head(
@@ -146,14 +149,10 @@ def add_fused_lm_head(
             kwargs.setdefault("output_router_logits", True)
         # looked up at each call: FSDP and PEFT replace modules after this patch
         backbone = self.base_model(*args, **kwargs)
-        hidden = backbone.last_hidden_state
-        if shift_labels is None:
-            require(labels is not None, "fused_lm_head=True needs labels or shift_labels", None)
-            assert labels is not None
-            hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
+        hidden, predicted = _aligned(backbone.last_hidden_state, labels, shift_labels)
         lm_head = self.get_output_embeddings()
         device = lm_head.weight.device  # a model spread by device_map may end elsewhere
-        scored = shift_labels.to(device)
+        scored = predicted.to(device)
         fields = head(hidden.to(device), lm_head, scored)
         mask = scored != IGNORE
         count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch

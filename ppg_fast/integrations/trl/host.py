@@ -1,29 +1,18 @@
-"""The one place that imports TRL: its version and the private names we build on are checked here, before anything is
-built."""
+"""The one place that imports TRL: its version and the private names we build on are checked here, at import."""
 
 import inspect
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
-OLDEST = (1, 16)
-NEEDED = "ppg_fast.integrations.trl needs trl >= 1.16 (pip install 'trl>=1.16,<2')"
+from ppg_fast.integrations.host import require_host
+
 HOOKS = {  # of GRPOTrainer: private, so their arguments are checked
     "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
     "_generate_and_score_completions": ("inputs",),
     "_compute_loss": ("model", "inputs"),
 }
 HEAD_HOOK = ("model", "temperature", "cast_lm_head_to_fp32", "outputs")
-
-
-def require_trl() -> None:
-    """ImportError of one line unless TRL 1.16 or later is installed."""
-    try:
-        found = version("trl")
-    except PackageNotFoundError:
-        raise ImportError(f"{NEEDED}, and it is not installed") from None
-    if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
-        raise ImportError(f"{NEEDED}, got trl {found}")
 
 
 def require_hooks(trainer: Any, add_fused_lm_head: Any) -> None:
@@ -41,7 +30,7 @@ def require_hooks(trainer: Any, add_fused_lm_head: Any) -> None:
             )
 
 
-require_trl()
+require_host("trl", "1.16")
 
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction  # noqa: E402
 from trl.trainer.grpo_config import GRPOConfig  # noqa: E402

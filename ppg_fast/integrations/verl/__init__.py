@@ -12,23 +12,13 @@ Rewards of turns reach verl through `ppg_fast.integrations.verl.rewards`.
 """
 
 import sys
-from importlib import import_module
 
-SUPPORTED = (0, 9)
+from ppg_fast.integrations.host import require_host
 
 
 def register() -> None:
-    """Register everything with the verl that is installed; ImportError, in one line, where there is none or it is too
-    old."""
-    needed = f"ppg_fast.integrations.verl needs verl >= {SUPPORTED[0]}.{SUPPORTED[1]}"
-    try:
-        version = import_module("verl").__version__
-    except ModuleNotFoundError as missing:
-        if missing.name != "verl":
-            raise
-        raise ImportError(f"{needed}: pip install 'verl>={SUPPORTED[0]}.{SUPPORTED[1]}'") from None
-    if tuple(int(part) for part in version.split(".")[:2]) < SUPPORTED:
-        raise ImportError(f"{needed}, found {version}")
+    """Register everything with the installed verl; ImportError, in one line, where there is none or it is too old."""
+    require_host("verl", "0.9")
     from ppg_fast.integrations.verl import estimators, head, losses
 
     for module in (estimators, losses, head):
@@ -38,7 +28,7 @@ def register() -> None:
 try:
     register()
 except Exception as error:
-    # verl tells of a failing plugin at level DEBUG only; unsaid, the run would end in an unknown estimator or go
-    # without our head
+    # verl reports a failing plugin at level DEBUG only: the run would end in an unknown estimator, or train without our
+    # head
     print(f"ppg_fast: nothing of it is registered with verl: {error}", file=sys.stderr, flush=True)
     raise

@@ -5,23 +5,26 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor
+from verl.trainer.config import AlgoConfig  # pyright: ignore[reportMissingImports]
 from verl.trainer.ppo.core_algos import register_adv_est  # pyright: ignore[reportMissingImports]
 
 from ppg_fast.integrations.turns import Credit, group_numbers, turn_ids_of_mask
+from ppg_fast.integrations.verl.options import PPG, check_algorithm
 from ppg_fast.spec import require
 
 # the number each class needs
 OPTION = {"greedy": None, "lookahead": "lookahead", "segment": "segment_length", "full": None}
-KNOWN = ("lookahead", "segment_length", "gamma", "baseline")
 
 
 def credit(policy_class: str, config: Any) -> Credit:
     """The options of ``algorithm.ppg`` in verl's configuration for one policy class; ValueError names the option that
-    is wrong."""
+    is wrong, of ``algorithm.ppg`` or of ``algorithm``."""
+    if config is not None:
+        check_algorithm(config, AlgoConfig)
     options = None if config is None else config.get("ppg", None)
     options = {} if options is None else dict(options)
-    unknown = sorted(set(options) - set(KNOWN))
-    require(not unknown, f"algorithm.ppg has {', '.join(KNOWN)}", unknown)
+    unknown = sorted(set(options) - set(PPG))
+    require(not unknown, f"algorithm.ppg has {', '.join(PPG)}", unknown)
     needed = OPTION[policy_class]
     if needed:
         require(needed in options, f"ppg_{policy_class} needs +algorithm.ppg.{needed}=<turns>; algorithm.ppg", options)
@@ -49,7 +52,8 @@ def estimate(
         index: (bs,) uid, equal for the rollouts of one prompt.
 
     Returns: advantages and returns, (bs, response_length) float32, zero outside of the mask.
-    Raises: ValueError for unknown options, a missing lookahead or segment_length, a reward before the first turn.
+    Raises: ValueError for an option that cannot be honoured, a missing lookahead or segment_length, a reward before the
+        first turn.
     """
     turn_ids = turn_ids_of_mask(response_mask)
     return credit(policy_class, config).of_tokens(token_level_rewards, turn_ids, group_numbers(index, turn_ids.device))

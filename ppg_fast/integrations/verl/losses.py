@@ -9,20 +9,22 @@ from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss  # pyrigh
 
 from ppg_fast.functional import policy_loss_from_logprobs
 from ppg_fast.integrations.turns import turn_ids_of_mask
+from ppg_fast.integrations.verl.options import check_actor
 from ppg_fast.spec import LOSS_TYPES, PolicyLossSpec, require
 
 CLIPPED = ("ppo", "gspo", "gspo_turn")  # those that verl's dual clip is defined for
 
 
 def loss_spec(loss_type: str, config: Any) -> PolicyLossSpec:
-    """verl's actor configuration in our words: clip_ratio_low, clip_ratio_high (else clip_ratio), and clip_ratio_c as
-    the dual clip."""
+    """verl's actor configuration as a spec: clip_ratio_low, clip_ratio_high (else clip_ratio), and clip_ratio_c as the
+    dual clip. ValueError for an option that the loss cannot honour."""
     require(config is not None, "verl's policy losses need the actor's config", config)
+    check_actor(config, loss_type)
     low, high = (
         config.clip_ratio if bound is None else bound for bound in (config.clip_ratio_low, config.clip_ratio_high)
     )
     dual_clip = float(config.get("clip_ratio_c", 3.0) or 0.0) if loss_type in CLIPPED else 0.0
-    return PolicyLossSpec(loss_type, clip_low=float(low), clip_high=float(high), dual_clip=dual_clip)
+    return PolicyLossSpec(loss_type, clip_low=min(float(low), 1.0), clip_high=float(high), dual_clip=dual_clip)
 
 
 def policy_loss(

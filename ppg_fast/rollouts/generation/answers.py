@@ -12,9 +12,8 @@ class Request:
     """The next answer of one dialogue.
 
     ``dialogue``: which one; a sampler may remember what it has read of it. ``tokens``: everything so far. ``limit``:
-        most tokens of the
-    answer. ``random``: the dialogue's own source of randomness (on the CPU), so that its answers do not depend on its
-    neighbours' luck.
+    most tokens of the answer. ``random``: the dialogue's own source of randomness (on the CPU), so that its answers do
+    not depend on the other dialogues of a batch.
     """
 
     dialogue: int
@@ -28,7 +27,7 @@ class Answer:
     """Tokens as sampled, the end token included, and the log-probability of each.
 
     ``logprobs``: in nats, over the whole vocabulary at the sampling temperature. ``ended``: by itself, and not at the
-        limit.
+    limit.
     """
 
     tokens: list[int] = field(default_factory=list)

@@ -19,7 +19,7 @@ class LocalSampler:
 
     Log-probs are those over the whole vocabulary, banned tokens included. Nucleus and top-k sampling are left out on
     purpose: what they sample from is not the policy that is trained, so the kept log-probs would be those of another
-        distribution.
+    distribution.
     """
 
     def __init__(self, model: Any, end_id: int, banned: Sequence[int], temperature: float) -> None:
@@ -40,21 +40,21 @@ class LocalSampler:
             self.lockstep.keep([self.dialogues.index(name) for name in names])
         self.dialogues = names
         answers = [Answer() for _ in requests]
-        luck = [1.0 - torch.rand(r.limit, dtype=torch.float64, generator=r.random) for r in requests]  # in (0, 1]
-        draws = torch.nn.utils.rnn.pad_sequence(luck, batch_first=True, padding_value=1.0).T
+        uniform = [1.0 - torch.rand(r.limit, dtype=torch.float64, generator=r.random) for r in requests]  # in (0, 1]
+        draws = torch.nn.utils.rnn.pad_sequence(uniform, batch_first=True, padding_value=1.0).T
         feed = [request.tokens[self.read[request.dialogue] :] for request in requests]
-        speaking = list(range(len(requests)))
+        unfinished = list(range(len(requests)))
         for draw in draws:
             tokens, logprobs = self._sample(self.lockstep.read(feed), draw)
-            for i in speaking:
+            for i in unfinished:
                 answers[i].tokens.append(tokens[i])
                 answers[i].logprobs.append(logprobs[i])
                 answers[i].ended = tokens[i] == self.end_id
-            speaking = [i for i in speaking if not answers[i].ended and len(answers[i].tokens) < requests[i].limit]
-            if not speaking:
+            unfinished = [i for i in unfinished if not answers[i].ended and len(answers[i].tokens) < requests[i].limit]
+            if not unfinished:
                 break
             feed = [[] for _ in requests]
-            for i in speaking:
+            for i in unfinished:
                 feed[i] = [tokens[i]]
         for request, answer in zip(requests, answers, strict=True):
             self.read[request.dialogue] = len(request.tokens) + len(answer.tokens) - 1

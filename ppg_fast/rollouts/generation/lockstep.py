@@ -1,5 +1,4 @@
-"""One KV cache for many dialogues: a column is a token of each of them, or a hole where one has nothing to say while
-others speak."""
+"""One KV cache for many dialogues: a column is a token of each of them, or a hole where a dialogue has none."""
 
 import inspect
 from typing import Any
@@ -8,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ppg_fast.models.causal_lm import decoder, head_of
+from ppg_fast.models.causal_lm import decoder
+from ppg_fast.models.output_head import Head
 
 READ_BLOCK = 512  # columns of one forward pass: bounds the mask and the scores of a long opening
 FIRST_CAPACITY = 64  # columns
@@ -60,7 +60,7 @@ class GrowingLayer(DynamicLayer):
 
 
 class Lockstep:
-    """Reads some tokens of each dialogue at a time and says what comes next."""
+    """Reads some tokens of each dialogue at a time and gives the logits of the next."""
 
     def __init__(self, model: Any, size: int) -> None:
         self.model, self.cache = model, Cache(layer_class_to_replicate=GrowingLayer)
@@ -71,19 +71,18 @@ class Lockstep:
         arguments = inspect.signature(decoder(model).forward).parameters
         # named anew in 5.24
         self.cached = {"cache" if "cache" in arguments else "past_key_values": self.cache, "use_cache": True}
-        self.weight, self.bias, self.scale, self.softcap = head_of(model)
+        self.head = Head.of(model)
 
     def read(self, rows: list[list[int]]) -> Tensor:
         """Append one run of tokens a dialogue, right-aligned, some of them empty; return the logits (B, V) after the
         last column."""
         width = max(map(len, rows))
         padded = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=self.kept.device)
-        here = torch.tensor([[False] * (width - len(r)) + [True] * len(r) for r in rows], device=self.kept.device)
+        is_token = torch.tensor([[False] * (width - len(r)) + [True] * len(r) for r in rows], device=self.kept.device)
         hidden = padded.new_empty(0)
-        for part, there in zip(padded.split(READ_BLOCK, 1), here.split(READ_BLOCK, 1), strict=True):
-            hidden = self._append(part, there)
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias) * self.scale
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        for tokens, mask in zip(padded.split(READ_BLOCK, 1), is_token.split(READ_BLOCK, 1), strict=True):
+            hidden = self._append(tokens, mask)
+        return self.head.logits(hidden)
 
     def keep(self, rows: list[int]) -> None:
         """Let the other dialogues go, and squeeze the holes out where they take much room."""
@@ -100,9 +99,9 @@ class Lockstep:
             layer.select(index, columns)
         self.kept = kept if columns is None else kept.gather(1, columns)
 
-    def _append(self, tokens: Tensor, here: Tensor) -> Tensor:
-        """A forward pass over (B, W) tokens; the hidden states (B, D) of the last column."""
-        self.kept = torch.cat([self.kept, here], 1)
+    def _append(self, tokens: Tensor, is_token: Tensor) -> Tensor:
+        """A forward pass over (B, W) columns, some of them holes; the hidden states (B, D) of the last column."""
+        self.kept = torch.cat([self.kept, is_token], 1)
         positions = (self.kept.cumsum(1) - 1).clamp(min=0)
         width = tokens.shape[1]
         out = decoder(self.model)(

@@ -25,11 +25,10 @@ class EndpointSampler:
     """Samples at temperature 1 from the model that a server runs.
 
     vLLM and SGLang: ``/completions`` with ``return_token_ids`` (fields ``token_ids``, ``prompt_token_ids``,
-    ``logprobs.token_logprobs``).
-    llama.cpp, known by ``owned_by`` in its ``/models``: its own ``/completion`` with ``return_tokens`` and ``n_probs``
-    (fields ``tokens``, ``completion_probabilities``). A server that gives text only is refused: what was sampled would
-    have to be guessed. Only at temperature 1 do all of them mean the same by a log-prob (vLLM and llama.cpp report it
-    before the temperature, SGLang after).
+    ``logprobs.token_logprobs``). llama.cpp, known by ``owned_by`` in its ``/models``: its own ``/completion`` with
+    ``return_tokens`` and ``n_probs`` (fields ``tokens``, ``completion_probabilities``). A server that gives text only
+    is refused: what was sampled would have to be guessed. Only at temperature 1 do all of them mean the same by a
+    log-prob (vLLM and llama.cpp report it before the temperature, SGLang after).
     """
 
     def __init__(self, endpoint: Endpoint, end_id: int) -> None:
@@ -50,10 +49,10 @@ class EndpointSampler:
         payload = {"model": self.endpoint.model, "prompt": request.tokens, **settings, **wanted}
         got = self.endpoint.post("/completions", payload)
         choice = _first(got.get("choices"))
-        heard = choice.get("prompt_token_ids")
-        if heard is not None and heard != request.tokens:
+        read = choice.get("prompt_token_ids")
+        if read is not None and read != request.tokens:
             raise EndpointError(
-                f"{self.endpoint.url} must read the tokens it is given, but read {len(heard)} for {len(request.tokens)}"
+                f"{self.endpoint.url} must read the tokens it is given, but read {len(read)} for {len(request.tokens)}"
             )
         logprobs = choice.get("logprobs")
         values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
