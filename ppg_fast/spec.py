@@ -232,6 +232,15 @@ class RewardMask(PolicyClass):
         return "mask"
 
 
+# what auto chooses among
+CANDIDATES = (Greedy(), Lookahead(2), Lookahead(3), Lookahead(4), Lookahead(6), Segment(4), FullPlanning())
+
+
+def policy_classes(text: str) -> tuple[PolicyClass, ...]:
+    """The policy classes that ``text`` names, separated by commas, each once."""
+    return tuple(dict.fromkeys(policy_class(name) for name in text.split(",")))
+
+
 def policy_class(text: str | PolicyClass) -> PolicyClass:
     """The policy class that ``text`` names: "greedy", "full", "lookahead:K" or "segment:LENGTH"."""
     if isinstance(text, PolicyClass):
@@ -247,11 +256,3 @@ def policy_class(text: str | PolicyClass) -> PolicyClass:
         text,
     )
     return Lookahead(int(number)) if name == "lookahead" else Segment(int(number))
-
-
-def policy_classes(text: str) -> tuple[PolicyClass, ...]:
-    """The policy classes that ``text`` names, separated by commas, each once."""
-    return tuple(dict.fromkeys(policy_class(name) for name in text.split(",")))
-
-
-CANDIDATES = policy_classes("greedy, lookahead:2, lookahead:3, lookahead:4, lookahead:6, segment:4, full")  # of auto
