@@ -34,26 +34,16 @@ def _policy_loss(time: Time) -> list[Row]:
     rows = []
     for dtype, bar in zip(DTYPES, (1.1, 1.7), strict=True):
         one = {"dtype": dtype, "threads": 1}
-        rows.append(
-            (
-                f"loss and gradient in place, {dtype}, 1 thread / memcpy",
-                bar,
-                quotient(time(INPLACE, **one), time("memcpy", **one)),
-            )
-        )
-    for dtype in DTYPES:
-        two = {"dtype": dtype, "threads": 2, "allocator": "tuned"}
-        rows.append(
-            (
-                f"in place, {dtype}, 2 threads / torch.compile",
-                0.2,
-                quotient(time(INPLACE, **two), time("torch.compile", **two)),
-            )
-        )
-    for dtype in DTYPES:
-        two = {"dtype": dtype, "threads": 2, "allocator": "default"}
-        ratio = quotient(time(INPLACE, **two), time("eager PyTorch", **two))
-        rows.append((f"in place, {dtype}, 2 threads, default allocator / eager PyTorch", 0.1, ratio))
+        got = quotient(time(INPLACE, **one), time("memcpy", **one))
+        rows.append((f"loss and gradient in place, {dtype}, 1 thread / memcpy", bar, got))
+    for allocator, what, other, bar in (
+        ("tuned", "", "torch.compile", 0.2),
+        ("default", ", default allocator", "eager PyTorch", 0.1),
+    ):
+        for dtype in DTYPES:
+            two = {"dtype": dtype, "threads": 2, "allocator": allocator}
+            got = quotient(time(INPLACE, **two), time(other, **two))
+            rows.append((f"in place, {dtype}, 2 threads{what} / {other}", bar, got))
     for case in ({"dtype": dtype, "threads": threads, "allocator": "tuned"} for dtype in DTYPES for threads in (1, 2)):
         what = f"in place with score norms, {case['dtype']}, threads: {case['threads']} / without"
         rows.append((what, 1.05, quotient(time(NORMS, **case), time(INPLACE, **case))))
@@ -73,24 +63,16 @@ def _linear(time: Time, file: dict[str, Any]) -> list[Row]:
         whole, half, tenth = ({**at, "active": share, "zero": 0.0} for share in (1.0, 0.5, 0.1))
         zero = {**at, "active": 1.0, "zero": 0.5}
         full, masked, kept = time(OURS, **whole), time(OURS, **half), time(KEEPING, **zero)
-        rows.append((f"from hidden states, {dtype} / three bare GEMMs", bar, quotient(full, time(GEMMS, **whole))))
-        rows.append((f"its peak of memory, {dtype} / the leanest other's", 1.0, _leanest(file, whole)))
-        rows.append((f"10% of the rows active, {dtype} / all", 1 / 7, quotient(time(OURS, **tenth), full)))
-        rows.append(
-            (
-                f"half of the turns with zero advantage, skipped, {dtype} / masked",
-                1.0,
-                quotient(time(OURS, **zero), masked),
-            )
-        )
+        skipped = quotient(time(OURS, **zero), masked)
+        rows += [
+            (f"from hidden states, {dtype} / three bare GEMMs", bar, quotient(full, time(GEMMS, **whole))),
+            (f"its peak of memory, {dtype} / the leanest other's", 1.0, _leanest(file, whole)),
+            (f"10% of the rows active, {dtype} / all", 1 / 7, quotient(time(OURS, **tenth), full)),
+            (f"half of the turns with zero advantage, skipped, {dtype} / masked", 1.0, skipped),
+        ]
         if full and masked and kept:  # both halves have as many rows
-            rows.append(
-                (
-                    f"a row of zero advantage that is not skipped, {dtype} / a full row",
-                    1 / 3,
-                    quotient(kept - masked, full - masked),
-                )
-            )
+            what = f"a row of zero advantage that is not skipped, {dtype} / a full row"
+            rows.append((what, 1 / 3, quotient(kept - masked, full - masked)))
     return rows
 
 

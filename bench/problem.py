@@ -1,9 +1,8 @@
 """What is computed: one case of the grid, its random inputs, and the truth in float64 on a few rows."""
 
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,10 +33,6 @@ class Case:
     threads: int = 1
     allocator: str = "default"
     shape: str = ""  # of a whole model, by name: `whole_step.SHAPES`
-
-    def key(self) -> str:
-        """The group of entries that may be compared with each other."""
-        return json.dumps(asdict(self))
 
     @property
     def torch_dtype(self) -> torch.dtype:

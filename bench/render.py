@@ -9,7 +9,7 @@ from typing import Any
 
 from .aims import aims_section
 from .chart import Bar, bars
-from .gpu.report import gpu_section, summary_section
+from .gpu.sections import gpu_section, summary_section
 from .linear_tables import active_section, contributions_section
 from .policy_classes import across_section, logs_section, overview_section, problems_section
 from .result_file import FOLDER, load

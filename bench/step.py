@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .byte_dialogue import END
 from .problem import Problem
 from .providers import Provider, Unavailable
 
@@ -62,7 +63,7 @@ def make_model(name: str, device: str, dtype: torch.dtype) -> Any:
         vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.inner,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim, tie_word_embeddings=shape.tied, max_position_embeddings=2**20,
-        pad_token_id=0, eos_token_id=7, bos_token_id=None,
+        pad_token_id=0, eos_token_id=END, bos_token_id=None,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)

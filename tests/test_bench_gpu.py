@@ -11,7 +11,7 @@ import pytest
 import torch
 from ppg_fast.bench import step, timing
 from ppg_fast.bench.gpu import __main__ as command
-from ppg_fast.bench.gpu import bars, build, counts, tools, worker
+from ppg_fast.bench.gpu import bars, build, counts, measure, tools
 from ppg_fast.bench.gpu.grid import cases
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def test_the_package_is_found_without_being_installed(tmp_path):
     environment["PYTHONPATH"] = f"{site}{os.pathsep}{bare}"
     environment.pop("TRITON_INTERPRET", None)
     program = (
-        "import sys, ppg_fast, ppg_fast.bench.gpu.worker, ppg_fast.bench.command\n"
+        "import sys, ppg_fast, ppg_fast.bench.gpu.measure, ppg_fast.bench.command\n"
         "from ppg_fast import backends\n"
         "assert backends.why_not('cpu') is None, backends.why_not('cpu')\n"
         "assert 'triton' not in (backends.why_not('triton') or '') or 'CUDA' in backends.why_not('triton'), "
@@ -190,7 +190,7 @@ def test_pytest_is_read(tmp_path):
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
-class Lines(worker.Report):
+class Lines(measure.Report):
     def __init__(self, seconds=60.0):
         super().__init__(None, "cpu", seconds, True)
         self.lines = []
@@ -199,12 +199,12 @@ class Lines(worker.Report):
         self.lines.append(json.loads(json.dumps(line)))
 
 
-@pytest.mark.parametrize("part", worker.PARTS)
+@pytest.mark.parametrize("part", measure.PARTS)
 def test_every_measured_part_runs(part):
     if part == "steps":
         pytest.importorskip("transformers")
     lines = Lines()
-    worker.PARTS[part](lines)
+    measure.PARTS[part](lines)
     assert lines.failed == []
     found = [line for line in lines.lines if set(line) - {"missing", "benchmarks"}]
     if part == "counts":
@@ -257,7 +257,7 @@ def test_parameters_are_counted_right():
 def test_a_worker_without_its_gpu_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    assert worker.main(["counts"]) == 1
+    assert measure.main(["counts"]) == 1
     assert "torch sees no CUDA device" in capsys.readouterr().err
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from ppg_fast.bench import render, result_file
-from ppg_fast.bench.gpu import bars, driver, report
+from ppg_fast.bench.gpu import bars, driver, sections
 from ppg_fast.bench.tables import NOT_MEASURED
 
 ROOT = Path(__file__).parents[1]
@@ -178,5 +178,5 @@ def test_a_results_file_becomes_sections(tmp_path):
 def test_without_a_results_file_no_figure_is_claimed():
     if list((ROOT / render.FOLDER).glob("gpu*.cuda.json")):
         pytest.skip("there is one")
-    assert report.gpu_section(render.load(ROOT / render.FOLDER)) == NOT_MEASURED
-    assert report.summary_section({}) == ""  # the front page says nothing, docs/benchmarks.md that it is not measured
+    assert sections.gpu_section(render.load(ROOT / render.FOLDER)) == NOT_MEASURED
+    assert sections.summary_section({}) == ""  # the front page says nothing, docs/benchmarks.md that it is not measured

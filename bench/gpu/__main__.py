@@ -32,7 +32,7 @@ LIMITS = {
 def worker(part: str, device: str, tiny: bool, lines: Path | None = None) -> list[str]:
     """The command of a measuring process."""
     options = ["--device", device, "--seconds", "{seconds}", *(["--tiny"] if tiny else [])]
-    return [sys.executable, "-m", "ppg_fast.bench.gpu.worker", part, *([str(lines)] if lines else []), *options]
+    return [sys.executable, "-m", "ppg_fast.bench.gpu.measure", part, *([str(lines)] if lines else []), *options]
 
 
 def _ended(statuses: list[int | None], output: str, _: list[dict[str, Any]]) -> Collected:
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     store = Store(given.out.resolve(), f"{stem}.{given.device}", header(said, given.commit))
     passed = run(parts(names, given.device, given.tiny, given.pytest.split()), store, 60 * given.minutes, WORK / "logs")
     print(f"wrote {store.path}")
-    command = [sys.executable, "-m", "ppg_fast.bench.gpu.report", str(store.path)]
+    command = [sys.executable, "-m", "ppg_fast.bench.gpu.sections", str(store.path)]
     subprocess.run(
         command, env={**os.environ, **build.environment(WORK / "site")}, cwd=WORK / "site", timeout=60, check=False
     )

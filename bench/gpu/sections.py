@@ -1,4 +1,4 @@
-"""GPU results as text: for the documents, and `python -m ppg_fast.bench.gpu.report FILE` for the terminal."""
+"""GPU results as text: for the documents, and `python -m ppg_fast.bench.gpu.sections FILE` for the terminal."""
 
 import sys
 from pathlib import Path

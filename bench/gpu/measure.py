@@ -1,4 +1,4 @@
-"""One measuring process, `python -m ppg_fast.bench.gpu.worker PART LINES`: a line of JSON for everything it finds, as
+"""One measuring process, `python -m ppg_fast.bench.gpu.measure PART LINES`: a line of JSON for everything it finds, as
 it finds it."""
 
 import argparse
