@@ -1,7 +1,6 @@
 """The losses from hidden states: equal to the losses from logits, whatever the chunk, in less memory and with fewer
 GEMMs."""
 
-import contextlib
 import importlib
 from dataclasses import replace
 
@@ -315,48 +314,3 @@ def test_chunks_are_alike():
         pieces = -(-rows // size)
         assert pieces == -(-rows // most)  # no more passes over d_weight than there have to be
         assert size - rows / max(pieces, 1) < head_ops.GEMM_ROWS
-
-
-def test_overlapped_chunks_give_the_same_bits(monkeypatch):
-    """The second stream's schedule, with streams that only write down what waits for what."""
-    (hidden, weight, _), labels, advantages, _ = inputs(torch.float32, "cpu")
-    hidden, said = hidden.nan_to_num(), []
-
-    class Stream:
-        def wait_stream(self, other):
-            said.append("second waits for GEMMs")
-
-        def wait_event(self, event):
-            said.append(f"GEMMs wait for kernel {event}")
-
-        def record_event(self):
-            said.append("kernel done")
-            return said.count("kernel done") - 1
-
-    mm = torch.mm
-    monkeypatch.setattr(
-        torch, "mm", lambda *a, **k: (said.append("logits") if k["out"].shape[1] == V else None, mm(*a, **k))[1]
-    )
-    accumulate = head_ops.Head.accumulate
-    monkeypatch.setattr(head_ops.Head, "accumulate", lambda *a: (said.append("gradients"), accumulate(*a)))
-
-    def call():
-        x, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        out = ppg.linear_policy_loss(x, w, labels, advantages, chunk_rows=5, backend="cpu", skip_zero_advantages=True)
-        return out.loss, *torch.autograd.grad(out.loss, (x, w))
-
-    expected = call()
-    said.clear()
-    lane = Stream()
-    monkeypatch.setattr(head_ops, "overlapping", lambda rows, chunk_rows: rows.numel() > chunk_rows)
-    monkeypatch.setattr(head_ops, "second_stream", lambda device: lane)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: lane)
-    monkeypatch.setattr(torch.cuda, "stream", lambda lane: contextlib.nullcontext())
-    for e, a in zip(expected, call(), strict=True):
-        assert torch.equal(e, a)
-    kernel = ["logits", "second waits for GEMMs", "kernel done"]
-    last = ["GEMMs wait for kernel {}", "gradients"]
-    chunks = said.count("logits")
-    assert chunks == 3
-    wanted = kernel + [step.format(n) for n in range(chunks) for step in [*(kernel if n + 1 < chunks else []), *last]]
-    assert said == wanted

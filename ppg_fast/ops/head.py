@@ -2,8 +2,7 @@
 chunks run."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ TILE = 2048  # rows of d_weight whose 16-bit product is still in a CPU's cache w
 # chunks are padded to a multiple: BLAS takes other kernels for a few rows, and a row's bits would depend on its
 # neighbours
 GEMM_ROWS = 16
-OVERLAP = False  # on a GPU, row kernels on a second stream beside the next chunk's GEMM; `make gpu` measures both
 
 
 def default_chunk_rows(hidden: Tensor, vocabulary: int) -> int:
@@ -123,13 +121,13 @@ class Head:
         self.d_weight = fresh(hidden, weight.shape, torch.float32) if wanted[1] else torch.empty(0, **like)
         self.d_bias = torch.zeros(weight.shape[0], **like) if wanted[2] else torch.empty(0, **like)
         self.wanted = wanted
-        self.buffers: list[Tensor] = []
+        self.buffer: Tensor | None = None
         self.started = False  # until then d_weight is not even zero: the first product is written, not added
 
-    def chunks(self, rows: Tensor, skip: Tensor | None = None, buffers: int = 1) -> Iterator[Chunk]:
-        """The logits of each chunk of ``rows``; they live until ``buffers`` chunks later."""
+    def chunks(self, rows: Tensor, skip: Tensor | None = None) -> Iterator[Chunk]:
+        """The logits of each chunk of ``rows``; they live until the next one."""
         size, whole = equal_chunks(rows.numel(), self.chunk_rows), skip is None and rows.numel() == self.hidden.shape[0]
-        for number, start in enumerate(range(0, rows.numel(), size)):
+        for start in range(0, rows.numel(), size):
             chunk = rows[start : start + size]
             n, padded = chunk.numel(), -(-chunk.numel() // GEMM_ROWS) * GEMM_ROWS
             place = slice(start, start + n) if whole and n == padded else None
@@ -140,49 +138,29 @@ class Head:
                 torch.index_select(self.hidden, 0, chunk, out=x[:n])
                 if skip is not None:  # what they hold may be NaN, which no zero gradient takes out of d_weight
                     x[:n].masked_fill_(skip[start : start + n, None], 0.0)
-            logits = self._buffer(number % buffers, min(size, rows.numel()))[:padded]
+            logits = self._logits(min(size, rows.numel()))[:padded]
             if self.bias is None:
                 torch.mm(x, self.weight.t(), out=logits)
             else:
                 torch.addmm(self.bias, x, self.weight.t(), out=logits)
             yield Chunk(chunk, x, logits, place)
 
-    def _buffer(self, number: int, rows: int) -> Tensor:
-        """Memory of the logits of at least ``rows`` rows, the same one for each ``number``."""
+    def _logits(self, rows: int) -> Tensor:
+        """Memory of the logits of at least ``rows`` rows, the same one again."""
         rows = -(-rows // GEMM_ROWS) * GEMM_ROWS
-        if number == len(self.buffers):
-            self.buffers.append(fresh(self.hidden, (rows, self.weight.shape[0])))
-        elif self.buffers[number].shape[0] < rows:
-            self.buffers[number] = fresh(self.hidden, (rows, self.weight.shape[0]))
-        return self.buffers[number]
+        if self.buffer is None or self.buffer.shape[0] < rows:
+            self.buffer = fresh(self.hidden, (rows, self.weight.shape[0]))
+        return self.buffer
 
     def sweep(
         self, rows: Tensor, row_kernel: Callable[[Tensor, Tensor], None], with_grad: bool, skip: Tensor | None = None
     ) -> None:
         """Logits, ``row_kernel(row numbers, logits (1, n, V))`` and, ``with_grad``, the GEMMs of its gradient, chunk by
         chunk."""
-        lane = second_stream(rows.device) if overlapping(rows, self.chunk_rows) else None
-        if lane is None:
-            for chunk in self.chunks(rows, skip):
-                row_kernel(chunk.rows, chunk.logits[None, : chunk.rows.numel()])
-                if with_grad:
-                    self.accumulate(chunk)
-            return
-        before: tuple[Chunk, Any] | None = None
-        for chunk in self.chunks(rows, skip, buffers=2):
-            lane.wait_stream(torch.cuda.current_stream(rows.device))
-            with torch.cuda.stream(lane):
-                row_kernel(chunk.rows, chunk.logits[None, : chunk.rows.numel()])
-                done = lane.record_event()
-            self._finish(before, with_grad)
-            before = chunk, done
-        self._finish(before, with_grad)
-
-    def _finish(self, before: tuple[Chunk, Any] | None, with_grad: bool) -> None:
-        if before is not None:
-            torch.cuda.current_stream(self.hidden.device).wait_event(before[1])
+        for chunk in self.chunks(rows, skip):
+            row_kernel(chunk.rows, chunk.logits[None, : chunk.rows.numel()])
             if with_grad:
-                self.accumulate(before[0])
+                self.accumulate(chunk)
 
     def accumulate(self, chunk: Chunk) -> None:
         """Carry the gradient that now stands in the logits of ``chunk`` into the wanted gradients; d_weight and d_bias
@@ -211,14 +189,3 @@ class Head:
         if not self.started:
             self.d_weight.zero_()
         return self.d_hidden, self.d_weight, self.d_bias
-
-
-def overlapping(rows: Tensor, chunk_rows: int) -> bool:
-    """Whether a second stream has a next chunk to run beside."""
-    return OVERLAP and rows.is_cuda and rows.numel() > chunk_rows
-
-
-@cache
-def second_stream(device: torch.device) -> torch.cuda.Stream:
-    """One a device, made once: no stream can be made while a graph is captured."""
-    return torch.cuda.Stream(device)
