@@ -3,23 +3,23 @@
 A backend is a module with the CONTRACT functions. Logits are (B, L, V) with unit stride along V and any other strides,
 in float32, bfloat16 or float16, seen as N = B L rows; per-row arguments are contiguous (N,), float32 but for ``labels``
 (int64, negative = masked: such a row is not read). ``temperatures`` (N,) overrides ``temperature`` where it is given.
-Optional tensors may be None.
+Optional tensors may be None. On a CPU, `partial_returns` and `fused_policy_loss` may return None, having computed
+nothing, where a value breaks a rule: the op then names it.
 
     partial_returns(rewards, segment_ids, turn_counts, lookahead, segment_length, gamma) -> returns (B, T)
 
-    logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, entropy: bool, score_norm=None) -> logprob,
-    entropy, lse
+    logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, entropy: bool, score_norm=None)
+            -> logprob, entropy, lse
         Log-prob, entropy ((0,) where it is not wanted) and log-sum-exp of each row, zero where masked.
 
     logprobs_bwd(logits, labels, lse, entropy, d_logprob, d_entropy, temperatures, temperature, logit_softcap, dlogits)
-    -> None
+            -> None
         Writes d_logprob (1[v = label] - p) - d_entropy p (log p + H) into dlogits, which may be the logits. Rows that
         are masked or have d_logprob = d_entropy = 0 are not read and get exact zeros. ``entropy`` is not read where
         ``d_entropy`` is None.
 
     policy_loss(logits, labels, advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures, spec,
-    entropy: bool,
-                dlogits, score_norm=None) -> loss, logprob, entropy
+            entropy: bool, dlogits, score_norm=None) -> loss, logprob, entropy
         Weighted loss, log-prob and entropy of each row; d(sum of losses) into dlogits where it is given, which may be
         the logits. A row is SKIP where masked; FULL where dlogits is given and its advantage is not zero or the spec
         has a KL or entropy term; else FORWARD-ONLY. SKIP rows are not read; SKIP and FORWARD-ONLY rows get exact zeros
@@ -35,22 +35,21 @@ Optional tensors may be None.
 p_label + 1 of each row that is read, z the logit after softcap and temperature, never below 0; 0 elsewhere. The entropy
 then counts as wanted. What else is returned or written has the same bits with and without it.
 
-A backend that FUSES, one for a device where launches and passes over small arrays are dear, has one more:
-
-    fused_policy_loss(logits, columns: Columns, turns: Turns | None, reduction: Reduction, spec, skip_zero_advantages:
-    bool,
-                      entropy: bool, dlogits, score_norm=None) -> loss, logprob, entropy
-        From what the caller holds to the reduced loss and dlogits: at most two launches, no other work on the device,
-        no host sync. Row n = b L + l is active where its label is not negative, its mask not 0 and, under ``turns``,
-        its turn id not negative; s is the run of cu_seqlens that it lies in, or n // (N // sequences). Its advantage A
-        is that of the column, or of its turn: the return of turn t of dialogue s minus the baseline of that turn over
-        its group, in float64 from float32 returns, dialogues in their order, so that equal returns give exact zeros; 0
-        at and beyond the turns of the dialogue. Its weight is 1 / (outer inner): outer is the normalizer where given,
-        else max(active rows, 1) for token_mean, max(sequences with an active row, 1) for sequence_mean and
-        sequence_sum, else 1; inner is max(active rows of s, 1) for sequence_mean, else 1. SKIP: a row that is not
-        active, or under skip_zero_advantages one with A = 0 whose spec does not need every row; it was counted
-        nevertheless. The rest as in policy_loss. Log-probs and entropies (B, L) have the bits of logprobs_fwd. The loss
-        is 0-d, summed in an order that does not depend on the schedule; (B, L), not summed, for "none".
+    fused_policy_loss(logits, columns: Columns, turns: Turns | None, reduction: Reduction, spec,
+            skip_zero_advantages: bool, entropy: bool, dlogits, score_norm=None) -> loss, logprob, entropy
+        From what the caller holds (`contract`) to the reduced loss and dlogits; on a GPU at most two launches,
+        no other work on the device, no host sync. Row n = b L + l is active where its label is not negative,
+        its mask not 0 and, under ``turns``, its turn id not negative; s is the run of cu_seqlens that it lies
+        in, or n // (N // sequences). Its advantage A is that of the column, or of its turn: the return of turn
+        t of dialogue s minus the baseline of that turn over its group, in float64 from float32 returns,
+        dialogues in their order, so that equal returns give exact zeros; 0 at and beyond the turns of the
+        dialogue. Its weight is 1 / (outer inner): outer is the normalizer where given, else max(active rows, 1)
+        for token_mean, max(sequences with an active row, 1) for sequence_mean and sequence_sum, else 1; inner
+        is max(active rows of s, 1) for sequence_mean, else 1. SKIP: a row that is not active, or under
+        skip_zero_advantages one with A = 0 whose spec does not need every row; it was counted nevertheless. The
+        rest as in policy_loss. Log-probs and entropies, in the shape of the labels, have the bits of
+        logprobs_fwd. The loss is 0-d, summed in an order that does not depend on the schedule; of each token,
+        not summed, for "none".
 
 "reference", plain PyTorch, stands in where no backend can run: the ops then call its functions in their place.
 """

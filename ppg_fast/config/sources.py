@@ -9,7 +9,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from ppg_fast.config.train import OFFLINE, PROMPTS, SECTIONS, TrainConfig
+from ppg_fast.config.defaults import OFFLINE, PROMPTS, SECTIONS
+from ppg_fast.config.train import TrainConfig
 
 
 def make_config(*sources: Mapping[str, Any]) -> TrainConfig:

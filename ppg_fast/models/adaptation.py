@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppg_fast.distributed import shard_like
+from ppg_fast.models.sharding import shard_like
 from ppg_fast.spec import require
 
 HEAD, EMBEDDINGS = "head", "embeddings"  # words that `freeze` knows

@@ -180,7 +180,7 @@ class PolicyModule(nn.Module):
         """`policy_loss`, or without ``advantages`` the `token_logprobs` at the temperature of ``spec``."""
         with torch.autocast(batch.tokens.device.type, self.autocast) if self.autocast else nullcontext():
             if advantages is None:
-                return token_logprobs(self.model, batch, spec.temperature)
+                return token_logprobs(self.model, batch, float(spec.temperature))
             return policy_loss(self.model, batch, advantages, spec, **options)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppg_fast.distributed import shard_like
+from ppg_fast.models.sharding import shard_like
 from ppg_fast.spec import require
 
 MUON = "muon"

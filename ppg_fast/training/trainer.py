@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from ppg_fast.dialogues.packing import Sample, pack
-from ppg_fast.distributed import Ranks, whole
+from ppg_fast.distributed import Ranks
 from ppg_fast.models.adaptation import StartingWeights
 from ppg_fast.models.causal_lm import PolicyModule
+from ppg_fast.models.sharding import whole
 from ppg_fast.training.metrics import TokenMeans, describe, peak_memory_mb, reading
 from ppg_fast.training.objective import Objective, Schedule, credit, denominator, tokens_to_read
 from ppg_fast.training.optimisers import set_learning_rate

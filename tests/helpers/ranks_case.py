@@ -20,9 +20,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from ppg_fast import backends
 from ppg_fast.cli import main
 from ppg_fast.dialogues.packing import CONTEXT, Sample
-from ppg_fast.distributed import Ranks, whole
+from ppg_fast.distributed import Ranks
 from ppg_fast.jobs import OfflineJob, PersonaJob
 from ppg_fast.models.causal_lm import distribute, make_model
+from ppg_fast.models.sharding import whole
 from ppg_fast.spec import FullPlanning, Lookahead, PolicyLossSpec
 from ppg_fast.training import checkpoint
 from ppg_fast.training.objective import Objective, Schedule

@@ -1,0 +1,44 @@
+"""Sections of the help, the defaults of each kind of job, and the settings that rewards are made of."""
+
+SECTIONS = {  # of the help: from this setting on, until the next section begins
+    "output_dir": "the run and its data",
+    "model": "the model",
+    "bf16": "what of it trains, in which precision and memory",
+    "parallel": "several ranks; randomness",
+    "policy_class": "the objective",
+    "max_steps": "steps and rollouts",
+    "imitation_steps": "the warm start of the persona interview",
+    "prompts": "your own prompts and their partner",
+    "reward": "rewards, judges, endpoints",
+    "eval_every": "what is kept and shown",
+    "report_to": "where it is reported",
+}
+
+OFFLINE = {  # other defaults where ``data`` is given
+    "output_dir": "runs/offline",
+    "baseline": "none",
+    "learning_rate": 3e-4,
+    "num_prompts": 4,
+    "num_generations": 1,
+    "max_new_tokens": 48,
+    "max_turns": 3,
+    "max_dialogue_tokens": 2048,
+    "imitation_steps": 0,
+    "eval_dialogues": 8,
+}
+
+
+PROMPTS = {  # other defaults where ``prompts`` is given
+    "output_dir": "runs/prompts",
+    "learning_rate": 3e-4,
+    "max_new_tokens": 128,
+    "max_turns": 4,
+    "imitation_steps": 0,
+    "eval_dialogues": 32,
+}
+
+
+REWARD_SETTINGS = (  # of `ppg-fast score`
+    *("reward", "judge", "judge_model", "judge_key", "judge_range", "judge_retries"),
+    *("timeout", "retries", "concurrency", "strict", "device"),
+)
