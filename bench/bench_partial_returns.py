@@ -68,16 +68,16 @@ def _ours(case: Case) -> list[Provider]:
 
 
 def _rewards_that_count(d: Dialogues) -> tuple[Tensor, Tensor]:
-    there = torch.arange(d.rewards.shape[1], device=d.rewards.device) < d.turn_counts[:, None]
-    return torch.where(there, d.rewards, 0.0), there
+    exists = torch.arange(d.rewards.shape[1], device=d.rewards.device) < d.turn_counts[:, None]
+    return torch.where(exists, d.rewards, 0.0), exists
 
 
 def _matrix(case: Case) -> Provider:
     """PyTorch, one product with a (T, T) matrix."""
 
     def compute(d: Dialogues) -> Tensor:
-        rewards, there = _rewards_that_count(d)
-        return torch.where(there, rewards @ d.discounts.t(), 0.0)
+        rewards, exists = _rewards_that_count(d)
+        return torch.where(exists, rewards @ d.discounts.t(), 0.0)
 
     return Provider("PyTorch, product with a (T, T) matrix", compute, forward_only=True)
 
@@ -89,10 +89,10 @@ def _windows(case: Case) -> Provider:
         raise Unavailable("for a window of K rewards only")
 
     def compute(d: Dialogues) -> Tensor:
-        rewards, there = _rewards_that_count(d)
+        rewards, exists = _rewards_that_count(d)
         K = d.window.lookahead
         powers = GAMMA ** torch.arange(K, dtype=torch.float32, device=rewards.device)
-        return torch.where(there, F.pad(rewards, (0, K - 1)).unfold(1, K, 1) @ powers, 0.0)
+        return torch.where(exists, F.pad(rewards, (0, K - 1)).unfold(1, K, 1) @ powers, 0.0)
 
     return Provider("PyTorch, unfolded windows", compute, forward_only=True)
 
@@ -105,12 +105,12 @@ def _loop(case: Case) -> Provider:
     length = window.segment_length or case.V
 
     def compute(d: Dialogues) -> Tensor:
-        rewards, there = _rewards_that_count(d)
+        rewards, exists = _rewards_that_count(d)
         out, carry = torch.empty_like(rewards), torch.zeros_like(rewards[:, 0])
         for turn in reversed(range(rewards.shape[1])):
             carry = rewards[:, turn] + (GAMMA * carry if (turn + 1) % length else 0.0)
             out[:, turn] = carry
-        return torch.where(there, out, 0.0)
+        return torch.where(exists, out, 0.0)
 
     return Provider("PyTorch, loop over the turns", compute, forward_only=True)
 

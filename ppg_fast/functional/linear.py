@@ -138,10 +138,9 @@ def linear_policy_loss(
         hidden: (..., D) float32, bfloat16 or float16.
         weight: (V, D) in the dtype of hidden (or any under autocast); ``bias``: (V,) or None.
         chunk_rows: rows whose logits are alive at once; default from a memory budget.
-        max_active_rows: the caller's word that no more rows than that are read. On a GPU it saves the one sync of the
-            call, which then
-            can be captured in a CUDA graph, and that many rows are paid for. Where more are active: ValueError on a CPU
-            or with ``validate``, else loss and gradients are NaN.
+        max_active_rows: upper bound on the rows that are read. On a GPU it saves the one sync of the call, which then
+            can be captured in a CUDA graph, and compute is spent on that many. Where more are active: ValueError on a
+            CPU or with ``validate``, else loss and gradients are NaN.
         the rest: as in `policy_loss`.
 
     Returns and raises: as `policy_loss`. Gradients come back in the dtype of each input.

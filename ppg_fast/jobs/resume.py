@@ -35,10 +35,9 @@ class ResumableRun(RunFolder):
     """A RunFolder that keeps checkpoints of the whole run and, with ``resume``, goes on from the newest.
 
     As a context manager it turns the first SIGINT or SIGTERM into Stopped after the step that is under way, and keeps
-    the folder to
-    itself. ValueError where another process trains in it, and where model or data are not those the run began with.
-    Ranks share the run: the first writes, all see the same error, and a signal to one of them ends the training on all
-    after the same step.
+    the folder to itself. ValueError where another process trains in it, and where model or data are not those the run
+    began with. Ranks share the run: the first writes, all see the same error, and a signal to one of them ends the
+    training on all after the same step.
     """
 
     def __init__(

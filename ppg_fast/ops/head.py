@@ -61,8 +61,7 @@ def partition(full: Tensor, forward: Tensor, bound: int | None = None, counting:
     """FULL and FORWARD-ONLY rows (N,) bool -> their numbers, by one stable partition and at most one sync.
 
     ``bound``: no more are active. Counting, ValueError where it does not hold; without counting, `Rows.excess` is NaN
-        there, and
-    all rows are taken as FULL unless none is.
+    there, and all rows are taken as FULL unless none is.
     """
     N = full.numel()
     kinds = torch.stack([full, forward, ~(full | forward)])

@@ -38,8 +38,8 @@ class Conversation:
 
     ``seed`` picks the prompt, and with the turn it seeds the partner: the rollouts of a group share both. It pays
     nothing: rewards are given to whole transcripts afterwards. ``clean`` takes out of a partner's text what the
-        policy's tokenizer must not read. What the
-    partner said last is in ``messages`` for the rewards, also where the assistant does not answer it.
+    policy's tokenizer must not read. What the partner said last is in ``messages`` for the rewards, also where the
+    assistant does not answer it.
     """
 
     def __init__(

@@ -2,12 +2,11 @@
 words.
 
 A turn is a question with two answers that count: the honest one, and the tempting one that pleases at once. Who is paid
-what, and when,
-is a table: `honest_pays[t][k]` is what an honest answer of turn t adds to the reward of turn k >= t, `tempting_pays[t]`
-what a tempting one adds to its own, and the finale pays the square of the honest share at the last turn. To that comes
-noise that no answer causes, Gaussian, of mean zero, drawn anew in every dialogue, so no baseline removes it. The policy
-class of a problem is the smallest window that
-holds every reward which a turn causes: its gradient is that of the true value, and every longer one only adds noise.
+what, and when, is a table: `honest_pays[t][k]` is what an honest answer of turn t adds to the reward of turn k >= t,
+`tempting_pays[t]` what a tempting one adds to its own, and the finale pays the square of the honest share at the last
+turn. To that comes noise that no answer causes, Gaussian, of mean zero, drawn anew in every dialogue, so no baseline
+removes it. The policy class of a problem is the smallest window that holds every reward which a turn causes: its
+gradient is that of the true value, and every longer one only adds noise.
 """
 
 import math
@@ -126,8 +125,7 @@ def drawn(seed: int) -> Problem:
     """A problem that nobody chose: when answers are paid, what temptation pays and the noise are all drawn by ``seed``.
 
     Six in ten pay each answer within a reach of up to five turns, two at once or at the end of its topic, two mostly at
-    the end of the
-    dialogue. Settings are found, and claims tested, on these: the five above were made to make a point.
+    the end of the dialogue. Settings are found, and claims tested, on these: the five above were made to make a point.
     """
     rng = random.Random(f"drawn-{seed}")
     turns, kind = rng.randint(6, 12), rng.choices(("reach", "topics", "plan"), (6, 2, 2))[0]

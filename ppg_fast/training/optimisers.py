@@ -33,9 +33,8 @@ def make_optimizer(
     """The optimizer ``name`` over the weights of ``model`` that train; its learning rate is set by whoever steps it.
 
     ``name``: a value of transformers' OptimizerNames, or "muon" (matrices of the decoder; AdamW for the rest).
-        ``arguments``: as
-    transformers' optim_args, "key=value,...". ``offload``: its state and step in host memory. ValueError for a name
-    that is unknown or needs a package that is missing, saying which.
+    ``arguments``: as transformers' optim_args, "key=value,...". ``offload``: its state and step in host memory.
+    ValueError for a name that is unknown or needs a package that is missing, saying which.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
     require(bool(weights), "an optimizer must have a weight to train", 0)
