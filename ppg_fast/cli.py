@@ -22,6 +22,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="train | score | compare | merge | push | bench | info"
     )
+    _add_train(commands)
+    _add_score(commands)
+    commands.add_parser("compare", add_help=False, help="policy classes side by side, with a report (its own --help)")
+    _add_export_commands(commands)
+    commands.add_parser(
+        "bench", add_help=False, help="measure against peers and this machine's limits (its own --help)"
+    )
+    _add_info(commands)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["bench"]:
+        return importlib.import_module("ppg_fast.bench.command").main(given[1:])
+    arguments = vars(parser.parse_args(given[:1] if given[:1] == ["compare"] else given))
+    command = arguments.pop("command")
+    try:
+        runs = {"info": _about, "score": _score, "train": _train, "compare": lambda _: _compare(given[1:])}
+        return runs[command](arguments) if command in runs else _export(command, arguments)
+    except KeyboardInterrupt:
+        print("ppg-fast: stopped", file=sys.stderr)
+        return 130
+    # bad input, named; anything else is a bug and shows its trace
+    except (ValueError, IndexError, OSError, FloatingPointError) as error:
+        print(f"ppg-fast: {error}", file=sys.stderr)
+        return 1
+
+
+def _add_train(commands: Any) -> None:
+    from ppg_fast.config import add_flags
+
     train = commands.add_parser(
         "train",
         help=(
@@ -41,9 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             "win over its settings"
         ),
     )
+    add_flags(train)
+
+
+def _add_score(commands: Any) -> None:
     from ppg_fast.config import REWARD_SETTINGS, add_flags
 
-    add_flags(train)
     score = commands.add_parser(
         "score", help="give every turn of logged dialogues its reward: Python, reward model, judge, human ratings"
     )
@@ -57,11 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     score.add_argument("--overwrite", action="store_true", help="replace the output")
     add_flags(score, REWARD_SETTINGS)
-    commands.add_parser("compare", add_help=False, help="policy classes side by side, with a report (its own --help)")
-    _add_export_commands(commands)
-    commands.add_parser(
-        "bench", add_help=False, help="measure against peers and this machine's limits (its own --help)"
-    )
+
+
+def _add_info(commands: Any) -> None:
+    from ppg_fast.config import add_flags
+
     info = commands.add_parser(
         "info",
         help=(
@@ -83,21 +114,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="say which dialogue fits this much (10^9 bytes) [that of the GPU]",
     )
     add_flags(info)
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["bench"]:
-        return importlib.import_module("ppg_fast.bench.command").main(given[1:])
-    arguments = vars(parser.parse_args(given[:1] if given[:1] == ["compare"] else given))
-    command = arguments.pop("command")
-    try:
-        runs = {"info": _about, "score": _score, "train": _train, "compare": lambda _: _compare(given[1:])}
-        return runs[command](arguments) if command in runs else _export(command, arguments)
-    except KeyboardInterrupt:
-        print("ppg-fast: stopped", file=sys.stderr)
-        return 130
-    # bad input, named; anything else is a bug and shows its trace
-    except (ValueError, IndexError, OSError, FloatingPointError) as error:
-        print(f"ppg-fast: {error}", file=sys.stderr)
-        return 1
 
 
 def _score(flags: dict[str, object]) -> int:

@@ -131,11 +131,10 @@ def fused_policy_loss(
         lazy: Mapping[str, Tensor] = {**metrics(), **known}
     else:
         made_of = [("labels", labels), ("logprobs", logprobs), ("entropy", entropy)]
-        made_of += [(name, t) for name, t in options.items() if isinstance(t, Tensor)]
-        own = [("advantages", advantages), ("temperature", spec.temperature)]
-        for name, value in own if turns is None else [own[1], *zip(TURN_NAMES, turns, strict=True)]:
-            if isinstance(value, Tensor):
-                made_of.append((name, value))
+        others = ("advantages", advantages), ("temperature", spec.temperature), *options.items()
+        made_of += [(name, t) for name, t in others if isinstance(t, Tensor)]
+        if turns is not None:
+            made_of += [(name, t) for name, t in zip(TURN_NAMES, turns, strict=True) if isinstance(t, Tensor)]
         lazy = LazyMetrics(metrics, made_of, known)
     return PolicyLossOutput(_in_shape(loss, shape) if kind == "none" else loss, logprobs, entropy, lazy)
 

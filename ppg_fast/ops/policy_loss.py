@@ -124,7 +124,8 @@ class EagerPolicyLoss(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(dlogits)
         ctx.backend, ctx.scaled = backend, False
-        ctx.mark_non_differentiable(*(t for t in out[1:] if t is not None))
+        _, logprob, entropy, norm = out
+        ctx.mark_non_differentiable(*((logprob, entropy) if norm is None else (logprob, entropy, norm)))
         return out
 
     @staticmethod
@@ -155,7 +156,7 @@ def policy_loss(
 ) -> Outputs:
     """Reduced loss, differentiable in the logits, log-prob, entropy and, where wanted, score norm, float32 in the shape
     of the labels; contract: `backends`. ``wanted.gradient`` is found here."""
-    wanted = Wanted(wanted.entropy, wanted.score_norms, needs_grad(logits), wanted.validate)
+    wanted = wanted._replace(gradient=True) if needs_grad(logits) else wanted
     arguments = FusedArguments(columns, turns, reduction, spec, skip_zero_advantages)
     if traced(logits):
         loss, logprob, entropy, norm, _ = policy_loss_op(logits, *arguments.pack(), list(wanted), backend)

@@ -7,16 +7,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def traced(*tensors: Tensor) -> bool:
     """Whether somebody records what is called: torch.compile, a dispatch mode such as FakeTensorMode, a subclass."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(tensor) not in PLAIN for tensor in tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return not PLAIN.issuperset(map(type, tensors))
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
