@@ -10,6 +10,7 @@ from emulator.cases import fused_case, run_fused
 
 import ppg_fast as ppg
 from ppg_fast import backends
+from ppg_fast.contract import Reduction
 from ppg_fast.spec import BASELINES, REDUCTIONS
 
 if why_not := emulator.why_not() or backends.why_not("cpu"):
@@ -100,7 +101,7 @@ def test_a_slice_is_a_few_thousand_tokens(rows, control):
     for kind in REDUCTIONS:
         for normalizer in (None, 2.0):
             for sequences in (1, 8, rows):
-                counted, slices = counts(rows, ppg.spec.Reduction(kind, normalizer, sequences, None))
+                counted, slices = counts(rows, Reduction(kind, normalizer, sequences, None))
                 needed = kind == "sequence_mean" or (normalizer is None and kind in ("token_mean", "sequence_sum"))
                 assert counted == (0 if not needed else 1 if kind == "token_mean" else sequences)
                 assert slices == 1 or rows / counted / slices >= 4096

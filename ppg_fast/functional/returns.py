@@ -40,7 +40,11 @@ def _check_turns(values: Tensor, name: str, turn_counts: Tensor | None) -> tuple
             turn_counts.device,
         )
         turn_counts = _integers(turn_counts)
-    return values.detach().float().contiguous(), turn_counts
+    if values.requires_grad:
+        values = values.detach()
+    if values.dtype != torch.float32:
+        values = values.float()
+    return values.contiguous(), turn_counts
 
 
 def _integers(values: Tensor) -> Tensor:
