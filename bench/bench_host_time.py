@@ -24,7 +24,7 @@ from ppg_fast.spec import Lookahead
 from .problem import SPEC, Case, relative_error
 from .providers import Provider, Providers
 
-REPEATS = {"quick": 20, "default": 400}  # calls between two looks at the clock
+REPEATS = {"quick": 20, "default": 1000}  # calls between two looks at the clock
 GAMMA = 0.9
 WINDOW = Lookahead(3)
 EAGER, PRODUCT = "eager PyTorch, forward pass", "PyTorch, product with a (T, T) matrix"
