@@ -45,13 +45,14 @@ void* current_stream(int device) {
 }
 
 // Runs one op on the device of `like`. On a CPU the n rows are cut by index, a whole row by one thread, so that the
-// bits do not depend on the number of threads.
+// bits do not depend on the number of threads; `least` rows are worth a thread.
 template <class Args>
 void run(std::type_identity_t<void (*)(const Args&, int64_t, int64_t)> on_cpu,
-         std::type_identity_t<int (*)(const Args&, void*)> on_cuda, const Args& args, int64_t n, const Tensor& like) {
+         std::type_identity_t<int (*)(const Args&, void*)> on_cuda, const Args& args, int64_t n, const Tensor& like,
+         int64_t least = 1) {
   if (n == 0) return;
   if (on_cpu && like.is_cpu()) {
-    torch::stable::parallel_for(0, n, 1, [&](int64_t first, int64_t last) { on_cpu(args, first, last); });
+    torch::stable::parallel_for(0, n, least, [&](int64_t first, int64_t last) { on_cpu(args, first, last); });
   } else if (on_cuda && like.is_cpu()) {
     check_launch(on_cuda(args, nullptr));  // emulated
   } else {
@@ -134,7 +135,8 @@ bool partial_returns(const Tensor& rewards, const Optional& segment_ids, const O
   if (rewards.is_cpu() && !cpu::turns_are_valid(a.rewards, a.segment_ids, {a.turn_counts, true}, a.B, a.T))
     return false;
 #endif
-  run(PPG_ON_CPU(partial_returns), PPG_ON_CUDA(partial_returns), a, a.B, rewards);
+  const int64_t least = 1 + 8192 / (a.T + 1);
+  run(PPG_ON_CPU(partial_returns), PPG_ON_CUDA(partial_returns), a, a.B, rewards, least);
   return true;
 }
 

@@ -174,6 +174,6 @@ def partial_returns(
     segment_length: int,
     gamma: float,
 ) -> Tensor | None:
-    returns = torch.empty_like(rewards)
+    returns = rewards.new_empty(rewards.shape)
     valid = _lib.partial_returns.default(rewards, segment_ids, turn_counts, lookahead, segment_length, gamma, returns)
     return returns if valid else None

@@ -13,7 +13,10 @@ namespace ppg::cpu {
 // [split, end) is looked up among prefix sums from the split. `end` never grows on the way; once it has come down to
 // the split, the whole window becomes the new back. A turn enters the front once and the back once.
 void partial_returns(const PartialReturnsArgs& a, int64_t first, int64_t last) {
-  std::vector<double> prefix(a.T + 1), power(a.T + 1);
+  static thread_local std::vector<double> prefix, power;
+  prefix.resize(a.T + 1);
+  power.resize(a.T + 1);
+  prefix[0] = 0;
   power[0] = 1;
   for (int64_t k = 1; k <= a.T; ++k) power[k] = power[k - 1] * a.gamma;
   for (int64_t b = first; b < last; ++b) {
