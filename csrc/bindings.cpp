@@ -142,8 +142,8 @@ bool partial_returns(const Tensor& rewards, const Optional& segment_ids, const O
 
 #ifndef PPG_EMULATED
 // False, having computed nothing, where a value breaks a rule.
-bool fused_on_cpu(const CreditArgs& c, const FusedPolicyLossArgs& a, const Tensor& logits) {
-  if (c.rewards) {
+bool fused_on_cpu(const CreditArgs& c, const FusedPolicyLossArgs& a, const Tensor& logits, bool with_turns) {
+  if (with_turns) {
     if (!cpu::turns_are_valid(c.rewards, c.segment_ids, c.turn_counts, c.tokens.sequences, c.T)) return false;
     cpu::credit(c);
   }
@@ -176,7 +176,7 @@ bool fused_policy_loss(const Tensor& logits, const Tensors& tensors, const Numbe
   a.score_norm = score_norm_of(outputs[Output::SCORE_NORM], a.entropy, tokens.N);
   a.total = floats(outputs[TOTAL], 1, "total");
 #ifndef PPG_EMULATED
-  if (logits.is_cpu()) return fused_on_cpu(c, a, logits);
+  if (logits.is_cpu()) return fused_on_cpu(c, a, logits, tensors[REWARDS].has_value());
 #endif
   STD_TORCH_CHECK(counts && counts->scalar_type() == ScalarType::Int && counts->is_contiguous() &&
                       counts->numel() > counted && (counted == 0 || (counts->numel() - 1) % counted == 0),

@@ -138,6 +138,24 @@ def test_a_mask_of_any_dtype(dtype, backend, device):
     assert not out.logprobs[1:4].any()
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_dialogues_without_turns(skip, backend, device):
+    """All of it is context: a connected zero; a count of turns that are not there is refused."""
+    x, labels = (
+        torch.randn(2, 3, 7, device=device, requires_grad=True),
+        torch.ones(2, 3, dtype=torch.int64, device=device),
+    )
+    rewards, context = torch.zeros(2, 0, device=device), torch.full((2, 3), -1, device=device)
+    options = {"skip_zero_advantages": skip, "backend": backend}
+    out = ppg.partial_policy_loss(x, labels, rewards, context, "full", **options)
+    out.loss.backward()
+    assert out.loss == 0
+    assert not x.grad.any()
+    counts = torch.tensor([0, 1], device=device)
+    with pytest.raises(ValueError, match=r"turn_counts must be in \[0, 0\], got 1"):
+        ppg.partial_policy_loss(x, labels, rewards, context, "full", turn_counts=counts, validate=True, **options)
+
+
 def test_strided_columns_are_read_in_place(backend, device):
     """`labels[:, 1:]` beside `logits[:, :-1]`, advantages (B,): as trainers have them."""
     B, L, V = 3, 6, 13

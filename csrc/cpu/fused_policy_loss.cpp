@@ -34,7 +34,8 @@ bool FusedRows::look_up(const FusedPolicyLossArgs& a, const Ints& turn_counts) {
   if (!bounds_are_valid(t)) return false;
   const float* const given = gather(a.advantages, t, advantages);
   const float* const temps = gather(a.temperatures, t, temperatures);
-  if (a.turn_advantages) advantages.resize(t.N);
+  const bool by_turn = t.turn_ids.data;  // and not by turn_advantages: of no turns they are null
+  if (by_turn) advantages.resize(t.N);
   labels.resize(t.N);
   sequences.resize(t.N);
   std::vector<int64_t> active(std::max<int64_t>(t.sequences, 1));
@@ -46,9 +47,9 @@ bool FusedRows::look_up(const FusedPolicyLossArgs& a, const Ints& turn_counts) {
     const int64_t b = n / t.length, l = n % t.length, label = t.labels.integer(b, l);
     sequences[n] = sequence;
     labels[n] = IGNORE;
-    if (a.turn_advantages) advantages[n] = 0.f;
+    if (by_turn) advantages[n] = 0.f;
     if (label == IGNORE || (t.loss_mask.data && !t.loss_mask.nonzero(b, l))) continue;
-    if (t.turn_ids.data) {
+    if (by_turn) {
       const int64_t turn = t.turn_ids.integer(b, l);
       if (turn < -1 || turn >= (turn_counts.data ? turn_counts[sequence] : a.T)) return false;
       if (turn < 0) continue;
@@ -59,7 +60,7 @@ bool FusedRows::look_up(const FusedPolicyLossArgs& a, const Ints& turn_counts) {
     labels[n] = label;
     ++active[sequence];
   }
-  rows.advantages = a.turn_advantages ? advantages.data() : given;
+  rows.advantages = by_turn ? advantages.data() : given;
   float outer = a.normalizer_at ? *a.normalizer_at : a.normalizer;
   if (!a.normalizer_at && a.normalizer == 0.f) {
     int64_t counted = 1;
