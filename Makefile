@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 TRITON := triton==3.7.1
 NATIVE := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+# the extension that .train has built is packed as it is, not compiled again; where there is no compiler there is none
+PACK = PPG_FAST_EXTENSION="$$(ls ppg_fast/_C*.so 2>/dev/null)"
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 VERL := .venv-verl
@@ -96,7 +98,7 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml $(NATIVE)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,peers,dev]"
+	$(PACK) $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[train,peers,dev]"
 	touch $@
 
 $(VERL)/.host: Makefile
@@ -108,8 +110,8 @@ $(VERL)/.host: Makefile
 	$(VERL)/bin/python -m pip install --quiet --no-deps verl==0.9.1
 	touch $@
 
-$(VERL)/.verl: $(VERL)/.host pyproject.toml $(NATIVE)
-	$(VERL)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+$(VERL)/.verl: $(VERL)/.host $(VENV)/.train
+	$(PACK) $(VERL)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
 clean:

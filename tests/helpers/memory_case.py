@@ -47,7 +47,7 @@ CASES = {  # name: model, lengths of the dialogues of a pass, settings
 
 
 def resident(line: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
+    """VmRSS, VmHWM or RssFile of this process, in bytes."""
     return next(
         1024 * int(text.split()[1])
         for text in Path("/proc/self/status").read_text().splitlines()
@@ -65,7 +65,7 @@ def take_steps(config, lengths: tuple[int, ...]) -> int:
     """Bytes of resident memory that a step of two passes adds at its peak, after a small one that made the optimizer's
     state."""
     warm_up()  # here too: a fork's page tables begin without the pages of libraries
-    before = resident("VmRSS")
+    before, of_files = resident("VmRSS"), resident("RssFile")
     Path("/proc/self/clear_refs").write_text("5")
     model = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(config.model), dtype=getattr(torch, config.dtype)
@@ -81,7 +81,8 @@ def take_steps(config, lengths: tuple[int, ...]) -> int:
         model, lambda step: samples + samples if step == 2 else dialogues((20,), 50), objective, schedule, state
     ):
         pass
-    return resident("VmHWM") - before
+    # pages of libraries come with their first touch, more or fewer of them by the state of the page cache, and stay
+    return resident("VmHWM") - before - (resident("RssFile") - of_files)
 
 
 def warm_up() -> None:
