@@ -1,5 +1,5 @@
-// What Python sees of each launcher. Included by bindings.cpp alone. Lists are ordered as args.h says; what is written
-// behind a question mark or in a list is marked by its name alone: these operators are called by ours, which say so.
+// What Python sees of each launcher. Included by bindings.cpp alone. Lists are in the order of args.h. `outputs` of
+// fused_policy_loss is written although no schema can mark it: only ppg_fast/native.py calls it, below any tracer.
 #pragma once
 
 namespace ppg {
