@@ -13,6 +13,7 @@ namespace ppg {
 enum class DType : int { F32 = 0, BF16 = 1, F16 = 2 };
 enum class LossType : int { REINFORCE = 0, PPO = 1, CISPO = 2, GSPO = 3, GSPO_TURN = 4 };
 enum class KLEstimator : int { K1 = 1, K2 = 2, K3 = 3 };
+enum class NanRollout : int { KEEP = 0, ERROR = 1, ONE = 2, DROP = 3 };  // the kernels know ONE, else NaN is kept
 enum class Baseline : int { NONE = 0, LEAVE_ONE_OUT = 1, GROUP_MEAN = 2, GROUP_STD = 3 };
 enum class Reduction : int { TOKEN_MEAN = 0, SEQUENCE_MEAN = 1, SEQUENCE_SUM = 2, SUM = 3, NONE = 4 };
 // The lists that a policy loss travels as, in the order of ppg_fast/contract.py. The spec's numbers and choices come
@@ -20,7 +21,7 @@ enum class Reduction : int { TOKEN_MEAN = 0, SEQUENCE_MEAN = 1, SEQUENCE_SUM = 2
 namespace wire {
 enum PerRow { ADVANTAGES, WEIGHTS, OLD_LOGPROBS, REF_LOGPROBS, ROLLOUT_LOGPROBS, TEMPERATURES };
 enum Number { CLIP_LOW, CLIP_HIGH, DUAL_CLIP, KL_COEF, ENTROPY_COEF, IMPORTANCE_CAP, TEMPERATURE, LOGIT_SOFTCAP };
-enum Choice { LOSS_TYPE, KL_ESTIMATOR };
+enum Choice { LOSS_TYPE, KL_ESTIMATOR, NAN_ROLLOUT };
 namespace fused {
 // clang-format off
 enum Tensor {
@@ -59,14 +60,17 @@ struct Sweep {
 };
 
 struct LogprobsFwdArgs : Sweep {
-  float *logprob, *entropy, *lse;  // (N,) out; entropy may be null; masked rows get 0
+  float *logprob, *entropy;  // (N,) out; entropy may be null; masked rows get 0
+  // (N, 2) out, what the backward pass starts from: the row's maximum before the temperature and sum exp(z - max z);
+  // apart, because log-sum-exp in one float has no digits left for p where all logits are far from 0
+  float* lse;
   float* score_norm;  // (N,) out or null, then entropy is not: |d logprob / d z|^2 = sum p^2 - 2 p_label + 1
 };
 
 // dlogits = g (1[v = label] - p) - h p (log p + H), through temperature and softcap. Rows with g = h = 0 are not read
 // and get zeros.
 struct LogprobsBwdArgs : Sweep {
-  const float *lse, *entropy, *d_logprob, *d_entropy;  // (N,); d_entropy (then also entropy) may be null
+  const float *lse, *entropy, *d_logprob, *d_entropy;  // (N, 2), else (N,); d_entropy (then also entropy) may be null
   Rows dlogits;                                        // may be the logits themselves
 };
 
@@ -75,6 +79,7 @@ struct TermArgs {
   LossType loss_type;
   KLEstimator kl_estimator;
   float clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap;
+  NanRollout nan_rollout;
   PPG_HD bool needs_every_row() const { return kl_coef != 0.f || entropy_coef != 0.f; }
 };
 

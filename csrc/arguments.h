@@ -24,7 +24,7 @@ inline TermArgs term_of(const double* numbers, const int64_t* choices) {
   using namespace wire;
   return {LossType(choices[LOSS_TYPE]), KLEstimator(choices[KL_ESTIMATOR]), float(numbers[CLIP_LOW]),
           float(numbers[CLIP_HIGH]),    float(numbers[DUAL_CLIP]),          float(numbers[KL_COEF]),
-          float(numbers[ENTROPY_COEF]), float(numbers[IMPORTANCE_CAP])};
+          float(numbers[ENTROPY_COEF]), float(numbers[IMPORTANCE_CAP]),     NanRollout(choices[NAN_ROLLOUT])};
 }
 
 inline TokenArgs tokens_of(const Tensor& logits, const Tensors& tensors, int64_t sequences) {

@@ -69,7 +69,7 @@ void logprobs_fwd(const Tensor& logits, const Tensor& labels, const Optional& te
   LogprobsFwdArgs a{sweep_of(logits, labels, temperatures, temperature, logit_softcap)};
   a.logprob = floats(logprob, a.N, "logprob");
   a.entropy = floats(entropy, a.N, "entropy");
-  a.lse = floats(lse, a.N, "lse");
+  a.lse = floats(lse, 2 * a.N, "lse");
   a.score_norm = score_norm_of(score_norm, a.entropy, a.N);
   run(PPG_ON_CPU(logprobs_fwd), PPG_ON_CUDA(logprobs_fwd), a, a.N, logits);
 }
@@ -78,7 +78,7 @@ void logprobs_bwd(const Tensor& logits, const Tensor& labels, const Tensor& lse,
                   const Tensor& d_logprob, const Optional& d_entropy, const Optional& temperatures, double temperature,
                   double logit_softcap, const Tensor& dlogits) {
   LogprobsBwdArgs a{sweep_of(logits, labels, temperatures, temperature, logit_softcap)};
-  a.lse = floats(lse, a.N, "lse");
+  a.lse = floats(lse, 2 * a.N, "lse");
   a.d_logprob = floats(d_logprob, a.N, "d_logprob");
   a.d_entropy = floats(d_entropy, a.N, "d_entropy");
   a.entropy = d_entropy ? floats(entropy, a.N, "entropy") : nullptr;
@@ -161,7 +161,7 @@ bool fused_policy_loss(const Tensor& logits, const Tensors& tensors, const Numbe
                        const Optional& counts, int64_t counted, const Tensors& outputs) {
   using namespace wire::fused;
   STD_TORCH_CHECK(numbers.size() == SPEC_NUMBERS + wire::LOGIT_SOFTCAP + 1 && outputs.size() == DLOGITS + 1 &&
-                      choices.size() == SPEC_CHOICES + wire::KL_ESTIMATOR + 1,
+                      choices.size() == SPEC_CHOICES + wire::NAN_ROLLOUT + 1,
                   "the lists must be as long as args.h says");
   const TokenArgs tokens = tokens_of(logits, tensors, choices[SEQUENCES]);
   CreditArgs c = credit_of(tokens, tensors, numbers, choices, outputs.at(TURNS));

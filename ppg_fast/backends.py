@@ -10,7 +10,10 @@ nothing, where a value breaks a rule: the op then names it.
 
     logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, entropy: bool, score_norm=None)
             -> logprob, entropy, lse
-        Log-prob, entropy ((0,) where it is not wanted) and log-sum-exp of each row, zero where masked.
+        Log-prob, entropy ((0,) where it is not wanted) and what the backward pass starts from, lse (N, 2): the
+        maximum m of each row (before the temperature; under a softcap as the backend has it) and sum_v exp(z_v - max
+        z). The log-sum-exp is m / temperature + log of it, apart because no float32 holds both where all logits are far
+        from 0. Zero where masked.
 
     logprobs_bwd(logits, labels, lse, entropy, d_logprob, d_entropy, temperatures, temperature, logit_softcap, dlogits)
             -> None

@@ -74,7 +74,7 @@ def logprobs_fwd(
     score_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     N, entropy = labels.numel(), entropy or score_norm is not None
-    logprob, ent, lse = _new(logits, N), _new(logits, N if entropy else 0), _new(logits, N)
+    logprob, ent, lse = _new(logits, N), _new(logits, N if entropy else 0), _new(logits, N, 2)
     _lib.logprobs_fwd.default(
         logits, labels, temperatures, temperature, logit_softcap, logprob, ent if entropy else None, lse, score_norm
     )
@@ -114,6 +114,8 @@ def policy_loss(
     N = labels.numel()
     entropy = entropy or spec.entropy_coef != 0 or score_norm is not None
     loss, logprob, ent = _new(logits, N), _new(logits, N), _new(logits, N if entropy else 0)
+    if N == 0:
+        return loss, logprob, ent
     rows = [advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures]
     outputs = loss, logprob, ent if entropy else None, dlogits, score_norm
     _lib.policy_loss.default(logits, labels, rows, spec.numbers, spec.choices, *outputs)
@@ -137,8 +139,8 @@ def fused_policy_loss(
     logprob, ent = new(shape), new(shape if entropy else 0)
     total = new(()) if summed else None
     loss = new(shape) if gpu or not summed else None  # on a CPU a sum needs none that the caller sees
-    if gpu and shape.numel() == 0:
-        return loss if total is None else total.zero_(), logprob, ent  # type: ignore[return-value]
+    if shape.numel() == 0:
+        return new(shape) if total is None else total.zero_(), logprob, ent
     credit, counts, counted = None, None, 0
     if turns is not None:
         credit = new((1 if turns.baseline == "none" else 2, *turns.rewards.shape))

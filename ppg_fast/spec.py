@@ -7,7 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NoReturn
+from numbers import Number
+from typing import TYPE_CHECKING, Any
+
+from ppg_fast.rules import fail as fail
+from ppg_fast.rules import require, require_float32, require_integer, require_one_of
+from ppg_fast.rules import require_number as require_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +35,13 @@ class KLEstimator(IntEnum):
 
     K1 = 1  # -d
     K2 = 2  # d^2 / 2
-    K3 = 3  # exp(d) - d - 1
+    K3 = 3  # exp(d) - d - 1 with d = min(ref - l, MAX_LOG_RATIO)
+
+
+# A log ratio is at most this before it is exponentiated, in ratios, importance weights and k3, so that an outlier gives
+# a large number and not inf; beyond it, as of a torch.clamp, the derivative is 0. verl's number. Mirrored by
+# csrc/policy_term.h.
+MAX_LOG_RATIO = 20.0
 
 
 LOSS_TYPES = tuple(t.name.lower() for t in LossType)
@@ -40,6 +51,8 @@ KL_NUMBERS = {k.name.lower(): int(k) for k in KLEstimator}
 SEQUENCE_LEVEL = ("gspo", "gspo_turn")  # their ratio needs other rows, so they take two sweeps
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "sum", "none")
 BASELINES = ("none", "leave_one_out", "group_mean", "group_std")  # in the order of csrc/args.h, like the reductions
+# what a NaN among the rollout log-probs of active tokens means, in the order of csrc/args.h
+NAN_ROLLOUT = ("keep", "error", "one", "drop")
 STD_EPS = 1e-6
 # how a spec travels to the kernels, mirrored by csrc/args.h
 SPEC_NUMBERS = (
@@ -52,32 +65,7 @@ SPEC_NUMBERS = (
     "temperature",
     "logit_softcap",
 )
-SPEC_CHOICES = ("loss_type", "kl_estimator")
-
-
-def require(condition: bool, rule: str, value: object) -> None:
-    """Raise ValueError(rule, got value) unless ``condition``."""
-    if not condition:
-        fail(rule, value)
-
-
-def fail(rule: str, value: object) -> NoReturn:
-    """Raise ValueError(rule, got value). ``if not ok: fail(...)`` builds its message only where it is needed."""
-    raise ValueError(f"{rule}, got {value!r}")
-
-
-def require_one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        fail(f"{name} must be one of {', '.join(choices)}", value)
-
-
-def require_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """Raise ValueError unless ``value`` is a finite number in [low, high] (open at ``low`` when asked)."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value > high or value < low or (open_low and value == low):  # type: ignore[operator]
-        bounds = f"{'>' if open_low else '>='} {low}" + (f" and <= {high}" if high < math.inf else "")
-        fail(f"{name} must be a finite number {bounds}", value)
+SPEC_CHOICES = ("loss_type", "kl_estimator", "nan_rollout")
 
 
 @dataclass(frozen=True)
@@ -87,7 +75,14 @@ class PolicyLossSpec:
     ``temperature`` is a number, or one per token as a tensor of the labels' shape; logits pass through the softcap
     first and are divided by the temperature then. ``dual_clip`` (> 1), ``importance_cap`` and ``logit_softcap`` are off
     at 0. ``kl_coef`` is the weight of ``kl_estimator``(l, ref), ``entropy_coef`` of the entropy bonus. Numbers in nats
-    or ratios.
+    or ratios. Log ratios (l - old, also the mean of gspo; old - rollout; ref - l in k3) count as at most 20 where they
+    are exponentiated, and have no slope beyond, so that an outlier keeps loss and gradient finite.
+
+    ``nan_rollout`` says what a NaN rollout log-prob of an active token is (samplers report none for a token that was
+    forced on them): "keep", it stays NaN in the loss and the token's gradient; "error", a ValueError that counts them
+    and names the first row (on a GPU this reads the values: one sync); "one", its importance weight is 1; "drop", the
+    token is masked: neither loss nor gradient, and it is in no count of active tokens (a given normalizer is what it
+    was).
     """
 
     loss_type: str = "reinforce"
@@ -100,20 +95,30 @@ class PolicyLossSpec:
     importance_cap: float = 0.0
     temperature: float | Tensor = 1.0
     logit_softcap: float = 0.0
+    nan_rollout: str = "keep"
 
     def __post_init__(self) -> None:
         require_one_of("loss_type", self.loss_type, LOSS_TYPES)
         require_one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        require_number("clip_low", self.clip_low, 0.0, 1.0)
-        require_number("clip_high", self.clip_high, 0.0)
-        require_number("dual_clip", self.dual_clip, 0.0)
+        require_one_of("nan_rollout", self.nan_rollout, NAN_ROLLOUT)
+        self._number("clip_low", 0.0, 1.0)
+        self._number("clip_high", 0.0)
+        self._number("dual_clip", 0.0)
         require(self.dual_clip == 0 or self.dual_clip > 1, "dual_clip must be 0 (off) or > 1", self.dual_clip)
-        require_number("kl_coef", self.kl_coef, 0.0)
-        require_number("entropy_coef", self.entropy_coef, -math.inf)
-        require_number("importance_cap", self.importance_cap, 0.0)
-        require_number("logit_softcap", self.logit_softcap, 0.0)
-        if not hasattr(self.temperature, "shape"):
-            require_number("temperature", self.temperature, 0.0, open_low=True)
+        self._number("kl_coef", 0.0)
+        self._number("entropy_coef", -math.inf)
+        self._number("importance_cap", 0.0)
+        self._number("logit_softcap", 0.0)
+        # a tensor, and what else has a value a token, is for the ops to check
+        t = self.temperature
+        if isinstance(t, (int, float)) or not (hasattr(t, "requires_grad") or getattr(t, "shape", ())):
+            self._number("temperature", 0.0, open_low=True)
+
+    def _number(self, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        number = require_float32(name, value, low, high, open_low=open_low)
+        if number is not value:
+            object.__setattr__(self, name, number)
 
     @property
     def needs_every_row(self) -> bool:
@@ -130,14 +135,14 @@ class PolicyLossSpec:
     @property
     def choices(self) -> list[int]:
         """The enums of a spec, in the order of SPEC_CHOICES."""
-        return [LOSS_NUMBERS[self.loss_type], KL_NUMBERS[self.kl_estimator]]
+        return [LOSS_NUMBERS[self.loss_type], KL_NUMBERS[self.kl_estimator], NAN_ROLLOUT.index(self.nan_rollout)]
 
     @classmethod
     def of(cls, numbers: Sequence[float], choices: Sequence[int]) -> PolicyLossSpec:
         """The spec that `numbers` and `choices` describe."""
-        loss_type, kl_estimator = LossType(choices[0]), KLEstimator(choices[1])
+        loss_type, kl_estimator = LossType(choices[0]).name.lower(), KLEstimator(choices[1]).name.lower()
         named = dict(zip(SPEC_NUMBERS, numbers, strict=True))
-        return cls(loss_type=loss_type.name.lower(), kl_estimator=kl_estimator.name.lower(), **named)
+        return cls(loss_type=loss_type, kl_estimator=kl_estimator, nan_rollout=NAN_ROLLOUT[choices[2]], **named)
 
 
 UNBOUNDED = 2**31 - 1
@@ -174,11 +179,7 @@ class Lookahead(PolicyClass):
     k: int = 1
 
     def __post_init__(self) -> None:
-        require(
-            isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1,
-            "K of Lookahead must be an integer >= 1",
-            self.k,
-        )
+        object.__setattr__(self, "k", require_integer("K of Lookahead", self.k, 1))
         object.__setattr__(self, "lookahead", min(self.k, UNBOUNDED))
 
     def __str__(self) -> str:
@@ -196,12 +197,12 @@ class Segment(PolicyClass):
     ids_or_length: Any = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.ids_or_length, int):
-            length_is_valid = not isinstance(self.ids_or_length, bool) and self.ids_or_length >= 1
-            require(length_is_valid, "the length of Segment must be an integer >= 1", self.ids_or_length)
-            object.__setattr__(self, "segment_length", min(self.ids_or_length, UNBOUNDED))
+        require(self.ids_or_length is not None, "Segment needs a length or ids", None)
+        if isinstance(self.ids_or_length, (Number, str)) or getattr(self.ids_or_length, "shape", None) == ():
+            length = require_integer("the length of Segment", self.ids_or_length, 1)
+            object.__setattr__(self, "ids_or_length", length)
+            object.__setattr__(self, "segment_length", min(length, UNBOUNDED))
         else:
-            require(self.ids_or_length is not None, "Segment needs a length or ids", None)
             object.__setattr__(self, "segment_ids", self.ids_or_length)
 
     def __str__(self) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from emulator.build import CACHE, cached, digest
-from sass import cuobjdump, kernels
+from sass import Kernel, cuobjdump, kernels
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
@@ -53,6 +53,29 @@ def disassembled(compiled, arch):
     if (tool := cuobjdump()) is None:
         pytest.skip("neither the CUDA toolkit nor Triton brings cuobjdump")
     return [kernel for cubin, _ in compiled[arch].values() for kernel in kernels(cubin, tool)]
+
+
+def test_a_loop_is_found_by_its_flow():
+    """The compiler moves slow paths out of line: a jump back from there need not close a loop, and belongs to it."""
+    lines = (
+        "BAR.SYNC 0x0",  # 0
+        "LDS R1, [R2]",  # 10: the head of the loop
+        "@P1 BRA 0x60",  # 20
+        "CALL.REL.NOINC 0xd0",  # 30
+        "FADD R1, R1, R3",  # 40
+        "BRA.DIV UR4, 0xa0",  # 50
+        "STAS.128 [R2.64], R4",  # 60
+        "@!P0 BRA 0x10",  # 70
+        "BAR.SYNC 0x0",  # 80
+        "EXIT",  # 90
+        "SHFL.BFLY R1, R1",  # a0: of 50; by address its way back is the shortest loop around the STAS, with a barrier
+        "BRA 0x60",  # b0
+        "LDG.E R1, [R2]",  # c0: nobody jumps here
+        "MUFU.RCP R1, R1",  # d0
+        "RET.REL.NODEC R2 0x0",  # e0
+    )
+    loop = Kernel("", [(16 * i, text) for i, text in enumerate(lines)]).loop_around("STAS")
+    assert [address // 16 for address, _ in loop.code] == [1, 2, 3, 4, 5, 6, 7, 10, 11, 13, 14]
 
 
 def test_setup_builds_what_is_checked_here():
@@ -109,6 +132,7 @@ def test_the_one_pass_kernel_on_hopper(compiled):
         assert kernel.count("SYNCS.PHASECHK") > 0, f"{kernel.name}: waits for mbarriers"
         assert kernel.count("UCGABAR_WAIT") == 2, f"{kernel.name}: two cluster barriers"
         rows = kernel.loop_around("STAS")
+        assert rows.count("MUFU.EX2") == kernel.count("MUFU.EX2"), f"{kernel.name}: the sweeps are in the loop found"
         for name in ("BAR.SYNC", "LDG", "ATOM", "MEMBAR", "UCGABAR"):
             assert rows.count(name) == 0, f"{kernel.name}: {name} in the loop over rows; the producer looks them up"
         assert kernel.count("BAR.SYNC") <= 5, (

@@ -157,13 +157,13 @@ def test_masked_rows_are_not_read(emulated, plan):
     x = torch.full((1, 4, 4096), torch.nan)
     labels = torch.full((4,), -1)
     emulated.set(cluster=plan[0], threads=plan[1], slots=3)
-    zeros = [torch.full((4,), torch.nan) for _ in range(3)]
+    zeros = [torch.full(shape, torch.nan) for shape in ((4,), (4,), (4, 2))]
     emulated.ops.logprobs_fwd(*sweep_arguments(x, labels), *zeros)
     g = torch.ones(4)
-    emulated.ops.logprobs_bwd(x, labels, *zeros[1:], g, g, None, 1.0, 0.0, x)
+    emulated.ops.logprobs_bwd(x, labels, zeros[2], zeros[1], g, g, None, 1.0, 0.0, x)
     stats = emulated.take_stats()
     assert (stats.copied_bytes, stats.vector_loads) == (0, 0)
-    assert not torch.stack(zeros).any()
+    assert not any(values.any() for values in zeros)
     assert not x.view(torch.uint8).any()
 
 
@@ -188,7 +188,7 @@ def test_a_logprob_has_the_same_bits_with_and_without_a_loss(emulated, plan):
     force(emulated, plan, case)
     with_loss = run(emulated.ops, case)
     c = columns(case)
-    logprob, entropy, lse = (torch.empty(6) for _ in range(3))
+    logprob, entropy, lse = torch.empty(6), torch.empty(6), torch.empty(6, 2)
     emulated.ops.logprobs_fwd(*sweep_arguments(c["logits"].view(2, 3, -1), c["labels"]), logprob, entropy, lse)
     assert torch.equal(logprob, with_loss.logprob)
     assert torch.equal(entropy, with_loss.entropy)
@@ -215,7 +215,7 @@ def test_logprobs_backward(emulated, dtype, placement):
         logprob, entropy = reference.token_logprobs(truth_in, labels, t.double(), softcap)
         wanted = (logprob * g).sum() + ((entropy * h).sum() if with_entropy else 0)
         (want,) = torch.autograd.grad(wanted, truth_in)
-        got = [torch.empty(6) for _ in range(3)]
+        got = [torch.empty(6), torch.empty(6), torch.empty(6, 2)]
         emulated.ops.logprobs_fwd(x, labels, t, 1.0, softcap, *got)
         dlogits = x if case.out is None else strided(case, case.out)[0]
         live_bytes = 4 * V * dtype.itemsize
@@ -295,7 +295,7 @@ def test_extreme_logits_stay_in_their_row(emulated):
 def test_no_rows_is_no_launch(emulated):
     for shape in ((0, 3, 7), (3, 0, 7)):
         x, none = torch.empty(shape), torch.empty(0)
-        emulated.ops.logprobs_fwd(*sweep_arguments(x, none.long()), none, none, none)
+        emulated.ops.logprobs_fwd(*sweep_arguments(x, none.long()), none, none, none.view(0, 2))
         emulated.ops.rescale_rows(x, none)
     assert emulated.take_stats().launches == 0
 

@@ -9,6 +9,8 @@ import torch
 from ppg_fast import backends, contract, ops
 from ppg_fast.spec import (
     BASELINES,
+    MAX_LOG_RATIO,
+    NAN_ROLLOUT,
     REDUCTIONS,
     SPEC_CHOICES,
     SPEC_NUMBERS,
@@ -77,7 +79,9 @@ def test_enums_agree_with_cpp(enum):
     assert cpp_enum(enum.__name__) == {member.name: member.value for member in enum}
 
 
-@pytest.mark.parametrize(("name", "names"), [("Baseline", BASELINES), ("Reduction", REDUCTIONS)])
+@pytest.mark.parametrize(
+    ("name", "names"), [("Baseline", BASELINES), ("Reduction", REDUCTIONS), ("NanRollout", NAN_ROLLOUT)]
+)
 def test_names_that_travel_by_their_place_agree_with_cpp(name, names):
     assert cpp_enum(name) == {text.upper(): place for place, text in enumerate(names)}
 
@@ -110,7 +114,7 @@ def test_what_is_packed_is_unpacked(policy_class, normalizer):
     columns = contract.Columns(*(torch.tensor(next(names)) for _ in contract.Columns._fields))
     turns = contract.Turns(*(torch.tensor(next(names)) for _ in range(5)), 3, 2, 0.9, "group_std", 1e-3)
     reduction = contract.Reduction("sequence_sum", normalizer, 4, torch.tensor(next(names)))
-    spec = PolicyLossSpec("ppo", 0.1, 0.3, 2.0, 0.05, "k1", 0.02, 1.5, 0.7, 9.0)
+    spec = PolicyLossSpec("ppo", 0.1, 0.3, 2.0, 0.05, "k1", 0.02, 1.5, 0.7, 9.0, "one")
     given = contract.FusedArguments(columns, turns if policy_class else None, reduction, spec, True)
     assert contract.FusedArguments.unpack(*given.pack()) == given
     rows = contract.RowArguments(torch.tensor(1), contract.PerRow(*map(torch.tensor, range(6))), spec)
@@ -125,3 +129,9 @@ def test_no_operator_takes_more_than_ten_arguments():
     schemas += [getattr(native, name).default._schema for name in (*backends.CONTRACT, "fused_policy_loss")]
     assert len(schemas) >= 11
     assert [s.name for s in schemas if len(s.arguments) > 10] == []
+
+
+def test_the_bound_of_log_ratios_is_one_number():
+    assert f"MAX_LOG_RATIO = {MAX_LOG_RATIO:g}.f;" in (ROOT / "csrc/policy_term.h").read_text()
+    for home in ("kernels/triton/policy_term.py", "ppg_fast/reference/policy_term.py"):
+        assert not re.search(r"MAX_LOG_RATIO = [^\n]*\d", (ROOT / home).read_text()), home

@@ -164,7 +164,7 @@ def test_log_probs_and_their_gradient(backend, device, number):
         rows = case.logits, case.labels, lse, entropy, *upstream.values(), case.temperatures, 1.0, softcap
         module.logprobs_bwd(*rows, dlogits)
         where = f"{dtype}, softcap {softcap}, {bits}"
-        for values in (logprob, entropy, lse):
+        for values in (logprob, entropy, lse[:, 1]):
             assert values[:CLEAN].isnan().all() == (number in ("logits", "temperatures")), where
             assert values[CLEAN].isfinite(), where
         assert dlogits[0, :CLEAN].isnan().all(), where

@@ -14,7 +14,7 @@ template <class E, bool CAP, Sums SUMS> void logprobs_fwd_rows(const LogprobsFwd
   constexpr bool ENT = SUMS >= ENTROPY;
   for (int64_t n = first; n < last; ++n) {
     const int64_t label = a.labels[n];
-    a.logprob[n] = a.lse[n] = 0.f;
+    a.logprob[n] = a.lse[2 * n] = a.lse[2 * n + 1] = 0.f;
     if (ENT) a.entropy[n] = 0.f;
     if (SUMS == SCORE_NORM) a.score_norm[n] = 0.f;
     if (label < 0) continue;
@@ -22,11 +22,11 @@ template <class E, bool CAP, Sums SUMS> void logprobs_fwd_rows(const LogprobsFwd
     const View<CAP> view(a, n);
     Fetch fetch = fetch_next<E>(a, n, last, 1);
     const Stats stats = row_stats<E, CAP, SUMS, false>(x, a.V, view, {}, fetch);
-    const double log2_sum = std::log2(stats.sum);
     const float x_label = load_one<E>(x + label);
-    a.logprob[n] = float((double(view(x_label)) - stats.max - log2_sum) * LN2);
-    a.lse[n] = float((stats.max + log2_sum) * LN2);
-    if (ENT) a.entropy[n] = float((log2_sum - stats.dot / stats.sum) * LN2);
+    a.logprob[n] = logprob_of(stats, view, x_label);
+    a.lse[2 * n] = stats.max;
+    a.lse[2 * n + 1] = float(stats.sum);
+    if (ENT) a.entropy[n] = entropy_of(stats, view);
     if (SUMS == SCORE_NORM) a.score_norm[n] = score_norm(stats, view, x_label);
   }
 }
@@ -43,10 +43,10 @@ static void logprobs_fwd(const LogprobsFwdArgs& a, int64_t first, int64_t last) 
   PPG_BY_DTYPE(a.dtype, logprobs_fwd_of, a, first, last);
 }
 
-// dlogit_v = p_v (c0 + c1 log2 p_v) + [v = label] at_label, through the softcap.
-template <bool CAP, bool ENT> PPG_INLINE Vec gradient(Vec x, const View<CAP>& view, float lse, float c0, float c1) {
-  const Vec logp = at_least(view(x, lse), NEGLIGIBLE);
-  Vec d = exp2_(logp) * (ENT ? c0 + c1 * logp : splat(c0));
+// dlogit_v = 2^t (c0 + c1 d) + [v = label] at_label with t = d * scale, d = v - max, then through the softcap.
+template <bool CAP, bool ENT> PPG_INLINE Vec gradient(Vec x, const View<CAP>& view, float max, float c0, float c1) {
+  Vec d = view.template distance<ENT>(x, max);
+  d = view.power(d) * (ENT ? c0 + c1 * d : splat(c0));
   if constexpr (CAP) d *= view.slope(x);
   return d;
 }
@@ -63,18 +63,21 @@ template <class E, bool CAP, bool ENT> void logprobs_bwd_rows(const LogprobsBwdA
     auto* out = static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n);
     const View<CAP> view(a, n);
     const float temperature = a.temperatures ? a.temperatures[n] : a.temperature;
-    const float lse = plain_nan(float(a.lse[n] * LOG2E)), g = plain_nan(d_logprob / temperature),
-                h = plain_nan(d_entropy / temperature), c0 = ENT ? -g - h * a.entropy[n] : -g, c1 = float(-h * LN2);
+    // p = 2^t / sum and log p = d * nats - log(sum)
+    const double sum = a.lse[2 * n + 1], of_entropy = ENT ? d_entropy * (a.entropy[n] - std::log(sum)) : 0.0;
+    const float max = plain_nan(a.lse[2 * n]), g = plain_nan(d_logprob / temperature),
+                c0 = plain_nan(float(-(d_logprob + of_entropy) / temperature / sum)),
+                c1 = plain_nan(float(-d_entropy / temperature * view.nats / sum));
     const Vec x_label = splat(load_one<E>(x + label));
-    const float at_label = (CAP ? g * view.slope(x_label)[0] : g) + gradient<CAP, ENT>(x_label, view, lse, c0, c1)[0];
+    const float at_label = (CAP ? g * view.slope(x_label)[0] : g) + gradient<CAP, ENT>(x_label, view, max, c0, c1)[0];
     int64_t v = 0;
     for (; v + 2 * LANES <= a.V; v += 2 * LANES) {
       const Pair p = E::load_pair(x + v);
-      E::store_pair(out + v, {gradient<CAP, ENT>(p.a, view, lse, c0, c1), gradient<CAP, ENT>(p.b, view, lse, c0, c1)});
+      E::store_pair(out + v, {gradient<CAP, ENT>(p.a, view, max, c0, c1), gradient<CAP, ENT>(p.b, view, max, c0, c1)});
     }
     for (; v < a.V; v += LANES) {
       const int count = int(a.V - v < LANES ? a.V - v : LANES);
-      store_tail<E>(out + v, count, gradient<CAP, ENT>(load_tail<E>(x + v, count, x[v]), view, lse, c0, c1));
+      store_tail<E>(out + v, count, gradient<CAP, ENT>(load_tail<E>(x + v, count, x[v]), view, max, c0, c1));
     }
     store_one<E>(out + label, at_label);
   }

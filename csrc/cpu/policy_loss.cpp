@@ -10,7 +10,7 @@ void rescale_rows(const RescaleRowsArgs& a, int64_t first, int64_t last) { PPG_D
 }  // namespace ppg::cpu
 #else
 
-// dlogit_v = 2^t (c0 + c1 t) + [v = label] at_label with t = z - max, then through the softcap.
+// dlogit_v = 2^t (c0 + c1 d) + [v = label] at_label with t = d * scale, d = v - max, then through the softcap.
 struct Slope {
   float c0, c1, at_label;
   bool zero() const { return c0 == 0.f && c1 == 0.f && at_label == 0.f; }
@@ -18,9 +18,16 @@ struct Slope {
 
 template <bool CAP, bool ENT> PPG_INLINE Vec gradient(Vec e, Vec x, const Slope& s, const View<CAP>& view, float max) {
   Vec d = e * s.c0;
-  if constexpr (ENT) d = e * (s.c0 + s.c1 * at_least(view(x, max), NEGLIGIBLE));
+  if constexpr (ENT) d = e * (s.c0 + s.c1 * view.distance(x, max));
   if constexpr (CAP) d *= view.slope(x);
   return d;
+}
+
+// The gradient of the label's logit. Not inlined, so that it is rounded alike whatever else is computed of the row.
+template <bool CAP, bool ENT>
+[[gnu::noinline]] float label_gradient(float x, const Slope& row, const View<CAP>& view, float max) {
+  const Vec v = splat(x), e = view.power(view.distance(v, max));
+  return (CAP ? row.at_label * view.slope(v)[0] : row.at_label) + gradient<CAP, ENT>(e, v, row, view, max)[0];
 }
 
 // The gradient of a row from the exponentials that row_stats kept. `out` may be `x` or `kept.exps`: every element is
@@ -30,12 +37,10 @@ PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, i
                                int64_t label, Vec x_label, const Slope& row, const View<CAP>& view, float max,
                                Fetch& fetch) {
   constexpr bool AGAIN = CAP || ENT;  // whether the logits are read again beside the exponentials
-  const Vec e_label = exp2_(at_least(view(x_label, max), NEGLIGIBLE));
-  const float at_label = (CAP ? row.at_label * view.slope(x_label)[0] : row.at_label) +
-                         gradient<CAP, ENT>(e_label, x_label, row, view, max)[0];
+  const float at_label = label_gradient<CAP, ENT>(x_label[0], row, view, max);
   for (int64_t first = 0; first < V; first += BLOCK) {
     const int64_t last = first + BLOCK < V ? first + BLOCK : V;
-    const float scale = exp2_(splat(kept.maxima[first / BLOCK] - max))[0];
+    const float scale = view.power(kept.maxima[first / BLOCK] - max);
     const Slope s{row.c0 * scale, row.c1 * scale, 0.f};
     int64_t v = first;
     for (; v + STEP <= last; v += STEP) {  // the order of row_stats
@@ -59,9 +64,10 @@ PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, i
 
 // The outputs of a row, and the slope of its gradient, from its statistics.
 template <bool CAP, bool ENT>
-PPG_INLINE Slope finish_row(const PolicyLossArgs& a, int64_t n, const Stats& stats, float z_label) {
-  const double log2_sum = std::log2(stats.sum), mean = ENT ? stats.dot / stats.sum : 0.0;
-  const float logprob = float((double(z_label) - stats.max - log2_sum) * LN2), entropy = float((log2_sum - mean) * LN2);
+PPG_INLINE Slope finish_row(const PolicyLossArgs& a, int64_t n, const Stats& stats, const View<CAP>& view,
+                            float x_label) {
+  const double mean = ENT ? stats.dot / stats.sum * view.nats : 0.0;
+  const float logprob = logprob_of(stats, view, x_label), entropy = ENT ? entropy_of(stats, view) : 0.f;
   const float old_logprob = a.old_logprobs ? a.old_logprobs[n] : logprob,
               ref_logprob = a.ref_logprobs ? a.ref_logprobs[n] : logprob;
   const float importance = importance_weight(a.term, old_logprob, a.rollout_logprobs, n);
@@ -71,7 +77,7 @@ PPG_INLINE Slope finish_row(const PolicyLossArgs& a, int64_t n, const Stats& sta
   a.logprob[n] = logprob;
   if (ENT) a.entropy[n] = entropy;
   const double g = double(weight) * term.d_logprob / temperature, h = double(weight) * term.d_entropy / temperature;
-  return {plain_nan(float((h * mean * LN2 - g) / stats.sum)), plain_nan(float(-h * LN2 / stats.sum)),
+  return {plain_nan(float((h * mean - g) / stats.sum)), plain_nan(float(-h * view.nats / stats.sum)),
           plain_nan(float(g))};
 }
 
@@ -109,7 +115,7 @@ template <class E, bool CAP, Sums SUMS> void policy_loss_rows(const PolicyLossAr
     Fetch fetch = fetch_next<E>(a, n, last, full ? 2 : 1);
     const Stats stats = full ? row_stats<E, CAP, SUMS, true>(x, a.V, view, kept, fetch)
                              : row_stats<E, CAP, SUMS, false>(x, a.V, view, kept, fetch);
-    const Slope slope = finish_row<CAP, ENT>(a, n, stats, view(x_label, 0.f)[0]);
+    const Slope slope = finish_row<CAP, ENT>(a, n, stats, view, x_label[0]);
     if constexpr (SUMS == SCORE_NORM) a.score_norm[n] = score_norm(stats, view, x_label[0]);
     if (!out) continue;
     if (!full || slope.zero()) {

@@ -1,20 +1,30 @@
 // A row of logits: softcap and temperature, and the statistics that every kernel starts from. Included after vec.h, in
 // the same manner.
 
-// The logit after softcap and temperature, in units of log 2 so that a probability is one FMA away from the argument of
-// exp2: z = x * scale, or tanh(x * inverse_cap) * scale.
+// With v = x, or tanh(x / softcap), the logit after softcap and temperature is v * scale in units of log 2. What is
+// scaled is the distance d = v - max v, which is exact where it counts, however far from 0 all logits are.
 template <bool CAP> struct View {
+  double nats;  // scale in nats, not rounded
   float scale, inverse_cap;
+  float low;  // the d of LEAST: its exponential is 0, and 0 * low is
   View(const Sweep& a, int64_t n) {
     const double temperature = a.temperatures ? a.temperatures[n] : a.temperature;
-    scale = plain_nan(float((CAP ? a.logit_softcap : 1.f) / temperature * LOG2E));
+    nats = (CAP ? a.logit_softcap : 1.f) / temperature;
+    scale = plain_nan(float(nats * LOG2E));
     inverse_cap = CAP ? 1.f / a.logit_softcap : 0.f;
+    low = LEAST / scale;
   }
-  Vec operator()(Vec x, float minus) const {
-    if constexpr (CAP) return tanh_(x * inverse_cap) * scale - minus;
-    return x * scale - minus;
+  Vec operator()(Vec x) const {
+    if constexpr (CAP) return tanh_(x * inverse_cap);
+    return x;
   }
-  float operator()(float x) const { return (*this)(splat(x), 0.f)[0]; }
+  float operator()(float x) const { return (*this)(splat(x))[0]; }
+  template <bool LOW = true> Vec distance(Vec x, float max) const {  // LOW: not below `low`
+    const Vec d = (*this)(x)-max;
+    return LOW || LANES < 16 ? at_least(d, low) : d;
+  }
+  Vec power(Vec d) const { return exp2_(d, splat(scale)); }
+  float power(float d) const { return power(at_least(splat(d), low))[0]; }
   // d z / d x, of a function that has already been divided by the temperature
   Vec slope(Vec x) const {
     const Vec t = tanh_(x * inverse_cap);
@@ -22,18 +32,15 @@ template <bool CAP> struct View {
   }
 };
 
-constexpr float NEGLIGIBLE = -1e4f;  // an exponent whose exp2 is 0: keeps 0 * -inf out of the entropy sums
-PPG_INLINE Vec at_least(Vec t, float low) { return vmax(splat(low), t); }
-
 struct Stats {
-  float max;                // of z, in units of log 2
-  double sum, dot, square;  // sum 2^t, sum 2^t t, sum (2^t)^2, with t = z - max
+  float max;                // of v
+  double sum, dot, square;  // sum 2^t, sum 2^t d, sum (2^t)^2, with t = d * scale, d = v - max
 };
 
 constexpr int STEP = 4 * LANES;       // elements in flight
 constexpr int64_t BLOCK = 32 * STEP;  // elements whose maximum is taken before their exponentials: still in L1 by then
-// Start of the running maximum. A logit below it counts as -inf, which is what masking by finfo.min means.
-constexpr float LOWEST = -1e9f;
+constexpr float LOWEST =
+    -3.402823466e38f;  // start of the running maximum: unlike -inf it can be subtracted from itself
 
 // Prefetch of the next row into L2 while this one is computed: `bytes` of it (0: no next row) for every STEP elements.
 struct Fetch {
@@ -96,19 +103,17 @@ PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>&
   Vec sum[4] = {}, dot[4] = {}, square[4] = {};
   float max = LOWEST;
   const auto add = [&](Vec x, float* exps, Vec& sum, Vec& dot, Vec& square) __attribute__((always_inline)) {
-    Vec t = view(x, max);
-    if constexpr (ENT) t = at_least(t, NEGLIGIBLE);
-    const Vec e = exp2_(t);
+    const Vec d = view.template distance<ENT>(x, max), e = view.power(d);
     if constexpr (KEEP) F32::store(exps, e);
     sum += e;
-    if constexpr (ENT) dot += e * t;
+    if constexpr (ENT) dot += e * d;
     if constexpr (NORM) square += e * e;
   };
   for (int64_t first = 0; first < V; first += BLOCK) {
     const int64_t last = first + BLOCK < V ? first + BLOCK : V;
     const float most = view(block_max<E>(x + first, last - first));
     if (most > max) {  // rescale the sums so far to the new maximum
-      const float shift = max - most, scale = exp2_(splat(shift))[0];
+      const float shift = at_least(splat(max - most), view.low)[0], scale = view.power(shift);
       for (int i = 0; i < 4; ++i) {
         if constexpr (ENT) dot[i] = (dot[i] + sum[i] * shift) * scale;
         if constexpr (NORM) square[i] *= scale * scale;
@@ -128,13 +133,12 @@ PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>&
     }
     for (; v < last; v += LANES) {
       const int count = int(last - v < LANES ? last - v : LANES);
-      Vec t = view(count == LANES ? E::load(x + v) : load_tail<E>(x + v, count, x[v]), max);
-      for (int i = count; i < LANES; ++i) t[i] = NEGLIGIBLE;
-      t = at_least(t, NEGLIGIBLE);
-      const Vec e = exp2_(t);
+      Vec d = view.distance(count == LANES ? E::load(x + v) : load_tail<E>(x + v, count, x[v]), max);
+      for (int i = count; i < LANES; ++i) d[i] = view.low;
+      const Vec e = view.power(d);
       if constexpr (KEEP) store_tail<F32>(kept.exps + v, count, e);
       sum[0] += e;
-      if constexpr (ENT) dot[0] += e * t;
+      if constexpr (ENT) dot[0] += e * d;
       if constexpr (NORM) square[0] += e * e;
     }
   }
@@ -143,11 +147,20 @@ PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>&
           reduce_add((square[0] + square[1]) + (square[2] + square[3]))};
 }
 
+// The log-prob of the label in nats. The label's distance is scaled in float64, so that its rounding is that of the
+// logits.
+template <bool CAP> PPG_INLINE float logprob_of(const Stats& s, const View<CAP>& view, float x_label) {
+  return float((double(view(x_label)) - s.max) * view.nats - std::log(s.sum));
+}
+template <bool CAP> PPG_INLINE float entropy_of(const Stats& s, const View<CAP>& view) {
+  return float(std::log(s.sum) - s.dot / s.sum * view.nats);
+}
+
 // |d logprob / d z|^2 = sum p^2 - 2 p_label + 1, never below 0. Not inlined, so that the label's exponential is rounded
 // as it is in the sums, with which it cancels where p_label is 1: inlined, the compiler may share x * scale with the
 // log-prob instead of fusing it into a multiply-add.
 template <bool CAP> [[gnu::noinline]] float score_norm(const Stats& s, const View<CAP>& view, float x_label) {
-  const double e_label = exp2_(at_least(view(splat(x_label), s.max), NEGLIGIBLE))[0];
+  const double e_label = view.power(view.distance(splat(x_label), s.max))[0];
   const double norm = s.square / (s.sum * s.sum) - 2 * e_label / s.sum + 1;
   return norm < 0 ? 0.f : float(norm);  // NaN stays NaN
 }

@@ -23,6 +23,8 @@ PPG_INLINE Vec vmax(Vec a, Vec b) {
   return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
 #elif PPG_LANES == 8
   return (Vec)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__x86_64__)
+  return (Vec)_mm_max_ps((__m128)a, (__m128)b);
 #else
   return a > b ? a : b;
 #endif
@@ -172,10 +174,16 @@ template <class E> PPG_INLINE float load_one(const typename E::raw* p) { return 
 template <class E> PPG_INLINE void store_one(typename E::raw* p, float x) { store_tail<E>(p, 1, splat(x)); }
 
 // ---- functions ----
-// 2^t to 1.5e-7 relative, for t that may be far below zero (0 below the normal range) but not far above; NaN stays NaN.
-// Minimax polynomials of the fractional part.
-PPG_INLINE Vec exp2_(Vec t) {
+// An exponent whose exp2_ is 0, the least that it takes: with fewer than 16 lanes the exponent bits end there.
+constexpr float LEAST = LANES == 16 ? -1e4f : -127.f;
+PPG_INLINE Vec at_least(Vec t, float low) { return vmax(splat(low), t); }
+
+// 2^t with t = d * scale to 1.5e-7 relative, 0 below the normal range, for t from LEAST (16 lanes: any) to a little
+// above 0; NaN stays NaN. Minimax polynomials of the fractional part. The product is taken in here because it is free
+// where it is fused into the sums that split t.
+PPG_INLINE Vec exp2_(Vec d, Vec scale) {
 #if PPG_LANES == 16
+  const Vec t = d * scale;
   const Vec f = (Vec)_mm512_reduce_ps((__m512)t, 0x09);  // t - floor(t)
   Vec p = f * 1.877576673e-3f + 8.989340095e-3f;
   p = p * f + 5.582631805e-2f;
@@ -186,7 +194,7 @@ PPG_INLINE Vec exp2_(Vec t) {
 #else
   // 1.5 * 2^23 + 127: adding it rounds t to an integer n and leaves n + 127, the exponent field of 2^n, in the low bits
   const Vec magic = splat(12583039.f);
-  const Vec shifted = t + magic, f = t - (shifted - magic);
+  const Vec shifted = d * scale + magic, f = d * scale - (shifted - magic);
   Vec p = f * 1.5345812e-4f + 1.339993122e-3f;
   p = p * f + 9.618488957e-3f;
   p = p * f + 5.550328777e-2f;
@@ -194,14 +202,14 @@ PPG_INLINE Vec exp2_(Vec t) {
   p = p * f + 6.931472057e-1f;
   p = p * f + 1.000000001f;
   // a product: adding n to the exponent bits of p would turn some NaNs into finite numbers
-  const Vec scaled = p * (Vec)((UintVec)shifted << 23);
-  return t < splat(-126.f) ? Vec{} : scaled;
+  return p * (Vec)((UintVec)shifted << 23);
 #endif
 }
 
 // tanh(x) to about 1e-7 relative: Cephes' odd polynomial near 0, where 1 - 2 / (exp(2x) + 1) would lose its digits.
 PPG_INLINE Vec tanh_(Vec x) {
-  const Vec a = x < 0.f ? -x : x, e = exp2_(a * float(-2 * LOG2E)), far = (1.f - e) / (1.f + e), z = x * x;
+  const Vec a = x < 0.f ? -x : x, e = exp2_(at_least(a * float(-2 * LOG2E), LEAST), splat(1.f)),
+            far = (1.f - e) / (1.f + e), z = x * x;
   Vec p = z * -5.70498872745e-3f + 2.06390887954e-2f;
   p = p * z + -5.37397155531e-2f;
   p = p * z + 1.33314422036e-1f;

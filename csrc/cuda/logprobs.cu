@@ -1,5 +1,5 @@
-// The backward pass of token_logprobs: one read and one write of each row, from the log-sum-exp and entropy of the
-// forward pass, which is the sweep of the policy loss without a loss, in policy_loss.cu.
+// The backward pass of token_logprobs: one read and one write of each row, from its maximum, its sum and the entropy of
+// the forward pass, which is the sweep of the policy loss without a loss, in policy_loss.cu.
 #include "row.cuh"
 
 namespace ppg {
@@ -19,9 +19,10 @@ __global__ void __launch_bounds__(THREADS) logprobs_bwd_kernel(const __grid_cons
   }
   const float temperature = a.temperatures ? a.temperatures[n] : a.temperature, entropy = ENT ? a.entropy[n] : 0.f;
   const View<CAP> view(a.logit_softcap, temperature);
-  // -g p - h p (log p + H) with log p = LN2 t; a label out of range makes its row NaN
-  const float bad = label < a.V ? 0.f : hw::bits_to_float(NAN_BITS), per = 1.f / temperature;
-  const Slope slope{a.lse[n] * LOG2E, -(g + h * entropy) * per + bad, -h * LN2 * per, g * per};
+  // -g p - h p (log p + H) with p = 2^t / sum, log p = LN2 (t - log2 sum); a label out of range makes its row NaN
+  const float bad = label < a.V ? 0.f : hw::bits_to_float(NAN_BITS), per = 1.f / temperature, sum = a.lse[2 * n + 1];
+  const Slope slope{a.lse[2 * n], -(g + h * (entropy - log2f(sum) * LN2)) * per / sum + bad, -h * LN2 * per / sum,
+                    g * per};
   gradient_row<E, CAP, ENT>(slope, view, row_at<E>(a.logits, n), out, V, label, tid, THREADS);
 }
 

@@ -8,7 +8,7 @@ namespace ppg {
 // One sweep serves policy_loss, fused_policy_loss and logprobs_fwd, so that a log-prob has the same bits in all of them
 // and the ratio of a first on-policy step is exactly 1.
 struct SweepArgs : FusedPolicyLossArgs {
-  float* lse;  // (N,) out or null; logprobs_fwd: no loss, no advantages, no gradient
+  float* lse;  // (N, 2) out or null; logprobs_fwd: no loss, no advantages, no gradient
 };
 namespace cuda {
 int sweep(const SweepArgs& a, void* stream);  // policy_loss.cu
@@ -103,7 +103,8 @@ __device__ __forceinline__ Slope finish_row(const SweepArgs& a, int64_t n, const
   const float log_sum = log2f(s.sum), mean = s.dot / s.sum;
   const float label =
       row.label < a.V ? s.label : hw::bits_to_float(NAN_BITS);  // a label out of range makes its row NaN
-  const float logprob = (fmaf(label, k, -s.ref) - log_sum) * LN2, entropy = (log_sum - mean) * LN2;
+  // in nats at once: in units of log 2 the distance of a logit of finfo.min would be infinite
+  const float logprob = (label - s.ref) * (k * LN2) - log_sum * LN2, entropy = (log_sum - mean) * LN2;
   const float old_logprob = a.old_logprobs.data ? row.old_logprob : logprob,
               ref_logprob = a.ref_logprobs.data ? row.ref_logprob : logprob;
   const float rollout = row.rollout_logprob;
@@ -113,10 +114,13 @@ __device__ __forceinline__ Slope finish_row(const SweepArgs& a, int64_t n, const
     if (a.loss) a.loss[n] = row.weight * term.loss;
     if (a.logprob) a.logprob[n] = logprob;
     if (a.entropy) a.entropy[n] = entropy;
-    if (a.lse) a.lse[n] = (s.ref + log_sum) * LN2;
+    if (a.lse) {
+      a.lse[2 * n] = s.ref;
+      a.lse[2 * n + 1] = s.sum;
+    }
     if constexpr (SUMS == SCORE_NORM) {
       const float per = 1.f / s.sum,
-                  norm = fmaf(s.square * per, per, fmaf(hw::ex2(fmaf(label, k, -s.ref)), -2.f * per, 1.f));
+                  norm = fmaf(s.square * per, per, fmaf(hw::ex2((label - s.ref) * k), -2.f * per, 1.f));
       a.score_norm[n] = norm < 0.f ? 0.f : norm;  // NaN stays NaN
     }
   }
@@ -128,7 +132,7 @@ template <int SUMS> __device__ __forceinline__ void finish_skipped(const SweepAr
   if (a.loss) a.loss[n] = 0.f;
   if (a.logprob) a.logprob[n] = 0.f;
   if (a.entropy) a.entropy[n] = 0.f;
-  if (a.lse) a.lse[n] = 0.f;
+  if (a.lse) a.lse[2 * n] = a.lse[2 * n + 1] = 0.f;
   if constexpr (SUMS == SCORE_NORM) a.score_norm[n] = 0.f;
 }
 

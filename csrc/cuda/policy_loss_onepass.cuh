@@ -233,7 +233,7 @@ __device__ void consume(const SweepArgs& a, const Team<CONSUMERS / 32>& team) {
       }
       // Every warp of every CTA pushes its part to every CTA. Two areas in turn: a peer can only send for row i + 2
       // after it has received row i + 1 from every warp here, and those were sent after row i was read.
-      warp_combine<SUMS>(stat);
+      warp_combine<SUMS>(stat, view.k);
       float4* const area = team.exchange + (turn & 1) * entries;
       uint64_t* const arrived = &team.arrived[turn & 1];
       float* const squares = team.squares + (turn & 1) * entries;
@@ -245,7 +245,7 @@ __device__ void consume(const SweepArgs& a, const Team<CONSUMERS / 32>& team) {
       }
       hw::bar_wait<true>(arrived, (turn >> 1) & 1);
       ++turn;
-      const Slope slope = finish_row<SUMS>(a, n, row, combine<SUMS>(area, squares, entries), view.k, writer);
+      const Slope slope = finish_row<SUMS>(a, n, row, combine<SUMS>(area, squares, entries, view.k), view.k, writer);
       zero = kind != FULL || slope.zero();
       c = at;
       for (int j = 0; j < s.chunks; ++j, c.next()) {

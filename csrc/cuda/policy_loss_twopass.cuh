@@ -41,13 +41,14 @@ __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __
         else add<CAP, SUMS, false>(stat, z, view, V - e);
       }
       if (tid == 0 && row.label < V) stat.label = view(load1<E>(src + row.label));
-      warp_combine<SUMS>(stat);
+      warp_combine<SUMS>(stat, view.k);
       if ((tid & 31) == 0) {
         part[tid / 32] = make_float4(stat.ref, stat.sum, stat.dot, stat.label);
         if constexpr (SUMS == SCORE_NORM) squares[tid / 32] = stat.square;
       }
       __syncthreads();  // also: the whole row has been read
-      const Slope slope = finish_row<SUMS>(a, n, row, combine<SUMS>(part, squares, threads / 32), view.k, tid == 0);
+      const Slope slope =
+          finish_row<SUMS>(a, n, row, combine<SUMS>(part, squares, threads / 32, view.k), view.k, tid == 0);
       zero = kind != FULL || slope.zero();
       if (!zero) gradient_row<E, CAP, SUMS >= ENTROPY>(slope, view, src, out, V, row.label, tid, threads);
     }

@@ -7,8 +7,8 @@
 namespace ppg {
 
 constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
-constexpr float LOWEST = -1e30f;       // start of a running reference: finite, so that 0 * (LOWEST - x) is 0
-constexpr float NEGLIGIBLE = -1000.f;  // an exponent whose ex2 is 0: keeps 0 * -inf out of the entropy sums
+constexpr float LOWEST = -3.402823466e38f;  // start of a running maximum: unlike -inf it can be subtracted from itself
+constexpr float NEGLIGIBLE = -1000.f;       // an exponent whose ex2 is 0: keeps 0 * -inf out of the entropy sums
 constexpr uint32_t NAN_BITS = 0x7fc00000u;
 
 // ---- element types ----
@@ -67,7 +67,8 @@ __device__ __forceinline__ uint4 shift16(uint4 lo, uint4 hi, unsigned bytes) {
 }
 
 // ---- the mathematics of a row ----
-// With v = z, or tanh(z / cap) under softcap, the logit after cap and temperature is v * k in units of log 2.
+// With v = z, or tanh(z / cap) under softcap, the logit after cap and temperature is v * k in units of log 2. What is
+// scaled is the distance from the maximum, which is exact where it counts, however far from 0 all logits are.
 template <bool CAP> struct View {
   float k, twice;
   __device__ __forceinline__ View(float logit_softcap, float temperature)
@@ -78,13 +79,13 @@ template <bool CAP> struct View {
   }
 };
 
-// Sums over a set of elements, with t = v * k - ref:  2^t,  2^t t,  (2^t)^2;  and v of the label if it is among them.
+// Sums over a set of elements, with t = (v - ref) * k:  2^t,  2^t t,  (2^t)^2;  and v of the label if it is among them.
 struct Stat {
   float ref = LOWEST, sum = 0.f, dot = 0.f, label = 0.f, square = 0.f;
 };
 
-template <int SUMS> __device__ __forceinline__ void rebase(Stat& s, float ref) {
-  const float d = s.ref - ref, r = hw::ex2(d);
+template <int SUMS> __device__ __forceinline__ void rebase(Stat& s, float ref, float k) {
+  const float d = fmaxf((s.ref - ref) * k, NEGLIGIBLE), r = hw::ex2(d);
   if constexpr (SUMS >= ENTROPY) s.dot = (s.dot + s.sum * d) * r;
   if constexpr (SUMS == SCORE_NORM) s.square *= r * r;
   s.sum *= r;
@@ -100,13 +101,13 @@ __device__ __forceinline__ void add(Stat& s, float (&z)[M], const View<CAP>& vie
     z[i] = WHOLE || i < count ? view(z[i]) : -INFINITY;
     top[i & 3] = fmaxf(top[i & 3], z[i]);
   }
-  rebase<SUMS>(s, fmaxf(s.ref, fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3])) * view.k));
+  rebase<SUMS>(s, fmaxf(s.ref, fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]))), view.k);
 #pragma unroll
   for (int i = 0; i < M; i += 4) {
     float e[4], et[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float t = fmaf(z[i + j], view.k, -s.ref);
+      const float t = (z[i + j] - s.ref) * view.k;
       e[j] = hw::ex2(t);  // of t itself: fmaxf would drop a NaN
       if constexpr (SUMS >= ENTROPY) et[j] = e[j] * fmaxf(t, NEGLIGIBLE);
     }
@@ -117,11 +118,11 @@ __device__ __forceinline__ void add(Stat& s, float (&z)[M], const View<CAP>& vie
 }
 
 // All lanes get the same bits: maxima and a + b do not depend on the order of their two operands.
-template <int SUMS> __device__ __forceinline__ void warp_combine(Stat& s) {
+template <int SUMS> __device__ __forceinline__ void warp_combine(Stat& s, float k) {
   float ref = s.ref;
 #pragma unroll
   for (int o = 16; o; o >>= 1) ref = fmaxf(ref, __shfl_xor_sync(~0u, ref, o));
-  rebase<SUMS>(s, ref);
+  rebase<SUMS>(s, ref, k);
 #pragma unroll
   for (int o = 16; o; o >>= 1) {
     s.sum += __shfl_xor_sync(~0u, s.sum, o);
@@ -132,7 +133,8 @@ template <int SUMS> __device__ __forceinline__ void warp_combine(Stat& s) {
 }
 // The statistics of all warps: entries lane, lane + 32, ... of `part` (and `squares`) per lane, then over the lanes, in
 // a fixed order.
-template <int SUMS> __device__ __forceinline__ Stat combine(const float4* part, const float* squares, int count) {
+template <int SUMS>
+__device__ __forceinline__ Stat combine(const float4* part, const float* squares, int count, float k) {
   Stat s;
   for (int i = threadIdx.x & 31; i < count; i += 32) {
     const float4 p = part[i];
@@ -142,14 +144,14 @@ template <int SUMS> __device__ __forceinline__ Stat combine(const float4* part, 
     o.dot = p.z;
     if constexpr (SUMS == SCORE_NORM) o.square = squares[i];
     const float ref = fmaxf(s.ref, o.ref);
-    rebase<SUMS>(s, ref);
-    rebase<SUMS>(o, ref);
+    rebase<SUMS>(s, ref, k);
+    rebase<SUMS>(o, ref, k);
     s.sum += o.sum;
     s.dot += o.dot;
     if constexpr (SUMS == SCORE_NORM) s.square += o.square;
     s.label += p.w;
   }
-  warp_combine<SUMS>(s);
+  warp_combine<SUMS>(s, k);
   return s;
 }
 
@@ -160,7 +162,7 @@ struct Slope {
 };
 template <bool CAP, bool ENT>
 __device__ __forceinline__ float gradient(const Slope& s, const View<CAP>& view, float z, float at_label) {
-  const float v = view(z), t = fmaf(v, view.k, -s.ref);
+  const float v = view(z), t = (v - s.ref) * view.k;
   const float d = fmaf(hw::ex2(t), ENT ? fmaf(s.c1, fmaxf(t, NEGLIGIBLE), s.c0) : s.c0, at_label);
   return CAP ? d * (1.f - v * v) : d;
 }

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .plan import loop_shape, number_or_off, on_device, programs, row_shape, strides
 from .row import (
-    LN2,
     LOG2E,
     block_gradient,
     entropy_of,
@@ -33,7 +32,7 @@ PER_CALL = ["L", "labels", "temperatures", "lse", "entropy", "logprob", "d_logpr
 @triton.jit(do_not_specialize=PER_CALL)
 def logprobs_fwd_kernel(
     logits, labels, temperatures,  # (N,); temperatures may be None
-    logprob, entropy, lse, score_norm,  # (N,) out; entropy and score_norm may be None
+    logprob, entropy, lse, score_norm,  # (N,) out, lse (N, 2); entropy and score_norm may be None
     L, V: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, temperature, logit_softcap,
     ONE_BLOCK: tl.constexpr, KEEP_EXP: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +41,8 @@ def logprobs_fwd_kernel(
     label = tl.load(labels + n)
     if label < 0:
         tl.store(logprob + n, 0.0)
-        tl.store(lse + n, 0.0)
+        tl.store(lse + 2 * n, 0.0)
+        tl.store(lse + 2 * n + 1, 0.0)
         if entropy is not None:
             tl.store(entropy + n, 0.0)
         if score_norm is not None:
@@ -60,7 +60,8 @@ def logprobs_fwd_kernel(
                 row, V, factor, logit_softcap, entropy is not None, score_norm is not None, BLOCK_V, LANES
             )
         tl.store(logprob + n, logprob_of(z_label, m, s, factor))
-        tl.store(lse + n, (m * factor + tl.log2(s)) * LN2)
+        tl.store(lse + 2 * n, m)
+        tl.store(lse + 2 * n + 1, s)
         if entropy is not None:
             tl.store(entropy + n, entropy_of(s, sd))
         if score_norm is not None:
@@ -69,7 +70,8 @@ def logprobs_fwd_kernel(
 
 @triton.jit(do_not_specialize=PER_CALL)
 def logprobs_bwd_kernel(
-    logits, labels, lse, entropy, d_logprob, d_entropy, temperatures,  # (N,); d_entropy and temperatures may be None
+    # (N,), lse (N, 2); d_entropy and temperatures may be None
+    logits, labels, lse, entropy, d_logprob, d_entropy, temperatures,
     dlogits,  # out, may be the logits themselves
     L, V: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, d_batch_stride: tl.int64, d_row_stride: tl.int64,
     temperature, logit_softcap,
@@ -88,7 +90,8 @@ def logprobs_bwd_kernel(
         cols = tl.arange(0, BLOCK_V)
         inverse_temperature = 1.0 / temperature_of(n, temperatures, temperature)
         factor = inverse_temperature * LOG2E
-        log2_s = tl.load(lse + n) * LOG2E
+        m = tl.load(lse + 2 * n)
+        log2_s = tl.log2(tl.load(lse + 2 * n + 1))
         g *= inverse_temperature
         h = None
         entropy_ = 0.0
@@ -98,7 +101,7 @@ def logprobs_bwd_kernel(
         for start in range(0, V, BLOCK_V):
             at = start + cols
             x = tl.load(row + at, mask=at < V, other=float("-inf"))
-            dz = block_gradient(x, at, label, 0.0, log2_s, entropy_, g, h, factor, logit_softcap)
+            dz = block_gradient(x, at, label, m, log2_s, entropy_, g, h, factor, logit_softcap)
             tl.store(d_row + at, dz.to(dlogits.dtype.element_ty), mask=at < V)
     else:
         zero_row(d_row, V, BLOCK_V)
@@ -131,11 +134,12 @@ def logprobs_fwd(
     entropy: bool,
     score_norm: Tensor | None = None,  # (N,) out
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> log-prob, entropy and log-sum-exp of each row, (N,) float32; entropy (0,) where not wanted. Contract:
-    ppg_fast/backends.py"""
+    """-> log-prob, entropy, (N,) float32, and maximum and sum of each row, (N, 2); entropy (0,) where not wanted.
+    Contract: ppg_fast/backends.py"""
     B, L, V = logits.shape
     N, entropy = B * L, entropy or score_norm is not None
-    logprob, ent, lse = (torch.empty(n, dtype=torch.float32, device=logits.device) for n in (N, N if entropy else 0, N))
+    shapes = (N,), (N if entropy else 0,), (N, 2)
+    logprob, ent, lse = (torch.empty(shape, dtype=torch.float32, device=logits.device) for shape in shapes)
     if N:
         shape = row_shape(logits, bool(logit_softcap))
         with on_device(logits):
@@ -149,8 +153,8 @@ def logprobs_fwd(
 def logprobs_bwd(
     logits: Tensor,  # (B, L, V)
     labels: Tensor,  # (N,) int64, negative: masked
-    lse: Tensor,  # (N,) float32, as the rest
-    entropy: Tensor,
+    lse: Tensor,  # (N, 2) float32
+    entropy: Tensor,  # (N,) float32, as the rest
     d_logprob: Tensor,
     d_entropy: Tensor | None,
     temperatures: Tensor | None,

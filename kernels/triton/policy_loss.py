@@ -78,7 +78,8 @@ def policy_loss_kernel(
     d_row_stride: tl.int64,
     # softcap and coefs None: off
     temperature, logit_softcap, clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap,
-    LOSS_TYPE: tl.constexpr, KL_ESTIMATOR: tl.constexpr, REDUCTION: tl.constexpr, SKIP_ZERO: tl.constexpr,
+    LOSS_TYPE: tl.constexpr, KL_ESTIMATOR: tl.constexpr, NAN_ROLLOUT: tl.constexpr,
+    REDUCTION: tl.constexpr, SKIP_ZERO: tl.constexpr,
     ONE_BLOCK: tl.constexpr, KEEP_EXP: tl.constexpr, BLOCK_V: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Grid-stride loop over rows.
@@ -136,7 +137,7 @@ def policy_loss_kernel(
             ref_logprob = logprob if ref_logprobs is None else ref
             importance = 1.0
             if rollout_logprobs is not None:
-                importance = importance_weight(old_logprob, rollout, importance_cap)
+                importance = importance_weight(old_logprob, rollout, importance_cap, NAN_ROLLOUT)
             loss, d_logprob = policy_term(
                 logprob, entropy, old_logprob, ref_logprob, importance, advantage,
                 clip_low, clip_high, dual_clip, kl_coef, entropy_coef, LOSS_TYPE, KL_ESTIMATOR,
@@ -204,6 +205,7 @@ def sweep(
         number_or_off(spec.kl_coef), number_or_off(spec.entropy_coef), float(spec.importance_cap),
         LOSS_TYPE=int(LossType[spec.loss_type.upper()]),
         KL_ESTIMATOR=int(KLEstimator[spec.kl_estimator.upper()]) if spec.kl_coef else 0,
+        NAN_ROLLOUT=spec.choices[2] if spec.importance_cap else 0,
         REDUCTION=kind, SKIP_ZERO=skip_zero, **shape,
     )  # fmt: skip
 

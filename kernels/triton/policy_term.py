@@ -7,13 +7,15 @@ Called once per row, outside of the loops over the vocabulary.
 import triton
 import triton.language as tl
 
+from ppg_fast import spec
 from ppg_fast.spec import KLEstimator, LossType
 
 REINFORCE = tl.constexpr(int(LossType.REINFORCE))
 CISPO = tl.constexpr(int(LossType.CISPO))
 K1 = tl.constexpr(int(KLEstimator.K1))
 K2 = tl.constexpr(int(KLEstimator.K2))
-MAX_LOG_RATIO = tl.constexpr(80.0)  # exp of more overflows float32 once multiplied, and 0 * inf is NaN
+ONE = tl.constexpr(spec.NAN_ROLLOUT.index("one"))
+MAX_LOG_RATIO = tl.constexpr(spec.MAX_LOG_RATIO)
 
 
 @triton.jit
@@ -43,9 +45,13 @@ def k3_of(delta):
 
 
 @triton.jit
-def importance_weight(old_logprob, rollout_logprob, importance_cap):
-    """min(exp(old - rollout), importance_cap): corrects for a sampler that is not the trainer's policy."""
-    return minimum(tl.exp(old_logprob - rollout_logprob), importance_cap)
+def importance_weight(old_logprob, rollout_logprob, importance_cap, NAN_ROLLOUT: tl.constexpr):
+    """min(exp(old - rollout), importance_cap): corrects for a sampler that is not the trainer's policy. 1 where the
+    rollout log-prob is NaN and NAN_ROLLOUT says so."""
+    weight = minimum(tl.exp(minimum(old_logprob - rollout_logprob, MAX_LOG_RATIO)), importance_cap)
+    if NAN_ROLLOUT == ONE:
+        weight = tl.where(rollout_logprob != rollout_logprob, 1.0, weight)
+    return weight
 
 
 @triton.jit
@@ -59,7 +65,8 @@ def policy_term(
     ``old_logprob`` is the log-prob itself where the caller has none (on-policy), ``ref_logprob`` likewise,
     ``importance`` 1. ``kl_coef`` and ``entropy_coef`` are None where their terms are off.
     """
-    ratio = tl.exp(minimum(logprob - old_logprob, MAX_LOG_RATIO))
+    log_ratio = logprob - old_logprob
+    ratio = tl.exp(minimum(log_ratio, MAX_LOG_RATIO))
     if LOSS_TYPE == REINFORCE:
         d_logprob = -advantage
         loss = d_logprob * logprob
@@ -69,7 +76,8 @@ def policy_term(
     else:
         clipped = minimum(maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
         loss = -minimum(ratio * advantage, clipped * advantage)
-        d_logprob = tl.where(ratio * advantage <= clipped * advantage, -ratio * advantage, 0.0)
+        taken = (ratio * advantage <= clipped * advantage) & (log_ratio <= MAX_LOG_RATIO)
+        d_logprob = tl.where(taken, -ratio * advantage, 0.0)
         bound = -dual_clip * advantage
         beyond = (dual_clip != 0.0) & (advantage < 0.0) & (loss > bound)
         loss = tl.where(beyond, bound, loss)
@@ -85,8 +93,9 @@ def policy_term(
             kl = 0.5 * delta * delta
             d_kl = -delta
         else:
-            kl = k3_of(delta)
-            d_kl = -(kl + delta)
+            bounded = minimum(delta, MAX_LOG_RATIO)
+            kl = k3_of(bounded)
+            d_kl = tl.where(delta > MAX_LOG_RATIO, 0.0, -(kl + bounded))
         loss += kl_coef * kl
         d_logprob += kl_coef * d_kl
     if entropy_coef is not None:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1.0e38)  # below every logit of interest; unlike -inf it can be subtracted from itself
+LOWEST = tl.constexpr(-3.402823466e38)  # unlike -inf it can be subtracted from itself
 # 2^FAR is 0 in float32: exponents are clamped here before they multiply, because 0 * -inf is NaN
 FAR = tl.constexpr(-256.0)
 
@@ -152,8 +152,9 @@ def label_logit(row, label, V, logit_softcap):
 
 @triton.jit
 def logprob_of(z_label, m, s, factor):
-    """log p of the label in nats from the statistics of its row."""
-    return ((z_label - m) * factor - tl.log2(s)) * LN2
+    """log p of the label in nats from the statistics of its row. In nats at once: in units of log 2 the distance of a
+    logit of finfo.min would be infinite."""
+    return (z_label - m) * (factor * LN2) - tl.log2(s) * LN2
 
 
 @triton.jit

@@ -19,19 +19,20 @@ from ppg_fast.functional.loss import (
     check_turn_ids,
     checked_spec,
     credit_turns,
+    needs_logprobs_first,
+    temperature_per_token,
 )
 from ppg_fast.functional.returns import checked_turns
 from ppg_fast.functional.tokens import advantages_per_token, check_tensor, check_tokens, checked_normalizer
-from ppg_fast.spec import SEQUENCE_LEVEL, PolicyLossSpec, fail, require
+from ppg_fast.spec import PolicyLossSpec, fail, require
 
 TURN_NAMES = ("rewards", "turn_ids", "policy_class", "gamma", "baseline", "group_ids", "turn_counts", "backend")
 TurnArguments = tuple[Any, ...]  # of credit_turns, by these names
 
 
-def fuses(backend: str, spec: PolicyLossSpec | None) -> bool:
-    """Whether this loss goes to the kernels at once. A ratio over a sequence needs the log-probs of other rows
-    first."""
-    return getattr(spec, "loss_type", None) not in SEQUENCE_LEVEL and backends.fuses(backend)
+def fuses(backend: str, spec: PolicyLossSpec | None, dtype: torch.dtype) -> bool:
+    """Whether this loss goes to the kernels at once."""
+    return not needs_logprobs_first(spec, dtype) and backends.fuses(backend)
 
 
 class LazyMetrics(Mapping[str, Tensor]):
@@ -100,7 +101,16 @@ def fused_policy_loss(
         fail("cu_seqlens must rise from 0 to the number of tokens", labels.numel())
     normalizer = checked_normalizer(kind, options.get("normalizer"), device, validate)
     given, turn_ids = (None, None) if turns is None else _checked_turns(turns, labels, sequences)
+    if (rollout := options.get("rollout_logprobs")) is not None:
+        check_tensor("rollout_logprobs", rollout, labels.shape, labels.device)
+        mask = ops.mask_of_rollouts(spec, rollout, labels, options.get("loss_mask"), turn_ids)
+        options = {**options, "loss_mask": mask}
     columns = _columns(logits.shape[:2], labels, turn_ids, advantages, spec, options)
+    if (factor := ops.mask_factor(columns.loss_mask, validate)) is not None:
+        if given is None:
+            columns = columns._replace(advantages=columns.advantages * factor)  # type: ignore[operator]
+        else:
+            given = given._replace(rewards=given.rewards * factor)
     wants_norms = options.get("score_norms", False)
     reduction = Reduction(kind, normalizer, sequences, None if cu_seqlens is None else cu_seqlens.contiguous())
     loss, logprobs, entropy, norms = ops.policy_loss(
@@ -186,5 +196,7 @@ def _columns(
         column("old_logprobs", options.get("old_logprobs")),
         column("ref_logprobs", options.get("ref_logprobs")),
         column("rollout_logprobs", options.get("rollout_logprobs")),
-        column("temperature", spec.temperature) if isinstance(spec.temperature, Tensor) else None,
+        column("temperature", temperature_per_token(spec.temperature, labels))
+        if isinstance(spec.temperature, Tensor)
+        else None,
     )

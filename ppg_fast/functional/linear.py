@@ -6,9 +6,17 @@ from typing_extensions import Unpack
 
 from ppg_fast import backends, ops
 from ppg_fast.contract import Chunks, RowArguments, Wanted
-from ppg_fast.functional.loss import LossOptions, LossRows, PolicyLossOutput, credit_turns, spec_and_temperatures
+from ppg_fast.functional.loss import (
+    LossOptions,
+    LossRows,
+    PolicyLossOutput,
+    credit_turns,
+    needs_logprobs_first,
+    spec_and_temperatures,
+)
 from ppg_fast.functional.tokens import Tokens, check_floats
-from ppg_fast.spec import SEQUENCE_LEVEL, PolicyClass, PolicyLossSpec, require
+from ppg_fast.rules import require_integer
+from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
 
 
 def _head_of(
@@ -18,8 +26,8 @@ def _head_of(
     bias: Tensor | None,
     chunk_rows: int | None,
     max_active_rows: int | None,
-) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """Hidden states (N, D), weight (V, D), bias (V,) of one dtype, and the rows of a chunk; ValueError where they do
+) -> tuple[Tensor, Tensor, Tensor | None, Chunks]:
+    """Hidden states (N, D), weight (V, D), bias (V,) of one dtype, and the chunks of its rows; ValueError where they do
     not fit."""
     check_floats("hidden", hidden)
     check_floats("weight", weight)
@@ -49,14 +57,12 @@ def _head_of(
         f"bias must have the dtype of weight, {weight.dtype}",
         None if bias is None else bias.dtype,
     )
-    for name, rows in (("chunk_rows", chunk_rows), ("max_active_rows", max_active_rows)):
-        require(rows is None or (isinstance(rows, int) and rows >= 1), f"{name} must be an integer >= 1", rows)
-    return (
-        hidden.reshape(labels.numel(), hidden.shape[-1]),
-        weight,
-        bias,
-        chunk_rows or ops.default_chunk_rows(hidden, weight.shape[0]),
-    )
+    if chunk_rows is None:
+        rows = ops.default_chunk_rows(hidden, weight.shape[0])
+    else:
+        rows = require_integer("chunk_rows", chunk_rows, 1)
+    bound = None if max_active_rows is None else require_integer("max_active_rows", max_active_rows, 1)
+    return hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias, Chunks(rows, bound)
 
 
 def linear_token_logprobs(
@@ -89,16 +95,16 @@ def linear_token_logprobs(
     Returns and raises: as `token_logprobs`. Gradients come back in the dtype of each input; d_weight is accumulated in
     float32.
     """
-    x, weight, bias, chunk = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
+    x, weight, bias, chunks = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
     tokens = Tokens.of(labels, loss_mask, None, hidden.device, validate)
     spec, temperatures = spec_and_temperatures(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
     )
     backend = backend or backends.default(hidden.device.type)
     wanted = Wanted(entropy, score_norms=False, gradient=False, validate=validate)
-    scale = float(spec.temperature), float(logit_softcap)
+    scale = float(spec.temperature), float(spec.logit_softcap)
     logprobs, ent, _ = ops.linear_token_logprobs(
-        x, weight, bias, tokens.labels, temperatures, *scale, wanted, Chunks(chunk, max_active_rows), backend
+        x, weight, bias, tokens.labels, temperatures, *scale, wanted, chunks, backend
     )
     return (logprobs.view(labels.shape), ent.view(labels.shape)) if entropy else logprobs.view(labels.shape)
 
@@ -145,7 +151,7 @@ def linear_policy_loss(
 
     Returns and raises: as `policy_loss`. Gradients come back in the dtype of each input.
     """
-    x, weight, bias, chunk = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
+    x, weight, bias, chunks = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
     rows = LossRows.of(
         labels, advantages, hidden.device, loss_mask=loss_mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs, cu_seqlens=cu_seqlens, turn_ids=turn_ids, spec=spec, reduction=reduction,
@@ -153,8 +159,7 @@ def linear_policy_loss(
     )  # fmt: skip
     backend = backend or backends.default(hidden.device.type)
     wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
-    chunks = Chunks(chunk, max_active_rows)
-    if rows.spec.loss_type in SEQUENCE_LEVEL or reduction == "none":
+    if needs_logprobs_first(spec, x.dtype) or reduction == "none":
         scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
         logprobs, entropy, norms = ops.linear_token_logprobs(
             x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, *scale, wanted, chunks, backend

@@ -1,18 +1,26 @@
 """From logits: log-probs, the policy loss, and the policy loss straight from rewards."""
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ppg_fast import backends, ops
 from ppg_fast.contract import Wanted
 from ppg_fast.functional.fused import fused_policy_loss, fuses
-from ppg_fast.functional.loss import LossOptions, LossRows, PolicyLossOutput, credit_turns, spec_and_temperatures
+from ppg_fast.functional.loss import (
+    LossOptions,
+    LossRows,
+    PolicyLossOutput,
+    credit_turns,
+    needs_logprobs_first,
+    spec_and_temperatures,
+)
 from ppg_fast.functional.tokens import Tokens, check_floats
 from ppg_fast.ops.checks import check_labels
-from ppg_fast.spec import SEQUENCE_LEVEL, PolicyClass, PolicyLossSpec, fail
+from ppg_fast.spec import PolicyClass, PolicyLossSpec, fail
 
 
-def _rows_of(logits: Tensor, labels: Tensor) -> Tensor:
+def _rows_of(logits: Tensor, labels: Tensor, inplace: bool = False) -> Tensor:
     """Logits (..., V) as (B, L, V) with unit stride along V; a view where the strides allow it, as for `logits[:,
     :-1]`."""
     check_floats("logits", logits)
@@ -24,11 +32,32 @@ def _rows_of(logits: Tensor, labels: Tensor) -> Tensor:
     V = shape[-1]
     if V < 1:
         fail("the vocabulary must hold at least one token", V)
+    given = logits
     if logits.stride(-1) != 1 and V > 1:
         logits = logits.contiguous()
-    if rank == 3:
-        return logits
-    return logits.reshape(1, labels.numel(), V) if rank < 3 else logits.flatten(0, -3)
+    if rank != 3:
+        logits = logits.reshape(1, labels.numel(), V) if rank < 3 else logits.flatten(0, -3)
+    if inplace and not torch.compiler.is_compiling():
+        _check_own_memory(given, logits)
+    return logits
+
+
+def _check_own_memory(logits: Tensor, rows: Tensor) -> None:
+    """ValueError unless the memory of ``logits``, seen as ``rows`` (B, L, V), may be overwritten row by row."""
+    B, L, V = rows.shape
+    base = logits._base
+    if rows.data_ptr() != logits.data_ptr():
+        fail(
+            "inplace=True needs logits that are read where they are, of stride 1 along the vocabulary", logits.stride()
+        )
+    if base is not None and base.is_leaf and base.requires_grad and not logits.is_leaf:
+        fail("inplace=True would overwrite the leaf that these logits are a view of: give it a copy", tuple(base.shape))
+    (near, of_near), (far, of_far) = sorted(((s, n) for s, n in zip(rows.stride(), (B, L), strict=False)))
+    apart = near >= V if of_near > 1 else True
+    if of_far > 1:
+        apart = apart and far >= (V if of_near <= 1 else near * (of_near - 1) + V)
+    if not apart:
+        fail("inplace=True needs logits whose rows lie in memory of their own, not an expanded view", rows.stride())
 
 
 def token_logprobs(
@@ -66,7 +95,7 @@ def token_logprobs(
     )
     backend = backend or backends.default(logits.device.type)
     wanted = Wanted(entropy, score_norms=False, gradient=False, validate=validate)
-    scale = float(spec.temperature), float(logit_softcap)
+    scale = float(spec.temperature), float(spec.logit_softcap)
     logprobs, ent, _ = ops.token_logprobs(x, tokens.labels, temperatures, *scale, wanted, backend)
     return (logprobs.view(labels.shape), ent.view(labels.shape)) if entropy else logprobs.view(labels.shape)
 
@@ -105,7 +134,8 @@ def policy_loss(
         old_logprobs: (...) of the policy that acted; None = on-policy: ratio 1, differentiated as if old were the
             detached log-prob.
         ref_logprobs: (...) of the reference policy, for ``spec.kl_coef``.
-        rollout_logprobs: (...) as the sampler reported them, for ``spec.importance_cap``; not used while that is 0.
+        rollout_logprobs: (...) as the sampler reported them, for ``spec.importance_cap``; not used while that is 0. For
+            NaN, the token that a sampler did not draw, see ``spec.nan_rollout``.
         cu_seqlens: (S + 1,) int32 starting at 0: the sequences of packed (N,) or (1, N) labels. Without it, sequences
             are the rows of a (B, L) batch, or (N,) is one.
         turn_ids: (...) integers, for loss_type "gspo_turn": tokens of one sequence and one id share a ratio.
@@ -120,7 +150,8 @@ def policy_loss(
             temperature, in the same
             sweep: ``metrics["score_norms"]``, (...) float32 in [0, 2], 0 where a row was not read. What the signals of
                 `auto` are made of.
-        inplace: the gradient takes the memory of the logits, which are gone after this call.
+        inplace: the gradient takes the memory of the logits, which are gone after this call (gspo and float16 go
+            without). ValueError where their rows share memory, were copied, or are a view of a leaf.
         validate: on a GPU, also make the checks of values, which need a sync. On a CPU they are always made.
         backend: "cpu" | "triton" | "cuda" | "reference"; default the fastest that runs here.
 
@@ -130,7 +161,7 @@ def policy_loss(
         for a label outside [0, V). RuntimeError where one loss is differentiated twice (its gradient buffer serves one
         backward pass).
     """
-    x = _rows_of(logits, labels)
+    x = _rows_of(logits, labels, inplace)
     backend = backend or backends.default(logits.device.type)
     options: LossOptions = {
         "loss_mask": loss_mask, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
@@ -138,10 +169,10 @@ def policy_loss(
         "cu_seqlens": cu_seqlens, "spec": spec, "reduction": reduction, "normalizer": normalizer,
         "skip_zero_advantages": skip_zero_advantages, "score_norms": score_norms, "validate": validate,
     }  # fmt: skip
-    if fuses(backend, spec):
+    if fuses(backend, spec, logits.dtype):
         return fused_policy_loss(x, labels, advantages, None, inplace, backend, options)
     rows = LossRows.of(labels, advantages, logits.device, turn_ids=turn_ids, **options)
-    if rows.spec.loss_type in SEQUENCE_LEVEL:
+    if needs_logprobs_first(spec, logits.dtype):
         wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
         scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
         logprobs, entropy, norms = ops.token_logprobs(
@@ -191,9 +222,9 @@ def partial_policy_loss(
     Returns and raises: as `policy_loss`; also ValueError for a turn id beyond the turns of its dialogue.
     """
     turns = rewards, turn_ids, policy_class, gamma, baseline, group_ids, turn_counts, backend
-    x = _rows_of(logits, labels)
+    x = _rows_of(logits, labels, inplace)
     chosen = backend or backends.default(logits.device.type)
-    if fuses(chosen, options.get("spec")):
+    if fuses(chosen, options.get("spec"), logits.dtype):
         return fused_policy_loss(x, labels, None, turns, inplace, chosen, options)
     options, advantages = credit_turns(options, labels, *turns)
     return policy_loss(logits, labels, advantages, inplace=inplace, turn_ids=turn_ids, backend=backend, **options)

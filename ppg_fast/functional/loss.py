@@ -21,7 +21,8 @@ from ppg_fast.functional.tokens import (
     readable,
     reduction_weights,
 )
-from ppg_fast.spec import PolicyClass, PolicyLossSpec, fail, require
+from ppg_fast.rules import require_float32
+from ppg_fast.spec import SEQUENCE_LEVEL, PolicyClass, PolicyLossSpec, fail, require
 
 DEFAULT_SPEC = PolicyLossSpec()
 SCORE_NORMS = "score_norms"  # among the metrics
@@ -90,11 +91,16 @@ class LossRows:
         validate: bool = False,
     ) -> "LossRows":
         spec = checked_spec(spec, ref_logprobs)
+        if rollout_logprobs is not None:
+            check_tensor("rollout_logprobs", rollout_logprobs, labels.shape, labels.device)
+            loss_mask = ops.mask_of_rollouts(spec, rollout_logprobs, labels, loss_mask)
         tokens = Tokens.of(labels, loss_mask, cu_seqlens, device, validate)
         active, weights = tokens.active, reduction_weights(tokens, reduction, normalizer, validate)
         spec, temperatures = spec_and_temperatures(spec, labels, active, validate)
         flat_advantages = per_token("advantages", advantages_per_token(advantages, labels), labels)
         assert flat_advantages is not None
+        factor = ops.mask_factor(loss_mask, validate)
+        flat_advantages = flat_advantages if factor is None else flat_advantages * factor
         old, ref = per_token("old_logprobs", old_logprobs, labels), per_token("ref_logprobs", ref_logprobs, labels)
         per_row = PerRow(
             flat_advantages, weights, old, ref, per_token("rollout_logprobs", rollout_logprobs, labels), temperatures
@@ -138,10 +144,10 @@ class LossRows:
         metrics = {"active_tokens": self.active.sum().float(), "entropy": mean(entropy)}
         if old is not None:
             log_ratio = logprobs - old
-            metrics["approx_kl"] = mean(torch.expm1(log_ratio) - log_ratio)
+            metrics["approx_kl"] = mean(reference.k3(log_ratio))
             if self.groups is not None:
                 log_ratio = logprobs - reference.grouped_old_logprobs(logprobs, old, read, *self.groups)
-            ratio, spec = log_ratio.exp(), self.spec
+            ratio, spec = reference.ratio_of(log_ratio), self.spec
             above, below = ratio > 1 + spec.clip_high, ratio < 1 - spec.clip_low
             if spec.loss_type != "reinforce":
                 cispo = spec.loss_type == "cispo"
@@ -149,12 +155,17 @@ class LossRows:
                 metrics |= {"clip_fraction_low": mean(low), "clip_fraction_high": mean(high)}
                 metrics["clip_fraction"] = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
         if ref is not None:
-            delta = ref - logprobs
-            metrics["kl"] = mean(torch.expm1(delta) - delta)
+            metrics["kl"] = mean(reference.k3(ref - logprobs))
         if rollout is not None and self.spec.importance_cap:
             weight = reference.importance_weight(logprobs if old is None else old, rollout, self.spec)
             metrics["importance_weight"] = mean(torch.as_tensor(weight))
         return metrics
+
+
+def needs_logprobs_first(spec: PolicyLossSpec | None, dtype: torch.dtype) -> bool:
+    """Whether the gradient of the logits has to wait for the backward pass: a ratio over a sequence needs the log-probs
+    of other rows, and a float16 gradient the loss scale, since what is rounded before it is lost."""
+    return getattr(spec, "loss_type", None) in SEQUENCE_LEVEL or dtype == torch.float16
 
 
 def checked_spec(spec: PolicyLossSpec | None, ref_logprobs: Tensor | None) -> PolicyLossSpec:
@@ -165,6 +176,14 @@ def checked_spec(spec: PolicyLossSpec | None, ref_logprobs: Tensor | None) -> Po
         fail("spec must be a PolicyLossSpec", type(spec).__name__)
     if spec.kl_coef and ref_logprobs is None:
         fail("a KL term (kl_coef > 0) needs ref_logprobs", None)
+    return with_plain_temperature(spec)
+
+
+def with_plain_temperature(spec: PolicyLossSpec) -> PolicyLossSpec:
+    """The spec with a 0-d temperature as a number where that costs no sync."""
+    temperature = spec.temperature
+    if isinstance(temperature, Tensor) and temperature.dim() == 0 and readable(temperature, False):
+        return replace(spec, temperature=require_float32("temperature", temperature.detach(), 0.0, open_low=True))
     return spec
 
 
@@ -173,12 +192,18 @@ def spec_and_temperatures(
 ) -> tuple[PolicyLossSpec, Tensor | None]:
     """The spec with a number as temperature, and (N,) float32 temperatures where it holds one per token; those of
     masked rows are free."""
+    spec = with_plain_temperature(spec)
     if not isinstance(spec.temperature, Tensor):
         return spec, None
-    temperatures = per_token("temperature", spec.temperature, labels)
+    temperatures = per_token("temperature", temperature_per_token(spec.temperature, labels), labels)
     if temperatures is not None and readable(labels, validate):
         ops.check_temperatures(temperatures, active)
     return replace(spec, temperature=1.0), temperatures
+
+
+def temperature_per_token(temperature: Tensor, labels: Tensor) -> Tensor:
+    """Temperatures of the labels' shape, from that or from one for all, 0-d, which is not copied."""
+    return temperature.to(labels.device).expand(labels.shape) if temperature.dim() == 0 else temperature
 
 
 def _unread(advantages: Tensor, active: Tensor, groups: tuple[Tensor, int] | None) -> Tensor:
@@ -233,5 +258,7 @@ def credit_turns(
     credit = ops.turn_credit_op(
         advantages, turn_ids.reshape(-1).long(), tokens.sequences(), counts, tokens.active, validate
     )
+    factor = ops.mask_factor(options.get("loss_mask"), validate)
+    credit = credit if factor is None else credit * factor
     mask = tokens.active.view(labels.shape) & (turn_ids >= 0)
     return {**options, "loss_mask": mask}, credit.view(labels.shape)

@@ -97,7 +97,7 @@ def checked_turns(
 ) -> Turns:
     """The arguments of `partial_returns` and `turn_advantages` as the kernels take them, or a ValueError."""
     chosen = named_policy_class(policy_class)
-    require_number("gamma", gamma, 0.0, 1.0)
+    gamma = require_number("gamma", gamma, 0.0, 1.0)
     rewards, turn_counts = _check_turns(rewards, "rewards", turn_counts)
     segment_ids = (
         _segment_ids(chosen, rewards) if isinstance(chosen, Segment) and chosen.segment_ids is not None else None
@@ -105,7 +105,7 @@ def checked_turns(
     mask = _reward_mask(chosen, rewards, gamma) if isinstance(chosen, RewardMask) else None
     groups = _check_groups(group_ids, baseline, rewards)
     return Turns(
-        rewards, turn_counts, segment_ids, mask, groups, chosen.lookahead, chosen.segment_length, float(gamma), baseline
+        rewards, turn_counts, segment_ids, mask, groups, chosen.lookahead, chosen.segment_length, gamma, baseline
     )
 
 
@@ -164,6 +164,7 @@ def turn_advantages(
         differentiable.
     Raises: ValueError for wrong shapes, dtypes or names.
     """
+    std_eps = require_number("std_eps", std_eps, 0.0)
     returns, turn_counts = _check_turns(returns, "returns", turn_counts)
     if turn_counts is not None and turn_counts.is_cpu and not torch.compiler.is_compiling():
         check_turn_counts(turn_counts, returns.shape[1])

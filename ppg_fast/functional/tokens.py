@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from ppg_fast import ops
+from ppg_fast.ops.tracing import as_data, constant
 from ppg_fast.reference import consecutive_ids, group_sum
+from ppg_fast.rules import require_float32
 from ppg_fast.spec import (
     IGNORE,
     REDUCTIONS,
@@ -15,7 +17,6 @@ from ppg_fast.spec import (
     PolicyLossSpec,
     fail,
     require,
-    require_number,
     require_one_of,
 )
 
@@ -89,7 +90,7 @@ class Tokens:
         sequence_count = check_tokens(labels, loss_mask, cu_seqlens, device)
         flat = labels.reshape(-1)
         if loss_mask is not None:
-            flat = torch.where(loss_mask.reshape(-1) != 0, flat, IGNORE)
+            flat = ops.active_labels(flat, loss_mask, validate)
         packed = None if cu_seqlens is None else ops.sequence_ids_op(cu_seqlens, flat, validate)
         return Tokens(labels.shape, flat.contiguous(), sequence_count, packed)
 
@@ -124,11 +125,9 @@ def checked_normalizer(
     if isinstance(normalizer, Tensor):
         require(normalizer.dim() == 0, "normalizer must be a number or a 0-d tensor", tuple(normalizer.shape))
         if readable(normalizer, validate):
-            require_number("normalizer", float(normalizer), 0.0, open_low=True)
+            require_float32("normalizer", normalizer.detach(), 0.0, open_low=True)
         return normalizer.detach().to(device, torch.float32)
-    if normalizer is not None:
-        require_number("normalizer", normalizer, 0.0, open_low=True)
-    return normalizer
+    return None if normalizer is None else require_float32("normalizer", normalizer, 0.0, open_low=True)
 
 
 def reduction_weights(
@@ -156,9 +155,10 @@ def reduction_weights(
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
     """A 0-d float32 on the device of ``like``, filled there: a copy from the host would wait for the device."""
-    return (
-        value.float() if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float32, device=like.device)
-    )
+    if isinstance(value, Tensor):
+        return value.float()
+    filled = torch.full if constant(value) else as_data
+    return filled((), value, dtype=torch.float32, device=like.device)
 
 
 def ratio_groups(tokens: Tokens, turn_ids: Tensor | None, spec: PolicyLossSpec) -> tuple[Tensor, int] | None:

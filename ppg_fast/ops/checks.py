@@ -19,6 +19,23 @@ def check_labels(labels: Tensor, vocabulary: int, validate: bool) -> None:
             )
 
 
+def check_mask(mask: Tensor) -> None:
+    """ValueError unless every value of a loss mask is 0 or 1; a weight would count as 1."""
+    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        flat = mask.flatten()
+        row = int(((flat != 0) & (flat != 1)).nonzero()[0])
+        rule = "loss_mask must be 0 or 1 (advantages is the place for weights)"
+        raise ValueError(f"{rule}, got {flat[row].item()} at row {row}")
+
+
+def mask_factor(mask: Tensor | None, validate: bool) -> Tensor | None:
+    """On a GPU, where `check_mask` would wait for it, what makes a loss NaN under a mask that breaks its rule:
+    0-d, 1 or NaN. Else None."""
+    if mask is None or mask.is_cpu or validate or mask.dtype == torch.bool:
+        return None
+    return torch.where(((mask == 0) | (mask == 1)).all(), 1.0, torch.nan)
+
+
 def check_turn_counts(turn_counts: Tensor, T: int) -> None:
     """ValueError unless every dialogue has between 0 and T turns."""
     bad = (turn_counts < 0) | (turn_counts > T)

@@ -1,7 +1,10 @@
 """A linear head over the rows that count: which rows those are, the GEMMs around one chunk of them, the order in which
 chunks run."""
 
+import platform
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -97,6 +100,15 @@ def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tu
     return d_hidden, d_weight, hidden.new_empty(weight.shape[:1] if wanted[2] else (0,), dtype=torch.float32)
 
 
+def loss_scale(live: Tensor, d_logprob: Tensor, d_entropy: Tensor | None, temperatures: Tensor | float) -> Tensor:
+    """The power of two, 0-d float32, that brings the largest gradient of a logit near 2^5 and so keeps the digits of
+    the small ones in float16, found on the device among ``live`` rows (N,); 1 where there is none."""
+    size = d_logprob.abs() if d_entropy is None else d_logprob.abs() + 16 * d_entropy.abs()  # |p (log p + H)| <= log V
+    size = size / temperatures
+    most = torch.nn.functional.pad(torch.where(live & size.isfinite(), size, 0.0), (0, 1)).amax()
+    return torch.where(most > 0, torch.ldexp(torch.ones_like(most), (5 - most.frexp().exponent).clamp(-99, 99)), 1.0)
+
+
 # ---- GEMMs -----------------------------------------------------------------------------------------------------------
 class Chunk(NamedTuple):
     """Some rows in the middle of the sweep."""
@@ -107,6 +119,28 @@ class Chunk(NamedTuple):
     place: slice | None  # where every row takes part, in their order: neither gathered nor scattered
 
 
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of 16-bit ``dtype`` by instructions of its own; float32 always."""
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    if dtype == torch.bfloat16:  # oneDNN's answer on x86 includes emulation
+        by_flags = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return by_flags or (platform.machine() == "aarch64" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return True
+
+
+@cache
+def warn_without_products(dtype: torch.dtype) -> None:
+    """One warning, the first time that a CPU has to do without."""
+    if not has_products(dtype):
+        name = str(dtype).removeprefix("torch.")
+        warnings.warn(
+            f"this CPU has no {name} matrix products, which makes a {name} head many times slower than a float32 one: "
+            "give hidden states and weight in float32",
+            stacklevel=2,
+        )
+
+
 class Head:
     """A linear head over chunks of rows: logits = x W^T + b, and the gradients of its three inputs, those that are
     wanted."""
@@ -114,12 +148,16 @@ class Head:
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, wanted: tuple[bool, bool, bool]
     ) -> None:
+        if hidden.is_cpu:
+            warn_without_products(hidden.dtype)
         self.hidden, self.weight, self.bias, self.chunk_rows = hidden, weight, bias, chunk_rows
         like = {"dtype": torch.float32, "device": hidden.device}
         self.d_hidden = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
         self.d_weight = fresh(hidden, weight.shape, torch.float32) if wanted[1] else torch.empty(0, **like)
         self.d_bias = torch.zeros(weight.shape[0], **like) if wanted[2] else torch.empty(0, **like)
         self.wanted = wanted
+        # the row kernel's gradient is taken this many times, a 0-d power of two: `loss_scale`; None: once
+        self.scale: Tensor | None = None
         self.buffer: Tensor | None = None
         self.started = False  # until then d_weight is not even zero: the first product is written, not added
 
@@ -166,18 +204,21 @@ class Head:
         in float32."""
         n, x, d = chunk.rows.numel(), chunk.x, chunk.logits
         d[n:] = 0
-        if self.wanted[0] and chunk.place is not None:
+        if self.wanted[0] and chunk.place is not None and self.scale is None:
             torch.mm(d, self.weight, out=self.d_hidden[chunk.place])
         elif self.wanted[0]:
-            self.d_hidden[chunk.rows] = (d @ self.weight)[:n]
+            product = (d @ self.weight)[:n]
+            self.d_hidden[chunk.rows] = product if self.scale is None else (product / self.scale).to(product.dtype)
         if self.wanted[1]:
             if d.dtype == torch.float32:
                 self.d_weight.addmm_(d.t(), x, beta=int(self.started))
             elif d.is_cuda:
                 torch.addmm(self.d_weight, d.t(), x, out_dtype=torch.float32, beta=int(self.started), out=self.d_weight)
             else:  # PyTorch's CPU has no GEMM from 16 to 32 bits: each chunk is rounded once, the sum is not
+                if d.dtype == torch.float16:  # nor has a sum over many rows room in it
+                    x = x.float()
                 for d_weight, columns in zip(self.d_weight.split(TILE), d.split(TILE, 1), strict=True):
-                    product = columns.t() @ x
+                    product = columns.to(x.dtype).t() @ x
                     d_weight.add_(product) if self.started else d_weight.copy_(product)
             self.started = True
         if self.wanted[2]:
@@ -187,4 +228,7 @@ class Head:
         """d_hidden, d_weight, d_bias; (0,) where not wanted."""
         if not self.started:
             self.d_weight.zero_()
+        if self.scale is not None:
+            self.d_weight /= self.scale
+            self.d_bias /= self.scale
         return self.d_hidden, self.d_weight, self.d_bias

@@ -16,7 +16,16 @@ from ppg_fast.contract import Chunks, PerRow, RowArguments, Wanted
 from ppg_fast.ops.checks import check_labels
 from ppg_fast.ops.head import Head, check_bound, counted, gradients_like, partition, pick, row_outputs
 from ppg_fast.ops.policy_loss import reference_policy_loss
-from ppg_fast.ops.tracing import differentiable, needs_grad, no_gradients, traced
+from ppg_fast.ops.tracing import (
+    as_operands,
+    differentiable,
+    first_order,
+    from_operands,
+    hand_out,
+    needs_grad,
+    no_gradients,
+    traced,
+)
 
 
 def _loss_and_gradients(
@@ -37,7 +46,7 @@ def _loss_and_gradients(
     d_hidden in the dtype of hidden, the other two in float32; (0,) where not wanted. ``tensors``, ``numbers`` and
     ``choices`` are `RowArguments`, ``wanted`` is `Wanted`, ``chunks`` `Chunks`; ``gradients``: of the three inputs.
     """
-    labels, per_row, spec = RowArguments.unpack(tensors, numbers, choices)
+    labels, per_row, spec = RowArguments.unpack(*from_operands(tensors, numbers), choices)
     flags, (chunk_rows, bound), kernels = Wanted(*wanted), Chunks.unpack(chunks), backends.load(backend)
     check_labels(labels, weight.shape[0], flags.validate)
     loss, logprob, entropy, norms = row_outputs(
@@ -71,8 +80,8 @@ linear_policy_loss_op = torch.library.custom_op("ppg_fast::linear_policy_loss", 
 
 @linear_policy_loss_op.register_fake
 def _(hidden, weight, bias, tensors, numbers, choices, wanted, gradients, chunks, backend):
-    flags, (_, _, spec) = Wanted(*wanted), RowArguments.unpack(tensors, numbers, choices)
-    small = row_outputs(hidden, hidden.shape[0], flags.entropy or spec.entropy_coef != 0, flags.score_norms)
+    flags = Wanted(*wanted)
+    small = row_outputs(hidden, hidden.shape[0], flags.entropy, flags.score_norms)
     return *small, *gradients_like(hidden, weight, gradients)
 
 
@@ -91,6 +100,7 @@ def _backward_loss(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | N
     upstream = d_loss[:1].sum()  # the public function hands out the sum alone, so every element is the same
     # a tracer's tensor has no values to branch on
     unscaled = type(d_loss) is Tensor and d_loss.is_cpu and bool(upstream == 1)
+    hand_out(ctx, unscaled)
     saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.gradients, strict=True)
     scaled = (
         (d.to(dtype) if unscaled else _scaled(d, upstream, dtype)) if wanted else None for d, dtype, wanted in saved
@@ -111,7 +121,7 @@ def _backward_traced(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
     return d_hidden, d_weight, d_bias, ctx.no_gradients, *rest
 
 
-linear_policy_loss_op.register_autograd(_backward_traced, setup_context=_setup_loss)
+linear_policy_loss_op.register_autograd(first_order(_backward_traced), setup_context=_setup_loss)
 EagerLinearPolicyLoss = differentiable(_loss_and_gradients, _setup_loss, _backward_loss)
 
 
@@ -134,8 +144,11 @@ def linear_policy_loss(
     call = linear_policy_loss_op if traced(hidden, weight) else _loss_and_gradients
     if trains and call is _loss_and_gradients:
         call = EagerLinearPolicyLoss.apply
-    flags = list(wanted._replace(gradient=trains))
-    return call(*inputs, *rows.pack(), flags, gradients, chunks.pack(), backend)[:4]  # type: ignore[return-value]
+    flags = list(wanted._replace(gradient=trains, entropy=wanted.entropy or rows.spec.entropy_coef != 0))
+    tensors, numbers, choices = rows.pack()
+    tensors, numbers = as_operands(tensors, numbers)
+    given = tensors, numbers, choices, flags, gradients, chunks.pack(), backend
+    return call(*inputs, *given)[:4]  # type: ignore[return-value]
 
 
 def reference_linear(
@@ -145,11 +158,14 @@ def reference_linear(
     alive at a time."""
     labels, per_row, spec = rows
     check_labels(labels, weight.shape[0], wanted.validate)
+    # a copy each chunk casts back, so that autograd adds the chunks' gradients up in float32
+    dtype, weight, bias = hidden.dtype, weight.float(), None if bias is None else bias.float()
 
     def chunk_loss(
         x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *columns: Tensor | None
     ) -> tuple[Tensor, ...]:
-        logits = torch.nn.functional.linear(x, weight, bias).float()
+        head = weight.to(dtype), None if bias is None else bias.to(dtype)
+        logits = torch.nn.functional.linear(x, *head).float()
         row = PerRow(*columns)  # type: ignore[arg-type]
         return reference_policy_loss(logits, labels, row, spec, wanted.score_norms)[: len(outputs)]
 

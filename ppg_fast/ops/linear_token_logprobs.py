@@ -8,9 +8,9 @@ from torch import Tensor
 from ppg_fast import backends
 from ppg_fast.contract import Chunks, PerRow, RowArguments, Wanted
 from ppg_fast.ops.checks import check_labels
-from ppg_fast.ops.head import Head, counted, gradients_like, partition, pick, row_outputs
+from ppg_fast.ops.head import Head, counted, gradients_like, loss_scale, partition, pick, row_outputs
 from ppg_fast.ops.linear_policy_loss import reference_linear
-from ppg_fast.ops.tracing import differentiable, needs_grad, traced
+from ppg_fast.ops.tracing import as_data, constant, differentiable, first_order, needs_grad, traced
 from ppg_fast.spec import PolicyLossSpec
 
 
@@ -25,17 +25,17 @@ def _logprobs(
     chunks: list[int],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> log-prob, log-sum-exp, entropy and score norm of each row, (N,) float32; zeros where masked, (0,) unless
-    wanted. ``scale``: temperature and softcap."""
+    """-> log-prob, maximum and sum (N, 2), entropy and score norm of each row, (N,) float32; zeros where masked, (0,)
+    unless wanted. ``scale``: temperature and softcap."""
     flags, (chunk_rows, bound), kernels = Wanted(*wanted), Chunks.unpack(chunks), backends.load(backend)
     check_labels(labels, weight.shape[0], flags.validate)
-    logprob, lse, entropy, norms = row_outputs(hidden, labels.numel(), flags.entropy, flags.score_norms)
+    logprob, lse, entropy, norms = _outputs(hidden, labels.numel(), flags)
     active = labels >= 0
     parts = partition(active, torch.zeros_like(active), bound, counted(labels, bound, flags.validate))
 
     def kernel(rows: Tensor, logits: Tensor) -> None:
         temps = None if temperatures is None else temperatures[rows]
-        norm = torch.empty_like(lse[: rows.numel()]) if flags.score_norms else None
+        norm = torch.empty_like(logprob[: rows.numel()]) if flags.score_norms else None
         out = kernels.logprobs_fwd(logits, labels[rows], temps, *scale, entropy.numel() > 0, norm)
         logprob[rows], lse[rows] = out[0] if parts.excess is None else out[0] + parts.excess, out[2]
         if entropy.numel():
@@ -45,6 +45,11 @@ def _logprobs(
 
     Head(hidden, weight, bias, chunk_rows, (False, False, False)).sweep(parts.full, kernel, False, parts.skip)
     return logprob, lse, entropy, norms
+
+
+def _outputs(hidden: Tensor, rows: int, flags: Wanted) -> tuple[Tensor, ...]:
+    logprob, _, *wanted = row_outputs(hidden, rows, flags.entropy, flags.score_norms)
+    return logprob, logprob.new_zeros(rows, 2), *wanted
 
 
 def _logprobs_gradients(
@@ -58,7 +63,7 @@ def _logprobs_gradients(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> d_hidden, d_weight and d_bias of `linear_token_logprobs`; the logits of rows with a gradient are computed
-    again. ``rows``: labels, log-sum-exp, entropy, d_logprob, d_entropy, temperatures."""
+    again. ``rows``: labels, maximum and sum, entropy, d_logprob, d_entropy, temperatures."""
     labels, lse, entropy, d_logprob, d_entropy, temperatures = rows
     assert labels is not None
     assert d_logprob is not None
@@ -68,6 +73,9 @@ def _logprobs_gradients(
     parts = partition(live, torch.zeros_like(live), bound, counted(labels, bound, False))
     if parts.excess is not None:
         d_logprob = d_logprob + parts.excess
+    if hidden.dtype == torch.float16:
+        head.scale = loss_scale(live, d_logprob, d_entropy, scale[0] if temperatures is None else temperatures)
+        d_logprob, d_entropy = d_logprob * head.scale, None if d_entropy is None else d_entropy * head.scale
 
     def kernel(at: Tensor, logits: Tensor) -> None:
         read = entropy if d_entropy is not None else None
@@ -88,7 +96,7 @@ linear_token_logprobs_bwd_op = torch.library.custom_op(
 @linear_token_logprobs_op.register_fake
 def _(hidden, weight, bias, labels, temperatures, scale, wanted, chunks, backend):
     flags = Wanted(*wanted)
-    return tuple(row_outputs(hidden, hidden.shape[0], flags.entropy, flags.score_norms))
+    return _outputs(hidden, hidden.shape[0], flags)
 
 
 @linear_token_logprobs_bwd_op.register_fake
@@ -108,7 +116,7 @@ def _backward_logprobs(
     ctx: Any, d_logprob: Tensor | None, _: Any, d_entropy: Tensor | None, __: Any
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, labels, lse, entropy, temperatures = ctx.saved_tensors
-    d_logprob = torch.zeros_like(lse) if d_logprob is None else d_logprob.contiguous()
+    d_logprob = torch.zeros_like(lse[:, 0]) if d_logprob is None else d_logprob.contiguous()
     d_entropy = d_entropy.contiguous() if ctx.entropy and d_entropy is not None else None
     wanted = [ctx.needs_input_grad[i] for i in range(3)]
     rows = [labels, lse, entropy, d_logprob, d_entropy, temperatures]
@@ -118,7 +126,7 @@ def _backward_logprobs(
     return *(g.to(t.dtype) if want else None for g, t, want in inputs), None, None, None, None, None, None
 
 
-linear_token_logprobs_op.register_autograd(_backward_logprobs, setup_context=_setup_logprobs)
+linear_token_logprobs_op.register_autograd(first_order(_backward_logprobs), setup_context=_setup_logprobs)
 EagerLinearTokenLogprobs = differentiable(_logprobs, _setup_logprobs, _backward_logprobs)
 
 
@@ -140,6 +148,8 @@ def linear_token_logprobs(
         spec = PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap)
         per_row = PerRow(torch.zeros(labels.shape, device=hidden.device), None, None, None, None, temperatures)
         return reference_linear(hidden, weight, bias, RowArguments(labels, per_row, spec), wanted, chunks)[1:]
+    if temperatures is None and not constant(temperature):
+        temperatures, temperature = as_data(labels.shape, temperature, torch.float32, labels.device), 1.0
     call = linear_token_logprobs_op if traced(hidden, weight) else _logprobs
     if needs_grad(hidden, weight, bias) and call is _logprobs:
         call = EagerLinearTokenLogprobs.apply

@@ -5,15 +5,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ppg_fast import backends, reference
-from ppg_fast.contract import Columns, FusedArguments, PerRow, Reduction, Turns, Wanted
+from ppg_fast.contract import FUSED_CHOICES, Columns, FusedArguments, PerRow, Reduction, Turns, Wanted
 from ppg_fast.ops.allocation import fresh
-from ppg_fast.ops.checks import check_cu_seqlens, check_labels, check_rewards, check_temperatures, check_turn_ids
+from ppg_fast.ops.checks import (
+    check_cu_seqlens,
+    check_labels,
+    check_mask,
+    check_rewards,
+    check_temperatures,
+    check_turn_ids,
+)
 from ppg_fast.ops.sequences import sequence_ids
-from ppg_fast.ops.tracing import needs_grad, no_gradients, traced
-from ppg_fast.spec import IGNORE, PolicyLossSpec
+from ppg_fast.ops.tracing import as_operands, first_order, from_operands, hand_out, needs_grad, no_gradients, traced
+from ppg_fast.spec import IGNORE, REDUCTIONS, PolicyLossSpec
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
@@ -21,11 +27,18 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
 def compute(logits: Tensor, dlogits: Tensor | None, arguments: FusedArguments, wanted: Wanted, backend: str) -> Outputs:
     """-> loss () (that of a token for "none"), log-prob, entropy and score norm in the shape of the labels, float32;
     writes ``dlogits``, which may be the logits. The entropy is (0,) and the score norm None unless wanted."""
-    if wanted.validate or (logits.is_cpu and backend != "cpu"):
+    mask = arguments.columns.loss_mask
+    if mask is not None and (wanted.validate or mask.is_cpu):
+        check_mask(mask)
+    empty = arguments.columns.labels.numel() == 0
+    if wanted.validate or (logits.is_cpu and (empty or backend != "cpu")):
         check_values(logits, arguments)
     norm = None
     if wanted.score_norms:
         norm = torch.empty(arguments.columns.labels.shape, dtype=torch.float32, device=logits.device)
+    if empty:
+        none = logits.new_empty(arguments.columns.labels.shape, dtype=torch.float32)
+        return (none if arguments.reduction.kind == "none" else none.sum()), none.clone(), none.clone(), norm
     out = backends.load(backend).fused_policy_loss(logits, *arguments, wanted.entropy, dlogits, norm)
     if out is None:  # a value breaks a rule, and nothing was computed
         check_values(logits, arguments)
@@ -72,7 +85,7 @@ def policy_loss_op(
     wanted."""
     flags = Wanted(*wanted)
     dlogits = fresh(logits, logits.shape) if flags.gradient else None
-    arguments = FusedArguments.unpack(tensors, numbers, choices)
+    arguments = FusedArguments.unpack(*from_operands(tensors, numbers), choices)
     *out, norm = compute(logits, dlogits, arguments, flags, backend)
     norm = logits.new_empty(0, dtype=torch.float32) if norm is None else norm
     return *out, norm, logits.new_empty(0) if dlogits is None else dlogits  # type: ignore[return-value]
@@ -80,11 +93,9 @@ def policy_loss_op(
 
 @policy_loss_op.register_fake
 def _(logits, tensors, numbers, choices, wanted, backend):
-    flags, arguments = Wanted(*wanted), FusedArguments.unpack(tensors, numbers, choices)
-    rows, none = arguments.columns.labels.shape, (0,)
-    has_entropy = flags.entropy or flags.score_norms or arguments.spec.entropy_coef != 0
-    loss = rows if arguments.reduction.kind == "none" else ()
-    shapes = loss, rows, rows if has_entropy else none, rows if flags.score_norms else none
+    flags, rows, none = Wanted(*wanted), tensors[0].shape, (0,)
+    loss = rows if REDUCTIONS[choices[FUSED_CHOICES.index("reduction")]] == "none" else ()
+    shapes = loss, rows, rows if flags.entropy or flags.score_norms else none, rows if flags.score_norms else none
     small = [logits.new_empty(shape, dtype=torch.float32) for shape in shapes]
     return *small, logits.new_empty(logits.shape if flags.gradient else none)
 
@@ -106,7 +117,7 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return gradient, ctx.no_gradients, None, None, None, None
 
 
-policy_loss_op.register_autograd(_backward, setup_context=_setup)
+policy_loss_op.register_autograd(first_order(_backward), setup_context=_setup)
 
 
 # ---- in eager mode ---------------------------------------------------------------------------------------------------
@@ -123,23 +134,18 @@ class EagerPolicyLoss(torch.autograd.Function):
         if inplace:  # whoever else saved the logits for a backward pass is told that they are gone
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(dlogits)
-        ctx.backend, ctx.scaled = backend, False
+        ctx.backend = backend
         _, logprob, entropy, norm = out
         ctx.mark_non_differentiable(*((logprob, entropy) if norm is None else (logprob, entropy, norm)))
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (dlogits,) = ctx.saved_tensors
-        if ctx.scaled:
-            raise RuntimeError(
-                "the policy loss was differentiated a second time, but its only gradient buffer was scaled in place by "
-                "the first backward pass: compute the loss again, or build on token_logprobs"
-            )
+        hand_out(ctx, True)
         if not (d_loss.is_cpu and bool((d_loss == 1).all())):
             backends.load(ctx.backend).rescale_rows(dlogits, d_loss.reshape(-1).contiguous())
-            ctx.scaled = True
         return dlogits, None, None, None, None
 
 
@@ -159,7 +165,10 @@ def policy_loss(
     wanted = wanted._replace(gradient=True) if needs_grad(logits) else wanted
     arguments = FusedArguments(columns, turns, reduction, spec, skip_zero_advantages)
     if traced(logits):
-        loss, logprob, entropy, norm, _ = policy_loss_op(logits, *arguments.pack(), list(wanted), backend)
+        tensors, numbers, choices = arguments.pack()
+        tensors, numbers = as_operands(tensors, numbers)
+        flags = list(wanted._replace(entropy=wanted.entropy or spec.entropy_coef != 0))
+        loss, logprob, entropy, norm, _ = policy_loss_op(logits, tensors, numbers, choices, flags, backend)
         return loss, logprob.detach(), entropy.detach(), norm.detach()
     if wanted.gradient:
         return EagerPolicyLoss.apply(logits, arguments, wanted, inplace, backend)  # type: ignore[return-value]

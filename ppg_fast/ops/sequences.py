@@ -4,8 +4,29 @@ index with."""
 import torch
 from torch import Tensor
 
-from ppg_fast.ops.checks import check_cu_seqlens, check_turn_ids
+from ppg_fast.ops.checks import check_cu_seqlens, check_mask, check_turn_ids
+from ppg_fast.ops.tracing import traced
 from ppg_fast.reference.turns import of_tokens
+from ppg_fast.spec import IGNORE
+
+
+def _active_labels(labels: Tensor, mask: Tensor, validate: bool) -> Tensor:
+    if mask.is_cpu or validate:
+        check_mask(mask)
+    return torch.where(mask.reshape(-1) != 0, labels, IGNORE)
+
+
+active_labels_op = torch.library.custom_op("ppg_fast::active_labels", _active_labels, mutates_args=())
+
+
+@active_labels_op.register_fake
+def _(labels, mask, validate):
+    return torch.empty_like(labels)
+
+
+def active_labels(labels: Tensor, mask: Tensor, validate: bool) -> Tensor:
+    """The (N,) labels with -100 where the mask, of any shape of N elements, is 0; ValueError unless it is 0 or 1."""
+    return (active_labels_op if traced(labels, mask) else _active_labels)(labels, mask, validate)
 
 
 def sequence_ids(cu_seqlens: Tensor | None, sequences: int, labels: Tensor) -> Tensor:

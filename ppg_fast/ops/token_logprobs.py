@@ -9,7 +9,7 @@ from ppg_fast import backends, reference
 from ppg_fast.contract import Wanted
 from ppg_fast.ops.allocation import fresh
 from ppg_fast.ops.checks import check_labels
-from ppg_fast.ops.tracing import differentiable, needs_grad, traced
+from ppg_fast.ops.tracing import as_data, constant, differentiable, first_order, needs_grad, traced
 
 
 def _logprobs(
@@ -20,8 +20,8 @@ def _logprobs(
     wanted: list[bool],
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> log-prob, entropy, log-sum-exp and score norm of each row, (N,) float32; zeros where masked, (0,) unless
-    wanted. ``scale``: temperature and softcap."""
+    """-> log-prob, entropy and score norm of each row, (N,) float32, zeros where masked, (0,) unless wanted; before the
+    last its maximum and sum, (N, 2). ``scale``: temperature and softcap."""
     entropy, score_norms, _, validate = wanted
     check_labels(labels, logits.shape[-1], validate)
     norm = torch.empty(labels.numel() if score_norms else 0, dtype=torch.float32, device=logits.device)
@@ -31,7 +31,7 @@ def _logprobs(
 
 
 def _gradient(logits: Tensor, rows: list[Tensor | None], scale: list[float], backend: str) -> Tensor:
-    """-> dlogits (B, L, V). ``rows``: labels, log-sum-exp, entropy, d_logprob, d_entropy, temperatures."""
+    """-> dlogits (B, L, V). ``rows``: labels, maximum and sum, entropy, d_logprob, d_entropy, temperatures."""
     dlogits = fresh(logits, logits.shape)
     backends.load(backend).logprobs_bwd(logits, *rows, *scale, dlogits)
     return dlogits
@@ -44,7 +44,7 @@ token_logprobs_bwd_op = torch.library.custom_op("ppg_fast::token_logprobs_bwd", 
 @token_logprobs_op.register_fake
 def _(logits, labels, temperatures, scale, wanted, backend):
     flags, N = Wanted(*wanted), logits.shape[0] * logits.shape[1]
-    sizes = N, N if flags.entropy or flags.score_norms else 0, N, N if flags.score_norms else 0
+    sizes = N, N if flags.entropy or flags.score_norms else 0, (N, 2), N if flags.score_norms else 0
     return tuple(logits.new_empty(n, dtype=torch.float32) for n in sizes)
 
 
@@ -63,14 +63,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     logits, labels, lse, entropy, temperatures = ctx.saved_tensors
-    d_logprob = torch.zeros_like(lse) if d_logprob is None else d_logprob.contiguous()
+    d_logprob = torch.zeros_like(lse[:, 0]) if d_logprob is None else d_logprob.contiguous()
     d_entropy = d_entropy.contiguous() if ctx.entropy and d_entropy is not None else None
     call = token_logprobs_bwd_op if traced(logits, d_logprob) else _gradient
     rows = [labels, lse, entropy, d_logprob, d_entropy, temperatures]
     return call(logits, rows, ctx.scale, ctx.backend), None, None, None, None, None
 
 
-token_logprobs_op.register_autograd(_backward, setup_context=_setup)
+token_logprobs_op.register_autograd(first_order(_backward), setup_context=_setup)
 EagerTokenLogprobs = differentiable(_logprobs, _setup, _backward)
 
 
@@ -90,6 +90,8 @@ def token_logprobs(
         by, z = temperature if temperatures is None else temperatures, logits.flatten(0, 1).float()
         norms = reference.score_norms(z, labels, by, logit_softcap) if wanted.score_norms else z.new_empty(0)
         return *reference.token_logprobs(z, labels, by, logit_softcap), norms
+    if temperatures is None and not constant(temperature):
+        temperatures, temperature = as_data(labels.shape, temperature, torch.float32, labels.device), 1.0
     call = token_logprobs_op if traced(logits) else EagerTokenLogprobs.apply if needs_grad(logits) else _logprobs
     scale = [temperature, logit_softcap]
     logprob, entropy, _, norms = call(logits, labels, temperatures, scale, list(wanted), backend)

@@ -5,7 +5,7 @@ from ppg_fast.reference.groups import consecutive_ids, group_sum
 from ppg_fast.reference.logprobs import score_norms, token_logprobs
 from ppg_fast.reference.partial_returns import masked_returns, partial_returns
 from ppg_fast.reference.policy_loss import grouped_old_logprobs, loss_from_logprobs, policy_loss
-from ppg_fast.reference.policy_term import importance_weight, policy_term
+from ppg_fast.reference.policy_term import importance_weight, k3, policy_term, ratio_of
 from ppg_fast.reference.turns import of_tokens, turn_mask
 
 __all__ = [
@@ -13,12 +13,14 @@ __all__ = [
     "group_sum",
     "grouped_old_logprobs",
     "importance_weight",
+    "k3",
     "loss_from_logprobs",
     "masked_returns",
     "of_tokens",
     "partial_returns",
     "policy_loss",
     "policy_term",
+    "ratio_of",
     "score_norms",
     "token_logprobs",
     "turn_mask",

@@ -38,6 +38,7 @@ def _log_softmax(logits: Tensor, rows: Tensor, temperature: Tensor | float, logi
     z = logits[rows]
     if logit_softcap:
         z = logit_softcap * torch.tanh(z / logit_softcap)
+    z = z - z.detach().amax(-1, keepdim=True)  # before a small temperature makes large numbers of it
     return torch.log_softmax(
         z / (temperature[rows, None].to(z.dtype) if isinstance(temperature, Tensor) else temperature), -1
     )

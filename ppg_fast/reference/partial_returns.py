@@ -1,4 +1,4 @@
-"""Discounted returns inside a window, as a plain loop: slow, obvious, right.
+"""Discounted returns inside a window, as a plain loop over how far ahead a reward is.
 
 Mirrors kernels/triton/partial_returns.py and csrc/*/partial_returns.*
 """
@@ -23,25 +23,29 @@ def partial_returns(
     end is the smallest of t + ``lookahead``, the end of t's segment (``segment_ids``, or runs of ``segment_length``
     turns if that is not 0) and the end of the dialogue.
     """
-    B, T = rewards.shape
-    returns = torch.zeros_like(rewards)
-    for b in range(B):
-        count = T if turn_counts is None else int(turn_counts[b])
-        for t in range(count):
-            for k in range(t, min(count, t + lookahead)):
-                if segment_length and k // segment_length != t // segment_length:
-                    break
-                if segment_ids is not None and segment_ids[b, k] != segment_ids[b, t]:
-                    break
-                returns[b, t] += gamma ** (k - t) * rewards[b, k]
+    T, returns, exists = rewards.shape[1], torch.zeros_like(rewards), _turns_of(rewards, turn_counts)
+    bounds = []  # where a segment ends, as numbers that are the same inside of it
+    if segment_length:
+        bounds.append(torch.arange(T, device=rewards.device).expand(rewards.shape) // segment_length)
+    if segment_ids is not None:
+        bounds.append(torch.nn.functional.pad((segment_ids[:, 1:] != segment_ids[:, :-1]).cumsum(1), (1, 0)))
+    for ahead in range(min(lookahead, T)):
+        credited = exists[:, ahead:]
+        for segment in bounds:
+            credited = credited & (segment[:, ahead:] == segment[:, : T - ahead])
+        returns[:, : T - ahead] += torch.where(credited, gamma**ahead * rewards[:, ahead:], 0.0)
     return returns
 
 
 def masked_returns(rewards: Tensor, mask: Tensor, turn_counts: Tensor | None, gamma: float) -> Tensor:
     """R[b, t] = sum over k with mask[t, k] of gamma^(k-t) r[b, k]: any subset of the rewards, as one matrix product."""
-    B, T = rewards.shape
-    turns = torch.arange(T, device=rewards.device)
-    exists = turn_mask(torch.full((B,), T, device=rewards.device) if turn_counts is None else turn_counts, T)
+    turns, exists = torch.arange(rewards.shape[1], device=rewards.device), _turns_of(rewards, turn_counts)
     discount = torch.where(mask, float(gamma) ** (turns - turns[:, None]).double(), 0.0)
     returns = torch.where(exists, rewards, 0.0).double() @ discount.T
     return torch.where(exists, returns, 0.0).to(rewards.dtype)
+
+
+def _turns_of(rewards: Tensor, turn_counts: Tensor | None) -> Tensor:
+    """(B, T) bool, which turns there are."""
+    B, T = rewards.shape
+    return turn_mask(torch.full((B,), T, device=rewards.device) if turn_counts is None else turn_counts, T)

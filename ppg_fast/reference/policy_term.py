@@ -4,11 +4,18 @@ csrc/policy_term.h."""
 import torch
 from torch import Tensor
 
-from ppg_fast.spec import PolicyLossSpec
+from ppg_fast.spec import MAX_LOG_RATIO, PolicyLossSpec
 
-# exp of more overflows float32 once multiplied, and the branch a minimum did not take would then give 0 * inf to the
-# backward pass
-MAX_LOG_RATIO = 80.0
+
+def ratio_of(log_ratios: Tensor) -> Tensor:
+    """exp(min(log ratio, MAX_LOG_RATIO)), whose derivative is 0 beyond; NaN stays NaN."""
+    return torch.exp(log_ratios.clamp(max=MAX_LOG_RATIO))
+
+
+def k3(delta: Tensor) -> Tensor:
+    """exp(d) - d - 1 with d = min(delta, MAX_LOG_RATIO), whose derivative is 0 beyond; NaN stays NaN."""
+    delta = delta.clamp(max=MAX_LOG_RATIO)
+    return torch.expm1(delta) - delta
 
 
 def with_nan_gradient(loss: Tensor, logprobs: Tensor) -> Tensor:
@@ -19,10 +26,11 @@ def with_nan_gradient(loss: Tensor, logprobs: Tensor) -> Tensor:
 
 def importance_weight(old_logprobs: Tensor, rollout_logprobs: Tensor | None, spec: PolicyLossSpec) -> Tensor | float:
     """min(exp(old - rollout), importance_cap): corrects for a sampler that is not the trainer's policy. 1 where it is
-    off."""
+    off, and where the rollout log-prob is NaN under nan_rollout "one"."""
     if rollout_logprobs is None or not spec.importance_cap:
         return 1.0
-    return torch.exp(old_logprobs - rollout_logprobs).clamp(max=spec.importance_cap).detach()
+    weight = ratio_of(old_logprobs - rollout_logprobs).clamp(max=spec.importance_cap).detach()
+    return weight.masked_fill(rollout_logprobs.isnan(), 1.0) if spec.nan_rollout == "one" else weight
 
 
 def policy_term(
@@ -36,11 +44,11 @@ def policy_term(
 ) -> Tensor:
     """Loss of each token, (N,), differentiable in ``logprobs`` and ``entropy``.
 
-    With r = exp(l - old):  reinforce -A l;  ppo, gspo -min(r A, clip(r, 1-clip_low, 1+clip_high) A), at most -dual_clip
-    A where A < 0; cispo -sg[min(r, 1+clip_high)] A l;  times the importance weight, plus kl_coef KL(l, ref), minus
-    entropy_coef H.
+    With r = exp(min(l - old, 20)):  reinforce -A l;  ppo, gspo -min(r A, clip(r, 1-clip_low, 1+clip_high) A), at most
+    -dual_clip A where A < 0; cispo -sg[min(r, 1+clip_high)] A l;  times the importance weight, plus kl_coef KL(l, ref),
+    minus entropy_coef H.
     """
-    ratio = torch.exp((logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO))
+    ratio = ratio_of(logprobs - old_logprobs)
     if spec.loss_type == "reinforce":
         loss = -advantages * logprobs
     elif spec.loss_type == "cispo":
@@ -53,6 +61,6 @@ def policy_term(
     loss = importance * loss
     if spec.kl_coef:
         delta = ref_logprobs - logprobs
-        kl = {"k1": -delta, "k2": delta**2 / 2, "k3": torch.expm1(delta) - delta}[spec.kl_estimator]
+        kl = -delta if spec.kl_estimator == "k1" else delta**2 / 2 if spec.kl_estimator == "k2" else k3(delta)
         loss = loss + spec.kl_coef * kl
     return loss - spec.entropy_coef * entropy if spec.entropy_coef else loss

@@ -29,15 +29,25 @@ class Kernel:
         return sum(mnemonic(text).startswith(prefix) for _, text in self.code)
 
     def loop_around(self, prefix: str) -> "Kernel":
-        """The smallest loop with an instruction whose mnemonic begins with ``prefix``, as a kernel of its own."""
+        """The outermost loop with the first instruction whose mnemonic begins with ``prefix``, as a kernel of its own:
+        what can run after it and before it again, wherever ptxas has put that code, and what is called from there."""
+        after: dict[int, set[int]] = {address: set() for address, _ in self.code}
+        before: dict[int, set[int]] = {address: set() for address, _ in self.code}
+        called: dict[int, int] = {}
+        for (address, text), (following, _) in zip(self.code, [*self.code[1:], (-1, "")], strict=True):
+            if m := re.search(r"\bCALL\S* .*?0x([0-9a-f]+)", text):
+                called[address] = int(m[1], 16)  # and returns to the instruction behind it
+            if m := re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", text):
+                after[address].add(int(m[1], 16))
+            if not re.match(r"BRA 0x|EXIT|RET", text):
+                after[address].add(following)
+            for target in after[address] & before.keys():
+                before[target].add(address)
         here = next(address for address, text in self.code if mnemonic(text).startswith(prefix))
-        jumps = [
-            (int(m[1], 16), address)
-            for address, text in self.code
-            if (m := re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", text))
-        ]
-        start, end = min((j for j in jumps if j[0] <= here <= j[1]), key=lambda j: j[1] - j[0])
-        return Kernel(self.name, [(address, text) for address, text in self.code if start <= address <= end])
+        loop = reached(after, after[here]) & reached(before, before[here])
+        while functions := {called[address] for address in loop & called.keys()} - loop:
+            loop |= reached(after, functions)
+        return Kernel(self.name, [(address, text) for address, text in self.code if address in loop])
 
     def straight(self) -> Iterator[Counter[str]]:
         """The mnemonics of each run of instructions without a branch or a branch target."""
@@ -53,6 +63,16 @@ class Kernel:
                 yield run
                 run = Counter()
         yield run
+
+
+def reached(steps: dict[int, set[int]], start: set[int]) -> set[int]:
+    """``start`` and all that ``steps`` lead to from there."""
+    found: set[int] = set()
+    waiting = set(start)
+    while waiting:
+        found.add(address := waiting.pop())
+        waiting |= steps.get(address, set()) - found
+    return found
 
 
 def mnemonic(text: str) -> str:

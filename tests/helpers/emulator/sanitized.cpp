@@ -81,7 +81,7 @@ void run(int64_t V, DType dtype, int shift, int gap, int out_shift, bool cap, bo
   const Rows in{logits.data, L, batch, stride}, out{out_shift < 0 ? logits.data : other.data, L, batch, stride};
   const std::vector<int64_t> labels{0, -100, V - 1, V / 2, -1, V / 3};
   const std::vector<float> advantages{1.f, 1.f, -0.5f, 0.f, 1.f, 2.f}, ones(N, 1.25f), zeros(N, 0.f);
-  std::vector<float> loss(N), logprob(N), ent(N), lse(N), norm(N);
+  std::vector<float> loss(N), logprob(N), again(N), ent(N), lse(2 * N), norm(N);
   const Sweep sweep{in, labels.data(), nullptr, N, V, dtype, 1.3f, cap ? 9.f : 0.f};
 
   LogprobsFwdArgs f{sweep};
@@ -92,13 +92,12 @@ void run(int64_t V, DType dtype, int shift, int gap, int out_shift, bool cap, bo
   PolicyLossArgs a{sweep};
   a.advantages = advantages.data(), a.weights = ones.data(), a.old_logprobs = logprob.data();
   a.term = {LossType::PPO, KLEstimator::K3, 0.2f, 0.3f, 0.f, 0.f, entropy ? 0.1f : 0.f, 0.f};
-  a.loss = loss.data(), a.logprob = lse.data() /* overwritten: a second set of log-probs */,
-  a.entropy = entropy ? ent.data() : nullptr;
+  a.loss = loss.data(), a.logprob = again.data(), a.entropy = entropy ? ent.data() : nullptr;
   a.dlogits = out;
   expect(cuda::policy_loss(a, nullptr), "policy_loss");
   for (int n = 0; n < N; ++n)
-    if (!std::isfinite(loss[n]) || logprob[n] != lse[n])
-      ++failures, std::printf("row %d: loss %g, log-probs %g %g\n", n, loss[n], logprob[n], lse[n]);
+    if (!std::isfinite(loss[n]) || logprob[n] != again[n])
+      ++failures, std::printf("row %d: loss %g, log-probs %g %g\n", n, loss[n], logprob[n], again[n]);
 
   run_fused(in, out, V, dtype, cap, entropy);
   LogprobsBwdArgs b{sweep};
