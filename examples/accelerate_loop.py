@@ -36,7 +36,8 @@ def main(epochs: int = 4) -> list[float]:
         batches = list(loader)
         for start in range(0, len(batches), WINDOW):
             window = batches[start : start + WINDOW]
-            tokens = accelerator.gather(sum((batch["shift_labels"] != -100).sum() for batch in window)).sum()
+            labels = sum((batch["shift_labels"] != -100).sum() for batch in window)
+            tokens = accelerator.gather(labels).sum().clamp(min=1)
             for batch in window:
                 # backward divides by WINDOW, DDP by the ranks: the denominator is the window's tokens
                 with accelerator.accumulate(model):

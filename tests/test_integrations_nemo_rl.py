@@ -1,5 +1,6 @@
 """The contract of NeMo-RL, by stand-ins with its documented names: next-token alignment, global denominators."""
 
+import math
 import re
 from enum import Enum
 from functools import reduce
@@ -156,6 +157,7 @@ class GRPOConfig(BaseModel, extra="allow"):
 
 def master(path=None, value=None, **loss):
     config = SimpleNamespace(loss_fn=ClippedPGLossConfig(**loss), grpo=GRPOConfig(), policy={"anything": 1})
+    config.on_policy_distillation, config.reward_penalties = Switch(), SimpleNamespace()
     if path:
         *outer, last = path.split(".")
         setattr(reduce(getattr, outer, config), last, value)
@@ -166,7 +168,7 @@ REFUSED = {
     "loss": {
         "loss_fn.truncated_importance_sampling_type": "icepop", "loss_fn.truncated_importance_sampling_ratio_min": 0.5,
         "loss_fn.use_on_policy_kl_approximation": True, "loss_fn.positive_example_nll_weight": 0.1,
-        "loss_fn.reference_policy_kl_penalty": 0.01, "loss_fn.later": True,
+        "loss_fn.reference_policy_kl_penalty": 0.01, "loss_fn.later": True, "on_policy_distillation.enabled": True,
     },
     "advantages": {
         "grpo.adv_estimator.name": "gdpo", "grpo.normalize_rewards": False, "grpo.use_leave_one_out_baseline": False,
@@ -174,7 +176,11 @@ REFUSED = {
         "grpo.adv_estimator.minus_baseline": False, "grpo.adv_estimator.reward_weights": [1.0],
         "loss_fn.use_kl_in_reward": True, "grpo.later": 3, "grpo.adv_estimator.later": 3,
     },
-    "turn rewards": {"grpo.reward_shaping.enabled": True, "grpo.reward_scaling.enabled": True},
+    "turn rewards": {
+        "grpo.reward_shaping.enabled": True, "grpo.reward_scaling.enabled": True,
+        "reward_penalties.penalize_duplicated_reasoning": True, "reward_penalties.penalize_empty_final_answer": True,
+        "reward_penalties.penalize_unwanted_tokens": True, "reward_penalties.penalize_malformed_think_tag": True,
+    },
 }  # fmt: skip
 
 
@@ -281,3 +287,14 @@ def test_log_probs_that_nemo_rl_left_out_are_named(nemo, batch):
     data |= {"prev_logprobs": batch.old, "curr_logprobs_unfiltered": current}
     with pytest.raises(ValueError, match=r"a KL term \(kl_coef\) needs sampling without top-k and top-p"):
         nemo.PPGLossFn(ppg.PolicyLossSpec("ppo", kl_coef=0.1))(current, data, torch.tensor(4.0), torch.tensor(9.0))
+
+
+def test_a_log_prob_that_no_policy_has_leaves_nemo_rls_metric_a_number(nemo):
+    mask = torch.tensor([[0.0, 1.0, 1.0]])
+    data = {
+        "token_mask": mask, "sample_mask": torch.ones(1), "advantages": torch.ones(1, 3),
+        "prev_logprobs": torch.tensor([[0.0, -1.0, -1.0]]), "generation_logprobs": torch.tensor([[0.0, -9999.0, -1.5]]),
+    }  # fmt: skip
+    current = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    metrics = nemo.PPGLossFn()(current, data, torch.tensor(1.0), torch.tensor(2.0))[1]
+    assert metrics["token_mult_prob_error"] == pytest.approx((math.exp(20) + math.exp(0.5)) / 2)

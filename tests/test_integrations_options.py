@@ -13,7 +13,7 @@ import torch
 from host_case import found_is, put
 from pydantic import BaseModel
 
-from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
+from ppg_fast.integrations.options import RUN, check, check_unknown, hosts_own, obeyed, refused
 
 ROOT, OURS = Path(__file__).parents[1], "ppg_fast.integrations"
 
@@ -222,14 +222,16 @@ def test_every_row_of_verl_that_refuses_has_a_case():
 
 # ---- the page --------------------------------------------------------------------------------------------------------
 def as_markdown(table, shown=9):
-    """The table of docs/integrations.md; of a long row the first ``shown`` names and the number of the others."""
+    """The table of docs/integrations.md; of options without effect on the loss the first ``shown`` names and the number
+    of the others."""
     lines = ["| options | for | what becomes of them |", "|---|---|---|"]
     for option in table:
         names = option.names.split()
-        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        cut = shown if option.part == RUN else len(names)
+        more = f" and {len(names) - cut} more" if len(names) > cut else ""
         fate = option.fate if option.fate != "refused" else f"refused unless {option.must}"
         fate += f", must be {option.must}" if option.must and option.fate != "refused" else ""
-        listed = ", ".join(f"`{name}`" for name in names[:shown])
+        listed = ", ".join(f"`{name}`" for name in names[:cut])
         lines.append(f"| {listed}{more} | {option.part} | {fate}: {option.note} |")
     return "\n".join(lines) + "\n"
 
@@ -245,15 +247,21 @@ def table_of(host, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "host", ["trl.config", "axolotl", "verl.ALGORITHM", "verl.ACTOR", "prime_rl", "skyrl", "slime", "nemo_rl"]
-)
+    "host",
+    [
+        "transformers.options", "trl.config", "axolotl", "verl.ALGORITHM", "verl.ACTOR", "prime_rl", "skyrl",
+        "slime_options", "nemo_rl",
+    ],
+)  # fmt: skip
 def test_the_page_shows_the_table(host, monkeypatch):
     shown = as_markdown(table_of(host, monkeypatch))
     page = (ROOT / "docs/integrations.md").read_text()
     assert shown in page, f"put this table of {host} into docs/integrations.md:\n{shown}"
 
 
-def test_a_long_row_is_cut():
-    assert as_markdown([hosts_own("loss", "a b c", "x")], shown=2).splitlines()[-1] == (
-        "| `a`, `b` and 1 more | loss | the host's: x |"
-    )
+def test_a_long_row_without_effect_is_cut():
+    rows = [hosts_own(RUN, "a b c", "x"), hosts_own("loss", "d e f", "y")]
+    assert as_markdown(rows, shown=2).splitlines()[-2:] == [
+        "| `a`, `b` and 1 more | the run | the host's: x |",
+        "| `d`, `e`, `f` | loss | the host's: y |",
+    ]

@@ -9,6 +9,8 @@ import pytest
 import torch
 from host_case import GROUPS, MASK, OPTIONS, TURN_REWARDS, expected_credit, put
 
+from ppg_fast.integrations import slime_options
+
 
 @dataclass
 class Sample:
@@ -205,7 +207,8 @@ def test_slimes_estimator_chooses_the_loss(slime, estimator):
 REFUSED = {
     "advantages": {
         "advantage_estimator": "ppo", "gamma": 0.9, "lambd": 0.95, "kl_coef": 0.1, "rewards_normalization": False,
-        "grpo_std_normalization": False, "compute_advantages_and_returns": False, "ppg_polcy_class": "greedy",
+        "grpo_std_normalization": False, "custom_convert_samples_to_train_data_path": "mine.convert",
+        "compute_advantages_and_returns": False, "ppg_polcy_class": "greedy",
     },
     "loss": {
         "kl_loss_type": "abs", "tis_clip_low": 0.5, "custom_tis_function_path": "mis.py:weights",
@@ -232,10 +235,9 @@ def test_slimes_options_that_we_cannot_honour_are_refused(slime, part, name):
         assert "\n" not in str(error.value)
 
 
-def test_every_row_that_refuses_has_a_case(slime):
-    module, _ = slime
+def test_every_row_that_refuses_has_a_case():
     for part, cases in REFUSED.items():
-        rows = [o for o in module.OPTIONS if o.part == part and o.allows]
+        rows = [o for o in slime_options.OPTIONS if o.part == part and o.allows]
         assert {name for o in rows for name in o.names.split()} <= set(cases)
 
 
@@ -251,6 +253,26 @@ def test_slimes_defaults_are_accepted(slime):
     args = slime_args(**defaults)
     assert module.reward_post_process(args, [])[0] == []
     assert module.loss_spec(args).loss_type == "ppo"
+
+
+def test_an_option_of_a_later_slime_is_found_by_its_own_parser(slime, monkeypatch):
+    """Whatever its name; Megatron's arguments, which have no defaults here, are left alone."""
+    module, _ = slime
+
+    def get_slime_extra_args_provider(add_custom_arguments=None):
+        def add(parser):
+            parser.add_argument("--gamma", type=float, default=1.0)
+            parser.add_argument("--sharpen-rewards", type=float, default=2.0)
+
+        return add
+
+    put(monkeypatch, "slime.utils.arguments", get_slime_extra_args_provider=get_slime_extra_args_provider)
+    module.reward_post_process(slime_args(sharpen_rewards=2.0, hidden_dropout=0.3), [])
+    module.loss_spec(slime_args(sharpen_rewards=2.0))
+    calls = lambda args: module.reward_post_process(args, []), module.loss_spec
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^sharpen_rewards is an option of slime .* its default 2.0, got 3.0$"):
+            call(slime_args(sharpen_rewards=3.0))
 
 
 @pytest.mark.parametrize(

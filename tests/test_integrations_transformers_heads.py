@@ -9,8 +9,8 @@ pytest.importorskip("transformers")
 
 from transformers_case import B, L, V, assert_equals_own_logits, make_batch, single_thread, tiny, with_lora
 
+from ppg_fast.integrations.linear_head import linear_of
 from ppg_fast.integrations.transformers import patch
-from ppg_fast.integrations.transformers.head import linear_of
 
 one_thread = pytest.fixture(autouse=True, scope="module")(single_thread)
 batch = pytest.fixture(make_batch)
@@ -105,7 +105,7 @@ def test_a_small_lora_update_survives_half_precision():
 
 
 def test_dora_on_the_head_is_refused():
-    with pytest.raises(ValueError, match=r"LoRA of the head must be plain .*got 'default'"):
+    with pytest.raises(ValueError, match=r"must be plain LoRA, DoRA is not: .*; DoRA adapter, got 'default'"):
         patch(with_lora(tiny(), use_dora=True))
 
 

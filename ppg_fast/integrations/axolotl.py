@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ppg_fast.integrations.host import require_host
-from ppg_fast.integrations.options import check, hosts_own, obeyed, refused
+from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
 from ppg_fast.spec import require
 
 try:
@@ -39,7 +39,19 @@ OPTIONS = (  # of axolotl's configuration; what it passes to GRPOConfig is check
     refused("trainer", "batch_flattening", (None, False), "advantages of turns are padded, (B, C)"),
     hosts_own("trainer", "trl.skip_zero_advantage_batches trl.replay_recompute_logps trl.reroll_max_groups",
               "settings of its asynchronous trainer, without effect"),
-    hosts_own("trainer", "trl.*", "the rest becomes GRPOConfig: the table of TRL"),
+    hosts_own("trainer", "trl.beta trl.max_completion_length trl.use_vllm trl.vllm_mode trl.vllm_server_host "
+              "trl.vllm_server_port trl.vllm_server_timeout trl.vllm_guided_decoding_regex trl.reward_weights "
+              "trl.generation_batch_size trl.num_generations trl.log_completions trl.num_completions_to_print "
+              "trl.importance_sampling_level trl.sync_ref_model trl.ref_model_mixup_alpha trl.ref_model_sync_steps "
+              "trl.scale_rewards trl.temperature trl.top_p trl.top_k trl.min_p trl.repetition_penalty "
+              "trl.generation_kwargs trl.chat_template_kwargs trl.num_iterations trl.epsilon trl.epsilon_high "
+              "trl.use_liger_loss trl.loss_type trl.mask_truncated_completions trl.entropy_coef "
+              "trl.use_adaptive_entropy trl.entropy_target trl.entropy_coef_delta trl.entropy_coef_min "
+              "trl.entropy_coef_max trl.vllm_importance_sampling_clip_min trl.vllm_importance_sampling_clip_max "
+              "trl.vllm_importance_sampling_correction trl.vllm_importance_sampling_mode "
+              "trl.vllm_importance_sampling_cap trl.off_policy_mask_threshold trl.use_bias_correction_kl "
+              "trl.log_multimodal trl.vllm_enable_sleep_mode trl.multi_objective_aggregation trl.vllm",
+              "become GRPOConfig: the table of TRL"),
 )  # fmt: skip
 
 
@@ -66,6 +78,7 @@ class PPGPlugin(BasePlugin):
         """The values of those fields; ValueError for an unknown one, and for an option that `OPTIONS` refuses."""
         if _wanted(cfg):
             check("axolotl", OPTIONS, cfg, "trainer")
+            check_unknown("axolotl", OPTIONS, cfg, names=lambda name: name.split(".")[0] == "trl")
         chosen, known = dict(cfg.ppg or {}) if _wanted(cfg) else {}, [field.name for field in fields(PPGOptions)]
         unknown = [name for name in chosen if name not in known]
         require(not unknown, f"ppg must hold only {', '.join(known)}", unknown)

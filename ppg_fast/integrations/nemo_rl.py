@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ppg_fast.functional import policy_loss_from_logprobs
 from ppg_fast.integrations.host import require_host
-from ppg_fast.integrations.options import Option, check, check_unknown, hosts_own, obeyed, refused
-from ppg_fast.integrations.turns import Credit, last_tokens, place_turn_rewards, turn_counts, turn_ids_of_mask
-from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
+from ppg_fast.integrations.options import RUN, Option, check, check_unknown, hosts_own, obeyed, refused
+from ppg_fast.integrations.turns import Credit, inside, last_tokens, place_turn_rewards, turn_counts, turn_ids_of_mask
+from ppg_fast.spec import MAX_LOG_RATIO, PolicyClass, PolicyLossSpec, require
 
 MINIMUM = "0.6"
 ADVANTAGES, TURN_REWARDS, LOSS = "advantages", "turn rewards", "loss"
@@ -27,19 +27,23 @@ OPTIONS = (  # of the master configuration
     refused(ADVANTAGES, "loss_fn.use_kl_in_reward", False, "rewards get no KL penalty"),
     refused(TURN_REWARDS, "grpo.reward_shaping.enabled grpo.reward_scaling.enabled", False,
             "they change the reward of the dialogue, not those of its turns"),
-    hosts_own(ADVANTAGES, "grpo.reward_shaping grpo.reward_scaling grpo.use_dynamic_sampling grpo.batch_multiplier "
-              "grpo.dynamic_sampling_max_gen_batches", "before us, on the reward of the dialogue"),
+    refused(TURN_REWARDS, "reward_penalties.penalize_duplicated_reasoning "
+            "reward_penalties.penalize_empty_final_answer reward_penalties.penalize_unwanted_tokens "
+            "reward_penalties.penalize_malformed_think_tag", False, "likewise"),
+    hosts_own(ADVANTAGES, "reward_penalties grpo.reward_shaping grpo.reward_scaling grpo.use_dynamic_sampling "
+              "grpo.batch_multiplier grpo.dynamic_sampling_max_gen_batches",
+              "before us, on the reward of the dialogue"),
     hosts_own(ADVANTAGES, "grpo.advantage_clip_low grpo.advantage_clip_high grpo.invalid_tool_call_advantage "
               "grpo.malformed_thinking_advantage", "change our advantages"),
     hosts_own(ADVANTAGES, "grpo.overlong_filtering grpo.seq_logprob_error_threshold",
               "mask sequences, which then take no part in a baseline"),
-    hosts_own(ADVANTAGES, "grpo.num_prompts_per_step grpo.num_generations_per_prompt grpo.max_num_epochs "
+    hosts_own(RUN, "grpo.num_prompts_per_step grpo.num_generations_per_prompt grpo.max_num_epochs "
               "grpo.max_num_steps grpo.max_rollout_turns grpo.val_period grpo.val_start_at grpo.val_batch_size "
               "grpo.val_at_start grpo.val_at_end grpo.max_val_samples grpo.val_num_generations_per_prompt "
               "grpo.stop_at_validation_metric grpo.stop_at_validation_threshold "
               "grpo.skip_reference_policy_logprobs_calculation grpo.seed grpo.async_grpo "
               "grpo.calculate_advantages_on_gpu grpo.deduplicate_multimodal_data grpo.debug_payload_metrics",
-              "the run"),
+              "no effect on the loss of a batch"),
     obeyed(LOSS, "loss_fn.token_level_loss", "mean over tokens, else over sequences of their token mean"),
     obeyed(LOSS, "loss_fn.disable_ppo_ratio loss_fn.sequence_level_importance_ratios loss_fn.use_cispo",
            "loss_type reinforce, gspo, cispo; else ppo"),
@@ -58,6 +62,7 @@ OPTIONS = (  # of the master configuration
     hosts_own(LOSS, "loss_fn.reference_policy_kl_type loss_fn.kl_input_clamp_value loss_fn.kl_output_clamp_value",
               "of its KL"),
     refused(LOSS, "loss_fn.use_on_policy_kl_approximation", False, "of its KL"),
+    refused(LOSS, "on_policy_distillation.enabled", False, "no log-probs of a teacher are read"),
     refused(LOSS, "loss_fn.positive_example_nll_weight", 0.0, "there is no likelihood term"),
 )  # fmt: skip
 
@@ -150,7 +155,7 @@ class PPGLossFn:
         rollout = data["generation_logprobs"][:, 1:]
         old = next_token_logprobs.detach() if self.on_policy else data["prev_logprobs"][:, 1:]
         rule = "prev_logprobs are zeros, as under loss_fn.force_on_policy_ratio: give PPGLossFn NeMo-RL's config; sum"
-        require(self.on_policy or not bool(mask.any()) or bool((old * mask).any()), rule, 0.0)
+        require(self.on_policy or not bool(mask.any()) or bool(inside(old, mask).any()), rule, 0.0)
         denominator = global_valid_toks if self.token_level else global_valid_seqs
         tokens, normalizer = (
             torch.as_tensor(n, device=mask.device).reshape(()).float() for n in (global_valid_toks, denominator)
@@ -162,7 +167,7 @@ class PPGLossFn:
             reduction="token_mean" if self.token_level else "sequence_mean", normalizer=normalizer.clamp(min=1),
         )  # fmt: skip
         # grpo_train reads this name, and sums metrics over micro-batches: hence the global denominator
-        mismatch = torch.where(mask != 0, (rollout - old).abs().exp(), 0.0).sum() / tokens.clamp(min=1)
+        mismatch = inside((rollout - old).abs().clamp(max=MAX_LOG_RATIO).exp(), mask).sum() / tokens.clamp(min=1)
         metrics = {
             "loss": out.loss.detach(),
             "token_mult_prob_error": mismatch,

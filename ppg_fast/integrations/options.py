@@ -11,6 +11,7 @@ from typing import Any
 from ppg_fast.spec import require
 
 _ABSENT = object()
+RUN = "the run"  # the part of options that have no effect on the loss of a batch
 OFF = (None, False, 0, "", (), [], {})  # values with which an option of unknown default asks for nothing
 
 
@@ -68,8 +69,8 @@ def check_unknown(
 
     Args:
         config: a dataclass, a pydantic model, a mapping or a namespace; nested ones are walked where the table nests.
-        defaults: the class that knows the defaults; that of ``config`` if there is none. An option without a default
-            must be off (None, False, 0, empty).
+        defaults: the class that knows the defaults, or a mapping of them; the class of ``config`` if there is none. An
+            option without a default must be off (None, False, 0, empty).
         names: which names to look at; every one by default.
     """
     known = {name for option in table for name in option.names.split()}
@@ -121,7 +122,9 @@ def _names(config: Any) -> Iterable[str]:
 
 
 def _default(kind: Any, name: str) -> Any:
-    """The default of a field of a dataclass or a pydantic class; _ABSENT where it has none."""
+    """The default of a field of a dataclass or a pydantic class, or in a mapping; _ABSENT where it has none."""
+    if isinstance(kind, Mapping):
+        return kind.get(name, _ABSENT)
     if is_dataclass(kind):
         field = next((field for field in fields(kind) if field.name == name), None)
         if field is not None and field.default_factory is not MISSING:

@@ -15,7 +15,7 @@ import torch
 from ppg_fast.functional import policy_loss_from_logprobs
 from ppg_fast.integrations.host import require_host
 from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
-from ppg_fast.integrations.turns import Credit, stacked, turn_ids_of_mask
+from ppg_fast.integrations.turns import Credit, inside, stacked, turn_ids_of_mask
 from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
 
 MINIMUM = "0.8"
@@ -28,6 +28,7 @@ OPTIONS = (  # of trainer.loss.kwargs, and of the algorithm's configuration in t
     hosts_own(LOSS, "loss_weights", "factors of tokens: those of the rl component, which our loss takes"),
     hosts_own(LOSS, "temperature", "in the log-probs we are given"),
     obeyed(ADVANTAGES, "type sampling", "an Algorithm of your own whose score_group calls `credit_group`"),
+    refused(ADVANTAGES, "action_loss_type", "rl", "our loss is that of the rl component"),
     refused(ADVANTAGES, "length_penalty", None, "credit_group has none: put it into the rewards of turns"),
     hosts_own(ADVANTAGES, "filter_zero_advantages", "drops tokens that have no gradient"),
 )
@@ -67,7 +68,8 @@ def ppg_loss(
         inputs.trainer_logprobs, inputs.advantages, loss_mask=inputs.loss_mask, old_logprobs=inputs.inference_logprobs,
         ref_logprobs=inputs.ref_logprobs, turn_ids=turn_ids, spec=spec, reduction="none",
     )  # fmt: skip
-    loss = out.loss if inputs.loss_weights is None else out.loss * inputs.loss_weights
+    weights = inputs.loss_weights
+    loss = out.loss if weights is None else out.loss * inside(weights, inputs.loss_mask)
     metrics = {name: out.metrics[name] for name in ("approx_kl", "clip_fraction", "kl") if name in out.metrics}
     return require_host("prime-rl", MINIMUM, "prime_rl.trainer.rl.loss").LossOutputs(loss=loss.sum(), metrics=metrics)
 

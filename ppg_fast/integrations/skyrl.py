@@ -15,7 +15,7 @@ from torch import Tensor
 from ppg_fast.functional import policy_loss_from_logprobs
 from ppg_fast.integrations.host import require_host
 from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
-from ppg_fast.integrations.turns import Credit, group_numbers, last_tokens, turn_ids_of_mask
+from ppg_fast.integrations.turns import Credit, group_numbers, inside, last_tokens, turn_ids_of_mask
 from ppg_fast.spec import LOSS_TYPES, PolicyClass, PolicyLossSpec, require, require_one_of
 
 MINIMUM = "0.3"
@@ -115,6 +115,9 @@ def policy_loss(
         reduction="none",
     )
     correct = require_host("skyrl", MINIMUM, f"{UTILS}.off_policy_correction_utils").apply_off_policy_correction
+    if loss_mask is not None:  # SkyRL multiplies by the mask
+        old_log_probs = inside(old_log_probs, loss_mask)
+        rollout_logprobs = None if rollout_logprobs is None else inside(rollout_logprobs, loss_mask)
     loss, mask, metrics = correct(out.loss, old_log_probs, rollout_logprobs, loss_mask, config.off_policy_correction)
     reduced = require_host("skyrl", MINIMUM, f"{UTILS}.ppo_utils").reduce_loss(loss, mask)
     return reduced, {"clip_ratio": float(out.metrics.get("clip_fraction", 0.0)), **metrics}

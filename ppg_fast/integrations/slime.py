@@ -8,10 +8,9 @@ Options, set by --custom-config-path: ppg_policy_class ("full"), ppg_gamma (1.0)
 ppg_loss_type, by default the loss of --advantage-estimator: "ppo" for grpo, "gspo", "cispo".
 
 A baseline needs its whole group, and slime distributes the samples of a group over ranks: so the first function, in the
-rollout manager, computes it. `OPTIONS` lists what becomes of slime's options.
+rollout manager, computes it. `slime_options.OPTIONS` lists what becomes of slime's options.
 """
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,56 +19,19 @@ from torch import Tensor
 
 from ppg_fast.functional import policy_loss
 from ppg_fast.integrations.host import require_host
-from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
-from ppg_fast.integrations.turns import Credit, group_numbers, spread, stacked, turn_counts, turn_ids_of_mask
+from ppg_fast.integrations.slime_options import ADVANTAGES, ESTIMATORS, KL_TYPES, LOSS, check_options
+from ppg_fast.integrations.turns import (
+    Credit,
+    group_numbers,
+    inside,
+    spread,
+    stacked,
+    turn_counts,
+    turn_ids_of_mask,
+)
 from ppg_fast.spec import IGNORE, PolicyLossSpec, require
 
 MINIMUM = "0.3.1"
-KL_TYPES = {"k1": "k1", "k2": "k2", "k3": "k3", "low_var_kl": "k3"}
-ESTIMATORS = {"grpo": "ppo", "gspo": "gspo", "cispo": "cispo"}  # the losses that slime chooses by its estimator
-ADVANTAGES, LOSS = "advantages", "loss"
-OPTIONS = (
-    obeyed(ADVANTAGES, "ppg_policy_class ppg_gamma ppg_baseline", "as in `turn_advantages`"),
-    obeyed(ADVANTAGES, "custom_reward_post_process_path custom_advantage_function_path", "the two functions here"),
-    obeyed(ADVANTAGES, "reward_key", "the reward of a sample without `turn_rewards`"),
-    refused(ADVANTAGES, "advantage_estimator", tuple(ESTIMATORS), "the advantages of other estimators are not ours"),
-    refused(ADVANTAGES, "gamma", 1.0, "set ppg_gamma, a discount per turn"),
-    refused(ADVANTAGES, "lambd", 1.0, "there is no GAE"),
-    refused(ADVANTAGES, "kl_coef", 0.0, "rewards get no KL penalty: use_kl_loss and kl_loss_coef put it into the loss"),
-    refused(ADVANTAGES, "rewards_normalization grpo_std_normalization", True, "ppg_baseline says what is subtracted"),
-    refused(ADVANTAGES, "compute_advantages_and_returns", True, "without it no advantage is computed"),
-    hosts_own(ADVANTAGES, "normalize_advantages", "whitens our advantages over the ranks"),
-    hosts_own(ADVANTAGES, "use_opd opd_type opd_kl_coef", "subtracts the teacher's KL from our advantages"),
-    hosts_own(ADVANTAGES, "dynamic_sampling_filter_path buffer_filter_path rollout_sample_filter_path "
-              "rollout_all_samples_process_path custom_rm_path group_rm rm_type", "before us, on rewards of samples"),
-    hosts_own(ADVANTAGES, "partial_rollout mask_offpolicy_in_partial_rollout loss_mask_type",
-              "the loss mask, whose runs are the turns: a turn it masks wholly has no reward, which is an error"),
-    hosts_own(ADVANTAGES, "allgather_cp", "slices our advantages as its log-probs"),
-    obeyed(LOSS, "loss_type custom_loss_function_path", "`custom_loss` and `ppg_loss`"),
-    obeyed(LOSS, "ppg_loss_type", "default: ppo, gspo or cispo by advantage_estimator"),
-    obeyed(LOSS, "eps_clip eps_clip_high", "clip_low and clip_high; cispo has no lower clip and needs eps_clip >= 1"),
-    obeyed(LOSS, "eps_clip_c", "dual_clip, for ppo, gspo and gspo_turn"),
-    obeyed(LOSS, "use_kl_loss kl_loss_coef", "kl_coef"),
-    obeyed(LOSS, "kl_loss_type", "kl_estimator", lambda kind: kind in KL_TYPES, "k1, k2, k3 or low_var_kl"),
-    obeyed(LOSS, "entropy_coef", "of the logits at rollout_temperature"),
-    obeyed(LOSS, "rollout_temperature", "temperature"),
-    obeyed(LOSS, "use_rollout_logprobs", "the sampler's log-probs are the old ones"),
-    obeyed(LOSS, "use_tis tis_clip", "importance_cap"),
-    hosts_own(LOSS, "calculate_per_token_loss global_batch_size", "divides: our loss goes through its reducer"),
-    refused(LOSS, "tis_clip_low", (None, 0), "our weights have no lower bound: --loss-type policy_loss has one"),
-    refused(LOSS, "custom_tis_function_path custom_pg_loss_reducer_function_path", None, "use --loss-type policy_loss"),
-    refused(LOSS, "use_opsm use_unbiased_kl get_mismatch_metrics", False, "use --loss-type policy_loss"),
-    refused(LOSS, "true_on_policy_mode", False, "our log-probs are not the sampler's bit for bit"),
-    refused(LOSS, "rollout_top_p", 1.0, "our log-probs are of the whole vocabulary: use --loss-type policy_loss"),
-    hosts_own(LOSS, "log_probs_chunk_size recompute_loss_function use_rollout_entropy opsm_delta value_clip "
-              "keep_old_actor ref_update_interval use_routing_replay use_rollout_routing_replay "
-              "num_critic_only_steps enable_mtp_training", "memory, models and metrics: no part of this loss"),
-)  # fmt: skip
-# names by which an option of a later slime would change a loss; slime's arguments include a thousand of Megatron's
-FAMILIES = re.compile(
-    "ppg_|eps_clip|(use_)?(tis|mis|opsm|icepop|kl)_|use_(tis|mis|opsm|icepop)$|custom_.*(loss|tis|reducer)"
-    "|(?!rl_).*(advantage|pg_loss|importance)"
-)
 
 
 def reward_post_process(args: Any, samples: list[Any]) -> tuple[list[float], list[Tensor]]:
@@ -139,12 +101,6 @@ def ppg_advantages(args: Any, rollout_data: dict[str, Any]) -> None:
         advantages.append(cut(spread(values, turn_ids)[0], total, response))
     rollout_data["advantages"] = advantages
     rollout_data["returns"] = list(advantages)
-
-
-def check_options(args: Any, part: str) -> None:
-    """Raise ValueError for the first of slime's arguments that ``part`` cannot honour, or does not know."""
-    check("slime", OPTIONS, args, part)
-    check_unknown("slime", OPTIONS, args, names=lambda name: bool(FAMILIES.match(name)))
 
 
 def loss_spec(args: Any) -> PolicyLossSpec:
@@ -223,5 +179,6 @@ def ppg_loss(
     loss = sum_of_sample_mean(out.loss[rows]) + 0.0 * out.loss.sum()
     metrics = {"loss": loss, "entropy_loss": sum_of_sample_mean(out.entropy[rows])}
     if old:
-        metrics["ppo_kl"] = sum_of_sample_mean(torch.cat(old).to(device) - out.logprobs[rows])
+        change = torch.cat(old).to(device) - out.logprobs[rows]
+        metrics["ppo_kl"] = sum_of_sample_mean(inside(change, torch.cat(masks).to(device)))
     return loss, {name: value.detach().clone() for name, value in metrics.items()}

@@ -60,6 +60,14 @@ def turn_ids_of_mask(mask: Tensor) -> Tensor:
     return torch.where(active, starts.cumsum(1) - 1, -1)
 
 
+def inside(values: Tensor, mask: Tensor) -> Tensor:
+    """``values`` where the mask of their shape is not 0, else 0.
+
+    By selection, because NaN times 0 is NaN; factors are selected before they multiply, because so is their gradient.
+    """
+    return torch.where(mask != 0, values, 0.0)
+
+
 def turn_counts(turn_ids: Tensor) -> Tensor:
     """(B,) int64, the turns of each row of ``turn_ids`` (B, L)."""
     return turn_ids.amax(1) + 1 if turn_ids.shape[1] else turn_ids.new_zeros(turn_ids.shape[0])

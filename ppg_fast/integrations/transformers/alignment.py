@@ -46,15 +46,16 @@ class LabelledTokens:
         arguments, cu_seqlens = dict(given), given.get("cu_seqlens", kwargs.get("cu_seq_lens_q"))
         if cu_seqlens is not None:
             arguments["cu_seqlens"] = cu_seqlens
+        counted = (tokens if shift_labels is not None else tokens[:, 1:]) != IGNORE  # as transformers' Trainer counts
         if shift_labels is None:
-            if cu_seqlens is not None:  # nothing predicts the first token of a dialogue
-                starts = torch.zeros(tokens.numel() + 1, dtype=torch.bool, device=tokens.device)
-                starts[cu_seqlens.to(tokens.device).long()] = True
-                tokens = tokens.masked_fill(starts[:-1].view(tokens.shape), IGNORE)
             arguments |= _shifted(given, tokens.shape)
             tokens = _next(tokens, IGNORE)
+        if cu_seqlens is not None:  # nothing predicts the first token of a dialogue
+            starts = torch.zeros(tokens.numel() + 1, dtype=torch.bool, device=tokens.device)
+            starts[cu_seqlens.to(tokens.device).long()] = True
+            tokens = tokens.masked_fill(starts[1:].view(tokens.shape), IGNORE)
         if items is not None and "normalizer" not in given:
-            arguments["normalizer"] = _normalizer(given, items)
+            arguments["normalizer"] = _normalizer(arguments, items, counted, tokens)
         return LabelledTokens(tokens, arguments, shift_labels is None)
 
     def in_place(self, values: Tensor | None) -> Tensor | None:
@@ -77,16 +78,46 @@ def _shifted(given: dict[str, Any], shape: torch.Size) -> dict[str, Any]:
     return shifted
 
 
-def _normalizer(given: dict[str, Any], items: Any) -> Any:
-    """The number of labels in a window of accumulation, as transformers' Trainer hands it on; ValueError where the
-    reduction is no mean over them."""
-    reduction = given.get("reduction", "token_mean") if any(name in given for name in CREDIT) else "token_mean"
+def _normalizer(given: dict[str, Any], items: Any, counted: Tensor, labels: Tensor) -> Tensor:
+    """What the loss is divided by where transformers' Trainer hands on ``items``, its labels in a window of
+    accumulation: that number, 1 for a window without a label.
+
+    Where this call drops some of the labels that are ``counted``, the right denominator is known only if the window is
+    this call; otherwise a ValueError, and likewise where the reduction is no mean over tokens.
+    """
+    credited = [name for name in CREDIT if name in given]
+    reduction = given.get("reduction", "token_mean") if credited else "token_mean"
     rule = (
         "num_items_in_batch goes with reduction token_mean; give a normalizer (over the whole window of "
         "accumulation) for others"
     )
     require(reduction == "token_mean", rule, reduction)
-    return items if isinstance(items, Tensor) else float(items)
+    items = torch.as_tensor(items, dtype=torch.float32, device=labels.device).reshape(())
+    droppers = [name for name in ("loss_mask", "turn_ids", "cu_seqlens") if name in given]
+    if droppers:
+        items = _items_trained(items, counted, _trained(labels, given, credited), ", ".join(droppers))
+    return torch.where(items > 0, items, 1.0)
+
+
+@torch.compiler.disable()  # it looks at numbers
+def _items_trained(items: Tensor, counted: Tensor, trained: Tensor, droppers: str) -> Tensor:
+    here, kept = int(counted.sum()), int(trained.sum())
+    rule = (
+        f"labels that {droppers} leave out must be -100, as num_items_in_batch counts them for a window of several "
+        "calls (or give a normalizer); labels counted and trained here"
+    )
+    require(kept == here or int(items) == here, rule, (here, kept))
+    return items if kept == here else torch.full_like(items, kept)
+
+
+def _trained(labels: Tensor, given: dict[str, Any], credited: list[str]) -> Tensor:
+    """(B, L) bool: the predictions that the loss weighs."""
+    trained, mask, turn_ids = labels != IGNORE, given.get("loss_mask"), given.get("turn_ids")
+    if mask is not None and mask.shape == labels.shape:  # another shape is refused with the loss
+        trained = trained & (mask.to(labels.device) != 0)
+    if turn_ids is not None and turn_ids.shape == labels.shape and credited and credited != ["advantages"]:
+        trained = trained & (turn_ids.to(labels.device) >= 0)
+    return trained
 
 
 def _next(values: Tensor, beyond: float) -> Tensor:

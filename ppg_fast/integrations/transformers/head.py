@@ -1,7 +1,6 @@
 """What stands between the last hidden states and a causal LM's logits: a linear layer, a scale, a softcap. Found out,
 and checked."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppg_fast.integrations.linear_head import linear_of
 from ppg_fast.models.output_head import Head, final_softcap, logits_of, named_scales
 from ppg_fast.spec import require
 
@@ -49,63 +49,6 @@ def output_head(model: Any) -> nn.Module:
     )
     assert isinstance(head, nn.Module)
     return head
-
-
-def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states (..., D), weight (V, D), bias (V,) or None whose product is head(hidden), all differentiable.
-
-    A LoRA head W x + s B A x is the linear layer [W, B] of [x, s A x]: no sum W + s B A, whose rounding would swallow a
-    small update. ValueError for any other head: a quantized one, DoRA, tensor-parallel or ZeRO-3 shards.
-    """
-    peft = sys.modules.get("peft")  # its layers exist only where it was imported
-    if peft is not None and isinstance(head, peft.utils.other.AuxiliaryTrainingWrapper):
-        return linear_of(_saved_module(head), hidden)
-    if peft is not None and isinstance(head, peft.tuners.lora.Linear):
-        return _lora(head, hidden)
-    kind = f"{type(head).__module__}.{type(head).__name__}"
-    require(
-        type(head).forward is nn.Linear.forward,
-        "the head must be a torch.nn.Linear, or LoRA or modules_to_save of peft over one",
-        kind,
-    )
-    weight, bias = head.weight, head.bias
-    plain = type(weight) in (Tensor, nn.Parameter) and not hasattr(weight, "ds_id")
-    rule = (
-        "the head's weight must be whole and plain where the loss is computed: not quantized, no shard (tensor "
-        "parallelism, ZeRO-3)"
-    )
-    require(plain, rule, type(weight).__name__)
-    return hidden.to(weight.device), weight, bias  # type: ignore[return-value]
-
-
-def _saved_module(wrapper: Any) -> nn.Module:
-    """The module that peft's modules_to_save wrapper calls."""
-    saved: Any = getattr(wrapper, "modules_to_save", None)
-    require(saved is not None, "of peft's wrappers the head may have modules_to_save only", type(wrapper).__name__)
-    active = [] if wrapper.disable_adapters else [name for name in wrapper.active_adapters if name in saved]
-    return saved[active[0]] if active else wrapper.original_module
-
-
-def _lora(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    require(
-        not (head.disable_adapters and head.merged),
-        "unmerge the LoRA head before its adapters are disabled",
-        head.merged_adapters,
-    )
-    hidden, weight, bias = linear_of(head.base_layer, hidden)
-    active = (
-        [] if head.disable_adapters or head.merged else [name for name in head.active_adapters if name in head.lora_A]
-    )
-    inputs, columns = [hidden], [weight]
-    for name in active:
-        require(name not in head.lora_variant, "the LoRA of the head must be plain (no DoRA or other variant)", name)
-        A, B, scaling = head.lora_A[name], head.lora_B[name], head.scaling[name]
-        inputs.append((A(head.lora_dropout[name](hidden.to(A.weight.dtype))) * scaling).to(hidden.dtype))
-        columns.append(B.weight.to(weight.dtype))
-        if B.bias is not None:
-            shift = (B.bias * scaling).to(weight.dtype)
-            bias = shift if bias is None else bias + shift
-    return (torch.cat(inputs, -1), torch.cat(columns, 1), bias) if active else (hidden, weight, bias)
 
 
 def logit_rule(model: Any) -> LogitRule:

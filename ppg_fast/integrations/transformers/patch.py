@@ -6,10 +6,15 @@ from collections.abc import Callable
 from types import MethodType, TracebackType
 from typing import Any
 
-from ppg_fast.integrations.transformers.alignment import ARGUMENTS, DEFAULTS, LabelledTokens
+from ppg_fast.integrations.transformers.alignment import ARGUMENTS, CREDIT, DEFAULTS, LabelledTokens
 from ppg_fast.integrations.transformers.head import LogitRule, logit_rule, output_head
 from ppg_fast.integrations.transformers.scoring import scored_forward
 from ppg_fast.spec import require
+
+UNLABELLED = (
+    "a policy loss needs labels or shift_labels (transformers' Trainer takes labels away for label_smoothing_factor "
+    "and compute_loss_func: leave them out)"
+)
 
 
 class Patch:
@@ -18,6 +23,7 @@ class Patch:
     def __init__(self, model: Any, forward: Callable[..., Any]) -> None:
         self.model, self._before = model, model.__dict__.get("forward")
         self._forward = model.forward = MethodType(forward, model)
+        self._guard = model.register_forward_pre_hook(_refuse_replaced, with_kwargs=True)
 
     def undo(self) -> None:
         """The model as it was, in class and instance; ValueError where something else has replaced ``forward``
@@ -27,6 +33,7 @@ class Patch:
             "undo what replaced the forward of the model first",
             self.model.forward,
         )
+        self._guard.remove()
         if self._before is None:
             del self.model.forward
         else:
@@ -39,6 +46,20 @@ class Patch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.undo()
+
+
+def _refuse_replaced(module: Any, _: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """ValueError for a policy loss asked of a forward that something has put in place of the patched one, which would
+    swallow it."""
+    forward: Any = module.forward
+    while forward is not None and not getattr(forward, "ppg_fast", False):  # accelerate wraps it
+        forward = getattr(forward, "__wrapped__", None)
+    given = [name for name in CREDIT if kwargs.get(name) is not None]
+    rule = (
+        "the forward of a patched model was replaced (use_liger_kernel of transformers' Trainer does that: leave it "
+        "False), which drops"
+    )
+    require(forward is not None or not given, rule, given)
 
 
 def patch(model: Any, **defaults: Any) -> Patch:
@@ -106,7 +127,7 @@ def _make_forward(model: Any, rule: LogitRule, defaults: dict[str, Any]) -> Call
         given = {name: value for name in ARGUMENTS if (value := kwargs.pop(name, None)) is not None}
         labels, shift_labels = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         if labels is None and shift_labels is None:
-            require(not given, "a policy loss needs labels or shift_labels", sorted(given))
+            require(not given, UNLABELLED, sorted(given))
             return original(**kwargs)
         given = {**defaults, **given}
         items = kwargs.pop("num_items_in_batch", None)

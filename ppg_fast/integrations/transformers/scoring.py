@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from ppg_fast.functional import linear_partial_policy_loss, linear_policy_loss, linear_token_logprobs
+from ppg_fast.integrations.linear_head import linear_of
 from ppg_fast.integrations.transformers.alignment import CREDIT, TURNS, LabelledTokens
-from ppg_fast.integrations.transformers.head import LogitRule, hooked, linear_of, output_head
+from ppg_fast.integrations.transformers.head import LogitRule, hooked, output_head
 from ppg_fast.integrations.transformers.packing import check_packable
 from ppg_fast.spec import IGNORE, Greedy, PolicyLossSpec, require
 
@@ -32,6 +33,11 @@ class PolicyCausalLMOutput(ModelOutput):
     entropy: Tensor | None = None
     metrics: Mapping[str, Tensor] | None = None
     aux_loss: Tensor | None = None
+
+    def __getitem__(self, key: Any) -> Any:
+        """As in ModelOutput; ValueError for the logits, which label smoothing of transformers' Trainer would take."""
+        require(key != "logits", "a patched model makes no logits (label_smoothing_factor must be 0)", key)
+        return super().__getitem__(key)
 
 
 def scored_forward(

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
+from ppg_fast.integrations.options import RUN, check, check_unknown, hosts_own, obeyed, refused
 from ppg_fast.integrations.trl.host import GRPOConfig
 from ppg_fast.spec import BASELINES, policy_class, require, require_number, require_one_of
 
@@ -28,8 +28,13 @@ OPTIONS = (  # of GRPOConfig; the loss is TRL's own, so every option of it is
     hosts_own(LOSS, "vllm_importance_sampling_correction vllm_importance_sampling_mode "
               "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min vllm_importance_sampling_cap",
               "weights of tokens or rollouts"),
+    refused(LOSS, "label_smoothing_factor", 0.0, "GRPOTrainer does not read it"),
+    hosts_own(LOSS, "gradient_accumulation_steps per_device_train_batch_size num_train_epochs max_steps",
+              "GRPOTrainer divides by its own count of a window's tokens, which are those of our mask"),
+    hosts_own(LOSS, "average_tokens_across_devices use_liger_kernel liger_kernel_config",
+              "GRPOTrainer reads none of the first, and keeps its fused forward under the others"),
     obeyed(HEAD, "temperature cast_lm_head_to_fp32", "as in TRL's head"),
-    hosts_own(LOSS, "model_init_kwargs trust_remote_code disable_dropout ds3_gather_for_generation shuffle_dataset "
+    hosts_own(RUN, "model_init_kwargs trust_remote_code disable_dropout ds3_gather_for_generation shuffle_dataset "
               "pad_to_multiple_of generation_batch_size top_p top_k min_p generation_kwargs chat_template_kwargs "
               "repetition_penalty cache_implementation use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode "
               "vllm_structured_outputs_regex vllm_server_base_url vllm_server_host vllm_server_port "
@@ -37,7 +42,7 @@ OPTIONS = (  # of GRPOConfig; the loss is TRL's own, so every option of it is
               "vllm_tensor_parallel_size max_tool_calling_iterations log_completions log_multimodal "
               "num_completions_to_print log_unique_prompts log_completions_hub_repo "
               "use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged",
-              "models, generation, logging; TrainingArguments likewise"),
+              "models, generation, logging; the rest of TrainingArguments as for transformers"),
 )  # fmt: skip
 OF_GRPO = {f.name for f in fields(GRPOConfig)} - {f.name for f in fields(TrainingArguments)}
 
@@ -83,6 +88,7 @@ def _check_values(args: Any) -> None:
     require_number("std_eps", args.std_eps, 0.0)
     require_one_of("fused_head", args.fused_head, HEADS)
     check("TRL", OPTIONS, args, ADVANTAGES)
+    check("TRL", OPTIONS, args, LOSS)
     check_unknown("TRL", OPTIONS, args, GRPOConfig, names=OF_GRPO.__contains__)
     contradiction = args.baseline == "group_std" and args.scale_rewards == "none"
     require(

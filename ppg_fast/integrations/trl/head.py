@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import Partial
 
 from ppg_fast.functional import linear_token_logprobs
+from ppg_fast.integrations.linear_head import linear_of
 from ppg_fast.integrations.trl.host import ChunkedLogProbFunction, FusedCausalLMOutput
 from ppg_fast.models.output_head import Head, final_softcap, logit_scale
 from ppg_fast.spec import IGNORE, require
@@ -66,12 +67,13 @@ class FusedHead:
         self.scale, self.softcap = logit_scale(config), final_softcap(config)
 
     def __call__(self, hidden: Tensor, lm_head: Any, labels: Tensor) -> dict[str, Tensor]:
-        """Fields (B, L) asked for."""
-        weight, bias = _whole(lm_head.weight), _whole(lm_head.bias)
+        """Fields (B, L) asked for; an adapter of the head is part of them (`linear_of`)."""
         context = nullcontext()
         if self.cast_to_fp32:
             hidden, context = hidden.float(), torch.autocast(hidden.device.type, enabled=False)
         with context:
+            hidden, weight, bias = linear_of(lm_head, hidden, called=False, whole=_whole)
+            labels = labels.to(hidden.device)  # a model spread by device_map may end elsewhere
             if not torch.is_autocast_enabled(hidden.device.type):
                 weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
             head = Head(weight, bias, self.scale, self.softcap)
@@ -116,18 +118,20 @@ def add_fused_lm_head(
     inside, ``shift_labels`` are not. Without ``fused_lm_head=True`` the forward is the original one.
 
     Args:
-        model: a causal language model of transformers whose head is a linear layer. Add the head before wrapping it
-            with PEFT.
+        model: a causal language model of transformers whose head is a linear layer, with LoRA or modules_to_save of
+            peft on it or without, added before or after this; or a `peft.PeftModel` over one.
         temperature: the logits are divided by it.
         cast_lm_head_to_fp32: project in float32, outside autocast.
         outputs: the fields of `FusedCausalLMOutput` to fill: "log_probs" (always) and "entropy" are ours;
             "log_sum_sq_probs", "mean_logits" and "is_top1" cost one more sweep, by TRL's kernel.
 
-    Raises: ValueError under ZeRO-3, for an unknown field, a logit scale <= 0 or a temperature <= 0.
+    Raises: ValueError under ZeRO-3, for an unknown field, a logit scale <= 0 or a temperature <= 0, and in calls for a
+        head that is not one product with a weight (quantized, DoRA, hooks, see `linear_of`).
     """
     _refuse_zero3()
     unknown = [name for name in outputs if name not in OUTPUTS]
     require(not unknown, f"outputs must be among {', '.join(OUTPUTS)}", unknown)
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     original, config = model.forward, model.config.get_text_config()
     head = FusedHead(config, temperature, cast_lm_head_to_fp32, tuple(dict.fromkeys(("log_probs", *outputs))))
 
@@ -151,12 +155,10 @@ def add_fused_lm_head(
         backbone = self.base_model(*args, **kwargs)
         hidden, predicted = _aligned(backbone.last_hidden_state, labels, shift_labels)
         lm_head = self.get_output_embeddings()
-        device = lm_head.weight.device  # a model spread by device_map may end elsewhere
-        scored = predicted.to(device)
-        fields = head(hidden.to(device), lm_head, scored)
-        mask = scored != IGNORE
-        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        loss, aux_loss = -fields["log_probs"].sum() / count, None
+        fields = head(hidden, lm_head, predicted)
+        mask = predicted.to(fields["log_probs"].device) != IGNORE
+        count = mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss, aux_loss = -fields["log_probs"].sum() / torch.where(count > 0, count, 1).to(mask.device), None
         if kwargs.get("output_router_logits"):
             aux_loss = _router_loss(config, backbone, kwargs.get("attention_mask"))
             loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss

@@ -159,6 +159,9 @@ class PPGTrainer(GRPOTrainer):
         for name in LOGPROBS:
             if name in output:
                 output[name] = output[name].masked_fill(mask == 0, 0.0)
+        ratio = output.get("importance_sampling_ratio")
+        if ratio is not None and ratio.shape == mask.shape:  # of tokens; GRPOTrainer multiplies by the mask
+            output["importance_sampling_ratio"] = ratio.masked_fill(mask == 0, 1.0)
         self._log_turns(everyone, advantages, counts)
         return output
 

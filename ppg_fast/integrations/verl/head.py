@@ -1,6 +1,13 @@
 """Our linear head as a fused kernel of verl, ``impl_backend: ppg``, for every model whose forward verl fuses with its
-torch backend."""
+torch backend.
 
+verl hands its fused heads ``lm_head.weight`` alone: no bias, no adapter, none of the scale and softcap that Gemma,
+Granite or Cohere put behind it. Ours reads them from the model whose forward is running.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
@@ -9,8 +16,11 @@ from verl.models.transformers import monkey_patch  # pyright: ignore[reportMissi
 from verl.utils.experimental import torch_functional  # pyright: ignore[reportMissingImports]
 
 from ppg_fast.functional import linear_token_logprobs
+from ppg_fast.integrations.linear_head import linear_of
+from ppg_fast.models.output_head import Head, final_softcap, logit_scale
 
 BACKEND = "ppg"
+_model: ContextVar[Any] = ContextVar("the model whose forward is running", default=None)
 
 
 class FusedLinear(torch_functional.FusedLinearForPPO):
@@ -30,14 +40,35 @@ class FusedLinear(torch_functional.FusedLinearForPPO):
             input_ids: (...) integers, the tokens these states predict (verl has rolled them).
             temperature: a number > 0.
 
-        Returns: (...) float32 each, in nats, differentiable in both.
+        Returns: (...) float32 each, in nats, differentiable in both; inside of a forward that `with_ppg_backend` has
+            patched those of the model's own logits, bias, adapter, scale and softcap included.
+        Raises: ValueError where the model's head is not one product with a weight (quantized, DoRA, hooks).
         """
         if self.impl_backend != BACKEND:
             return super().forward(hidden_states, vocab_weights, input_ids, temperature)
-        out = linear_token_logprobs(
-            hidden_states, vocab_weights, input_ids.long(), temperature=float(temperature), entropy=True
-        )
+        model, head = _model.get(), Head(vocab_weights, None)
+        if model is not None:
+
+            def whole(parameter: Any) -> Any:
+                """The weight that verl has gathered, where FSDP2 has sharded it."""
+                return vocab_weights if hasattr(parameter, "full_tensor") else parameter
+
+            config, lm_head = model.config.get_text_config(), model.get_output_embeddings()
+            hidden_states, weight, bias = linear_of(lm_head, hidden_states, called=False, whole=whole)
+            head = Head(weight, bias, logit_scale(config), final_softcap(config))
+        options = {"bias": head.bias, "entropy": True, **head.fold(float(temperature))}
+        out = linear_token_logprobs(hidden_states, head.weight, input_ids.long(), **options)
         return out[0], out[1]
+
+
+@contextmanager
+def _running(model: Any) -> Iterator[None]:
+    """Meanwhile the fused head reads what stands behind the head of ``model``."""
+    token = _model.set(model)
+    try:
+        yield
+    finally:
+        _model.reset(token)
 
 
 def with_ppg_backend(patch: Any) -> Any:
@@ -52,6 +83,14 @@ def with_ppg_backend(patch: Any) -> Any:
         patch(model, use_fused_kernels, "torch" if ours else fused_kernels_backend)
         if ours:
             model._verl_fused_kernels_backend = BACKEND
+            fused = type(model).forward
+
+            @wraps(fused)
+            def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+                with _running(self):
+                    return fused(self, *args, **kwargs)
+
+            type(model).forward = forward
             print(f"{model.__class__.__name__} uses the fused head of ppg_fast")
 
     patch_forward_with_backends.knows_ppg = True  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss  # pyright: ignore[reportMissingImports]
 
 from ppg_fast.functional import policy_loss_from_logprobs
-from ppg_fast.integrations.turns import turn_ids_of_mask
+from ppg_fast.integrations.turns import inside, turn_ids_of_mask
 from ppg_fast.integrations.verl.options import check_actor
 from ppg_fast.spec import LOSS_TYPES, PolicyLossSpec, require
 
@@ -59,10 +59,13 @@ def policy_loss(
         spec=spec,
         reduction="none",
     )
-    per_token = out.loss if rollout_is_weights is None else out.loss * rollout_is_weights
-    loss = agg_loss(
-        loss_mat=per_token, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
-    )
+    per_token = out.loss if rollout_is_weights is None else out.loss * inside(rollout_is_weights, response_mask)
+    if bool((response_mask != 0).any()):
+        loss = agg_loss(
+            loss_mat=per_token, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
+        )
+    else:  # a connected 0, where verl divides by its tokens or sequences
+        loss = per_token.sum()
     names = {"approx_kl": "actor/approx_kl", "clip_fraction": "actor/pg_clipfrac"}
     return loss, {verl: float(out.metrics[ours]) for ours, verl in names.items() if ours in out.metrics}
 

@@ -3,7 +3,7 @@ losses."""
 
 from typing import Any
 
-from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
+from ppg_fast.integrations.options import RUN, check, check_unknown, hosts_own, obeyed, refused
 from ppg_fast.spec import require
 
 ADVANTAGES, LOSS, HEAD = "advantages", "loss", "head"
@@ -42,7 +42,7 @@ ACTOR = (
     obeyed(HEAD, "use_fused_kernels", "with `model.fused_kernel_options.impl_backend=ppg`"),
     hosts_own(HEAD, "calculate_sum_pi_squared", "needs logits: verl refuses it with fused kernels"),
     hosts_own(
-        LOSS,
+        RUN,
         "strategy rollout_n ppo_mini_batch_size ppo_micro_batch_size ppo_micro_batch_size_per_gpu "
         "ppo_infer_micro_batch_size_per_gpu use_dynamic_bsz ppo_max_token_len_per_gpu ppo_infer_max_token_len_per_gpu "
         "freeze_vision_tower use_prefix_grouper use_torch_compile ppo_epochs shuffle data_loader_seed checkpoint optim "
