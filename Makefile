@@ -21,7 +21,7 @@ STUDY := compare --jobs 2 --first-seed 100
 LOGS ?=
 STUDIES := runs/study-made runs/study-drawn runs/study-language $(foreach log,$(LOGS),runs/study-log-$(notdir $(basename $(log))))
 
-.PHONY: train test test-verl test-triton triton-versions lint types check wheel bench study gpu docs format clean
+.PHONY: train test test-verl test-triton triton-versions lint types check fuzz golden wheel bench study gpu docs format clean
 
 train: $(VENV)/.train
 	$(BIN)/ppg-fast train --overwrite $(ARGS)
@@ -30,6 +30,15 @@ test: lint types check
 
 check: $(VENV)/.dev
 	$(PYTEST) -n 2 --dist worksteal -q $(ARGS)
+
+# Losses and gradients of the float64 reference, once a loss was changed on purpose; CHANGELOG.md must then say why.
+golden: $(VENV)/.dev
+	$(BIN)/python tests/helpers/golden.py
+
+# The fuzz of `make test` for longer: other examples every time. FUZZ: examples of each property.
+FUZZ ?= 3000
+fuzz: $(VENV)/.dev
+	PPG_FAST_FUZZ=$(FUZZ) $(PYTEST) -q tests/test_fuzz*.py $(ARGS)
 
 # verl pins another transformers, so it lives in an environment of its own, built once. Not part of `make test`.
 test-verl: $(VERL)/.verl
