@@ -5,39 +5,38 @@ The transport is httpx2, which Hugging Face's hub client brings along. The opena
 every response, of which the fields that matter here (token ids) are no part.
 """
 
-import email.utils
+import functools
 import json
 import os
 import random
 import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from ppg_fast import stopping
+from ppg_fast.replies import SHOWN, Failure, Reply, asked_of, code_of, error_in, failure_of, read_chat
 from ppg_fast.spec import require, require_number
 
-RETRIED = frozenset({408, 409, 425, 429, *range(500, 600)})  # what the openai client retries, and 425 Too Early
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds; doubled with each attempt
-SHOWN = 300  # characters of a server's answer in an error
+LIMITS = ("max_tokens", "max_completion_tokens")  # two names of one setting; some servers refuse one of them
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
 class EndpointError(OSError):
-    """A server that gave no usable answer, with its address, what was tried and what came back."""
+    """A server that gave no usable answer, with its address, what was asked and what came back."""
 
 
-class _Unusable(Exception):
-    """One attempt failed in a way that another may not. ``wait``: seconds that the server asks for."""
+class _Refused(EndpointError):
+    """The request itself was refused, with ``text``."""
 
-    def __init__(self, why: str, wait: float | None = None) -> None:
-        super().__init__(why)
-        self.wait = wait
+    def __init__(self, message: str, text: str) -> None:
+        super().__init__(message)
+        self.text = text
 
 
 @dataclass
@@ -53,11 +52,11 @@ class Endpoint:
     asked of the server.
 
     ``key``: where the API key is, ``env:NAME`` or ``file:PATH``; the key itself is kept in memory only. A request that
-        times out after
-    ``timeout`` seconds without an answer, cannot connect, breaks off, is no JSON or has a status of ``RETRIED`` is
-    tried again up to ``retries`` times, after 0.5 s, 1 s, 2 s... or what ``Retry-After`` says. Other statuses are an
-    error at once. At most ``concurrency`` requests are under way at a time. ValueError for a bad address or key;
-    `EndpointError` where the server gives no answer.
+    times out after ``timeout`` seconds without an answer, cannot connect, breaks off, is no JSON or has a status of
+    ``RETRIED``, its own or that of an error in its body, is tried again up to ``retries`` times, after 0.5 s, 1 s,
+    2 s... or what ``Retry-After`` says. Other statuses, and answers that do not hold what was asked for, are an error
+    at once. At most ``concurrency`` requests are under way at a time. ValueError for a bad address or key;
+    `EndpointError` where the server gives no answer; `Stopped` once a signal asks for it.
     """
 
     def __init__(
@@ -70,21 +69,17 @@ class Endpoint:
         retries: int = 4,
         concurrency: int = 16,
     ) -> None:
-        parts = urlsplit(url)
-        good = (
-            parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc and not parts.query
-        )
-        require(
-            good, "an endpoint must be http(s)://host[:port]/path without a user, password or query", _without_user(url)
-        )
+        rule = "an endpoint must be http(s)://host[:port]/path without a user, password or query"
+        require(_is_address(url), rule, _without_user(url))
         require_number("timeout", timeout, 0.0, open_low=True)
         require(retries >= 0, "retries must be >= 0", retries)
         require(concurrency >= 1, "concurrency must be >= 1", concurrency)
         self.url, self.timeout, self.retries, self.concurrency = url.rstrip("/"), timeout, retries, concurrency
         self.usage, self._key = Usage(), read_key(key)
         self._model, self._lock = model, threading.Lock()
+        self.refused: set[str] = set()  # settings that the server does not take
         self._jitter = random.Random()  # not the global one, whose state belongs to the run
-        self._client = self._make_client()
+        self._client = self._make_client(rule)
 
     @property
     def model(self) -> str:
@@ -95,98 +90,129 @@ class Endpoint:
 
     def models(self) -> list[dict[str, Any]]:
         """What ``/models`` lists, at least one."""
-        listed = self.request("GET", f"{self.url}/models").get("data")
-        if not isinstance(listed, list) or not listed or not all(isinstance(m, dict) and "id" in m for m in listed):
-            raise EndpointError(f"{self.url}/models must list models, got {str(listed)[:SHOWN]}")
-        return listed
 
-    def post(self, path: str, payload: dict[str, Any]) -> dict[str, Any]:
-        """The JSON object that ``url`` + ``path`` answers."""
-        return self.request("POST", self.url + path, payload)
+        def read(answer: dict[str, Any]) -> list[dict[str, Any]]:
+            listed = answer.get("data")
+            if not isinstance(listed, list) or not listed or not all(isinstance(m, dict) and "id" in m for m in listed):
+                raise ValueError("the server must list models")
+            return listed
+
+        return self.request("GET", f"{self.url}/models", None, read)
+
+    def answer(self, messages: Sequence[dict[str, str]], *, optional: Collection[str] = (), **settings: Any) -> Reply:
+        """One chat completion; ``settings`` as the protocol names them (max_tokens, temperature, seed, ...).
+
+        Where the server refuses ``max_tokens``, it is told ``max_completion_tokens`` from then on, and an ``optional``
+        setting that it refuses is left out from then on: ``refused`` has their names. Text that is no answer, as in
+        ``reasoning_content``, is not read.
+        """
+        tried: set[str] = set()
+        first: _Refused | None = None
+        while True:
+            payload = {"model": self.model, "messages": list(messages)}
+            for name, value in settings.items():
+                if name not in self.refused | tried:
+                    payload[name] = value
+                elif name == LIMITS[0]:
+                    payload[LIMITS[1]] = value
+            try:
+                reply = self.post("/chat/completions", payload, read_chat)
+            except _Refused as refusal:
+                named = [name for name in (LIMITS[0], *optional) if name in payload and name in refusal.text]
+                if not named:
+                    raise (first if first is not None and LIMITS[1] in refusal.text else refusal) from None
+                first = first or refusal
+                tried.add(named[0])
+            else:
+                self.refused |= tried
+                return reply
 
     def chat(self, messages: Sequence[dict[str, str]], **settings: Any) -> str:
-        """The text of one chat completion; ``settings`` as the protocol names them (max_tokens, temperature, seed,
-        ...)."""
-        answer = self.post("/chat/completions", {"model": self.model, "messages": list(messages), **settings})
-        try:
-            content = answer["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            content = answer
-        if content is None:  # a reasoning model that ran out of tokens before its answer
-            return ""
-        if not isinstance(content, str):
-            raise EndpointError(
-                f"{self.url}/chat/completions must answer choices[0].message.content, got {json.dumps(answer)[:SHOWN]}"
-            )
-        return content.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair
+        """The text of `answer`, "" where it has none."""
+        return self.answer(messages, **settings).text or ""
 
     def map(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
         """``function`` of each item, at most ``concurrency`` at a time, in their order; after the first error no
         further item is begun."""
-        if len(items) < 2:
-            return [function(item) for item in items]
-        pool = ThreadPoolExecutor(min(self.concurrency, len(items)), thread_name_prefix="endpoint")
-        try:
-            return [future.result() for future in [pool.submit(function, item) for item in items]]
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        return stopping.side_by_side(function, items, self.concurrency, name="endpoint")
 
-    def request(self, method: str, url: str, payload: dict[str, Any] | None = None) -> dict[str, Any]:
-        """One answered request, whatever it takes within ``retries``."""
+    def post(self, path: str, payload: dict[str, Any], read: Callable[[dict[str, Any]], _Result]) -> _Result:
+        """What ``read`` makes of the JSON object that ``url`` + ``path`` answers."""
+        return self.request("POST", self.url + path, payload, read)
+
+    def request(
+        self, method: str, url: str, payload: dict[str, Any] | None, read: Callable[[dict[str, Any]], _Result]
+    ) -> _Result:
+        """What ``read`` makes of one answer, whatever it takes within ``retries``.
+
+        The one place where answers are checked: a ValueError of ``read``, which says what an answer must hold, becomes
+        an `EndpointError` with address, question and answer.
+        """
         for attempt in range(self.retries + 1):
+            stopping.check()
             with self._lock:
                 self.usage.requests += 1
                 self.usage.retries += attempt > 0
             try:
-                return self._attempt(method, url, payload)
-            except _Unusable as failure:
-                if attempt == self.retries:
-                    raise EndpointError(f"{url}: {failure}, after {attempt + 1} attempts") from failure
-                wait = (
-                    FIRST_WAIT * 2**attempt * (1 + 0.25 * self._jitter.random())
-                    if failure.wait is None
-                    else failure.wait
-                )
-                time.sleep(min(wait, LONGEST_WAIT))
+                return self._attempt(method, url, payload, read)
+            except Failure as failure:
+                said = f"{url}: {failure}" + (f", after {attempt + 1} attempts" if failure.again else "")
+                said += f"; asked {asked_of(method, payload)}"
+                if failure.refused:
+                    raise _Refused(said, failure.text) from failure
+                if attempt == self.retries or not failure.again:
+                    raise EndpointError(said) from failure
+                doubled = FIRST_WAIT * 2**attempt * (1 + 0.25 * self._jitter.random())
+                stopping.sleep(min(doubled if failure.wait is None else failure.wait, LONGEST_WAIT))
         raise AssertionError("the last attempt returns or raises")
 
-    def _attempt(self, method: str, url: str, payload: dict[str, Any] | None) -> dict[str, Any]:
+    def _attempt(
+        self, method: str, url: str, payload: dict[str, Any] | None, read: Callable[[dict[str, Any]], _Result]
+    ) -> _Result:
         import httpx2
 
         try:
             response = self._client.request(method, url, json=payload)
         except httpx2.TimeoutException as error:
-            raise _Unusable(f"no answer within {self.timeout:g} s ({type(error).__name__})") from error
-        except httpx2.TransportError as error:
-            raise _Unusable(f"{type(error).__name__}: {error}") from error
-        if response.status_code in RETRIED:
-            raise _Unusable(
-                f"status {response.status_code}: {self._shown(response.text)}", _retry_after(response.headers)
-            )
+            raise Failure(f"no answer within {self.timeout:g} s ({type(error).__name__})") from error
+        except httpx2.RequestError as error:  # no connection, a broken one, a body that cannot be unpacked
+            raise Failure(f"{type(error).__name__}: {self._shown(str(error))}") from error
+        shown = self._shown(response.text)
         if not response.is_success:
-            raise EndpointError(f"{url}: status {response.status_code}: {self._shown(response.text)}")
+            raise failure_of(response.status_code, response.text, shown, response.headers)
         try:
             answer = json.loads(response.content)
-        except ValueError as error:
-            raise _Unusable(f"the answer is no JSON ({error}): {self._shown(response.text)}") from error
+        except (ValueError, RecursionError) as error:
+            raise Failure(f"the answer is no JSON ({error}): {shown}") from error
         if not isinstance(answer, dict):
-            raise _Unusable(f"the answer must be a JSON object, got {self._shown(response.text)}")
-        return answer
+            raise Failure(f"the answer must be a JSON object, got {shown}")
+        if (error := error_in(answer)) is not None:
+            raise failure_of(code_of(error), response.text, shown, response.headers)
+        try:
+            return read(answer)
+        except ValueError as error:
+            raise Failure(f"{error}, got {shown}", again=False) from error
 
     def _shown(self, text: str) -> str:
-        """The beginning of a server's answer; some repeat the key that they refuse."""
+        """The beginning of a server's answer, for one line; some repeat the key that they refuse. What would steer a
+        terminal is spelled out."""
         text = " ".join(text.split())
-        return (text.replace(self._key, "***") if self._key else text)[:SHOWN]
+        text = (text.replace(self._key, "***") if self._key else text)[:SHOWN]
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
-    def _make_client(self) -> Any:
+    def _make_client(self, rule: str) -> Any:
         try:
             import httpx2
         except ImportError as error:
             raise ValueError("an endpoint needs httpx2: pip install ppg_fast[endpoint]") from error
+        try:
+            httpx2.URL(self.url)
+        except httpx2.InvalidURL as error:
+            raise ValueError(f"{rule}, got {self.url!r} ({error})") from error
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
         timeout = httpx2.Timeout(self.timeout, connect=min(10.0, self.timeout), pool=None)
-        return httpx2.Client(headers=headers, limits=limits, timeout=timeout)
+        return httpx2.Client(headers=headers, limits=limits, timeout=timeout, verify=_certificates())
 
 
 def read_key(where: str | None) -> str | None:
@@ -215,18 +241,22 @@ def read_key(where: str | None) -> str | None:
     return key
 
 
+@functools.cache
+def _certificates() -> Any:
+    """Of the authorities that are trusted: reading them takes longer than all the rest of a client."""
+    import httpx2
+
+    return httpx2.create_ssl_context()
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is no number
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc and not parts.query
+
+
 def _without_user(url: str) -> str:
     return url.rpartition("@")[2]
-
-
-def _retry_after(headers: Any) -> float | None:
-    """Seconds, from the header's number or date; None without one that can be read."""
-    text = headers.get("retry-after", "")
-    try:
-        return max(0.0, float(text))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None

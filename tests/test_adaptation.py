@@ -257,8 +257,24 @@ def test_a_run_with_adapters_resumes_to_the_same_bits(tmp_path, capsys):
     assert all(torch.equal(mine[n], theirs[n]) for n in mine)
     capsys.readouterr()
     assert main(["train", "--resume", again, "--lora-rank", "3"]) == 1
-    assert "another one" in capsys.readouterr().err
+    assert "settings it began with, got lora_rank 2 -> 3" in capsys.readouterr().err
     assert main(["train", "--output-dir", str(tmp_path / "x"), "--model", f"{run}/checkpoint"]) == 1
     assert "got adapters, which first want merging" in capsys.readouterr().err
     assert main(["train", "--output-dir", str(tmp_path / "x"), "--lora-rank", "2"]) == 1
     assert "lora_rank must be 0 without model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("adapt", [lambda m: freeze(m, "("), lambda m: add_lora(m, 2, target_modules="(")])
+def test_what_is_no_regular_expression_is_named(adapt):
+    with pytest.raises(ValueError, match=r"^(freeze|lora_target_modules) must be a regular expression, got '\('"):
+        adapt(tiny())
+
+
+def test_a_checkpoint_of_other_shapes_is_one_line():
+    """torch's own message names every weight, a line each."""
+    model, other = tiny(), tiny()
+    saved = {name: torch.zeros(*value.shape, 2) for name, value in trainable_state(other).items()}
+    with pytest.raises(ValueError, match=r"weights of the model's shapes; \d+ differ, got .* here'$") as error:
+        load_trainable_state(model, saved)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300

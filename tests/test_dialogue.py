@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ppg_fast.dialogues.dialogue import (
-    MAX_WARNINGS,
     ROLES,
     Dialogue,
     Message,
@@ -19,6 +19,7 @@ from ppg_fast.dialogues.dialogue import (
     read_dialogues,
     write_dialogues,
 )
+from ppg_fast.dialogues.records import MAX_WARNINGS
 
 GOOD = {
     "id": "a",
@@ -226,6 +227,22 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
         write_dialogues(path, [])
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["d.jsonl"]
+
+
+def test_links_permissions_and_devices_stay_what_they_are(tmp_path):
+    (dialogue,) = read_dialogues(write(tmp_path / "real.jsonl", line()))
+    source = write(tmp_path / "s.jsonl", line(id="b"))
+    (tmp_path / "real.jsonl").chmod(0o640)
+    (tmp_path / "link.jsonl").symlink_to("real.jsonl")
+    assert convert_to_jsonl(source, tmp_path / "link.jsonl") == 1
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert [d.id for d in read_dialogues(tmp_path / "real.jsonl")] == ["b"]
+    assert (tmp_path / "real.jsonl").stat().st_mode & 0o777 == 0o640
+    write_dialogues("/dev/null", [dialogue])
+    assert Path("/dev/null").is_char_device()
+    with pytest.raises(OSError, match="No space left"):
+        write_dialogues("/dev/full", [dialogue])
+    assert convert_to_jsonl(source, tmp_path / "new/deep.jsonl") == 1
 
 
 def test_convert_writes_what_was_read(tmp_path):

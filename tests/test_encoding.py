@@ -126,15 +126,6 @@ def test_a_prompt_of_a_rollout_is_the_context_of_its_turn(chat_tokenizer):
     assert sample.tokens[: len(prompt)] == prompt
 
 
-def test_template_that_ends_a_turn_without_a_token_of_its_own(chat_tokenizer):
-    chat_tokenizer = _with_template(
-        chat_tokenizer,
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}|{% endfor %}{% if add_generation_prompt %}[assistant]{% "
-        "endif %}",
-    )
-    assert turn_texts(chat_tokenizer, encode_dialogue(chat_tokenizer, dialogue()))[0] == "good day\n\nfriend|"
-
-
 def test_tokenizer_that_marks_the_beginning_of_a_text():
     """As SentencePiece's do: a part alone is encoded otherwise than inside the whole."""
     core = Tokenizer(models.BPE())
@@ -167,8 +158,8 @@ TEMPLATES = {  # a template that cannot be cut exactly, and what the message mus
         "dialogue 'd', message 3: the chat template must only append .* 'think",
     ),
     "merges": (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}{% if add_generation_prompt %}assistant: {% "
-        "endif %}",
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}"
+        "assistant: {% endif %}",
         "dialogue 'd', message 2: a token must not cross the bound of a turn",
     ),
     "refuses": (
@@ -197,7 +188,7 @@ def test_content_may_not_speak_for_the_tokenizer(chat_tokenizer):
 
 
 def test_padding_that_also_ends_a_turn_is_no_content(chat_tokenizer):
-    """Many set pad_token = eos_token; a word the tokenizer does not know is harmless."""
+    """Many set pad_token = eos_token; every special token is guarded, whatever else it is used for."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=chat_tokenizer._tokenizer,
         eos_token="<|im_end|>",
@@ -207,9 +198,10 @@ def test_padding_that_also_ends_a_turn_is_no_content(chat_tokenizer):
     )
     with pytest.raises(ValueError, match=r"message 0: content must not hold a special token .* '<\|im_end\|>'"):
         encode_dialogue(tokenizer, dialogue((Message("user", "a<|im_end|>"), Message("assistant", "b"))))
-    spoken = dialogue((Message("user", "an <unk> word"), Message("assistant", "b")))
-    opening = ChatFormat(tokenizer).opening(spoken.messages[:1])
-    assert encode_dialogue(tokenizer, spoken).tokens[: len(opening)] == opening
+    with pytest.raises(
+        ValueError, match=r"message 0: content must not hold a special token .* '<unk>' in 'an <unk> word'"
+    ):
+        encode_dialogue(tokenizer, dialogue((Message("user", "an <unk> word"), Message("assistant", "b"))))
 
 
 def test_a_pad_token_of_the_template_alone_is_no_content(chat_tokenizer):
@@ -244,12 +236,16 @@ def test_what_a_template_refuses_is_a_value_error_in_a_rollout_too(chat_tokenize
         chat.opening([Message("user", "a"), Message("user", "b")])
 
 
-def test_a_template_must_end_an_answer_for_a_rollout(chat_tokenizer):
+def test_a_template_must_end_an_answer(chat_tokenizer):
     bare = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}|{% endfor %}{% if add_generation_prompt %}[assistant]{% "
     )
-    with pytest.raises(ValueError, match=r"must end an answer with a special token, got 'b\|'"):
-        ChatFormat(_with_template(chat_tokenizer, bare + "endif %}"))
+    tokenizer = _with_template(chat_tokenizer, bare + "endif %}")
+    for use in (ChatFormat, lambda t: encode_dialogue(t, dialogue())):
+        with pytest.raises(
+            ValueError, match=r"must end an answer with a special \(or added\) token .*, got '\|' after it"
+        ):
+            use(tokenizer)
 
 
 def test_tokenizers_that_do_not_fit():

@@ -3,8 +3,6 @@
 import math
 import socket
 import threading
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ pytest.importorskip("transformers")
 from openai_server import Raw, said, serve
 from test_rollout import Ragged, make, one_thread  # noqa: F401
 
-from ppg_fast import endpoint as endpoints
+from ppg_fast import stopping
 from ppg_fast.dialogues.packing import pack
 from ppg_fast.endpoint import Endpoint, EndpointError
 from ppg_fast.models import causal_lm as models
@@ -29,7 +27,7 @@ ASK = [{"role": "user", "content": "hi"}]
 def waits(monkeypatch):
     """The waits between attempts, not waited."""
     seconds = []
-    monkeypatch.setattr(endpoints, "time", SimpleNamespace(sleep=seconds.append, time=time.time))
+    monkeypatch.setattr(stopping, "sleep", seconds.append)
     return seconds
 
 
@@ -233,10 +231,13 @@ def test_tokens_go_in_and_out_and_the_log_probs_are_the_policys(kind):
     ("choice", "message"),
     [
         ({"text": "hello"}, "can be a partner or a judge but no sampler"),
-        ({"token_ids": [4, 5], "logprobs": {"token_logprobs": [-1.0]}}, "one finite log-prob a token, got 1 for 2"),
+        ({"token_ids": [4, 5], "logprobs": {"token_logprobs": [-1.0]}}, "one log-prob a token, got 1 for 2"),
         ({"token_ids": [4], "logprobs": {"token_logprobs": [None]}}, "gives no token ids with log-probs"),
         ({"token_ids": [4], "logprobs": {"token_logprobs": [-math.inf]}}, "one finite log-prob"),
-        ({"token_ids": [4], "prompt_token_ids": [1, 4, 5], "logprobs": {"token_logprobs": [-1.0]}}, "read 3 for 2"),
+        (
+            {"token_ids": [4], "prompt_token_ids": [1, 4, 5], "logprobs": {"token_logprobs": [-1.0]}},
+            "the tokens it is given, 2, but read 3",
+        ),
     ],
 )
 def test_a_server_that_does_not_speak_in_tokens_is_no_sampler(choice, message):

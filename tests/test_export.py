@@ -12,15 +12,17 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppg_fast.cli import main
 from ppg_fast.config import make_config
 from ppg_fast.dialogues.chat_format import make_word_tokenizer
 from ppg_fast.jobs import RunFolder
+from ppg_fast.jobs.cards import write_model_card
 from ppg_fast.models import export
 from ppg_fast.models.adaptation import add_lora
-from ppg_fast.models.causal_lm import make_model
+from ppg_fast.models.causal_lm import load_model, make_model
 
 WORDS = ["red", "blue", "green"]
 
@@ -157,3 +159,67 @@ def test_a_refusal_of_the_hub_is_one_line(hub, tmp_path, capsys):
     assert "must be named user/name" in capsys.readouterr().err
     assert main(["train", "--push-to-hub", "talker", "--output-dir", str(tmp_path / "run")]) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_is_merged_into_the_base_it_was_trained_on_only(folders, tmp_path, capsys):
+    """Another model of the same shapes fits, and its outputs would be nobody's."""
+    _, adapted, tokenizer, *_ = folders
+    run = RunFolder(make_config({"output_dir": str(tmp_path / "run")}))
+    run.open()
+    run.save_checkpoint(adapted, tokenizer)
+    make_model(len(tokenizer), width=32, layers=2, seed=7).save_pretrained(tmp_path / "other")
+    arguments = ["merge", str(tmp_path / "run"), "-o", str(tmp_path / "x")]
+    assert main([*arguments, "--base", str(tmp_path / "other")]) == 1
+    (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("ppg-fast")]
+    assert "merge wants the base model that the adapter was trained on" in line
+    assert f"got one of other weights: '{tmp_path / 'other'}'" in line
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_card_of_an_adapter_names_its_base(tmp_path):
+    (tmp_path / "SmolLM2-135M").mkdir()
+    config = make_config({"model": str(tmp_path / "SmolLM2-135M"), "lora_rank": 4})
+    numbers = {"steps": 1, "seconds": 1.0}
+    write_model_card(tmp_path, config, "A run.", numbers)
+    card = (tmp_path / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "LoRA adapters of rank 4 for the base model `SmolLM2-135M`" in card
+    assert str(tmp_path) not in card
+    write_model_card(tmp_path, make_config({}), "A run.", numbers)
+    assert "adapters" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("damage", ["shape", "missing", "unexpected", "header", "config", "weights", "type"])
+def test_a_model_is_loaded_whole_or_one_line_says_what_is_wrong(damage, tmp_path):
+    make_model(16, width=32, layers=1).save_pretrained(tmp_path)
+    settings, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    config, state = json.loads(settings.read_text()), load_file(weights)
+    name = "model.layers.0.mlp.up_proj.weight"
+    if damage == "shape":
+        state[name] = torch.zeros(3, 32)
+    elif damage == "missing":
+        del state[name]
+    elif damage == "unexpected":
+        state["v_head.weight"] = torch.zeros(1, 32)
+    elif damage == "type":
+        config["model_type"] = "nothing_known"
+    save_file(state, weights, metadata={"format": "pt"})
+    settings.write_text("{" if damage == "config" else json.dumps(config))
+    if damage == "header":
+        weights.write_bytes(b"abc")
+    elif damage == "weights":
+        weights.unlink()
+    if damage == "unexpected":
+        with pytest.warns(
+            UserWarning, match=r"holds 1 weights that Qwen3ForCausalLM does not have, such as v_head\.weight"
+        ):
+            load_model(str(tmp_path), 16)
+        return
+    said = {
+        "shape": rf"1 weights of other shapes .* {name} \(3, 32\) for \(64, 32\)",
+        "missing": f"1 weights missing, such as {name}",
+    }
+    with pytest.raises(ValueError, match=said.get(damage, "cannot be loaded as a causal language model: ")) as error:
+        load_model(str(tmp_path), 16)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("httpx2")
 
+import safetensors.torch
 import transformers
 from openai_server import said, serve
 
@@ -82,22 +84,18 @@ def test_weights_add_up_and_what_one_leaves_out_the_others_give():
         (
             lambda messages: {}["gone"],
             "turn",
-            r"reward f failed at dialogue 'd', turn 0: KeyError: 'gone' \(test_rewards.py, line \d+\)",
+            r"reward f failed at dialogue 'd', turn 0: KeyError: 'gone' \(test_rewards.py, line \d+: .*gone",
         ),
-        (lambda messages: math.nan, "turn", "finite number or None in dialogue 'd', turn 0, got nan"),
-        (lambda messages: "7", "turn", None),
-        (lambda messages: "good", "turn", "dialogue 'd', turn 0, got 'good'"),
-        (lambda messages: [1.0, 2.0], "turn", r"\(one per turn wants @dialogue\) in dialogue 'd', turn 0"),
-        (lambda messages: [1.0], "dialogue", "one number or one per turn, 2, in dialogue 'd', got 1 numbers"),
-        (lambda messages: [1.0, math.inf], "dialogue", "dialogue 'd', turn 1, got inf"),
+        (lambda messages: math.nan, "turn", "reward f at dialogue 'd', turn 0, must be a finite number.*got nan"),
+        (lambda messages: "7", "turn", "dialogue 'd', turn 0, must .*got '7'"),
+        (lambda messages: [1.0, 2.0], "turn", r"dialogue 'd', turn 0, .*\(one per turn wants @dialogue\)"),
+        (lambda messages: [1.0], "dialogue", "reward f at dialogue 'd' must give one number or one per turn, 2, got 1"),
+        (lambda messages: [1.0, math.inf], "dialogue", "dialogue 'd' at turn 1 must be a finite number.*got inf"),
         (lambda messages, answer: 1.0, "turn", "asks for answer, which dialogue 'd', turn 0 has not"),
     ],
 )
 def test_a_function_that_fails_is_named_with_dialogue_and_turn(function, scope, message):
     reward = Reward("f", PythonReward(function, "f"), scope)
-    if message is None:
-        assert reward.turns([transcript()]) == [[7.0, 7.0]]
-        return
     with pytest.raises(ValueError, match=message):
         reward.turns([transcript()])
 
@@ -140,7 +138,7 @@ def test_a_formula_names_weights_scopes_and_kinds(tmp_path):
         make_rewards("judge")
     with pytest.raises(ValueError, match="judge_range must be LOW:HIGH"):
         make_rewards("judge", lambda: Endpoint("http://h/v1"), judge_range="10")
-    with pytest.raises(ValueError, match="must rise"):
+    with pytest.raises(ValueError, match="numbers that rise"):
         make_rewards("judge", lambda: Endpoint("http://h/v1"), judge_range="5:5")
 
 
@@ -148,7 +146,7 @@ def test_a_formula_names_weights_scopes_and_kinds(tmp_path):
     ("reply", "value"),
     [
         ("It is true to the persona.\nSCORE: 7", 7.0),
-        ("score: 3\n... on reflection\n**Score:** **8.5**/10.", 8.5),
+        ("a score of 3\n... on reflection\n**Score:** **8.5**/10.", 8.5),
         ('{"reason": "fine", "score": 4}', 4.0),
         (" 6 ", 6.0),
         ("6/10", 6.0),
@@ -282,3 +280,17 @@ def test_a_reward_model_names_what_it_cannot_read(reward_folder, tmp_path):
     transformers.AutoTokenizer.from_pretrained(reward_folder).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="must have one label, got 3"):
         RewardModel(str(tmp_path))
+
+
+def test_a_reward_model_that_lacks_weights_or_is_damaged_is_refused_in_one_line(reward_folder, tmp_path):
+    shutil.copytree(reward_folder, tmp_path, dirs_exist_ok=True)
+    weights = tmp_path / "model.safetensors"
+    kept = safetensors.torch.load_file(weights)
+    del kept["score.weight"]  # transformers would draw it at random
+    safetensors.torch.save_file(kept, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"must hold all of its weights, .* lacks score.weight"):
+        RewardModel(str(tmp_path))
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"reward model .* cannot be loaded: ") as caught:
+        RewardModel(str(tmp_path))
+    assert "\n" not in str(caught.value)

@@ -1,10 +1,13 @@
 """On-policy dialogues as tokens; and tokenizers made on the spot that have a chat template."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ppg_fast.dialogues.answer_form import ANSWER, ASK, answer_form
 from ppg_fast.dialogues.dialogue import Message
-from ppg_fast.dialogues.renderer import END, ROLE_TEMPLATE, ROLE_TOKENS, Renderer
+from ppg_fast.dialogues.renderer import END, ROLE_TEMPLATE, ROLE_TOKENS, STAND_IN, Renderer, in_message
+from ppg_fast.spec import require
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 SPECIAL = (PAD, END, UNKNOWN, *ROLE_TOKENS)
@@ -13,57 +16,88 @@ SPECIAL = (PAD, END, UNKNOWN, *ROLE_TOKENS)
 class ChatFormat:
     """What stands between the answers of a dialogue, as tokens: the opening before the first, the reply after any.
 
-    Answers themselves are never rendered: they are the tokens that were sampled, up to and with ``end_id``. A tokenizer
-    without a chat template is given that of the role tokens, for whoever loads it from a checkpoint. ValueError for one
-    that `Renderer` refuses, or whose template does not end an answer with a special token.
+    Answers themselves are never rendered: they are the tokens that were sampled, up to and with one of ``end_ids``; nor
+    is what came before: of a reply the template gives what it writes after a stand-in answer, so it may do with earlier
+    answers what it likes. A tokenizer without a chat template is given that of the role tokens, for whoever loads it
+    from a checkpoint. ``generation_config``: the model's, whose ``eos_token_id`` (one or a list) end an answer too.
+    ``date``: what a template that writes one is told, as YYYY-MM-DD; "": today's. ValueError for a tokenizer that
+    `Renderer` refuses, or whose template does not end an answer with a token of its own.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self._renderer = tokenizer, Renderer(tokenizer)
+    def __init__(self, tokenizer: Any, generation_config: Any = None, date: str = "") -> None:
+        self.tokenizer, self.renderer = tokenizer, Renderer(tokenizer, date)
         tokenizer.chat_template = tokenizer.chat_template or ROLE_TEMPLATE
-        self._before = [Message("user", "a"), Message("assistant", "b")]
-        asked = self._renderer.text(self._before[:1], answer_next=True)
-        answer = self._renderer.added(asked, self._before)
-        tokens = self._renderer.encode(answer)
-        end = self._renderer.end_of_turn(tokens)
-        if end is None:
-            raise ValueError(f"the chat template must end an answer with a special token, got {answer!r}")
-        self.end_id: int = tokens[end - 1]
-        name = tokenizer.convert_ids_to_tokens(self.end_id)
-        self._answered = asked + answer[: answer.rindex(name) + len(name)]
+        eos = getattr(generation_config, "eos_token_id", None)
+        listed = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        self.form = answer_form(self.renderer, listed)
+        self.end_ids = self.form.end_ids
+        self.end_id = self.end_ids[0]
+        names = tokenizer.convert_ids_to_tokens(list(self.end_ids))
+        self._at_ends = re.compile("|".join(re.escape(name) for name in names if name in self.renderer.added))
         self._replies: dict[Message, list[int]] = {}
 
     def opening(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens up to where the first answer begins."""
-        for message in messages:
-            self._renderer.check(message)
-        return self._renderer.encode(self._renderer.text(messages, answer_next=True))
+        """The tokens up to where the first answer begins. ValueError names the message that cannot be written."""
+        for index, message in enumerate(messages):
+            with in_message(index):
+                self.renderer.check(message)
+        text = self.renderer.before_answer(messages)
+        self.renderer.require_written(messages)
+        return self.renderer.encode(text)
 
     def reply(self, message: Message) -> list[int]:
         """The tokens from the end token of an answer to the beginning of the next."""
         if message not in self._replies:  # a group shares its questions: encode them once
-            self._renderer.check(message)
-            text = self._renderer.added(self._answered, [*self._before, message], answer_next=True)
-            self._replies[message] = self._renderer.encode(text)
+            self.renderer.check(message)
+            try:
+                text = self.renderer.text([ASK, ANSWER, message], answer_next=True)
+                self.renderer.require_written([ASK, ANSWER, message], after=STAND_IN)
+            except ValueError as error:
+                reason = str(error).partition(": ")[2]
+                raise ValueError(f"a message of the {message.role} after an answer: {reason}") from error
+            self._replies[message] = self._after_the_end(text.partition(STAND_IN)[2])
         return self._replies[message]
+
+    def _after_the_end(self, text: str) -> list[int]:
+        """The tokens of what follows an answer's end, as they stand behind it: ``text`` begins with what closes one."""
+        closed = self.form.closed_before
+        require(text.startswith(closed), "the chat template must close every answer alike", text[:60])
+        end = self.renderer.encode(closed)
+        whole = self.renderer.encode(text)
+        return whole[len(end) :] if whole[: len(end)] == end else self.renderer.encode(text[len(closed) :])
+
+    def rehearse(self, opening: Sequence[Message], replies: Sequence[Message]) -> int:
+        """Write a dialogue's opening and each reply as a rollout would; the tokens of the opening. ValueError for what
+        cannot be written: to be had before a run begins."""
+        for reply in replies:
+            self.reply(reply)
+        return len(self.opening(opening))
 
     def answer(self, text: str) -> list[int]:
         """The tokens of an answer written by somebody else, end token included."""
-        self._renderer.check(Message("assistant", text))
-        return [*self._renderer.encode(text), self.end_id]
+        self.renderer.check(Message("assistant", text))
+        if self.renderer.by_role:
+            return [*self.renderer.encode(text), self.end_id]
+        return self.renderer.encode(f"{self.form.opened}{text}{self.form.closed}")
+
+    def up_to_the_end(self, text: str) -> str:
+        """The beginning of ``text``, up to and with the first token that ends an answer; all of it where none does."""
+        found = self._at_ends.search(text)
+        return text[: found.end()] if found else text
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of an answer, special tokens left out."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        """The text of an answer, its end and special tokens left out."""
+        said = tokens[:-1] if len(tokens) and tokens[-1] in self.end_ids else tokens
+        return self.tokenizer.decode(said, skip_special_tokens=True)
 
     def without_special(self, text: str) -> str:
         """``text`` without what would be read as a special token of the tokenizer."""
-        return self._renderer.without_special(text)
+        return self.renderer.without_special(text)
 
     def banned_token_ids(self, vocab_size: int) -> list[int]:
-        """Token ids that an answer must not hold: special tokens but the end, and rows of the head that name no
-        token."""
-        special = set(self._renderer.special.values()) - {self.end_id}
+        """Token ids that an answer must not hold: special tokens but the ends and those that the template writes inside
+        of answers, and rows of the head that name no token."""
+        special = set(self.renderer.special.values()) - set(self.end_ids) - self.form.sayable
         return sorted(special | set(range(len(self.tokenizer), vocab_size)))
 
 

@@ -6,16 +6,23 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ppg_fast.dialogues import consistent_llms
+from ppg_fast.dialogues.records import Problems, Record, json_lines, list_elements
+from ppg_fast.writing import opened
 
 ROLES = ("system", "user", "assistant", "tool")
 KEYS = ("id", "group_id", "messages", "turn_rewards")
-MAX_WARNINGS = 20  # of one file; the rest is counted
+# keys of the OpenAI format and its relatives that change what a message says or what of it is trained
+MESSAGE_MEANING = (
+    *("tool_calls", "function_call", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking"),
+    *("refusal", "audio", "tools", "images", "weight", "loss_weight", "train", "loss"),
+)
+DIALOGUE_MEANING = ("tools", "functions", "documents", "chat_template_kwargs", "weight", "loss_weight", "train")
 
 
 @dataclass(frozen=True)
@@ -27,9 +34,9 @@ class Message:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise ValueError(f"role must be one of {', '.join(ROLES)}, got {self.role!r}")
+            raise ValueError(f"role must be one of {', '.join(ROLES)}, got {repr(self.role)[:60]}")
         if not isinstance(self.content, str):
-            raise ValueError(f"content must be a string, got {self.content!r}")
+            raise ValueError(f"content must be a string, got {_brief(self.content)}")
         _require_encodable("content", self.content)
 
     def as_dict(self) -> dict[str, str]:
@@ -83,7 +90,7 @@ def read_dialogues(path: str | os.PathLike[str], strict: bool = False) -> list[D
     raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     if not raw.strip():
         raise ValueError(f"{path} is empty")
-    records = list(_list_elements(raw, problems) if raw.lstrip()[:1] == b"[" else json_lines(raw, problems))
+    records = list(list_elements(raw, problems) if raw.lstrip()[:1] == b"[" else json_lines(raw, problems))
     dialogues: list[Dialogue] = []
     seen: dict[str, str] = {}
     for _, where, value in _translated(records, Path(path), problems):
@@ -103,29 +110,21 @@ def read_dialogues(path: str | os.PathLike[str], strict: bool = False) -> list[D
 
 def write_dialogues(path: str | os.PathLike[str], dialogues: Iterable[Dialogue]) -> None:
     """Write one JSON line per dialogue; `read_dialogues` gives back equal dialogues. The file appears whole or not at
-    all.
+    all; one that is there keeps its permissions, a link leads where it led, a device or pipe is written through.
 
     ValueError if there is no dialogue or an id stands twice.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     seen: set[str] = set()
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            for dialogue in dialogues:
-                if dialogue.id in seen:
-                    raise ValueError(f"dialogue id {dialogue.id!r} stands twice")
-                seen.add(dialogue.id)
-                messages = [message.as_dict() for message in dialogue.messages]
-                values = (dialogue.id, dialogue.group_id, messages, dialogue.turn_rewards)
-                file.write(json.dumps(dict(zip(KEYS, values, strict=True)), ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    with opened(Path(path)) as file:
+        for dialogue in dialogues:
+            if dialogue.id in seen:
+                raise ValueError(f"dialogue id {dialogue.id!r} stands twice")
+            seen.add(dialogue.id)
+            messages = [message.as_dict() for message in dialogue.messages]
+            values = (dialogue.id, dialogue.group_id, messages, dialogue.turn_rewards)
+            file.write(json.dumps(dict(zip(KEYS, values, strict=True)), ensure_ascii=False, allow_nan=False) + "\n")
         if not seen:
             raise ValueError(f"no dialogues to write to {path}")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def convert_to_jsonl(source: str | os.PathLike[str], target: str | os.PathLike[str], strict: bool = False) -> int:
@@ -135,89 +134,7 @@ def convert_to_jsonl(source: str | os.PathLike[str], target: str | os.PathLike[s
     return len(dialogues)
 
 
-class _Record(NamedTuple):
-    """One JSON value of a file, with its number in the file and the words that say where it stands."""
-
-    number: int
-    where: str
-    value: Any
-
-
-class Problems:
-    """What was wrong with one file: raised at once if strict, else warned of, the first few in full."""
-
-    def __init__(self, path: str, strict: bool) -> None:
-        self.path, self.strict, self.messages = path, strict, []
-
-    def add(self, message: str) -> None:
-        """One thing that was wrong."""
-        if self.strict:
-            raise ValueError(message)
-        self.messages.append(message)
-        if len(self.messages) <= MAX_WARNINGS:
-            warnings.warn(f"{message}; left out", stacklevel=3)
-
-    def close(self, kept: int) -> None:
-        """At the end of the file: ValueError where nothing was kept."""
-        if not kept:
-            raise ValueError(
-                f"{self.path} has no valid dialogue; first problem: "
-                f"{self.messages[0] if self.messages else 'an empty list'}"
-            )
-        if len(self.messages) > MAX_WARNINGS:
-            warnings.warn(f"{self.path}: {len(self.messages)} dialogues left out, {kept} kept", stacklevel=3)
-
-
-def json_lines(raw: bytes, problems: Problems) -> Iterator[_Record]:
-    """Each line that is JSON. Blank lines are skipped."""
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{problems.path}, line {number}"
-        try:
-            yield _Record(number, where, json.loads(line.decode("utf-8")))
-        except UnicodeDecodeError as error:
-            problems.add(f"{where} is not UTF-8: {error.reason} at byte {error.start}")
-        except json.JSONDecodeError as error:
-            problems.add(f"{where} is not JSON: {error.msg} at column {error.colno}")
-        except (ValueError, RecursionError) as error:  # an integer of thousands of digits, brackets thousands deep
-            problems.add(f"{where} is not JSON that can be read: {error}")
-
-
-def _list_elements(raw: bytes, problems: Problems) -> Iterator[_Record]:
-    """Each element of a JSON list as far as it can be read, so that a truncated file still gives its whole
-    dialogues."""
-    text = raw.decode("utf-8", "surrogateescape")  # a byte that is not UTF-8 spoils its own dialogue only
-    decoder, end, line, index = json.JSONDecoder(), text.index("[") + 1, 1, 0
-
-    def skip(position: int) -> int:
-        while position < len(text) and text[position] in " \t\r\n":
-            position += 1
-        return position
-
-    while text[(start := skip(end)) : start + 1] != "]":
-        if index:
-            start = skip(start + 1) if text[start : start + 1] == "," else len(text)
-        line = 1 + text.count("\n", 0, start)
-        where = f"{problems.path}, dialogue {index} (line {line})"
-        try:
-            record, end = decoder.raw_decode(text, start)
-            text[start:end].encode("utf-8")
-            yield _Record(index, where, record)
-        except UnicodeEncodeError as error:
-            problems.add(f"{where} is not UTF-8 at its character {error.start}")
-        except (ValueError, RecursionError) as error:
-            wrong_line = getattr(error, "lineno", line)
-            problems.add(f"{where} is not JSON or cut short, at line {wrong_line}: {error}")
-            return
-        index += 1
-    if text[skip(start + 1) :]:
-        problems.add(
-            f"{problems.path}, line {1 + text.count(chr(10), 0, skip(start + 1))}: text after the end of the list"
-        )
-
-
-def _translated(records: list[_Record], path: Path, problems: Problems) -> Iterator[_Record]:
+def _translated(records: list[Record], path: Path, problems: Problems) -> Iterator[Record]:
     """The records, those of the Consistent-LLMs family translated to ours with the file's own polarity."""
     judged: dict[int, consistent_llms.JudgedDialogue] = {}
     for record in records:
@@ -247,6 +164,7 @@ def _dialogue(record: object) -> Dialogue:
     for key in ("messages", "turn_rewards"):
         if not isinstance(record[key], list):
             raise ValueError(f"{name}: {key} must be a list, got {_brief(record[key])}")
+    refuse_meaning(record, DIALOGUE_MEANING, name)
     messages = tuple(
         message_of(message, f"{name}, message {index}") for index, message in enumerate(record["messages"])
     )
@@ -257,10 +175,24 @@ def message_of(value: object, where: str) -> Message:
     """The message that one JSON value describes; ``where`` begins the ValueError for one that is none."""
     if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
         raise ValueError(f"{where}: must be an object with role and content, got {_brief(value)}")
+    refuse_meaning(value, MESSAGE_MEANING, where)
     try:
         return Message(value["role"], value["content"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def refuse_meaning(value: dict[str, Any], keys: Sequence[str], where: str) -> None:
+    """ValueError for the first of ``keys`` that ``value`` says something with: dropped, it would change what is
+    trained.
+
+    A weight of 1 and a None, an empty list or text say nothing.
+    """
+    for key in keys:
+        said = value.get(key)
+        if said not in (None, True, "", [], {}):  # 1 and 1.0 are True
+            rule = f"{key} would be lost (messages are role and content): write it into the content, or remove the key"
+            raise ValueError(f"{where}: {rule}; got {_brief(said)}")
 
 
 def _reward(value: object, where: str) -> float | None:

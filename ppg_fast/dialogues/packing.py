@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -211,3 +211,18 @@ def _check_sample(sample: Sample, index: int) -> None:
                 f"{name}, token {position}: a rollout log-prob must be finite",
                 value,
             )
+
+
+def cut_tokens(sample: Sample, max_tokens: int) -> Sample:
+    """The turns that end within ``max_tokens`` tokens, the first in any case; 0: all. Rewards stay whole, and so do
+    their windows."""
+    turn_ids = sample.turn_ids
+    if not max_tokens or len(turn_ids) <= max_tokens:
+        return sample
+    ends = [
+        i
+        for i in range(1, len(turn_ids) + 1)
+        if turn_ids[i - 1] != CONTEXT and turn_ids[i - 1 : i + 1] != [turn_ids[i - 1]] * 2
+    ]
+    end = max((e for e in ends if e <= max_tokens), default=ends[0])
+    return replace(sample, tokens=sample.tokens[:end], turn_ids=turn_ids[:end])

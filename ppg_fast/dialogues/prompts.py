@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ppg_fast.dialogues import consistent_llms
-from ppg_fast.dialogues.dialogue import Dialogue, Message, Problems, json_lines, message_of, read_dialogues
+from ppg_fast.dialogues.dialogue import DIALOGUE_MEANING, Dialogue, Message, message_of, read_dialogues, refuse_meaning
+from ppg_fast.dialogues.records import Problems, json_lines
 
 KNOWN = ("id", "messages", "partner", "turn_rewards")
 
@@ -41,12 +42,12 @@ def read_prompts(path: str | os.PathLike[str], strict: bool = False) -> list[Pro
     if not raw.strip():
         raise ValueError(f"{path} is empty")
     if raw.lstrip()[:1] == b"[" or _is_family(raw):
-        return [_answerable(prompt_of(d)) for d in read_dialogues(path, strict)]
+        return [prompt_of(d) for d in read_dialogues(path, strict)]
     prompts: list[Prompt] = []
     seen: set[str] = set()
     for number, where, value in json_lines(raw, problems):
         try:
-            prompt = _answerable(_prompt(value, f"line {number}"))
+            prompt = _prompt(value, f"line {number}")
             if prompt.id in seen:
                 raise ValueError(f"prompt id {prompt.id!r} was used before")
         except ValueError as error:
@@ -59,16 +60,8 @@ def read_prompts(path: str | os.PathLike[str], strict: bool = False) -> list[Pro
 
 
 def prompt_of(dialogue: Dialogue) -> Prompt:
-    """The beginning of a logged dialogue; no messages where its first one is the assistant's."""
+    """The beginning of a logged dialogue; no messages where its first one is the assistant's, which opens it then."""
     return _split(dialogue.id, dialogue.messages, "", {"group_id": dialogue.group_id})
-
-
-def _answerable(prompt: Prompt) -> Prompt:
-    """The prompt itself. ValueError where there is nothing to answer."""
-    last = prompt.messages[-1].role if prompt.messages else "nothing"
-    if last not in ("user", "tool"):
-        raise ValueError(f"prompt {prompt.id!r} must end with a message of the user or a tool, got {last}")
-    return prompt
 
 
 def _is_family(raw: bytes) -> bool:
@@ -85,9 +78,13 @@ def _prompt(record: object, unnamed: str) -> Prompt:
     name, partner = record.get("id", unnamed), record.get("partner", "")
     if not isinstance(name, str) or not name or not isinstance(partner, str):
         raise ValueError(f"id must be a non-empty string and partner a string, got {name!r} and {partner!r}")
+    refuse_meaning(record, DIALOGUE_MEANING, f"prompt {name!r}")
     messages = [
         message_of(message, f"prompt {name!r}, message {index}") for index, message in enumerate(record["messages"])
     ]
+    last = messages[-1].role if messages else "nothing"
+    if last not in ("user", "tool") and not any(message.role == "assistant" for message in messages):
+        raise ValueError(f"prompt {name!r} must end with a message of the user or a tool, got {last}")
     return _split(name, messages, partner, {key: value for key, value in record.items() if key not in KNOWN})
 
 

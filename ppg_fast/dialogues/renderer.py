@@ -1,7 +1,12 @@
 """The one chat renderer: messages to text by a chat template or role tokens, text to tokens, and where a turn ends."""
 
+import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from ppg_fast.dialogues.dialogue import ROLES, Message
@@ -14,23 +19,34 @@ ROLE_TEMPLATE = (  # what `Renderer` writes without a template: role token, cont
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% "
     "endif %}"
 )
+STAND_IN = "Zq7standin"  # a content that no template writes by itself
+CLOCK = "strftime_now"
+REFUSES = "the chat template refuses it"
 
 
 class Renderer:
     """Messages as a tokenizer's chat template writes them, or as <role> content <end> where it has none.
 
     Role tokens are tokens of the vocabulary, found by name whether or not the tokenizer would split a text at them.
-    ``special``: id of each special token by name, role tokens included. ValueError for a tokenizer that has neither a
-    template nor the tokens <system> <user> <assistant> <end>.
+    ``special``: id of each special token by name, role tokens included. ``added``: those that the tokenizer takes out
+    of any text, special or not. ``date``: what a template that writes one is told, "" for today's; as an attribute ""
+    where the template writes none. ValueError for a tokenizer that has neither a template nor the tokens <system>
+    <user> <assistant> <end>.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, date: str = "") -> None:
         self.tokenizer = tokenizer
-        template = getattr(tokenizer, "chat_template", None) or ROLE_TEMPLATE
-        self.by_role = template == ROLE_TEMPLATE
+        self.template: str = (
+            tokenizer.get_chat_template() if getattr(tokenizer, "chat_template", None) else ROLE_TEMPLATE
+        )
+        self.by_role = self.template == ROLE_TEMPLATE
+        day = datetime.fromisoformat(date) if date else datetime.now()
+        dated = CLOCK in self.template
+        self.date, self._dated = day.date().isoformat() * dated, _clock(day) * dated + self.template
+        added = {token.content: (number, token.special) for number, token in tokenizer.added_tokens_decoder.items()}
         self.special: dict[str, int] = dict(
             zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-        ) | {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ) | {name: number for name, (number, special) in added.items() if special}
         roles: dict[str, int] = {}
         if self.by_role:
             vocabulary = tokenizer.get_vocab()
@@ -40,51 +56,127 @@ class Renderer:
             roles = {token: vocabulary[token] for token in (*ROLE_TOKENS, END) if token in vocabulary}
             self.special |= roles
         self._roles, self._at_roles = roles, re.compile("(" + "|".join(map(re.escape, roles)) + ")")
-        # padding and unknown words are harmless in a content, unless the same token also begins or ends something
-        harmless = {tokenizer.unk_token, tokenizer.pad_token} - {tokenizer.eos_token, tokenizer.bos_token}
-        harmless = {token for token in harmless if token and token not in roles and token not in str(template)}
-        reserved = (*self.special, *ROLE_TOKENS, END) if self.by_role else tuple(self.special)
-        self._reserved = [token for token in dict.fromkeys(reserved) if token not in harmless]
+        self.added = {name: number for name, (number, _) in added.items()} | self.special
+        self._reserved = [*self.special, *(ROLE_TOKENS if self.by_role else self._structure())]
+
+    def _structure(self) -> list[str]:
+        """Added tokens that are not marked as special, and that the template writes around a message all the same."""
+        plain = self.added.keys() - self.special.keys()
+        try:
+            written = self.text([Message("user", "a")]) if plain else ""
+        except ValueError:  # a template that refuses this says so where it matters
+            return []
+        return sorted(name for name in plain if name in written)
 
     def check(self, message: Message) -> None:
-        """ValueError for a role without a token, and for a content that spells a special token.
+        """ValueError for a role without a token, and for a content that spells a control token.
 
-        Such a content would end its message early or speak for another role.
+        Such a content would end its message early or speak for another role. Every special token is one, whatever else
+        the tokenizer uses it for.
         """
         role = f"<{message.role}>"
         if self.by_role:
             require(role in self._roles, "the tokenizer must have a token for the role", role)
         for token in self._reserved:
             if token in message.content:
-                got = f"got {token!r} in {message.content[:60]!r}"
+                start = max(message.content.index(token) - 20, 0)
+                got = f"got {token!r} in {message.content[start : start + 60]!r}"
                 raise ValueError(f"content must not hold a special token of the tokenizer, {got}")
 
     def without_special(self, text: str) -> str:
-        """``text`` without what would be read as a special token."""
-        while found := [name for name in self.special if name in text]:  # taking one out may bring another together
+        """``text`` without what would be read as a control token: for what a model says while a run goes on."""
+        while found := [name for name in self._reserved if name in text]:  # taking one out may bring another together
             for name in found:
                 text = text.replace(name, "")
         return text
 
     def text(self, messages: Sequence[Message], answer_next: bool = False) -> str:
-        """The messages, then the header of an answer if ``answer_next``. ValueError where the template refuses them."""
+        """The messages, then the header of an answer if ``answer_next``. ValueError, one line that names the message,
+        where the template refuses them."""
         if self.by_role:
             written = "".join(f"<{message.role}>{message.content}{END}" for message in messages)
             return written + "<assistant>" if answer_next else written
-        conversation = [message.as_dict() for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=answer_next)
+            return self._render(messages, answer_next)
         except Exception as error:  # a template refuses a conversation with an error class of its own
-            raise ValueError(f"the chat template refuses it: {error}") from error
+            reason = one_line(error)
+        for index in range(len(messages) - 1):  # where it begins to say so
+            try:
+                self._render(messages[: index + 1], False)
+            except Exception as error:  # noqa: PERF203
+                if one_line(error) == reason:
+                    raise ValueError(f"message {index}: {REFUSES}: {reason}") from error
+        raise ValueError(f"message {max(len(messages) - 1, 0)}: {REFUSES}: {reason}")
 
-    def added(self, before: str, messages: Sequence[Message], answer_next: bool = False) -> str:
+    def _render(self, messages: Sequence[Message], answer_next: bool) -> str:
+        conversation = [[message.as_dict() for message in messages]]  # a list of one: transformers refuses an empty one
+        return self.raw(conversation, answer_next)[0]
+
+    def raw(self, conversations: list[list[dict[str, Any]]], answer_next: bool = False) -> list[str]:
+        """What `apply_chat_template` writes, with the renderer's own date; it raises what a template raises."""
+        return self.tokenizer.apply_chat_template(
+            conversations, chat_template=self._dated, tokenize=False, add_generation_prompt=answer_next
+        )
+
+    def added_text(self, before: str, messages: Sequence[Message], answer_next: bool = False) -> str:
         """What the text of ``messages`` adds to ``before``, the text of fewer; ValueError where it does not append."""
         text = self.text(messages, answer_next)
         if not text.startswith(before):
             changed = before[first_difference(text, before) :][:60]
             rule = "the chat template must only append (a training template keeps what earlier messages had)"
-            raise ValueError(f"{rule}, but it no longer writes {changed!r}")
+            raise ValueError(f"message {len(messages) - 1}: {rule}, but it no longer writes {changed!r}")
         return text[len(before) :]
+
+    def before_answer(self, messages: Sequence[Message]) -> str:
+        """The text up to where the assistant begins to speak: the generation prompt after ``messages``.
+
+        Where the assistant opens the dialogue and the template has no generation prompt for that, what it writes
+        before the answer of a dialogue so begun. ValueError where it refuses that too.
+        """
+        try:
+            return self.text(messages, answer_next=True)
+        except ValueError:
+            if any(message.role != "system" for message in messages):
+                raise
+        opened = self.text([*messages, Message("assistant", STAND_IN)])
+        require(STAND_IN in opened, "the chat template must write an answer that opens a dialogue", opened[:60])
+        return opened[: opened.index(STAND_IN)]
+
+    def require_written(self, messages: Sequence[Message], after: str = "") -> None:
+        """ValueError that names the first message whose content the template does not write; ``after``: the last one's
+        behind this text.
+
+        One rendering for all of them, each with a mark of its own at the end of its content.
+        """
+        if self.by_role:
+            return
+        mark = STAND_IN
+        while any(mark in message.content for message in messages):
+            mark += "q"
+        marks = [f"{mark}{index}x" for index in range(len(messages))]
+        try:
+            text = self.text(
+                [replace(m, content=f"{m.content} {mark}") for m, mark in zip(messages, marks, strict=True)]
+            )
+        except ValueError:  # a content that must be in a form of its own
+            return
+        for index, (message, one) in enumerate(zip(messages, marks, strict=True)):
+            if one not in (text.partition(after)[2] if after and index == len(messages) - 1 else text):
+                raise ValueError(
+                    f"message {index}: the chat template leaves out what the {message.role} says here "
+                    f"({message.content[:60]!r}): leave the message out, or use a template that writes it"
+                )
+
+    def digest(self) -> str:
+        """A checksum of what decides the tokens of a message: template and tokenizer, not the date."""
+        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        tokenizer = core.to_str() if core is not None else sorted(self.tokenizer.get_vocab().items())
+        parts = (
+            self.template,
+            tokenizer,
+            sorted(self.special.items()),
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text. ValueError where the tokenizer has none for it."""
@@ -99,17 +191,39 @@ class Renderer:
                 tokens.extend(found)
         return tokens
 
-    def end_of_turn(self, tokens: Sequence[int]) -> int | None:
-        """How many of an answer's tokens are the turn: those up to its last special token, if only blanks follow.
-
-        What a template writes after that, such as a line break, the policy never chose. None where no special token
-        ends it.
-        """
-        special = set(self.special.values())
-        end = max((n + 1 for n, token in enumerate(tokens) if token in special), default=None)
-        return None if end is None or self.tokenizer.decode(tokens[end:]).strip() else end
-
 
 def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int:
     """First position at which the two differ; the last common one if either is the beginning of the other."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)) - 1)
+
+
+def _clock(day: datetime) -> str:
+    """The function of transformers by which a template asks for the date, written in Jinja to give that of ``day``.
+
+    A macro of the same name goes before the function; the line break is the one that transformers' settings take away.
+    """
+    directives = [flag + letter for letter in "aAbBcdDeFGhHIjmMpRSTuUVwWxXyYzZ" for flag in ("", "-")]
+    values = {f"%{directive}": day.strftime(f"%{directive}") for directive in directives}
+    steps = "".join(f"|replace({json.dumps(name)}, {json.dumps(value)})" for name, value in values.items())
+    return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{steps} }}}}{{%- endmacro %}}\n"
+
+
+def shared_start(one: str, other: str) -> str:
+    """The longest text that both begin with."""
+    return one[
+        : next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    ]
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line of bounded length."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextmanager
+def in_message(index: int) -> Iterator[None]:
+    """A ValueError inside names the message."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"message {index}: {error}") from error

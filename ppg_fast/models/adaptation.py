@@ -6,7 +6,7 @@ it started from.
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,20 +29,31 @@ def add_lora(model: Any, rank: int, alpha: int = 0, dropout: float = 0.0, target
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise ValueError(f"lora_rank > 0 needs peft (pip install peft): {error}") from error
+        raise ValueError("lora_rank > 0 needs peft: pip install ppg_fast[lora]") from error
     targets: Any = (
         [name.strip() for name in target_modules.split(",")]
         if re.fullmatch(r"[\w., ]+", target_modules)
         else target_modules
     )
     targets = "all-linear" if target_modules in ("all-linear", "all_linear") else targets
+    if isinstance(targets, str):
+        _pattern("lora_target_modules", targets)
     model.requires_grad_(False)
+    model.adapted_base = describe_base(model)
     model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, lora_dropout=dropout, target_modules=targets))
     plain_head(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def _pattern(setting: str, text: str) -> re.Pattern[str]:
+    """The regular expression ``text``; ValueError where it is none."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{setting} must be a regular expression, got {text!r}: {error}") from error
 
 
 def plain_head(model: Any) -> Any:
@@ -65,7 +76,8 @@ def freeze(model: Any, names: str) -> None:
         if name in words:
             chosen = list(words[name].parameters())
         else:
-            chosen = [p for n, p in model.named_parameters(remove_duplicate=False) if re.search(name, n)]
+            pattern = _pattern("freeze", name)
+            chosen = [p for n, p in model.named_parameters(remove_duplicate=False) if pattern.search(n)]
         require(
             bool(chosen),
             f"freeze must name {HEAD}, {EMBEDDINGS} or (as regular expressions) weights of the model",
@@ -103,6 +115,14 @@ def checkpoint_activations(model: Any, every_n_layers: int = 1, offload: bool = 
         ) from error
 
 
+def describe_base(model: nn.Module, dtype: str = "") -> dict[str, str]:
+    """What tells one base model of adapters from another of the same shapes: ``weights``, a checksum of them in
+    ``dtype``."""
+    dtype = dtype or str(next(model.parameters()).dtype).removeprefix("torch.")
+    weights = ((name, p.detach().to(getattr(torch, dtype))) for name, p in model.named_parameters())
+    return {"dtype": dtype, "weights": weights_digest(weights)}
+
+
 def trainable_state(model: nn.Module) -> dict[str, Any]:
     """What of ``model.state_dict()`` training changes: everything but frozen parameters. Tensors are the model's
     own."""
@@ -118,20 +138,29 @@ def load_trainable_state(model: nn.Module, saved: dict[str, Any]) -> None:
     require(
         not others, "a checkpoint must hold the weights that train, and no others; in one of the two only", others[:3]
     )
-    try:
-        model.load_state_dict({name: shard_like(value, own[name]) for name, value in saved.items()}, strict=False)
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
+    shapes = [(name, tuple(saved[name].shape), tuple(own[name].shape)) for name in own if isinstance(own[name], Tensor)]
+    wrong = [f"{name} is {there} and {here} here" for name, there, here in shapes if there != here]
+    require(
+        not wrong, f"a checkpoint must hold weights of the model's shapes; {len(wrong)} differ", "; ".join(wrong[:1])
+    )
+    model.load_state_dict({name: shard_like(value, own[name]) for name, value in saved.items()}, strict=False)
 
 
 def frozen_digest(model: nn.Module) -> str:
     """A checksum of the frozen weights, "" where there are none: a checkpoint without them is right on the same ones
     only."""
-    total, frozen = hashlib.sha256(), [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
-    for name, parameter in frozen:
-        bits = torch.hash_tensor(parameter.detach()).view(torch.int64).item()
-        total.update(repr((name, parameter.dtype, tuple(parameter.shape), bits)).encode())
-    return total.hexdigest() if frozen else ""
+    frozen = [(n, p.detach()) for n, p in model.named_parameters() if not p.requires_grad]
+    return weights_digest(frozen) if frozen else ""
+
+
+def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """A checksum of named weights: their names, dtypes, shapes and bits."""
+    total = hashlib.sha256()
+    for name, weight in weights:
+        # the model of a memory estimate has no bits
+        bits = None if weight.is_meta else torch.hash_tensor(weight).view(torch.int64).item()
+        total.update(repr((name, weight.dtype, tuple(weight.shape), bits)).encode())
+    return total.hexdigest()
 
 
 class StartingWeights:

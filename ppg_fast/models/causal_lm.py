@@ -1,5 +1,6 @@
 """From packed dialogues to the policy loss through a Hugging Face causal LM, without ever making its logits."""
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -49,11 +50,43 @@ def make_model(
 def load_model(path: str, vocab_size: int, dtype: torch.dtype = torch.float32) -> Any:
     """The causal LM of a Hugging Face checkpoint folder, ready to be packed.
 
-    ``vocab_size`` is the tokenizer's. ValueError if the model's embedding has fewer rows.
+    ``vocab_size`` is the tokenizer's. ValueError if the model's embedding has fewer rows, and as `load_whole`.
+    """
+    return check_vocabulary(prepare(load_whole(path, dtype)), vocab_size)
+
+
+def load_whole(path: str, dtype: torch.dtype | str) -> Any:
+    """The causal LM of a folder, every weight of it from the folder; ``dtype`` "auto": as stored.
+
+    ValueError in one line where it cannot be read, and where a weight is missing or of another shape: transformers
+    would go on with random numbers in its place.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    return check_vocabulary(prepare(AutoModelForCausalLM.from_pretrained(path, dtype=dtype)), vocab_size)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of many lines becomes one
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # one of a dozen classes, of four libraries
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"model {path!r} cannot be loaded as a causal language model: {reason[:200]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    model, found = loaded
+    other = [f"{name} {tuple(stored)} for {tuple(own)}" for name, stored, own in sorted(found["mismatched_keys"])]
+    for what, names in (
+        ("of other shapes than its config.json says", other),
+        ("missing", sorted(found["missing_keys"])),
+    ):
+        if names:
+            raise ValueError(f"model {path!r} has {len(names)} weights {what}, such as {names[0]}")
+    if unused := sorted(found["unexpected_keys"]):
+        rest = f"{len(unused)} weights that {type(model).__name__} does not have, such as {unused[0]}"
+        warnings.warn(f"model {path!r} holds {rest}; they are left out", stacklevel=3)
+    return model
 
 
 def check_vocabulary(model: Any, vocab_size: int) -> Any:

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 ADAPTER_CONFIG = "adapter_config.json"  # peft's mark of an adapter folder
+BASE = "adapter_base.json"  # ours, beside it: what `describe_base` says of the model that it was trained on
 
 
 def find_adapter(path: Path) -> Path:
@@ -16,13 +18,34 @@ def find_adapter(path: Path) -> Path:
     raise ValueError(f"merge wants the folder of a run or of an adapter ({ADAPTER_CONFIG}), got {str(path)!r}")
 
 
+def write_base(folder: Path, model: Any) -> None:
+    """Beside the adapters of ``model``, on which weights they were trained; nothing for a model without adapters."""
+    if described := getattr(model, "adapted_base", None):
+        (folder / BASE).write_text(json.dumps(described) + "\n", encoding="utf-8")
+
+
+def _check_base(adapter: Path, model: Any, base: str, named: object) -> None:
+    """ValueError where ``model`` is not the one that the adapter was trained on, as far as its folder says."""
+    if not (adapter / BASE).is_file():
+        return
+    from ppg_fast.models.adaptation import describe_base
+
+    described = json.loads((adapter / BASE).read_text(encoding="utf-8"))
+    if describe_base(model, described["dtype"]) != described:
+        rule = f"merge wants the base model that the adapter was trained on (it names {str(named)!r})"
+        raise ValueError(f"{rule}, got one of other weights: {base!r}")
+
+
 def merge_adapter(source: str, output: str, base: str | None = None) -> Path:
     """Write to ``output`` the base model with the adapter of ``source`` merged, and the tokenizer; returns the folder.
 
     ``source``: a run or an adapter folder. ``base``: the base model, by default the one that the adapter names.
-    ValueError for a folder without an adapter, for a base that is not there and for an ``output`` that holds something.
+    ValueError for a folder without an adapter, for a base that is not there or has other weights than the one that the
+    adapter was trained on, and for an ``output`` that holds something.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from ppg_fast.models.causal_lm import load_whole
 
     adapter, target = find_adapter(Path(source)), Path(output)
     if target.exists() and any(target.iterdir()):
@@ -37,7 +60,9 @@ def merge_adapter(source: str, output: str, base: str | None = None) -> Path:
         raise ValueError(
             f"the adapter's base model must be a folder with a Hugging Face checkpoint (--base FOLDER), got {base!r}"
         )
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), str(adapter))
+    found = load_whole(base, "auto")
+    _check_base(adapter, found, base, named)
+    model = PeftModel.from_pretrained(found, str(adapter))
     whole = model.merge_and_unload(safe_merge=True)
     with_tokenizer = adapter if (adapter / "tokenizer_config.json").is_file() else Path(base)
     whole.save_pretrained(target)

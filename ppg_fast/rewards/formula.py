@@ -3,15 +3,18 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 
 from ppg_fast.endpoint import Endpoint
-from ppg_fast.rewards.judge import RUBRIC, Judge
-from ppg_fast.rewards.python import PythonReward, load_function
+from ppg_fast.rewards.judge import RUBRIC, Judge, parse_range
+from ppg_fast.rewards.python import PythonReward
 from ppg_fast.rewards.ratings import Ratings
 from ppg_fast.rewards.reward_model import RewardModel
 from ppg_fast.rewards.scoring import Reward
+from ppg_fast.rewards.values import read_text
 
 TERM = re.compile(
     r"(?:(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*)?(?P<what>.+?)(?:@(?P<scope>turn|dialogue))?"
@@ -24,15 +27,20 @@ def make_rewards(
     *,
     judge_range: str = "0:10",
     judge_retries: int = 2,
+    judge_tokens: int = 512,
     device: torch.device | str = "cpu",
+    template_date: str = "",
 ) -> list[Reward]:
     """The terms of ``formula``, separated by " + ", each ``[WEIGHT*]WHAT[@turn|@dialogue]``.
 
     WHAT is ``file.py:function``, ``module:function``, ``model:FOLDER``, ``judge``, ``judge:RUBRIC`` (a text file) or
     ``ratings:FILE``. The scope is turn but for ratings, which say themselves what they rate. ``judge`` makes the
-    endpoint where a term wants one. ValueError names the term that cannot be read.
+    endpoint where a term wants one, and it may say ``judge_tokens`` tokens. ``template_date``: what the templates of
+    reward models are told. ValueError names the term that cannot be read.
     """
     rewards: list[Reward] = []
+    loaded: dict[str, ModuleType] = {}  # one module for all functions of a file
+    low, high = parse_range(judge_range)
     for term in re.split(r"\s+\+\s+", formula.strip()):
         found = TERM.fullmatch(term.strip())
         if not found:
@@ -42,25 +50,16 @@ def make_rewards(
         if kind == "judge":
             if judge is None:
                 raise ValueError(f"reward {what!r} wants a judge: give --judge URL")
-            low, high = parse_range(judge_range)
-            rubric = Path(rest).read_text(encoding="utf-8") if rest else RUBRIC
-            name, scorer = kind, Judge(judge(), rubric, scope=scope, low=low, high=high, retries=judge_retries)
+            rubric = read_text(rest, "rubric") if rest else RUBRIC
+            settings: dict[str, Any] = {"retries": judge_retries, "max_tokens": judge_tokens}
+            name, scorer = kind, Judge(judge(), rubric, scope=scope, low=low, high=high, **settings)
         elif kind == "model":
-            name, scorer = Path(rest).name, RewardModel(rest, device)
+            name, scorer = Path(rest).name, RewardModel(rest, device, date=template_date)
         elif kind == "ratings":
             name, scorer, scope = kind, Ratings(rest), "dialogue"
         else:
-            name, scorer = what.rpartition(":")[2], PythonReward(load_function(what), what)
+            name, scorer = what.rpartition(":")[2], PythonReward.at(what, loaded)
         taken = [r.name for r in rewards if re.fullmatch(re.escape(name) + r"(_\d+)?", r.name)]
         name += f"_{len(taken) + 1}" if taken else ""
         rewards.append(Reward(name, scorer, scope, float(found["weight"] or 1.0)))
     return rewards
-
-
-def parse_range(text: str) -> tuple[float, float]:
-    """LOW:HIGH as two numbers."""
-    try:
-        low, high = map(float, text.split(":"))
-    except ValueError as error:
-        raise ValueError(f"judge_range must be LOW:HIGH, got {text!r}") from error
-    return low, high

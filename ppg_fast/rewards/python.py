@@ -1,37 +1,39 @@
 """A user's own function as a reward."""
 
-import importlib
-import importlib.util
 import inspect
 import os
-import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from ppg_fast.rewards.modules import import_file, import_module, imports_from
 from ppg_fast.rewards.scoring import Transcript, Value
 
+SAID, LINE = 300, 100  # characters of a user's exception, and of the line that raised it, in an error
 
-def load_function(where: str) -> Callable[..., Any]:
-    """The function at ``module:function`` or ``file.py:function``. ValueError where there is none."""
+
+def load_function(where: str, loaded: dict[str, ModuleType] | None = None) -> Callable[..., Any]:
+    """The function at ``module:function`` or ``file.py:function``. ValueError where there is none, with the user's line
+    that failed.
+
+    ``loaded``: modules by place that several functions share; without it a file is executed anew.
+    """
     place, _, name = where.rpartition(":")
     if not place or not name:
         raise ValueError(f"a reward function must be given as module:function or file.py:function, got {where!r}")
-    try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            if os.getcwd() not in sys.path:  # as `python -m` has it
-                sys.path.append(os.getcwd())
-            module = importlib.import_module(place)
-    except Exception as error:  # whatever the user's file raises
-        raise ValueError(f"reward function {where}: {place} cannot be loaded: {_said(error)}") from error
-    function = getattr(module, name, None)
+    loaded = {} if loaded is None else loaded
+    if place not in loaded:
+        try:
+            loaded[place] = import_file(place) if place.endswith(".py") else import_module(place)
+        except BaseException as error:  # whatever the user's file raises, SystemExit too
+            if not _is_users(error):
+                raise
+            raise ValueError(f"reward function {where}: {place} cannot be loaded: {_said(error)}") from error
+    function = getattr(loaded[place], name, None)
     if not callable(function):
         raise ValueError(f"reward function {where}: {place} has no function {name!r}")
     return function
@@ -42,21 +44,31 @@ class PythonReward:
     that it takes.
 
     ``info`` holds ``id`` and what the prompt's line says beside its messages; a function with ``**anything`` gets all
-    of it. ValueError for a name that a dialogue has not, and for an exception of the function, with dialogue, turn and
-    line.
+    of it. While it runs, its own folder comes first where it imports something. ValueError for a name that a dialogue
+    has not, and for an exception of the function (SystemExit too), with dialogue, turn and line.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str) -> None:
-        self.function, self.name = function, name
-        takes = list(inspect.signature(function).parameters.values())[1:]
+    def __init__(self, function: Callable[..., Any], name: str, folder: str | None = None) -> None:
+        self.function, self.name, self.folder = function, name, folder
+        try:
+            takes = list(inspect.signature(function).parameters.values())[1:]
+        except (TypeError, ValueError) as error:  # some that are written in C
+            raise ValueError(f"reward {name} must tell its arguments: {error}") from error
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in takes)
         named = [p for p in takes if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self.names = {p.name for p in named}
         self.needed = [p.name for p in named if p.default is p.empty]
 
+    @classmethod
+    def at(cls, where: str, loaded: dict[str, ModuleType] | None = None) -> "PythonReward":
+        """The reward at ``module:function`` or ``file.py:function``, as `load_function` finds it."""
+        function, place = load_function(where, loaded), where.rpartition(":")[0]
+        return cls(function, where, str(Path(place).resolve().parent) if place.endswith(".py") else None)
+
     def __call__(self, transcripts: Sequence[Transcript], /) -> list[Value]:
         """One value each."""
-        return [self._value(transcript) for transcript in transcripts]
+        with imports_from(self.folder) if self.folder else nullcontext():
+            return [self._value(transcript) for transcript in transcripts]
 
     def _value(self, transcript: Transcript) -> Value:
         info = {**transcript.info, "id": transcript.id}
@@ -69,13 +81,39 @@ class PythonReward:
         given = info if self.takes_all else {name: value for name, value in info.items() if name in self.names}
         messages = [message.as_dict() for message in transcript.messages]
         try:
-            return self.function(messages, **given)
-        except Exception as error:
+            value = self.function(messages, **given)
+            if inspect.iscoroutine(value):
+                value.close()  # Python would warn that nobody awaits it
+                raise TypeError("a reward must be no async function")
+            # a generator runs here, where its failure has a place; one more than wanted says that there are too many
+            return list(islice(value, transcript.turns + 1)) if isinstance(value, Iterator) else value
+        except BaseException as error:
+            if not _is_users(error):
+                raise
             raise ValueError(f"reward {self.name} failed at {where}: {_said(error)}") from error
 
 
-def _said(error: Exception) -> str:
-    """The exception and the user's line that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    last = frames[-1] if frames else None
-    return f"{type(error).__name__}: {error}" + (f" ({Path(last.filename).name}, line {last.lineno})" if last else "")
+def _is_users(error: BaseException) -> bool:
+    """Whether the user's code raised it, and not a signal that ends the run: Ctrl-C, or what our jobs make of one."""
+    return not isinstance(error, KeyboardInterrupt) and not type(error).__module__.startswith("ppg_fast.jobs")
+
+
+def _said(error: BaseException) -> str:
+    """The exception, on one line, with the last line of code that is the user's and not a library's."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # the exception's own __str__
+        text = ""
+    text = type(error).__name__ + (f": {text[:SAID]}" if text else "")
+    ours = str(Path(__file__).parent) + os.sep
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((ours, "<frozen"))]
+    users = [f for f in frames if f"{os.sep}site-packages{os.sep}" not in f.filename and not _is_standard(f.filename)]
+    if isinstance(error, SyntaxError) or not frames:  # it says itself where
+        return text
+    last = (users or frames)[-1]
+    line = f": {last.line[:LINE]}" if last.line else ""
+    return f"{text} ({Path(last.filename).name}, line {last.lineno}{line})"
+
+
+def _is_standard(filename: str) -> bool:
+    return filename.startswith(str(Path(os.__file__).parent) + os.sep)

@@ -10,15 +10,21 @@ from ppg_fast.dialogues.dialogue import Message
 from ppg_fast.dialogues.renderer import Renderer
 from ppg_fast.rewards.scoring import Transcript
 
+SAID = 300  # characters of what transformers raises, in an error
+
 
 class RewardModel:
     """The one logit of a Hugging Face sequence-classification folder on the dialogue in its own chat template.
 
-    Batched in order under ``max_tokens`` padded tokens. ValueError for a folder without a model, a head of several
-    labels, a tokenizer without a chat template, and, with its name, a dialogue longer than the model's positions.
+    Batched in order under ``max_tokens`` padded tokens. ``date``: what a template that writes one is told, as
+    YYYY-MM-DD; "": today's. ValueError for a folder without a model that can be loaded, one without all of its
+    weights, a head of several labels, a tokenizer without a chat template, and, with its name, a dialogue longer than
+    the model's positions.
     """
 
-    def __init__(self, folder: str, device: torch.device | str = "cpu", max_tokens: int = 16384) -> None:
+    def __init__(
+        self, folder: str, device: torch.device | str = "cpu", max_tokens: int = 16384, date: str = ""
+    ) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         if not Path(folder, "config.json").is_file():
@@ -26,13 +32,20 @@ class RewardModel:
                 f"a reward model must be a folder with a Hugging Face checkpoint (config.json), got {folder!r}"
             )
         self.folder, self.max_tokens = folder, max_tokens
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            model, loading = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+        except Exception as error:  # transformers, tokenizers and safetensors raise what they like, over many lines
+            said = " ".join(str(error).split())[:SAID]
+            raise ValueError(f"reward model {folder} cannot be loaded: {type(error).__name__}: {said}") from error
         if not self.tokenizer.chat_template:
             raise ValueError(f"the tokenizer of reward model {folder} must have a chat template, got none")
-        self.renderer = Renderer(self.tokenizer)
-        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        self.renderer = Renderer(self.tokenizer, date)
         if model.config.num_labels != 1:
             raise ValueError(f"a reward model must have one label, got {model.config.num_labels} in {folder}")
+        if loading["missing_keys"]:  # transformers draws them at random, and so would be the reward
+            lacks = ", ".join(sorted(loading["missing_keys"])[:3])
+            raise ValueError(f"a reward model must hold all of its weights, {folder} lacks {lacks}")
         self.model: Any = model.to(device).eval()
         if self.model.config.get_text_config().pad_token_id is None:  # by it transformers finds the last token of a row
             self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id

@@ -1,12 +1,13 @@
 """One interface for every kind of reward: dialogues in, one number per assistant turn out."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ppg_fast.dialogues.dialogue import Message
-from ppg_fast.spec import require_one_of
+from ppg_fast.rewards.values import LARGEST, RULE, number_of, numbers_of
+from ppg_fast.spec import require_number, require_one_of
 
 SCOPES = ("turn", "dialogue")
 Value = float | None | Sequence[float | None]
@@ -52,6 +53,7 @@ class Reward:
 
     def __post_init__(self) -> None:
         require_one_of("scope of a reward", self.scope, SCOPES)
+        require_number(f"the weight of reward {self.name}", self.weight, -math.inf)
 
     def turns(self, transcripts: Sequence[Transcript]) -> list[list[float | None]]:
         """One value per assistant turn of each dialogue. ValueError names reward, dialogue and turn of a value that is
@@ -64,41 +66,27 @@ class Reward:
             )
         if self.scope == "dialogue":
             return [self._by_turn(value, t) for value, t in zip(values, asked, strict=True)]
-        checked = iter([self._number(value, t, t.turns - 1) for value, t in zip(values, asked, strict=True)])
+        checked = iter([self._number(value, t) for value, t in zip(values, asked, strict=True)])
         return [[next(checked) for _ in range(t.turns)] for t in transcripts]
 
     def _by_turn(self, value: Value, transcript: Transcript) -> list[float | None]:
         """A dialogue's value over its turns."""
-        if value is None:
-            return [None] * transcript.turns
         try:
-            number = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError):  # no number, so one a turn
-            values: list[Any] = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-        else:
-            return [0.0] * (transcript.turns - 1) + [self._number(number, transcript, transcript.turns - 1)]
-        if len(values) != transcript.turns:
-            wanted = (
-                f"reward {self.name} must give one number or one per turn, {transcript.turns}, in dialogue "
-                f"{transcript.id!r}"
-            )
-            raise ValueError(f"{wanted}, got {len(values)} numbers")
-        return [self._number(one, transcript, turn) for turn, one in enumerate(values)]
+            row = numbers_of(value, transcript.turns)
+        except Exception as error:  # a generator of the user's may raise anything
+            why = str(error) if isinstance(error, ValueError) else f"failed: {type(error).__name__}: {error}"
+            raise ValueError(f"reward {self.name} at dialogue {transcript.id!r} {why}") from error
+        if row is not None:
+            return row
+        number = self._number(value, transcript)
+        return [None if number is None else 0.0] * (transcript.turns - 1) + [number]
 
-    def _number(self, value: Any, transcript: Transcript, turn: int) -> float | None:
-        if value is None:
-            return None
+    def _number(self, value: Any, transcript: Transcript) -> float | None:
         try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            rule = f"reward {self.name} must be a finite number or None"
-            hint = (
-                " (one per turn wants @dialogue)" if isinstance(value, Sequence) and not isinstance(value, str) else ""
-            )
-            raise ValueError(f"{rule}{hint} in dialogue {transcript.id!r}, turn {turn}, got {value!r:.60}")
-        return number
+            return number_of(value)
+        except ValueError as error:
+            where = f"reward {self.name} at dialogue {transcript.id!r}, turn {transcript.turns - 1},"
+            raise ValueError(f"{where} {error}") from error
 
 
 @dataclass(frozen=True)
@@ -129,7 +117,7 @@ class Scores:
             values = [value for row in rows for value in row if value is not None]
             mean = sum(values) / max(1, len(values))
             metrics[f"rewards/{name}/mean"] = mean
-            metrics[f"rewards/{name}/std"] = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values)))
+            metrics[f"rewards/{name}/std"] = math.hypot(*(v - mean for v in values)) / math.sqrt(max(1, len(values)))
         return {**metrics, "rewards/unscored": self.unscored}
 
 
@@ -140,6 +128,10 @@ def score(rewards: Sequence[Reward], transcripts: Sequence[Transcript]) -> Score
     for number, transcript in enumerate(transcripts):
         rows = [parts[reward.name][number] for reward in rewards]
         totals.append([_sum(rewards, [row[turn] for row in rows]) for turn in range(transcript.turns)])
+        for turn, total in enumerate(totals[-1]):
+            if total is not None and not abs(total) <= LARGEST:
+                where = f"dialogue {transcript.id!r}, turn {turn}"
+                raise ValueError(f"the weighted sum of rewards at {where} {RULE}, got {total}")
     return Scores(totals, parts)
 
 

@@ -3,6 +3,7 @@ own start weights."""
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import torch
 from ppg_fast.dialogues.chat_format import ChatFormat
 from ppg_fast.dialogues.dialogue import Message
 from ppg_fast.dialogues.prompts import Prompt
-from ppg_fast.endpoint import Endpoint
+from ppg_fast.endpoint import Endpoint, EndpointError
 from ppg_fast.rewards import Transcript
 from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.generation import LocalSampler, Request
@@ -133,22 +134,42 @@ def as_partner(conversation: Conversation, instruction: str) -> list[Message]:
 
 class EndpointPartner:
     """A model behind an endpoint, asked by chat completions: its history is text, since nothing is learned from its
-    tokens."""
+    tokens.
+
+    Its thoughts are no part of a reply. A reply without any text ends the dialogue, with one warning; EndpointError
+    where it has none because it was cut at ``max_tokens``.
+    """
 
     def __init__(
         self, endpoint: Endpoint, instruction: str = INSTRUCTION, *, temperature: float = 1.0, max_tokens: int = 256
     ) -> None:
         self.endpoint, self.instruction = endpoint, instruction
         self.temperature, self.max_tokens = temperature, max_tokens
+        self.warned = False
 
     def replies(self, conversations: Sequence[Conversation]) -> list[Message | None]:
         """One request each, side by side."""
-        return list(self.endpoint.map(self._reply, list(conversations)))
+        replies = self.endpoint.map(self._reply, list(conversations))
+        if None in replies and not self.warned:
+            self.warned = True
+            prompt = conversations[replies.index(None)].prompt.id
+            rule = "said nothing, so the dialogue ends there (shown once)"
+            warnings.warn(f"partner {self.endpoint.url}: in prompt {prompt!r} it {rule}", stacklevel=2)
+        return replies
 
-    def _reply(self, conversation: Conversation) -> Message:
+    def _reply(self, conversation: Conversation) -> Message | None:
         messages = [message.as_dict() for message in as_partner(conversation, self.instruction)]
         settings = {"temperature": self.temperature, "max_tokens": self.max_tokens, "seed": conversation.number()}
-        return Message("user", self.endpoint.chat(messages, **settings))
+        reply = self.endpoint.answer(messages, **settings)
+        if reply.text and reply.text.strip():
+            return Message("user", reply.text)
+        if reply.cut:
+            asked = f"prompt {conversation.prompt.id!r}, {len(messages)} messages"
+            raise EndpointError(
+                f"{self.endpoint.url}: {asked}: the partner's reply was cut at {self.max_tokens} tokens before it said "
+                "anything; raise --partner-tokens (one that thinks wants thousands)"
+            )
+        return None
 
 
 class ModelPartner:
@@ -167,6 +188,8 @@ class ModelPartner:
     ) -> None:
         self.model, self.chat, self.instruction = copy.deepcopy(model).eval().requires_grad_(False), chat, instruction
         self.temperature, self.max_tokens, self.batch_size = temperature, max_tokens, batch_size
+        # before a run begins: that the template takes a system message, and the user's words as the assistant's
+        chat.opening([Message(role, "a") for role in ("system", "user", "assistant", "user")])
 
     def replies(self, conversations: Sequence[Conversation]) -> list[Message | None]:
         """Generated side by side, ``batch_size`` at a time."""
@@ -182,7 +205,7 @@ class ModelPartner:
         replies: list[Message | None] = []
         with torch.no_grad():
             for start in range(0, len(requests), self.batch_size):
-                sampler = LocalSampler(self.model, self.chat.end_id, banned, self.temperature)
+                sampler = LocalSampler(self.model, self.chat.end_ids, banned, self.temperature)
                 answers = sampler.answer(requests[start : start + self.batch_size])
                 replies += [Message("user", self.chat.decode(answer.tokens)) for answer in answers]
         return replies

@@ -172,6 +172,7 @@ def problem_names(text: str) -> list[str]:
             found += PROBLEMS
         elif part.startswith(DRAWN) and len(ends) == 2 and all(e.isdecimal() for e in ends):
             require(int(ends[0]) <= int(ends[1]), "a range of drawn problems must not end before it begins", part)
+            require(int(ends[1]) - int(ends[0]) < 10**6, "a range of drawn problems must be below a million", part)
             found += [f"{DRAWN}{seed}" for seed in range(int(ends[0]), int(ends[1]) + 1)]
         else:
             found.append(problem(part).name)

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
+from ppg_fast import stopping
 from ppg_fast.dialogues.chat_format import ChatFormat
 from ppg_fast.dialogues.dialogue import Message
 from ppg_fast.dialogues.packing import CONTEXT, Sample
 from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.generation import Answer, EndpointSampler, LocalSampler, Request, Sampler
 
+MOST = torch.finfo(torch.float32).max
 Stepped = tuple[Message | None, float, bool]  # what `Environment.step` returns
 StepAll = Callable[[Sequence[Environment], Sequence[str]], Sequence[Stepped]]
 
@@ -34,6 +36,8 @@ class Rollout:
     cut_off: list[bool] = field(default_factory=list)
     done: bool = False
 
+    name: str = ""  # of the dialogue, for errors
+
     def __post_init__(self) -> None:
         self.sample.cut_off = self.cut_off  # one list, for the metrics of a step
 
@@ -46,6 +50,16 @@ class Rollout:
 def step_each(environments: Sequence[Environment], answers: Sequence[str]) -> list[Stepped]:
     """Every environment steps by itself, one after the other."""
     return [environment.step(answer) for environment, answer in zip(environments, answers, strict=True)]
+
+
+def finite_reward(reward: float, dialogue: str, turn: int) -> float:
+    """``reward`` itself. ValueError that names dialogue and turn where float32, in which returns are computed, has no
+    finite number for it."""
+    number = float(reward)
+    if not abs(number) <= MOST:  # NaN too
+        rule = f"a reward must be a finite float32, at most {MOST:.3g} in size"
+        raise ValueError(f"{rule}, got {number:g} for turn {turn} of dialogue {dialogue!r}")
+    return number
 
 
 def collect_groups(
@@ -70,22 +84,24 @@ def collect_groups(
     ``model``: a causal LM, or an `EndpointSampler`, whose own temperature counts. ``generator`` lives on the model's
     device and gives every dialogue its own randomness, so that ``batch_size``, the dialogues generated at once, decides
     memory and speed only, up to rounding. Temperature 0 takes the most likely token. A dialogue stops when its
-    environment is done, at ``max_turns``, or where its next answer would not fit ``max_dialogue_tokens`` (0: what the
-    model's positions allow, if it says); an answer at the end token or at ``max_new_tokens``. Special tokens other than
+    environment is done, at ``max_turns``, or where its next answer would not fit ``max_dialogue_tokens`` or the
+    model's positions; an answer at the end token or at ``max_new_tokens``. Special tokens other than
     the end are never sampled. ``step_all`` takes the answers of a turn to their environments, all at once. ``only``:
     which of the rollouts, numbered in order, are wanted; they are what they would be among all. ValueError for an
-    opening that leaves no room for an answer.
+    opening that leaves no room for an answer, and for a reward that is not finite in float32.
     """
     total = len(seeds) * group_size
     draws = torch.randint(2**62, (total,), generator=generator, device=generator.device).tolist()
     rollouts, streams = [], []
     for number in range(total) if only is None else only:
         environment, group = make_environment(), number // group_size
-        rollout = Rollout(environment, Sample([], [], [], group, rollout_logprobs=[]))
-        rollout.messages = list(environment.reset(seeds[group]))
+        rollout = Rollout(environment, Sample([], [], [], group, rollout_logprobs=[]), name=f"of seed {seeds[group]}")
+        with stopping.interruptible():
+            rollout.messages = list(environment.reset(seeds[group]))
+        rollout.name = getattr(getattr(environment, "prompt", None), "id", rollout.name)
         rollouts.append(rollout)
         streams.append(torch.Generator().manual_seed(draws[number]))
-    limits = _Limits(max_new_tokens, max_turns, max_dialogue_tokens or _most_positions(model))
+    limits = _Limits(max_new_tokens, max_turns, min(max_dialogue_tokens or 2**62, _most_positions(model)))
     if isinstance(model, EndpointSampler):
         _run(model, chat, rollouts, streams, limits, step_all)
         return rollouts
@@ -96,7 +112,7 @@ def collect_groups(
         with torch.no_grad():
             for start in range(0, len(rollouts), batch_size):
                 part = slice(start, start + batch_size)
-                sampler = LocalSampler(model, chat.end_id, chat.banned_token_ids(vocab_size), temperature)
+                sampler = LocalSampler(model, chat.end_ids, chat.banned_token_ids(vocab_size), temperature)
                 _run(sampler, chat, rollouts[part], streams[part], limits, step_all)
     finally:
         model.train(was_training)
@@ -131,7 +147,8 @@ def _run(
     for rollout in rollouts:
         _append(rollout, chat.opening(rollout.messages), CONTEXT)
         if limits.room(rollout) < 1:
-            seen = f"{len(rollout.sample.tokens)} tokens in {rollout.messages[-1].content[:60]!r}"
+            said = "".join(m.content for m in rollout.messages[-1:])[:60]
+            seen = f"{len(rollout.sample.tokens)} tokens in {said!r}"
             raise ValueError(
                 f"an opening must be shorter than the {limits.dialogue_tokens} tokens of a dialogue, got {seen}"
             )
@@ -139,13 +156,13 @@ def _run(
         live = [i for i, r in enumerate(rollouts) if not r.done]
         if not live:
             return
-        answers = sampler.answer(
-            [Request(i, rollouts[i].sample.tokens, limits.room(rollouts[i]), streams[i]) for i in live]
-        )
+        asked = [Request(i, rollouts[i].sample.tokens, limits.room(rollouts[i]), streams[i]) for i in live]
+        answers = sampler.answer(asked)
         texts = [_append_answer(rollouts[i], chat, turn, answer) for i, answer in zip(live, answers, strict=True)]
-        stepped = step_all([rollouts[i].environment for i in live], texts)
+        with stopping.interruptible():
+            stepped = step_all([rollouts[i].environment for i in live], texts)
         for i, (reply, reward, done) in zip(live, stepped, strict=True):
-            rollouts[i].sample.rewards.append(float(reward))
+            rollouts[i].sample.rewards.append(finite_reward(reward, rollouts[i].name, turn))
             rollouts[i].done = done or reply is None
             if not rollouts[i].done:
                 assert reply is not None
@@ -154,7 +171,7 @@ def _run(
 
 def _append_answer(rollout: Rollout, chat: ChatFormat, turn: int, answer: Answer) -> str:
     """Append the answer to the sample and its text to the messages; return the text."""
-    text = chat.decode(answer.tokens[:-1] if answer.tokens[-1:] == [chat.end_id] else answer.tokens)
+    text = chat.decode(answer.tokens)
     _append(rollout, answer.tokens, turn, answer.logprobs)
     rollout.messages.append(Message("assistant", text))
     rollout.cut_off.append(not answer.ended)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ppg_fast import stopping
 from ppg_fast.rollouts.generation.answers import Answer, Request
 from ppg_fast.rollouts.generation.lockstep import Lockstep
 
@@ -22,10 +23,11 @@ class LocalSampler:
     distribution.
     """
 
-    def __init__(self, model: Any, end_id: int, banned: Sequence[int], temperature: float) -> None:
+    def __init__(self, model: Any, end_ids: int | Sequence[int], banned: Sequence[int], temperature: float) -> None:
         if temperature < 0:
             raise ValueError(f"temperature must be >= 0, got {temperature}")
-        self.model, self.end_id, self.temperature = model, end_id, temperature
+        self.model, self.temperature = model, temperature
+        self.end_ids = (end_ids,) if isinstance(end_ids, int) else tuple(end_ids)
         self.banned = torch.tensor(list(banned), dtype=torch.int64, device=model.device)
         self.lockstep: Lockstep | None = None
         self.dialogues: list[int] = []
@@ -45,11 +47,12 @@ class LocalSampler:
         feed = [request.tokens[self.read[request.dialogue] :] for request in requests]
         unfinished = list(range(len(requests)))
         for draw in draws:
+            stopping.check()
             tokens, logprobs = self._sample(self.lockstep.read(feed), draw)
             for i in unfinished:
                 answers[i].tokens.append(tokens[i])
                 answers[i].logprobs.append(logprobs[i])
-                answers[i].ended = tokens[i] == self.end_id
+                answers[i].ended = tokens[i] in self.end_ids
             unfinished = [i for i in unfinished if not answers[i].ended and len(answers[i].tokens) < requests[i].limit]
             if not unfinished:
                 break

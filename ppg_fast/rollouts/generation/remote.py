@@ -1,12 +1,12 @@
 """Answers of a server: token ids in, token ids and their log-probs out."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ppg_fast.endpoint import SHOWN, Endpoint, EndpointError
+from ppg_fast.endpoint import Endpoint
+from ppg_fast.replies import first_choice
 from ppg_fast.rollouts.generation.answers import Answer, Request
 
 # no truncation of the distribution and no penalty, whatever the server's or the model's own defaults are
@@ -19,6 +19,9 @@ PLAIN = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+ROUNDING = 1e-4  # nats that the log of a probability may exceed 0 by
+NO_LOGPROB = -9999.0  # what vLLM writes where it has none
+ENDS = {"stop": True, "length": False, "eos": True, "limit": False, None: False}  # whether the answer ended by itself
 
 
 class EndpointSampler:
@@ -29,10 +32,16 @@ class EndpointSampler:
     ``return_tokens`` and ``n_probs`` (fields ``tokens``, ``completion_probabilities``). A server that gives text only
     is refused: what was sampled would have to be guessed. Only at temperature 1 do all of them mean the same by a
     log-prob (vLLM and llama.cpp report it before the temperature, SGLang after).
+
+    `EndpointError` for an answer that is not what the policy could have said: a token id outside of ``vocab_size``,
+    more tokens than asked for, not one log-prob <= 0 for each token. An answer may leave out the end token that it
+    stopped at, one of ``end_ids``: it is what the server names (vLLM's ``stop_reason``, SGLang's ``matched_stop``, the
+    id beside llama.cpp's last log-prob), or the only one there is; of several without a name, none is guessed.
     """
 
-    def __init__(self, endpoint: Endpoint, end_id: int) -> None:
-        self.endpoint, self.end_id = endpoint, end_id
+    def __init__(self, endpoint: Endpoint, end_ids: int | Sequence[int], vocab_size: int = 2**31) -> None:
+        self.endpoint, self.vocab_size = endpoint, vocab_size
+        self.end_ids = [end_ids] if isinstance(end_ids, int) else list(end_ids)
         listed = endpoint.models()
         self.native = any(model.get("owned_by") == "llamacpp" for model in listed)
 
@@ -44,51 +53,79 @@ class EndpointSampler:
         return self.endpoint.map(lambda pair: ask(*pair), list(zip(requests, seeds, strict=True)))
 
     def _completion(self, request: Request, seed: int) -> Answer:
-        settings = {"max_tokens": request.limit, "stop_token_ids": [self.end_id], "seed": seed, **PLAIN}
+        settings = {"max_tokens": request.limit, "stop_token_ids": self.end_ids, "seed": seed, **PLAIN}
         wanted = {"logprobs": 1, "return_token_ids": True, "add_special_tokens": False}
         payload = {"model": self.endpoint.model, "prompt": request.tokens, **settings, **wanted}
-        got = self.endpoint.post("/completions", payload)
-        choice = _first(got.get("choices"))
-        read = choice.get("prompt_token_ids")
-        if read is not None and read != request.tokens:
-            raise EndpointError(
-                f"{self.endpoint.url} must read the tokens it is given, but read {len(read)} for {len(request.tokens)}"
-            )
-        logprobs = choice.get("logprobs")
-        values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
-        return self._checked(choice.get("token_ids"), values, choice.get("finish_reason") == "stop", got)
+
+        def read(answer: dict[str, Any]) -> Answer:
+            choice = first_choice(answer)
+            read = choice.get("prompt_token_ids")
+            if read is not None and read != request.tokens:
+                count = len(read) if isinstance(read, list) else type(read).__name__
+                raise ValueError(f"a sampler must read the tokens it is given, {len(request.tokens)}, but read {count}")
+            logprobs = choice.get("logprobs")
+            values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+            # vLLM says null where it stopped at the model's eos
+            stop = choice.get("matched_stop") if choice.get("stop_reason") is None else choice["stop_reason"]
+            return self._checked(choice.get("token_ids"), values, choice.get("finish_reason"), stop, request.limit)
+
+        return self.endpoint.post("/completions", payload, read)
 
     def _llama_cpp(self, request: Request, seed: int) -> Answer:
         settings = {"n_predict": request.limit, "seed": seed, "temperature": 1.0, "samplers": ["temperature"]}
         payload = {"prompt": request.tokens, "return_tokens": True, "n_probs": 1, **settings}
-        got = self.endpoint.request("POST", self.endpoint.url.removesuffix("/v1") + "/completion", payload)
-        if got.get("truncated"):
-            raise EndpointError(
-                f"{self.endpoint.url} must not cut the dialogue: {len(request.tokens)} tokens exceed its context"
-            )
-        probs = got.get("completion_probabilities")
-        values = [p.get("logprob") for p in probs if isinstance(p, dict)] if isinstance(probs, list) else None
-        return self._checked(got.get("tokens"), values, got.get("stop_type") == "eos", got)
 
-    def _checked(self, tokens: Any, logprobs: Any, ended: bool, got: dict[str, Any]) -> Answer:
-        """An answer of tokens; a server may leave out the end token that it stopped at, but not its log-prob."""
+        def read(answer: dict[str, Any]) -> Answer:
+            if answer.get("truncated"):
+                raise ValueError(
+                    f"a sampler must not cut the dialogue: {len(request.tokens)} tokens exceed its context"
+                )
+            listed = answer.get("completion_probabilities")
+            probs = [p for p in listed if isinstance(p, dict)] if isinstance(listed, list) else None
+            values = None if probs is None else [p.get("logprob") for p in probs]
+            stop = probs[-1].get("id") if probs else None
+            return self._checked(answer.get("tokens"), values, answer.get("stop_type"), stop, request.limit)
+
+        return self.endpoint.request("POST", self.endpoint.url.removesuffix("/v1") + "/completion", payload, read)
+
+    def _checked(self, tokens: Any, logprobs: Any, end: Any, stop: Any, limit: int) -> Answer:
+        """An answer of tokens; a server may leave out the end token that it stopped at, but not its log-prob. ``stop``:
+        the end token that it names. ValueError for anything that is none."""
         if not _all_are(tokens, int) or not _all_are(logprobs, (int, float)):
             rule = "history must never be decoded and encoded again; vLLM, SGLang and llama.cpp give them"
-            lacks = "gives no token ids with log-probs, so it can be a partner or a judge but no sampler"
-            raise EndpointError(f"{self.endpoint.url} {lacks} ({rule}), got {str(got)[:SHOWN]}")
+            lacks = "the server gives no token ids with log-probs, so it can be a partner or a judge but no sampler"
+            raise ValueError(f"{lacks} ({rule})")
+        if not isinstance(end, str | None) or end not in ENDS:
+            raise ValueError(f"a sampler's answer must end by itself (stop) or at its limit (length), got {end!r}")
+        ended = ENDS[end]
         if ended and len(logprobs) == len(tokens) + 1:
-            tokens = [*tokens, self.end_id]
-        if not tokens or len(tokens) != len(logprobs) or not all(map(math.isfinite, logprobs)):
-            raise EndpointError(
-                f"{self.endpoint.url} must give one finite log-prob a token, got {len(logprobs)} for "
-                f"{len(tokens)} tokens"
-            )
+            tokens = [*tokens, self._left_out(stop)]
+        if not tokens or len(tokens) != len(logprobs):
+            raise ValueError(f"a sampler must give one log-prob a token, got {len(logprobs)} for {len(tokens)} tokens")
+        if len(tokens) > limit:
+            raise ValueError(f"a sampler must give at most the {limit} tokens it is asked for, got {len(tokens)}")
+        if outside := [token for token in tokens if not 0 <= token < self.vocab_size]:
+            rule = f"a sampler's token ids must be those of the policy, from 0 to {self.vocab_size - 1}"
+            raise ValueError(f"{rule}, got {_number(outside[0])}: does the server serve this model?")
+        if wrong := [value for value in logprobs if not NO_LOGPROB < value <= ROUNDING]:
+            raise ValueError(f"a sampler must give one finite log-prob <= 0 a token, got {_number(wrong[0])}")
         return Answer(list(tokens), [float(value) for value in logprobs], ended)
+
+    def _left_out(self, stop: Any) -> int:
+        """The end token that an answer leaves out: the one that the server names, or the only one."""
+        if stop is None and len(self.end_ids) == 1:
+            return self.end_ids[0]
+        if not _all_are([stop], int) or stop not in self.end_ids:
+            rule = "a sampler that leaves out the end token it stopped at must name it (stop_reason, matched_stop, id)"
+            said = _number(stop) if isinstance(stop, int) else repr(stop)[:60]
+            raise ValueError(f"{rule}, one of {', '.join(map(str, self.end_ids))}, got {said}")
+        return stop
 
 
 def _all_are(values: Any, kind: Any) -> bool:
     return isinstance(values, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in values)
 
 
-def _first(choices: Any) -> dict[str, Any]:
-    return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+def _number(value: float) -> str:
+    """As it prints; Python does not print an integer of 5,000 digits."""
+    return "a number beyond 1e18" if isinstance(value, int) and abs(value) > 10**18 else f"{value}"
