@@ -81,8 +81,7 @@ def make(case: Case, seed: int = 0, near: bool = True) -> Any:
     if case.shape:
         return whole_step.make(case)
     require_transformers()
-    from ppg_fast.dialogues.packing import micro_batches, pack
-    from ppg_fast.jobs.offline import cut_tokens
+    from ppg_fast.dialogues.packing import cut_tokens, micro_batches, pack
     from ppg_fast.models.causal_lm import make_model, policy_hidden, token_advantages
 
     samples = [cut_tokens(_word_sample(*dialogue, case.V), case.N) for dialogue in _dialogues(case)]

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ppg_fast.config import Parser
+
 from . import machine, render, result_file
 from .harness import OPS, PACES, settings_of
 
@@ -20,9 +22,7 @@ LIKE = ("op", "N", "V", "D", "dtype", "active", "zero", "variant", "device", "sh
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ppg-fast bench", description="Measure ppg_fast against its peers and this machine's limits."
-    )
+    parser = Parser(prog="ppg-fast bench", description="Measure ppg_fast against its peers and this machine's limits.")
     parser.add_argument("--ops", default=",".join(OPS), help=f"comma-separated: {', '.join(OPS)} [all]")
     parser.add_argument(
         "--grid", default="default", choices=tuple(PACES), help="how much to measure [default: minutes]"
@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ops = [op for op in arguments.ops.split(",") if op]
     if unknown := [op for op in ops if op not in OPS]:
         parser.error(f"--ops must be among {', '.join(OPS)}, got {unknown[0]!r}")
+    if not all(n.isascii() and n.isdigit() and int(n) for n in arguments.threads.split(",") if n):
+        parser.error(f"--threads must be numbers >= 1 with commas, got {arguments.threads!r}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("ppg-fast bench: torch sees no CUDA device", file=sys.stderr)
         return 1

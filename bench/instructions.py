@@ -63,7 +63,7 @@ def measure() -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write ``instructions.cpu.json``; 1 where instructions cannot be counted."""
-    parser = argparse.ArgumentParser(description="Count the instructions of the CPU row kernels.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Count the instructions of the CPU row kernels.")
     parser.add_argument("--output", type=Path, default=result_file.FOLDER)
     arguments = parser.parse_args(argv)
     if reason := why_not():

@@ -15,7 +15,7 @@ KEPT = ("policy_class", "loss_type", "seed", "parameters", "device", "backend", 
 def curve(run: Path) -> dict[str, Any]:
     """What a run folder says of itself, and its evaluations: step, mean return per dialogue, share of the highest
     return there is."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n") if line]
     points = [
         {"step": r["step"], "reward": r["eval/reward"], "share": r["eval/reward_share"]}
         for r in rows
@@ -27,7 +27,7 @@ def curve(run: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write ``learning_curve.DEVICE.json``."""
-    parser = argparse.ArgumentParser(description="Store the learning curves of finished runs.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Store the learning curves of finished runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `ppg-fast train` wrote")
     parser.add_argument("--output", type=Path, default=result_file.FOLDER)
     arguments = parser.parse_args(argv)

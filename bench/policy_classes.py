@@ -20,7 +20,7 @@ NAME = "policy_classes"
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the results file ``policy_classes.cpu`` and one chart a problem, one of the credits and one of the scores
     of each log."""
-    parser = argparse.ArgumentParser(description="Store finished comparisons of policy classes.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Store finished comparisons of policy classes.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `ppg-fast compare` wrote")
     parser.add_argument("--output", type=Path, default=result_file.FOLDER)
     arguments = parser.parse_args(argv)

@@ -1,50 +1,95 @@
 """`ppg-fast train | score | compare | merge | push | bench | info`."""
 
-import argparse
+import contextlib
 import importlib
-import importlib.metadata
-import platform
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-EXTRA = ("transformers", "tokenizers", "safetensors", "rich", "matplotlib", "yaml")  # modules of ppg_fast[train]
+from ppg_fast.about import EXTRA, about, missing
+from ppg_fast.console import GONE, drop, keep_going, one_line, print_everything
+from ppg_fast.stopping import Stopped, as_command
+
+COMPARE, BENCH = "compare", "bench"  # their flags are their own
+WORK = ("train", "score", COMPARE, "merge", "push", BENCH)  # what they make is more than what they print
+COMMANDS = (*WORK, "info")
 
 
+@as_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0 done, 1 bad input or a missing package, 2 bad usage, 130 Ctrl-C,
-    143 SIGTERM."""
-    parser = argparse.ArgumentParser(
-        prog="ppg-fast", description="Partial policy gradients for language models on multi-turn dialogues."
-    )
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="train | score | compare | merge | push | bench | info"
-    )
-    _add_train(commands)
-    _add_score(commands)
-    commands.add_parser("compare", add_help=False, help="policy classes side by side, with a report (its own --help)")
-    _add_export_commands(commands)
-    commands.add_parser(
-        "bench", add_help=False, help="measure against peers and this machine's limits (its own --help)"
-    )
-    _add_info(commands)
+    141 nobody reads what it prints any more (info, --help: the others finish their work first), 143 SIGTERM, 129
+    SIGHUP."""
     given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["bench"]:
-        return importlib.import_module("ppg_fast.bench.command").main(given[1:])
-    arguments = vars(parser.parse_args(given[:1] if given[:1] == ["compare"] else given))
+    print_everything()
+    works = bool(given) and given[0] in WORK and not {"-h", "--help"} & set(given)
+    try:
+        with keep_going() if works else contextlib.nullcontext():
+            try:
+                return _run(given, works)
+            finally:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        drop(sys.stdout)
+        return GONE
+
+
+def _run(given: list[str], works: bool) -> int:
+    unread = next((word for word in given if any("\ud800" <= character <= "\udfff" for character in word)), None)
+    if unread is not None:
+        coding = sys.getfilesystemencoding()
+        print(f"ppg-fast: arguments must be text in {coding} (or set LC_ALL=C.UTF-8), got {unread!r}", file=sys.stderr)
+        return 2
+    arguments = vars(_parser(given).parse_args(given[:1] if given[:1] in ([COMPARE], [BENCH]) else given))
     command = arguments.pop("command")
     try:
-        runs = {"info": _about, "score": _score, "train": _train, "compare": lambda _: _compare(given[1:])}
+        if command == BENCH:
+            return importlib.import_module("ppg_fast.bench.command").main(given[1:])
+        runs = {"info": about, "score": _score, "train": _train, COMPARE: lambda _: _compare(given[1:])}
         return runs[command](arguments) if command in runs else _export(command, arguments)
+    except Stopped:  # a signal: its number is the exit status
+        raise
     except KeyboardInterrupt:
         print("ppg-fast: stopped", file=sys.stderr)
         return 130
     # bad input, named; anything else is a bug and shows its trace
     except (ValueError, IndexError, OSError, FloatingPointError) as error:
-        print(f"ppg-fast: {error}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError) and not works:
+            raise
+        print(f"ppg-fast: {one_line(error)}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("allocate memory|out of memory", str(error)):
+            raise
+        less = "--max-tokens and --rollout-batch make it less, ppg-fast info --model FOLDER estimates it"
+        print(f"ppg-fast: out of memory: {one_line(error)[:200]}; {less}", file=sys.stderr)
+        return 1
+
+
+def _parser(given: Sequence[str]) -> Any:
+    """The parser of all commands; SystemExit for a command that is none."""
+    from ppg_fast import __version__
+    from ppg_fast.config import Parser
+    from ppg_fast.rules import did_you_mean
+
+    parser = Parser(
+        prog="ppg-fast", description="Partial policy gradients for language models on multi-turn dialogues."
+    )
+    parser.add_argument("--version", action="version", version=f"ppg_fast {__version__}")
+    names = " | ".join(COMMANDS)
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
+    _add_train(commands)
+    _add_score(commands)
+    commands.add_parser(COMPARE, add_help=False, help="policy classes side by side, with a report (its own --help)")
+    _add_export_commands(commands)
+    commands.add_parser(BENCH, add_help=False, help="measure against peers and this machine's limits (its own --help)")
+    _add_info(commands)
+    if given and given[0] not in COMMANDS and not given[0].startswith("-"):
+        parser.error(f"no command {given[0]!r}{did_you_mean(given[0], COMMANDS) or f', only {names}'}")
+    return parser
 
 
 def _add_train(commands: Any) -> None:
@@ -62,7 +107,7 @@ def _add_train(commands: Any) -> None:
     train.add_argument(
         "--resume",
         nargs="?",
-        const="",
+        const=True,
         metavar="RUN",
         help=(
             "go on with the run in this folder (default: in --output-dir) from its newest checkpoint; other flags "
@@ -122,7 +167,7 @@ def _score(flags: dict[str, object]) -> int:
     data, output, overwrite = (flags.pop(name) for name in ("data", "output", "overwrite"))
     config = make_config(flags)
     warnings.showwarning = _show_warning
-    if _lacks_train("score"):  # reward models are transformers', and the package of jobs imports it
+    if _lacks("score"):  # reward models are transformers', and the package of jobs imports it
         return 1
     from ppg_fast.jobs.score import score_file
 
@@ -130,23 +175,23 @@ def _score(flags: dict[str, object]) -> int:
     return 0
 
 
-def _lacks_train(command: str) -> bool:
+def _lacks(command: str, modules: Sequence[str] = EXTRA) -> bool:
     """Whether packages of the [train] extra are missing; says which."""
-    missing = _missing()
-    if missing:
-        print(f"ppg-fast {command} needs {', '.join(missing)}: pip install ppg_fast[train]", file=sys.stderr)
-    return bool(missing)
+    lacking = missing(modules)
+    if lacking:
+        print(f"ppg-fast {command} needs {', '.join(lacking)}: pip install ppg_fast[train]", file=sys.stderr)
+    return bool(lacking)
 
 
 def _train(flags: dict[str, object]) -> int:
-    if _lacks_train("train"):
+    if _lacks("train"):
         return 1
-    from ppg_fast.config import make_config, read_yaml
+    from ppg_fast.config import DEFAULTS, OF_PROMPTS, make_config, read_yaml
 
     file, run = flags.pop("config", None), flags.pop("resume", None)
     sources = [read_yaml(str(file)) if file else {}, flags]
     if run is not None:
-        folder = Path(str(run) or make_config(*sources).output_dir)
+        folder = Path(make_config(*sources).output_dir if run is True else str(run))
         if not (folder / "config.yaml").is_file():
             raise ValueError(f"--resume wants the folder of a run, with its config.yaml, got {str(folder)!r}")
         if flags.get("overwrite"):
@@ -155,6 +200,9 @@ def _train(flags: dict[str, object]) -> int:
             raise ValueError(f"--resume RUN goes on in RUN itself, got also --output-dir {flags['output_dir']!r}")
         sources = [read_yaml(str(folder / "config.yaml")), *sources, {"output_dir": str(folder)}]
     config = make_config(*sources)
+    for name in () if config.prompts else OF_PROMPTS:
+        if getattr(config, name) != DEFAULTS[name]:
+            raise ValueError(f"{name} has no effect without prompts, got {getattr(config, name)!r}")
     warnings.showwarning = _show_warning
     from transformers.utils import logging
 
@@ -188,9 +236,7 @@ def _add_export_commands(commands: Any) -> None:
 
 
 def _export(command: str, arguments: dict[str, Any]) -> int:
-    missing = [name for name in ("transformers", "huggingface_hub") if name in _missing((*EXTRA, "huggingface_hub"))]
-    if missing:
-        print(f"ppg-fast {command} needs {', '.join(missing)}: pip install ppg_fast[train]", file=sys.stderr)
+    if _lacks(command, ("transformers", "huggingface_hub")):
         return 1
     from ppg_fast.models import export
 
@@ -205,35 +251,8 @@ def _export(command: str, arguments: dict[str, Any]) -> int:
     return 0
 
 
-def _about(arguments: dict[str, Any]) -> int:
-    """`ppg-fast info`: versions and backends, or with settings the memory of a training step under them."""
-    asked = {name: arguments.pop(name) for name in ("config", "tokens", "memory_gb")}
-    return _memory(arguments, **asked) if arguments or any(v is not None for v in asked.values()) else _info()
-
-
-def _memory(flags: dict[str, object], config: str | None, tokens: int | None, memory_gb: float | None) -> int:
-    """The memory of a training step under the given settings."""
-    import torch
-
-    from ppg_fast.config import make_config, read_yaml
-    from ppg_fast.jobs.memory_estimate import report
-    from ppg_fast.spec import require, require_number
-
-    settings = make_config(read_yaml(config) if config else {}, flags)
-    device = settings.device.split(":")[0].replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-    tokens = settings.max_tokens if tokens is None else tokens
-    require(tokens >= 1, "tokens must be an integer >= 1", tokens)
-    if memory_gb is not None:
-        require_number("memory_gb", memory_gb, 0.0, open_low=True)
-    there = torch.cuda.get_device_properties(0).total_memory if device == "cuda" and torch.cuda.is_available() else 0
-    print(report(settings, tokens, device, there if memory_gb is None else memory_gb * 1e9))
-    return 0
-
-
 def _compare(flags: Sequence[str]) -> int:
-    missing = _missing()
-    if missing and not {"-h", "--help"} & set(flags):
-        print(f"ppg-fast compare needs {', '.join(missing)}: pip install ppg_fast[train]", file=sys.stderr)
+    if not {"-h", "--help"} & set(flags) and _lacks("compare"):
         return 1
     warnings.showwarning = _show_warning
     from ppg_fast.compare.command import main as compare
@@ -241,50 +260,11 @@ def _compare(flags: Sequence[str]) -> int:
     return compare(flags)
 
 
-def _missing(modules: Sequence[str] = EXTRA) -> list[str]:
-    from importlib.util import find_spec
-
-    return [name for name in modules if find_spec(name) is None]
-
-
 def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
     """Our own warnings are about the user's input: one line, without a place in the source."""
     text = str(message) if "ppg_fast" in filename else f"{category.__name__}: {message}"
-    print(f"ppg-fast: warning: {text}", file=sys.stderr)
-
-
-def _info() -> int:
-    """Versions, devices and backends; works without the [train] extra."""
-    import torch
-
-    from ppg_fast import __version__, backends
-
-    print(f"ppg_fast {__version__}  python {platform.python_version()}  {platform.system()} {platform.machine()}")
-    cuda = torch.version.cuda or "none"
-    print(f"torch {torch.__version__}  threads {torch.get_num_threads()}  CUDA of torch: {cuda}")
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"CUDA devices: {', '.join(devices) or 'none that torch sees'}")
-    print("\nbackends")
-    for name in backends.NAMES:
-        print(f"  {name:<8}{(backends.why_not(name) or 'runs here').removeprefix(name + ': ')}")
-    for device in ("cpu", "cuda") if devices else ("cpu",):
-        chosen = backends.default(device)
-        print(
-            f"  tensors on {device} use {chosen}"
-            + (" (plain PyTorch: right, but slow)" if chosen == "reference" else "")
-        )
-    print("\ntrain")
-    missing = _missing()
-    if missing:
-        print(f"  not ready, {', '.join(missing)} missing: pip install ppg_fast[train]")
-    else:
-        versions = (
-            f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "tokenizers", "safetensors")
-        )
-        print(f"  ready ({', '.join(versions)}): ppg-fast train")
-        print("  several GPUs: torchrun --nproc-per-node N -m ppg_fast.cli train")
-        print(f"  configs for accelerate launch: {Path(__file__).parent / 'launch'}")
-    return 0
+    with contextlib.suppress(OSError):  # a terminal that is gone ends nothing
+        print(f"ppg-fast: warning: {text}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from ppg_fast import stopping
 from ppg_fast.spec import require, require_one_of
 
 PARALLEL = ("auto", "ddp", "fsdp2")
@@ -132,7 +133,7 @@ class Ranks:
         if self.is_main:
             try:
                 outcome[0] = act()
-            except Exception as error:  # raised again below, by all
+            except (Exception, stopping.Stopped) as error:  # raised again below, by all
                 outcome[1] = error
         distributed.broadcast_object_list(outcome)
         if outcome[1] is not None:
@@ -141,17 +142,24 @@ class Ranks:
 
     def run_on_all(self, act: Callable[[], T]) -> list[T]:
         """``act()`` on every rank, and the results of all, or the first error, on all ranks."""
+        return self.gather(self.together(act))
+
+    def together(self, act: Callable[[], T]) -> T:
+        """``act()`` on every rank, and this one's result; where some fail or are told to stop, all raise the first."""
         if self.world == 1:
-            return [act()]
+            return act()
         try:
-            outcome = act(), None
-        except Exception as error:  # raised again below, by all
-            outcome = None, error
-        results, errors = zip(*self.gather(outcome), strict=True)
-        for error in errors:
-            if error is not None:
-                raise error
-        return list(results)
+            result, failed = act(), None
+        except (Exception, stopping.Stopped) as error:  # raised again below, by all
+            result, failed = None, error
+        for error in filter(None, self.gather(failed)):
+            raise error from failed
+        return result  # type: ignore[return-value]
+
+    def check(self) -> None:
+        """Stopped, on all ranks, where a signal came to one of them. All call it, between two passes."""
+        if number := self.largest(stopping.requested()):
+            raise stopping.Stopped(number)
 
     def shard(self, model: nn.Module, module: nn.Module) -> nn.Module:
         """Spread ``model`` over the ranks, in place; returns what to call, and remembers it for `module`.
@@ -212,10 +220,12 @@ class Ranks:
     @contextmanager
     def no_grad_forward(self, module: nn.Module) -> Iterator[None]:
         """Forward passes of ``module`` without a gradient; what FSDP2 gathered for them is given back."""
-        with torch.no_grad():
-            yield
-        if hasattr(module, "reshard"):
-            module.reshard()  # type: ignore[operator]
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            if hasattr(module, "reshard"):
+                module.reshard()  # type: ignore[operator]
 
     @contextmanager
     def sampling(self, model: nn.Module) -> Iterator[None]:

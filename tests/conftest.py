@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -64,6 +65,17 @@ def _strict():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def signals_are_heard():
+    """Also where the tests themselves run under nohup or in the background of a script, which begin with signals
+    ignored; so do their child processes."""
+    heard = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks

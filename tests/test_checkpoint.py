@@ -88,7 +88,7 @@ def test_kill_minus_nine_at_many_moments(tmp_path):
 @pytest.mark.parametrize(
     ("number", "code", "name"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "stopped")]
 )
-def test_a_signal_ends_the_run_after_the_step_and_resume_goes_on(
+def test_a_signal_ends_the_run_within_the_step_and_resume_goes_on(
     number, code, name, whole, tmp_path, monkeypatch, capsys
 ):
     rollouts = PersonaJob.collect
@@ -103,9 +103,9 @@ def test_a_signal_ends_the_run_after_the_step_and_resume_goes_on(
         assert main(["train", "--output-dir", str(tmp_path / "run"), *SHORT]) == code
     assert status(tmp_path / "run") == name
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run/checkpoints")] == ["step-00000002", "step-00000004"]
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run/checkpoints")] == ["step-00000002", "step-00000003"]
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
-    assert "goes on after step 3 of phase 'train'\n" in capsys.readouterr().out
+    assert "goes on after step 2 of phase 'train'\n" in capsys.readouterr().out
     assert status(tmp_path / "run") == "finished"
     assert rows(tmp_path / "run") == rows(whole)
     assert weights(tmp_path / "run") == weights(whole)
@@ -118,7 +118,7 @@ def test_plain_resume_takes_the_output_dir_and_flags_win(whole, tmp_path, capsys
     assert "step 2 of phase 'train', with other settings: max_steps 2 -> 3\n" in capsys.readouterr().out
     assert [r["step"] for r in rows(folder) if r["phase"] == "train"] == [1, 2, 3]
     assert main(["train", "--resume", str(folder)]) == 0, "a finished run has nothing left to do but its end"
-    assert [r["step"] for r in rows(folder) if r["phase"] == "eval"] == [0, 3]
+    assert [r["step"] for r in rows(folder) if r["phase"] == "eval"] == [0, 2, 3]
 
 
 def refused(capsys, *argv):
@@ -131,12 +131,12 @@ def test_what_cannot_be_resumed_is_named(whole, tmp_path, capsys):
     run, before = ("--resume", str(whole)), (weights(whole), rows(whole), (whole / "config.yaml").read_bytes())
     assert "exclude each other" in refused(capsys, *run, "--overwrite")
     assert "goes on in RUN itself" in refused(capsys, *run, "--output-dir", str(tmp_path))
-    assert "the model it began with" in refused(capsys, *run, "--width", "32")
-    assert "KL term" in refused(capsys, *run, "--kl-coef", "0.1")
+    assert "settings it began with, got width 16 -> 32" in refused(capsys, *run, "--width", "32")
+    assert "settings it began with, got kl_coef 0.0 -> 0.1" in refused(capsys, *run, "--kl-coef", "0.1")
     data = tmp_path / "log.jsonl"
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     data.write_text(json.dumps({"id": "a", "group_id": "a", "messages": messages, "turn_rewards": [1.0]}) + "\n")
-    assert "the dialogues" in refused(capsys, *run, "--data", str(data), "--baseline", "none")
+    assert "got data None -> " in refused(capsys, *run, "--data", str(data), "--baseline", "none")
     assert (weights(whole), rows(whole), (whole / "config.yaml").read_bytes()) == before
 
 

@@ -1,6 +1,9 @@
 """The command line: what it leaves behind, and what it says about bad input."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -26,6 +29,7 @@ SHORT = [
     "3",
 ]
 FILES = {
+    ".ppg_fast.json",
     "config.yaml",
     "metrics.jsonl",
     "learning_curve.png",
@@ -141,8 +145,7 @@ def test_a_folder_that_holds_a_run_is_not_touched(persona_run, capsys):
 
 def test_overwrite_replaces_a_run_and_nothing_else(persona_run, tmp_path, capsys):
     folder = tmp_path / "mine"
-    folder.mkdir()
-    (folder / "summary.json").write_text("old")
+    shutil.copytree(persona_run, folder)
     (folder / "notes.txt").write_text("mine")
     assert (
         main(
@@ -161,12 +164,13 @@ def test_ctrl_c_keeps_what_was_done(tmp_path, monkeypatch):
 
     def interrupted(self, step):
         if step == 2:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return rollouts(self, step)
 
     monkeypatch.setattr(PersonaJob, "collect", interrupted)
     assert main(["train", "--output-dir", str(tmp_path / "run"), *SHORT]) == 130
-    assert {p.name for p in (tmp_path / "run").iterdir()} == FILES
+    of_the_end = {"learning_curve.png", "turns.png", "samples_after.md"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == FILES - of_the_end
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["status"], summary["steps"]) == ("stopped", 1)
 

@@ -9,22 +9,24 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # ground first; a room is a module or a package
+    ["rules", "stopping", "writing"],
     ["spec"],
     ["contract"],
     ["reference", "kernels", "native"],
     ["backends"],
     ["ops"],
-    ["functional", "distributed"],
-    ["config", "endpoint"],
+    ["functional", "distributed", "replies"],
+    ["config", "endpoint", "console"],
     ["dialogues"],
     ["models", "rewards"],
     ["rollouts", "training"],
     ["jobs", "integrations"],
-    ["compare"],
+    ["compare", "about"],
     ["bench"],
     ["cli"],
+    ["__main__"],
 ]
-CORE = FLOORS[:6]
+CORE = FLOORS[:7]
 FLOOR = {f"ppg_fast.{room}": n for n, rooms in enumerate(FLOORS) for room in rooms}
 FILES = {
     p: "ppg_fast." + ".".join(p.relative_to(ROOT / "ppg_fast").with_suffix("").parts)

@@ -15,7 +15,7 @@ pytest.importorskip("httpx2")
 from openai_server import Raw, said, serve
 from test_cli import FILES, TINY, dialogue, failure, rows, threads_stay, write  # noqa: F401
 
-from ppg_fast import endpoint as endpoints
+from ppg_fast import stopping
 from ppg_fast.cli import main
 from ppg_fast.dialogues.chat_format import ChatFormat, make_byte_tokenizer
 from ppg_fast.dialogues.dialogue import Dialogue, Message, read_dialogues
@@ -66,7 +66,6 @@ def test_prompts_dialogues_and_judged_files_are_read_alike(tmp_path):
     [
         ({"id": "x", "messages": OPENING[:1]}, "prompt 'x' must end with a message of the user or a tool, got system"),
         ({"id": "x", "messages": []}, "got nothing"),
-        ({"id": "x", "messages": [{"role": "assistant", "content": "Hi"}]}, "got nothing"),
         ({"id": "a", "messages": OPENING}, "prompt id 'a' was used before"),
         ({"id": 3, "messages": OPENING}, "id must be a non-empty string"),
         ({"id": "x", "messages": OPENING, "partner": 1}, "partner a string, got 'x' and 1"),
@@ -81,6 +80,13 @@ def test_bad_prompts_are_named_and_left_out_or_an_error(line, message, tmp_path)
         assert [p.id for p in read_prompts(path)] == ["a"]
     with pytest.raises(ValueError, match=message):
         read_prompts(path, strict=True)
+
+
+def test_a_dialogue_that_the_assistant_opens_is_a_prompt_without_an_opening(tmp_path):
+    messages = [{"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Bye."}]
+    path = write(tmp_path / "p.jsonl", [{"id": "a", "messages": messages}])
+    (opened,) = read_prompts(path, strict=True)
+    assert (opened.messages, opened.logged) == ((), (Message("user", "Bye."),))
 
 
 def prompt(**changes):
@@ -238,7 +244,7 @@ def weights(folder):
 
 
 def test_a_run_with_a_partner_behind_http_learns_what_is_paid(files, monkeypatch):
-    monkeypatch.setattr(endpoints.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(stopping, "sleep", lambda seconds: None)
     count = []
 
     def partner(path, payload):
@@ -343,7 +349,7 @@ def test_a_reward_that_fails_names_the_dialogue_and_the_run_can_go_on(files, cap
     assert train(files, "--partner", "none", "--max-steps", "20") == 1
     err = capsys.readouterr().err
     assert "letters failed at dialogue 'p" in err
-    assert "ZeroDivisionError: division by zero (letters.py, line 2)" in err
+    assert "ZeroDivisionError: division by zero (letters.py, line 2: state[0] += 1;" in err
     assert json.loads((files["folder"] / "summary.json").read_text())["status"] == "failed"
     assert list((files["folder"] / "checkpoints").iterdir())
 

@@ -72,8 +72,8 @@ def test_a_run_with_other_candidates_is_refused_before_anything_is_written(case,
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     assert main(["train", "--resume", str(run), *flags]) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if line]
-    got = "greedy, full" if flags[0] == "--candidates" else "none"
-    assert said[-1].endswith(f"and candidates), greedy, lookahead:2, full; got {got}")
+    got = "candidates 'greedy,lookahead:2,full' -> 'greedy,full'" if flags[0] == "--candidates" else "policy_class "
+    assert "settings it began with, got " + got in said[-1]
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 

@@ -10,8 +10,7 @@ pytest.importorskip("transformers")
 
 from ppg_fast import reference
 from ppg_fast.config import make_config
-from ppg_fast.dialogues.packing import Sample, pack
-from ppg_fast.jobs.offline import cut_tokens
+from ppg_fast.dialogues.packing import Sample, cut_tokens, pack
 from ppg_fast.jobs.persona import PersonaJob
 from ppg_fast.models import causal_lm as models
 from ppg_fast.models.adaptation import StartingWeights
@@ -281,10 +280,13 @@ class Log:
         self.model, self.rows = model, []
 
     def log(self, phase, metrics):
-        self.rows.append(metrics)
+        self.rows.append({"phase": phase, **metrics})
 
     def optimise(self, phase, collect, objective, schedule):
         return optimise(self.model, collect, objective, schedule)
+
+    def of_phase(self, phase):
+        return [row for row in self.rows if row["phase"] == phase]
 
     def phase(self, name, steps):
         import contextlib

@@ -62,7 +62,7 @@ class Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0 done, 1 where a case failed or there is no GPU."""
-    parser = argparse.ArgumentParser(description="Measure one part.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Measure one part.")
     parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("lines", type=Path, nargs="?")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))

@@ -2,8 +2,7 @@
 
 import argparse
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,19 @@ from ppg_fast.compare import across, results
 from ppg_fast.compare.columns import across_table
 from ppg_fast.compare.study import CLASSES, LOG_CLASSES, Study, class_names
 from ppg_fast.compare.summary import of_log, of_problem
+from ppg_fast.config import Parser
+from ppg_fast.jobs.ownership import OwnedFolder, require_folder
 from ppg_fast.rewards.decomposition import DECOMPOSITIONS
 from ppg_fast.rollouts.problems import PROBLEMS
 from ppg_fast.spec import require, require_one_of
 
 SETTINGS, REPORT, NUMBERS = "settings.json", "report.html", "compare.json"
+ENTRIES = (SETTINGS, REPORT, NUMBERS, "warm-*.pt", f"{results.RESULTS}/*-{'[0-9a-f]' * 6}.json")  # what it may remove
 
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    p = argparse.ArgumentParser(
-        prog="ppg-fast compare", description="Policy classes side by side: curves, gradients, a report."
-    )
+    p = Parser(prog="ppg-fast compare", description="Policy classes side by side: curves, gradients, a report.")
     p.add_argument(
         "--problem", default="all", help=f"{', '.join(PROBLEMS)}, drawn:A..B, several with commas, or all [all]"
     )
@@ -71,8 +71,12 @@ def main(argv: Sequence[str]) -> int:
     study = _study(given)
     runs = study.runs(given.problem, given.version, range(given.first_seed, given.first_seed + given.seeds))
     folder = Path(given.output_dir)
-    _open(folder, study, given.overwrite)
-    _compute(folder, runs, study, given.jobs)
+    owned = _open(folder, study, given.overwrite)
+    try:
+        _compute(folder, runs, study, given.jobs, owned.discard)
+        owned.discard()
+    finally:  # where no result was computed, the comparison that was there is there again
+        owned.restore()
     words = (Path(word).name if word in (given.data, given.output_dir) else word for word in argv)  # no folders
     summary = summarise(study, runs, folder, f"ppg-fast compare {' '.join(words)}")
     results.write_whole(folder / NUMBERS, json.dumps(summary, indent=1) + "\n")
@@ -88,6 +92,7 @@ def _study(given: argparse.Namespace) -> Study:
     """The study that the flags describe; ValueError for numbers and names that are none."""
     for name, least in (("seeds", 1), ("jobs", 1), ("batches", 3), ("first_seed", 0), ("max_dialogue_tokens", 0)):
         require(getattr(given, name) >= least, f"{name} must be at least {least}", getattr(given, name))
+    require(given.first_seed + given.seeds <= 2**63, "the last seed must be below 2^63", given.first_seed)
     require(given.max_steps is None or given.max_steps >= 1, "max_steps must be at least 1", given.max_steps)
     classes = class_names(given.policy_classes, bool(given.data))
     if given.decompose is not None:
@@ -97,11 +102,14 @@ def _study(given: argparse.Namespace) -> Study:
     return Study(given.output_dir, classes, given.max_steps, given.batches, **settings)
 
 
-def _compute(folder: Path, runs: Sequence[results.Run], study: Study, jobs: int) -> None:
-    """Compute what is missing, a line for each result."""
+def _compute(
+    folder: Path, runs: Sequence[results.Run], study: Study, jobs: int, begun: Callable[[], None] = lambda: None
+) -> None:
+    """Compute what is missing, a line for each result; ``begun`` is called once there is one."""
     missing = sum(results.read(folder, run) is None for run in runs)
     print(f"{len(runs)} results, {len(runs) - missing} of them computed before; {folder}", flush=True)
     for number, (run, result) in enumerate(results.compute(folder, runs, study, jobs), 1):
+        begun()
         what = f"{run.version} {run.problem} {run.policy_class} seed {run.seed}"
         last = f"  return {result['returns'][-1]:.2f}" if "returns" in result else ""
         print(f"{number}/{missing}  {what}{last}  {result['seconds']:.1f} s", flush=True)
@@ -117,22 +125,30 @@ def _print(summary: dict[str, Any]) -> None:
         print(f"\n{across.title(entry)}\n" + "\n".join("  ".join(f"{text:>15}" for text in line) for line in lines))
 
 
-def _open(folder: Path, study: Study, overwrite: bool) -> None:
-    """Make the folder, or go on in one whose results stand beside ours."""
+def _open(folder: Path, study: Study, overwrite: bool) -> OwnedFolder:
+    """Make the folder, or go on in one whose results stand beside ours. With ``overwrite``, what a comparison listed as
+    its own is moved aside."""
+    owned = OwnedFolder(require_folder(str(folder)), ENTRIES, _recognise, keep_last=SETTINGS)
     path, settings = folder / SETTINGS, json.loads(json.dumps(study.settings()))
-    if path.exists() and overwrite:
-        for name in (results.RESULTS, SETTINGS, REPORT, NUMBERS):
-            old = folder / name
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        for old in folder.glob("warm-*.pt"):
-            old.unlink()
+    owned.recover()
+    if overwrite or not owned.held():
+        owned.begin(overwrite, [Path(study.data)] if study.data else [])
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         other = {k: (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
         rule = f"{folder} holds a comparison with other settings (give another --output-dir, or --overwrite)"
         require(not other, rule, ", ".join(f"{k} {a} -> {b}" for k, (a, b) in other.items()))
-    folder.mkdir(parents=True, exist_ok=True)
     results.write_whole(path, json.dumps(settings, indent=1) + "\n")
+    return owned
+
+
+def _recognise(folder: Path) -> list[str]:
+    """The entries of a comparison that began before there were lists."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    return list(ENTRIES) if isinstance(settings, dict) and {"classes", "problems"} <= settings.keys() else []
 
 
 def summarise(study: Study, runs: Sequence[results.Run], folder: Path, command: str) -> dict[str, Any]:

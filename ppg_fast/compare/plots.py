@@ -32,7 +32,7 @@ def _svg(figure: Any) -> str:
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "ppg_fast", "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None})
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").split("\n")) + "\n"
 
 
 def curves(problems: list[dict[str, Any]]) -> str:

@@ -4,12 +4,15 @@ those it has."""
 import hashlib
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from ppg_fast.writing import opened
 
 RESULTS = "results"
 MEASUREMENT = "gradient"
@@ -68,6 +71,8 @@ def compute(folder: Path, runs: Sequence[Run], work: Work, jobs: int) -> Iterato
                 yield futures[future], future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():  # told to stop: nobody waits for what they compute
+                child.terminate()
             raise
     if failure:
         raise failure
@@ -75,6 +80,7 @@ def compute(folder: Path, runs: Sequence[Run], work: Work, jobs: int) -> Iterato
 
 def _one_thread() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the first process ends the others
     import torch
 
     torch.set_num_threads(1)
@@ -90,6 +96,5 @@ def _compute(folder: Path, run: Run, work: Work) -> dict[str, Any]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is whole, or as it was, whenever the process is killed."""
-    new = path.with_suffix(f".{os.getpid()}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    with opened(path) as file:
+        file.write(text)

@@ -1,16 +1,20 @@
 """The configuration of `ppg-fast train`: one frozen dataclass, readable from YAML and from flags."""
 
-from ppg_fast.config.defaults import OFFLINE, PROMPTS, REWARD_SETTINGS, SECTIONS
-from ppg_fast.config.sources import add_flags, make_config, read_yaml, write_yaml
+from ppg_fast.config.defaults import OF_PROMPTS, OFFLINE, PROMPTS, REWARD_SETTINGS, SECTIONS
+from ppg_fast.config.flags import Parser, add_flags
+from ppg_fast.config.sources import DEFAULTS, make_config, read_yaml, write_yaml
 from ppg_fast.config.train import AUTO, TRACKERS, TrainConfig
 
 __all__ = [
     "AUTO",
+    "DEFAULTS",
     "OFFLINE",
+    "OF_PROMPTS",
     "PROMPTS",
     "REWARD_SETTINGS",
     "SECTIONS",
     "TRACKERS",
+    "Parser",
     "TrainConfig",
     "add_flags",
     "make_config",

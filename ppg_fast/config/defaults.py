@@ -39,6 +39,14 @@ PROMPTS = {  # other defaults where ``prompts`` is given
 
 
 REWARD_SETTINGS = (  # of `ppg-fast score`
-    *("reward", "judge", "judge_model", "judge_key", "judge_range", "judge_retries"),
-    *("timeout", "retries", "concurrency", "strict", "device"),
+    *("reward", "judge", "judge_model", "judge_key", "judge_range", "judge_retries", "judge_tokens"),
+    *("timeout", "retries", "concurrency", "strict", "device", "template_date"),
+)
+
+
+# settings that only a job with ``prompts`` reads
+OF_PROMPTS = (
+    *("partner", "partner_model", "partner_key", "partner_prompt", "partner_tokens", "partner_temperature"),
+    *("stop_phrase", "reward", "judge", "judge_model", "judge_key", "judge_range", "judge_retries", "judge_tokens"),
+    *("sampler", "sampler_model", "sampler_key", "sampler_refresh"),
 )

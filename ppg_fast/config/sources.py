@@ -1,30 +1,25 @@
 """Where a configuration comes from: defaults, a YAML file, flags. Later wins; keys are the field names, dashes and
 underscores the same."""
 
-import argparse
 import dataclasses
-import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from ppg_fast.config.defaults import OFFLINE, PROMPTS, SECTIONS
+from ppg_fast.config.defaults import OFFLINE, PROMPTS
 from ppg_fast.config.train import TrainConfig
+from ppg_fast.rules import did_you_mean
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 
 
 def make_config(*sources: Mapping[str, Any]) -> TrainConfig:
-    """The config of ``sources``; later ones win, over the defaults too. ValueError for an unknown key or a wrong
-    type."""
-    types = get_type_hints(TrainConfig)
+    """The config of ``sources``; later ones win, over the defaults too. ValueError for an unknown key, one given twice,
+    a wrong type or empty text."""
     given: dict[str, Any] = {}
     for source in sources:
-        for key, value in source.items():
-            name = str(key).replace("-", "_")
-            if name not in types:
-                near = difflib.get_close_matches(name, types, 1)
-                raise ValueError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-            given[name] = _converted(name, value, types[name])
+        given |= _settings(source)
     others = OFFLINE if given.get("data") else PROMPTS if given.get("prompts") else {}
     return TrainConfig(**{**others, **given})
 
@@ -35,14 +30,24 @@ def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"config {path}: {error}") from error
+        text = Path(path).read_text(encoding="utf-8")
+        settings = yaml.load(text, Loader=_loader())
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"config {path}{line}: {error.problem or error.context}") from error
+    except OSError as error:
+        raise ValueError(f"config {path}: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise ValueError(f"config {path} must be a mapping of settings to values, got one nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config {path} must be UTF-8: {error.reason} at byte {error.start}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"config {path} must be YAML: {' '.join(str(error).split())}") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict):
         raise ValueError(f"config {path} must be a mapping of settings to values, got {type(settings).__name__}")
-    return settings
+    return _settings(settings, f"config {path}: ")
 
 
 def write_yaml(path: Path, config: TrainConfig) -> None:
@@ -52,48 +57,78 @@ def write_yaml(path: Path, config: TrainConfig) -> None:
     path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
 
 
-def add_flags(parser: argparse.ArgumentParser, only: Collection[str] = ()) -> None:
-    """One flag for every field, in the groups of `SECTIONS`, or for those in ``only``.
-
-    A flag that is not given leaves no trace, so that a file's value survives.
-    """
-    types = get_type_hints(TrainConfig)
-    group: Any = parser
-    for field in dataclasses.fields(TrainConfig):
-        if only and field.name not in only:
-            continue
-        group = parser.add_argument_group(SECTIONS[field.name]) if field.name in SECTIONS and not only else group
-        default = [] if field.default is None else [str(field.default)]
-        default += [
-            f"with {job} {others[field.name]}"
-            for job, others in (("data", OFFLINE), ("prompts", PROMPTS))
-            if field.name in others
-        ]
-        text = field.metadata["help"].replace("%", "%%") + (f" [{'; '.join(default)}]" if default else "")
-        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
-        if types[field.name] is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["metavar"] = _base_type(types[field.name]).__name__.upper()
-        group.add_argument("--" + field.name.replace("_", "-"), **options)
-
-
-def _base_type(hint: Any) -> type:
+def base_type(hint: Any) -> type:
+    """The type of a setting that may be None too."""
     return next(t for t in get_args(hint) if t is not type(None)) if isinstance(hint, UnionType) else hint
 
 
-def _converted(name: str, value: Any, hint: Any) -> Any:
+def _loader() -> Any:
+    """PyYAML's safe loader, but a key that comes twice and a value that is not of its type are errors."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"setting {key.value!r} is given twice", key.start_mark
+                    )
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            return super().construct_mapping(node, deep)
+
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep)
+            except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:  # of PyYAML itself
+                rule = f"a {node.tag.rpartition(':')[2]} must be one, got {shown(node.value)}"
+                raise yaml.constructor.ConstructorError(None, None, rule, node.start_mark) from error
+
+    return Loader
+
+
+def _settings(source: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """``source`` by field name, as the fields' types; ``where`` begins the messages."""
+    types = get_type_hints(TrainConfig)
+    given: dict[str, Any] = {}
+    for key, value in source.items():
+        name = str(key).replace("-", "_")
+        if name not in types:
+            raise ValueError(f"{where}unknown setting {shown(key)}{did_you_mean(name, types)}")
+        if name in given:
+            raise ValueError(f"{where}setting {name!r} is given twice")
+        given[name] = _converted(name, value, types[name], where)
+    return given
+
+
+def _converted(name: str, value: Any, hint: Any, where: str) -> Any:
     """``value`` as a field's type: numbers may come as text (flags; YAML reads 1e-3 as text), nothing else is
     guessed."""
-    base = _base_type(hint)
+    base = base_type(hint)
     if value is None and isinstance(hint, UnionType):
         return None
-    if base is not bool and not isinstance(value, bool) and isinstance(value, (base, str, int)):
+    if base is str and isinstance(value, str) and not value.strip() and DEFAULTS[name] != "":
+        default = f" ({DEFAULTS[name]})" if DEFAULTS[name] is not None else ""
+        raise ValueError(f"{where}{name} must not be empty: leave it out for its default{default}")
+    if base is not bool and not isinstance(value, bool) and isinstance(value, (base, str, int)) and not _endless(value):
         try:
             if base is not str or isinstance(value, str):
                 return base(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if base is bool and isinstance(value, bool):
         return value
-    raise ValueError(f"{name} must be of type {base.__name__}, got {value!r}")
+    raise ValueError(f"{where}{name} must be of type {base.__name__}, got {shown(value)}")
+
+
+def shown(value: Any) -> str:
+    """``repr``, cut where it is long, also of a number that Python does not print."""
+    if _endless(value):
+        return f"a number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _endless(value: Any) -> bool:
+    """Whether ``value`` is an integer that Python may refuse to print."""
+    return isinstance(value, int) and value.bit_length() > 1024

@@ -1,6 +1,9 @@
 """The configuration of `ppg-fast train`: everything that decides a run, checked."""
 
 import dataclasses
+import datetime
+import re
+import shlex
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +28,10 @@ AUTO = "auto"  # in place of a policy class: one of the candidates, chosen while
 TRACKERS = ("tensorboard", "wandb", "trackio")
 POSITIVE = """width layers vocab_size num_iterations num_prompts num_generations max_new_tokens max_turns
     max_tokens imitation_batch eval_every eval_dialogues keep_checkpoints
-    activation_checkpointing_every_n_layers rank_timeout partner_tokens concurrency rollout_batch"""
-COUNTS = """max_steps warmup_steps imitation_steps max_dialogue_tokens threads save_every seed max_skipped_steps
+    activation_checkpointing_every_n_layers rank_timeout partner_tokens judge_tokens concurrency rollout_batch"""
+COUNTS = """max_steps warmup_steps imitation_steps max_dialogue_tokens threads save_every max_skipped_steps
     lora_rank lora_alpha retries judge_retries"""
+MOST = 2**31 - 1  # of anything that is counted
 
 
 def _option(default: Any, help: str) -> Any:
@@ -48,6 +52,9 @@ class TrainConfig:
     width: int = _option(128, "hidden size of the model made on the spot")
     layers: int = _option(2, "its layers")
     vocab_size: int = _option(1024, "vocabulary of the byte-level tokenizer made from data")
+    template_date: str = _option(
+        "", "YYYY-MM-DD: the date that a chat template may write; default: the run's first day"
+    )
     device: str = _option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     dtype: str = _option("float32", "float32 or bfloat16 weights")
     bf16: bool = _option(False, "compute in bfloat16 on the weights as they are; also where accelerate launch says so")
@@ -149,6 +156,7 @@ class TrainConfig:
     judge_retries: int = _option(
         2, "times it is asked again for a score that cannot be read; then the turn stays unscored"
     )
+    judge_tokens: int = _option(512, "tokens of its reply, thoughts included; a reply that was cut counts as unread")
     sampler: str | None = _option(
         None, "URL of a vLLM, SGLang or llama.cpp endpoint that generates the rollouts; default: the model itself"
     )
@@ -187,7 +195,18 @@ class TrainConfig:
         """ValueError with the rule and the value."""
         for names, least in ((POSITIVE, 1), (COUNTS, 0)):
             for name in names.split():
-                _require_int(name, getattr(self, name), least)
+                _require_int(name, getattr(self, name), least, MOST)
+        _require_int("seed", self.seed, 0, 2**63 - 1)  # of PyTorch's generators
+        _require_pattern("lora_target_modules", self.lora_target_modules)
+        for part in self.freeze.split(","):
+            _require_pattern("freeze", part)
+        for part in filter(None, self.optim_args.replace(" ", "").split(",")):
+            key, _, value = part.partition("=")
+            require(bool(key and value) and "=" not in value, "optim_args must be key=value with commas", part)
+        try:
+            shlex.split(self.sampler_refresh or "")
+        except ValueError as error:
+            raise ValueError(f"sampler_refresh must be a command ({error}), got {self.sampler_refresh!r}") from error
         for name in ("learning_rate", "imitation_learning_rate", "max_grad_norm", "temperature"):
             require_number(name, getattr(self, name), 0.0, open_low=True)
         for name in ("gamma", "final_learning_rate", "teacher_skill"):
@@ -202,6 +221,7 @@ class TrainConfig:
         )
         needs = "activation_offload must be off without activation_checkpointing"
         require(self.activation_checkpointing or not self.activation_offload, needs, self.activation_offload)
+        _require_date("template_date", self.template_date)
         require_one_of("baseline", self.baseline, BASELINES)
         require_one_of("reduction", self.reduction, REDUCTIONS[:-1])
         require_one_of("dtype", self.dtype, ("float32", "bfloat16"))
@@ -258,9 +278,22 @@ class TrainConfig:
         return PolicyLossSpec(**{name: getattr(self, name) for name in names})
 
 
-def _require_int(name: str, value: object, low: int) -> None:
-    require(
-        isinstance(value, int) and not isinstance(value, bool) and value >= low,
-        f"{name} must be an integer >= {low}",
-        value,
-    )
+def _require_date(name: str, value: str) -> None:
+    try:
+        right = not value or datetime.date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        right = False
+    require(right, f"{name} must be a date, YYYY-MM-DD", value)
+
+
+def _require_int(name: str, value: object, low: int, high: int) -> None:
+    right = isinstance(value, int) and not isinstance(value, bool)
+    require(right and value >= low, f"{name} must be an integer >= {low}", value)  # type: ignore[operator]
+    require(value <= high, f"{name} must be an integer <= {high}", value)  # type: ignore[operator]
+
+
+def _require_pattern(name: str, text: str) -> None:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{name} must be a regular expression ({error}), got {text!r}") from error

@@ -4,9 +4,10 @@ dialogues."""
 from ppg_fast.jobs.job import Job
 from ppg_fast.jobs.offline import OfflineJob
 from ppg_fast.jobs.persona import PersonaJob
+from ppg_fast.jobs.progress import Progress
 from ppg_fast.jobs.prompts import PromptsJob
 from ppg_fast.jobs.resume import ResumableRun
 from ppg_fast.jobs.run import run_job
-from ppg_fast.jobs.run_folder import Progress, RunFolder
+from ppg_fast.jobs.run_folder import RunFolder
 
 __all__ = ["Job", "OfflineJob", "PersonaJob", "Progress", "PromptsJob", "ResumableRun", "RunFolder", "run_job"]

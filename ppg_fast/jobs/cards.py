@@ -25,13 +25,14 @@ WHAT = {
     "not_finite.jsonl": "the dialogues of the steps whose loss or gradient was not finite",
     "config.yaml": "every setting; `ppg-fast train --config config.yaml --output-dir OTHER` runs it again",
     "summary.json": "how it ended, in numbers",
+    ".ppg_fast.json": "which files the run wrote, so that `--overwrite` takes no others",
 }
 RARE = ("trackers", "not_finite.jsonl")
 ENDED = {
     "finished": "It ran to its end.",
     "stopped": "It was stopped by hand (Ctrl-C); what was done is here, and `--resume` goes on.",
-    "terminated": "It was told to end (SIGTERM); what was done is here, and `--resume` goes on.",
-    "failed": "It failed; the weights of the last good step are here.",
+    "terminated": "It was told to end (SIGTERM, SIGHUP); what was done is here, and `--resume` goes on.",
+    "failed": "It failed; what was saved of it is here, and `--resume` goes on from the newest checkpoint.",
 }
 RUNNING = "It is running, or was killed: there is no summary yet. `--resume` goes on from the newest checkpoint."
 LOAD = """```python
@@ -47,6 +48,8 @@ def write_readme(path: Path, config: TrainConfig, description: str, summary: Map
     """README.md of the run folder. ``description``: a sentence on what was trained; ``summary`` is None while it
     runs."""
     status = ENDED.get(summary["status"], str(summary["status"])) if summary else RUNNING
+    if summary and summary.get("error"):
+        status += f" What it said: {summary['error']}"
     lines = [f"# {path.resolve().name}: a training run of ppg_fast", "", f"{description} {status}".lstrip(), ""]
     if summary:
         lines += [*_results(summary), ""]
@@ -72,9 +75,16 @@ def write_model_card(checkpoint: Path, config: TrainConfig, description: str, su
     if not checkpoint.is_dir():
         return
     base = [f"base_model: {config.model}"] if config.model and not Path(config.model).exists() else []
-    front = ["library_name: transformers", "pipeline_tag: text-generation", *base]
+    library = "peft" if config.lora_rank else "transformers"
+    front = [f"library_name: {library}", "pipeline_tag: text-generation", *base]
     tags = ["ppg_fast", "reinforcement-learning", "partial-policy-gradients"]
     lines = ["---", *front, "tags:", *(f"- {tag}" for tag in tags), "---", "", "# A policy trained with ppg_fast", ""]
+    named = Path(config.model or "").name
+    adapters = (
+        f"These are LoRA adapters of rank {config.lora_rank} for the base model `{named}`; without it they are no"
+    )
+    adapters += f" model. `ppg-fast merge . -o OUTPUT --base {named}` makes one of the two."
+    lines += [*([adapters, ""] if config.lora_rank else [])]
     lines += [
         description,
         "",

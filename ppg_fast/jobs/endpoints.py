@@ -1,6 +1,5 @@
 """The endpoints, the partner and the rewards that a config names."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.chat_format import ChatFormat
 from ppg_fast.endpoint import Endpoint
 from ppg_fast.rewards import Ratings, Reward, make_rewards
+from ppg_fast.rewards.values import read_text
 from ppg_fast.rollouts.partner import INSTRUCTION, EndpointPartner, LoggedPartner, ModelPartner, NoPartner, Partner
 
 
@@ -29,7 +29,9 @@ def rewards_of(config: TrainConfig, device: torch.device | str) -> list[Reward]:
     settings: dict[str, Any] = {
         "judge_range": config.judge_range,
         "judge_retries": config.judge_retries,
+        "judge_tokens": config.judge_tokens,
         "device": device,
+        "template_date": config.template_date,
     }
     return make_rewards(formula, judge, **settings)
 
@@ -49,9 +51,7 @@ def partner_of(config: TrainConfig, model: Any, chat: ChatFormat) -> Partner:
     name = config.partner
     if name in ("logged", "none"):
         return LoggedPartner() if name == "logged" else NoPartner()
-    instruction = (
-        Path(config.partner_prompt).read_text(encoding="utf-8").strip() if config.partner_prompt else INSTRUCTION
-    )
+    instruction = read_text(config.partner_prompt, "partner_prompt").strip() if config.partner_prompt else INSTRUCTION
     settings: dict[str, Any] = {"temperature": config.partner_temperature, "max_tokens": config.partner_tokens}
     if name == "self":
         return ModelPartner(model, chat, instruction, batch_size=config.rollout_batch, **settings)

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.distributed import Ranks
+from ppg_fast.jobs.inputs import model_digest
 from ppg_fast.jobs.policy import Policy
+from ppg_fast.jobs.progress import Progress
 from ppg_fast.jobs.resume import ResumableRun
-from ppg_fast.jobs.run_folder import Progress, RunFolder
+from ppg_fast.jobs.run_folder import RunFolder
 from ppg_fast.jobs.samples import SHOWN
 from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.training.objective import warn_if_hardly_credited
@@ -82,6 +84,11 @@ class Job(ABC):
             total.update(repr(part).encode())
         return total.hexdigest()
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """What must stay as it is while a run goes on, by the names of `resume.DIGESTS`."""
+        return {"data": self.data_digest, "model": model_digest(self.config)}
+
     def description(self) -> str:
         """What is trained, on what and how, in one sentence."""
         c = self.config
@@ -116,11 +123,12 @@ class Job(ABC):
         with progress.phase(config.policy_class, config.max_steps) as phase:
             for metrics in run.optimise("train", collect, self.objective, self.policy.schedule()):
                 step = metrics["step"]
-                phase.show(metrics, self.metric)
+                if last:  # a run that goes on yields the step before, whose evaluation may not have been done
+                    phase.show(metrics, self.metric)
                 if step % config.eval_every == 0:
-                    if self.on_policy:
+                    if self.on_policy and last:
                         run.log_samples("train", step, last, self.policy.chat, self.objective)
-                    if step < config.max_steps:
+                    if step < config.max_steps and all(row["step"] != step for row in run.of_phase("eval")):
                         self.evaluate(run, progress, step)
 
     def evaluate(self, run: RunFolder, progress: Progress, step: int, when: str = "") -> None:
@@ -151,6 +159,7 @@ def keep_readable(
     ValueError, that of ``read``, for the first of them if ``strict``; and where none is left.
     """
     kept: list[Item] = []
+    first = ""
     results: list[Read] = []
     for item in items:
         try:
@@ -158,9 +167,10 @@ def keep_readable(
         except ValueError as error:  # noqa: PERF203 (the good ones are kept)
             if strict:
                 raise
+            first = first or f"; the first: {error}"
             warnings.warn(f"{error}; left out", stacklevel=2)
         else:
             kept.append(item)
     if not kept:
-        raise ValueError(f"none of {len(items)} {name} can be written in the tokenizer's chat format")
+        raise ValueError(f"none of {len(items)} {name} can be written in the tokenizer's chat format{first}")
     return kept, results

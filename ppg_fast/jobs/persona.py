@@ -6,13 +6,15 @@ from typing import Any
 
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.chat_format import ChatFormat, make_word_tokenizer
+from ppg_fast.dialogues.dialogue import Message
 from ppg_fast.dialogues.packing import CONTEXT, Sample
 from ppg_fast.distributed import Ranks
 from ppg_fast.jobs.job import Evaluation, Job
+from ppg_fast.jobs.progress import Progress
 from ppg_fast.jobs.resume import ResumableRun
-from ppg_fast.jobs.run_folder import Progress
 from ppg_fast.rollouts.environment import TeachableEnvironment
 from ppg_fast.rollouts.persona import PersonaInterview, words
+from ppg_fast.spec import require
 from ppg_fast.training.evaluation import of_rollouts
 from ppg_fast.training.objective import Objective
 
@@ -33,6 +35,13 @@ class PersonaJob(Job):
 
     def __init__(self, config: TrainConfig, ranks: Ranks | None = None) -> None:
         super().__init__(config, lambda: make_word_tokenizer(words()), ranks)
+        # what the chat template refuses of such a dialogue, before the run begins
+        self.policy.chat.rehearse(PersonaInterview().reset(0), [Message("user", "a")])
+        limit = min(filter(None, (config.max_dialogue_tokens, self.policy.positions)), default=0)
+        for number in range(max(1, config.eval_dialogues)):  # those of training are like them
+            length = len(self.policy.chat.opening(PersonaInterview(held_out=True).reset(number)))
+            rule = f"the opening of held-out persona {number} must be shorter than the {limit} tokens of a dialogue"
+            require(not limit or length < limit, rule, length)
 
     def source(self) -> str:
         """The built-in environment."""

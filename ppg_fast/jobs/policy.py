@@ -14,6 +14,7 @@ from ppg_fast.config import AUTO, TrainConfig
 from ppg_fast.dialogues.chat_format import ChatFormat
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.distributed import Ranks
+from ppg_fast.endpoint import Usage
 from ppg_fast.models.adaptation import add_lora, checkpoint_activations, freeze
 from ppg_fast.models.causal_lm import check_vocabulary, distribute, load_model, make_model
 from ppg_fast.rollouts.environment import Environment
@@ -65,9 +66,15 @@ class Policy:
         self.module = distribute(self.model, self.ranks)
         if self.ranks.rank:  # weights began alike; what dropout and environments draw must not
             set_seed((config.seed + self.ranks.rank) % 2**32)
-        self.chat = ChatFormat(self.tokenizer)
+        self.chat = ChatFormat(self.tokenizer, self.model.generation_config, config.template_date)
         self.rng = random.Random(config.seed)
         self.generator = self.sampling_generator(config.seed)
+        self.used: dict[str, Usage] = {}  # of endpoints, by role, by this rank; a resumed run counts on
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model has positions for, where it says."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def sampling_generator(self, seed: int) -> torch.Generator:
         """A generator on the model's device."""
@@ -87,25 +94,26 @@ class Policy:
         """Rollouts with the sampling settings of the config, of ``sampler`` where there is one. All ranks call it.
 
         ``only``: those of them that this rank rolls out (`Ranks.part`); `of_all` makes them whole. Any number of ranks
-            draws the same.
+            draws the same. An error of one of them, and a signal to it, is everyone's.
         """
         c = self.config
+        act = lambda: collect_groups(  # noqa: E731
+            sampler or self.model,
+            self.chat,
+            make_environment,
+            seeds,
+            group_size,
+            generator=generator,
+            max_new_tokens=c.max_new_tokens,
+            temperature=c.temperature,
+            max_turns=c.max_turns,
+            max_dialogue_tokens=0 if c.data else c.max_dialogue_tokens,  # offline it bounds what is read
+            batch_size=c.rollout_batch,
+            step_all=step_all,
+            only=only,
+        )
         with self.ranks.sampling(self.model):
-            return collect_groups(
-                sampler or self.model,
-                self.chat,
-                make_environment,
-                seeds,
-                group_size,
-                generator=generator,
-                max_new_tokens=c.max_new_tokens,
-                temperature=c.temperature,
-                max_turns=c.max_turns,
-                max_dialogue_tokens=0 if c.data else c.max_dialogue_tokens,  # offline it bounds what is read
-                batch_size=c.rollout_batch,
-                step_all=step_all,
-                only=only,
-            )
+            return self.ranks.together(act)
 
     def of_all(self, rollouts: Sequence[Rollout]) -> list[Sample]:
         """What was rolled out on all ranks, in order, on each of them."""
@@ -131,10 +139,22 @@ class Policy:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sources of randomness stand; with them the position in the data, which is drawn at random."""
-        return {"rng": self.rng.getstate(), "generator": self.generator.get_state()}
+        state: dict[str, Any] = {"rng": self.rng.getstate(), "generator": self.generator.get_state()}
+        return state | ({"used": self.usage()} if self.used else {})
+
+    def usage(self) -> dict[str, dict[str, int]]:
+        """Requests and retries so far of each endpoint, those of all ranks together. All ranks call it."""
+        of_ranks = self.ranks.gather({role: vars(usage) for role, usage in self.used.items()})
+        return {
+            role: {name: sum(of_rank[role][name] for of_rank in of_ranks) for name in counts}
+            for role, counts in of_ranks[0].items()
+        }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Set what `state_dict` gave."""
+        for role, counts in saved.get("used", {}).items():
+            if role in self.used and self.ranks.is_main:
+                vars(self.used[role]).update(counts)
         self.rng.setstate(saved["rng"])
         self.generator.set_state(saved["generator"])
 

@@ -10,19 +10,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ppg_fast import stopping
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.chat_format import make_byte_tokenizer
+from ppg_fast.dialogues.dialogue import Message
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.dialogues.prompts import Prompt, read_prompts
 from ppg_fast.distributed import Ranks
 from ppg_fast.jobs.endpoints import make_endpoint, partner_of, rewards_of_new_answers
+from ppg_fast.jobs.inputs import partner_digest, reward_digest
 from ppg_fast.jobs.job import Evaluation, Job, keep_readable
+from ppg_fast.jobs.progress import Progress
 from ppg_fast.jobs.resume import ResumableRun
-from ppg_fast.jobs.run_folder import Progress
 from ppg_fast.rewards import Scores, score
 from ppg_fast.rollouts.generation import EndpointSampler
 from ppg_fast.rollouts.partner import Conversation, LoggedPartner, step_all
-from ppg_fast.rollouts.rollout import Rollout
+from ppg_fast.rollouts.rollout import Rollout, finite_reward
 from ppg_fast.spec import require
 from ppg_fast.training.evaluation import of_rollouts
 
@@ -51,6 +54,9 @@ class PromptsJob(Job):
         self._warn_without_logs()
         self.held_out, self.seen = ([self.prompts[i] for i in part] for part in self.split(len(self.prompts)))
         self.warned = False
+        roles = {"partner": self.partner, "sampler": self.sampler, **{r.name: r.scorer for r in self.rewards}}
+        endpoints = {role: getattr(one, "endpoint", None) for role, one in roles.items()}
+        policy.used = {role: endpoint.usage for role, endpoint in endpoints.items() if endpoint}
 
     def source(self) -> str:
         """The file, the partner and the rewards, without addresses and folders: the model card is read by others."""
@@ -61,8 +67,16 @@ class PromptsJob(Job):
         return f"on the prompts of `{Path(str(config.prompts)).name}` with {named} and reward `{self._formula()}`"
 
     def data_read(self) -> Iterable[object]:
-        """Of every prompt, as the policy reads it."""
-        return ((p.id, p.partner, p.logged, self.policy.chat.opening(p.messages)) for p in self.prompts)
+        """Every prompt as its file has it, and what makes tokens of it: not the tokens, which may hold a date."""
+        yield self.policy.chat.renderer.digest()
+        for p in self.prompts:
+            yield p.id, p.partner, *([message.as_dict() for message in part] for part in (p.messages, p.logged))
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Rewards and partner too."""
+        rewards = reward_digest(self.config.reward, self.rewards)
+        return {**super().digests, "rewards": rewards, "partner": partner_digest(self.config)}
 
     def start(self, run: ResumableRun, progress: Progress) -> None:
         """Say how many prompts there are, who answers and what is rewarded."""
@@ -81,9 +95,11 @@ class PromptsJob(Job):
         settings = {"step_all": step_all, "sampler": self.sampler, "only": mine}
         rollouts = policy.roll_out(make, seeds, config.num_generations, policy.generator, **settings)
         scores = Scores.together(policy.ranks.run_on_all(lambda: self._reward(rollouts)))
+        self._require_scored(scores)
         samples = policy.of_all(rollouts)
         seconds = time.perf_counter() - start
-        self.rollout_metrics = {**scores.describe(), "rollout_time": seconds, **self._usage()}
+        usage = {f"endpoint/{role}/{k}": v for role, counts in policy.usage().items() for k, v in counts.items()}
+        self.rollout_metrics = {**scores.describe(), "rollout_time": seconds, **usage}
         return samples
 
     def measure(self, when: str) -> Evaluation:
@@ -99,7 +115,9 @@ class PromptsJob(Job):
         return Evaluation(f"{name} prompts", metrics, result, rollouts)
 
     def _metrics_of(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        rewards = {f"eval/{name}": value for name, value in self._reward(rollouts).describe().items()}
+        scores = self._reward(rollouts)
+        self._require_scored(scores)
+        rewards = {f"eval/{name}": value for name, value in scores.describe().items()}
         return {**of_rollouts([r.sample for r in rollouts], self.objective), **rewards}
 
     def _formula(self) -> str:
@@ -110,23 +128,26 @@ class PromptsJob(Job):
         return Conversation(prompts, self.partner, config.max_turns, config.stop_phrase, clean)
 
     def _reward(self, rollouts: Sequence[Rollout]) -> Scores:
-        """Give every turn its reward, 0 where none could be had. ValueError where no turn of any dialogue has one."""
+        """Give every turn its reward, 0 where none could be had. ValueError for one that float32 cannot hold."""
         conversations = [r.environment for r in rollouts if isinstance(r.environment, Conversation)]
-        scores = score(self.rewards, [c.transcript() for c in conversations])
+        with stopping.interruptible():  # a partial rollout is thrown away
+            scores = score(self.rewards, [c.transcript() for c in conversations])
+        for rollout, row in zip(rollouts, scores.totals, strict=True):
+            rollout.sample.rewards = [finite_reward(v or 0.0, rollout.name, turn) for turn, v in enumerate(row)]
+        return scores
+
+    def _require_scored(self, scores: Scores) -> None:
+        """Of all ranks together: ValueError where no turn has a reward, a warning, once, where some have not."""
         turns = sum(map(len, scores.totals))
         if turns and scores.unscored == turns:
-            raise ValueError(
-                f"no turn of {len(rollouts)} dialogues could be scored by {', '.join(r.name for r in self.rewards)}"
-            )
+            names = ", ".join(r.name for r in self.rewards)
+            raise ValueError(f"no turn of {len(scores.totals)} dialogues could be scored by {names}")
         if scores.unscored and not self.warned:
             self.warned = True
             seen = f"{scores.unscored} of {turns} turns could not be scored"
             warnings.warn(
                 f"{seen}; they count as reward 0, and rewards/unscored in the metrics counts them", stacklevel=2
             )
-        for rollout, row in zip(rollouts, scores.totals, strict=True):
-            rollout.sample.rewards = [value or 0.0 for value in row]
-        return scores
 
     def _make_sampler(self) -> EndpointSampler | None:
         """The endpoint that generates rollouts. ValueError where its log-probs or its weights would not be the
@@ -145,7 +166,8 @@ class PromptsJob(Job):
                 "which reloads them)"
             )
             raise ValueError(f"{rule}, got {config.importance_cap}")
-        return EndpointSampler(make_endpoint(config, "sampler"), self.policy.chat.end_id)
+        vocab_size = self.policy.model.get_output_embeddings().weight.shape[0]
+        return EndpointSampler(make_endpoint(config, "sampler"), self.policy.chat.end_ids, vocab_size)
 
     def _refresh(self, command: str, state: dict[str, Any] | None) -> None:
         """Write the weights and have the sampler's server load them. OSError with what the command said where it
@@ -154,7 +176,8 @@ class PromptsJob(Job):
         self.policy.model.save_pretrained(folder, state_dict=state)
         self.policy.tokenizer.save_pretrained(folder)
         arguments = [part.replace("{folder}", str(folder)) for part in shlex.split(command)]
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        with stopping.interruptible():
+            done = subprocess.run(arguments, capture_output=True, text=True, check=False)
         if done.returncode:
             raise OSError(
                 f"sampler_refresh {command!r} failed with status {done.returncode}: "
@@ -162,11 +185,11 @@ class PromptsJob(Job):
             )
 
     def _read(self, prompt: Prompt) -> None:
-        """ValueError where the policy cannot read the prompt, or has no room to answer it."""
-        positions = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None)
-        limit = self.config.max_dialogue_tokens or positions
+        """ValueError where the policy cannot read the prompt or a reply to its answer, or has no room to answer it."""
+        limit = min(filter(None, (self.config.max_dialogue_tokens, self.policy.positions)), default=0)
         try:
-            length = len(self.policy.chat.opening(prompt.messages))
+            replies = prompt.logged if isinstance(self.partner, LoggedPartner) else [Message("user", "a")]
+            length = self.policy.chat.rehearse(prompt.messages, replies[: self.config.max_turns - 1])
             rule = f"an opening must be shorter than the {limit} tokens of a dialogue"
             require(not limit or length < limit, rule, length)
         except ValueError as error:
@@ -178,12 +201,6 @@ class PromptsJob(Job):
         if self.config.max_turns > 1 and not logged:
             rule = "no prompt has a log to follow, so every dialogue has one turn"
             warnings.warn(f"{rule}; --partner names a partner that answers", stacklevel=3)
-
-    def _usage(self) -> dict[str, int]:
-        """Requests and retries so far of the endpoints in use."""
-        roles = {"partner": self.partner, "sampler": self.sampler, **{r.name: r.scorer for r in self.rewards}}
-        used = {role: getattr(one, "endpoint", None) for role, one in roles.items()}
-        return {f"endpoint/{role}/{k}": v for role, e in used.items() if e for k, v in vars(e.usage).items()}
 
 
 def prompt_seeds(step: int, count: int, prompts: int, seed: int) -> list[int]:

@@ -1,86 +1,83 @@
 """A run that survives: checkpoints while it goes, an orderly stop at a signal, and the way back in."""
 
 import fcntl
+import math
 import os
-import signal
-import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ppg_fast.config import TrainConfig
+from ppg_fast import stopping
+from ppg_fast.config import TrainConfig, read_yaml
 from ppg_fast.dialogues.packing import Sample
+from ppg_fast.jobs.changes import SILENT, differences, require_changeable
+from ppg_fast.jobs.inputs import with_absolute_paths
 from ppg_fast.jobs.policy import Policy
-from ppg_fast.jobs.run_folder import CHECKPOINTS, METRICS, SUMMARY, RunFolder
+from ppg_fast.jobs.run_folder import CHECKPOINTS, CONFIG, METRICS, SUMMARY, RunFolder
 from ppg_fast.models.adaptation import frozen_digest, load_trainable_state
 from ppg_fast.training import checkpoint
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import TrainingState, optimise
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Stopped(Exception):
-    """A signal, now ``number``, ended the training between two steps; what was done is in a checkpoint."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
 
 class ResumableRun(RunFolder):
     """A RunFolder that keeps checkpoints of the whole run and, with ``resume``, goes on from the newest.
 
-    As a context manager it turns the first SIGINT or SIGTERM into Stopped after the step that is under way, and keeps
-    the folder to itself. ValueError where another process trains in it, and where model or data are not those the run
-    began with. Ranks share the run: the first writes, all see the same error, and a signal to one of them ends the
-    training on all after the same step.
+    As a context manager it turns the first signal into Stopped at the next forward pass, on all ranks at the same one,
+    and keeps the folder to itself; `save_stopped` then keeps what was done. ValueError where another process trains in
+    it, and where model or data are not those the run began with. Ranks share the run: the first writes, all see the
+    same error.
     """
 
     def __init__(
-        self, config: TrainConfig, policy: Policy, data_digest: str = "", description: str = "", resume: bool = False
+        self,
+        config: TrainConfig,
+        policy: Policy,
+        digests: Mapping[str, str],
+        description: str = "",
+        resume: bool = False,
     ) -> None:
         ranks = policy.ranks
         super().__init__(config, description, keeps=ranks.is_main)
-        self.ranks, self.policy, self.data_digest = ranks, policy, data_digest
-        self.signal: int | None = None
+        self.ranks, self.policy, self.digests = ranks, policy, dict(digests)
+        self._mark: Callable[[], None] | None = None  # writes the checkpoint of the last step
+        self.restored = False  # whether the folder holds the run that was there before
         self._release: Callable[[], object] = lambda: None
         ranks.run_on_main(self._claim)
         self.saved = checkpoint.newest(self.path / CHECKPOINTS, ranks) if resume else None
         self.frozen = frozen_digest(policy.model)
-        ranks.run_on_all(self._check)
+        if resume:
+            ranks.run_on_all(self._check)
         ranks.run_on_main(lambda: self.open(resume))
         saved = self.saved or {"finished": [], "taken": 0, "metrics_bytes": 0, "seconds": 0.0}
         self.finished: list[str] = saved["finished"]
         self.taken: int = saved["taken"]
         if resume:
             ranks.run_on_main(lambda: (self.path / SUMMARY).unlink(missing_ok=True))
-            ranks.run_on_all(lambda: self.rewind(saved["metrics_bytes"], saved["seconds"]))
+            ranks.run_on_all(lambda: self.rewind(saved["metrics_bytes"], saved["seconds"], self._old_end()))
 
     def _claim(self) -> None:
         """Keep the folder to this process."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._release = _lock(self, self.path)
+        self.owned.recover()
 
     def _check(self) -> None:
-        """ValueError, before anything is written, where the checkpoint is none of this model and this data."""
+        """ValueError, before anything is written, where a setting is another that may not be, or the checkpoint is none
+        of this model, this data and these rewards."""
         saved, config = self.saved, self.config
+        require_changeable(saved["config"] if saved else read_yaml(str(self.path / CONFIG)), config)
         if saved is None:
             return
-        if saved["data"] != self.data_digest:
-            rule = "a run goes on with the dialogues and the tokenizer it began with, got others"
-            raise ValueError(f"{rule}: data {config.data or config.prompts!r}")
-        if bool(saved["config"]["kl_coef"]) != bool(config.kl_coef):
-            raise ValueError(f"a run goes on with a KL term if it began with one, got kl_coef {config.kl_coef}")
-        of_before = {name: saved["config"][name] for name in ("policy_class", "signals", "candidates")}
-        both = (c.candidate_classes() for c in (replace(config, **of_before), config))
-        before, now = (", ".join(map(str, classes)) or "none" for classes in both)
-        if before != now:
-            rule = "a run goes on with the candidates it began with (policy_class auto or signals, and candidates)"
-            raise ValueError(f"{rule}, {before}; got {now}")
+        self.require_metrics(saved["metrics_bytes"])
+        for name, digest in self.digests.items():
+            if saved.get(name, digest) != digest:
+                raise ValueError(
+                    f"a run goes on with {DIGESTS[name]} it began with, got others: {_named(name, config)}"
+                )
         if saved.get("frozen", "") != self.frozen:
             rule = "a run goes on with the frozen weights it began with, got others"
             raise ValueError(f"{rule}: model {config.model!r}, freeze {config.freeze!r}")
@@ -89,68 +86,84 @@ class ResumableRun(RunFolder):
         except ValueError as error:
             raise ValueError(f"a run goes on with the model it began with, got another one: {error}") from error
 
+    def _old_end(self) -> int | None:
+        """The step at which the run had ended, where it is to go further."""
+        if not self.saved or self.saved["phase"] != "train":
+            return None
+        step = self.saved["training"]["step"]
+        return step if self.saved["config"]["max_steps"] == step < self.config.max_steps else None
+
     def origin(self) -> str:
         """What a resumed run goes on from, and with which other settings than before."""
         if not self.saved:
             return f"{self.path} has no checkpoint yet: from the beginning"
-        before = self.saved["config"]
-        changes = [
-            f"{k} {before.get(k)} -> {v}"
-            for k, v in asdict(self.config).items()
-            if k not in PLACES and before.get(k) != v
-        ]
+        found = differences(self.saved["config"], self.config)
+        changes = [f"{name} {old} -> {new}" for name, (old, new) in found.items() if name not in SILENT]
         where = f"{self.path} goes on after step {self.saved['training']['step']} of phase {self.saved['phase']!r}"
         return where + (f", with other settings: {', '.join(changes)}" if changes else "")
 
     def optimise(
         self, phase: str, collect: Callable[[int], Sequence[Sample]], objective: Objective, schedule: Schedule
     ) -> Iterator[dict[str, Any]]:
-        """The steps of `optimise` that are still to be taken in ``phase``, logged and kept. Stopped after a signal.
+        """The steps of `optimise` that are still to be taken in ``phase``, logged and kept.
 
-        A checkpoint is written once the caller is done with the step, so that an evaluation after it is in the metrics.
+        A checkpoint is written once the caller is done with the step, so that an evaluation after it is in the metrics;
+        after a signal `save_stopped` writes that of the last step. A run that goes on yields that step once more: what
+        the caller does after it may not have been done.
         """
         if phase in self.finished:
             return
-        state = TrainingState.start(self.policy.model, objective, schedule)
-        if self.saved:
+        state, resumed = TrainingState.start(self.policy.model, objective, schedule), self.saved is not None
+        if resumed:
             self._restore(state, phase)
+        for row in [row for row in self.of_phase(phase) if resumed and row["step"] == state.step]:
+            self._remember(phase, state)
+            yield {name: math.nan if value is None else value for name, value in row.items()}
+            self._remember(phase, state)
         for metrics in optimise(self.policy.model, collect, objective, schedule, state, self.ranks):
             self.log(phase, metrics)
-            yield metrics
             self.taken += 1
-            stop = self.ranks.largest(self.signal or 0)  # asked once a step, so that all ranks hear the same
-            due = self.config.save_every and self.taken % self.config.save_every == 0
-            if due or stop or state.step == schedule.max_steps:
-                self.save(phase, state)
-            if stop:
-                raise Stopped(stop)
+            self._remember(phase, state)
+            yield metrics
+            self._remember(phase, state)
+            if state.step == schedule.max_steps or (self.config.save_every and not self.taken % self.config.save_every):
+                self.save_stopped()
         self.finished.append(phase)
 
-    def save(self, phase: str, state: TrainingState) -> None:
-        """A checkpoint of everything; one that cannot be written is a warning, and those before it stay."""
+    def _remember(self, phase: str, state: TrainingState) -> None:
+        """What a checkpoint of now would hold beside ``state``, which only a step changes: what is under way after it,
+        a rollout or an evaluation, may be cut short at any time, and is done again from here."""
         content = {
-            "config": asdict(self.config),
-            "data": self.data_digest,
+            "config": with_absolute_paths(asdict(self.config)),
+            **self.digests,
             "frozen": self.frozen,
             "phase": phase,
-            "finished": self.finished,
+            "finished": list(self.finished),
             "taken": self.taken,
-            "training": state.state_dict(),
             "policy": self.policy.state_dict(),
-            "random": self.ranks.gather(checkpoint.random_states()),
-            "metrics_bytes": self.ranks.run_on_main(self._metrics_bytes),
+            "random": checkpoint.random_states(),
+            "metrics_bytes": self.ranks.run_on_main(lambda: (self.path / METRICS).stat().st_size),
             "seconds": self.seconds,
         }
+        self._mark = lambda: self._save(content, state)
+
+    def save_stopped(self) -> None:
+        """The checkpoint of the last step, where it is not written yet."""
+        mark, self._mark = self._mark, None
+        if mark:
+            mark()
+
+    def _save(self, content: dict[str, Any], state: TrainingState) -> None:
+        """A checkpoint of everything; one that cannot be written is a warning, and those before it stay."""
+        whole = {**content, "training": state.state_dict(), "random": self.ranks.gather(content["random"])}
+        taken = content["taken"]
         try:
-            checkpoint.save(self.path / CHECKPOINTS, self.taken, content, self.config.keep_checkpoints, self.ranks)
+            self.ranks.run_on_main(lambda: checkpoint.sync(self.path / METRICS))
+            checkpoint.save(self.path / CHECKPOINTS, taken, whole, self.config.keep_checkpoints, self.ranks)
         except OSError as error:
             found = checkpoint.checkpoints(self.path / CHECKPOINTS)
             last = f"the newest is {found[-1].name}" if found else "there is none yet"
-            warnings.warn(f"no checkpoint after step {self.taken}, {last}: {error}", stacklevel=2)
-
-    def _metrics_bytes(self) -> int:
-        checkpoint.sync(self.path / METRICS)
-        return (self.path / METRICS).stat().st_size
+            warnings.warn(f"no checkpoint after step {taken}, {last}: {error}", stacklevel=2)
 
     def save_weights(self) -> None:
         """checkpoint/, as others load it: gathered from all ranks, written by the first."""
@@ -169,29 +182,32 @@ class ResumableRun(RunFolder):
             checkpoint.set_random_states(saved["random"][self.ranks.rank])
 
     def __enter__(self) -> "ResumableRun":
-        in_main = threading.current_thread() is threading.main_thread()  # the only one that Python lets set handlers
-        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS} if in_main else {}
+        # a launcher passes on what its whole group was sent, so that a signal may come twice
+        repeats, notice = 3.0 if self.ranks.world > 1 else 0.0, "saving what was done (once more: at once)"
+        self._listening = stopping.on_signals(at_once=False, notice=notice, repeats=repeats)
+        self._listening.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._listening.__exit__(None, None, None)
+        self.restored = self.keeps and self.owned.restore()
+        if self.restored:
+            said = "the new run ended before its first step, so the one that was there is there again"
+            warnings.warn(f"{self.path}: {said}", stacklevel=2)
         self._release()
 
-    def _note(self, number: int, frame: object) -> None:
-        """The first signal is noted; Ctrl-C after it does not wait for the step, unless there are other ranks to leave
-        alone with it."""
-        # their launcher passes a signal on, so that it may come twice, and sees to it that they end
-        if self.ranks.world > 1:
-            self.signal = self.signal or number
-            return
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-        os.write(2, b"ppg-fast: stopping after this step (Ctrl-C: at once)\n")  # print may be what the signal came into
+
+DIGESTS = {  # what a checkpoint knows of what it was trained on
+    "data": "the dialogues and the tokenizer",
+    "model": "the model (configuration, tokenizer, template)",
+    "rewards": "the rewards (files, models, judge)",
+    "partner": "the partner (what it is told, its weights)",
+}
 
 
-PLACES = ("output_dir", "overwrite", "progress", "rank_timeout")  # settings that change nothing in what is computed
+def _named(name: str, config: TrainConfig) -> str:
+    setting = {"data": "data" if config.data else "prompts", "rewards": "reward"}.get(name, name)
+    return f"{setting} {getattr(config, setting)!r}"
 
 
 def _lock(run: ResumableRun, path: Path) -> Callable[[], object]:

@@ -1,26 +1,32 @@
 """`ppg-fast train` from a config to an exit status: the ranks meet, a job trains, and what was done is kept."""
 
+import dataclasses
 import signal
+import time
 import warnings
+from dataclasses import dataclass, field
+from typing import Any
 
+from ppg_fast import stopping
 from ppg_fast.config import TrainConfig
+from ppg_fast.console import one_line
 from ppg_fast.distributed import Ranks, lost_a_rank
 from ppg_fast.jobs.job import Job
 from ppg_fast.jobs.offline import OfflineJob
 from ppg_fast.jobs.persona import PersonaJob
+from ppg_fast.jobs.progress import Progress
 from ppg_fast.jobs.prompts import PromptsJob
-from ppg_fast.jobs.resume import ResumableRun, Stopped
-from ppg_fast.jobs.run_folder import Progress
+from ppg_fast.jobs.resume import ResumableRun
 from ppg_fast.jobs.trackers import require_trackers
 from ppg_fast.models.export import push_to_hub, require_repository
 from ppg_fast.training.trainer import NotFinite
 
-EXIT = {"finished": 0, "stopped": 130, "terminated": 143}  # the last two as a shell counts: 128 + SIGINT, 128 + SIGTERM
+ENDS = {signal.SIGINT: "stopped", signal.SIGTERM: "terminated", signal.SIGHUP: "terminated"}
 
 
 def run_job(config: TrainConfig, resume: bool = False) -> int:
     """Train as ``config`` says, or go on with the run in its folder. Returns the exit status: 0 done, 130 Ctrl-C, 143
-    SIGTERM.
+    SIGTERM, 129 SIGHUP.
 
     ValueError or FileExistsError for bad input, before anything is written; once training runs, the run folder keeps
     what was done whatever happens. FloatingPointError, naming the file that holds the dialogues, after too many steps
@@ -32,18 +38,23 @@ def run_job(config: TrainConfig, resume: bool = False) -> int:
     ranks = Ranks.join(config.parallel, config.bf16, config.sync_each_batch, config.device, config.rank_timeout)
     if not ranks.is_main:
         warnings.simplefilter("ignore", UserWarning)  # the main rank says it
+    if not config.template_date:  # fixed for the whole of the run, and kept in its config.yaml
+        today = ranks.gather(time.strftime("%Y-%m-%d"))[0]
+        config = dataclasses.replace(config, template_date=today)
     job = make_job(config, ranks)
     progress = Progress(config.progress, config.eval_every)
     progress.console.quiet = not ranks.is_main
-    with ResumableRun(config, job.policy, job.data_digest, job.description(), resume) as run:
+    with ResumableRun(config, job.policy, job.digests, job.description(), resume) as run:
         if resume:
             progress.say(run.origin())
-        status = _train(job, run, progress)
+        end = _train(job, run, progress)
     ranks.leave()
-    progress.say(f"{status} after {run.steps} steps; the run is in {run.path}")
-    if config.push_to_hub and status == "finished" and ranks.is_main:
+    skipped = f", {run.skipped_steps} of them skipped (loss or gradient not finite)" if run.skipped_steps else ""
+    where = f"{run.path} holds the run that was there before" if run.restored else f"the run is in {run.path}"
+    progress.say(f"{end.status} after {run.steps} steps{skipped}; {where}")
+    if config.push_to_hub and end.status == "finished" and ranks.is_main:
         progress.say(f"pushed: {push_to_hub(str(run.path), config.push_to_hub, config.hub_private)}")
-    return EXIT[status]
+    return 128 + end.signal if end.signal else 0  # as a shell counts
 
 
 def make_job(config: TrainConfig, ranks: Ranks) -> Job:
@@ -56,47 +67,76 @@ def make_job(config: TrainConfig, ranks: Ranks) -> Job:
     return job
 
 
-def _train(job: Job, run: ResumableRun, progress: Progress) -> str:
-    """Train and conclude, whatever happens; how it ended: finished, stopped or terminated."""
+def _train(job: Job, run: ResumableRun, progress: Progress) -> "_End":
+    """Train and conclude, whatever happens; how it ended."""
     ranks = job.policy.ranks
-    status, together = "failed", ranks.world == 1
+    end = _End("failed", together=ranks.world == 1)
     try:
         job.train(run, progress)
-        status = "finished"
-    except Stopped as stop:
-        status = "terminated" if stop.number == signal.SIGTERM else "stopped"
-    except KeyboardInterrupt:
-        status = "stopped"
+        end.together = True
+        end.saved = True  # or cannot be
+        run.save_weights()
+        end.results = job.finish(run, progress)
+        end.status = "finished"
+    except stopping.Stopped as stop:
+        # all ranks stop at the same place
+        end.status, end.signal, end.together = ENDS[signal.Signals(stop.number)], stop.number, True
+        run.save_stopped()
     except NotFinite as error:
-        together = True  # all ranks had the same loss
+        end.together, end.error = True, str(error)  # all ranks had the same loss
         path = run.save_batches(error.batches, job.policy.tokenizer.decode)
-        raise FloatingPointError(f"{error}; the dialogues of these steps are in {path}") from error
+        end.error = f"{error}; the dialogues of these steps are in {path}"
+        raise FloatingPointError(end.error) from error
     except RuntimeError as error:
         if ranks.world == 1 or not lost_a_rank(error):
+            end.error = one_line(error)
             raise
+        end.together = False
         rule = f"a rank died or did not answer within {job.config.rank_timeout} seconds (rank_timeout)"
-        raise OSError(f"{rule}; --resume goes on from the newest checkpoint: {str(error).splitlines()[0]}") from error
+        end.error = f"{rule}; --resume goes on from the newest checkpoint: {str(error).splitlines()[0]}"
+        raise OSError(end.error) from error
+    except BaseException as error:
+        end.error = one_line(error)  # as the command line says it
+        raise
     finally:
-        if status == "stopped":
-            progress.say("stopped: saving what was done (press Ctrl-C again to give that up)")
-        _conclude(job, run, progress, status, together or status != "failed")
-        run.close()
-    return status
+        _conclude(job, run, end)
+    return end
 
 
-def _conclude(job: Job, run: ResumableRun, progress: Progress, status: str, together: bool) -> None:
-    """Weights, last evaluation, summary. A terminated run has no time for the evaluation, a failed one hides nothing of
-    its failure.
+@dataclass
+class _End:
+    """How a run ended: finished, stopped, terminated or failed, by a ``signal`` or with an ``error``.
 
-    What needs the other ranks is left out where they may be elsewhere, ``together`` False: a rank that failed has
-    failed alone.
+    ``together``: whether all ranks are here; ``saved``: whether its weights are.
     """
-    try:
-        if together:
+
+    status: str
+    together: bool
+    signal: int = 0
+    saved: bool = False
+    results: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+
+
+def _conclude(job: Job, run: ResumableRun, end: _End) -> None:
+    """Weights, then the summary, each whatever becomes of the other; a run that failed hides nothing of its failure.
+
+    What needs the other ranks is left out where they may be elsewhere: a rank that failed has failed alone.
+    """
+    failure, raised = None, bool(end.error)
+    if end.together and not end.saved:
+        try:
             run.save_weights()
-        results = job.finish(run, progress) if status in ("finished", "stopped") else {}
-        run.write_summary(status=status, steps=run.steps, **results, **job.policy.describe())
+        except OSError as error:
+            failure, end.error, end.status = error, end.error or one_line(error), "failed"
+    said = {"error": end.error.splitlines()[0]} if end.error else {}
+    steps = {"steps": run.steps, "skipped_steps": run.skipped_steps}
+    try:
+        run.write_summary(status=end.status, **said, **steps, **end.results, **job.policy.describe())
     except OSError as error:
-        if status != "failed":
-            raise
-        warnings.warn(f"{run.path} could not take the weights and the summary: {error}", stacklevel=2)
+        failure = failure or error
+    run.close()
+    if failure and not raised:
+        raise failure
+    if failure:
+        warnings.warn(f"{run.path} could not take the weights and the summary: {failure}", stacklevel=2)

@@ -1,13 +1,12 @@
-"""The folder of a run and what is shown while it runs."""
+"""The folder of a run."""
 
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,15 @@ from ppg_fast.config import TrainConfig, write_yaml
 from ppg_fast.dialogues.chat_format import ChatFormat
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.jobs import cards, curves
-from ppg_fast.jobs.samples import SAMPLES, answer_rows, append_rows, keep_rows, page
-from ppg_fast.jobs.trackers import FOLDER as TRACKERS
+from ppg_fast.jobs.inputs import input_paths, with_absolute_paths
+from ppg_fast.jobs.ownership import OwnedFolder, escaped, require_folder
+from ppg_fast.jobs.run_files import ENTRIES, recognise
+from ppg_fast.jobs.samples import SAMPLES, answer_rows, append_rows, append_whole, keep_rows, page
 from ppg_fast.jobs.trackers import Trackers
+from ppg_fast.models.export import write_base
 from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.training.objective import Objective
+from ppg_fast.writing import writing
 
 METRICS, CONFIG, SUMMARY, CURVE, CHECKPOINT = (
     "metrics.jsonl",
@@ -31,30 +34,16 @@ METRICS, CONFIG, SUMMARY, CURVE, CHECKPOINT = (
 )
 CHECKPOINTS, NOT_FINITE, TURNS, README = "checkpoints", "not_finite.jsonl", "turns.png", "README.md"
 STEPS = ("imitation", "train")  # phases that take steps
-OURS = (
-    CHECKPOINTS,
-    METRICS,
-    SUMMARY,
-    CURVE,
-    TURNS,
-    CHECKPOINT,
-    NOT_FINITE,
-    SAMPLES,
-    TRACKERS,
-    "samples_before.md",
-    "samples_after.md",
-    README,
-    CONFIG,
-)  # config last: see below
 
 
 def kept(method: Callable[..., None]) -> Callable[..., None]:
-    """A method that writes: without effect on ranks that do not keep the folder."""
+    """A method that writes: without effect on ranks that do not keep the folder; whatever fails is an OSError."""
 
     @wraps(method)
     def write(self: "RunFolder", *arguments: Any, **options: Any) -> None:
         if self.keeps:
-            method(self, *arguments, **options)
+            with writing(self.path):
+                method(self, *arguments, **options)
 
     return write
 
@@ -71,26 +60,28 @@ class RunFolder:
         self.config, self.description, self.keeps = config, description, keeps
         self.path, self.start, self.position = Path(config.output_dir), time.perf_counter(), 0
         self.metrics: list[dict[str, Any]] = []
+        self.owned = OwnedFolder(require_folder(config.output_dir), ENTRIES, recognise, keep_last=CONFIG)
 
     @kept
     def open(self, resume: bool = False) -> None:
         """Begin to write: config.yaml, README.md and the trackers.
 
-        FileExistsError if the folder already holds a run and the config's ``overwrite`` is off. With it, the files of a
-        run are removed and others stay. ``resume``: the folder holds a run, and that is the one to go on with.
+        FileExistsError if the folder already holds a run and the config's ``overwrite`` is off. With it, the files that
+        the run listed as its own are moved aside until the first step of this one, and others stay. ``resume``: the
+        folder holds a run, and that is the one to go on with.
         """
-        held = [] if resume else [name for name in OURS if (self.path / name).exists()]
-        if held and not self.config.overwrite:
-            wanted = "give another --output-dir, --resume to go on with it, or --overwrite to replace it"
-            raise FileExistsError(f"{self.path} already holds a run ({held[0]}): {wanted}")
-        for name in held:  # the config goes last, so that no half of a run is taken up with the settings of another
-            old = self.path / name
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        self.path.mkdir(parents=True, exist_ok=True)
+        if resume:
+            self.owned.own(*ENTRIES)
+        else:
+            self.owned.begin(self.config.overwrite, input_paths(asdict(self.config)))
+        try:
+            self.trackers = Trackers(self.config, self.path, resume)
+        except BaseException:
+            self.owned.restore()
+            raise
         new = self.path / f"{CONFIG}.new"
-        write_yaml(new, self.config)
+        write_yaml(new, replace(self.config, **with_absolute_paths(asdict(self.config))))
         new.replace(self.path / CONFIG)
-        self.trackers = Trackers(self.config, self.path, resume)
         cards.write_readme(self.path, self.config, self.description, None)
 
     def log(self, phase: str, metrics: dict[str, Any]) -> None:
@@ -98,6 +89,8 @@ class RunFolder:
         row = {"phase": phase, "seconds": round(self.seconds, 3), **metrics}
         self.metrics.append(row)
         self.position += phase in STEPS
+        if phase in STEPS and self.keeps:
+            self.owned.discard()
         self._write(row)
 
     @kept
@@ -107,22 +100,34 @@ class RunFolder:
 
     @kept
     def _write(self, row: dict[str, Any]) -> None:
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps({k: _number(v) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+        line = json.dumps({k: _number(v) if isinstance(v, float) else v for k, v in row.items()}) + "\n"
+        append_whole(self.path / METRICS, line)
         under_way = row["phase"] not in (*STEPS, "eval")  # what is neither tells of the step under way
         self.trackers.log(row["phase"], row, self.position + under_way)
 
-    def rewind(self, size: int, seconds: float) -> None:
-        """Back to the first ``size`` bytes of metrics.jsonl, written ``seconds`` after the start. ValueError where it
-        has fewer."""
+    def require_metrics(self, size: int) -> None:
+        """ValueError where metrics.jsonl has fewer than ``size`` bytes."""
         path = self.path / METRICS
         there = path.stat().st_size if path.exists() else 0
         if there < size:
             raise ValueError(f"{path} must hold the {size} bytes that it had at the checkpoint, got {there}")
-        if there:
+
+    def rewind(self, size: int, seconds: float, end: int | None = None) -> None:
+        """Back to the first ``size`` bytes of metrics.jsonl, written ``seconds`` after the start. ValueError where it
+        has fewer.
+
+        ``end``: the last step of a run that ended and is to go further; its evaluation there, written next, stays.
+        """
+        self.require_metrics(size)
+        path = self.path / METRICS
+        if path.exists():
+            whole = path.read_bytes()
+            following, newline, _ = whole[size:].partition(b"\n")
+            if end is not None and newline and _is_evaluation(following, end):
+                size += len(following) + 1
             if self.keeps:
                 os.truncate(path, size)
-            self.metrics = [json.loads(line) for line in path.read_bytes()[:size].decode("utf-8").splitlines()]
+            self.metrics = [json.loads(line) for line in whole[:size].split(b"\n") if line]
         self.position = sum(row["phase"] in STEPS for row in self.metrics)
         if self.keeps:
             keep_rows(self.path / SAMPLES, {row["phase"]: row["step"] for row in self.metrics})
@@ -142,6 +147,11 @@ class RunFolder:
         """The last training step that was logged."""
         rows = self.of_phase("train")
         return rows[-1]["step"] if rows else 0
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of all phases whose loss or gradient was not finite."""
+        return sum((self.of_phase(phase) or [{"skipped_steps": 0}])[-1]["skipped_steps"] for phase in STEPS)
 
     def start_and_end(self, *names: str) -> dict[str, float]:
         """The first and the last value of evaluation metrics, as <name>/start and <name>/end."""
@@ -176,15 +186,27 @@ class RunFolder:
     @kept
     def save_checkpoint(self, model: Any, tokenizer: Any, state_dict: dict[str, Any] | None = None) -> None:
         """checkpoint/: safetensors, config and tokenizer, as the Auto classes of transformers read them. Replaces the
-        last one whole.
+        last one whole; what else lies there stays.
 
         Of a model with adapters these alone, as peft saves them. ``state_dict``: the weights, where ``model`` holds a
         part of them only.
         """
         new, old = self.path / f"{CHECKPOINT}.new", self.path / CHECKPOINT
         shutil.rmtree(new, ignore_errors=True)
-        model.save_pretrained(new, state_dict=state_dict)
-        tokenizer.save_pretrained(new)
+        try:
+            model.save_pretrained(new, state_dict=state_dict)
+            tokenizer.save_pretrained(new)
+            write_base(new, model)
+        except BaseException:  # a full disk: leave room for the summary
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        mine = [
+            f"{CHECKPOINT}/{escaped(file.relative_to(new).as_posix())}" for file in new.rglob("*") if file.is_file()
+        ]
+        self.owned.own(*mine)
+        for file in self.owned.others(old):
+            (new / file).parent.mkdir(parents=True, exist_ok=True)
+            (old / file).rename(new / file)
         shutil.rmtree(old, ignore_errors=True)
         new.rename(old)
 
@@ -197,7 +219,9 @@ class RunFolder:
             for sample in samples
         )
         if self.keeps:
-            (self.path / NOT_FINITE).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            self.owned.discard()
+            with writing(self.path / NOT_FINITE):
+                (self.path / NOT_FINITE).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return self.path / NOT_FINITE
 
     @kept
@@ -208,6 +232,8 @@ class RunFolder:
         chosen = {name: getattr(self.config, name) for name in names}
         spent = {"seconds": round(self.seconds, 1), "cpu_seconds": round(time.process_time(), 1)}
         summary = {**values, **chosen, **spent}
+        if values.get("status") == "finished":  # after no step at all, if none was asked for
+            self.owned.discard()
         (self.path / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         cards.write_readme(self.path, self.config, self.description, summary)
         cards.write_model_card(self.path / CHECKPOINT, self.config, self.description, summary)
@@ -220,60 +246,13 @@ class RunFolder:
         curves.draw_turns(self.path / TURNS, self.of_phase("train"), self.of_phase("eval"))
 
 
+def _is_evaluation(line: bytes, step: int) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return row["phase"] == "eval" and row["step"] == step
+
+
 def _number(value: float) -> float | None:
     return round(value, 6) if math.isfinite(value) else None  # JSON has no word for the others
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a plain line every ``every`` steps, or eight a phase."""
-
-    def __init__(self, enabled: bool, every: int) -> None:
-        from rich.console import Console
-
-        self.console, self.every = Console(), every
-        self.bar = enabled and self.console.is_terminal
-
-    def say(self, text: str) -> None:
-        """One line, above the bar."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    @contextmanager
-    def phase(self, name: str, steps: int) -> Iterator["Phase"]:
-        """A bar of ``steps`` while the block runs."""
-        if not self.bar:
-            yield Phase(self, name, steps, None)
-            return
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-        )
-        with Bar(*columns, TimeRemainingColumn(), console=self.console) as bar:
-            yield Phase(self, name, steps, (bar, bar.add_task(name, total=steps, status="")))
-
-
-class Phase:
-    """What `Progress.phase` hands out."""
-
-    def __init__(self, progress: Progress, name: str, steps: int, task: tuple[Any, Any] | None) -> None:
-        self.progress, self.name, self.steps, self.task = progress, name, steps, task
-
-    def show(self, metrics: dict[str, Any], key: str) -> None:
-        """One step done: the metric ``key``, speed and memory. A step without any advantage is said so, a change of
-        class why."""
-        step, name = metrics["step"], "return" if key == "reward" else key
-        speed, memory = metrics["perf/tokens_per_second"], metrics["perf/peak_memory_mb"]
-        status = f"{name} {metrics[key]:.3f}  {speed:,.0f} tokens/s  peak {memory:,.0f} MB"
-        if not metrics["active_turns"]:
-            self.progress.say(f"step {step}: no turn has an advantage, so the loss is zero and nothing was learned")
-        if "auto/reason" in metrics:
-            self.progress.say(f"step {step}: {metrics['auto/reason']}")
-        if self.task:
-            bar, task = self.task
-            bar.update(task, completed=step, status=status)
-        elif step % max(self.progress.every, self.steps // 8) == 0 or step == self.steps:
-            self.progress.say(f"{self.name} {step}/{self.steps}  {status}")

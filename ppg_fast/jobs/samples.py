@@ -1,6 +1,7 @@
 """Dialogues for people to read: one page of Markdown, and a table with one line an answer."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from ppg_fast.dialogues.packing import CONTEXT, Sample, pack
 from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.training.objective import Objective, credit
+from ppg_fast.writing import opened
 
 SAMPLES = "samples.jsonl"
 SHOWN = 4  # dialogues of a page, and of a table's step
@@ -56,8 +58,19 @@ def answer_rows(
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows at the end of a JSONL file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    append_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Write ``text`` at the end of a file, or nothing of it."""
+    before = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:  # a full disk takes a part of a line
+        if path.is_file():
+            os.truncate(path, before)
+        raise
 
 
 def keep_rows(path: Path, last_steps: dict[str, int]) -> None:
@@ -65,15 +78,15 @@ def keep_rows(path: Path, last_steps: dict[str, int]) -> None:
     goes on."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row["step"] <= last_steps.get(row["phase"], -1):
-            kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    lines = path.read_bytes().split(b"\n")  # and nothing else ends a line: texts hold U+2028 and its like as they are
+    with opened(path) as file:
+        for line in filter(None, lines):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if row["step"] <= last_steps.get(row["phase"], -1):
+                file.write(line.decode("utf-8") + "\n")
 
 
 def page(when: str, rollouts: Sequence[Rollout], note: str, scored: bool = True) -> str:

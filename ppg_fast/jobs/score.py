@@ -1,88 +1,165 @@
 """`ppg-fast score`: logged dialogues in, the same dialogues with a reward for every turn out."""
 
+import functools
+import glob
 import hashlib
 import json
+import sys
+import time
 import warnings
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ppg_fast.config import REWARD_SETTINGS, TrainConfig
-from ppg_fast.dialogues.dialogue import KEYS, Dialogue, read_dialogues, write_dialogues
+from ppg_fast.config import TrainConfig
+from ppg_fast.dialogues.dialogue import KEYS, Dialogue, read_dialogues
 from ppg_fast.jobs.endpoints import rewards_of
+from ppg_fast.jobs.inputs import input_paths, reward_digest
 from ppg_fast.jobs.policy import device_of
 from ppg_fast.rewards import Judge, Ratings, Reward, Scores, Transcript, score
+from ppg_fast.writing import check_output, is_stdout, is_stream, opened
 
 CHUNK = 64  # dialogues between two writes of the partial output
+# settings that say how the rewards are had, not what they are: another one goes on with what was scored
+HOW_ASKED = (
+    *("timeout", "retries", "concurrency", "strict", "device"),
+    *("judge", "judge_key", "judge_retries", "judge_tokens"),
+)
 
 
 def score_file(data: str, output: Path, config: TrainConfig, overwrite: bool = False) -> list[Dialogue]:
     """Write ``data`` to ``output`` with the turn_rewards that the config's rewards give, whole or not at all; say what
-    was done.
+    was done. Other keys of a line stay.
 
     What is scored is kept in a partial file beside it after every ``CHUNK`` dialogues, and the same command goes on
-    from there: a judge that fails after an hour costs a chunk. FileExistsError if ``output`` exists and ``overwrite``
-    is off.
+    from there: a judge that fails after an hour costs a chunk. Data or rewards that hold something else than before
+    (`reward_digest`) are scored from the beginning. A device or a pipe as ``output`` is written through at the end and
+    has no partial file. FileExistsError if ``output`` exists and ``overwrite`` is off, ValueError if it is an input.
     """
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} exists: give another -o, or --overwrite to replace it")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    inputs = [Path(data), *input_paths({**asdict(config), "data": None})]
+    check_output(output, overwrite, inputs)
     with warnings.catch_warnings():  # that turns have no reward yet is why they are scored
         warnings.filterwarnings("ignore", message=".*assistant messages have no reward")
         dialogues = read_dialogues(data, config.strict)
+        config = replace(config, template_date=config.template_date or time.strftime("%Y-%m-%d"))
         rewards = rewards_of(config, device_of(config.device))
-        partial = output.with_name(f".{output.name}.{_digest(config, dialogues)}.partial")
-        scored = read_dialogues(partial, True) if partial.exists() else []
-    info = _info(data)
+        partial = _partial(output, data, config, rewards)
+        scored = _scored_before(partial, dialogues)
+    lines = _lines_of(data, dialogues)
+    say = functools.partial(print, file=sys.stderr if is_stdout(output) else sys.stdout)
     if scored:
-        print(f"{len(scored)} of {len(dialogues)} dialogues were scored before: going on")
+        say(f"{len(scored)} of {len(dialogues)} dialogues were scored before: going on")
+    for other in _others(output, partial):
+        rule = "was scored with other rewards or from other data, so it is not gone on with"
+        say(f"{other} {rule}; remove it if it is of no use")
     while len(scored) < len(dialogues):
         part = dialogues[len(scored) : len(scored) + CHUNK]
-        scores = score(
-            rewards, [Transcript(d.id, d.messages, {"group_id": d.group_id, **info.get(d.id, {})}) for d in part]
-        )
+        scores = score(rewards, [_transcript(d, lines.get(d.id, {})) for d in part])
         scored += [replace(d, turn_rewards=tuple(row)) for d, row in zip(part, scores.totals, strict=True)]
-        write_dialogues(partial, scored)
+        if partial:
+            _write(partial, scored, lines)
         if len(dialogues) > CHUNK:
-            print(f"{len(scored)} of {len(dialogues)} dialogues scored")
-    write_dialogues(output, scored)
-    partial.unlink()
-    _report(output, scored, rewards)
+            say(f"{len(scored)} of {len(dialogues)} dialogues scored")
+    _write(output, scored, lines)
+    if partial:
+        partial.unlink()
+    _report(output, scored, rewards, say)
     return scored
 
 
-def _digest(config: TrainConfig, dialogues: list[Dialogue]) -> str:
-    """Eight letters that change with the rewards and the dialogues."""
-    settings = [getattr(config, name) for name in REWARD_SETTINGS]
-    return hashlib.sha256(repr((settings, dialogues)).encode()).hexdigest()[:8]
+def _partial(output: Path, data: str, config: TrainConfig, rewards: Sequence[Reward]) -> Path | None:
+    """The file of what is scored so far, named by the content of the data and of the rewards; None beside a stream."""
+    if is_stream(output):
+        return None
+    total = hashlib.sha256(Path(data).read_bytes())
+    total.update(reward_digest(config.reward, rewards).encode())
+    return output.with_name(f".{output.name}.{total.hexdigest()[:16]}.partial")
 
 
-def _info(data: str) -> dict[str, dict[str, Any]]:
-    """What the lines of our JSONL say beside what a dialogue is made of, by id."""
-    found: dict[str, dict[str, Any]] = {}
-    for line in Path(data).read_text(encoding="utf-8-sig", errors="replace").split("\n"):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # read_dialogues has said what is wrong with it
+def _others(output: Path, partial: Path | None) -> list[Path]:
+    """Partial files of other rewards or other data."""
+    if not partial:
+        return []
+    return sorted(p for p in output.parent.glob(f".{glob.escape(output.name)}.*.partial") if p != partial)
+
+
+def _scored_before(partial: Path | None, dialogues: Sequence[Dialogue]) -> list[Dialogue]:
+    """What the partial file holds; nothing where it is no beginning of the data."""
+    scored = read_dialogues(partial, True) if partial and partial.exists() else []
+    same = all(a.id == b.id and a.messages == b.messages for a, b in zip(scored, dialogues, strict=False))
+    return scored if same and len(scored) <= len(dialogues) else []
+
+
+def _transcript(dialogue: Dialogue, line: Mapping[str, Any]) -> Transcript:
+    """With what the line says beside what a dialogue is made of."""
+    info = {key: value for key, value in line.items() if key not in KEYS}
+    return Transcript(dialogue.id, dialogue.messages, {"group_id": dialogue.group_id, **info})
+
+
+def _write(path: Path, scored: Sequence[Dialogue], lines: Mapping[str, Mapping[str, Any]]) -> None:
+    """One line a dialogue: that of the data with its turn_rewards, or what a dialogue of another format is made of."""
+    with opened(path) as file:
+        for d in scored:
+            own = {"id": d.id, "group_id": d.group_id, "messages": [m.as_dict() for m in d.messages]}
+            line = {**own, **lines.get(d.id, {}), "turn_rewards": d.turn_rewards}
+            text = json.dumps(line, ensure_ascii=False)
+            # half of a surrogate pair, in a key that is none of ours, has no UTF-8
+            file.write((text if _is_utf8(text) else json.dumps(line)) + "\n")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _lines_of(data: str, dialogues: Sequence[Dialogue]) -> dict[str, dict[str, Any]]:
+    """The line, or list element, that each dialogue was read from, by its id; those of other formats are not there."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in _records(Path(data).read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")):
+        if isinstance(record, dict) and isinstance(record.get("id"), str) and isinstance(record.get("messages"), list):
+            found.setdefault(record["id"], []).append(record)
+    said = {d.id: [(m.role, m.content) for m in d.messages] for d in dialogues}
+    # an id may stand twice, and the first time in a line that was left out
+    fits = lambda r: [(m.get("role"), m.get("content")) for m in r["messages"] if isinstance(m, dict)] == said[r["id"]]  # noqa: E731
+    return {name: next(filter(fits, records), records[0]) for name, records in found.items() if name in said}
+
+
+def _records(text: str) -> Iterator[Any]:
+    """The values of JSON lines or of a JSON list, as far as they can be read: `read_dialogues` has said what cannot."""
+    if not text.lstrip().startswith("["):
+        for line in text.split("\n"):
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError):  # noqa: PERF203 (the others are read)
+                continue
+        return
+    decoder, place = json.JSONDecoder(), text.index("[") + 1
+    while place < len(text):
+        if text[place] in " \t\r\n,":
+            place += 1
             continue
-        if isinstance(record, dict) and isinstance(record.get("id"), str):
-            found.setdefault(record["id"], {key: value for key, value in record.items() if key not in KEYS})
-    return found
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            return
+        yield value
 
 
-def _report(output: Path, scored: list[Dialogue], rewards: list[Reward]) -> None:
+def _report(output: Path, scored: list[Dialogue], rewards: list[Reward], say: Callable[[str], None]) -> None:
     totals = [list(d.turn_rewards) for d in scored]
     values = [value for row in totals for value in row if value is not None]
     unscored = Scores(totals, {}).unscored
     mean = f"mean reward {sum(values) / len(values):.3f}" if values else "no reward"
-    print(f"{output}: {len(scored)} dialogues, {len(values)} turns scored, {unscored} not, {mean}")
+    say(f"{output}: {len(scored)} dialogues, {len(values)} turns scored, {unscored} not, {mean}")
     for reward in rewards:
         if isinstance(reward.scorer, Judge) and reward.scorer.unparsable:
-            print(
-                f"reward {reward.name}: {reward.scorer.unparsable} replies of the judge held no score within its range"
-            )
+            say(f"reward {reward.name}: {reward.scorer.unparsable} replies of the judge held no score within its range")
         if isinstance(reward.scorer, Ratings) and reward.scorer.unused:
             unused = reward.scorer.unused
-            print(
+            say(
                 f"reward {reward.name}: {len(unused)} dialogues with ratings are not in the data, such as {unused[0]!r}"
             )

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ppg_fast.distributed import Ranks
+from ppg_fast.writing import refusal
 
 STATE, SHARDS, SUMS = "state.pt", "shards", "SHA256SUMS"
 PARTIAL, DAMAGED = ".partial", ".damaged"
@@ -60,11 +61,13 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int, ranks: Ranks
         for path in (partial / SUMS, *filter(Path.is_dir, [partial / SHARDS]), partial):
             sync(path)
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(target.with_name(f"{target.name}.old{PARTIAL}"))
         partial.rename(target)
         sync(folder)
         for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old.rename(old.with_name(old.name + PARTIAL)))
+            old.rename(old.with_name(old.name + PARTIAL))
+        for left in folder.glob(f"*{PARTIAL}"):
+            shutil.rmtree(left)
 
     try:
         ranks.run_on_main(begin)
@@ -75,15 +78,10 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int, ranks: Ranks
     except BaseException as error:
         if ranks.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-        if refusal := _refusal(error):
-            raise OSError(f"{target}: {refusal}") from error
+        if isinstance(error, Exception) and not isinstance(error, ValueError):
+            raise OSError(f"{target}: {refusal(error) or error}") from error
         raise
     return target
-
-
-def _refusal(error: BaseException) -> OSError | None:
-    """What the system said: torch's writer hides a failed write behind an error of its own."""
-    return next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
 
 
 def newest(folder: Path, ranks: Ranks | None = None) -> dict[str, Any] | None:
@@ -152,7 +150,7 @@ def _write_shards(folder: Path, shards: dict[str, Any]) -> None:
             try:
                 return super().write_data(plan, planner)
             except RuntimeError as error:
-                raise _refusal(error) or error from None  # here, where its cause is known: it travels without
+                raise refusal(error) or error from None  # here, where its cause is known: it travels without
 
     try:
         with warnings.catch_warnings():
@@ -205,7 +203,7 @@ def _digest(path: Path) -> str:
 def _fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, None if its bytes are those that were written."""
     try:
-        pairs = [line.split() for line in (path / SUMS).read_text(encoding="utf-8").splitlines()] or [[]]
+        pairs = [line.split() for line in (path / SUMS).read_text(encoding="utf-8").split("\n") if line] or [[]]
         for written, name in pairs:
             if _digest(path / name) != written:
                 return f"the checksum of {name} differs"

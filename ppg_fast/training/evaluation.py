@@ -1,10 +1,11 @@
 """Evaluation on held-out dialogues: each turn on its logged prefix, and whole rollouts, both by turn index."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ppg_fast import stopping
 from ppg_fast.dialogues.packing import PackedBatch, Sample, micro_batches, pack
 from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training.metrics import by_turn, describe
@@ -14,7 +15,11 @@ OF_ROLLOUTS = ("reward", "completions/", "turns/mean_count", "turns/return")
 
 
 def on_logged_prefix(
-    module: nn.Module, samples: Sequence[Sample], objective: Objective, max_tokens: int
+    module: nn.Module,
+    samples: Sequence[Sample],
+    objective: Objective,
+    max_tokens: int,
+    check: Callable[[], None] = stopping.check,
 ) -> dict[str, float]:
     """How likely the logged answers are, each after the logged dialogue before it; one forward pass, no gradient.
 
@@ -22,13 +27,13 @@ def on_logged_prefix(
     sum_t R_t log pi(a_t | h_t) with R_t the windowed return, the objective of offline training. By turn index t:
     ``eval/turns/logprob/<t>``, mean over dialogues of the turn's mean token log-prob, and
     ``eval/turns/weighted_logprob/<t>``, mean of R_t log pi(a_t | h_t). ``module``: a PolicyModule, as ranks share it;
-    its dropout is off meanwhile.
+    its dropout is off meanwhile. ``check`` is asked before each pass whether to go on; it raises where not.
     """
     if not samples:
         return {}
     batch = pack(samples)
     returns, _ = credit(batch, objective)
-    logprobs, tokens = turn_logprobs(module, batch, max_tokens)
+    logprobs, tokens = turn_logprobs(module, batch, max_tokens, check)
     read = tokens > 0
     weighted = logprobs * returns.double()
     return {
@@ -39,7 +44,9 @@ def on_logged_prefix(
     }
 
 
-def turn_logprobs(module: nn.Module, batch: PackedBatch, max_tokens: int) -> tuple[Tensor, Tensor]:
+def turn_logprobs(
+    module: nn.Module, batch: PackedBatch, max_tokens: int, check: Callable[[], None] = stopping.check
+) -> tuple[Tensor, Tensor]:
     """Log-prob (S, T) float64 of each turn's tokens together, and how many they are; on the CPU."""
     device, was_training = next(module.parameters()).device, module.training
     logprobs = torch.zeros(len(batch.tokens), dtype=torch.float64)
@@ -47,6 +54,7 @@ def turn_logprobs(module: nn.Module, batch: PackedBatch, max_tokens: int) -> tup
     try:
         with torch.no_grad():
             for dialogues in micro_batches(torch.diff(batch.cu_seqlens).tolist(), max_tokens):
+                check()
                 at = torch.isin(batch.dialogue_ids, torch.tensor(dialogues))
                 logprobs[at] = module(batch.part(dialogues).to(device), None, PolicyLossSpec()).double().cpu()
     finally:

@@ -104,7 +104,10 @@ def _resolve(model: nn.Module, name: str, arguments: str, betas: tuple[float, fl
 
 def _numbers(arguments: str) -> dict[str, Any]:
     pairs = [part.partition("=") for part in arguments.replace(" ", "").split(",") if part]
-    return {key: value == "True" if value in ("True", "False") else float(value) for key, _, value in pairs}
+    try:
+        return {key: value == "True" if value in ("True", "False") else float(value) for key, _, value in pairs}
+    except ValueError as error:
+        raise ValueError(f"optim_args must be numbers, True or False here, got {arguments!r}") from error
 
 
 def _muon(

@@ -50,10 +50,12 @@ def add_logprobs(
     where there is one."""
     if objective.num_iterations > 1:
         for one in passes:
+            ranks.check()
             one.old_logprobs = _logprobs(module, one.batch, objective.spec, ranks)
     if reference is not None:
         with reference.in_place():
             for one in passes:
+                ranks.check()
                 one.ref_logprobs = _logprobs(module, one.batch, objective.spec, ranks)
 
 

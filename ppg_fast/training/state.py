@@ -41,6 +41,12 @@ class SkippedSteps:
             seen = f"loss {loss} and gradient norm {grad_norm} at step {step}"
             raise NotFinite(f"{rule}, got {seen}, the last of {len(self.in_a_row)} in a row", self.in_a_row)
 
+    def require_some_taken(self, steps: int) -> None:
+        """NotFinite where all of ``steps`` were skipped: nothing was learned."""
+        if self.total and self.total >= steps:
+            rule = "loss and gradient must be finite in some step, or nothing is learned"
+            raise NotFinite(f"{rule}; got none in {steps} steps (are the rewards too large?)", self.in_a_row)
+
     def state_dict(self) -> dict[str, Any]:
         """Both, in plain types."""
         return {"total": self.total, "in_a_row": [(step, [asdict(s) for s in batch]) for step, batch in self.in_a_row]}

@@ -43,12 +43,14 @@ def optimise(
 
     ``collect(step)`` gives the dialogues of a step: on-policy, it rolls out the model as it is now. ``state``: where to
     go on from, kept up to date. ``ranks``: who trains it together, after `Ranks.shard`; each of them collects the
-    dialogues of all, and all of them yield the same metrics. NotFinite after too many skipped steps; the weights are
-    those before them.
+    dialogues of all, and all of them yield the same metrics. NotFinite after too many skipped steps, or at the end
+    where all were skipped; the weights are those before them. `Stopped` at a signal, where the process listens to
+    them: between two passes before the weights move, so that ``state`` is that of the last step that was yielded.
     """
     ranks = ranks or Ranks()
     state = state or TrainingState.start(model, objective, schedule)
     for step in range(state.step + 1, schedule.max_steps + 1):
+        ranks.check()
         start, rate, chooser = time.perf_counter(), schedule.learning_rate_at(step), state.chooser
         samples = collect(step)
         set_learning_rate(state.optimizer, rate)
@@ -70,6 +72,7 @@ def optimise(
             "perf/tokens_per_second": tokens / seconds,
             "perf/peak_memory_mb": peak_memory_mb(model),
         }
+    state.skipped.require_some_taken(schedule.max_steps)
 
 
 def update(
@@ -95,12 +98,15 @@ def update(
     returns, advantages = credit(batch, objective)
     lengths = tokens_to_read(batch, advantages, objective)
     passes = make_passes(batch, advantages, lengths, schedule.max_tokens, model.device, ranks)
+    ranks.check()
     add_logprobs(passes, module, objective, reference, ranks)
     signals = SignalTokens(batch, objective) if objective.candidates else None
     normalizer, means, norm = denominator(batch, objective.reduction), TokenMeans(), 0.0
     for iteration in range(objective.num_iterations):
         optimizer.zero_grad(set_to_none=True)
-        means = backward(module, passes, objective, normalizer, ranks, None if iteration else signals)
+        # only before the weights move may a signal end the step: between two iterations it is neither taken nor not
+        check = ranks.check if iteration == 0 else lambda: None
+        means = backward(module, passes, objective, normalizer, ranks, None if iteration else signals, check)
         norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)))
         if not (math.isfinite(norm) and math.isfinite(means.loss)):
             break
@@ -123,11 +129,13 @@ def backward(
     normalizer: float | None,
     ranks: Ranks,
     signals: SignalTokens | None,
+    check: Callable[[], None],
 ) -> TokenMeans:
     """Forward and backward of every pass; gradients are those of the loss of all of them, on all ranks. ``signals``
-    takes in their tokens."""
+    takes in their tokens; ``check`` is asked before each pass."""
     means = TokenMeans()
     for number, one in enumerate(passes, 1):
+        check()
         with ranks.accumulate(module, last=number == len(passes)):
             out = module(
                 one.batch,
