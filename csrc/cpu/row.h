@@ -20,7 +20,7 @@ template <bool CAP> struct View {
   }
   float operator()(float x) const { return (*this)(splat(x))[0]; }
   template <bool LOW = true> Vec distance(Vec x, float max) const {  // LOW: not below `low`
-    const Vec d = (*this)(x)-max;
+    const Vec d = (*this)(x) + splat(-max);  // a sum, unlike x - max, may take x straight from memory
     return LOW || LANES < 16 ? at_least(d, low) : d;
   }
   Vec power(Vec d) const { return exp2_(d, splat(scale)); }
