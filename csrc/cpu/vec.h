@@ -16,7 +16,7 @@ struct Pair {  // 2 * LANES elements of a row, in the order that suits their typ
   Vec a, b;
 };
 
-PPG_INLINE Vec splat(float x) { return Vec{} + x; }
+PPG_INLINE Vec splat(float x) { return x - Vec{}; }  // not a sum: 0 + -0 is 0, so that the compiler would have to add
 // The maximum; b where either is NaN. By intrinsic: compilers turn the ternary into a compare and a blend.
 PPG_INLINE Vec vmax(Vec a, Vec b) {
 #if PPG_LANES == 16
