@@ -69,8 +69,14 @@ def opened(path: Path) -> Iterator[TextIO]:
     if is_stream(path):
         sys.stdout.flush()
         number = os.dup(1) if is_stdout(path) else os.open(path, os.O_WRONLY)
-        with os.fdopen(number, "w", encoding="utf-8", newline="\n") as file:
-            yield file
+        try:
+            with os.fdopen(number, "w", encoding="utf-8", newline="\n") as file:
+                yield file
+        except OSError as error:
+            if error.errno is None or error.filename is not None:
+                raise
+            # of a write, which names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         return
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def write(path, *lines, end="\n"):
 
 texts = st.text(max_size=20)
 names = st.text(min_size=1, max_size=8)
-finite = st.floats(allow_nan=False, allow_infinity=False)
+finite = st.floats(-3.4e38, 3.4e38)
 
 
 @st.composite
@@ -122,13 +122,20 @@ BAD = {  # a line, and what its message must say beside file and line
     ),
     "no messages": (line(messages=[], turn_rewards=[]), "'a' has no assistant message among its 0 messages"),
     "too many rewards": (line(turn_rewards=[1, 2]), "'a' has 1 assistant messages but 2 turn_rewards"),
-    "NaN": (line(turn_rewards=[float("nan")]), "dialogue 'a', turn 0: a reward must be finite, got nan"),
-    "infinity": (line(turn_rewards=[float("-inf")]), "dialogue 'a', turn 0: a reward must be finite, got -inf"),
+    "NaN": (line(turn_rewards=[float("nan")]), "dialogue 'a', turn 0: a reward must be finite in float32, got nan"),
+    "infinity": (
+        line(turn_rewards=[float("-inf")]),
+        "dialogue 'a', turn 0: a reward must be finite in float32, got -inf",
+    ),
     "float overflow": (
         line(turn_rewards=[9]).replace("[9]", "[1e999]"),
-        "dialogue 'a', turn 0: a reward must be finite, got inf",
+        "dialogue 'a', turn 0: a reward must be finite in float32, got inf",
     ),
-    "integer overflow": (line(turn_rewards=[10**400]), "dialogue 'a', turn 0: a reward must be finite, got inf"),
+    "float32 overflow": (line(turn_rewards=[-1e39]), "turn 0: a reward must be finite in float32, got -1e"),
+    "integer overflow": (
+        line(turn_rewards=[10**400]),
+        "dialogue 'a', turn 0: a reward must be finite in float32, got inf",
+    ),
     "integer beyond parsing": (
         line(turn_rewards=[9]).replace("[9]", f"[{'9' * 5000}]"),
         "is not JSON that can be read",
@@ -155,7 +162,7 @@ def test_every_wrong_line_is_named(tmp_path, text, message):
 
 def test_second_turn_is_named(tmp_path):
     two = [*GOOD["messages"], GOOD["messages"][1]]
-    with pytest.raises(ValueError, match="dialogue 'a', turn 1: a reward must be finite, got nan"):
+    with pytest.raises(ValueError, match="dialogue 'a', turn 1: a reward must be finite in float32, got nan"):
         read_dialogues(write(tmp_path / "d.jsonl", line(messages=two, turn_rewards=[1, float("nan")])), strict=True)
 
 

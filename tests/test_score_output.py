@@ -182,7 +182,7 @@ def test_a_device_is_written_through_and_stays_one(capsys):
         assert run("--overwrite", output=name) == status
         assert stat.S_ISCHR(os.stat(name).st_mode)
         assert os.stat(name).st_rdev == before.st_rdev
-    assert "No space left on device" in capsys.readouterr().err
+    assert "'/dev/full': No space left on device" in capsys.readouterr().err
     assert not [p for p in Path("/dev").iterdir() if p.name.endswith((".partial", ".tmp"))]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ppg_fast.dialogues import consistent_llms
 from ppg_fast.dialogues.records import Problems, Record, json_lines, list_elements
+from ppg_fast.rules import FLOAT32_MAX
 from ppg_fast.writing import opened
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -204,8 +205,8 @@ def _reward(value: object, where: str) -> float | None:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{where}: a reward must be finite, got {number}")
+    if not abs(number) <= FLOAT32_MAX:  # in which rewards train
+        raise ValueError(f"{where}: a reward must be finite in float32, got {number}")
     return number
 
 
