@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ppg_fast.dialogues import consistent_llms
-from ppg_fast.dialogues.records import Problems, Record, json_lines, list_elements
+from ppg_fast.dialogues.records import Problems, Record, json_records
 from ppg_fast.rules import FLOAT32_MAX
 from ppg_fast.writing import opened
 
@@ -91,7 +91,7 @@ def read_dialogues(path: str | os.PathLike[str], strict: bool = False) -> list[D
     raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
     if not raw.strip():
         raise ValueError(f"{path} is empty")
-    records = list(list_elements(raw, problems) if raw.lstrip()[:1] == b"[" else json_lines(raw, problems))
+    records = list(json_records(raw, problems))
     dialogues: list[Dialogue] = []
     seen: dict[str, str] = {}
     for _, where, value in _translated(records, Path(path), problems):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ppg_fast.reference.turns import turn_mask
+from ppg_fast.rules import FLOAT32_MAX
 from ppg_fast.spec import IGNORE, require
 
 CONTEXT = -1  # turn id of a token the policy did not choose
-LARGEST_REWARD = torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -199,7 +199,7 @@ def _check_sample(sample: Sample, index: int) -> None:
         )
     for turn, reward in enumerate(sample.rewards):
         # NaN fails it too
-        require(abs(reward) <= LARGEST_REWARD, f"{name}, turn {turn}: a reward must be finite in float32", reward)
+        require(abs(reward) <= FLOAT32_MAX, f"{name}, turn {turn}: a reward must be finite in float32", reward)
     if sample.rollout_logprobs is not None:
         given = len(sample.rollout_logprobs)
         require(

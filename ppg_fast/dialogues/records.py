@@ -41,6 +41,11 @@ class Problems:
             warnings.warn(f"{self.path}: {len(self.messages)} dialogues left out, {kept} kept", stacklevel=3)
 
 
+def json_records(raw: bytes, problems: Problems) -> Iterator[Record]:
+    """Each value of a JSON list or of JSON lines."""
+    return list_elements(raw, problems) if raw.lstrip()[:1] == b"[" else json_lines(raw, problems)
+
+
 def json_lines(raw: bytes, problems: Problems) -> Iterator[Record]:
     """Each line that is JSON. Blank lines are skipped."""
     for number, line in enumerate(raw.split(b"\n"), 1):

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from modulefinder import ModuleFinder
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from ppg_fast.config import TrainConfig
 from ppg_fast.rewards import Judge, PythonReward, Reward, RewardModel
-from ppg_fast.rewards.formula import TERM
+from ppg_fast.rewards.formula import TERM, split_terms
 from ppg_fast.rewards.judge import TASK
 
 PATHS = ("data", "prompts", "model", "partner_prompt")
@@ -37,7 +36,7 @@ def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     formula = settings.get("reward")
     if formula:
         terms = []
-        for term, what in zip(_terms(formula), _sources(formula), strict=True):
+        for term, what in zip(split_terms(formula), _sources(formula), strict=True):
             before, path, after = _split_source(what)
             terms.append(term.replace(what, before + _absolute(path) + after) if path else term)
         whole = " + ".join(terms)
@@ -111,13 +110,10 @@ def _modules(place: str) -> list[Path]:
     return [Path(file) for _, file in sorted(found.items()) if file and not file.endswith((".so", ".pyd"))]
 
 
-def _terms(formula: str | None) -> list[str]:
-    return [term.strip() for term in re.split(r"\s+\+\s+", formula.strip())] if formula else []
-
-
 def _sources(formula: str | None) -> list[str]:
     """The WHAT of each term; of what is no term, the term."""
-    return [found["what"] if (found := TERM.fullmatch(term)) else term for term in _terms(formula)]
+    terms = split_terms(formula) if formula else []
+    return [found["what"] if (found := TERM.fullmatch(term)) else term for term in terms]
 
 
 def _split_source(what: str) -> tuple[str, str, str]:

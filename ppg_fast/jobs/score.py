@@ -7,13 +7,14 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.dialogue import KEYS, Dialogue, read_dialogues
+from ppg_fast.dialogues.records import Problems, json_records
 from ppg_fast.jobs.endpoints import rewards_of
 from ppg_fast.jobs.inputs import input_paths, reward_digest
 from ppg_fast.jobs.policy import device_of
@@ -119,7 +120,7 @@ def _is_utf8(text: str) -> bool:
 def _lines_of(data: str, dialogues: Sequence[Dialogue]) -> dict[str, dict[str, Any]]:
     """The line, or list element, that each dialogue was read from, by its id; those of other formats are not there."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for record in _records(Path(data).read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")):
+    for record in _values(data):
         if isinstance(record, dict) and isinstance(record.get("id"), str) and isinstance(record.get("messages"), list):
             found.setdefault(record["id"], []).append(record)
     said = {d.id: [(m.role, m.content) for m in d.messages] for d in dialogues}
@@ -128,25 +129,12 @@ def _lines_of(data: str, dialogues: Sequence[Dialogue]) -> dict[str, dict[str, A
     return {name: next(filter(fits, records), records[0]) for name, records in found.items() if name in said}
 
 
-def _records(text: str) -> Iterator[Any]:
-    """The values of JSON lines or of a JSON list, as far as they can be read: `read_dialogues` has said what cannot."""
-    if not text.lstrip().startswith("["):
-        for line in text.split("\n"):
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError):  # noqa: PERF203 (the others are read)
-                continue
-        return
-    decoder, place = json.JSONDecoder(), text.index("[") + 1
-    while place < len(text):
-        if text[place] in " \t\r\n,":
-            place += 1
-            continue
-        try:
-            value, place = decoder.raw_decode(text, place)
-        except (ValueError, RecursionError):
-            return
-        yield value
+def _values(data: str) -> list[Any]:
+    """The JSON values of the file, as `read_dialogues` reads them, which has said what cannot be read."""
+    raw = Path(data).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [record.value for record in json_records(raw, Problems(data, strict=False))]
 
 
 def _report(output: Path, scored: list[Dialogue], rewards: list[Reward], say: Callable[[str], None]) -> None:

@@ -21,6 +21,11 @@ TERM = re.compile(
 )
 
 
+def split_terms(formula: str) -> list[str]:
+    """The terms of a formula, as they are written."""
+    return [term.strip() for term in re.split(r"\s+\+\s+", formula.strip())]
+
+
 def make_rewards(
     formula: str,
     judge: Callable[[], Endpoint] | None = None,
@@ -41,8 +46,8 @@ def make_rewards(
     rewards: list[Reward] = []
     loaded: dict[str, ModuleType] = {}  # one module for all functions of a file
     low, high = parse_range(judge_range)
-    for term in re.split(r"\s+\+\s+", formula.strip()):
-        found = TERM.fullmatch(term.strip())
+    for term in split_terms(formula):
+        found = TERM.fullmatch(term)
         if not found:
             raise ValueError(f"a reward must be [WEIGHT*]WHAT[@turn|@dialogue], got {term!r} in {formula!r}")
         what, scope = found["what"], found["scope"] or "turn"

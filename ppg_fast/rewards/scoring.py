@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ppg_fast.dialogues.dialogue import Message
-from ppg_fast.rewards.values import LARGEST, RULE, number_of, numbers_of
+from ppg_fast.rewards.values import RULE, number_of, numbers_of
+from ppg_fast.rules import FLOAT32_MAX
 from ppg_fast.spec import require_number, require_one_of
 
 SCOPES = ("turn", "dialogue")
@@ -129,7 +130,7 @@ def score(rewards: Sequence[Reward], transcripts: Sequence[Transcript]) -> Score
         rows = [parts[reward.name][number] for reward in rewards]
         totals.append([_sum(rewards, [row[turn] for row in rows]) for turn in range(transcript.turns)])
         for turn, total in enumerate(totals[-1]):
-            if total is not None and not abs(total) <= LARGEST:
+            if total is not None and not abs(total) <= FLOAT32_MAX:
                 where = f"dialogue {transcript.id!r}, turn {turn}"
                 raise ValueError(f"the weighted sum of rewards at {where} {RULE}, got {total}")
     return Scores(totals, parts)

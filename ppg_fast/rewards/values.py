@@ -7,7 +7,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-LARGEST = 3.4028234663852886e38  # of float32, in which rewards train
+from ppg_fast.rules import FLOAT32_MAX
+
 RULE = "must be a finite number, at most 3.4e38 (float32), or None"
 SHOWN = 60  # characters of a value in an error
 
@@ -35,7 +36,7 @@ def number_of(value: Any) -> float | None:
         number = float("inf")
     except Exception:  # Decimal("sNaN"), or the user's own __float__
         number = float("nan")
-    if not abs(number) <= LARGEST:
+    if not abs(number) <= FLOAT32_MAX:  # in which rewards train
         raise ValueError(f"{RULE}, got {shown(value)}")
     return number
 

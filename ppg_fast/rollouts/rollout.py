@@ -16,8 +16,8 @@ from ppg_fast.dialogues.dialogue import Message
 from ppg_fast.dialogues.packing import CONTEXT, Sample
 from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.generation import Answer, EndpointSampler, LocalSampler, Request, Sampler
+from ppg_fast.rules import FLOAT32_MAX
 
-MOST = torch.finfo(torch.float32).max
 Stepped = tuple[Message | None, float, bool]  # what `Environment.step` returns
 StepAll = Callable[[Sequence[Environment], Sequence[str]], Sequence[Stepped]]
 
@@ -56,8 +56,8 @@ def finite_reward(reward: float, dialogue: str, turn: int) -> float:
     """``reward`` itself. ValueError that names dialogue and turn where float32, in which returns are computed, has no
     finite number for it."""
     number = float(reward)
-    if not abs(number) <= MOST:  # NaN too
-        rule = f"a reward must be a finite float32, at most {MOST:.3g} in size"
+    if not abs(number) <= FLOAT32_MAX:  # NaN too
+        rule = f"a reward must be a finite float32, at most {FLOAT32_MAX:.3g} in size"
         raise ValueError(f"{rule}, got {number:g} for turn {turn} of dialogue {dialogue!r}")
     return number
 
