@@ -140,11 +140,9 @@ def fused_policy_loss(
     if torch.compiler.is_compiling():
         lazy: Mapping[str, Tensor] = {**metrics(), **known}
     else:
-        made_of = [("labels", labels), ("logprobs", logprobs), ("entropy", entropy)]
-        others = ("advantages", advantages), ("temperature", spec.temperature), *options.items()
-        made_of += [(name, t) for name, t in others if isinstance(t, Tensor)]
-        if turns is not None:
-            made_of += [(name, t) for name, t in zip(TURN_NAMES, turns, strict=True) if isinstance(t, Tensor)]
+        own = {"labels": labels, "logprobs": logprobs, "entropy": entropy, "advantages": advantages}
+        others = {"temperature": spec.temperature, **dict(zip(TURN_NAMES, turns or (), strict=False))}
+        made_of = [(name, t) for name, t in {**own, **others, **options}.items() if isinstance(t, Tensor)]
         lazy = LazyMetrics(metrics, made_of, known)
     return PolicyLossOutput(_in_shape(loss, shape) if kind == "none" else loss, logprobs, entropy, lazy)
 

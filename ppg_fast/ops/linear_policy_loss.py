@@ -146,7 +146,8 @@ def linear_policy_loss(
         call = EagerLinearPolicyLoss.apply
     flags = list(wanted._replace(gradient=trains, entropy=wanted.entropy or rows.spec.entropy_coef != 0))
     tensors, numbers, choices = rows.pack()
-    tensors, numbers = as_operands(tensors, numbers)
+    if call is linear_policy_loss_op:
+        tensors, numbers = as_operands(tensors, numbers)
     given = tensors, numbers, choices, flags, gradients, chunks.pack(), backend
     return call(*inputs, *given)[:4]  # type: ignore[return-value]
 
