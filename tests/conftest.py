@@ -68,6 +68,14 @@ def _strict():
 
 
 @pytest.fixture
+def threads_stay():
+    """A run sets the threads of the process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def signals_are_heard():
     """Also where the tests themselves run under nohup or in the background of a script, which begin with signals
     ignored; so do their child processes."""

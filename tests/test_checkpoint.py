@@ -25,6 +25,8 @@ from ppg_fast.training import checkpoint
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import NotFinite, TrainingState, optimise
 
+pytestmark = pytest.mark.usefixtures("threads_stay")
+
 CLOCKS = ("seconds", "step_time", "perf/tokens_per_second", "perf/peak_memory_mb")
 
 
@@ -42,13 +44,6 @@ SHORT = [
         "--imitation-steps 1 --imitation-batch 2 --max-steps 4 --num-prompts 2 --num-generations 2 --entropy-coef 0.1"
     ),
 ]
-
-
-@pytest.fixture(autouse=True)
-def threads_stay():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def rows(folder):

@@ -12,6 +12,8 @@ import torch
 
 from ppg_fast.cli import main
 
+pytestmark = pytest.mark.usefixtures("threads_stay")
+
 TINY = ["--width", "16", "--layers", "1", "--no-progress"]
 SHORT = [
     *TINY,
@@ -42,13 +44,6 @@ FILES = {
     "samples.jsonl",
     "turns.png",
 }
-
-
-@pytest.fixture(autouse=True)
-def threads_stay():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def dialogue(number, rewards=(1.0, 0.5), **changes):

@@ -10,7 +10,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 
@@ -24,12 +23,7 @@ from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.spec import Greedy
 from ppg_fast.training.objective import Objective
 
-
-@pytest.fixture(autouse=True)
-def threads_stay():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("threads_stay")
 
 
 @pytest.fixture(scope="module")

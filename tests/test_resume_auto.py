@@ -22,6 +22,8 @@ from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.state import NotFinite, TrainingState
 from ppg_fast.training.trainer import optimise
 
+pytestmark = pytest.mark.usefixtures("threads_stay")
+
 CLOCKS = ("seconds", "step_time", "perf/tokens_per_second", "perf/peak_memory_mb")
 # one word an answer: every context is the partner's words alone, so that others share it and auto has pairs to go by
 RUN = (
@@ -30,13 +32,6 @@ RUN = (
     "--candidates greedy,lookahead:2,full"
 )
 CASES = {"auto": ["--policy-class", "auto"], "signals": ["--policy-class", "lookahead:3", "--signals"]}
-
-
-@pytest.fixture(autouse=True)
-def threads_stay():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def result(folder):

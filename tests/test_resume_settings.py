@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 
@@ -21,19 +20,14 @@ from ppg_fast.jobs import changes, inputs, samples
 from ppg_fast.jobs.score import HOW_ASKED
 from ppg_fast.rewards import make_rewards
 
+pytestmark = pytest.mark.usefixtures("threads_stay")
+
 DOCS = Path(__file__).parents[1] / "docs/training_runs.md"
 TINY = shlex.split(
     "--device cpu --width 16 --layers 1 --no-progress --max-new-tokens 2 --eval-dialogues 2 --eval-every 9 "
     "--imitation-steps 0 --max-steps 2 --num-prompts 2 --num-generations 2"
 )
 CLASSES = ("may change", "same content", "address", "fixed")
-
-
-@pytest.fixture(autouse=True)
-def threads_stay():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

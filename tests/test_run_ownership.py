@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 
@@ -16,18 +15,13 @@ from ppg_fast.jobs.ownership import ASIDE, MANIFEST, OwnedFolder, require_folder
 from ppg_fast.jobs.persona import PersonaJob
 from ppg_fast.jobs.run_files import ENTRIES, FILES, recognise
 
+pytestmark = pytest.mark.usefixtures("threads_stay")
+
 DOCS = Path(__file__).parents[1] / "docs/training_runs.md"
 TINY = shlex.split(
     "--device cpu --width 16 --layers 1 --no-progress --max-new-tokens 2 --eval-dialogues 2 --eval-every 9 "
     "--imitation-steps 0 --max-steps 1 --num-prompts 2 --num-generations 2"
 )
-
-
-@pytest.fixture(autouse=True)
-def threads_stay():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

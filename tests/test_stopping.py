@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 
@@ -26,15 +25,8 @@ from ppg_fast.endpoint import Endpoint
 from ppg_fast.jobs.persona import PersonaJob
 from ppg_fast.training.evaluation import on_logged_prefix
 
-pytestmark = pytest.mark.usefixtures("signals_are_heard")
+pytestmark = pytest.mark.usefixtures("signals_are_heard", "threads_stay")
 CODES = {signal.SIGINT: (130, "stopped"), signal.SIGTERM: (143, "terminated"), signal.SIGHUP: (129, "terminated")}
-
-
-@pytest.fixture(autouse=True)
-def threads_stay():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
