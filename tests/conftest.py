@@ -67,7 +67,7 @@ def _strict():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def threads_stay():
     """A run sets the threads of the process."""
     threads = torch.get_num_threads()

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from chat_case import CHATML, byte_tokenizer
-from test_cli import rows, threads_stay, write  # noqa: F401
+from test_cli import rows, write
 
 from ppg_fast.cli import main
 from ppg_fast.models.causal_lm import make_model

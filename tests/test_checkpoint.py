@@ -25,8 +25,6 @@ from ppg_fast.training import checkpoint
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import NotFinite, TrainingState, optimise
 
-pytestmark = pytest.mark.usefixtures("threads_stay")
-
 CLOCKS = ("seconds", "step_time", "perf/tokens_per_second", "perf/peak_memory_mb")
 
 

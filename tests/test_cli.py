@@ -12,8 +12,6 @@ import torch
 
 from ppg_fast.cli import main
 
-pytestmark = pytest.mark.usefixtures("threads_stay")
-
 TINY = ["--width", "16", "--layers", "1", "--no-progress"]
 SHORT = [
     *TINY,

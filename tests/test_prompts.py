@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("httpx2")
 
 from openai_server import Raw, said, serve
-from test_cli import FILES, TINY, dialogue, failure, rows, threads_stay, write  # noqa: F401
+from test_cli import FILES, TINY, dialogue, failure, rows, write
 
 from ppg_fast import stopping
 from ppg_fast.cli import main

@@ -10,7 +10,6 @@ pytest.importorskip("transformers")
 import ends_case
 from kill_case import CLOCKS
 from test_ranks import HERE, launch, lone_rank
-from test_stopping import threads_stay  # noqa: F401 (a fixture)
 
 from ppg_fast.distributed import Ranks
 from ppg_fast.stopping import Stopped

@@ -23,8 +23,6 @@ from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.spec import Greedy
 from ppg_fast.training.objective import Objective
 
-pytestmark = pytest.mark.usefixtures("threads_stay")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

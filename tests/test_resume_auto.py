@@ -22,8 +22,6 @@ from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.state import NotFinite, TrainingState
 from ppg_fast.training.trainer import optimise
 
-pytestmark = pytest.mark.usefixtures("threads_stay")
-
 CLOCKS = ("seconds", "step_time", "perf/tokens_per_second", "perf/peak_memory_mb")
 # one word an answer: every context is the partner's words alone, so that others share it and auto has pairs to go by
 RUN = (

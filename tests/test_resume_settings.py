@@ -20,8 +20,6 @@ from ppg_fast.jobs import changes, inputs, samples
 from ppg_fast.jobs.score import HOW_ASKED
 from ppg_fast.rewards import make_rewards
 
-pytestmark = pytest.mark.usefixtures("threads_stay")
-
 DOCS = Path(__file__).parents[1] / "docs/training_runs.md"
 TINY = shlex.split(
     "--device cpu --width 16 --layers 1 --no-progress --max-new-tokens 2 --eval-dialogues 2 --eval-every 9 "

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 pytest.importorskip("transformers")
 
 from test_checkpoint import SHORT, status
-from test_stopping import threads_stay  # noqa: F401 (a fixture)
 
 from ppg_fast.cli import main
 from ppg_fast.console import print_everything

@@ -15,8 +15,6 @@ from ppg_fast.jobs.ownership import ASIDE, MANIFEST, OwnedFolder, require_folder
 from ppg_fast.jobs.persona import PersonaJob
 from ppg_fast.jobs.run_files import ENTRIES, FILES, recognise
 
-pytestmark = pytest.mark.usefixtures("threads_stay")
-
 DOCS = Path(__file__).parents[1] / "docs/training_runs.md"
 TINY = shlex.split(
     "--device cpu --width 16 --layers 1 --no-progress --max-new-tokens 2 --eval-dialogues 2 --eval-every 9 "

@@ -25,7 +25,7 @@ from ppg_fast.endpoint import Endpoint
 from ppg_fast.jobs.persona import PersonaJob
 from ppg_fast.training.evaluation import on_logged_prefix
 
-pytestmark = pytest.mark.usefixtures("signals_are_heard", "threads_stay")
+pytestmark = pytest.mark.usefixtures("signals_are_heard")
 CODES = {signal.SIGINT: (130, "stopped"), signal.SIGTERM: (143, "terminated"), signal.SIGHUP: (129, "terminated")}
 
 
