@@ -1,5 +1,6 @@
 """What a message carries beside role and content is never lost, and no more of a dialogue is read than is asked for."""
 
+import json
 import re
 import time
 
@@ -18,6 +19,7 @@ from ppg_fast.dialogues import (
     make_byte_tokenizer,
     read_dialogues,
     read_prompts,
+    write_dialogues,
 )
 
 TALK = (("user", "hello you"), ("assistant", "good day"), ("user", "and now?"), ("assistant", "farewell"))
@@ -38,45 +40,75 @@ def talk(*messages):
 # ---- what a message carries ------------------------------------------------------------------------------------------
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
 CARRIED = [
-    ({"tool_calls": [CALL]}, "tool_calls"),
-    ({"function_call": {"name": "f", "arguments": ""}}, "function_call"),
-    ({"name": "anna"}, "name"),
-    ({"reasoning_content": "hm"}, "reasoning_content"),
-    ({"thinking": "hm"}, "thinking"),
-    ({"weight": 0}, "weight"),
-    ({"train": False}, "train"),
-    ({"loss_weight": 0.5}, "loss_weight"),
+    {"tool_calls": [CALL]},
+    {"name": "anna"},
+    {"tool_call_id": "c1"},
+    {"reasoning_content": "hm"},
+    {"thinking": "hm"},
 ]
+LOST = [
+    ({"function_call": {"name": "f", "arguments": ""}}, "function_call would be lost"),
+    ({"audio": {"id": "a"}}, "audio would be lost"),
+    ({"loss_weight": 0.5}, "loss_weight must be 0 or 1"),
+    ({"tool_calls": [{"name": "f"}]}, r"tool_calls\[0\] must have a function with a name"),
+    ({"name": 3}, "name must be a string"),
+]
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
 
 
-@pytest.mark.parametrize(("extra", "key"), CARRIED)
-def test_what_a_message_carries_beside_its_content_is_never_lost(extra, key, tmp_path):
+@pytest.mark.parametrize("extra", CARRIED)
+def test_what_a_message_carries_beside_its_content_is_kept(extra, tmp_path):
+    path = write(tmp_path / "d.jsonl", [{**logged(0, USER, {**REPLY, **extra}), "tools": TOOLS}])
+    (dialogue,) = read_dialogues(path, strict=True)
+    assert dialogue.messages[1] == Message("assistant", "good day", extra)
+    assert dialogue.tools == tuple(TOOLS)
+    assert hash(dialogue.messages[1]) == hash(Message("assistant", "good day", dict(extra)))
+    write_dialogues(tmp_path / "again.jsonl", [dialogue])
+    assert read_dialogues(tmp_path / "again.jsonl", strict=True) == [dialogue]
+    assert json.loads((tmp_path / "again.jsonl").read_text())["messages"][1] == {**REPLY, **extra}
+    path = write(tmp_path / "p.jsonl", [{"id": "p", "messages": [{**USER, **extra}], "tools": TOOLS}])
+    (prompt,) = read_prompts(path, strict=True)
+    assert prompt.messages[0].more == extra
+    assert prompt.tools == tuple(TOOLS)
+
+
+@pytest.mark.parametrize(("extra", "rule"), LOST)
+def test_what_nothing_writes_is_refused_by_name(extra, rule, tmp_path):
     path = write(tmp_path / "d.jsonl", [logged(0), logged(1, USER, {**REPLY, **extra})])
-    rule = f"line 2: dialogue 'd1', message 1: {key} would be lost"
+    rule = f"line 2: dialogue 'd1', message 1: {rule}"
     with pytest.warns(UserWarning, match=rule) as caught:
         assert [d.id for d in read_dialogues(path)] == ["d0"]
     assert all(len(str(w.message)) < 600 for w in caught)
     with pytest.raises(ValueError, match=rule):
         read_dialogues(path, strict=True)
-    path = write(tmp_path / "p.jsonl", [{"id": "p", "messages": [{**USER, **extra}]}])
-    with pytest.raises(ValueError, match=f"prompt 'p', message 0: {key} would be lost"):
-        read_prompts(path, strict=True)
 
 
-def test_tools_of_a_dialogue_are_never_lost_and_empty_keys_say_nothing(tmp_path):
-    path = write(tmp_path / "d.jsonl", [{**logged(0), "tools": [{"type": "function"}]}])
-    with pytest.raises(ValueError, match="dialogue 'd0': tools would be lost"):
-        read_dialogues(path, strict=True)
+@pytest.mark.parametrize("key", ["weight", "train", "loss_weight", "loss"])
+def test_a_key_that_says_what_to_train_is_obeyed(key, tmp_path):
+    lines = [logged(0, USER, {**REPLY, key: value}) for value in (0, False, 1, 1.0, True)]
+    lines = [{**line, "id": str(number)} for number, line in enumerate(lines)]
+    dialogues = read_dialogues(write(tmp_path / "d.jsonl", lines), strict=True)
+    assert [d.messages[1].trained for d in dialogues] == [False, False, True, True, True]
+    write_dialogues(tmp_path / "again.jsonl", dialogues)
+    assert read_dialogues(tmp_path / "again.jsonl", strict=True) == dialogues
+
+
+def test_contents_of_parts_and_of_none(tmp_path):
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "good "}, {"type": "text", "text": "day"}]}
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    (dialogue,) = read_dialogues(write(tmp_path / "d.jsonl", [logged(0, USER, parts, USER, call)]), strict=True)
+    assert [m.content for m in dialogue.messages] == ["hello", "good day", "hello", ""]
+    image = {**parts, "content": [{"type": "image", "image": "x" * 200_000}]}
+    for wrong, rule in ((image, "part 0 is of type str 'image'"), ({**REPLY, "content": None}, "got NoneType None")):
+        with pytest.raises(ValueError, match=f"message 1: content must be .*{rule}") as error:
+            read_dialogues(write(tmp_path / "d.jsonl", [logged(0, USER, wrong)]), strict=True)
+        assert len(str(error.value)) < 400
+
+
+def test_empty_keys_say_nothing(tmp_path):
     nothing = {"tool_calls": None, "name": "", "weight": 1, "train": True, "refusal": None, "reasoning_content": ""}
     path = write(tmp_path / "d.jsonl", [{**logged(0, USER, {**REPLY, **nothing}), "tools": [], "source": "web"}])
     assert read_dialogues(path, strict=True)[0].messages == (Message("user", "hello"), Message("assistant", "good day"))
-
-
-def test_no_message_prints_a_content_whole(tmp_path):
-    path = write(tmp_path / "d.jsonl", [logged(0, USER, {"role": "assistant", "content": [{"text": "x" * 200_000}]})])
-    with pytest.raises(ValueError, match="content must be a string, got list") as error:
-        read_dialogues(path, strict=True)
-    assert len(str(error.value)) < 400
 
 
 # ---- control tokens in contents --------------------------------------------------------------------------------------

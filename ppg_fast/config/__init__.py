@@ -1,9 +1,9 @@
 """The configuration of `ppg-fast train`: one frozen dataclass, readable from YAML and from flags."""
 
-from ppg_fast.config.defaults import OF_PROMPTS, OFFLINE, PROMPTS, REWARD_SETTINGS, SECTIONS
+from ppg_fast.config.defaults import AUTO, OF_PROMPTS, OFFLINE, PROMPTS, REWARD_SETTINGS, SECTIONS, TRACKERS
 from ppg_fast.config.flags import Parser, add_flags
 from ppg_fast.config.sources import DEFAULTS, make_config, read_yaml, write_yaml
-from ppg_fast.config.train import AUTO, TRACKERS, TrainConfig
+from ppg_fast.config.train import TrainConfig
 
 __all__ = [
     "AUTO",

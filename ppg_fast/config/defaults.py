@@ -1,5 +1,8 @@
 """Sections of the help, the defaults of each kind of job, and the settings that rewards are made of."""
 
+AUTO = "auto"  # in place of a policy class: one of the candidates, chosen while training
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
 SECTIONS = {  # of the help: from this setting on, until the next section begins
     "output_dir": "the run and its data",
     "model": "the model",

@@ -1,37 +1,22 @@
 """The configuration of `ppg-fast train`: everything that decides a run, checked."""
 
 import dataclasses
-import datetime
-import re
-import shlex
 from dataclasses import dataclass
 from typing import Any
 
-from ppg_fast.distributed import PARALLEL
+from ppg_fast.config.checks import check_each, check_together
+from ppg_fast.config.defaults import AUTO, TRACKERS
 from ppg_fast.spec import (
     BASELINES,
     CANDIDATES,
     KL_ESTIMATORS,
     LOSS_TYPES,
-    REDUCTIONS,
     FullPlanning,
     PolicyClass,
     PolicyLossSpec,
     policy_class,
     policy_classes,
-    require,
-    require_number,
-    require_one_of,
 )
-
-AUTO = "auto"  # in place of a policy class: one of the candidates, chosen while training
-TRACKERS = ("tensorboard", "wandb", "trackio")
-POSITIVE = """width layers vocab_size num_iterations num_prompts num_generations max_new_tokens max_turns
-    max_tokens imitation_batch eval_every eval_dialogues keep_checkpoints
-    activation_checkpointing_every_n_layers rank_timeout partner_tokens judge_tokens concurrency rollout_batch"""
-COUNTS = """max_steps warmup_steps imitation_steps max_dialogue_tokens threads save_every max_skipped_steps
-    lora_rank lora_alpha retries judge_retries"""
-MOST = 2**31 - 1  # of anything that is counted
 
 
 def _option(default: Any, help: str) -> Any:
@@ -193,61 +178,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """ValueError with the rule and the value."""
-        for names, least in ((POSITIVE, 1), (COUNTS, 0)):
-            for name in names.split():
-                _require_int(name, getattr(self, name), least, MOST)
-        _require_int("seed", self.seed, 0, 2**63 - 1)  # of PyTorch's generators
-        _require_pattern("lora_target_modules", self.lora_target_modules)
-        for part in self.freeze.split(","):
-            _require_pattern("freeze", part)
-        for part in filter(None, self.optim_args.replace(" ", "").split(",")):
-            key, _, value = part.partition("=")
-            require(bool(key and value) and "=" not in value, "optim_args must be key=value with commas", part)
-        try:
-            shlex.split(self.sampler_refresh or "")
-        except ValueError as error:
-            raise ValueError(f"sampler_refresh must be a command ({error}), got {self.sampler_refresh!r}") from error
-        for name in ("learning_rate", "imitation_learning_rate", "max_grad_norm", "temperature"):
-            require_number(name, getattr(self, name), 0.0, open_low=True)
-        for name in ("gamma", "final_learning_rate", "teacher_skill"):
-            require_number(name, getattr(self, name), 0.0, 1.0)
-        for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
-            require_number(name, getattr(self, name), 0.0, 1.0)
-        require_number("weight_decay", self.weight_decay, 0.0)
-        require(
-            not self.lora_rank or bool(self.model),
-            "lora_rank must be 0 without model: one made on the spot has nothing to adapt",
-            self.lora_rank,
-        )
-        needs = "activation_offload must be off without activation_checkpointing"
-        require(self.activation_checkpointing or not self.activation_offload, needs, self.activation_offload)
-        _require_date("template_date", self.template_date)
-        require_one_of("baseline", self.baseline, BASELINES)
-        require_one_of("reduction", self.reduction, REDUCTIONS[:-1])
-        require_one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        for name in self.trackers:
-            require_one_of("report_to", name, (*TRACKERS, "none"))
-        require_one_of("parallel", self.parallel, PARALLEL)
-        require_number("timeout", self.timeout, 0.0, open_low=True)
-        require_number("partner_temperature", self.partner_temperature, 0.0)
-        require(
-            not (self.data and self.prompts),
-            "data (offline) and prompts (on-policy) exclude each other, got both",
-            self.prompts,
-        )
+        check_each(self)
         if self.policy_class != AUTO:
             object.__setattr__(self, "policy_class", str(self.chosen_class()))  # as it prints everywhere
-        if self.policy_class == AUTO or self.signals:
-            what = "policy_class auto needs" if self.policy_class == AUTO else "signals need"
-            require(not self.data, f"{what} rollouts of the policy itself, so there must be no data", self.data)
-            require(FullPlanning() in self.candidate_classes(), "candidates must include full", self.candidates)
         self.loss_spec()
-        if self.data and not self.allow_negative_rewards:
-            rule = (
-                "baseline must be none with data (a baseline makes weights negative and voids the bound; "
-                "allow_negative_rewards permits it)"
-            )
-            require(self.baseline == "none", rule, self.baseline)
+        check_together(self)
 
     @property
     def trackers(self) -> list[str]:
@@ -276,24 +211,3 @@ class TrainConfig:
             "temperature",
         )
         return PolicyLossSpec(**{name: getattr(self, name) for name in names})
-
-
-def _require_date(name: str, value: str) -> None:
-    try:
-        right = not value or datetime.date.fromisoformat(value).isoformat() == value
-    except ValueError:
-        right = False
-    require(right, f"{name} must be a date, YYYY-MM-DD", value)
-
-
-def _require_int(name: str, value: object, low: int, high: int) -> None:
-    right = isinstance(value, int) and not isinstance(value, bool)
-    require(right and value >= low, f"{name} must be an integer >= {low}", value)  # type: ignore[operator]
-    require(value <= high, f"{name} must be an integer <= {high}", value)  # type: ignore[operator]
-
-
-def _require_pattern(name: str, text: str) -> None:
-    try:
-        re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{name} must be a regular expression ({error}), got {text!r}") from error

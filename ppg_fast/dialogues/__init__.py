@@ -1,8 +1,9 @@
 """Dialogues from files to packed tokens: formats on disk, chat templates, prompts, packing."""
 
 from ppg_fast.dialogues.chat_format import ChatFormat, make_byte_tokenizer, make_word_tokenizer
-from ppg_fast.dialogues.dialogue import Dialogue, Message, convert_to_jsonl, read_dialogues, write_dialogues
+from ppg_fast.dialogues.dialogue import Dialogue, convert_to_jsonl, read_dialogues, write_dialogues
 from ppg_fast.dialogues.encoding import encode_dialogue
+from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import PackedBatch, Sample, micro_batches, pack
 from ppg_fast.dialogues.prompts import Prompt, read_prompts
 

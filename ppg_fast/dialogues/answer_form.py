@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ppg_fast.dialogues.dialogue import Message
+from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.renderer import STAND_IN, Renderer, shared_start
 
 ASK, ANSWER = Message("user", "a"), Message("assistant", STAND_IN)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ppg_fast.dialogues.answer_form import ANSWER, ASK, answer_form
-from ppg_fast.dialogues.dialogue import Message
+from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.renderer import END, ROLE_TEMPLATE, ROLE_TOKENS, STAND_IN, Renderer, in_message
 from ppg_fast.spec import require
 

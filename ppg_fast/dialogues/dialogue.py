@@ -6,63 +6,40 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ppg_fast.dialogues import consistent_llms
+from ppg_fast.dialogues.message import Message, brief, message_of, refuse_meaning, require_encodable
 from ppg_fast.dialogues.records import Problems, Record, json_records
 from ppg_fast.rules import FLOAT32_MAX
 from ppg_fast.writing import opened
 
-ROLES = ("system", "user", "assistant", "tool")
 KEYS = ("id", "group_id", "messages", "turn_rewards")
-# keys of the OpenAI format and its relatives that change what a message says or what of it is trained
-MESSAGE_MEANING = (
-    *("tool_calls", "function_call", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking"),
-    *("refusal", "audio", "tools", "images", "weight", "loss_weight", "train", "loss"),
-)
-DIALOGUE_MEANING = ("tools", "functions", "documents", "chat_template_kwargs", "weight", "loss_weight", "train")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message. ``role``: system, user, assistant or tool."""
-
-    role: str
-    content: str
-
-    def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ValueError(f"role must be one of {', '.join(ROLES)}, got {repr(self.role)[:60]}")
-        if not isinstance(self.content, str):
-            raise ValueError(f"content must be a string, got {_brief(self.content)}")
-        _require_encodable("content", self.content)
-
-    def as_dict(self) -> dict[str, str]:
-        """``{"role": ..., "content": ...}``: the message as chat templates, endpoints and JSON lines have it."""
-        return {"role": self.role, "content": self.content}
+DIALOGUE_MEANING = ("functions", "documents", "chat_template_kwargs", "weight", "loss_weight", "train")
 
 
 @dataclass(frozen=True)
 class Dialogue:
     """A dialogue and its rewards; dialogues of one prompt share ``group_id``.
 
-    ``turn_rewards``: one finite number per assistant message, None where it was not scored. ValueError names dialogue,
-    turn and value.
+    ``turn_rewards``: one finite number per assistant message, None where it was not scored. ``tools``: the JSON schemas
+    of the functions that the assistant may call, for the chat template. ValueError names dialogue, turn and value.
     """
 
     id: str
     group_id: str
     messages: tuple[Message, ...]
     turn_rewards: tuple[float | None, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         for name, value in (("id", self.id), ("group_id", self.group_id)):
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{name} must be a non-empty string, got {value!r}")
-            _require_encodable(name, value)
+            require_encodable(name, value)
         rewards = tuple(
             _reward(value, f"dialogue {self.id!r}, turn {turn}") for turn, value in enumerate(self.turn_rewards)
         )
@@ -121,11 +98,16 @@ def write_dialogues(path: str | os.PathLike[str], dialogues: Iterable[Dialogue])
             if dialogue.id in seen:
                 raise ValueError(f"dialogue id {dialogue.id!r} stands twice")
             seen.add(dialogue.id)
-            messages = [message.as_dict() for message in dialogue.messages]
-            values = (dialogue.id, dialogue.group_id, messages, dialogue.turn_rewards)
-            file.write(json.dumps(dict(zip(KEYS, values, strict=True)), ensure_ascii=False, allow_nan=False) + "\n")
+            file.write(json.dumps(as_json(dialogue), ensure_ascii=False, allow_nan=False) + "\n")
         if not seen:
             raise ValueError(f"no dialogues to write to {path}")
+
+
+def as_json(dialogue: Dialogue) -> dict[str, Any]:
+    """The dialogue as one line of our JSONL has it."""
+    messages = [message.as_json() for message in dialogue.messages]
+    values = (dialogue.id, dialogue.group_id, messages, dialogue.turn_rewards)
+    return dict(zip(KEYS, values, strict=True)) | ({"tools": list(dialogue.tools)} if dialogue.tools else {})
 
 
 def convert_to_jsonl(source: str | os.PathLike[str], target: str | os.PathLike[str], strict: bool = False) -> int:
@@ -157,50 +139,36 @@ def _translated(records: list[Record], path: Path, problems: Problems) -> Iterat
 def _dialogue(record: object) -> Dialogue:
     """The dialogue that one JSON object describes; further keys are ignored. ValueError says what is wrong with it."""
     if not isinstance(record, dict):
-        raise ValueError(f"a dialogue must be a JSON object, got {_brief(record)}")
+        raise ValueError(f"a dialogue must be a JSON object, got {brief(record)}")
     name = f"dialogue {record['id']!r}" if "id" in record else "a dialogue"
     missing = [key for key in KEYS if key not in record]
     if missing:
         raise ValueError(f"{name} lacks {', '.join(missing)}")
     for key in ("messages", "turn_rewards"):
         if not isinstance(record[key], list):
-            raise ValueError(f"{name}: {key} must be a list, got {_brief(record[key])}")
+            raise ValueError(f"{name}: {key} must be a list, got {brief(record[key])}")
     refuse_meaning(record, DIALOGUE_MEANING, name)
     messages = tuple(
         message_of(message, f"{name}, message {index}") for index, message in enumerate(record["messages"])
     )
-    return Dialogue(record["id"], record["group_id"], messages, tuple(record["turn_rewards"]))
+    tools = tools_of(record.get("tools"), name)
+    return Dialogue(record["id"], record["group_id"], messages, tuple(record["turn_rewards"]), tools)
 
 
-def message_of(value: object, where: str) -> Message:
-    """The message that one JSON value describes; ``where`` begins the ValueError for one that is none."""
-    if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
-        raise ValueError(f"{where}: must be an object with role and content, got {_brief(value)}")
-    refuse_meaning(value, MESSAGE_MEANING, where)
-    try:
-        return Message(value["role"], value["content"])
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def refuse_meaning(value: dict[str, Any], keys: Sequence[str], where: str) -> None:
-    """ValueError for the first of ``keys`` that ``value`` says something with: dropped, it would change what is
-    trained.
-
-    A weight of 1 and a None, an empty list or text say nothing.
-    """
-    for key in keys:
-        said = value.get(key)
-        if said not in (None, True, "", [], {}):  # 1 and 1.0 are True
-            rule = f"{key} would be lost (messages are role and content): write it into the content, or remove the key"
-            raise ValueError(f"{where}: {rule}; got {_brief(said)}")
+def tools_of(value: object, where: str) -> tuple[Mapping[str, Any], ...]:
+    """The tools that one JSON value lists, each an object; ``where`` begins the ValueError for one that is none."""
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise ValueError(f"{where}: tools must be a list of JSON schemas of functions, got {brief(value)}")
+    return tuple(value)
 
 
 def _reward(value: object, where: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{where}: a reward must be a number or null, got {_brief(value)}")
+        raise ValueError(f"{where}: a reward must be a number or null, got {brief(value)}")
     try:
         number = float(value)
     except OverflowError:
@@ -208,20 +176,6 @@ def _reward(value: object, where: str) -> float | None:
     if not abs(number) <= FLOAT32_MAX:  # in which rewards train
         raise ValueError(f"{where}: a reward must be finite in float32, got {number}")
     return number
-
-
-def _require_encodable(name: str, text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} has an unpaired surrogate at character {error.start}: {text[error.start]!r}"
-        ) from None
-
-
-def _brief(value: object) -> str:
-    """Type and beginning of a value, for a message."""
-    return f"{type(value).__name__} {repr(value)[:60]}"
 
 
 def _warn_of_unscored(path: str | os.PathLike[str], dialogues: list[Dialogue]) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ppg_fast.dialogues.chat_format import ChatFormat
-from ppg_fast.dialogues.dialogue import Dialogue, Message
+from ppg_fast.dialogues.dialogue import Dialogue
+from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import CONTEXT, Sample, cut_tokens
 from ppg_fast.dialogues.renderer import Renderer, first_difference, in_message
 from ppg_fast.spec import require

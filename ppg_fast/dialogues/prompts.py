@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ppg_fast.dialogues import consistent_llms
-from ppg_fast.dialogues.dialogue import DIALOGUE_MEANING, Dialogue, Message, message_of, read_dialogues, refuse_meaning
+from ppg_fast.dialogues.dialogue import DIALOGUE_MEANING, Dialogue, read_dialogues, tools_of
+from ppg_fast.dialogues.message import Message, message_of, refuse_meaning
 from ppg_fast.dialogues.records import Problems, json_lines
 
-KNOWN = ("id", "messages", "partner", "turn_rewards")
+KNOWN = ("id", "messages", "partner", "turn_rewards", "tools")
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Prompt:
     """The beginning of a dialogue, up to the message that the assistant answers first.
 
     ``partner``: who the partner is, for a partner that is a model. ``logged``: what the partner said next, where the
-        prompt is a logged
-    dialogue. ``info``: what else its line holds, for reward functions.
+    prompt is a logged dialogue. ``info``: what else its line holds, for reward functions. ``tools``: the JSON schemas
+    of the functions that the assistant may call.
     """
 
     id: str
@@ -28,6 +29,7 @@ class Prompt:
     partner: str = ""
     logged: tuple[Message, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 def read_prompts(path: str | os.PathLike[str], strict: bool = False) -> list[Prompt]:
@@ -61,7 +63,7 @@ def read_prompts(path: str | os.PathLike[str], strict: bool = False) -> list[Pro
 
 def prompt_of(dialogue: Dialogue) -> Prompt:
     """The beginning of a logged dialogue; no messages where its first one is the assistant's, which opens it then."""
-    return _split(dialogue.id, dialogue.messages, "", {"group_id": dialogue.group_id})
+    return _split(dialogue.id, dialogue.messages, "", {"group_id": dialogue.group_id}, dialogue.tools)
 
 
 def _is_family(raw: bytes) -> bool:
@@ -85,11 +87,18 @@ def _prompt(record: object, unnamed: str) -> Prompt:
     last = messages[-1].role if messages else "nothing"
     if last not in ("user", "tool") and not any(message.role == "assistant" for message in messages):
         raise ValueError(f"prompt {name!r} must end with a message of the user or a tool, got {last}")
-    return _split(name, messages, partner, {key: value for key, value in record.items() if key not in KNOWN})
+    info = {key: value for key, value in record.items() if key not in KNOWN}
+    return _split(name, messages, partner, info, tools_of(record.get("tools"), f"prompt {name!r}"))
 
 
-def _split(name: str, messages: Sequence[Message], partner: str, info: Mapping[str, Any]) -> Prompt:
+def _split(
+    name: str,
+    messages: Sequence[Message],
+    partner: str,
+    info: Mapping[str, Any],
+    tools: tuple[Mapping[str, Any], ...],
+) -> Prompt:
     """The opening, and what others than the assistant say after it."""
     first = next((i for i, m in enumerate(messages) if m.role == "assistant"), len(messages))
     logged = tuple(m for m in messages[first:] if m.role != "assistant")
-    return Prompt(name, tuple(messages[:first]), partner, logged, info)
+    return Prompt(name, tuple(messages[:first]), partner, logged, info, tools)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from ppg_fast.dialogues.dialogue import ROLES, Message
+from ppg_fast.dialogues.message import ROLES, Message
 from ppg_fast.spec import require
 
 END = "<end>"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.chat_format import make_byte_tokenizer
-from ppg_fast.dialogues.dialogue import Dialogue, read_dialogues
+from ppg_fast.dialogues.dialogue import Dialogue, as_json, read_dialogues
 from ppg_fast.dialogues.encoding import encode_dialogue
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.dialogues.prompts import prompt_of
@@ -55,7 +55,7 @@ class OfflineJob(Job):
         """Every dialogue as it was logged, and what makes tokens of it: not the tokens, which may hold a date."""
         yield self.policy.chat.renderer.digest()
         for d in self.dialogues:
-            yield d.id, d.group_id, [message.as_dict() for message in d.messages], d.turn_rewards
+            yield as_json(d)
 
     def start(self, run: ResumableRun, progress: Progress) -> None:
         """Say how much there is to read."""

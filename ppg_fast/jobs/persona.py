@@ -6,7 +6,7 @@ from typing import Any
 
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.chat_format import ChatFormat, make_word_tokenizer
-from ppg_fast.dialogues.dialogue import Message
+from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import CONTEXT, Sample
 from ppg_fast.distributed import Ranks
 from ppg_fast.jobs.job import Evaluation, Job

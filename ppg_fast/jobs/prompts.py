@@ -13,7 +13,7 @@ from typing import Any
 from ppg_fast import stopping
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.chat_format import make_byte_tokenizer
-from ppg_fast.dialogues.dialogue import Message
+from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.dialogues.prompts import Prompt, read_prompts
 from ppg_fast.distributed import Ranks
@@ -70,7 +70,12 @@ class PromptsJob(Job):
         """Every prompt as its file has it, and what makes tokens of it: not the tokens, which may hold a date."""
         yield self.policy.chat.renderer.digest()
         for p in self.prompts:
-            yield p.id, p.partner, *([message.as_dict() for message in part] for part in (p.messages, p.logged))
+            yield (
+                p.id,
+                p.partner,
+                *([message.as_json() for message in part] for part in (p.messages, p.logged)),
+                p.tools,
+            )
 
     @property
     def digests(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ppg_fast.config import TrainConfig
-from ppg_fast.dialogues.dialogue import KEYS, Dialogue, read_dialogues
+from ppg_fast.dialogues.dialogue import KEYS, Dialogue, as_json, read_dialogues
 from ppg_fast.dialogues.records import Problems, json_records
 from ppg_fast.jobs.endpoints import rewards_of
 from ppg_fast.jobs.inputs import input_paths, reward_digest
@@ -102,8 +102,7 @@ def _write(path: Path, scored: Sequence[Dialogue], lines: Mapping[str, Mapping[s
     """One line a dialogue: that of the data with its turn_rewards, or what a dialogue of another format is made of."""
     with opened(path) as file:
         for d in scored:
-            own = {"id": d.id, "group_id": d.group_id, "messages": [m.as_dict() for m in d.messages]}
-            line = {**own, **lines.get(d.id, {}), "turn_rewards": d.turn_rewards}
+            line = {**as_json(d), **lines.get(d.id, {}), "turn_rewards": d.turn_rewards}
             text = json.dumps(line, ensure_ascii=False)
             # half of a surrogate pair, in a key that is none of ours, has no UTF-8
             file.write((text if _is_utf8(text) else json.dumps(line)) + "\n")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ppg_fast.dialogues.dialogue import Message
+from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.renderer import Renderer
 from ppg_fast.rewards.scoring import Transcript
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from ppg_fast.dialogues.dialogue import Message
+from ppg_fast.dialogues.message import Message
 from ppg_fast.rewards.values import RULE, number_of, numbers_of
 from ppg_fast.rules import FLOAT32_MAX
 from ppg_fast.spec import require_number, require_one_of

@@ -3,7 +3,7 @@
 import random
 from typing import Protocol
 
-from ppg_fast.dialogues.dialogue import Message
+from ppg_fast.dialogues.message import Message
 
 
 class Environment(Protocol):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from ppg_fast.dialogues.chat_format import ChatFormat
-from ppg_fast.dialogues.dialogue import Message
+from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.prompts import Prompt
 from ppg_fast.endpoint import Endpoint, EndpointError
 from ppg_fast.rewards import Transcript

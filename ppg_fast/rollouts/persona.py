@@ -12,7 +12,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-from ppg_fast.dialogues.dialogue import Message
+from ppg_fast.dialogues.message import Message
 
 FACTS = {
     "name": ["anna", "bruno", "carla", "david", "elena", "felix"],

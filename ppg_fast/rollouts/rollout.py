@@ -12,7 +12,7 @@ import torch
 
 from ppg_fast import stopping
 from ppg_fast.dialogues.chat_format import ChatFormat
-from ppg_fast.dialogues.dialogue import Message
+from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import CONTEXT, Sample
 from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.generation import Answer, EndpointSampler, LocalSampler, Request, Sampler

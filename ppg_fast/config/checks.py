@@ -1,0 +1,103 @@
+"""What every setting must be, and what settings must be together."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import shlex
+from typing import TYPE_CHECKING
+
+from ppg_fast.config.defaults import AUTO, TRACKERS
+from ppg_fast.distributed import PARALLEL
+from ppg_fast.spec import BASELINES, REDUCTIONS, FullPlanning, require, require_number, require_one_of
+
+if TYPE_CHECKING:
+    from ppg_fast.config.train import TrainConfig
+
+POSITIVE = """width layers vocab_size num_iterations num_prompts num_generations max_new_tokens max_turns
+    max_tokens imitation_batch eval_every eval_dialogues keep_checkpoints
+    activation_checkpointing_every_n_layers rank_timeout partner_tokens judge_tokens concurrency rollout_batch"""
+COUNTS = """max_steps warmup_steps imitation_steps max_dialogue_tokens threads save_every max_skipped_steps
+    lora_rank lora_alpha retries judge_retries"""
+MOST = 2**31 - 1  # of anything that is counted
+
+
+def check_each(config: TrainConfig) -> None:
+    """ValueError, with rule and value, for the first setting that is none of its own."""
+    for names, least in ((POSITIVE, 1), (COUNTS, 0)):
+        for name in names.split():
+            _require_int(name, getattr(config, name), least, MOST)
+    _require_int("seed", config.seed, 0, 2**63 - 1)  # of PyTorch's generators
+    _require_pattern("lora_target_modules", config.lora_target_modules)
+    for part in config.freeze.split(","):
+        _require_pattern("freeze", part)
+    for part in filter(None, config.optim_args.replace(" ", "").split(",")):
+        key, _, value = part.partition("=")
+        require(bool(key and value) and "=" not in value, "optim_args must be key=value with commas", part)
+    try:
+        shlex.split(config.sampler_refresh or "")
+    except ValueError as error:
+        raise ValueError(f"sampler_refresh must be a command ({error}), got {config.sampler_refresh!r}") from error
+    for name in ("learning_rate", "imitation_learning_rate", "max_grad_norm", "temperature"):
+        require_number(name, getattr(config, name), 0.0, open_low=True)
+    for name in ("gamma", "final_learning_rate", "teacher_skill"):
+        require_number(name, getattr(config, name), 0.0, 1.0)
+    for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
+        require_number(name, getattr(config, name), 0.0, 1.0)
+    require_number("weight_decay", config.weight_decay, 0.0)
+    _require_date("template_date", config.template_date)
+    require_one_of("baseline", config.baseline, BASELINES)
+    require_one_of("reduction", config.reduction, REDUCTIONS[:-1])
+    require_one_of("dtype", config.dtype, ("float32", "bfloat16"))
+    for name in config.trackers:
+        require_one_of("report_to", name, (*TRACKERS, "none"))
+    require_one_of("parallel", config.parallel, PARALLEL)
+    require_number("timeout", config.timeout, 0.0, open_low=True)
+    require_number("partner_temperature", config.partner_temperature, 0.0)
+
+
+def check_together(config: TrainConfig) -> None:
+    """ValueError, with rule and value, for settings that exclude or need each other."""
+    require(
+        not config.lora_rank or bool(config.model),
+        "lora_rank must be 0 without model: one made on the spot has nothing to adapt",
+        config.lora_rank,
+    )
+    needs = "activation_offload must be off without activation_checkpointing"
+    require(config.activation_checkpointing or not config.activation_offload, needs, config.activation_offload)
+    require(
+        not (config.data and config.prompts),
+        "data (offline) and prompts (on-policy) exclude each other, got both",
+        config.prompts,
+    )
+    if config.policy_class == AUTO or config.signals:
+        what = "policy_class auto needs" if config.policy_class == AUTO else "signals need"
+        require(not config.data, f"{what} rollouts of the policy itconfig, so there must be no data", config.data)
+        require(FullPlanning() in config.candidate_classes(), "candidates must include full", config.candidates)
+    if config.data and not config.allow_negative_rewards:
+        rule = (
+            "baseline must be none with data (a baseline makes weights negative and voids the bound; "
+            "allow_negative_rewards permits it)"
+        )
+        require(config.baseline == "none", rule, config.baseline)
+
+
+def _require_date(name: str, value: str) -> None:
+    try:
+        right = not value or datetime.date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        right = False
+    require(right, f"{name} must be a date, YYYY-MM-DD", value)
+
+
+def _require_int(name: str, value: object, low: int, high: int) -> None:
+    right = isinstance(value, int) and not isinstance(value, bool)
+    require(right and value >= low, f"{name} must be an integer >= {low}", value)  # type: ignore[operator]
+    require(value <= high, f"{name} must be an integer <= {high}", value)  # type: ignore[operator]
+
+
+def _require_pattern(name: str, text: str) -> None:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{name} must be a regular expression ({error}), got {text!r}") from error
