@@ -11,14 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppg_fast.dialogues.dialogue import (
-    ROLES,
-    Dialogue,
-    Message,
-    convert_to_jsonl,
-    read_dialogues,
-    write_dialogues,
-)
+from ppg_fast.dialogues.dialogue import Dialogue, convert_to_jsonl, read_dialogues, write_dialogues
+from ppg_fast.dialogues.message import ROLES, Message
 from ppg_fast.dialogues.records import MAX_WARNINGS
 
 GOOD = {

@@ -72,7 +72,7 @@ def check_together(config: TrainConfig) -> None:
     )
     if config.policy_class == AUTO or config.signals:
         what = "policy_class auto needs" if config.policy_class == AUTO else "signals need"
-        require(not config.data, f"{what} rollouts of the policy itconfig, so there must be no data", config.data)
+        require(not config.data, f"{what} rollouts of the policy itself, so there must be no data", config.data)
         require(FullPlanning() in config.candidate_classes(), "candidates must include full", config.candidates)
     if config.data and not config.allow_negative_rewards:
         rule = (
