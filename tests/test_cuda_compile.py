@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,12 @@ def _tool() -> str:
 
 
 def disassembled(compiled, arch):
-    return [kernel for cubin in compiled[arch] for kernel in kernels(cubin, _tool())]
+    return [kernel for cubin in compiled[arch] for kernel in _kernels(cubin)]
+
+
+@lru_cache
+def _kernels(cubin: Path) -> list[Kernel]:
+    return kernels(cubin, _tool())
 
 
 def test_a_loop_is_found_by_its_flow():
