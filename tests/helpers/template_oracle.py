@@ -9,6 +9,7 @@ context. History is what the generation prompt has before it.
 import json
 import re
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from template_shapes import tools_of
 
@@ -129,11 +130,11 @@ class Reading:
                 turn, seen = self.turn(index)
                 done.turns.append(turn)
                 done.seen.append(seen)
-            except Fault as fault:
+            except Fault as fault:  # noqa: PERF203
                 done.faults.append(fault.args)
         if not done.faults:
             done.openings = self.openings(answers[0])
-            done.replies = [self.reply(*two) for two in zip(answers, answers[1:], strict=False)]
+            done.replies = [self.reply(*two) for two in pairwise(answers)]
         return done
 
     # ---- one answer --------------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ class Reading:
         for stop in range(1, len(messages)):
             try:
                 self.text(messages[:stop])
-            except Exception as error:
+            except Exception as error:  # noqa: PERF203
                 if str(error) == reason:
                     return stop - 1
         return len(messages) - 1

@@ -1,4 +1,5 @@
-"""The dialogues of the table of chat templates; no two of their texts are alike, so each can be found in a rendering."""
+"""The dialogues of the table of chat templates: no two texts alike, so that each can be found in a rendering."""
+
 
 def call(number, city):
     return {

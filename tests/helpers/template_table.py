@@ -4,6 +4,7 @@ refused. As a command: write the table into bench/results, for `ppg-fast bench -
 import re
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 from chat_case import folder, tokenizer_of
@@ -14,7 +15,7 @@ from ppg_fast.dialogues import ChatFormat, Dialogue, encode_dialogue
 from ppg_fast.dialogues.message import message_of
 
 NAMES = sorted(path.stem for path in folder().glob("*.jinja")) if folder() else []
-ONE, SEVERAL, REFUSES, LOSES, ENDLESS = "one", "several", "refuses", "loses", "no end"
+ONE, SEVERAL, OFFLINE, REFUSES, LOSES, ENDLESS = "one", "several", "offline", "refuses", "loses", "no end"
 LINE = re.compile(r"dialogue 'd', message (\d+): [^\n]{9,300}")
 
 
@@ -40,15 +41,27 @@ class Cell:
     def outcome(self, chat, refusal):
         faults = self.expected.faults
         if chat is None:
-            agreed = any(reason == "no end" for _, reason in faults) or LOST_ALL.search(refusal)
-            return ENDLESS, "" if agreed and one_line(refusal) else f"refused: {refusal}"
+            return self.no_format(refusal)
         sample, refusal = attempt(encode_dialogue, chat, self.dialogue)
         if sample is None:
             return self.refused(refusal)
         problem = self.inexact(chat, sample) or self.on_policy(chat)
         if faults:
             problem = f"trained, but {faults[0]}" + (f"; {problem}" if problem else "")
-        return (ONE if len(starts(sample)) == 1 else SEVERAL), problem
+        mark = ONE if len(starts(sample)) == 1 else SEVERAL
+        return (OFFLINE if REFUSED in self.expected.replies else mark), problem
+
+    def no_format(self, refusal):
+        """The mark of a template that no answer can be written with; the line has no message to name."""
+        reasons = {reason[:6] for _, reason in self.expected.faults}
+        marks = {
+            "refuses it": (REFUSES, "raises"),
+            "must write the answer": (LOSES, "lost"),
+            "must end": (ENDLESS, "no end"),
+        }
+        mark, reason = next((found for said, found in marks.items() if said in refusal), (REFUSES, ""))
+        agreed = reasons & {reason, "raises"} and one_line(refusal)
+        return mark, "" if agreed else f"{refusal[:200]}; faults: {self.expected.faults[:3]}"
 
     def refused(self, refusal):
         """The mark of a refusal: one line that names a message and a reason which the oracle finds too."""
@@ -117,9 +130,6 @@ class Cell:
         return ""
 
 
-LOST_ALL = re.compile("must write the answer|refuses it")
-
-
 def starts(sample):
     return list(getattr(sample, "starts", None) or [0])
 
@@ -134,3 +144,30 @@ def attempt(make, *given, **named):
 
 def one_line(text):
     return bool(text) and "\n" not in text and len(text) <= 360
+
+
+def write(root=Path(__file__).parents[2]):
+    """Bring bench/results up to date; where a cell is not as the oracle has it, say so and write nothing."""
+    from ppg_fast.bench import result_file
+
+    rows = {name: row(name) for name in NAMES}
+    problems = [
+        f"{name} | {shape} | {problem}"
+        for name, cells in rows.items()
+        for shape, (_, problem) in cells.items()
+        if problem
+    ]
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        return 1
+    versions = {package: version(package) for package in ("trl", "transformers", "jinja2")}
+    file = result_file.header("python tests/helpers/template_table.py", versions=versions)
+    file["chat_templates"] = {
+        name: {shape: outcome for shape, (outcome, _) in cells.items()} for name, cells in rows.items()
+    }
+    print(f"wrote {result_file.write(root / result_file.FOLDER, 'chat_templates.cpu', file)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(write())
