@@ -14,9 +14,9 @@ THOUGHT = "</think>"  # ends the reasoning that a content begins with
 
 
 class _Mark(NamedTuple):
-    """Something that a message says (``index`` -1: that the tools say), and a text that was put into it."""
+    """Something that a message says (``message`` -1: that the tools say), and a text that was put into it."""
 
-    index: int
+    message: int
     what: str
     text: str
 
@@ -69,7 +69,7 @@ def _unwritten(renderer: Renderer, messages: Sequence[Message], tools: Tools, af
     if text is None:  # a content that must be in a form of its own
         return _without_effect(renderer, messages, tools)
     behind = text.partition(after)[2] if after else text
-    return [(m.index, m.what) for m in marks if m.text not in (behind if after and m.index >= 2 else text)]
+    return [(m.message, m.what) for m in marks if m.text not in (behind if after and m.message >= 2 else text)]
 
 
 def _first(renderer: Renderer, talks: Sequence[Sequence[Message]], tools: Tools) -> str | None:
