@@ -25,15 +25,19 @@ ENDS = {  # of the models' generation configs, by the beginning of a template's 
     "lfm2": ["<|im_end|>"],
     "llama3": ["<|eot_id|>"],
     "llava_next": ["</s>"],
+    "mistral": ["</s>"],
     "muse_glimmer": ["<|eot|>"],
     "nemotron": ["<|im_end|>"],
     "phi3": ["<|end|>"],
+    "phi4": ["<|im_end|>"],
     "qwen": ["<|im_end|>"],
+    "smollm2": ["<|im_end|>"],
     "smolvlm": ["<end_of_utterance>"],
 }
 IN_HISTORY = {"gptoss": ["<|end|>"]}  # what closes an answer once somebody has replied
 EMPTY_THOUGHTS = re.compile(r"\s*<think>\s*</think>(\s*)")
 MARK = "Wx5oracle"
+NEAR = 6  # characters of a prompt by which it is found again
 REFUSED = "refused"  # in place of a reply that leaves out what is heard, or does not end the answer before it
 PROBE = [{"role": "user", "content": "a"}]
 
@@ -50,13 +54,13 @@ class Turn:
 @dataclass
 class Expected:
     """``openings``: what may stand before the first answer. ``turns``; ``seen``: the same with whole generation
-    prompts, which some templates do not keep to in the answer. ``replies``: from the end of each answer but the last to
-    the next; None where nobody speaks between. ``faults``: (messages it can be laid to, reason)."""
+    prompts, which some templates do not keep to in the answer. ``replies``: what may stand from the end of each answer
+    but the last to the next, with this history or none; nothing where nobody speaks between. ``faults``: (messages it can be laid to, reason)."""
 
     openings: list[str] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     seen: list[Turn] = field(default_factory=list)
-    replies: list[str | None] = field(default_factory=list)
+    replies: list[list[str]] = field(default_factory=list)
     faults: list[tuple[set[int], str]] = field(default_factory=list)
 
 
@@ -217,6 +221,9 @@ class Reading:
                 if any(one in whole[at:bound] for m in self.messages[:index] for one in said(m)):
                     break  # it joins two answers in one
                 return history + whole[at:], len(history) + size, size < len(opened)
+        opened = next((n for n in range(bound, 0, -1) if whole[:n].endswith(prompt[-NEAR:])), 0)
+        if opened and not any(one in whole[opened:bound] for m in self.messages[:index] for one in said(m)):
+            return prompt + whole[opened:], len(prompt), False  # no generation prompt, and earlier messages rewritten
         header = self.header() if whole[:bound].endswith(self.header()) else ""
         return prompt + header + whole[bound:], len(prompt), False
 
@@ -248,15 +255,25 @@ class Reading:
 
     # ---- between two -------------------------------------------------------------------------------------------------
     def reply(self, index, following):
-        """What the template writes from the end of answer ``index`` on: the history before it may be rewritten."""
+        """What the template writes from the end of answer ``index`` on: with the history before it, which it may
+        rewrite, and with none."""
         if following == index + 1:
-            return None
-        message, heard = self.messages[index], self.messages[index + 1 : following]
+            return []
+        found = [self.behind(self.messages[:following], index)]
+        try:
+            found.append(self.behind([*PROBE, *self.messages[index:following]], len(PROBE)))
+        except Exception:
+            found.append(REFUSED)
+        return [text for text in found if text != REFUSED] or found
+
+    def behind(self, messages, index):
+        message, heard = messages[index], messages[index + 1 :]
         if message.get("tool_calls"):  # some templates write what is said beside a call behind its results
-            alone = [{**m, "content": ""} if n == index else m for n, m in enumerate(self.messages)]
-            text, own = self.text(alone[:following], prompt=True), said(message)[-1]
+            own, content = said(message)[-1], ""
         else:
-            text, own = self.text(self.marked(index)[:following], prompt=True), MARK
+            own = content = MARK
+        talk = [{**m, "content": content} if n == index else m for n, m in enumerate(messages)]
+        text = self.text(talk, prompt=True)
         after = text[text.rindex(own) + len(own) :]
         closed = self.at_close.search(after)
         if closed is None or any(one not in after[closed.end() :] for m in heard for one in said(m)):

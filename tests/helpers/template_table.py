@@ -5,16 +5,17 @@ import re
 import sys
 import warnings
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
-from chat_case import folder, tokenizer_of
+from chat_case import OWN, folder, tokenizer_of
 from template_oracle import REFUSED, expected, parts
 from template_shapes import SHAPES, tools_of
 
 from ppg_fast.dialogues import ChatFormat, Dialogue, encode_dialogue
 from ppg_fast.dialogues.message import message_of
 
-NAMES = sorted(path.stem for path in folder().glob("*.jinja")) if folder() else []
+NAMES = sorted(path.stem for place in (folder(), OWN) for path in place.glob("*.jinja")) if folder() else []
 ONE, SEVERAL, OFFLINE, REFUSES, LOSES, ENDLESS = "one", "several", "offline", "refuses", "loses", "no end"
 LINE = re.compile(r"dialogue 'd', message (\d+): [^\n]{9,300}")
 
@@ -49,7 +50,7 @@ class Cell:
         if faults:
             problem = f"trained, but {faults[0]}" + (f"; {problem}" if problem else "")
         mark = ONE if len(starts(sample)) == 1 else SEVERAL
-        return (OFFLINE if REFUSED in self.expected.replies else mark), problem
+        return (OFFLINE if [REFUSED] * 2 in self.expected.replies else mark), problem
 
     def no_format(self, refusal):
         """The mark of a template that no answer can be written with; the line has no message to name."""
@@ -117,8 +118,8 @@ class Cell:
         done, messages, tools = self.expected, self.dialogue.messages, self.dialogue.tools
         places = [turn.message for turn in done.turns]
         asked = [(chat.opening, messages[: places[0]], done.openings)] if done.openings else []
-        for before, after, text in zip(places, places[1:], done.replies, strict=False):
-            asked += [(chat.reply, messages[before + 1 : after], [text])] if text is not None else []
+        for (before, after), texts in zip(pairwise(places), done.replies, strict=False):
+            asked += [(chat.reply, messages[before + 1 : after], texts)] if texts else []
         for make, given, texts in asked:
             tokens, refusal = attempt(make, given, *[tools] * bool(tools))
             got = REFUSED if tokens is None else self.tokenizer.decode(tokens)
