@@ -55,7 +55,8 @@ class Turn:
 class Expected:
     """``openings``: what may stand before the first answer. ``turns``; ``seen``: the same with whole generation
     prompts, which some templates do not keep to in the answer. ``replies``: what may stand from the end of each answer
-    but the last to the next, with this history or none; nothing where nobody speaks between. ``faults``: (messages it can be laid to, reason)."""
+    but the last to the next, with this history or none; nothing where nobody speaks between. ``faults``: (messages it
+    can be laid to, reason)."""
 
     openings: list[str] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
