@@ -73,9 +73,14 @@ def parts(turns):
 
 def expected(tokenizer, name, messages):
     """Of the first form that the template writes without a fault; else the faults of every form."""
-    found = [Reading(tokenizer, name, form).expected() for form in _forms(messages)]
+    readings = [Reading(tokenizer, name, form, parts) for parts in (False, True) for form in _forms(messages)]
+    found: list[Expected] = []
+    for reading in readings:
+        found.append(reading.expected())
+        if not found[-1].faults:
+            return found[-1]
     faults = [fault for one in found for fault in one.faults]
-    return next((one for one in found if not one.faults), replace(found[0], faults=faults))
+    return replace(found[0], faults=faults)
 
 
 def _forms(messages):
@@ -110,8 +115,9 @@ class Fault(Exception):
 class Reading:
     """One dialogue in one form, rendered by the tokenizer's own template."""
 
-    def __init__(self, tokenizer, name, messages):
+    def __init__(self, tokenizer, name, messages, in_parts):
         self.tokenizer, self.messages, self.tools, self.rendered = tokenizer, messages, tools_of(messages), {}
+        self.in_parts = in_parts  # content as templates of models that see images want it
         family = lambda table: table[max((k for k in table if name.startswith(k)), key=len, default="")]  # noqa: E731
         ends = family({"": [], **ENDS})
         at = lambda names: re.compile("|".join(map(re.escape, names)) or "(?!)")  # noqa: E731
@@ -122,8 +128,9 @@ class Reading:
         """The rendering; of a list of one conversation, for transformers refuses one without messages."""
         key = json.dumps([messages, prompt])
         if key not in self.rendered:
+            given = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
             self.rendered[key] = self.tokenizer.apply_chat_template(
-                [messages], tools=self.tools, tokenize=False, add_generation_prompt=prompt
+                [given if self.in_parts else messages], tools=self.tools, tokenize=False, add_generation_prompt=prompt
             )[0]
         return self.rendered[key]
 
