@@ -30,19 +30,8 @@ FAMILIES = {  # template, the family's own model where it is made of layers that
     "SmolLM2": ("smollm2", "LlamaConfig", "two users"),
     "DeepSeek-R1 distill": ("deepseek_r1_distill", "Qwen2Config", "empty answer"),
 }
-FLAGS = [
-    "--num-prompts",
-    "1",
-    "--num-generations",
-    "2",
-    "--max-new-tokens",
-    "3",
-    "--max-turns",
-    "2",
-    "--max-steps",
-    "1",
-]
-FLAGS += ["--eval-every", "1", "--eval-dialogues", "1", "--no-progress"]
+FLAGS = ["--num-prompts", "2", "--num-generations", "2", "--max-new-tokens", "3", "--max-turns", "2"]
+FLAGS += ["--max-steps", "1", "--eval-every", "1", "--eval-dialogues", "1", "--no-progress"]
 REWARD = "def letters(messages):\n    return float(sum(messages[-1]['content'].encode()) % 97)\n"
 
 if folder() is None:
