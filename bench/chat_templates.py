@@ -2,7 +2,7 @@
 
 from .tables import NOT_MEASURED, Results, of
 
-MARKS = {"one": "=", "several": "t", "offline": "o", "refuses": "R", "loses": "L", "no end": "E"}
+MARKS = {"one": "=", "own": "b", "several": "t", "offline": "o", "refuses": "R", "loses": "L", "no end": "E"}
 
 
 def chat_templates_section(results: Results) -> str:

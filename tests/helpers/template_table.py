@@ -5,7 +5,7 @@ import re
 import sys
 import warnings
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 from chat_case import OWN, folder, tokenizer_of
@@ -16,7 +16,8 @@ from ppg_fast.dialogues import ChatFormat, Dialogue, encode_dialogue
 from ppg_fast.dialogues.message import message_of
 
 NAMES = sorted(path.stem for place in (folder(), OWN) for path in place.glob("*.jinja")) if folder() else []
-ONE, SEVERAL, OFFLINE, REFUSES, LOSES, ENDLESS = "one", "several", "offline", "refuses", "loses", "no end"
+ONE, OWN, SEVERAL, OFFLINE = "one", "own", "several", "offline"
+REFUSES, LOSES, ENDLESS = "refuses", "loses", "no end"
 LINE = re.compile(r"dialogue 'd', message (\d+): [^\n]{9,300}")
 
 
@@ -49,8 +50,14 @@ class Cell:
         problem = self.inexact(chat, sample) or self.on_policy(chat)
         if faults:
             problem = f"trained, but {faults[0]}" + (f"; {problem}" if problem else "")
-        mark = ONE if len(starts(sample)) == 1 else SEVERAL
-        return (OFFLINE if [REFUSED] * 2 in self.expected.replies else mark), problem
+        if problem:
+            return "", problem
+        if [REFUSED] in [list(dict.fromkeys(texts)) for texts in self.expected.replies]:
+            return OFFLINE, ""
+        agrees = self.spoken(chat) == sample.tokens[: len(self.spoken(chat))]
+        if not agrees and any(text.startswith(self.expected.turns[-1].context) for text in self.could_be_spoken()):
+            return "", f"a rollout reads {self.tokenizer.decode(self.spoken(chat))!r}"
+        return (SEVERAL if len(starts(sample)) > 1 else ONE if agrees else OWN), ""
 
     def no_format(self, refusal):
         """The mark of a template that no answer can be written with; the line has no message to name."""
@@ -115,13 +122,8 @@ class Cell:
     # ---- on-policy ---------------------------------------------------------------------------------------------------
     def on_policy(self, chat):
         """The same from a rollout's side: the opening, and what follows an answer that was sampled."""
-        done, messages, tools = self.expected, self.dialogue.messages, self.dialogue.tools
-        places = [turn.message for turn in done.turns]
-        asked = [(chat.opening, messages[: places[0]], done.openings)] if done.openings else []
-        for (before, after), texts in zip(pairwise(places), done.replies, strict=False):
-            asked += [(chat.reply, messages[before + 1 : after], texts)] if texts else []
-        for make, given, texts in asked:
-            tokens, refusal = attempt(make, given, *[tools] * bool(tools))
+        for make, given, texts in self.asked(chat):
+            tokens, refusal = attempt(make, given, self.dialogue.tools)
             got = REFUSED if tokens is None else self.tokenizer.decode(tokens)
             if got not in texts:
                 what = f"on-policy, {make.__name__} of {[m.role for m in given]}"
@@ -129,6 +131,30 @@ class Cell:
             if tokens is None and not one_line(refusal):
                 return f"refused in more than one line: {refusal!r}"
         return ""
+
+    def asked(self, chat):
+        """(what writes it, messages, what may be written) before each answer to which somebody spoke."""
+        done, messages = self.expected, self.dialogue.messages
+        places = [turn.message for turn in done.turns]
+        if done.openings:
+            yield chat.opening, messages[: places[0]], done.openings
+        for (before, after), texts in zip(pairwise(places), done.replies, strict=False):
+            if texts:
+                yield chat.reply, messages[before + 1 : after], texts
+
+    def spoken(self, chat):
+        """The tokens of a rollout that samples the answers of the log."""
+        before = [make(given, self.dialogue.tools) for make, given, _ in self.asked(chat)]
+        answers = [self.encode(turn.answer) for turn in self.expected.turns]
+        return [token for pair in zip(before, answers, strict=False) for part in pair for token in part]
+
+    def could_be_spoken(self):
+        """The texts that a rollout might read, up to the last answer."""
+        answers = [turn.answer for turn in self.expected.turns]
+        if any(not texts for texts in self.expected.replies):
+            return
+        for before in product(self.expected.openings, *self.expected.replies):
+            yield "".join(part for pair in zip(before, answers, strict=True) for part in pair)
 
 
 def starts(sample):
