@@ -52,10 +52,10 @@ def names_read(template: str) -> list[str]:
         tree = environment.parse(GENERATION.sub("", template))
     except TemplateError:  # what is wrong with it is said where it is rendered
         return []
-    own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    own, parameters = ({n.name for n in tree.find_all(nodes.Name) if n.ctx == kind} for kind in ("store", "param"))
     asked = [*tree.find_all(nodes.Test), *tree.find_all(nodes.Filter)]  # x is defined, x | default(y)
     own -= {node.node.name for node in asked if node.name in ASKS and isinstance(node.node, nodes.Name)}
-    read = meta.find_undeclared_variables(tree) - own - {*GIVEN, *environment.globals}
+    read = meta.find_undeclared_variables(tree) - own - parameters - {*GIVEN, *environment.globals}
     return sorted(name for name in read if not name.endswith("_token"))
 
 
