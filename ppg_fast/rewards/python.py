@@ -38,14 +38,15 @@ def load_function(
 def load_module(place: str, loaded: dict[str, ModuleType], what: str) -> ModuleType:
     """The module of a file (``file.py``) or of that name, from ``loaded`` where it is there. ValueError that begins
     with ``what``, with the user's line that failed."""
-    if place not in loaded:
+    key = str(Path(place).resolve()) if place.endswith(".py") else place
+    if key not in loaded:
         try:
-            loaded[place] = import_file(place) if place.endswith(".py") else import_module(place)
+            loaded[key] = import_file(place) if place.endswith(".py") else import_module(place)
         except BaseException as error:  # whatever the user's file raises, SystemExit too
             if not is_users(error):
                 raise
             raise ValueError(f"{what}: {place} cannot be loaded: {said_by(error)}") from error
-    return loaded[place]
+    return loaded[key]
 
 
 class PythonReward:

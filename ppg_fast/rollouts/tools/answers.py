@@ -104,7 +104,7 @@ def written_call(renderer: Renderer) -> tuple[str, bool]:
         }
         try:
             (text,) = renderer.raw([[ASK, answer]])
-        except Exception as error:  # noqa: PERF203 (a template raises anything)
+        except Exception as error:
             reason = " ".join(str(error).split())[:100]
             continue
         if PROBE.name in text:
@@ -143,7 +143,12 @@ def _in_thought(text: str) -> bool:
     return bool(last) and not CLOSED.search(text, last[0].end())
 
 
+def made_id(turn: int, number: int) -> str:
+    """The id of a call that has none: of nine characters, as Mistral's templates want them."""
+    return f"c{turn % 10_000:04d}{number % 10_000:04d}"
+
+
 def _as_openai(call: Call, turn: int, number: int) -> dict[str, Any]:
-    made = f"c{turn % 10_000:04d}{number % 10_000:04d}"  # nine characters, as Mistral's templates want them
+    made = made_id(turn, number)
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call.id if len(call.id) == len(made) else made, "type": "function", "function": function}

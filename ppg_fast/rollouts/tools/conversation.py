@@ -1,6 +1,5 @@
 """A dialogue in which the policy may call functions before it answers its partner."""
 
-import warnings
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from ppg_fast.rollouts import partner as partners
 from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.partner import Conversation, Partner
 from ppg_fast.rollouts.rollout import Stepped
-from ppg_fast.rollouts.tools.answers import function_of
+from ppg_fast.rollouts.tools.answers import function_of, made_id
 from ppg_fast.rollouts.tools.calling import now, outcome, plain_name, text_of
 from ppg_fast.rollouts.tools.functions import Tools
 
@@ -104,7 +103,7 @@ class ToolConversation(Conversation):
         return replace(found, info={**found.info, "environment": self.environment})
 
 
-def step_all(environments: Sequence[Environment], answers: Sequence[Message]) -> list[Stepped]:
+def step_calls(environments: Sequence[Environment], answers: Sequence[Message]) -> list[Stepped]:
     """The next step of many `ToolConversation`: calls are answered here, and the partner is asked for the others, all
     at once."""
     conversations = [environment for environment in environments if isinstance(environment, ToolConversation)]
@@ -119,6 +118,12 @@ def step_all(environments: Sequence[Environment], answers: Sequence[Message]) ->
 def prepared(prompt: Prompt, tools: Tools) -> Prompt:
     """The prompt with the tools that it is played with, and a log without results: calls are answered anew."""
     return replace(prompt, tools=tools.select(prompt), logged=tuple(m for m in prompt.logged if m.role != "tool"))
+
+
+def a_result(prompt: Prompt) -> Message:
+    """A result as one of the prompt's tools gives it, to see whether a template takes it."""
+    name = str(function_of(prompt.tools[0]).get("name"))
+    return Message("tool", "a", {"name": name, "tool_call_id": made_id(0, 0)})
 
 
 def own_rewards(tools: Tools) -> list[Reward]:
@@ -145,13 +150,15 @@ class OwnReward:
         return [next(values) if own else None for own in mine]
 
 
-def counted(environments: Sequence[Environment]) -> dict[str, float]:
-    """Calls a dialogue, and the share of them that failed, by TRL's names."""
-    counts = sum((e.counts for e in environments if isinstance(e, ToolConversation)), Counter[str]())
-    calls = counts["calls"]
+def counted(environments: Sequence[Environment], gather: Callable[[Any], list[Any]]) -> dict[str, float]:
+    """Calls a dialogue, and the share of them that failed, by TRL's names; those of all ranks together."""
+    mine = sum(
+        (e.counts for e in environments if isinstance(e, ToolConversation)), Counter(dialogues=len(environments))
+    )
+    counts = sum(gather(mine), Counter[str]())
     return {
-        "tools/call_frequency": calls / max(1, len(environments)),
-        "tools/failure_frequency": counts["failures"] / max(1, calls),
+        "tools/call_frequency": counts["calls"] / max(1, counts["dialogues"]),
+        "tools/failure_frequency": counts["failures"] / max(1, counts["calls"]),
     }
 
 

@@ -88,7 +88,7 @@ ATEM = marked_up(
     r"\s*",
 )
 
-BARE = re.compile(r'\s*(<\|python_tag\|>)?\s*(?=\{)|\s*(<\|python_tag\|>)')
+BARE = re.compile(r"\s*(<\|python_tag\|>)?\s*(?=\{)|\s*(<\|python_tag\|>)")
 BARE_CALL = re.compile(r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"[^"]*"\s*,\s*"(?:parameters|arguments)"')
 
 
@@ -140,8 +140,8 @@ def mistral(text: str, _: Parameters) -> Iterator[Found]:
 
 
 DEEPSEEK = re.compile(
-    r"(?:<｜tool▁calls▁begin｜>\s*)?<｜tool▁call▁begin｜>(?P<first>.*?)<｜tool▁sep｜>(?P<second>.*?)"
-    r"(?:<｜tool▁call▁end｜>\s*(?:<｜tool▁calls▁end｜>)?|$)",
+    r"(?:<\uff5ctool▁calls▁begin\uff5c>\s*)?<\uff5ctool▁call▁begin\uff5c>(?P<first>.*?)<\uff5ctool▁sep\uff5c>"
+    r"(?P<second>.*?)(?:<\uff5ctool▁call▁end\uff5c>\s*(?:<\uff5ctool▁calls▁end\uff5c>)?|$)",
     re.DOTALL,
 )
 FENCED = re.compile(r"(?P<name>[^\n]*)\n```(?:json)?\n(?P<arguments>.*?)\n?```\s*", re.DOTALL)
@@ -165,7 +165,9 @@ def pythonic(text: str, _: Parameters) -> Iterator[Found]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what the policy's text would be as a program
                 tree = ast.parse(match[1].strip(), mode="eval").body
-            calls = [_python_call(node, match[1].strip()) for node in (tree.elts if isinstance(tree, ast.List) else [tree])]
+            calls = [
+                _python_call(node, match[1].strip()) for node in (tree.elts if isinstance(tree, ast.List) else [tree])
+            ]
         except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
             calls = []
         yield match.start(), match.end(), calls or [unread(match[1])]

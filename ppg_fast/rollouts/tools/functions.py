@@ -71,6 +71,11 @@ class Tools:
                 raise
             raise ValueError(f"{where}: no environment can be made: {said_by(error)}") from error
 
+    @property
+    def names(self) -> list[str]:
+        """Every tool once."""
+        return list(dict.fromkeys(name for tools in self.schemas.values() for name in tools))
+
     def importing(self) -> Any:
         """While the user's code runs: its own folder comes first where it imports something."""
         return imports_from(self.folder) if self.folder else nullcontext()
@@ -154,7 +159,7 @@ def _public(module: ModuleType) -> dict[str, Any]:
 
 def _schema(function: Callable[..., Any], name: str, where: str) -> Schema:
     """The JSON schema of a function, from its types and its docstring."""
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import get_json_schema
 
     try:
         made = get_json_schema(function)
