@@ -36,46 +36,17 @@ class ChatFormat:
         self._at_ends = re.compile("|".join(re.escape(name) for name in names if name in self.renderer.added))
         self._replies: dict[Message, list[int]] = {}
 
-    def opening(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+    def opening(self, messages: Sequence[Message]) -> list[int]:
         """The tokens up to where the first answer begins. ValueError names the message that cannot be written."""
         for index, message in enumerate(messages):
             with in_message(index):
                 self.renderer.check(message)
-        text = self.renderer.before_answer(messages) if not tools else self._with_tools(messages, tools)
+        text = self.renderer.before_answer(messages)
         self.renderer.require_written(messages)
         return self.renderer.encode(text)
 
-    def _with_tools(self, messages: Sequence[Message], tools: Sequence[Any], answer_next: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            [m.as_dict() for m in messages],
-            chat_template=self.renderer._dated,
-            tools=list(tools),
-            tokenize=False,
-            add_generation_prompt=answer_next,
-        )
-
-    def reply(self, messages: Message | Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+    def reply(self, message: Message) -> list[int]:
         """The tokens from the end token of an answer to the beginning of the next."""
-        if not isinstance(messages, Message) and (tools or len(messages) > 1):
-            for message in messages:
-                self.renderer.check(message)
-            calls = [
-                {
-                    "id": m.more["tool_call_id"],
-                    "type": "function",
-                    "function": {"name": m.more["name"], "arguments": {"x": STAND_IN}},
-                }
-                for m in messages
-                if m.role == "tool"
-            ]
-            calls = calls[:1] if "single tool-calls" in self.renderer.template else calls
-            answer = Message("assistant", "", {"tool_calls": calls}) if calls else ANSWER
-            text = self._with_tools([ASK, answer, *messages], tools).rpartition(STAND_IN)[2]
-            ends = self.tokenizer.convert_ids_to_tokens(list(self.end_ids))
-            at = [(text.find(end), end) for end in ends if end in text]
-            start, end = min(at)
-            return self.renderer.encode(text[start + len(end) :])
-        message = messages if isinstance(messages, Message) else messages[0]
         if message not in self._replies:  # a group shares its questions: encode them once
             self.renderer.check(message)
             try:
