@@ -226,10 +226,8 @@ class PromptsJob(Job):
         try:
             prompt = prepared(prompt, self.tools) if self.tools else prompt
             replies = prompt.logged if isinstance(self.partner, LoggedPartner) else [Message("user", "a")]
-            self.policy.chat.rehearse(prompt.messages, replies[: self.config.max_turns - 1])
-            if self.tools:
-                self.policy.chat.reply([a_result(prompt)], prompt.tools)
-            length = len(self.policy.chat.opening(prompt.messages, prompt.tools))
+            heard = [*replies[: self.config.max_turns - 1], *([[a_result(prompt)]] if self.tools else [])]
+            length = self.policy.chat.rehearse(prompt.messages, heard, prompt.tools)
             rule = f"an opening must be shorter than the {limit} tokens of a dialogue"
             require(not limit or length < limit, rule, length)
         except ValueError as error:

@@ -103,7 +103,7 @@ def written_call(renderer: Renderer) -> tuple[str, bool]:
             "tool_calls": [{"id": PROBE.id, "type": "function", "function": function}],
         }
         try:
-            (text,) = renderer.raw([[ASK, answer]])
+            text = renderer.raw([ASK, answer])
         except Exception as error:
             reason = " ".join(str(error).split())[:100]
             continue
