@@ -42,22 +42,27 @@ def outcome(
     name, arguments = call["function"]["name"], call["function"].get("arguments", {})
     if not isinstance(arguments, dict):
         got = repr(str(arguments)[:100])
-        return _error(f"the call cannot be read: name and arguments (a JSON object) are expected, got {got}")
+        return an_error(f"the call cannot be read: name and arguments (a JSON object) are expected, got {got}")
     if name not in tools:
-        return _error(f"there is no function {name[:60]!r}, there is {', '.join(tools)}")
+        return an_error(f"there is no function {name[:60]!r}, there is {', '.join(tools)}")
     try:
         inspect.signature(functions[name]).bind(**arguments)
     except (TypeError, ValueError) as error:
-        return _error(f"{name}: {error}")
+        return an_error(f"{name}: {error}")
     if wrong := wrong_type(arguments, function_of(tools[name])):
-        return _error(f"{name}: {wrong}")
+        return an_error(f"{name}: {wrong}")
     try:
         text = text_of(now(functions[name](**copy.deepcopy(arguments))))  # the message keeps its own
     except BaseException as error:  # whatever the user's function raises, SystemExit too
         if not is_users(error):
             raise
-        return _error(f"{name}: {_named(error)}")._replace(raised=said_by(error))
+        return an_error(f"{name}: {_named(error)}")._replace(raised=said_by(error))
     return Outcome(text)
+
+
+def an_error(said: str) -> Outcome:
+    """What the policy reads of a call that went wrong."""
+    return Outcome(json.dumps({"error": said[:ERROR]}, ensure_ascii=False).encode("utf-8", "replace").decode(), True)
 
 
 def wrong_type(arguments: Mapping[str, Any], function: Mapping[str, Any]) -> str:
@@ -105,10 +110,6 @@ def _is(value: Any, kind: str) -> bool:
     if isinstance(value, bool) and kind in ("integer", "number"):
         return False
     return isinstance(value, KINDS.get(kind, (object,)))
-
-
-def _error(said: str) -> Outcome:
-    return Outcome(json.dumps({"error": said[:ERROR]}, ensure_ascii=False).encode("utf-8", "replace").decode(), True)
 
 
 def _named(error: BaseException) -> str:
