@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import wraps
 from itertools import groupby
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tools_case import scripted, tiny, tokenizer_with_calls
 from ppg_fast.cli import main
 from ppg_fast.dialogues import ChatFormat, Message
 from ppg_fast.dialogues.prompts import Prompt, read_prompts
+from ppg_fast.rollouts.generation import Answer
 from ppg_fast.rollouts.partner import Conversation, NoPartner, as_partner
 from ppg_fast.rollouts.rollout import collect_groups
 from ppg_fast.rollouts.tools import AnswerReader, ToolConversation, Tools, own_rewards, prepared, step_calls
@@ -40,7 +42,7 @@ class Once:
 
 def roll_out(monkeypatch, name, tools, *script, prompt=None, partner=None, calls=16, **settings):
     """Rollouts of one prompt with scripted answers, one for each dialogue of ``script``."""
-    model, chat = tiny(tokenizer_with_calls(name))
+    model, chat = tiny(name)
     sampler = scripted(monkeypatch, chat, *script)
     prompt = prepared(prompt or Prompt("p", (Message("user", "cost?"),)), tools)
     make = lambda: ToolConversation(  # noqa: E731
@@ -65,7 +67,8 @@ RESULT = "\n<|im_start|>user\n<tool_response>\n{}\n</tool_response><|im_end|>\n<
 LLAMA = "<|start_header_id|>{}<|end_header_id|>\n\n"
 CASES = {  # a call, a last answer, a reply of the user, as the model writes them; what stands between
     "qwen3": (
-        '<think>\nhm\n</think>\n\n<tool_call>\n{"name": "price", "arguments": {"item": "pear"}}\n</tool_call><|im_end|>',
+        "<think>\nhm\n</think>\n\n"
+        '<tool_call>\n{"name": "price", "arguments": {"item": "pear"}}\n</tool_call><|im_end|>',
         "4 each<|im_end|>",
         RESULT.format(4),
         "\n<|im_start|>user\nthanks<|im_end|>\n<|im_start|>assistant\n",
@@ -197,9 +200,8 @@ def test_a_tokenizers_own_response_template_reads_calls(shop, monkeypatch):
     chat = ChatFormat(tokenizer)
     parsed = []
     real = type(tokenizer).parse_response
-    monkeypatch.setattr(
-        type(tokenizer), "parse_response", lambda *a, **k: parsed.append(real(*a, **k)) or parsed[-1], raising=True
-    )
+    spy = wraps(real)(lambda *given, **named: parsed.append(real(*given, **named)) or parsed[-1])
+    monkeypatch.setattr(type(tokenizer), "parse_response", spy)
     reader = AnswerReader(chat)
     schemas = list(shop.schemas[""].values())
     asked = chat.opening([Message("user", "cost?")], schemas)
@@ -339,13 +341,12 @@ environment_factory = {"counter": Counter, "other": lambda: Other()}
     info = {"environment": "counter", "begin": 4}
     said = '<tool_call>{"name": "step", "arguments": {"by": 3}}</tool_call><|im_end|>'
     ask = (Message("user", "Go."),)
-    for name, value in (("counter", 7.0), ("other", -1.0)):
+    for name, values in (("counter", [[0.0, 7.0], [None, None]]), ("other", [[None, None], [0.0, -1.0]])):
         prompt = Prompt("p", ask, info={**info, "environment": name})
         _, (rollout,), _ = roll_out(monkeypatch, "qwen3", tools, (said, "ok<|im_end|>"), prompt=prompt)
-        found = [reward.turns([rollout.environment.transcript()]) for reward in own_rewards(tools)]
-        assert sorted(map(str, found)) == sorted(map(str, ([[0.0, value]], [[None if False else None, None]]))) or (
-            [[0.0, value]] in found
-        )
+        rewards = {reward.name: reward for reward in own_rewards(tools)}
+        found = [rewards[kind].turns([rollout.environment.transcript()]) for kind in ("Counter", "Other")]
+        assert found == [[row] for row in values]
     with pytest.raises(ValueError, match="environment must be one of counter, other, got 'third'"):
         prepared(Prompt("p", ask, info={"environment": "third"}), tools)
     bad = Prompt("p", ask, info={"environment": "counter"})
@@ -357,7 +358,8 @@ environment_factory = {"counter": Counter, "other": lambda: Other()}
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     place = tmp_path_factory.mktemp("model") / "Qwen3"
-    model, chat = tiny(tokenizer_with_calls("qwen3"))
+    model, chat = tiny("qwen3")
+    model.generation_config.eos_token_id = chat.end_id
     model.save_pretrained(place)
     chat.tokenizer.save_pretrained(place)
     return str(place)
@@ -372,27 +374,22 @@ def train(place, out, *flags):
     return main(["train", *fixed, *TRAIN, *flags])
 
 
-class Shopper:
-    """Says the same in every dialogue: a call, then an answer."""
+def shopping(monkeypatch, *said):
+    """Every sampler of rollouts says the same in every dialogue: a call, then an answer."""
+    _, chat = tiny("qwen3")
+    called = chat.tokenizer.convert_tokens_to_ids("</tool_response>")
+    texts = [chat.renderer.encode(text) for text in said]
 
-    def __init__(self, encode, said):
-        self.encode, self.said = encode, said
+    class Shopper:
+        def answer(self, requests):
+            chosen = [texts[called in request.tokens] for request in requests]
+            return [Answer(tokens, [-1.0] * len(tokens), True) for tokens in chosen]
 
-    def __call__(self, model, end_ids, banned, temperature):
-        return self
-
-    def answer(self, requests):
-        from ppg_fast.rollouts.generation import Answer
-
-        called = self.encode("tool_response>\n")[-3:]
-        texts = [self.said[sum(r.tokens[i : i + 3] == called for i in range(len(r.tokens))) > 0] for r in requests]
-        return [Answer(self.encode(text), [-1.0] * len(self.encode(text)), True) for text in texts]
+    monkeypatch.setattr("ppg_fast.rollouts.rollout.LocalSampler", lambda *_: Shopper())
 
 
 def test_a_run_with_tools_trains_and_is_resumed_with_the_same_tools_only(checkpoint, tmp_path, monkeypatch, capsys):
-    _, chat = tiny(tokenizer_with_calls("qwen3"))
-    said = [CASES["qwen3"][0], "22<|im_end|>"]
-    monkeypatch.setattr("ppg_fast.rollouts.rollout.LocalSampler", Shopper(chat.renderer.encode, said))
+    shopping(monkeypatch, CASES["qwen3"][0], "22<|im_end|>")
     tools = tmp_path / "shop.py"
     tools.write_text((EXAMPLES / "shop.py").read_text())
     out = tmp_path / "run"
@@ -412,9 +409,7 @@ def test_a_run_with_tools_trains_and_is_resumed_with_the_same_tools_only(checkpo
 
 
 def test_an_environment_pays_without_a_reward_function(checkpoint, tmp_path, monkeypatch):
-    _, chat = tiny(tokenizer_with_calls("qwen3"))
-    said = [PUT.format(2).replace("pear", "melon"), "ok<|im_end|>"]
-    monkeypatch.setattr("ppg_fast.rollouts.rollout.LocalSampler", Shopper(chat.renderer.encode, said))
+    shopping(monkeypatch, PUT.format(2).replace("pear", "melon"), "ok<|im_end|>")
     tools = str(EXAMPLES / "basket.py:Basket")
     reward = str(EXAMPLES / "rewards.py:in_the_basket") + "@dialogue"
     assert train(checkpoint, tmp_path / "run", "--tools", tools) == 0

@@ -1,5 +1,7 @@
 """Answers given as tokens in place of a sampler's, and Mistral's chat template with tools."""
 
+from functools import cache
+
 from chat_case import byte_tokenizer, tokenizer_of
 
 from ppg_fast.dialogues import ChatFormat
@@ -16,7 +18,7 @@ MISTRAL = """{{ bos_token }}
 {%- elif m.tool_calls %}
 {{- '[TOOL_CALLS] [' }}
 {%- for call in m.tool_calls %}
-{%- if call.id | length != 9 %}{{ raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}{% endif %}
+{%- if call.id | length != 9 %}{{ raise_exception('Tool call IDs should have 9 characters') }}{% endif %}
 {{- '{"name": ' + call.function.name | tojson + ', "arguments": ' + call.function.arguments | tojson }}
 {{- ', "id": "' + call.id + '"}' + (', ' if not loop.last else ']' + eos_token) }}
 {%- endfor %}
@@ -38,8 +40,10 @@ def tokenizer_with_calls(name):
     return byte_tokenizer(MISTRAL, special, eos_token="</s>", bos_token="<s>")
 
 
-def tiny(tokenizer):
-    """A model of few weights for it, and its chat format."""
+@cache
+def tiny(name):
+    """A model of few weights and the chat format of that name."""
+    tokenizer = tokenizer_with_calls(name)
     return make_model(len(tokenizer), width=16, layers=1, seed=0), ChatFormat(tokenizer)
 
 
