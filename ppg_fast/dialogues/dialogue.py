@@ -54,6 +54,7 @@ class Reading:
     groups: int = 0  # of the opening
     whole: Counter[str] = field(default_factory=Counter)  # dialogues with one reward, by its key
     unscored: int = 0  # turns of the others that have none
+    dropped: Sequence[str] = ()  # keys that no dialogue holds any more, and why
 
 
 def read_file(path: str | os.PathLike[str], strict: bool = False, scored: bool = True) -> Reading:
@@ -77,6 +78,7 @@ def read_file(path: str | os.PathLike[str], strict: bool = False, scored: bool =
         read.whole.update([made.rewarded] if made.rewarded else [])
         read.unscored += 0 if made.rewarded else made.dialogue.unscored
     problems.close(len(read.dialogues))
+    read.dropped = [f"{key} ({reason})" for key, reason in problems.dropped.items()]
     if scored:
         _warn_of_rewards(path, read)
     return read
@@ -148,6 +150,8 @@ def _found(path: Path, problems: Problems, scored: bool) -> Iterator[_Found]:
         name = made_id(path, record.number)
         if record.number in fit:
             value = consistent_llms.to_record(judged[record.number], consistent, name)
+            for key in record.value.keys() - value.keys():
+                problems.dropped[key] = "read as messages and rewards, or another question to the judge"
             yield _Found("Consistent-LLMs", record.where, value, True)
         if not consistent_llms.is_family_record(record.value):
             yield from _translated(record, name, problems)

@@ -27,6 +27,7 @@ class Problems:
 
     def __init__(self, path: str, strict: bool) -> None:
         self.path, self.strict, self.messages = path, strict, []
+        self.dropped: dict[str, str] = {}  # keys of the file that no dialogue holds, and why
 
     def add(self, message: str) -> None:
         """One thing that was wrong."""
@@ -59,7 +60,7 @@ def read_records(path: Path, problems: Problems) -> list[Record]:
     what = files.looks_like(raw)
     if what and not _holds_json_line(raw):
         raise ValueError(f"{path} holds no JSON: it looks like {what} ({files.RECIPES})")
-    return _unwrapped(list(json_records(raw, problems)), path)
+    return _unwrapped(list(json_records(raw, problems)), problems)
 
 
 def json_records(raw: bytes, problems: Problems) -> Iterator[Record]:
@@ -157,11 +158,11 @@ def _holds_json_line(raw: bytes) -> bool:
     return False
 
 
-def _unwrapped(records: list[Record], path: Path) -> list[Record]:
+def _unwrapped(records: list[Record], problems: Problems) -> list[Record]:
     """The elements of the one list of objects that a file's one object holds, where it is no dialogue itself; and one
     dialogue where the elements of a file's list are its messages."""
     if records and all(record.unit == "dialogue" and _is_message(record.value) for record in records):
-        return [Record(0, str(path), [record.value for record in records], "dialogue")]
+        return [Record(0, problems.path, [record.value for record in records], "dialogue")]
     value = records[0].value if len(records) == 1 else None
     if not isinstance(value, dict):
         return records
@@ -170,8 +171,11 @@ def _unwrapped(records: list[Record], path: Path) -> list[Record]:
     elements = lists.get(key, [])
     if not elements or "messages" in value or any(map(_is_message, elements)):
         return records
+    problems.dropped |= {other: f"beside the dialogues in {key!r}" for other in value if other != key}
     inner = [e["row"] if isinstance(e.get("row"), dict) and "row_idx" in e else e for e in elements]
-    return [Record(n, f"{path}, dialogue {n} of {key}", element, "dialogue") for n, element in enumerate(inner)]
+    return [
+        Record(n, f"{problems.path}, dialogue {n} of {key!r}", element, "dialogue") for n, element in enumerate(inner)
+    ]
 
 
 def _is_message(value: object) -> bool:
