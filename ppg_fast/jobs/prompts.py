@@ -50,7 +50,7 @@ class PromptsJob(Job):
 
     def __init__(self, config: TrainConfig, ranks: Ranks | None = None) -> None:
         prompts = read_prompts(str(config.prompts), config.strict)
-        contents = [m.content for p in prompts for m in (*p.messages, *p.logged)]
+        contents = [m.content for p in prompts for turn in (p.messages, *p.logged) for m in turn]
         super().__init__(config, lambda: make_byte_tokenizer(contents, config.vocab_size), ranks)
         policy = self.policy
         loaded: dict[str, ModuleType] = {}  # one module for tools and rewards of the same file
@@ -92,7 +92,7 @@ class PromptsJob(Job):
             yield (
                 p.id,
                 p.partner,
-                *([message.as_json() for message in part] for part in (p.messages, p.logged)),
+                *([message.as_json() for message in turn] for turn in (p.messages, *p.logged)),
                 p.tools,
             )
 
@@ -225,7 +225,7 @@ class PromptsJob(Job):
         limit = min(filter(None, (self.config.max_dialogue_tokens, self.policy.positions)), default=0)
         try:
             prompt = prepared(prompt, self.tools) if self.tools else prompt
-            replies = prompt.logged if isinstance(self.partner, LoggedPartner) else [Message("user", "a")]
+            replies = prompt.replies() if isinstance(self.partner, LoggedPartner) else [Message("user", "a")]
             heard = [*replies[: self.config.max_turns - 1], *([[a_result(prompt)]] if self.tools else [])]
             length = self.policy.chat.rehearse(prompt.messages, heard, prompt.tools)
             rule = f"an opening must be shorter than the {limit} tokens of a dialogue"

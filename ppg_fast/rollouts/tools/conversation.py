@@ -112,7 +112,8 @@ def step_calls(environments: Sequence[Environment], answers: Sequence[Message]) 
 
 def prepared(prompt: Prompt, tools: Tools) -> Prompt:
     """The prompt with the tools that it is played with, and a log without results: calls are answered anew."""
-    return replace(prompt, tools=tools.select(prompt), logged=tuple(m for m in prompt.logged if m.role != "tool"))
+    heard = [tuple(m for m in turn if m.role != "tool") for turn in prompt.logged]
+    return replace(prompt, tools=tools.select(prompt), logged=tuple(turn for turn in heard if turn))
 
 
 def a_result(prompt: Prompt) -> Message:
