@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ppg_fast.rewards.python import is_users, said_by
-from ppg_fast.rollouts.tools.answers import function_of
+from ppg_fast.rollouts.tools.answers import function_of, properties_of
 from ppg_fast.rollouts.tools.reading import types_of
 
 ERROR = 300  # most characters of what went wrong
@@ -68,7 +68,7 @@ def an_error(said: str) -> Outcome:
 def wrong_type(arguments: Mapping[str, Any], function: Mapping[str, Any]) -> str:
     """What is wrong with the first argument whose JSON type, or value among those listed, is another; "" where none
     is."""
-    properties = (function.get("parameters") or {}).get("properties") or {}
+    properties = properties_of(function)
     for name, value in arguments.items():
         schema = properties.get(name) or {}
         types, choices = types_of(schema), schema.get("enum")
