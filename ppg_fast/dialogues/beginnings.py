@@ -81,14 +81,16 @@ class Beginnings:
         return len(shared_start(text[: text.rfind(STAND_IN)], whole)) if STAND_IN in text else len(whole)
 
     def _opened(self, messages: Sequence[Message], tools: Tools, prompt: str) -> str:
-        """The generation prompt, of ``prompt``."""
+        """The generation prompt, of ``prompt``; where the template has none, what it ends with from its last added
+        token on."""
         if len(messages) == 1:
             return self.header
         try:
             before = self.renderer.text(messages[:-1], tools=tools)
         except ValueError:
             return self.header if prompt.endswith(self.header) else ""
-        return prompt[self._common(prompt, before) :]
+        tokens = [token.start() for token in self.renderer.token_pattern.finditer(prompt)]
+        return prompt[self._common(prompt, before) :] or prompt[max(tokens, default=len(prompt)) :]
 
     def _find(self, opened: str, messages: Sequence[Message], text: str) -> tuple[int, int]:
         """Where ``opened``, or its longest beginning of whole tokens, stands last in ``text``, and the length of that;

@@ -9,7 +9,6 @@ from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import CONTEXT
 from ppg_fast.dialogues.renderer import in_message
 from ppg_fast.dialogues.written import require_written
-from ppg_fast.spec import require
 
 
 class Span(NamedTuple):
@@ -43,7 +42,9 @@ def spans(chat: ChatFormat, messages: Sequence[Message], tools: Tools = ()) -> I
             yield Span(answer, turn, index)
             before, last = context + answer, index
         turn += 1
-    require(bool(before), "message 0: an answer must be trained, or the dialogue teaches nothing", "weights of 0")
+    if not before:
+        last = max((n for n, message in enumerate(messages) if message.role == "assistant"), default=0)
+        raise ValueError(f"message {last}: no answer is trained (their weight is 0), so the dialogue teaches nothing")
     if last + 1 < len(messages) or not renderer.by_role:
         whole = renderer.text(messages, tools=tools)
         if whole.startswith(before):
