@@ -19,7 +19,7 @@ def overview(path: str, read: Reading) -> str:
 
 def _counts(path: str, read: Reading) -> Iterator[str]:
     dialogues = read.dialogues
-    kinds = [f"{count} {kind}" if len(read.formats) > 1 else kind for kind, count in read.formats.most_common()]
+    kinds = [f"{count} as {kind}" if len(read.formats) > 1 else kind for kind, count in read.formats.most_common()]
     yield f"{path}: {len(dialogues)} dialogues ({', '.join(kinds)}), {len(read.left_out)} left out"
     messages = [message for dialogue in dialogues for message in dialogue.messages]
     turns = sum(len(dialogue.turn_rewards) for dialogue in dialogues)
