@@ -30,7 +30,7 @@ class TrainConfig:
 
     output_dir: str = _option("runs/persona", "folder of the run; one that holds a run is an error")
     overwrite: bool = _option(False, "replace the run that output_dir holds")
-    data: str | None = _option(None, "logged dialogues (our JSONL or Consistent-LLMs JSON): train offline on them")
+    data: str | None = _option(None, "logged dialogues (formats: docs/data.md): train offline on them")
     strict: bool = _option(False, "a bad line of data is an error instead of a warning")
     allow_negative_rewards: bool = _option(False, "train offline although negative weights void the lower bound")
     model: str | None = _option(None, "Hugging Face checkpoint folder; default: a small Qwen3 made on the spot")
@@ -73,7 +73,9 @@ class TrainConfig:
     seed: int = _option(0, "of weights, dialogues and sampling")
 
     policy_class: str = _option(
-        "lookahead:3", "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, auto"
+        "lookahead:3",
+        "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, auto; "
+        "supervised fine-tuning wants greedy",
     )
     candidates: str = _option(
         ",".join(map(str, CANDIDATES)),
@@ -138,6 +140,11 @@ class TrainConfig:
     partner_tokens: int = _option(256, "tokens of its reply")
     partner_temperature: float = _option(1.0, "of its sampling")
     stop_phrase: str = _option("", "a reply that holds it ends the dialogue")
+    tools: str | None = _option(
+        None,
+        "functions that the policy may call: file.py, file.py:name,name, or a class of environments (docs/tools.md)",
+    )
+    max_tool_calls: int = _option(16, "calls of a dialogue; an answer that calls once more ends it")
     reward: str | None = _option(
         None, "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, judge[:RUBRIC], ratings:FILE"
     )
