@@ -1,0 +1,59 @@
+"""What `ppg-fast inspect` does: a file and settings in, views printed or written as a page."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ppg_fast.config import TrainConfig, make_config
+from ppg_fast.dialogues.records import Problems, json_records
+from ppg_fast.inspection.inspector import Inspector
+from ppg_fast.inspection.openings import OpeningInspector
+from ppg_fast.inspection.page import html_page
+from ppg_fast.inspection.terminal import print_views
+from ppg_fast.writing import check_output, opened, writing
+
+
+def inspect_file(config: TrainConfig, names: Sequence[str], count: int, page: Path | None, overwrite: bool) -> None:
+    """Print the dialogues or openings that ``names`` say, or write them to ``page``, which appears whole or not at all.
+
+    ValueError for what cannot be read or is not there; FileExistsError for a ``page`` that exists without
+    ``overwrite``, before anything is read.
+    """
+    inputs = [Path(name) for name in (config.data, config.prompts, config.model) if name]
+    if page is not None:
+        check_output(page, overwrite, inputs, flag="--html")
+    inspector = Inspector(config) if config.data else OpeningInspector(config)
+    views = list(inspector.views(names, count))
+    if page is None:
+        print_views(views, inspector.notes)
+        return
+    title = f"{Path(inspector.path).name}, read for {config.policy_class}"
+    notes = [*inspector.left_out, *inspector.notes]
+    with writing(page), opened(page) as file:
+        for text in html_page(title, views, notes):
+            file.write(text)
+
+
+def settings_of(data: str | None, flags: Mapping[str, Any], file: Mapping[str, Any]) -> TrainConfig:
+    """The settings of training from ``flags`` and those of a ``file``, which they go before; ``data`` is a file of
+    dialogues, or one of openings (`holds_openings`)."""
+    if data is not None and "prompts" in flags:
+        raise ValueError(f"data and prompts exclude each other, got {data!r} and {flags['prompts']!r}")
+    given = {"data": None, "prompts": None} if data is not None or "prompts" in flags else {}
+    if data is not None:
+        given |= {"prompts" if holds_openings(data) else "data": data}
+    config = make_config(file, given, flags)
+    if not (config.data or config.prompts):
+        raise ValueError("inspect wants a file of dialogues or openings (or a --config that names one), got none")
+    return config
+
+
+def holds_openings(path: str) -> bool:
+    """Whether every object of the file has messages, and none of them is an answer."""
+    raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    quiet = Problems(path, strict=False)
+    quiet.add = lambda message: None
+    found = [record.value for record in json_records(raw, quiet)] if raw.lstrip()[:1] in (b"[", b"{") else []
+    messages = [value.get("messages") if isinstance(value, dict) else None for value in found]
+    return bool(messages) and all(isinstance(one, list) and '"assistant"' not in json.dumps(one) for one in messages)
