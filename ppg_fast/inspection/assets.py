@@ -2,7 +2,7 @@
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --paper: #fff; --soft: #63636e; --line: #d4d4dc; --wash: #f5f5f8;
-  --bad: #b3261e; --warn: #7a5300; --light: 90%; --lighter: 82%; --edge: 42%; }
+  --bad: #b3261e; --warn: #7a5300; --light: 90%; --lighter: 82%; --edge: 30%; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e7e7ec; --paper: #16161a; --soft: #a2a2ae; --line: #3a3a44;
   --wash: #1f1f25; --bad: #ffb4ab; --warn: #f2c063; --light: 20%; --lighter: 27%; --edge: 62%; } }
 * { box-sizing: border-box; }
@@ -19,18 +19,18 @@ dt { color: var(--soft); } dd { margin: 0; }
 .t:nth-of-type(even) { background: color-mix(in srgb, var(--line) 40%, transparent); }
 .s { font-weight: 600; } .t:hover, .now { outline: 2px solid var(--ink); }
 .turn { border-left: 3px solid hsl(var(--h) 70% var(--edge)); padding: .1rem 0; scroll-margin-top: 3rem; }
-.turn .t, .key .t { color: var(--ink); background: hsl(var(--h) 60% var(--light)); }
+.turn .t { color: var(--ink); background: hsl(var(--h) 60% var(--light)); }
 .turn .t:nth-of-type(even) { background: hsl(var(--h) 60% var(--lighter)); }
-.turn .e, .key .e { background: hsl(var(--h) 70% var(--edge)) !important; color: var(--paper); font-weight: 600; }
+.turn .e { background: hsl(var(--h) 70% var(--edge)) !important; color: var(--paper); font-weight: 600; }
 .off .t { background: none !important; color: var(--soft); text-decoration: line-through; }
 .tag { font: 600 .7rem system-ui, sans-serif; padding: 0 .25rem; color: hsl(var(--h) 70% var(--edge)); }
-.u { opacity: .55; } .cut { color: var(--warn); font: 600 .8rem system-ui, sans-serif; display: block; }
-.tail { color: var(--soft); text-decoration: line-through; }
+.u { opacity: .7; } .cut { color: var(--warn); font: 600 .8rem system-ui, sans-serif; display: block; }
+.tail { color: var(--soft); margin: .2rem 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .75rem 0; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:last-child, td:last-child { text-align: left; } .chosen { font-weight: 700; }
 th a { color: inherit; border-left: .5rem solid hsl(var(--h) 70% var(--edge)); padding-left: .4rem; }
-.key span { margin-right: .4rem; }
+.key { padding: 0; list-style: none; font-size: .9rem; } .key li > span { margin-right: .4rem; }
 #token { position: fixed; inset: auto 0 0 0; padding: .6rem 1rem; background: var(--ink); color: var(--paper);
   font: 14px/1.4 ui-monospace, monospace; } #token:empty { display: none; }
 @media (max-width: 40rem) { body { padding: .5rem .5rem 5rem; } dl { grid-template-columns: 1fr; }

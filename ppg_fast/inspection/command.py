@@ -33,6 +33,8 @@ def inspect_file(config: TrainConfig, names: Sequence[str], count: int, page: Pa
     with writing(page), opened(page) as file:
         for text in html_page(title, views, notes):
             file.write(text)
+    many = f"{len(views)} dialogues" if len(views) != 1 else "1 dialogue"
+    print(f"{page}: {many}, {sum(len(p.ids) for view in views for p in view.pieces):,} tokens")
 
 
 def settings_of(data: str | None, flags: Mapping[str, Any], file: Mapping[str, Any]) -> TrainConfig:

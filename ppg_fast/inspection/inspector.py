@@ -1,6 +1,7 @@
 """From a file and the settings of training to what is shown of its dialogues."""
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -39,6 +40,7 @@ class Inspector:
         self.texts = TokenTexts(self.chat.renderer)
         self.groups = Counter(d.group_id for d in self.dialogues)
         self.notes = self._notes()
+        self._read: dict[int, Sample | ValueError] = {}
 
     def views(self, names: Sequence[str] = (), count: int = 1) -> Iterator[View]:
         """The view of each dialogue that `places_of` finds for ``names``."""
@@ -46,9 +48,20 @@ class Inspector:
         for place in places_of(names, count, ids, self.path, self.left_out):
             yield self._view(place)
 
-    def _encode(self, dialogue: Dialogue, max_tokens: int) -> Sample:
-        """As `OfflineJob` reads it."""
-        sample = encode_dialogue(self.chat, dialogue, max_tokens)
+    def _sample(self, place: int) -> Sample:
+        """A dialogue as `OfflineJob` reads it, once. ValueError where it cannot be."""
+        if place not in self._read:
+            try:
+                self._read[place] = self._encode(self.dialogues[place])
+            except ValueError as error:
+                self._read[place] = error
+        found = self._read[place]
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    def _encode(self, dialogue: Dialogue) -> Sample:
+        sample = encode_dialogue(self.chat, dialogue, self.config.max_dialogue_tokens)
         length, positions = len(sample.tokens), self.reader.positions
         rule = f"dialogue {dialogue.id!r}: what is read of it must fit the model's {positions} positions"
         require(not positions or length <= positions, f"{rule} (max_dialogue_tokens cuts it)", f"{length} tokens")
@@ -58,7 +71,7 @@ class Inspector:
         dialogue = self.dialogues[place]
         title = f"dialogue {dialogue.id!r} ({place} of {len(self.dialogues)} in {Path(self.path).name})"
         try:
-            sample = self._encode(dialogue, self.config.max_dialogue_tokens)
+            sample = self._sample(place)
         except ValueError as error:
             if self.config.strict:
                 raise
@@ -87,14 +100,21 @@ class Inspector:
         """The others of its group, which give the baseline; none where there is no baseline to be had."""
         if self.objective.baseline == "none":
             return []
-        found = []
-        for number, other in enumerate(self.dialogues):
-            if number != place and other.group_id == dialogue.group_id:
-                try:
-                    found.append(self._encode(other, self.config.max_dialogue_tokens))
-                except ValueError as error:
-                    self.left_out.append(f"{error}; left out")
-        return found
+        mates = [n for n, other in enumerate(self.dialogues) if n != place and other.group_id == dialogue.group_id]
+        return [sample for mate in mates for sample in self._readable(mate)]
+
+    def _readable(self, place: int) -> list[Sample]:
+        """A dialogue as a list of one; of none where it cannot be read, which is said."""
+        try:
+            return [self._sample(place)]
+        except ValueError as error:
+            self._leave_out(f"{error}; left out")
+            return []
+
+    def _leave_out(self, text: str) -> None:
+        if text not in self.left_out:
+            self.left_out.append(text)
+            warnings.warn(text, stacklevel=2)
 
     def _with_untrained(self, dialogue: Dialogue, sample: Sample, pieces: list[Piece]) -> list[Piece]:
         """The pieces, those of answers with weight 0 as their turn's."""

@@ -13,10 +13,10 @@ from ppg_fast.inspection.view import CONTEXT, Piece, View
 MARKS = ("·", "↵\n", "→\t")
 HUES = (140, 195, 300, 45, 230, 15)  # of turns, in turn
 LEGEND = (
-    ("", "t", "context", "context: read, not trained"),
+    ("", "t", "context", "read, not trained"),
     ("turn", "t", "answer", "trained tokens of a turn; each turn has a colour and its number"),
     ("turn", "t e", "<end>", "the token that ends an answer, trained too"),
-    ("off", "t", "answer", "an answer with weight 0: not trained"),
+    ("turn off", "t", "answer", "an answer with weight 0: not trained"),
     ("", "t u", "later", "not read in training"),
     ("", "t s", "<|special|>", "a special token"),
 )
@@ -44,12 +44,13 @@ def _text(text: str) -> str:
 
 
 def _legend() -> Iterator[str]:
-    yield '<p class="key" aria-label="legend">'
+    yield '<details open><summary>Legend</summary>\n<ul class="key">\n'
     for outer, inner, sample, meaning in LEGEND:
-        yield f'<span class="{outer}" style="--h:{HUES[0]}"><span class="{inner}">{escape(sample)}</span></span>'
-        yield f"{escape(meaning)}. "
-    yield "· is a space that is not between two words, ↵ a line break, → a tab. Point at a token, or tap it, for its "
-    yield "number; with the text focused, the arrow keys go from token to token and from turn to turn.</p>\n"
+        shown = f'<span class="{outer}" style="--h:{HUES[0]}"><span class="{inner}">{escape(sample)}</span></span>'
+        yield f"<li>{shown}{escape(meaning)}</li>\n"
+    yield "<li>· a space that is not between two words, ↵ a line break, → a tab</li>\n"
+    yield "<li>Point at a token or tap it for its number; with the text focused, the arrow keys go from token to token "
+    yield "(left, right) and from turn to turn (up, down).</li>\n</ul></details>\n"
 
 
 def _section(view: View, number: int) -> Iterator[str]:

@@ -8,9 +8,6 @@ from ppg_fast.inspection.pieces import visible
 from ppg_fast.inspection.view import CONTEXT, Piece, View
 
 TURNS = ("green", "cyan", "magenta", "yellow", "blue")  # colours, in turn
-LEGEND = (
-    "[n ...] trained tokens of turn n, their end token included; <n ...> an answer with weight 0; the rest is context"
-)
 ANSWER = "the policy answers here"
 SHOWN = 300  # characters of a message that is not read
 
@@ -64,13 +61,23 @@ def _print(console: Any, view: View, glyphs: Glyphs) -> None:
         for role, content in view.tail:
             console.print(f"{role}: {line(content)}", style="dim strike")
     console.print()
-    if view.rows:
-        table = _table(view)
-        console.print(table, width=console.measure(table, options=console.options.update(width=1000)).maximum)
-        console.print()
-    if view.pieces:
-        console.print(LEGEND if view.rows else f"[n {ANSWER}] nothing is trained yet", style="dim")
-        console.print()
+    for colour, text in _table(view) if view.rows else ():
+        console.print(text, style=colour)
+    legend = _legend(view)
+    if legend:
+        console.print(f"\n{legend}", style="dim")
+    console.print()
+
+
+def _legend(view: View) -> str:
+    """What the brackets mean that are there."""
+    meanings = {
+        "[n ...] trained tokens of turn n, with the token that ends it": any(p.ids and p.trained for p in view.pieces),
+        "<n ...> an answer with weight 0": any(p.turn != CONTEXT and not p.trained for p in view.pieces),
+        f"[n {ANSWER}] nothing is trained yet": any(not p.ids for p in view.pieces),
+        "* the class that trains": bool(view.rows),
+    }
+    return "; ".join(text for text, there in meanings.items() if there)
 
 
 def line(text: str) -> str:
@@ -151,13 +158,11 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _table(view: View) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns_of(view):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for cells in cells_of(view):
-        colour = TURNS[int(cells[0]) % len(TURNS)]
-        table.add_row(*cells, style=colour)
-    return table
+def _table(view: View) -> Iterator[tuple[str, str]]:
+    """(style, text) of the table's head and of each turn's line."""
+    columns, rows = columns_of(view), list(cells_of(view))
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for cells in (columns, *rows):
+        aligned = [f"{cell:>{width}}" for cell, width in zip(cells[:-1], widths[:-1], strict=True)]
+        style = "bold" if cells is columns else TURNS[int(cells[0]) % len(TURNS)]
+        yield style, "  ".join([*aligned, cells[-1]]).rstrip()
