@@ -158,7 +158,8 @@ class Inspector:
         trained = sum(row.tokens for row in rows)
         parts = 1 + max((piece.part for piece in pieces), default=0)
         read = sum(len(piece.ids) for piece in pieces if piece.read)
-        text = f"{len(sample.tokens):,}: {trained:,} trained in {sum(bool(r.tokens) for r in rows)} turns, "
+        turns = sum(bool(row.tokens) for row in rows)
+        text = f"{len(sample.tokens):,}: {trained:,} trained in {turns} turn{'s' * (turns != 1)}, "
         text += f"{len(sample.tokens) - trained:,} context"
         text += f"; the first {read:,} are read" if read < len(sample.tokens) else ""
         text += f"; {parts} parts, since the template rewrites earlier messages" if parts > 1 else ""
