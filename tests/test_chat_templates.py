@@ -151,9 +151,20 @@ def test_a_template_that_rewrites_earlier_answers_has_replies_all_the_same(name)
 
 
 @needs_trl
-def test_a_template_that_changes_answers_is_refused_offline_with_message_and_text():
-    with pytest.raises(ValueError, match=r"^dialogue 'd', message \d: the chat template must only append .*'[^\n]*$"):
-        encode_dialogue(tokenizer_of("qwen3"), dialogue(*TALK))
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "deepseek_r1_distill", "gptoss", "nemotron_3_nano", "phi3"])
+def test_each_turn_is_trained_on_what_the_model_would_see(name):
+    """transformers alone, view by view: the messages before an answer with the generation prompt, then the answer."""
+    tokenizer = tokenizer_of(name)
+    sample = encode_dialogue(tokenizer, dialogue(*TALK))
+    assert len(sample.starts) == (1 if name == "phi3" else 2)
+    for turn, stop in enumerate((1, 3)):
+        place = sample.turn_ids.index(turn)
+        start = max(start for start in sample.starts if start <= place)
+        prompt = written(tokenizer, TALK[:stop], add_generation_prompt=True)
+        assert sample.tokens[start:][: len(prompt)] == prompt
+        between = tokenizer.decode(sample.tokens[start + len(prompt) : place])
+        assert re.fullmatch(r"(\s|</?think>|<\|channel\|>|final|<\|message\|>)*", between)
+    assert turns(tokenizer, sample) == [f"{m.content}{ENDS[name.removesuffix('_5_think')]}" for m in (ANSWER, BYE)]
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -279,7 +290,11 @@ def test_every_template_is_exact_or_refuses_in_one_line(name):
         if not sample:
             assert re.fullmatch(r"dialogue 'd', message \d: [^\n]{9,300}", refused)
             continue
-        assert sample.tokens[: len(written(tokenizer, shape))] == written(tokenizer, shape)
+        for turn, stop in enumerate(n for n, m in enumerate(shape) if m.role == "assistant" and n):
+            turn += shape[0].role == "assistant"
+            start = max(start for start in sample.starts if start <= sample.turn_ids.index(turn))
+            prompt = written(tokenizer, shape[:stop], add_generation_prompt=True)
+            assert sample.tokens[start : start + len(prompt)] == prompt
         for text, message in zip(turns(tokenizer, sample), (m for m in shape if m.role == "assistant"), strict=True):
             assert re.search(re.escape(message.content) + r"(<[^<>]+>)*$", text)
             assert text.endswith(end)

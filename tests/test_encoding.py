@@ -152,11 +152,6 @@ def _with_template(tokenizer, template):
 
 
 TEMPLATES = {  # a template that cannot be cut exactly, and what the message must say
-    "forgets": (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}think{% endif %}"
-        "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        "dialogue 'd', message 3: the chat template must only append .* 'think",
-    ),
     "merges": (
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}"
         "assistant: {% endif %}",

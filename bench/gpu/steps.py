@@ -41,7 +41,8 @@ def make_batch(tokens: int, dialogue: int, turn: int, vocabulary: int, device: s
     bounds = torch.arange(0, tokens + 1, dialogue, device=device, dtype=torch.int32)
     rewards, counts = (torch.zeros(s, device=device) for s in ((len(bounds) - 1, dialogue // turn), (len(bounds) - 1,)))
     known = {
-        "tokens": ids, "labels": labels, "cu_seqlens": bounds, "position_ids": place,
+        "tokens": ids, "labels": labels, "cu_seqlens": bounds, "part_seqlens": bounds,
+        "position_ids": place,
         "turn_ids": torch.where(said, turns, -1),
         "rewards": rewards, "turn_counts": counts.long() + dialogue // turn,
         "group_ids": torch.zeros(len(bounds) - 1, dtype=torch.int64),

@@ -2,17 +2,17 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from ppg_fast.dialogues.message import Message
-from ppg_fast.dialogues.renderer import STAND_IN, Renderer, shared_start
+from ppg_fast.dialogues.conversation import ANSWER, ASK, CALL_ID, STAND_IN
+from ppg_fast.dialogues.message import REASONING, Message
+from ppg_fast.dialogues.renderer import Renderer, shared_start
 
-ASK, ANSWER = Message("user", "a"), Message("assistant", STAND_IN)
-CALL = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"x": "y"}}}
+CALL = {"type": "function", "id": CALL_ID, "function": {"name": "f", "arguments": {"x": "y"}}}
 RICHER = (  # answers of more than text, as templates know them
-    *({"content": STAND_IN, name: "b"} for name in ("reasoning_content", "thinking", "reasoning")),
-    {"content": f"<think>\nb\n</think>\n\n{STAND_IN}"},
-    {"content": "", "tool_calls": [CALL]},
+    *(Message("assistant", STAND_IN, {name: "b"}) for name in REASONING),
+    Message("assistant", f"<think>\nb\n</think>\n\n{STAND_IN}"),
+    Message("assistant", "", {"tool_calls": [CALL]}),
 )
 
 
@@ -79,11 +79,10 @@ def _before_a_reply(renderer: Renderer, otherwise: str) -> str:
 def _richer(renderer: Renderer, at: re.Pattern[str], asked: str) -> list[str]:
     """Answers with reasoning, and last one with a tool call, from the generation prompt on; those that are written."""
     texts: list[str] = []
-    for fields in RICHER:
-        conversation: list[dict[str, Any]] = [ASK.as_dict(), {"role": "assistant", **fields}]
+    for answer in RICHER:
         try:
-            (text,) = renderer.raw([conversation])
-        except Exception:  # a template that does not know these: its plain answers count
+            text = asked if renderer.by_role and answer.more else renderer.text([ASK, answer])
+        except ValueError:  # a template that does not know these: its plain answers count
             text = asked
         texts.append(_said(at, asked, text))
     return texts

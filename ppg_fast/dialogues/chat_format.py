@@ -1,13 +1,15 @@
 """On-policy dialogues as tokens; and tokenizers made on the spot that have a chat template."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ppg_fast.dialogues.answer_form import ANSWER, ASK, answer_form
+from ppg_fast.dialogues.answer_form import answer_form
+from ppg_fast.dialogues.conversation import Tools
 from ppg_fast.dialogues.message import Message
-from ppg_fast.dialogues.renderer import END, ROLE_TEMPLATE, ROLE_TOKENS, STAND_IN, Renderer, in_message
-from ppg_fast.spec import require
+from ppg_fast.dialogues.renderer import END, ROLE_TEMPLATE, ROLE_TOKENS, Renderer, in_message
+from ppg_fast.dialogues.replies import Replies
+from ppg_fast.dialogues.written import require_written
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 SPECIAL = (PAD, END, UNKNOWN, *ROLE_TOKENS)
@@ -20,13 +22,22 @@ class ChatFormat:
     is what came before: of a reply the template gives what it writes after a stand-in answer, so it may do with earlier
     answers what it likes. A tokenizer without a chat template is given that of the role tokens, for whoever loads it
     from a checkpoint. ``generation_config``: the model's, whose ``eos_token_id`` (one or a list) end an answer too.
-    ``date``: what a template that writes one is told, as YYYY-MM-DD; "": today's. ValueError for a tokenizer that
-    `Renderer` refuses, or whose template does not end an answer with a token of its own.
+    ``date``: what a template that writes one is told, as YYYY-MM-DD; "": today's. ``template``: a chat template in
+    place of the tokenizer's own, which then gets it; ``template_kwargs``: what else it is told in every rendering.
+    ValueError for a tokenizer that `Renderer` refuses, or whose template does not end an answer with a token of its
+    own.
     """
 
-    def __init__(self, tokenizer: Any, generation_config: Any = None, date: str = "") -> None:
-        self.tokenizer, self.renderer = tokenizer, Renderer(tokenizer, date)
-        tokenizer.chat_template = tokenizer.chat_template or ROLE_TEMPLATE
+    def __init__(
+        self,
+        tokenizer: Any,
+        generation_config: Any = None,
+        date: str = "",
+        template: str = "",
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer, self.renderer = tokenizer, Renderer(tokenizer, date, template, template_kwargs)
+        tokenizer.chat_template = template or tokenizer.chat_template or ROLE_TEMPLATE
         eos = getattr(generation_config, "eos_token_id", None)
         listed = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         self.form = answer_form(self.renderer, listed)
@@ -34,44 +45,34 @@ class ChatFormat:
         self.end_id = self.end_ids[0]
         names = tokenizer.convert_ids_to_tokens(list(self.end_ids))
         self._at_ends = re.compile("|".join(re.escape(name) for name in names if name in self.renderer.added))
-        self._replies: dict[Message, list[int]] = {}
+        self._replies = Replies(self.renderer, self.form, self._at_ends)
 
-    def opening(self, messages: Sequence[Message]) -> list[int]:
+    def opening(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """The tokens up to where the first answer begins. ValueError names the message that cannot be written."""
+        self.renderer.check_tools(tools)
         for index, message in enumerate(messages):
             with in_message(index):
                 self.renderer.check(message)
-        text = self.renderer.before_answer(messages)
-        self.renderer.require_written(messages)
+        text = self.renderer.before_answer(messages, tools)
+        require_written(self.renderer, messages, tools)
         return self.renderer.encode(text)
 
-    def reply(self, message: Message) -> list[int]:
-        """The tokens from the end token of an answer to the beginning of the next."""
-        if message not in self._replies:  # a group shares its questions: encode them once
-            self.renderer.check(message)
-            try:
-                text = self.renderer.text([ASK, ANSWER, message], answer_next=True)
-                self.renderer.require_written([ASK, ANSWER, message], after=STAND_IN)
-            except ValueError as error:
-                reason = str(error).partition(": ")[2]
-                raise ValueError(f"a message of the {message.role} after an answer: {reason}") from error
-            self._replies[message] = self._after_the_end(text.partition(STAND_IN)[2])
-        return self._replies[message]
+    def reply(self, messages: Message | Sequence[Message], tools: Tools = ()) -> list[int]:
+        """The tokens from the end token of an answer to the beginning of the next: what was replied, in one message or
+        several (results of all tools that the answer called). ValueError names the message that cannot be written."""
+        return self._replies.tokens([messages] if isinstance(messages, Message) else messages, tools)
 
-    def _after_the_end(self, text: str) -> list[int]:
-        """The tokens of what follows an answer's end, as they stand behind it: ``text`` begins with what closes one."""
-        closed = self.form.closed_before
-        require(text.startswith(closed), "the chat template must close every answer alike", text[:60])
-        end = self.renderer.encode(closed)
-        whole = self.renderer.encode(text)
-        return whole[len(end) :] if whole[: len(end)] == end else self.renderer.encode(text[len(closed) :])
-
-    def rehearse(self, opening: Sequence[Message], replies: Sequence[Message]) -> int:
+    def rehearse(
+        self,
+        opening: Sequence[Message],
+        replies: Sequence[Message | Sequence[Message]],
+        tools: Tools = (),
+    ) -> int:
         """Write a dialogue's opening and each reply as a rollout would; the tokens of the opening. ValueError for what
         cannot be written: to be had before a run begins."""
         for reply in replies:
-            self.reply(reply)
-        return len(self.opening(opening))
+            self.reply(reply, tools)
+        return len(self.opening(opening, tools))
 
     def answer(self, text: str) -> list[int]:
         """The tokens of an answer written by somebody else, end token included."""
@@ -84,6 +85,10 @@ class ChatFormat:
         """The beginning of ``text``, up to and with the first token that ends an answer; all of it where none does."""
         found = self._at_ends.search(text)
         return text[: found.end()] if found else text
+
+    def ends(self, text: str) -> bool:
+        """Whether ``text`` ends with a token that ends an answer."""
+        return any(found.end() == len(text) for found in self._at_ends.finditer(text))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of an answer, its end and special tokens left out."""

@@ -2,13 +2,17 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any
 
 from ppg_fast.dialogues.chat_format import ChatFormat
+from ppg_fast.dialogues.conversation import Tools
 from ppg_fast.dialogues.dialogue import Dialogue
 from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import CONTEXT, Sample, cut_tokens
-from ppg_fast.dialogues.renderer import Renderer, first_difference, in_message
+from ppg_fast.dialogues.renderer import Renderer, first_difference
+from ppg_fast.dialogues.views import Span, spans
+from ppg_fast.dialogues.written import require_written
 from ppg_fast.spec import require
 
 SLACK = 64  # tokens by which parts encoded alone may differ from the same within the whole
@@ -18,23 +22,29 @@ def encode_dialogue(tokenizer: Any, dialogue: Dialogue, max_tokens: int = 0) -> 
     """Tokens and turn ids of a logged dialogue. A turn without a reward gets 0.
 
     ``tokenizer``: one, or the `ChatFormat` of one (which knows the ends of the model's generation config too). With a
-    chat template: the tokens of apply_chat_template on the whole, a turn being what the template adds to the generation
-    prompt up to the first token that ends an answer. Without one: role token, content, <end>, with <system>, <user>,
-    <assistant> (<tool> if there are tool messages) and <end> in the vocabulary. ``max_tokens``: the turns that end
-    within it (`cut_tokens`), and no more is rendered or encoded than that takes; rewards stay whole; 0: all. ValueError
-    names the dialogue, the message and what is wrong: a template that refuses, rewrites or leaves out a
-    message, a token across a turn's bound, a special token inside a content.
+    chat template each turn is trained on what the model would see: the template's text of the messages before it with
+    the generation prompt, then the answer as the template writes the last one, up to the first token that ends one.
+    Where that begins with all of the turn before, the two share one part, else another begins (`Sample.starts`); a
+    template that only appends gives the tokens of apply_chat_template on the whole. Without a template: role token,
+    content, <end>, with <system>, <user>, <assistant> (<tool> if there are tool messages) and <end> in the vocabulary.
+    An answer that is not trained is context. ``max_tokens``: the turns that end within so many of their part
+    (`cut_tokens`), and no more is rendered or encoded than that takes; rewards stay whole; 0: all. ValueError names
+    the dialogue, the message and what is wrong: a template that refuses or leaves out a message or what it carries, a
+    token across a turn's bound, a special token inside a message, no answer that is trained.
     """
     chat = tokenizer if isinstance(tokenizer, ChatFormat) else ChatFormat(tokenizer)
     try:
-        parts = _parts(chat, dialogue.messages, max_tokens)
+        parts = _parts(chat, dialogue.messages, dialogue.tools, max_tokens)
     except ValueError as error:
         raise ValueError(f"dialogue {dialogue.id!r}, {error}") from error
+    written = [span for part in parts for span in part]
+    lengths = [sum(len(tokens) for tokens, _ in part) for part in parts]
     sample = Sample(
-        tokens=[token for tokens, _ in parts for token in tokens],
-        turn_ids=[turn for tokens, turn in parts for _ in tokens],
+        tokens=[token for tokens, _ in written for token in tokens],
+        turn_ids=[turn for tokens, turn in written for _ in tokens],
         rewards=[0.0 if reward is None else reward for reward in dialogue.turn_rewards],
         group_id=stable_group_id(dialogue.group_id),
+        starts=[0, *accumulate(lengths[:-1])],
     )
     return cut_tokens(sample, max_tokens)
 
@@ -44,68 +54,39 @@ def stable_group_id(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
-class _Span(NamedTuple):
-    """A part of the rendering: context up to the end of a generation prompt, or the turn that follows it."""
+def _parts(
+    chat: ChatFormat, messages: Sequence[Message], tools: Tools, max_tokens: int
+) -> list[list[tuple[list[int], int]]]:
+    """(tokens, turn) of each span of each part: the rendered text cut at every turn's bounds, encoded, checked against
+    the whole."""
+    every = spans(chat, messages, tools)
+    read = _within(chat.renderer, every, max_tokens) if max_tokens else list(every)
+    require_written(chat.renderer, messages[: read[-1].message + 1], tools)
+    begins = [*(place for place, span in enumerate(read) if span.begins), len(read)]
+    return [_encoded(chat.renderer, read[start:stop]) for start, stop in pairwise(begins)]
 
-    text: str
-    turn: int
-    message: int  # index of the message that it ends with, for errors
 
-
-def _parts(chat: ChatFormat, messages: Sequence[Message], max_tokens: int) -> list[tuple[list[int], int]]:
-    """(tokens, turn) of each part: the rendered text cut at every turn's bounds, encoded, checked against the whole."""
-    renderer = chat.renderer
-    every = _spans(chat, messages)
-    spans = _within(renderer, every, max_tokens) if max_tokens else list(every)
-    renderer.require_written(messages[: spans[-1].message + 1])
-    whole = renderer.encode("".join(span.text for span in spans))
-    encoded = [renderer.encode(span.text) for span in spans]
+def _encoded(renderer: Renderer, part: Sequence[Span]) -> list[tuple[list[int], int]]:
+    """(tokens, turn) of each span of one part."""
+    whole = renderer.encode("".join(span.text for span in part))
+    encoded = [renderer.encode(span.text) for span in part]
     if [token for tokens in encoded for token in tokens] != whole:
-        # a tokenizer may treat the beginning of any text in its own way: ask for the parts as they stand in the whole
-        encoded = _encode_in_place(renderer, spans, whole)
-    return [(tokens, span.turn) for tokens, span in zip(encoded, spans, strict=True)]
+        # a tokenizer may treat the beginning of any text in its own way: ask for the spans as they stand in the whole
+        encoded = _encode_in_place(renderer, part, whole)
+    return [(tokens, span.turn) for tokens, span in zip(encoded, part, strict=True)]
 
 
-def _spans(chat: ChatFormat, messages: Sequence[Message]) -> Iterator[_Span]:
-    """The whole rendering, part by part: context up to each generation prompt's end, then the turn up to and with the
-    token that ends it. What a template writes behind that it may change as the dialogue goes on."""
-    renderer, before, turn, checked = chat.renderer, "", 0, 0
-
-    def part(index: int, stop: int, turn_id: int, text: str | None = None) -> _Span:
-        nonlocal before, checked
-        for number in range(checked, stop):
-            with in_message(number):
-                renderer.check(messages[number])
-        checked = max(checked, stop)
-        added = renderer.added_text(before, messages[:stop]) if text is None else text
-        added = chat.up_to_the_end(added) if turn_id != CONTEXT else added
-        before += added
-        return _Span(added, turn_id, index)
-
-    for index, message in enumerate(messages):
-        if message.role == "assistant":
-            yield part(index, index, CONTEXT, _prompt(renderer, before, messages[:index]))
-            yield part(index, index + 1, turn)
-            turn += 1
-    yield part(len(messages) - 1, len(messages), CONTEXT)
-
-
-def _prompt(renderer: Renderer, before: str, messages: Sequence[Message]) -> str:
-    """The context of the next turn: what ``messages`` and the generation prompt add to ``before``."""
-    if before:
-        return renderer.added_text(before, messages, answer_next=True)
-    return renderer.before_answer(messages)
-
-
-def _within(renderer: Renderer, spans: Iterator[_Span], max_tokens: int) -> list[_Span]:
-    """The spans up to the last turn that ends within about ``max_tokens``, and no more encoded than tells it.
+def _within(renderer: Renderer, every: Iterator[Span], max_tokens: int) -> list[Span]:
+    """The spans up to the last turn that ends within about ``max_tokens`` of its part, and no more encoded than tells
+    it.
 
     ValueError where the first answer does not begin within them, or is more than twice as long.
     """
-    kept: list[_Span] = []
-    context: list[_Span] = []
+    kept: list[Span] = []
+    context: list[Span] = []
     total = 0
-    for span in spans:
+    for span in every:
+        total = 0 if span.begins else total
         left = max(max_tokens - total, 0)
         total += len(renderer.encode(span.text[: 64 * left + 4096]))  # what is cut off here is over the bound anyway
         context.append(span)
@@ -121,11 +102,11 @@ def _within(renderer: Renderer, spans: Iterator[_Span], max_tokens: int) -> list
     return kept
 
 
-def _encode_in_place(renderer: Renderer, spans: Sequence[_Span], whole: list[int]) -> list[list[int]]:
+def _encode_in_place(renderer: Renderer, part: Sequence[Span], whole: list[int]) -> list[list[int]]:
     """Tokens of each span as the growing prefixes of the whole show them; ValueError where a token crosses a bound."""
     encoded: list[list[int]] = []
     prefix, done = "", 0
-    for text, _, index in spans:
+    for text, _, index, _ in part:
         prefix += text
         tokens = renderer.encode(prefix)
         if whole[: len(tokens)] != tokens:

@@ -4,8 +4,10 @@ padding."""
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise, takewhile
 
 import torch
 from torch import Tensor
@@ -24,7 +26,8 @@ class Sample:
     ``turn_ids``: the assistant's turn that a token belongs to, its end-of-turn token included, -1 for context.
     ``rewards``: one per turn. ``group_id``: dialogues of one prompt share it. ``rollout_logprobs``: the sampler's
     log-probability of the token itself, in nats, not read at context tokens. ``cut_off``: one per turn, whether a
-    sampler stopped the answer before it ended by itself.
+    sampler stopped the answer before it ended by itself. ``starts``: where its parts begin. A part is what the model
+    sees at once: its positions begin anew, and nothing in it attends to another; most dialogues are one.
     """
 
     tokens: list[int]
@@ -33,6 +36,12 @@ class Sample:
     group_id: int
     rollout_logprobs: list[float] | None = None
     cut_off: list[bool] | None = None
+    starts: list[int] = field(default_factory=lambda: [0])
+
+    @property
+    def longest_part(self) -> int:
+        """Tokens of its longest part: the positions that a model needs."""
+        return max(stop - start for start, stop in pairwise([*self.starts, len(self.tokens)]))
 
 
 # Dummy dialogue with zero gradient, for ranks without work.
@@ -41,15 +50,19 @@ NOTHING = Sample([0], [CONTEXT], [], 0, rollout_logprobs=[0.0])
 
 @dataclass
 class PackedBatch:
-    """S dialogues end to end, N tokens. Position i predicts token i + 1 of its own dialogue: ``labels``, ``turn_ids``
-    and ``rollout_logprobs`` are those of the predicted token, so they go to the loss functions as they are.
+    """S dialogues end to end, N tokens. Position i predicts token i + 1 of its own part: ``labels``, ``turn_ids`` and
+    ``rollout_logprobs`` are those of the predicted token, so they go to the loss functions as they are.
+
+    Rewards, groups, turns and the loss know dialogues, ``cu_seqlens``; attention and positions know the P >= S parts
+    of dialogues, ``part_seqlens`` (`Sample.starts`).
     """
 
     tokens: Tensor  # (N,) int64
     labels: Tensor  # (N,) int64, -100 where the next token is not the assistant's or there is none
     turn_ids: Tensor  # (N,) int64 of the predicted token, -1 = context
     cu_seqlens: Tensor  # (S + 1,) int32, starts at 0
-    position_ids: Tensor  # (N,) int64, restarts with each dialogue
+    part_seqlens: Tensor  # (P + 1,) int32, starts at 0 and holds every one of cu_seqlens
+    position_ids: Tensor  # (N,) int64, restarts with each part
     rewards: Tensor  # (S, T) float32, zero beyond a dialogue's turns; T >= 1
     turn_counts: Tensor  # (S,) int64
     group_ids: Tensor  # (S,) int64
@@ -84,8 +97,10 @@ class PackedBatch:
         starts = self.cu_seqlens.long()[rows]
         sizes = torch.diff(self.cu_seqlens).long()[rows] if lengths is None else lengths[rows]
         ends = sizes.cumsum(0)
-        position_ids = torch.arange(int(sizes.sum()), device=rows.device) - (ends - sizes).repeat_interleave(sizes)
-        at = starts.repeat_interleave(sizes) + position_ids
+        within = torch.arange(int(sizes.sum()), device=rows.device) - (ends - sizes).repeat_interleave(sizes)
+        at = starts.repeat_interleave(sizes) + within
+        position_ids = self.position_ids[at]
+        part_starts = (position_ids == 0).nonzero()[:, 0]
         turn_ids = self.turn_ids[at]
         turn_ids[ends - 1] = CONTEXT
         context, logprobs = turn_ids == CONTEXT, self.rollout_logprobs
@@ -94,6 +109,7 @@ class PackedBatch:
             labels=self.labels[at].masked_fill_(context, IGNORE),
             turn_ids=turn_ids,
             cu_seqlens=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
+            part_seqlens=torch.cat([part_starts, ends.new_tensor([len(at)])]).to(torch.int32),
             position_ids=position_ids,
             rewards=self.rewards[rows],
             turn_counts=self.turn_counts[rows],
@@ -120,12 +136,15 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
     ends = lengths.cumsum(0)
     count = int(lengths.sum())
     require(count < 2**31, "a packed batch must have fewer than 2^31 tokens", count)
+    starts = (ends - lengths).tolist()
+    parts = [first + start for first, sample in zip(starts, samples, strict=True) for start in sample.starts]
+    part_ends = torch.tensor([*parts[1:], count][: len(parts)], dtype=torch.int64)
     tokens = torch.tensor([token for sample in samples for token in sample.tokens], dtype=torch.int64)
     own_turns = torch.tensor([turn for sample in samples for turn in sample.turn_ids], dtype=torch.int64)
 
     def of_next_token(values: Tensor, at_last: float) -> Tensor:
         shifted = values.roll(-1)
-        shifted[ends - 1] = at_last
+        shifted[part_ends - 1] = at_last
         return shifted
 
     turn_ids = of_next_token(own_turns, CONTEXT)
@@ -146,12 +165,19 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         labels=labels,
         turn_ids=turn_ids,
         cu_seqlens=torch.cat([ends.new_zeros(1), ends]).to(torch.int32),
-        position_ids=torch.arange(count) - (ends - lengths).repeat_interleave(lengths),
+        part_seqlens=torch.cat([ends.new_zeros(1), part_ends]).to(torch.int32),
+        position_ids=_positions(part_ends),
         rewards=rewards,
         turn_counts=turn_counts,
         group_ids=torch.tensor([sample.group_id for sample in samples], dtype=torch.int64),
         rollout_logprobs=logprobs,
     )
+
+
+def _positions(ends: Tensor) -> Tensor:
+    """0, 1, 2, ... in each of the parts that end before ``ends`` (P,)."""
+    sizes = torch.diff(ends, prepend=ends.new_zeros(1))
+    return torch.arange(int(sizes.sum())) - (ends - sizes).repeat_interleave(sizes)
 
 
 def micro_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -191,6 +217,9 @@ def _fill(sizes: Sequence[int], budget: int, batches: list[list[int]], fullest: 
 def _check_sample(sample: Sample, index: int) -> None:
     name, turns = f"sample {index}", len(sample.rewards)
     require(bool(sample.tokens), f"{name} must have tokens", sample.tokens)
+    starts = sample.starts
+    rising = starts[:1] == [0] and all(a < b for a, b in pairwise([*starts, len(sample.tokens)]))
+    require(rising, f"{name}: parts must start at 0 and rise below its {len(sample.tokens)} tokens", starts[:9])
     given = len(sample.turn_ids)
     require(given == len(sample.tokens), f"{name} must have one turn id per token: {len(sample.tokens)}", given)
     for turn_id in (min(sample.turn_ids), max(sample.turn_ids)):
@@ -214,8 +243,8 @@ def _check_sample(sample: Sample, index: int) -> None:
 
 
 def cut_tokens(sample: Sample, max_tokens: int) -> Sample:
-    """The turns that end within ``max_tokens`` tokens, the first in any case; 0: all. Rewards stay whole, and so do
-    their windows."""
+    """The turns that end within ``max_tokens`` tokens of their part, up to the first that does not, and the first in
+    any case; 0: all. Rewards stay whole, and so do their windows."""
     turn_ids = sample.turn_ids
     if not max_tokens or len(turn_ids) <= max_tokens:
         return sample
@@ -224,5 +253,8 @@ def cut_tokens(sample: Sample, max_tokens: int) -> Sample:
         for i in range(1, len(turn_ids) + 1)
         if turn_ids[i - 1] != CONTEXT and turn_ids[i - 1 : i + 1] != [turn_ids[i - 1]] * 2
     ]
-    end = max((e for e in ends if e <= max_tokens), default=ends[0])
-    return replace(sample, tokens=sample.tokens[:end], turn_ids=turn_ids[:end])
+    starts = sample.starts
+    fits = takewhile(lambda end: end - starts[bisect_left(starts, end) - 1] <= max_tokens, ends)
+    end = max(fits, default=ends[0] if ends else max_tokens)
+    kept = [start for start in starts if start < end]
+    return replace(sample, tokens=sample.tokens[:end], turn_ids=turn_ids[:end], starts=kept)

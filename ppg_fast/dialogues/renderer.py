@@ -3,12 +3,13 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
+from ppg_fast.dialogues.conversation import STAND_IN, Form, Tools, completed, form_of, strings
 from ppg_fast.dialogues.message import ROLES, Message
 from ppg_fast.spec import require
 
@@ -19,7 +20,6 @@ ROLE_TEMPLATE = (  # what `Renderer` writes without a template: role token, cont
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% "
     "endif %}"
 )
-STAND_IN = "Zq7standin"  # a content that no template writes by itself
 CLOCK = "strftime_now"
 REFUSES = "the chat template refuses it"
 
@@ -30,15 +30,17 @@ class Renderer:
     Role tokens are tokens of the vocabulary, found by name whether or not the tokenizer would split a text at them.
     ``special``: id of each special token by name, role tokens included. ``added``: those that the tokenizer takes out
     of any text, special or not. ``date``: what a template that writes one is told, "" for today's; as an attribute ""
-    where the template writes none. ValueError for a tokenizer that has neither a template nor the tokens <system>
-    <user> <assistant> <end>.
+    where the template writes none. ``template``: a chat template in place of the tokenizer's own;
+    ``template_kwargs``: what else it is told, in every rendering. ValueError for a tokenizer that has neither a
+    template nor the tokens <system> <user> <assistant> <end>.
     """
 
-    def __init__(self, tokenizer: Any, date: str = "") -> None:
-        self.tokenizer = tokenizer
-        self.template: str = (
-            tokenizer.get_chat_template() if getattr(tokenizer, "chat_template", None) else ROLE_TEMPLATE
-        )
+    def __init__(
+        self, tokenizer: Any, date: str = "", template: str = "", template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        self.tokenizer, self.template_kwargs = tokenizer, dict(template_kwargs or {})
+        own = tokenizer.get_chat_template() if getattr(tokenizer, "chat_template", None) else ROLE_TEMPLATE
+        self.template: str = template or own
         self.by_role = self.template == ROLE_TEMPLATE
         day = datetime.fromisoformat(date) if date else datetime.now()
         dated = CLOCK in self.template
@@ -77,11 +79,21 @@ class Renderer:
         role = f"<{message.role}>"
         if self.by_role:
             require(role in self._roles, "the tokenizer must have a token for the role", role)
-        for token in self._reserved:
-            if token in message.content:
-                start = max(message.content.index(token) - 20, 0)
-                got = f"got {token!r} in {message.content[start : start + 60]!r}"
-                raise ValueError(f"content must not hold a special token of the tokenizer, {got}")
+        self._check_text("content", [message.content])
+        for key, value in message.more.items():
+            self._check_text(key, strings(value))
+
+    def check_tools(self, tools: Tools) -> None:
+        """ValueError for tools that spell a control token."""
+        self._check_text("tools", strings(list(tools)))
+
+    def _check_text(self, name: str, texts: Iterable[str]) -> None:
+        for text in texts:
+            token = next((token for token in self._reserved if token in text), None)
+            if token is not None:
+                start = max(text.index(token) - 20, 0)
+                got = f"got {token!r} in {text[start : start + 60]!r}"
+                raise ValueError(f"{name} must not hold a special token of the tokenizer, {got}")
 
     def without_special(self, text: str) -> str:
         """``text`` without what would be read as a control token: for what a model says while a run goes on."""
@@ -90,91 +102,81 @@ class Renderer:
                 text = text.replace(name, "")
         return text
 
-    def text(self, messages: Sequence[Message], answer_next: bool = False) -> str:
+    def text(self, messages: Sequence[Message], answer_next: bool = False, tools: Tools = ()) -> str:
         """The messages, then the header of an answer if ``answer_next``. ValueError, one line that names the message,
         where the template refuses them."""
         if self.by_role:
             written = "".join(f"<{message.role}>{message.content}{END}" for message in messages)
             return written + "<assistant>" if answer_next else written
         try:
-            return self._render(messages, answer_next)
+            return self._render(messages, answer_next, tools)
         except Exception as error:  # a template refuses a conversation with an error class of its own
             reason = one_line(error)
         for index in range(len(messages) - 1):  # where it begins to say so
             try:
-                self._render(messages[: index + 1], False)
+                self._render(messages[: index + 1], False, tools)
             except Exception as error:  # noqa: PERF203
                 if one_line(error) == reason:
                     raise ValueError(f"message {index}: {REFUSES}: {reason}") from error
         raise ValueError(f"message {max(len(messages) - 1, 0)}: {REFUSES}: {reason}")
 
-    def _render(self, messages: Sequence[Message], answer_next: bool) -> str:
-        conversation = [[message.as_dict() for message in messages]]  # a list of one: transformers refuses an empty one
-        return self.raw(conversation, answer_next)[0]
+    def _render(self, messages: Sequence[Message], answer_next: bool, tools: Tools) -> str:
+        form = self._form if any(message.more for message in messages) else Form()
+        conversation = form.conversation(messages)
+        try:
+            return self.raw(conversation, answer_next, tools)
+        except Exception:  # Mistral's templates want ids of nine letters, others a description of every tool
+            whole = completed(conversation, tools)
+            if whole == (conversation, list(tools)):
+                raise
+            try:
+                return self.raw(whole[0], answer_next, whole[1])
+            except Exception:
+                pass  # what it says of the messages as they were given tells more
+            raise
 
-    def raw(self, conversations: list[list[dict[str, Any]]], answer_next: bool = False) -> list[str]:
+    @cached_property
+    def _form(self) -> Form:
+        return form_of(self.raw)
+
+    def raw(self, conversation: list[dict[str, Any]], answer_next: bool = False, tools: Tools = ()) -> str:
         """What `apply_chat_template` writes, with the renderer's own date; it raises what a template raises."""
         return self.tokenizer.apply_chat_template(
-            conversations, chat_template=self._dated, tokenize=False, add_generation_prompt=answer_next
-        )
+            [conversation],  # a list of one: transformers refuses an empty conversation
+            tools=list(tools) or None,
+            chat_template=self._dated,
+            tokenize=False,
+            add_generation_prompt=answer_next,
+            **self.template_kwargs,
+        )[0]
 
-    def added_text(self, before: str, messages: Sequence[Message], answer_next: bool = False) -> str:
-        """What the text of ``messages`` adds to ``before``, the text of fewer; ValueError where it does not append."""
-        text = self.text(messages, answer_next)
-        if not text.startswith(before):
-            changed = before[first_difference(text, before) :][:60]
-            rule = "the chat template must only append (a training template keeps what earlier messages had)"
-            raise ValueError(f"message {len(messages) - 1}: {rule}, but it no longer writes {changed!r}")
-        return text[len(before) :]
-
-    def before_answer(self, messages: Sequence[Message]) -> str:
+    def before_answer(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """The text up to where the assistant begins to speak: the generation prompt after ``messages``.
 
         Where the assistant opens the dialogue and the template has no generation prompt for that, what it writes
-        before the answer of a dialogue so begun. ValueError where it refuses that too.
+        before the answer of a dialogue so begun. ValueError where it refuses that too, or takes the answer for the
+        user's.
         """
         try:
-            return self.text(messages, answer_next=True)
+            return self.text(messages, answer_next=True, tools=tools)
         except ValueError:
             if any(message.role != "system" for message in messages):
                 raise
-        opened = self.text([*messages, Message("assistant", STAND_IN)])
-        require(STAND_IN in opened, "the chat template must write an answer that opens a dialogue", opened[:60])
+        opened, asked = (self.text([*messages, Message(r, STAND_IN)], tools=tools) for r in ("assistant", "user"))
+        rule = "the chat template must write an answer that opens a dialogue"
+        require(STAND_IN in opened and opened != asked, rule, opened[:60])
         return opened[: opened.index(STAND_IN)]
 
-    def require_written(self, messages: Sequence[Message], after: str = "") -> None:
-        """ValueError that names the first message whose content the template does not write; ``after``: the last one's
-        behind this text.
-
-        One rendering for all of them, each with a mark of its own at the end of its content.
-        """
-        if self.by_role:
-            return
-        mark = STAND_IN
-        while any(mark in message.content for message in messages):
-            mark += "q"
-        marks = [f"{mark}{index}x" for index in range(len(messages))]
-        try:
-            text = self.text(
-                [replace(m, content=f"{m.content} {mark}") for m, mark in zip(messages, marks, strict=True)]
-            )
-        except ValueError:  # a content that must be in a form of its own
-            return
-        for index, (message, one) in enumerate(zip(messages, marks, strict=True)):
-            if one not in (text.partition(after)[2] if after and index == len(messages) - 1 else text):
-                raise ValueError(
-                    f"message {index}: the chat template leaves out what the {message.role} says here "
-                    f"({message.content[:60]!r}): leave the message out, or use a template that writes it"
-                )
-
     def digest(self) -> str:
-        """A checksum of what decides the tokens of a message: template and tokenizer, not the date."""
+        """A checksum of what decides the tokens of a message: template, what it is told, and tokenizer; not the
+        date."""
         core = getattr(self.tokenizer, "backend_tokenizer", None)
         tokenizer = core.to_str() if core is not None else sorted(self.tokenizer.get_vocab().items())
         parts = (
             self.template,
             tokenizer,
             sorted(self.special.items()),
+            *([sorted(self.template_kwargs.items())] if self.template_kwargs else []),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -42,7 +42,7 @@ class OfflineJob(Job):
     def _encode(self, dialogue: Dialogue) -> Sample:
         """ValueError where the policy has no positions for what is read of the dialogue."""
         sample = encode_dialogue(self.policy.chat, dialogue, self.config.max_dialogue_tokens)
-        length, positions = len(sample.tokens), self.policy.positions
+        length, positions = sample.longest_part, self.policy.positions
         rule = f"dialogue {dialogue.id!r}: what is read of it must fit the model's {positions} positions"
         require(not positions or length <= positions, f"{rule} (max_dialogue_tokens cuts it)", f"{length} tokens")
         return sample

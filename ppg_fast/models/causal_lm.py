@@ -120,20 +120,20 @@ def decoder(model: Any) -> nn.Module:
 
 
 def policy_hidden(model: Any, batch: PackedBatch) -> Tensor:
-    """Last hidden states (N, D) of a packed batch of N tokens. Each dialogue sees itself only; positions restart with
-    it."""
+    """Last hidden states (N, D) of a packed batch of N tokens. Each part of a dialogue sees itself only; positions
+    restart with it."""
     if batch.tokens.numel() == 0:
         weight = model.get_output_embeddings().weight
         return weight.new_zeros(0, weight.shape[1]) + 0.0 * weight.sum()
-    lengths = torch.diff(batch.cu_seqlens)
+    lengths = torch.diff(batch.part_seqlens)
     longest = int(lengths.max())
     out = decoder(model)(
         input_ids=batch.tokens[None],
         attention_mask=None,
         position_ids=batch.position_ids[None],
         use_cache=False,
-        cu_seq_lens_q=batch.cu_seqlens,
-        cu_seq_lens_k=batch.cu_seqlens,
+        cu_seq_lens_q=batch.part_seqlens,
+        cu_seq_lens_k=batch.part_seqlens,
         max_length_q=longest,
         max_length_k=longest,
     )

@@ -72,7 +72,7 @@ class Signals:
 def context_ids(batch: PackedBatch) -> Tensor:
     """(N,) int64, equal where the predicted tokens follow the same words: the partner's last message and the answer so
     far."""
-    turns, starts, ids = batch.turn_ids.tolist(), set(batch.cu_seqlens.tolist()), []
+    turns, starts, ids = batch.turn_ids.tolist(), set(batch.part_seqlens.tolist()), []
     own, value = CONTEXT, 0
     for position, token in enumerate(batch.tokens.tolist()):
         turn = CONTEXT if position in starts else turns[position - 1]  # of the token itself

@@ -96,7 +96,8 @@ def tokens_to_read(batch: PackedBatch, advantages: Tensor, objective: Objective)
         credited = batch.turn_mask
     dialogue_ids = batch.dialogue_ids
     read = of_tokens(credited, batch.turn_ids, dialogue_ids)
-    ends = torch.where(read, batch.position_ids + 2, 0)  # the predicted token is read too
+    within = torch.arange(len(batch.tokens), device=dialogue_ids.device) - batch.cu_seqlens.long()[dialogue_ids]
+    ends = torch.where(read, within + 2, 0)  # the predicted token is read too
     return torch.zeros_like(batch.turn_counts).scatter_reduce(0, dialogue_ids, ends, "amax")
 
 
