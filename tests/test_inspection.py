@@ -145,7 +145,7 @@ def test_texts_in_a_row_are_the_whole(model):
 
 def test_a_turn_that_is_not_read(data, capsys):
     _, out, _ = inspect(capsys, data, "--max-dialogue-tokens", "20")
-    assert "cut off by max_dialogue_tokens 20: turns 1 to 1 are not read" in out
+    assert "cut off by max_dialogue_tokens 20: turn 1 is not read" in out
     assert "assistant: Yes. " in out
     assert "cut off: not read" in table_of(out)[-1]
     _, out, _ = inspect(capsys, data, "--dialogue", "c", "--policy-class", "greedy")

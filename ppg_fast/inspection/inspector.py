@@ -16,12 +16,12 @@ from ppg_fast.dialogues.packing import CONTEXT, Sample, pack
 from ppg_fast.inspection.chat import reader_of
 from ppg_fast.inspection.pieces import TokenTexts
 from ppg_fast.inspection.selection import heard, places_of
-from ppg_fast.inspection.view import Piece, TurnRow, View, context_pieces, credit_of, pieces_of, trained_tokens
+from ppg_fast.inspection.view import Piece, TurnRow, View, context_pieces, credit_of, pieces_of, said, trained_tokens
+from ppg_fast.jobs.offline import encode_within
 from ppg_fast.jobs.policy import objective_of
-from ppg_fast.spec import require
 from ppg_fast.training.objective import require_nonnegative, warn_if_hardly_credited
 
-MESSAGE = re.compile(r"message (\d+)")
+MESSAGE = re.compile(r", message (\d+)")
 
 
 class Inspector:
@@ -61,11 +61,7 @@ class Inspector:
         return found
 
     def _encode(self, dialogue: Dialogue) -> Sample:
-        sample = encode_dialogue(self.chat, dialogue, self.config.max_dialogue_tokens)
-        length, positions = len(sample.tokens), self.reader.positions
-        rule = f"dialogue {dialogue.id!r}: what is read of it must fit the model's {positions} positions"
-        require(not positions or length <= positions, f"{rule} (max_dialogue_tokens cuts it)", f"{length} tokens")
-        return sample
+        return encode_within(self.chat, dialogue, self.config.max_dialogue_tokens, self.reader.positions)
 
     def _view(self, place: int) -> View:
         dialogue = self.dialogues[place]
@@ -133,7 +129,7 @@ class Inspector:
 
     def _rows(self, dialogue: Dialogue, batch: Any, credit: Any, pieces: Sequence[Piece]) -> list[TurnRow]:
         counts = trained_tokens(batch, 0)
-        parts = {piece.turn: piece.part for piece in pieces}
+        parts = {piece.turn: piece.part for piece in pieces if piece.trained}
         answers = [message for message in dialogue.messages if message.role == "assistant"]
         rows = []
         for turn, (reward, count) in enumerate(zip(dialogue.turn_rewards, counts, strict=True)):
@@ -149,7 +145,7 @@ class Inspector:
             returns = {name: values[turn] for name, values in credit.returns.items()}
             weight = credit.weights[turn]
             baseline = credit.chosen[turn] - weight
-            rows.append(TurnRow(turn, count, parts.get(turn, 0), reward, returns, baseline, weight, tuple(notes)))
+            rows.append(TurnRow(turn, count, parts.get(turn), reward, returns, baseline, weight, tuple(notes)))
         return rows
 
     def _facts(
@@ -177,39 +173,38 @@ class Inspector:
         ]
 
     def _tail(self, dialogue: Dialogue, read: int) -> tuple[tuple[tuple[str, str], ...], str]:
-        """The messages behind the last turn that is read, where a bound cut them off."""
-        turns = [index for index, message in enumerate(dialogue.messages) if message.role == "assistant"]
-        if read + 1 >= len(turns):
+        """The messages behind turn ``read``, the last one, where a bound cut off what would train."""
+        answers = [(place, m) for place, m in enumerate(dialogue.messages) if m.role == "assistant"]
+        lost = [turn for turn, (_, answer) in enumerate(answers) if turn > read and answer.trained]
+        if not lost:
             return (), ""
-        rest = dialogue.messages[turns[read] + 1 :] if read >= 0 else dialogue.messages
         bound = f"max_dialogue_tokens {self.config.max_dialogue_tokens}"
-        why = (
-            f"cut off by {bound}: turns {read + 1} to {len(turns) - 1} are not read, their rewards count in the windows"
-        )
-        return tuple((message.role, message.content) for message in rest), why
+        turns = f"turns {lost[0]} to {lost[-1]} are" if len(lost) > 1 else f"turn {lost[0]} is"
+        why = f"cut off by {bound}: {turns} not read, the rewards still count in the windows"
+        return said(dialogue.messages[answers[read][0] + 1 :]), why
 
     def _refused(self, title: str, dialogue: Dialogue, refusal: str) -> View:
         """The refusal, and the text up to the message that it names, as far as it can be written."""
-        found = MESSAGE.search(refusal)
+        found = MESSAGE.match(refusal.removeprefix(f"dialogue {dialogue.id!r}"))
         stop = int(found[1]) if found else len(dialogue.messages)
-        for end in range(min(stop, len(dialogue.messages)), 0, -1):
-            kept = dialogue.messages[:end]
-            turns = sum(message.role == "assistant" for message in kept)
-            try:
-                if turns:
-                    part = replace(dialogue, messages=kept, turn_rewards=dialogue.turn_rewards[:turns])
-                    sample = encode_dialogue(self.chat, part, self.config.max_dialogue_tokens)
-                    pieces = pieces_of(pack([sample]), 0, len(sample.tokens), self.texts, self.chat.end_ids)
-                else:
-                    pieces = context_pieces(self.chat.opening(kept), self.texts)
-            except ValueError:
-                continue
-            break
-        else:
-            end, pieces = 0, []
-        tail = tuple((message.role, message.content) for message in dialogue.messages[end:])
+        ends = range(min(stop, len(dialogue.messages)), 0, -1)
+        end, pieces = next(filter(None, (self._begun(dialogue, end) for end in ends)), (0, []))
         facts = (("read with", self.reader.name),)
+        tail = said(dialogue.messages[end:])
         return View(title, facts, tuple(pieces), refusal=refusal, tail=tail, why="not written, as the messages say it")
+
+    def _begun(self, dialogue: Dialogue, end: int) -> tuple[int, list[Piece]] | None:
+        """``end`` and the tokens of the messages before it; None where they cannot be written."""
+        kept = dialogue.messages[:end]
+        turns = sum(message.role == "assistant" for message in kept)
+        try:
+            if not turns:
+                return end, context_pieces(self.chat.opening(kept, dialogue.tools), self.texts)
+            part = replace(dialogue, messages=kept, turn_rewards=dialogue.turn_rewards[:turns])
+            sample = encode_dialogue(self.chat, part, self.config.max_dialogue_tokens)
+        except ValueError:
+            return None
+        return end, pieces_of(pack([sample]), 0, len(sample.tokens), self.texts, self.chat.end_ids)
 
     def _notes(self) -> tuple[str, ...]:
         """What training says of the rewards of the whole file."""

@@ -9,7 +9,7 @@ from ppg_fast.dialogues.prompts import Prompt, read_prompts
 from ppg_fast.inspection.chat import reader_of
 from ppg_fast.inspection.pieces import TokenTexts
 from ppg_fast.inspection.selection import heard, places_of
-from ppg_fast.inspection.view import Piece, View, context_pieces
+from ppg_fast.inspection.view import Piece, View, context_pieces, said
 
 
 class OpeningInspector:
@@ -35,16 +35,15 @@ class OpeningInspector:
         prompt = self.prompts[place]
         title = f"opening {prompt.id!r} ({place} of {len(self.prompts)} in {Path(self.path).name})"
         try:
-            pieces = context_pieces(self.chat.opening(prompt.messages), self.texts)
+            pieces = context_pieces(self.chat.opening(prompt.messages, prompt.tools), self.texts)
             length = sum(len(piece.ids) for piece in pieces)
             for turn, reply in enumerate(prompt.logged[: max(self.config.max_turns - 1, 0)]):
-                pieces += [self._answer(turn), *context_pieces(self.chat.reply(reply), self.texts)]
+                pieces += [self._answer(turn), *context_pieces(self.chat.reply(reply, prompt.tools), self.texts)]
         except ValueError as error:
             if self.config.strict:
                 raise ValueError(f"prompt {prompt.id!r}: {error}") from error
-            said = tuple((message.role, message.content) for message in prompt.messages)
-            refusal = f"prompt {prompt.id!r}: {error}"
-            return View(title, (), (), refusal=refusal, tail=said, why="not written, as the messages say it")
+            refusal, tail = f"prompt {prompt.id!r}: {error}", said(prompt.messages)
+            return View(title, (), (), refusal=refusal, tail=tail, why="not written, as the messages say it")
         pieces.append(self._answer(len(prompt.logged)))
         return View(title, tuple(self._facts(prompt, length)), tuple(pieces))
 

@@ -7,7 +7,7 @@ from html import escape
 from itertools import groupby
 
 from ppg_fast.inspection.assets import SCRIPT, STYLE
-from ppg_fast.inspection.terminal import ANSWER, cells_of, columns_of, line, texts_of
+from ppg_fast.inspection.terminal import ANSWER, cells_of, columns_of, line, part_title, texts_of
 from ppg_fast.inspection.view import CONTEXT, Piece, View
 
 MARKS = ("·", "↵\n", "→\t")
@@ -60,11 +60,12 @@ def _section(view: View, number: int) -> Iterator[str]:
     if view.refusal:
         yield f'<p class="refused">refused: {_text(view.refusal)}</p>\n'
     for part, pieces in groupby(view.pieces, key=lambda piece: piece.part):
-        if part:
-            yield f"<h3>Part {part + 1}: what the model sees at its turns</h3>\n"
+        members = list(pieces)
+        if view.pieces[-1].part:
+            yield f"<h3>{escape(part_title(part, members))}</h3>\n"
         label = f"tokens of part {part + 1}; arrow keys go from token to token"
         yield f'<div class="text" tabindex="0" role="group" aria-label="{label}">'
-        yield from _tokens(list(pieces), f"d{number}")
+        yield from _tokens(members, f"d{number}")
         yield "</div>\n"
     if view.tail:
         yield f'<p class="cut">{_text(view.why)}</p>\n'

@@ -53,9 +53,10 @@ def _print(console: Any, view: View, glyphs: Glyphs) -> None:
         console.print(f"  refused    {line(view.refusal)}", style="bold red")
     console.print()
     for part, pieces in groupby(view.pieces, key=lambda piece: piece.part):
-        if part:
-            console.print(f"{glyphs.rule * 4} part {part + 1}: what the model sees at its turns", style="bold")
-        console.print(Text.assemble(*_spans(list(pieces), glyphs)), end="\n")
+        members = list(pieces)
+        if view.pieces[-1].part:
+            console.print(f"{glyphs.rule * 4} {part_title(part, members)}", style="bold")
+        console.print(Text.assemble(*_spans(members, glyphs)))
     if view.tail:
         console.print(f"{glyphs.rule * 4} {view.why}", style="bold yellow")
         for role, content in view.tail:
@@ -84,6 +85,12 @@ def line(text: str) -> str:
     """``text`` in one line, its end left out where it is long, nothing in it that a terminal would obey."""
     shown = visible(text.replace("\n", " "), "x", "x", (" ", " ", " "))
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}... ({len(text):,} characters)"
+
+
+def part_title(part: int, pieces: Sequence[Piece]) -> str:
+    """What one of several parts is."""
+    turns = list(dict.fromkeys(str(piece.turn) for piece in pieces if piece.trained))
+    return f"part {part + 1}: what the model sees when it answers turn {', '.join(turns)}"
 
 
 def _spans(pieces: Sequence[Piece], glyphs: Glyphs) -> Iterator[tuple[str, str]]:
@@ -137,7 +144,7 @@ def cells_of(view: View) -> Iterator[list[str]]:
     """The table's rows, one a turn."""
     parts, based = any(row.part for row in view.rows), view.baseline != "none"
     for row in view.rows:
-        part = [str(row.part + 1)] if parts else []
+        part = ["-" if row.part is None else str(row.part + 1)] if parts else []
         reward = "-" if row.reward is None else number(row.reward)
         returns = [number(value) for value in row.returns.values()]
         baseline = [number(row.baseline)] if based else []
@@ -148,7 +155,7 @@ def cells_of(view: View) -> Iterator[list[str]]:
             reward,
             *returns,
             *baseline,
-            number(row.weight),
+            number(row.weight) if row.tokens else "-",
             "; ".join(row.notes),
         ]
 

@@ -1,10 +1,12 @@
 """What is shown of one dialogue, and how it is had from the packed batch that a training step reads."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import CONTEXT, PackedBatch
 from ppg_fast.functional import partial_returns
 from ppg_fast.inspection.pieces import TokenTexts, runs
@@ -38,7 +40,7 @@ class TurnRow:
 
     turn: int
     tokens: int
-    part: int
+    part: int | None  # None where nothing of it trains
     reward: float | None
     returns: Mapping[str, float]
     baseline: float
@@ -134,3 +136,12 @@ def trained_tokens(batch: PackedBatch, row: int) -> list[int]:
     start, stop = batch.cu_seqlens[row : row + 2].tolist()
     labelled = batch.turn_ids[start:stop][batch.labels[start:stop] != IGNORE]
     return torch.bincount(labelled, minlength=int(batch.turn_counts[row])).tolist()
+
+
+def said(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+    """(role, text) of messages, what they carry beside it as JSON."""
+    return tuple((message.role, " ".join(filter(None, (message.content, _carried(message))))) for message in messages)
+
+
+def _carried(message: Message) -> str:
+    return json.dumps(dict(message.more), ensure_ascii=False) if message.more else ""
