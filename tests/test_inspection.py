@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,7 @@ from ppg_fast.jobs import OfflineJob
 from ppg_fast.spec import IGNORE
 from ppg_fast.training.objective import credit, tokens_to_read
 
+ROOT = Path(__file__).parents[1]
 TALK = [
     ("system", "You are Anna 🌱.\n"),
     ("user", "Who are  you?"),
@@ -324,3 +326,14 @@ def test_a_page_that_exists_stays(tmp_path, data, capsys):
     assert page.read_text().startswith("<!doctype html>")
     assert inspect(capsys, data, "--html", data, "--overwrite")[0] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["page.html", "talk.jsonl"]
+
+
+# ---- the document ----------------------------------------------------------------------------------------------------
+def test_the_example_of_the_document(tmp_path, capsys):
+    text = (ROOT / "docs/inspect.md").read_text(encoding="utf-8")
+    (record,), (shown,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("json", "text"))
+    (command,) = re.findall(r"`ppg-fast inspect (talk\.jsonl .*?)`", text)
+    data = write(tmp_path / "talk.jsonl", json.loads(record))
+    code, out, _ = inspect(capsys, data, *command.split()[1:])
+    assert code == 0
+    assert shown.split("\n") == [line.rstrip() for line in out.rstrip("\n").split("\n")] + [""]
