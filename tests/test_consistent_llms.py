@@ -20,7 +20,7 @@ def record(verdicts, score, **changes):
     lines = []
     for turn in range(len(verdicts)):
         lines += [[2 * turn, f"Guide: question {turn}\n"], [2 * turn + 1, f"Visitor: answer {turn}\n"]]
-    judged = [[2 * turn + 1, f"It says YES or NO, I say {word}."] for turn, word in enumerate(verdicts) if word]
+    judged = [[2 * turn + 1, f"It says so, I say {word}."] for turn, word in enumerate(verdicts) if word]
     return {"P1": "", "P2": "You visit.", "conversation": lines, VERDICTS: judged, SCORE: score, **changes}
 
 
@@ -61,18 +61,68 @@ def test_a_tie_is_decided_by_the_rest_of_the_file(tmp_path):
         read(tmp_path, tie, tie)
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
-def test_a_score_that_neither_polarity_reproduces(tmp_path, strict):
+NEITHER = r"dialogue 1 \(line \d+\): neither YES nor NO .* is 0\.9, the share of YES is 0\.3333, of NO 0\.6667"
+
+
+def test_a_score_that_neither_polarity_reproduces_costs_its_dialogue(tmp_path):
     good, bad = record(["YES", "NO", "NO"], 1 / 3), record(["YES", "NO", "NO"], 0.9)
-    with pytest.raises(
-        ValueError, match=r"neither YES nor NO .* dialogue 1 .* is 0\.9, the share of YES is 0\.3333, of NO 0\.6667"
-    ):
-        read(tmp_path, good, bad, strict=strict)
+    with pytest.raises(ValueError, match=NEITHER):
+        read(tmp_path, good, bad)
+    assert [d.id for d in read(tmp_path, good, bad, good, strict=False)] == ["family/0", "family/2"]
+    with pytest.raises(ValueError, match=r"no valid dialogue; first problem: .*dialogue 0 .*neither YES nor NO"):
+        read(tmp_path, bad, strict=False)
 
 
-def test_dialogues_of_opposite_polarity(tmp_path):
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "lenient"])
+def test_dialogues_of_opposite_polarity(tmp_path, strict):
+    other, one = record(["YES", "NO", "NO"], 1 / 3), record(["YES", "NO", "NO"], 2 / 3)
     with pytest.raises(ValueError, match=r"YES in one dialogue and NO in another.*dialogue 0.*dialogue 1"):
-        read(tmp_path, record(["YES", "NO", "NO"], 1 / 3), record(["YES", "NO", "NO"], 2 / 3))
+        read(tmp_path, other, one, one, one, strict=strict)
+    rule = r"dialogue 1 .*consistent is YES here and NO in 4 other dialogues of the file"
+    if strict:
+        with pytest.raises(ValueError, match=rule):
+            read(tmp_path, one, other, one, one, one)
+    else:
+        dialogues = read(tmp_path, one, other, one, one, one, strict=False)
+        assert [(d.id, d.turn_rewards) for d in dialogues] == [(f"family/{n}", (0.0, 1.0, 1.0)) for n in (0, 2, 3, 4)]
+
+
+def test_a_verdict_that_holds_both_words_counts_either_way(tmp_path):
+    """The authors' rule is `"YES" not in output`, whatever the last word is."""
+    both, small = "contradicts him, YES? In the end NO", "it does not. Yes."
+    judged = ["NO", "NO", both, "YES", small]  # by their rule NO, NO, YES, YES, NO: 3 of 5
+    (dialogue,) = read(tmp_path, record(judged, 3 / 5))
+    assert dialogue.turn_rewards == (1.0, 1.0, 1.0, 0.0, 0.0)
+    # by the last word YES fits, by the authors' rule NO: the file is not decided by a guess
+    undecided = record(["NO", "YES", both], 1 / 3)
+    with pytest.raises(ValueError, match="cannot tell whether YES or NO means consistent"):
+        read(tmp_path, undecided)
+    assert read(tmp_path, undecided, record(["NO", "NO"], 1.0))[0].turn_rewards == (1.0, 0.0, 1.0)
+    # none decides, and every rule of counting that gives the scores has the same word
+    assert rewards(tmp_path, record([both, both, "YES"], 1 / 3)) == [(0.0, 0.0, 1.0)]
+
+
+def test_personas_of_one_name_take_turns(tmp_path):
+    same = {
+        "pturn": 1,
+        "P1": "Ethan, a baker",
+        "P2": "Ethan, a miner",
+        "conversation": [[0, "Ethan: I bake"], [1, "Ethan: I mine"]],
+        "eval_prompt_consistency": [[0, "fits. NO"], [1, "fits. NO"]],
+        "P2_prompt_consistency_score": 1.0,
+    }
+    (dialogue,) = read(tmp_path, same)
+    assert [(m.role, m.content) for m in dialogue.messages[1:]] == [("user", "I bake"), ("assistant", "I mine")]
+    assert dialogue.turn_rewards == (1.0,)
+    (dialogue,) = read(tmp_path, same | {"pturn": 2})
+    assert [(m.role, m.content) for m in dialogue.messages[1:]] == [("assistant", "I bake"), ("user", "I mine")]
+
+
+def test_a_conversation_of_another_kind_is_none_of_the_family(tmp_path):
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    (dialogue,) = read(tmp_path, {"conversation": said, "score": 1})
+    assert [m.as_dict() for m in dialogue.messages] == said
+    assert dialogue.turn_rewards == (1.0,)
 
 
 def test_lines_without_a_verdict_are_unscored(tmp_path):
@@ -210,7 +260,7 @@ BAD = {
     "two verdicts": ({VERDICTS: [[1, "YES"], [1, "NO"]]}, "two verdicts on line 1"),
     "score": ({SCORE: "high"}, f"{SCORE} must be a finite number, got 'high'"),
     "NaN score": ({SCORE: float("nan")}, f"{SCORE} must be a finite number, got nan"),
-    "persona": ({"P2": 7}, "P2 must be a string, got 7"),
+    "persona": ({"P2": 7}, "P2 must be a string, got int 7"),
 }
 
 

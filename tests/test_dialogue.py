@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,11 +88,12 @@ def test_truncated_last_line_loses_only_itself(tmp_path):
 BAD = {  # a line, and what its message must say beside file and line
     "not an object": ("[1]", "JSON object, got list"),
     "number": ("7", "JSON object, got int"),
-    "no id": (json.dumps({k: v for k, v in GOOD.items() if k != "id"}), "lacks id"),
-    "no rewards": (json.dumps({k: v for k, v in GOOD.items() if k != "turn_rewards"}), "'a' lacks turn_rewards"),
-    "id of a wrong type": (line(id=3), "id must be a non-empty string, got 3"),
+    "nothing that is known": ('{"note": 1}', r"an object with the keys 'note': no dialogue in a format known here"),
+    "a message": (json.dumps(GOOD["messages"][0]), "is one message; the messages of a dialogue belong into one line"),
+    "id of a wrong type": (line(id=[3]), r"id must be a non-empty string, got \[3\]"),
+    "a long id": (line(id="x" * 300), "id must be at most 200 characters long, got 300: 'x{59}\\.\\.\\."),
     "empty id": (line(id=""), "id must be a non-empty string"),
-    "group_id of a wrong type": (line(group_id=None), "group_id must be a non-empty string, got None"),
+    "group_id of a wrong type": (line(group_id=True), "group_id must be a non-empty string, got True"),
     "messages of a wrong type": (line(messages="hi"), "messages must be a list, got str 'hi'"),
     "rewards of a wrong type": (line(turn_rewards=0.5), "turn_rewards must be a list, got float 0.5"),
     "message of a wrong type": (
@@ -185,11 +187,8 @@ def test_empty_file(tmp_path, content):
 
 
 def test_no_valid_dialogue_is_an_error_even_if_not_strict(tmp_path):
-    path = write(tmp_path / "d.jsonl", "{", "}")
-    with (
-        pytest.warns(UserWarning, match="line"),
-        pytest.raises(ValueError, match=r"no valid dialogue; first problem: .*line 1"),
-    ):
+    path = write(tmp_path / "d.jsonl", "{", "x")
+    with pytest.raises(ValueError, match=r"no valid dialogue; first problem: .*line 1 is not JSON.* \(and 1 more\)"):
         read_dialogues(path)
 
 
@@ -209,8 +208,16 @@ def test_unscored_turns_are_kept_and_reported(tmp_path):
     assert dialogue.unscored == 1
 
 
-def test_further_keys_are_ignored(tmp_path):
-    assert read_dialogues(write(tmp_path / "d.jsonl", line(note={"a": [1]})), strict=True)[0].id == "a"
+def test_further_keys_are_kept(tmp_path):
+    said = [{**GOOD["messages"][0], "at": "noon"}, {**GOOD["messages"][1], "name": "", "train": True}]
+    path = write(tmp_path / "d.jsonl", line(note={"a": [1]}, messages=said))
+    (dialogue,) = read_dialogues(path, strict=True)
+    assert dialogue.more == {"note": {"a": [1]}}
+    write_dialogues(tmp_path / "copy.jsonl", [dialogue])
+    assert json.loads((tmp_path / "copy.jsonl").read_text()) == json.loads(path.read_text())
+    assert dialogue.messages == tuple(Message(**m) for m in GOOD["messages"]), "they say nothing of what is trained"
+    changed = replace(dialogue.messages[0], content="ho")
+    assert changed.as_line() == {"role": "user", "content": "ho", "at": "noon"}
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

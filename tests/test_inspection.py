@@ -336,4 +336,4 @@ def test_the_example_of_the_document(tmp_path, capsys):
     data = write(tmp_path / "talk.jsonl", json.loads(record))
     code, out, _ = inspect(capsys, data, *command.split()[1:])
     assert code == 0
-    assert shown.split("\n") == [line.rstrip() for line in out.rstrip("\n").split("\n")] + [""]
+    assert shown.splitlines() == [line.rstrip() for line in out.rstrip("\n").splitlines()]

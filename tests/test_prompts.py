@@ -57,7 +57,7 @@ def test_prompts_dialogues_and_judged_files_are_read_alike(tmp_path):
     a, b, c = read_prompts(path, strict=True)
     assert (a.id, a.partner, a.info) == ("a", "You want boots.", {"answer": 42})
     assert (b.id, b.partner, b.logged) == ("line 2", "", ())
-    assert (c.messages, c.logged, c.info) == (a.messages, (Message("user", "Bye."),), {"group_id": "g"})
+    assert (c.messages, c.logged, c.info) == (a.messages, ((Message("user", "Bye."),),), {"group_id": "g"})
     assert [m.content for m in a.messages] == ["You sell shoes.", "Hello!"]
 
 
@@ -67,8 +67,8 @@ def test_prompts_dialogues_and_judged_files_are_read_alike(tmp_path):
         ({"id": "x", "messages": OPENING[:1]}, "prompt 'x' must end with a message of the user or a tool, got system"),
         ({"id": "x", "messages": []}, "got nothing"),
         ({"id": "a", "messages": OPENING}, "prompt id 'a' was used before"),
-        ({"id": 3, "messages": OPENING}, "id must be a non-empty string"),
-        ({"id": "x", "messages": OPENING, "partner": 1}, "partner a string, got 'x' and 1"),
+        ({"id": [3], "messages": OPENING}, "id must be a non-empty string"),
+        ({"id": "x", "messages": OPENING, "partner": 1}, "prompt 'x': partner must be a string, got int 1"),
         ({"id": "x", "messages": [{"role": "king", "content": ""}]}, "prompt 'x', message 0: role must be one of"),
         ("{", "line 2 is not JSON"),
         ([1], "must be a JSON object"),
@@ -86,7 +86,7 @@ def test_a_dialogue_that_the_assistant_opens_is_a_prompt_without_an_opening(tmp_
     messages = [{"role": "assistant", "content": "Hi."}, {"role": "user", "content": "Bye."}]
     path = write(tmp_path / "p.jsonl", [{"id": "a", "messages": messages}])
     (opened,) = read_prompts(path, strict=True)
-    assert (opened.messages, opened.logged) == ((), (Message("user", "Bye."),))
+    assert (opened.messages, opened.logged) == ((), ((Message("user", "Bye."),),))
 
 
 def prompt(**changes):
@@ -127,11 +127,28 @@ def test_the_log_and_nobody_as_partners_and_the_most_turns():
     logged = prompt(logged=(Message("user", "Two?"), Message("tool", "3")))
     talk = Conversation([logged], LoggedPartner(), max_turns=9)
     talk.reset(0)
-    assert [talk.step(str(n))[0] for n in range(3)] == [*logged.logged, None]
+    assert [talk.step(str(n))[0] for n in range(3)] == [Message("user", "Two?"), Message("tool", "3"), None]
     for partner, turns in ((NoPartner(), 9), (LoggedPartner(), 1)):
         talk = Conversation([logged], partner, turns)
         talk.reset(0)
         assert talk.step("x") == (None, 0.0, True)
+
+
+def test_between_two_answers_everything_logged_is_heard_at_once():
+    said = [("user", "u0"), ("assistant", "a0"), ("tool", "12"), ("tool", "13"), ("assistant", "a1"), ("user", "u1")]
+    said += [("assistant", "a2"), ("assistant", "a3"), ("user", "u2")]
+    results = [Message("tool", text, {"tool_call_id": text}) for text in ("12", "13")]
+    messages = [Message(*m) for m in said[:2]] + results + [Message(*m) for m in said[4:]]
+    logged = prompt_of(Dialogue("d", "g", tuple(messages), (None,) * 4))
+    assert logged.logged == (tuple(results), (Message("user", "u1"),), (Message("user", "u2"),))
+    talk = Conversation([logged], LoggedPartner(), max_turns=9, stop_phrase="u2", clean=str.strip)
+    talk.reset(0)
+    assert [talk.step("x") for _ in range(3)] == [
+        (results, 0.0, False),
+        (Message("user", "u1"), 0.0, False),
+        (None, 0.0, True),
+    ]
+    assert [m.content for m in talk.transcript().messages] == ["u0", "x", "12", "13", "x", "u1", "x", "u2"]
 
 
 def test_a_logged_dialogue_is_a_prompt_with_its_log():
@@ -143,7 +160,7 @@ def test_a_logged_dialogue_is_a_prompt_with_its_log():
     assert talk.step("anything") == (None, 0.0, True)
     begun = replace(logged, messages=logged.messages[2:])
     assert prompt_of(begun).messages == (), "the assistant spoke first"
-    assert prompt_of(begun).logged == (Message("user", "u1"),)
+    assert prompt_of(begun).logged == ((Message("user", "u1"),),)
     with pytest.raises(ValueError, match="at least one prompt"):
         Conversation([], LoggedPartner(), 9)
 

@@ -1,4 +1,4 @@
-"""`ppg-fast train | score | compare | merge | push | bench | inspect | info`."""
+"""`ppg-fast train | score | convert | compare | merge | push | bench | inspect | info`."""
 
 import contextlib
 import importlib
@@ -8,15 +8,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from ppg_fast.about import about
-from ppg_fast.cli import compare, export, info, inspection, score, train
+from ppg_fast.cli import compare, dialogues, export, info, inspection, score, train
 from ppg_fast.console import GONE, drop, keep_going, one_line, print_everything
 from ppg_fast.stopping import Stopped, as_command
 
 COMPARE, BENCH = "compare", "bench"  # their flags are their own
-WORK = ("train", "score", COMPARE, "merge", "push", BENCH)  # what they make is more than what they print
+WORK = ("train", "score", "convert", COMPARE, "merge", "push", BENCH)  # what they make is more than what they print
 COMMANDS = (*WORK, "inspect", "info")
-RUN = {"train": train.run, "score": score.run, "merge": export.merge, "push": export.push, "inspect": inspection.run}
-RUN["info"] = about
+RUN = {
+    "train": train.run,
+    "score": score.run,
+    "convert": dialogues.convert,
+    "merge": export.merge,
+    "push": export.push,
+    "inspect": inspection.run,
+    "info": about,
+}
 
 
 @as_command
@@ -85,6 +92,7 @@ def _parser(given: Sequence[str]) -> Any:
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     train.add(commands)
     score.add(commands)
+    dialogues.add(commands)
     commands.add_parser(COMPARE, add_help=False, help="policy classes side by side, with a report (its own --help)")
     export.add(commands)
     commands.add_parser(BENCH, add_help=False, help="measure against peers and this machine's limits (its own --help)")

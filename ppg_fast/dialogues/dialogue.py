@@ -1,89 +1,87 @@
-"""Logged dialogues with one reward per assistant message, from and to disk. docs/data.md describes the formats."""
+"""Files of logged dialogues, read and written. docs/data.md describes the formats."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppg_fast.dialogues import consistent_llms
-from ppg_fast.dialogues.message import Message, brief, message_of, refuse_meaning, require_encodable
-from ppg_fast.dialogues.records import Problems, Record, json_records
-from ppg_fast.rules import FLOAT32_MAX
+from ppg_fast.dialogues import consistent_llms, formats
+from ppg_fast.dialogues.logged import KEYS, Dialogue, dialogue_of, plain_name
+from ppg_fast.dialogues.message import Message
+from ppg_fast.dialogues.records import Problems, Record, read_records
 from ppg_fast.writing import opened
 
-KEYS = ("id", "group_id", "messages", "turn_rewards")
-DIALOGUE_MEANING = ("functions", "documents", "chat_template_kwargs", "weight", "loss_weight", "train")
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """A dialogue and its rewards; dialogues of one prompt share ``group_id``.
-
-    ``turn_rewards``: one finite number per assistant message, None where it was not scored. ``tools``: the JSON schemas
-    of the functions that the assistant may call, for the chat template. ValueError names dialogue, turn and value.
-    """
-
-    id: str
-    group_id: str
-    messages: tuple[Message, ...]
-    turn_rewards: tuple[float | None, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, value in (("id", self.id), ("group_id", self.group_id)):
-            if not isinstance(value, str) or not value:
-                raise ValueError(f"{name} must be a non-empty string, got {value!r}")
-            require_encodable(name, value)
-        rewards = tuple(
-            _reward(value, f"dialogue {self.id!r}, turn {turn}") for turn, value in enumerate(self.turn_rewards)
-        )
-        object.__setattr__(self, "messages", tuple(self.messages))
-        object.__setattr__(self, "turn_rewards", rewards)
-        turns = sum(message.role == "assistant" for message in self.messages)
-        if turns == 0:
-            raise ValueError(f"dialogue {self.id!r} has no assistant message among its {len(self.messages)} messages")
-        if turns != len(rewards):
-            raise ValueError(f"dialogue {self.id!r} has {turns} assistant messages but {len(rewards)} turn_rewards")
-
-    @property
-    def unscored(self) -> int:
-        """Number of turns without a reward; they count as reward 0."""
-        return self.turn_rewards.count(None)
+__all__ = [
+    "Dialogue",
+    "Message",
+    "Reading",
+    "as_json",
+    "as_line",
+    "as_text",
+    "convert_to_jsonl",
+    "read_dialogues",
+    "read_file",
+    "write_dialogues",
+]
 
 
 def read_dialogues(path: str | os.PathLike[str], strict: bool = False) -> list[Dialogue]:
-    """Read our JSONL, one dialogue a line, or a Consistent-LLMs file; which of the two is found from the content.
+    """Read our JSONL, a Consistent-LLMs file, or another format that docs/data.md lists; which is found from the
+    content.
 
-    What cannot be read is a warning that names file, line, dialogue and value, and the rest is kept; with ``strict`` it
-    is a ValueError. Always a ValueError: a file without any valid dialogue, and a Consistent-LLMs file whose YES/NO
-    cannot be calibrated. Turns without a reward are counted in one warning.
+    Keys that a file lacks are made where they can be: id from its name and the line, group_id from the opening, rewards
+    from one for the dialogue. What cannot be read is a warning that names file, line, dialogue and value, and the rest
+    is kept; with ``strict`` it is a ValueError. Always a ValueError: a file without any valid dialogue, and a
+    Consistent-LLMs file whose YES/NO cannot be calibrated. Turns without a reward are counted in one warning.
     """
+    return read_file(path, strict).dialogues
+
+
+@dataclass
+class Reading:
+    """What a file gave: dialogues, how many of which format, what was left out, and how many keys had to be made."""
+
+    dialogues: list[Dialogue] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
+    left_out: list[str] = field(default_factory=list)
+    ids: int = 0  # made of file and line
+    groups: int = 0  # of the opening
+    whole: Counter[str] = field(default_factory=Counter)  # dialogues with one reward, by its key
+    unscored: int = 0  # turns of the others that have none
+    dropped: Sequence[str] = ()  # keys that no dialogue holds any more, and why
+
+
+def read_file(path: str | os.PathLike[str], strict: bool = False, scored: bool = True) -> Reading:
+    """`read_dialogues`, and how the file was understood; without ``scored`` the rewards in it are not looked at."""
     problems = Problems(str(path), strict)
-    raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if not raw.strip():
-        raise ValueError(f"{path} is empty")
-    records = list(json_records(raw, problems))
-    dialogues: list[Dialogue] = []
+    read = Reading(left_out=problems.messages)
     seen: dict[str, str] = {}
-    for _, where, value in _translated(records, Path(path), problems):
+    for found in _found(Path(path), problems, scored):
         try:
-            dialogue = _dialogue(value)
-            if dialogue.id in seen:
-                raise ValueError(f"dialogue id {dialogue.id!r} was used before, in {seen[dialogue.id]}")
+            made = dialogue_of(found.value, scored)
+            if made.dialogue.id in seen:
+                raise ValueError(f"dialogue id {made.dialogue.id!r} was used before, in {seen[made.dialogue.id]}")
         except ValueError as error:
-            problems.add(f"{where}: {error}")
+            problems.add(f"{found.where}: {error}")
             continue
-        seen[dialogue.id] = where
-        dialogues.append(dialogue)
-    problems.close(len(dialogues))
-    _warn_of_unscored(path, dialogues)
-    return dialogues
+        seen[made.dialogue.id] = found.where
+        read.dialogues.append(made.dialogue)
+        read.formats[found.format] += 1
+        read.ids += found.named
+        read.groups += made.grouped
+        read.whole.update([made.rewarded] if made.rewarded else [])
+        read.unscored += 0 if made.rewarded else made.dialogue.unscored
+    problems.close(len(read.dialogues))
+    read.dropped = [f"{key} ({reason})" for key, reason in problems.dropped.items()]
+    if scored:
+        _warn_of_rewards(path, read)
+    return read
 
 
 def write_dialogues(path: str | os.PathLike[str], dialogues: Iterable[Dialogue]) -> None:
@@ -98,16 +96,32 @@ def write_dialogues(path: str | os.PathLike[str], dialogues: Iterable[Dialogue])
             if dialogue.id in seen:
                 raise ValueError(f"dialogue id {dialogue.id!r} stands twice")
             seen.add(dialogue.id)
-            file.write(json.dumps(as_json(dialogue), ensure_ascii=False, allow_nan=False) + "\n")
+            file.write(as_text(dialogue) + "\n")
         if not seen:
             raise ValueError(f"no dialogues to write to {path}")
 
 
 def as_json(dialogue: Dialogue) -> dict[str, Any]:
-    """The dialogue as one line of our JSONL has it."""
+    """What is trained on of the dialogue, as one line of our JSONL has it."""
     messages = [message.as_json() for message in dialogue.messages]
     values = (dialogue.id, dialogue.group_id, messages, dialogue.turn_rewards)
     return dict(zip(KEYS, values, strict=True)) | ({"tools": list(dialogue.tools)} if dialogue.tools else {})
+
+
+def as_line(dialogue: Dialogue) -> dict[str, Any]:
+    """The whole line: everything that the dialogue was read with."""
+    return {**as_json(dialogue), "messages": [m.as_line() for m in dialogue.messages], **dialogue.more}
+
+
+def as_text(dialogue: Dialogue) -> str:
+    """`as_line` as JSON."""
+    line = as_line(dialogue)
+    text = json.dumps(line, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, in a key that is none of ours
+        return json.dumps(line)
+    return text
 
 
 def convert_to_jsonl(source: str | os.PathLike[str], target: str | os.PathLike[str], strict: bool = False) -> int:
@@ -117,68 +131,73 @@ def convert_to_jsonl(source: str | os.PathLike[str], target: str | os.PathLike[s
     return len(dialogues)
 
 
-def _translated(records: list[Record], path: Path, problems: Problems) -> Iterator[Record]:
-    """The records, those of the Consistent-LLMs family translated to ours with the file's own polarity."""
+@dataclass(frozen=True)
+class _Found:
+    """An object of ours for one dialogue of a file, whose id was ``named`` by us or not."""
+
+    format: str
+    where: str
+    value: dict[str, Any]
+    named: bool
+
+
+def _found(path: Path, problems: Problems, scored: bool) -> Iterator[_Found]:
+    """Each dialogue of the file; those of the Consistent-LLMs family with the file's own polarity."""
+    records = read_records(path, problems)
+    judged = judged_dialogues(records, problems)
+    consistent, fit = consistent_llms.calibrate(judged.values(), problems.add) if scored else (None, set(judged))
+    for record in records:
+        name = made_id(path, record.number)
+        if record.number in fit:
+            value = consistent_llms.to_record(judged[record.number], consistent, name)
+            for key in record.value.keys() - value.keys():
+                problems.dropped[key] = "read as messages and rewards, or another question to the judge"
+            yield _Found("Consistent-LLMs", record.where, value, True)
+        if not consistent_llms.is_family_record(record.value):
+            yield from _translated(record, name, problems)
+
+
+def _translated(record: Record, name: str, problems: Problems) -> Iterator[_Found]:
+    """The dialogues that an object of another format holds, ``name`` for one without an id."""
+    try:
+        found = formats.translated(record.value)
+    except ValueError as error:
+        problems.add(f"{record.where}: {error}")
+        return
+    for value, side in zip(found.records, found.sides, strict=True):
+        given = plain_name(value.get("id"))
+        unnamed = given is None
+        identity = f"{name if unnamed else given}/{side}" if side else name if unnamed else given
+        yield _Found(found.format, record.where, {**value, "id": identity}, unnamed)
+
+
+def judged_dialogues(records: Sequence[Record], problems: Problems) -> dict[int, consistent_llms.JudgedDialogue]:
+    """The Consistent-LLMs dialogues among the records, by their number."""
     judged: dict[int, consistent_llms.JudgedDialogue] = {}
     for record in records:
         if consistent_llms.is_family_record(record.value):
             try:
-                judged[record.number] = consistent_llms.parse_record(record.value, record.where)
+                judged[record.number] = consistent_llms.parse_record(record.value, record.number, record.where)
             except ValueError as error:
                 problems.add(str(error))
-    consistent = consistent_llms.calibrate(judged.values())
-    for record in records:
-        if record.number in judged:
-            yield record._replace(
-                value=consistent_llms.to_record(judged[record.number], consistent, f"{path.stem}/{record.number}")
-            )
-        elif not consistent_llms.is_family_record(record.value):
-            yield record
+    return judged
 
 
-def _dialogue(record: object) -> Dialogue:
-    """The dialogue that one JSON object describes; further keys are ignored. ValueError says what is wrong with it."""
-    if not isinstance(record, dict):
-        raise ValueError(f"a dialogue must be a JSON object, got {brief(record)}")
-    name = f"dialogue {record['id']!r}" if "id" in record else "a dialogue"
-    missing = [key for key in KEYS if key not in record]
-    if missing:
-        raise ValueError(f"{name} lacks {', '.join(missing)}")
-    for key in ("messages", "turn_rewards"):
-        if not isinstance(record[key], list):
-            raise ValueError(f"{name}: {key} must be a list, got {brief(record[key])}")
-    refuse_meaning(record, DIALOGUE_MEANING, name)
-    messages = tuple(
-        message_of(message, f"{name}, message {index}") for index, message in enumerate(record["messages"])
-    )
-    tools = tools_of(record.get("tools"), name)
-    return Dialogue(record["id"], record["group_id"], messages, tuple(record["turn_rewards"]), tools)
+def made_id(path: Path, number: int) -> str:
+    """The id of a dialogue that has none: file and number."""
+    stem = path.stem
+    while stem.endswith((".json", ".jsonl", ".ndjson")):
+        stem = stem.rpartition(".")[0]
+    return f"{stem}/{number}"
 
 
-def tools_of(value: object, where: str) -> tuple[Mapping[str, Any], ...]:
-    """The tools that one JSON value lists, each an object; ``where`` begins the ValueError for one that is none."""
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise ValueError(f"{where}: tools must be a list of JSON schemas of functions, got {brief(value)}")
-    return tuple(value)
-
-
-def _reward(value: object, where: str) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{where}: a reward must be a number or null, got {brief(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not abs(number) <= FLOAT32_MAX:  # in which rewards train
-        raise ValueError(f"{where}: a reward must be finite in float32, got {number}")
-    return number
-
-
-def _warn_of_unscored(path: str | os.PathLike[str], dialogues: list[Dialogue]) -> None:
-    unscored, turns = sum(d.unscored for d in dialogues), sum(len(d.turn_rewards) for d in dialogues)
-    if unscored:
-        warnings.warn(f"{path}: {unscored} of {turns} assistant messages have no reward; they count as 0", stacklevel=3)
+def _warn_of_rewards(path: str | os.PathLike[str], read: Reading) -> None:
+    """That turns have no reward; that some dialogues have one, which is the last turn's."""
+    turns = sum(len(d.turn_rewards) for d in read.dialogues)
+    if read.whole and turns > len(read.dialogues):
+        named = ", ".join(f"{key!r} of {count}" for key, count in read.whole.items())
+        rule = "is that of its last turn; the turns before have none and count as 0"
+        warnings.warn(f"{path}: the one reward a dialogue ({named} dialogues) {rule}", stacklevel=4)
+    if read.unscored:
+        seen = f"{read.unscored} of {turns} assistant messages have no reward"
+        warnings.warn(f"{path}: {seen}; they count as 0", stacklevel=4)

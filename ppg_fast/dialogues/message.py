@@ -10,9 +10,16 @@ from typing import Any
 ROLES = ("system", "user", "assistant", "tool")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # the names that templates have for it
 CARRIED = ("tool_calls", "tool_call_id", "name", *REASONING)  # what chat templates write beside role and content
+SHOWN = 60  # characters of the input in a message
 WEIGHTS = ("weight", "loss_weight", "train", "loss")  # say whether an answer is trained
 # what no chat template of text writes, and what a tokenizer's tokens could not carry
 UNWRITTEN = ("function_call", "refusal", "audio", "images", "tools")
+SAID_AS = {  # names that others have for the roles
+    **dict.fromkeys(("developer",), "system"),
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "model"), "assistant"),
+    **dict.fromkeys(("function", "function_response", "observation", "ipython"), "tool"),
+}
 
 
 @dataclass(frozen=True)
@@ -21,12 +28,14 @@ class Message:
 
     ``more``: what else it carries, by the keys of the OpenAI format (``tool_calls``, ``tool_call_id``, ``name``,
     ``reasoning_content`` or another of its names), for the chat template. ``trained``: whether an answer is trained.
+    ``source``: the object that it was read from, further keys and all, for `as_line`.
     """
 
     role: str
     content: str
     more: Mapping[str, Any] = field(default_factory=dict)
     trained: bool = True
+    source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -58,6 +67,13 @@ class Message:
         """The same as JSON lines have it: an answer that is not trained says so."""
         return self.as_dict() | ({} if self.trained else {"weight": 0})
 
+    def as_line(self) -> dict[str, Any]:
+        """The same as it was read, where that still says it; else with the keys that say nothing of it."""
+        if self.source and message_of(self.source, "message") == self:
+            return dict(self.source)
+        read = ("role", "content", *CARRIED, *WEIGHTS)
+        return self.as_json() | {key: value for key, value in self.source.items() if key not in read}
+
 
 def message_of(value: object, where: str) -> Message:
     """The message that one JSON value describes; ``where`` begins the ValueError for one that is none.
@@ -73,9 +89,14 @@ def message_of(value: object, where: str) -> Message:
         for key in more.keys() - {"tool_calls"}:
             if not isinstance(more[key], str):
                 raise ValueError(f"{key} must be a string, got {brief(more[key])}")
-        return Message(value["role"], _text(value.get("content"), more), more, _trained(value))
+        return Message(role_of(value["role"]), _text(value.get("content"), more), more, _trained(value), value)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def role_of(name: Any) -> Any:
+    """The role that is meant by ``name``; anything else as it is."""
+    return SAID_AS.get(name, name) if isinstance(name, str) else name
 
 
 def refuse_meaning(value: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
@@ -138,4 +159,10 @@ def require_encodable(name: str, text: str) -> None:
 
 def brief(value: object) -> str:
     """Type and beginning of a value, for a message."""
-    return f"{type(value).__name__} {repr(value)[:60]}"
+    return f"{type(value).__name__} {short(value)}"
+
+
+def short(value: object) -> str:
+    """The beginning of a value, for a message."""
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

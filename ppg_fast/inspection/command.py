@@ -1,12 +1,13 @@
 """What `ppg-fast inspect` does: a file and settings in, views printed or written as a page."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ppg_fast.config import TrainConfig, make_config
-from ppg_fast.dialogues.records import Problems, json_records
+from ppg_fast.dialogues import formats
+from ppg_fast.dialogues.consistent_llms import is_family_record
+from ppg_fast.dialogues.records import Problems, Record, read_records
 from ppg_fast.inspection.inspector import Inspector
 from ppg_fast.inspection.openings import OpeningInspector
 from ppg_fast.inspection.page import html_page
@@ -52,10 +53,20 @@ def settings_of(data: str | None, flags: Mapping[str, Any], file: Mapping[str, A
 
 
 def holds_openings(path: str) -> bool:
-    """Whether every object of the file has messages, and none of them is an answer."""
-    raw = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    quiet = Problems(path, strict=False)
-    quiet.add = lambda message: None
-    found = [record.value for record in json_records(raw, quiet)] if raw.lstrip()[:1] in (b"[", b"{") else []
-    messages = [value.get("messages") if isinstance(value, dict) else None for value in found]
-    return bool(messages) and all(isinstance(one, list) and '"assistant"' not in json.dumps(one) for one in messages)
+    """Whether what can be read of the file has messages, and none of them is an answer."""
+    found = [messages for record in read_records(Path(path), Problems(path, strict=False)) for messages in _of(record)]
+    return bool(found) and not any(_is_answer(message) for messages in found for message in messages)
+
+
+def _of(record: Record) -> Iterator[list[Any]]:
+    """The messages of each dialogue of a record, none where it is none of ours; a judged one has answers."""
+    try:
+        judged = is_family_record(record.value)
+        translated = [] if judged else formats.translated(record.value, answered=False).records
+        yield from [[{"role": "assistant"}]] if judged else [list(one["messages"]) for one in translated]
+    except (ValueError, KeyError, TypeError):
+        return
+
+
+def _is_answer(message: object) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"

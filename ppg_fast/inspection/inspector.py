@@ -10,7 +10,7 @@ from typing import Any
 
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.chat_format import make_byte_tokenizer
-from ppg_fast.dialogues.dialogue import Dialogue, read_dialogues
+from ppg_fast.dialogues.dialogue import Dialogue, read_file
 from ppg_fast.dialogues.encoding import encode_dialogue, stable_group_id
 from ppg_fast.dialogues.packing import CONTEXT, Sample, pack
 from ppg_fast.inspection.chat import reader_of
@@ -33,7 +33,9 @@ class Inspector:
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.objective = config, objective_of(config)
         self.path = str(config.data)
-        self.dialogues, self.left_out = heard(lambda: read_dialogues(self.path, strict=config.strict))
+        read, said = heard(lambda: read_file(self.path, config.strict))
+        self.dialogues, self.formats = read.dialogues, read.formats
+        self.left_out = list(dict.fromkeys([*said, *read.left_out]))
         contents = [m.content for d in self.dialogues for m in d.messages]
         self.reader = reader_of(config, lambda: make_byte_tokenizer(contents, config.vocab_size))
         self.chat = self.reader.chat
@@ -165,12 +167,18 @@ class Inspector:
         ends = self.chat.tokenizer.convert_ids_to_tokens(list(self.chat.end_ids))
         tools = [("tools", str(len(dialogue.tools)))] if dialogue.tools else []
         return [
+            ("format", self._format()),
             ("read with", f"{self.reader.name}; answers end with {' or '.join(ends)}"),
             ("group", group),
             *tools,
             ("tokens", text),
             ("objective", objective_text(rows)),
         ]
+
+    def _format(self) -> str:
+        """As what the file was understood."""
+        kinds = self.formats.most_common()
+        return kinds[0][0] if len(kinds) == 1 else ", ".join(f"{count} of {kind}" for kind, count in kinds)
 
     def _tail(self, dialogue: Dialogue, read: int) -> tuple[tuple[tuple[str, str], ...], str]:
         """The messages behind turn ``read``, the last one, where a bound cut off what would train."""

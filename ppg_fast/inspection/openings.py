@@ -19,7 +19,7 @@ class OpeningInspector:
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.path = config, str(config.prompts)
         self.prompts, self.left_out = heard(lambda: read_prompts(self.path, config.strict))
-        contents = [m.content for p in self.prompts for m in (*p.messages, *p.logged)]
+        contents = [m.content for p in self.prompts for m in (*p.messages, *(m for reply in p.logged for m in reply))]
         self.reader = reader_of(config, lambda: make_byte_tokenizer(contents, config.vocab_size))
         self.chat = self.reader.chat
         self.texts = TokenTexts(self.chat.renderer)
@@ -37,7 +37,7 @@ class OpeningInspector:
         try:
             pieces = context_pieces(self.chat.opening(prompt.messages, prompt.tools), self.texts)
             length = sum(len(piece.ids) for piece in pieces)
-            for turn, reply in enumerate(prompt.logged[: max(self.config.max_turns - 1, 0)]):
+            for turn, reply in enumerate(prompt.replies()[: max(self.config.max_turns - 1, 0)]):
                 pieces += [self._answer(turn), *context_pieces(self.chat.reply(reply, prompt.tools), self.texts)]
         except ValueError as error:
             if self.config.strict:

@@ -80,7 +80,7 @@ class OfflineJob(Job):
         """Whether the chat format can take the log as replies to answers that are not logged."""
         prompt = prompt_of(self.dialogues[place])
         try:
-            self.policy.chat.rehearse(prompt.messages, prompt.logged[: self.config.max_turns])
+            self.policy.chat.rehearse(prompt.messages, prompt.replies()[: self.config.max_turns])
         except ValueError:
             return False
         return True

@@ -39,7 +39,7 @@ class PromptsJob(Job):
 
     def __init__(self, config: TrainConfig, ranks: Ranks | None = None) -> None:
         prompts = read_prompts(str(config.prompts), config.strict)
-        contents = [m.content for p in prompts for m in (*p.messages, *p.logged)]
+        contents = [m.content for p in prompts for turn in (p.messages, *p.logged) for m in turn]
         super().__init__(config, lambda: make_byte_tokenizer(contents, config.vocab_size), ranks)
         policy = self.policy
         self.rewards = rewards_of_new_answers(config, policy.model.device)
@@ -73,7 +73,7 @@ class PromptsJob(Job):
             yield (
                 p.id,
                 p.partner,
-                *([message.as_json() for message in part] for part in (p.messages, p.logged)),
+                *([message.as_json() for message in turn] for turn in (p.messages, *p.logged)),
                 p.tools,
             )
 
@@ -193,7 +193,7 @@ class PromptsJob(Job):
         """ValueError where the policy cannot read the prompt or a reply to its answer, or has no room to answer it."""
         limit = min(filter(None, (self.config.max_dialogue_tokens, self.policy.positions)), default=0)
         try:
-            replies = prompt.logged if isinstance(self.partner, LoggedPartner) else [Message("user", "a")]
+            replies = prompt.replies() if isinstance(self.partner, LoggedPartner) else [Message("user", "a")]
             length = self.policy.chat.rehearse(prompt.messages, replies[: self.config.max_turns - 1])
             rule = f"an opening must be shorter than the {limit} tokens of a dialogue"
             require(not limit or length < limit, rule, length)

@@ -3,18 +3,15 @@
 import functools
 import glob
 import hashlib
-import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from ppg_fast.config import TrainConfig
-from ppg_fast.dialogues.dialogue import KEYS, Dialogue, as_json, read_dialogues
-from ppg_fast.dialogues.records import Problems, json_records
+from ppg_fast.dialogues.dialogue import Dialogue, as_text, read_dialogues, read_file
 from ppg_fast.jobs.endpoints import rewards_of
 from ppg_fast.jobs.inputs import input_paths, reward_digest
 from ppg_fast.jobs.policy import device_of
@@ -31,7 +28,7 @@ HOW_ASKED = (
 
 def score_file(data: str, output: Path, config: TrainConfig, overwrite: bool = False) -> list[Dialogue]:
     """Write ``data`` to ``output`` with the turn_rewards that the config's rewards give, whole or not at all; say what
-    was done. Other keys of a line stay.
+    was done. Other keys of a line stay; rewards that it has are not looked at.
 
     What is scored is kept in a partial file beside it after every ``CHUNK`` dialogues, and the same command goes on
     from there: a judge that fails after an hour costs a chunk. Data or rewards that hold something else than before
@@ -40,14 +37,11 @@ def score_file(data: str, output: Path, config: TrainConfig, overwrite: bool = F
     """
     inputs = [Path(data), *input_paths({**asdict(config), "data": None})]
     check_output(output, overwrite, inputs)
-    with warnings.catch_warnings():  # that turns have no reward yet is why they are scored
-        warnings.filterwarnings("ignore", message=".*assistant messages have no reward")
-        dialogues = read_dialogues(data, config.strict)
-        config = replace(config, template_date=config.template_date or time.strftime("%Y-%m-%d"))
-        rewards = rewards_of(config, device_of(config.device))
-        partial = _partial(output, data, config, rewards)
-        scored = _scored_before(partial, dialogues)
-    lines = _lines_of(data, dialogues)
+    dialogues = read_file(data, config.strict, scored=False).dialogues
+    config = replace(config, template_date=config.template_date or time.strftime("%Y-%m-%d"))
+    rewards = rewards_of(config, device_of(config.device))
+    partial = _partial(output, data, config, rewards)
+    scored = _scored_before(partial, dialogues)
     say = functools.partial(print, file=sys.stderr if is_stdout(output) else sys.stdout)
     if scored:
         say(f"{len(scored)} of {len(dialogues)} dialogues were scored before: going on")
@@ -56,13 +50,13 @@ def score_file(data: str, output: Path, config: TrainConfig, overwrite: bool = F
         say(f"{other} {rule}; remove it if it is of no use")
     while len(scored) < len(dialogues):
         part = dialogues[len(scored) : len(scored) + CHUNK]
-        scores = score(rewards, [_transcript(d, lines.get(d.id, {})) for d in part])
+        scores = score(rewards, [_transcript(d) for d in part])
         scored += [replace(d, turn_rewards=tuple(row)) for d, row in zip(part, scores.totals, strict=True)]
         if partial:
-            _write(partial, scored, lines)
+            _write(partial, scored)
         if len(dialogues) > CHUNK:
             say(f"{len(scored)} of {len(dialogues)} dialogues scored")
-    _write(output, scored, lines)
+    _write(output, scored)
     if partial:
         partial.unlink()
     _report(output, scored, rewards, say)
@@ -87,53 +81,24 @@ def _others(output: Path, partial: Path | None) -> list[Path]:
 
 def _scored_before(partial: Path | None, dialogues: Sequence[Dialogue]) -> list[Dialogue]:
     """What the partial file holds; nothing where it is no beginning of the data."""
-    scored = read_dialogues(partial, True) if partial and partial.exists() else []
+    with warnings.catch_warnings():  # of turns that no reward scored
+        warnings.simplefilter("ignore")
+        scored = read_dialogues(partial, True) if partial and partial.exists() else []
     same = all(a.id == b.id and a.messages == b.messages for a, b in zip(scored, dialogues, strict=False))
     return scored if same and len(scored) <= len(dialogues) else []
 
 
-def _transcript(dialogue: Dialogue, line: Mapping[str, Any]) -> Transcript:
+def _transcript(dialogue: Dialogue) -> Transcript:
     """With what the line says beside what a dialogue is made of."""
-    info = {key: value for key, value in line.items() if key not in KEYS}
-    return Transcript(dialogue.id, dialogue.messages, {"group_id": dialogue.group_id, **info})
+    tools = {"tools": list(dialogue.tools)} if dialogue.tools else {}
+    return Transcript(dialogue.id, dialogue.messages, {"group_id": dialogue.group_id, **tools, **dialogue.more})
 
 
-def _write(path: Path, scored: Sequence[Dialogue], lines: Mapping[str, Mapping[str, Any]]) -> None:
-    """One line a dialogue: that of the data with its turn_rewards, or what a dialogue of another format is made of."""
+def _write(path: Path, scored: Sequence[Dialogue]) -> None:
+    """One line a dialogue, with everything it came with."""
     with opened(path) as file:
-        for d in scored:
-            line = {**as_json(d), **lines.get(d.id, {}), "turn_rewards": d.turn_rewards}
-            text = json.dumps(line, ensure_ascii=False)
-            # half of a surrogate pair, in a key that is none of ours, has no UTF-8
-            file.write((text if _is_utf8(text) else json.dumps(line)) + "\n")
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _lines_of(data: str, dialogues: Sequence[Dialogue]) -> dict[str, dict[str, Any]]:
-    """The line, or list element, that each dialogue was read from, by its id; those of other formats are not there."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for record in _values(data):
-        if isinstance(record, dict) and isinstance(record.get("id"), str) and isinstance(record.get("messages"), list):
-            found.setdefault(record["id"], []).append(record)
-    said = {d.id: [(m.role, m.content) for m in d.messages] for d in dialogues}
-    # an id may stand twice, and the first time in a line that was left out
-    fits = lambda r: [(m.get("role"), m.get("content")) for m in r["messages"] if isinstance(m, dict)] == said[r["id"]]  # noqa: E731
-    return {name: next(filter(fits, records), records[0]) for name, records in found.items() if name in said}
-
-
-def _values(data: str) -> list[Any]:
-    """The JSON values of the file, as `read_dialogues` reads them, which has said what cannot be read."""
-    raw = Path(data).read_bytes().removeprefix(b"\xef\xbb\xbf")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return [record.value for record in json_records(raw, Problems(data, strict=False))]
+        for dialogue in scored:
+            file.write(as_text(dialogue) + "\n")
 
 
 def _report(output: Path, scored: list[Dialogue], rewards: list[Reward], say: Callable[[str], None]) -> None:

@@ -5,13 +5,14 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
 from ppg_fast.dialogues.chat_format import ChatFormat
 from ppg_fast.dialogues.message import Message
-from ppg_fast.dialogues.prompts import Prompt
+from ppg_fast.dialogues.prompts import Prompt, Turn
 from ppg_fast.endpoint import Endpoint, EndpointError
 from ppg_fast.rewards import Transcript
 from ppg_fast.rollouts.environment import Environment
@@ -28,8 +29,9 @@ OPENER = "Begin."  # many chat templates want the user to speak first, and here 
 class Partner(Protocol):
     """Who answers the assistant."""
 
-    def replies(self, conversations: Sequence["Conversation"]) -> list[Message | None]:
-        """The next message of each conversation, all at once; None ends it."""
+    def replies(self, conversations: Sequence["Conversation"]) -> Sequence[Turn | None]:
+        """The next message of each conversation (or several, heard before the next answer), all at once; None ends
+        it."""
         ...
 
 
@@ -68,9 +70,19 @@ class Conversation:
         self.messages = list(self.prompt.messages)
         return list(self.messages)
 
-    def step(self, assistant_text: str) -> tuple[Message | None, float, bool]:
-        """The partner's reply, reward 0."""
+    def step(self, assistant_text: str) -> tuple[Turn | None, float, bool]:
+        """The partner's reply, of one message or several, and reward 0."""
         return step_all([self], [assistant_text])[0]
+
+    def hear(self, reply: Turn | None) -> tuple[Turn | None, float, bool]:
+        """The reply as the policy reads it, and whether the dialogue is over."""
+        if reply is None:
+            return None, 0.0, True
+        said = [reply] if isinstance(reply, Message) else list(reply)
+        over = bool(self.stop_phrase) and any(self.stop_phrase in message.content for message in said)
+        clean = [replace(message, content=self.clean(message.content)) for message in said]
+        self.messages += clean
+        return (None if over else clean[0] if len(clean) == 1 else clean), 0.0, over
 
     def transcript(self) -> Transcript:
         """The dialogue so far, for rewards."""
@@ -82,7 +94,7 @@ class Conversation:
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
 
 
-def step_all(environments: Sequence[Environment], answers: Sequence[str]) -> list[tuple[Message | None, float, bool]]:
+def step_all(environments: Sequence[Environment], answers: Sequence[str]) -> list[tuple[Turn | None, float, bool]]:
     """`Conversation.step` of many at once, so that the partner answers them side by side."""
     conversations = [environment for environment in environments if isinstance(environment, Conversation)]
     for conversation, answer in zip(conversations, answers, strict=True):
@@ -90,25 +102,15 @@ def step_all(environments: Sequence[Environment], answers: Sequence[str]) -> lis
         conversation.turns += 1
     going = [c for c in conversations if c.turns < c.max_turns]
     replies = dict(zip(map(id, going), going[0].partner.replies(going), strict=True)) if going else {}
-    stepped: list[tuple[Message | None, float, bool]] = []
-    for conversation in conversations:
-        message = replies.get(id(conversation))
-        if message is None:
-            stepped.append((None, 0.0, True))
-            continue
-        over = bool(conversation.stop_phrase) and conversation.stop_phrase in message.content
-        message = Message(message.role, conversation.clean(message.content))
-        conversation.messages.append(message)
-        stepped.append((None if over else message, 0.0, over))
-    return stepped
+    return [conversation.hear(replies.get(id(conversation))) for conversation in conversations]
 
 
 class LoggedPartner:
     """Says what the log says, whatever it is told; over when the log is."""
 
-    def replies(self, conversations: Sequence[Conversation]) -> list[Message | None]:
-        """The next line of each log."""
-        return [c.prompt.logged[c.turns - 1] if c.turns <= len(c.prompt.logged) else None for c in conversations]
+    def replies(self, conversations: Sequence[Conversation]) -> list[Turn | None]:
+        """What each log holds between two answers."""
+        return [c.prompt.replies()[c.turns - 1] if c.turns <= len(c.prompt.logged) else None for c in conversations]
 
 
 class NoPartner:
