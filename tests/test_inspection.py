@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -125,6 +126,60 @@ def test_numbers_by_hand(data, capsys):
     assert first[2:] == ["0.5", "0.5", "1.5", "1.5", "1.5", "0.25", "1.25"]
     assert second[2:] == ["1", "1", "1", "1", "1", "0", "1"]
     assert "1.25 log p(turn 0) + 1 log p(turn 1)" in out
+
+
+STRIPS = (  # as Qwen3's: the reasoning of an answer is gone once somebody has replied
+    "{% for t in tools or [] %}<|im_start|>tool {{ t.function.name }}<|im_end|>{% endfor %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{% if m.reasoning_content and loop.last %}<think>{{ m.reasoning_content }}</think>"
+    "{% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CALL = {"type": "function", "id": "c1", "function": {"name": "bread", "arguments": {"kind": "rye"}}}
+TOOLS = [{"type": "function", "function": {"name": "bread", "parameters": {"type": "object", "properties": {}}}}]
+STEPS = [
+    {"role": "user", "content": "Bread?"},
+    {"role": "assistant", "content": "", "reasoning_content": "I look.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "rye", "tool_call_id": "c1", "name": "bread"},
+    {"role": "assistant", "content": "Rye.", "weight": 0},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": "Yes.", "reasoning_content": "I am."},
+]
+
+
+@pytest.fixture(scope="module")
+def thinker(model, tmp_path_factory):
+    """The same model with a template that rewrites earlier answers."""
+    folder = tmp_path_factory.mktemp("thinker") / "model"
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").write_text(STRIPS)
+    return str(folder)
+
+
+def test_parts_calls_and_answers_of_weight_0(tmp_path, thinker, capsys):
+    record = {**dialogue("a", (0.5, 1.0, 0.25), group="g"), "messages": STEPS, "tools": TOOLS}
+    data = write(tmp_path / "talk.jsonl", record)
+    config = make_config({"data": data, "model": thinker, "policy_class": "lookahead:2"})
+    batch = pack(OfflineJob(config).samples)
+    (view,) = Inspector(config).views()
+    assert len(batch.part_seqlens) == 3
+    starts = [next(p.position for p in view.pieces if p.part == part) for part in (0, 1)]
+    assert starts == batch.part_seqlens[:-1].tolist()
+    trained = [number for p in view.pieces if p.trained for number in p.ids]
+    assert trained == batch.labels[batch.labels != IGNORE].tolist()
+    assert [(row.tokens > 0, row.part, row.weight) for row in view.rows] == [
+        (True, 0, 1.5),
+        (False, None, 1.25),
+        (True, 1, 0.25),
+    ]
+    _, out, _ = inspect(capsys, data, "--model", thinker, "--policy-class", "lookahead:2")
+    assert "2 parts, since the template rewrites earlier messages" in out
+    assert "part 1: what the model sees when it answers turn 0\n<|im_start|>tool bread<|im_end|>" in out
+    first, second = out.split("part 2: what the model sees when it answers turn 2\n")
+    assert '[0 <think>I look.</think>{"name": "bread", "arguments": {"kind": "rye"}}<|im_end|>]' in first
+    assert "<1 Rye.<|im_end|>>" in second
+    assert "[2 <think>I am.</think>Yes.<|im_end|>]" in second
+    assert table_of(out)[2].endswith("-  weight 0: not trained")
+    assert "1.5 log p(turn 0) + 0.25 log p(turn 2)" in out
 
 
 def table_of(out):
