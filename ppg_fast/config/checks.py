@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 POSITIVE = """width layers vocab_size num_iterations num_prompts num_generations max_new_tokens max_turns
     max_tokens imitation_batch eval_every eval_dialogues keep_checkpoints
-    activation_checkpointing_every_n_layers rank_timeout partner_tokens judge_tokens concurrency rollout_batch"""
+    activation_checkpointing_every_n_layers rank_timeout partner_tokens max_tool_calls
+    judge_tokens concurrency rollout_batch"""
 COUNTS = """max_steps warmup_steps imitation_steps max_dialogue_tokens threads save_every max_skipped_steps
     lora_rank lora_alpha retries judge_retries"""
 MOST = 2**31 - 1  # of anything that is counted
@@ -70,6 +71,9 @@ def check_together(config: TrainConfig) -> None:
         "data (offline) and prompts (on-policy) exclude each other, got both",
         config.prompts,
     )
+    limit = type(config).max_tool_calls
+    has_tools = bool(config.tools) or config.max_tool_calls == limit
+    require(has_tools, f"max_tool_calls must be {limit} without tools, where nothing is called", config.max_tool_calls)
     if config.policy_class == AUTO or config.signals:
         what = "policy_class auto needs" if config.policy_class == AUTO else "signals need"
         require(not config.data, f"{what} rollouts of the policy itself, so there must be no data", config.data)

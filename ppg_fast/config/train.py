@@ -131,6 +131,11 @@ class TrainConfig:
     partner_tokens: int = _option(256, "tokens of its reply")
     partner_temperature: float = _option(1.0, "of its sampling")
     stop_phrase: str = _option("", "a reply that holds it ends the dialogue")
+    tools: str | None = _option(
+        None,
+        "functions that the policy may call: file.py, file.py:name,name, or a class of environments (docs/tools.md)",
+    )
+    max_tool_calls: int = _option(16, "calls of a dialogue; an answer that calls once more ends it")
     reward: str | None = _option(
         None, "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, judge[:RUBRIC], ratings:FILE"
     )

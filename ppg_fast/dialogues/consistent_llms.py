@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 from ppg_fast.dialogues.message import brief, short
 
 SCORE, VERDICTS = "P2_prompt_consistency_score", "eval_prompt_consistency"
-TRANSLATED = ("conversation", "eval_")  # beginnings of the keys of a record that are not carried along
+TRANSLATED = re.compile("conversation$|eval_")  # the keys of a record that are not carried along
 ROUNDING = 5e-4  # stored means may be rounded to three decimals
 MAJORITY = 4  # times as many dialogues that need one word as need the other decide
 _PREFIX = re.compile(r"\s*([^:\n]{1,80}):")
@@ -97,7 +97,7 @@ def parse_record(record: dict[str, Any], number: int, where: str) -> JudgedDialo
         content = text.lstrip()[len(names[line]) :].lstrip()[1:].strip()
         messages.append({"role": "assistant" if line in own else "user", "content": content})
     judged = tuple(texts.get(line) for line in lines if line in own)
-    asked, more = len(own & texts.keys()), {k: v for k, v in record.items() if not k.startswith(TRANSLATED)}
+    asked, more = len(own & texts.keys()), {k: v for k, v in record.items() if not TRANSLATED.match(k)}
     return JudgedDialogue(number, where, tuple(messages), judged, asked, _score(record, where), _group(record), more)
 
 

@@ -43,6 +43,9 @@ def read_dialogues(path: str | os.PathLike[str], strict: bool = False) -> list[D
     return read_file(path, strict).dialogues
 
 
+READ_AS = "read as messages and rewards, or another question to the judge"
+
+
 @dataclass
 class Reading:
     """What a file gave: dialogues, how many of which format, what was left out, and how many keys had to be made."""
@@ -150,8 +153,7 @@ def _found(path: Path, problems: Problems, scored: bool) -> Iterator[_Found]:
         name = made_id(path, record.number)
         if record.number in fit:
             value = consistent_llms.to_record(judged[record.number], consistent, name)
-            for key in record.value.keys() - value.keys():
-                problems.dropped[key] = "read as messages and rewards, or another question to the judge"
+            problems.dropped |= dict.fromkeys((k for k in record.value if k not in value), READ_AS)
             yield _Found("Consistent-LLMs", record.where, value, True)
         if not consistent_llms.is_family_record(record.value):
             yield from _translated(record, name, problems)

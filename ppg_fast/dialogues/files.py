@@ -13,10 +13,10 @@ import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 RECIPES = "docs/data.md, 'Files of others', has the recipe"
-PACKED: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
+PACKED: dict[bytes, Any] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,

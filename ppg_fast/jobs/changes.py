@@ -21,7 +21,7 @@ MAY_CHANGE = {  # a row of docs/training_runs.md each
     ),
 }
 # another name for the same content, which a checksum knows
-SAME_CONTENT = "data prompts model reward partner_prompt"
+SAME_CONTENT = "data prompts model reward partner_prompt tools"
 # another address of the same model, which the setting with _model (or a checksum) knows
 ADDRESSES = "judge partner sampler"
 FIXED = """template_date width layers vocab_size dtype bf16 lora_rank lora_alpha lora_dropout lora_target_modules freeze
@@ -29,8 +29,8 @@ FIXED = """template_date width layers vocab_size dtype bf16 lora_rank lora_alpha
     clip_low clip_high kl_coef kl_estimator entropy_coef importance_cap num_prompts num_generations max_new_tokens
     max_turns temperature learning_rate warmup_steps final_learning_rate weight_decay optim optim_args adam_beta1
     adam_beta2 optim_offload max_grad_norm max_dialogue_tokens imitation_steps imitation_batch imitation_learning_rate
-    teacher_skill partner_model partner_tokens partner_temperature stop_phrase judge_model judge_range sampler_model
-    eval_dialogues"""
+    teacher_skill partner_model partner_tokens partner_temperature max_tool_calls stop_phrase judge_model judge_range
+    sampler_model eval_dialogues"""
 CLASSES = {
     **{name: "may change" for names in MAY_CHANGE.values() for name in names.split()},
     **dict.fromkeys(SAME_CONTENT.split(), "same content"),

@@ -1,5 +1,6 @@
 """The endpoints, the partner and the rewards that a config names."""
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ def make_endpoint(config: TrainConfig, role: str) -> Endpoint:
     return Endpoint(url, model, key, timeout=config.timeout, retries=config.retries, concurrency=config.concurrency)
 
 
-def rewards_of(config: TrainConfig, device: torch.device | str) -> list[Reward]:
-    """The config's rewards; with a judge and no formula, the judge. ValueError where there is neither."""
+def rewards_of(
+    config: TrainConfig, device: torch.device | str, loaded: dict[str, ModuleType] | None = None
+) -> list[Reward]:
+    """The config's rewards; with a judge and no formula, the judge. ``loaded``: files that are loaded already.
+    ValueError where there is neither."""
     formula = config.reward or ("judge" if config.judge else None)
     if not formula:
         raise ValueError(
@@ -32,13 +36,16 @@ def rewards_of(config: TrainConfig, device: torch.device | str) -> list[Reward]:
         "judge_tokens": config.judge_tokens,
         "device": device,
         "template_date": config.template_date,
+        "loaded": loaded,
     }
     return make_rewards(formula, judge, **settings)
 
 
-def rewards_of_new_answers(config: TrainConfig, device: torch.device | str) -> list[Reward]:
+def rewards_of_new_answers(
+    config: TrainConfig, device: torch.device | str, loaded: dict[str, ModuleType] | None = None
+) -> list[Reward]:
     """The same for answers that nobody has seen: ValueError for ratings, which are of logged ones."""
-    rewards = rewards_of(config, device)
+    rewards = rewards_of(config, device, loaded)
     if any(isinstance(reward.scorer, Ratings) for reward in rewards):
         raise ValueError(
             f"ratings are of logged answers (ppg-fast score, then train --data), not of new ones, got {config.reward!r}"

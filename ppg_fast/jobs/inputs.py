@@ -11,6 +11,7 @@ from ppg_fast.config import TrainConfig
 from ppg_fast.rewards import Judge, PythonReward, Reward, RewardModel
 from ppg_fast.rewards.formula import TERM, split_terms
 from ppg_fast.rewards.judge import TASK
+from ppg_fast.rollouts.tools.functions import split_place
 
 PATHS = ("data", "prompts", "model", "partner_prompt")
 KEYS = ("partner_key", "judge_key", "sampler_key")  # env:NAME or file:PATH
@@ -22,6 +23,8 @@ def input_paths(settings: Mapping[str, Any]) -> list[Path]:
     named = [settings[name] for name in PATHS if settings.get(name)]
     named += [settings[name][len(FILE) :] for name in KEYS if (settings.get(name) or "").startswith(FILE)]
     named += [path for _, path, _ in map(_split_source, _sources(settings.get("reward"))) if path]
+    tools = split_place(settings["tools"])[0] if settings.get("tools") else ""
+    named += [tools] if tools.endswith(".py") else []
     return [Path(name) for name in named]
 
 
@@ -33,6 +36,8 @@ def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     for name in KEYS:
         if (settings.get(name) or "").startswith(FILE):
             changed[name] = FILE + _absolute(settings[name][len(FILE) :])
+    if (tools := settings.get("tools")) and (place := split_place(tools)[0]).endswith(".py"):
+        changed["tools"] = _absolute(place) + tools.removeprefix(place)
     formula = settings.get("reward")
     if formula:
         terms = []
@@ -68,6 +73,12 @@ def partner_digest(config: TrainConfig) -> str:
     told = content_digest(Path(config.partner_prompt)) if config.partner_prompt else ""
     weights = content_digest(Path(config.model)) if config.model and config.partner == "self" else ""
     return hashlib.sha256(f"{told} {weights}".encode()).hexdigest()
+
+
+def tools_digest(where: str) -> str:
+    """A checksum of the functions that a policy calls: their file, the local modules that it imports, their names."""
+    place, names = split_place(where)
+    return hashlib.sha256(repr([names, *map(content_digest, _modules(place))]).encode()).hexdigest()
 
 
 def content_digest(path: Path) -> str:

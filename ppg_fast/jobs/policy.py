@@ -19,7 +19,7 @@ from ppg_fast.models.adaptation import add_lora, checkpoint_activations, freeze
 from ppg_fast.models.causal_lm import check_vocabulary, distribute, load_model, make_model
 from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.generation import EndpointSampler
-from ppg_fast.rollouts.rollout import Rollout, StepAll, collect_groups, step_each
+from ppg_fast.rollouts.rollout import Read, Rollout, StepAll, collect_groups, step_each
 from ppg_fast.training.metrics import peak_memory_mb
 from ppg_fast.training.objective import Objective, Schedule
 
@@ -88,6 +88,7 @@ class Policy:
         generator: torch.Generator,
         *,
         step_all: StepAll = step_each,
+        read: Read | None = None,
         sampler: EndpointSampler | None = None,
         only: range | None = None,
     ) -> list[Rollout]:
@@ -106,10 +107,11 @@ class Policy:
             generator=generator,
             max_new_tokens=c.max_new_tokens,
             temperature=c.temperature,
-            max_turns=c.max_turns,
+            max_turns=c.max_turns + (c.max_tool_calls + 1 if c.tools else 0),  # answers that call are turns too
             max_dialogue_tokens=0 if c.data else c.max_dialogue_tokens,  # offline it bounds what is read
             batch_size=c.rollout_batch,
             step_all=step_all,
+            read=read,
             only=only,
         )
         with self.ranks.sampling(self.model):

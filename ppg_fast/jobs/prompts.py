@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ppg_fast import stopping
@@ -18,7 +19,7 @@ from ppg_fast.dialogues.packing import Sample
 from ppg_fast.dialogues.prompts import Prompt, read_prompts
 from ppg_fast.distributed import Ranks
 from ppg_fast.jobs.endpoints import make_endpoint, partner_of, rewards_of_new_answers
-from ppg_fast.jobs.inputs import partner_digest, reward_digest
+from ppg_fast.jobs.inputs import partner_digest, reward_digest, tools_digest
 from ppg_fast.jobs.job import Evaluation, Job, keep_readable
 from ppg_fast.jobs.progress import Progress
 from ppg_fast.jobs.resume import ResumableRun
@@ -26,6 +27,16 @@ from ppg_fast.rewards import Scores, score
 from ppg_fast.rollouts.generation import EndpointSampler
 from ppg_fast.rollouts.partner import Conversation, LoggedPartner, step_all
 from ppg_fast.rollouts.rollout import Rollout, finite_reward
+from ppg_fast.rollouts.tools import (
+    AnswerReader,
+    ToolConversation,
+    Tools,
+    a_result,
+    counted,
+    own_rewards,
+    prepared,
+    step_calls,
+)
 from ppg_fast.spec import require
 from ppg_fast.training.evaluation import of_rollouts
 
@@ -42,7 +53,13 @@ class PromptsJob(Job):
         contents = [m.content for p in prompts for turn in (p.messages, *p.logged) for m in turn]
         super().__init__(config, lambda: make_byte_tokenizer(contents, config.vocab_size), ranks)
         policy = self.policy
-        self.rewards = rewards_of_new_answers(config, policy.model.device)
+        loaded: dict[str, ModuleType] = {}  # one module for tools and rewards of the same file
+        self.tools = Tools(config.tools, loaded) if config.tools else None
+        self.read = AnswerReader(policy.chat) if self.tools else None
+        own = own_rewards(self.tools) if self.tools else []
+        asked = bool(config.reward or config.judge) or not own
+        self.named = rewards_of_new_answers(config, policy.model.device, loaded) if asked else []
+        self.rewards = [*self.named, *own]
         require(
             config.partner != "self" or not policy.ranks.sharded,
             "partner self goes with whole models (parallel ddp)",
@@ -50,9 +67,9 @@ class PromptsJob(Job):
         )
         self.partner = partner_of(config, policy.model, policy.chat)
         self.sampler = self._make_sampler()
-        self.prompts, _ = keep_readable(prompts, self._read, config.strict, "prompts")
+        self.prompts, played = keep_readable(prompts, self._read, config.strict, "prompts")
         self._warn_without_logs()
-        self.held_out, self.seen = ([self.prompts[i] for i in part] for part in self.split(len(self.prompts)))
+        self.held_out, self.seen = ([played[i] for i in part] for part in self.split(len(played)))
         self.warned = False
         roles = {"partner": self.partner, "sampler": self.sampler, **{r.name: r.scorer for r in self.rewards}}
         endpoints = {role: getattr(one, "endpoint", None) for role, one in roles.items()}
@@ -64,7 +81,9 @@ class PromptsJob(Job):
         partner = {"logged": "the logged partner", "none": "no partner", "self": "its own start weights as partner"}
         model = f" (`{config.partner_model}`)" if config.partner_model else ""
         named = partner.get(config.partner, f"a model behind an endpoint{model} as partner")
-        return f"on the prompts of `{Path(str(config.prompts)).name}` with {named} and reward `{self._formula()}`"
+        tools = f", the tools of `{Path(self.tools.place).name}`" if self.tools else ""
+        of = f"on the prompts of `{Path(str(config.prompts)).name}`"
+        return f"{of} with {named}{tools} and reward `{self._formula()}`"
 
     def data_read(self) -> Iterable[object]:
         """Every prompt as its file has it, and what makes tokens of it: not the tokens, which may hold a date."""
@@ -80,13 +99,15 @@ class PromptsJob(Job):
     @property
     def digests(self) -> dict[str, str]:
         """Rewards and partner too."""
-        rewards = reward_digest(self.config.reward, self.rewards)
-        return {**super().digests, "rewards": rewards, "partner": partner_digest(self.config)}
+        rewards = reward_digest(self.config.reward, self.named) if self.named else ""
+        tools = {"tools": tools_digest(str(self.config.tools))} if self.tools else {}
+        return {**super().digests, "rewards": rewards, "partner": partner_digest(self.config), **tools}
 
     def start(self, run: ResumableRun, progress: Progress) -> None:
         """Say how many prompts there are, who answers and what is rewarded."""
         text = f"{len(self.seen)} prompts to train on, {len(self.held_out)} held out"
-        progress.say(f"{text}; partner {self.config.partner}; reward {self._formula()}")
+        tools = f"; tools {', '.join(self.tools.names)}" if self.tools else ""
+        progress.say(f"{text}; partner {self.config.partner}{tools}; reward {self._formula()}")
 
     def collect(self, step: int) -> list[Sample]:
         """Groups of rollouts of the policy as it is now, rewarded."""
@@ -97,14 +118,15 @@ class PromptsJob(Job):
         seeds = prompt_seeds(step, config.num_prompts, len(self.seen), config.seed)
         make = lambda: self._conversation(self.seen)  # noqa: E731
         mine = policy.ranks.part(len(seeds) * config.num_generations)
-        settings = {"step_all": step_all, "sampler": self.sampler, "only": mine}
+        settings: dict[str, Any] = {**self._steps(), "sampler": self.sampler, "only": mine}
         rollouts = policy.roll_out(make, seeds, config.num_generations, policy.generator, **settings)
         scores = Scores.together(policy.ranks.run_on_all(lambda: self._reward(rollouts)))
         self._require_scored(scores)
         samples = policy.of_all(rollouts)
         seconds = time.perf_counter() - start
         usage = {f"endpoint/{role}/{k}": v for role, counts in policy.usage().items() for k, v in counts.items()}
-        self.rollout_metrics = {**scores.describe(), "rollout_time": seconds, **usage}
+        calls = counted([r.environment for r in rollouts], policy.ranks.gather) if self.tools else {}
+        self.rollout_metrics = {**scores.describe(), **calls, "rollout_time": seconds, **usage}
         return samples
 
     def measure(self, when: str) -> Evaluation:
@@ -114,7 +136,7 @@ class PromptsJob(Job):
         prompts, name = (self.held_out, "held-out") if self.held_out else (some, "training")
         make, generator = lambda: self._conversation(prompts), self.policy.sampling_generator(0)
         only = None if ranks.is_main else range(0)  # one rank asks partners and judges, and tells the others
-        rollouts = self.policy.roll_out(make, range(len(prompts)), 1, generator, step_all=step_all, only=only)
+        rollouts = self.policy.roll_out(make, range(len(prompts)), 1, generator, **self._steps(), only=only)
         metrics = ranks.run_on_main(lambda: self._metrics_of(rollouts))
         result = f"return {metrics['eval/reward']:.3f} over {metrics['eval/turns/mean_count']:.1f} turns"
         return Evaluation(f"{name} prompts", metrics, result, rollouts)
@@ -129,14 +151,22 @@ class PromptsJob(Job):
         return " + ".join(f"{r.weight:g}*{r.name}@{r.scope}" for r in self.rewards)
 
     def _conversation(self, prompts: Sequence[Prompt]) -> Conversation:
-        config, clean = self.config, self.policy.chat.without_special
-        return Conversation(prompts, self.partner, config.max_turns, config.stop_phrase, clean)
+        config = self.config
+        settings = (prompts, self.partner, config.max_turns, config.stop_phrase, self.policy.chat.without_special)
+        if self.tools:
+            return ToolConversation(*settings, tools=self.tools, max_calls=config.max_tool_calls)
+        return Conversation(*settings)
+
+    def _steps(self) -> dict[str, Any]:
+        """How answers are read and taken to their dialogues."""
+        return {"step_all": step_calls if self.tools else step_all, "read": self.read}
 
     def _reward(self, rollouts: Sequence[Rollout]) -> Scores:
         """Give every turn its reward, 0 where none could be had. ValueError for one that float32 cannot hold."""
         conversations = [r.environment for r in rollouts if isinstance(r.environment, Conversation)]
         with stopping.interruptible():  # a partial rollout is thrown away
-            scores = score(self.rewards, [c.transcript() for c in conversations])
+            transcripts = [c.transcript() for c in conversations]
+            scores = score(self.rewards, transcripts).without_calls(transcripts)
         for rollout, row in zip(rollouts, scores.totals, strict=True):
             rollout.sample.rewards = [finite_reward(v or 0.0, rollout.name, turn) for turn, v in enumerate(row)]
         return scores
@@ -189,16 +219,20 @@ class PromptsJob(Job):
                 f"{(done.stderr or done.stdout).strip()[-300:]}"
             )
 
-    def _read(self, prompt: Prompt) -> None:
-        """ValueError where the policy cannot read the prompt or a reply to its answer, or has no room to answer it."""
+    def _read(self, prompt: Prompt) -> Prompt:
+        """The prompt as it is played. ValueError where the policy cannot read it or a reply to its answer, or has no
+        room to answer it."""
         limit = min(filter(None, (self.config.max_dialogue_tokens, self.policy.positions)), default=0)
         try:
+            prompt = prepared(prompt, self.tools) if self.tools else prompt
             replies = prompt.replies() if isinstance(self.partner, LoggedPartner) else [Message("user", "a")]
-            length = self.policy.chat.rehearse(prompt.messages, replies[: self.config.max_turns - 1])
+            heard = [*replies[: self.config.max_turns - 1], *([[a_result(prompt)]] if self.tools else [])]
+            length = self.policy.chat.rehearse(prompt.messages, heard, prompt.tools)
             rule = f"an opening must be shorter than the {limit} tokens of a dialogue"
             require(not limit or length < limit, rule, length)
         except ValueError as error:
             raise ValueError(f"prompt {prompt.id!r}: {error}") from error
+        return prompt
 
     def _warn_without_logs(self) -> None:
         """The logged partner has nothing to say where no prompt is a logged dialogue."""

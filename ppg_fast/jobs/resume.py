@@ -202,6 +202,7 @@ DIGESTS = {  # what a checkpoint knows of what it was trained on
     "model": "the model (configuration, tokenizer, template)",
     "rewards": "the rewards (files, models, judge)",
     "partner": "the partner (what it is told, its weights)",
+    "tools": "the tools (the file, and the modules beside it that it imports)",
 }
 
 

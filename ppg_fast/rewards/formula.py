@@ -35,16 +35,17 @@ def make_rewards(
     judge_tokens: int = 512,
     device: torch.device | str = "cpu",
     template_date: str = "",
+    loaded: dict[str, ModuleType] | None = None,
 ) -> list[Reward]:
     """The terms of ``formula``, separated by " + ", each ``[WEIGHT*]WHAT[@turn|@dialogue]``.
 
     WHAT is ``file.py:function``, ``module:function``, ``model:FOLDER``, ``judge``, ``judge:RUBRIC`` (a text file) or
     ``ratings:FILE``. The scope is turn but for ratings, which say themselves what they rate. ``judge`` makes the
     endpoint where a term wants one, and it may say ``judge_tokens`` tokens. ``template_date``: what the templates of
-    reward models are told. ValueError names the term that cannot be read.
+    reward models are told. ``loaded``: files that are loaded already. ValueError names the term that cannot be read.
     """
     rewards: list[Reward] = []
-    loaded: dict[str, ModuleType] = {}  # one module for all functions of a file
+    loaded = {} if loaded is None else loaded  # one module for all functions of a file
     low, high = parse_range(judge_range)
     for term in split_terms(formula):
         found = TERM.fullmatch(term)

@@ -48,6 +48,8 @@ class Judge:
     warning. A score is never clamped and never guessed.
     """
 
+    scores_calls = False
+
     def __init__(
         self,
         endpoint: Endpoint,

@@ -1,4 +1,4 @@
-"""A user's own function as a reward."""
+"""A user's own function as a reward, and what is said of one that fails."""
 
 import inspect
 import os
@@ -16,27 +16,37 @@ from ppg_fast.rewards.scoring import Transcript, Value
 SAID, LINE = 300, 100  # characters of a user's exception, and of the line that raised it, in an error
 
 
-def load_function(where: str, loaded: dict[str, ModuleType] | None = None) -> Callable[..., Any]:
+def load_function(
+    where: str, loaded: dict[str, ModuleType] | None = None, what: str = "reward function"
+) -> Callable[..., Any]:
     """The function at ``module:function`` or ``file.py:function``. ValueError where there is none, with the user's line
     that failed.
 
-    ``loaded``: modules by place that several functions share; without it a file is executed anew.
+    ``loaded``: modules by place that several functions share; without it a file is executed anew. ``what``: its name
+    in errors.
     """
     place, _, name = where.rpartition(":")
     if not place or not name:
-        raise ValueError(f"a reward function must be given as module:function or file.py:function, got {where!r}")
-    loaded = {} if loaded is None else loaded
-    if place not in loaded:
-        try:
-            loaded[place] = import_file(place) if place.endswith(".py") else import_module(place)
-        except BaseException as error:  # whatever the user's file raises, SystemExit too
-            if not _is_users(error):
-                raise
-            raise ValueError(f"reward function {where}: {place} cannot be loaded: {_said(error)}") from error
-    function = getattr(loaded[place], name, None)
+        raise ValueError(f"a {what} must be given as module:function or file.py:function, got {where!r}")
+    module = load_module(place, {} if loaded is None else loaded, f"{what} {where}")
+    function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"reward function {where}: {place} has no function {name!r}")
+        raise ValueError(f"{what} {where}: {place} has no function {name!r}")
     return function
+
+
+def load_module(place: str, loaded: dict[str, ModuleType], what: str) -> ModuleType:
+    """The module of a file (``file.py``) or of that name, from ``loaded`` where it is there. ValueError that begins
+    with ``what``, with the user's line that failed."""
+    key = str(Path(place).resolve()) if place.endswith(".py") else place
+    if key not in loaded:
+        try:
+            loaded[key] = import_file(place) if place.endswith(".py") else import_module(place)
+        except BaseException as error:  # whatever the user's file raises, SystemExit too
+            if not is_users(error):
+                raise
+            raise ValueError(f"{what}: {place} cannot be loaded: {said_by(error)}") from error
+    return loaded[key]
 
 
 class PythonReward:
@@ -88,17 +98,17 @@ class PythonReward:
             # a generator runs here, where its failure has a place; one more than wanted says that there are too many
             return list(islice(value, transcript.turns + 1)) if isinstance(value, Iterator) else value
         except BaseException as error:
-            if not _is_users(error):
+            if not is_users(error):
                 raise
-            raise ValueError(f"reward {self.name} failed at {where}: {_said(error)}") from error
+            raise ValueError(f"reward {self.name} failed at {where}: {said_by(error)}") from error
 
 
-def _is_users(error: BaseException) -> bool:
+def is_users(error: BaseException) -> bool:
     """Whether the user's code raised it, and not a signal that ends the run: Ctrl-C, or what our jobs make of one."""
     return not isinstance(error, KeyboardInterrupt) and not type(error).__module__.startswith("ppg_fast.jobs")
 
 
-def _said(error: BaseException) -> str:
+def said_by(error: BaseException) -> str:
     """The exception, on one line, with the last line of code that is the user's and not a library's."""
     try:
         text = " ".join(str(error).split())

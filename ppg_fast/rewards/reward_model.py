@@ -1,12 +1,12 @@
 """A sequence-classification model as a reward."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.renderer import Renderer
 from ppg_fast.rewards.scoring import Transcript
 
@@ -21,6 +21,8 @@ class RewardModel:
     weights, a head of several labels, a tokenizer without a chat template, and, with its name, a dialogue longer than
     the model's positions.
     """
+
+    scores_calls = False
 
     def __init__(
         self, folder: str, device: torch.device | str = "cpu", max_tokens: int = 16384, date: str = ""
@@ -69,7 +71,7 @@ class RewardModel:
 
     def _tokens(self, transcript: Transcript) -> list[int]:
         # an answer that spells a special token would end its message early or speak for another role
-        messages = [Message(m.role, self.renderer.without_special(m.content)) for m in transcript.messages]
+        messages = [replace(m, content=self.renderer.without_special(m.content)) for m in transcript.messages]
         tokens = self.renderer.encode(self.renderer.text(messages))
         if self.positions and len(tokens) > self.positions:
             rule = f"reward model {self.folder} reads at most {self.positions} tokens"

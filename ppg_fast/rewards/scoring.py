@@ -27,6 +27,11 @@ class Transcript:
         """Number of assistant messages."""
         return sum(message.role == "assistant" for message in self.messages)
 
+    @property
+    def calls(self) -> bool:
+        """Whether the last message calls tools."""
+        return bool(self.messages) and bool(self.messages[-1].tool_calls)
+
     def prefixes(self) -> list["Transcript"]:
         """The dialogue so far, once for each answer: up to the answer and with it."""
         ends = [n + 1 for n, message in enumerate(self.messages) if message.role == "assistant"]
@@ -34,7 +39,10 @@ class Transcript:
 
 
 class Scorer(Protocol):
-    """Values of some dialogues at once, in their order. None: not scored."""
+    """Values of some dialogues at once, in their order. None: not scored.
+
+    One whose ``scores_calls`` is False is not asked about an answer that calls tools, as a turn.
+    """
 
     def __call__(self, transcripts: Sequence[Transcript], /) -> Sequence[Value]: ...
 
@@ -59,7 +67,8 @@ class Reward:
     def turns(self, transcripts: Sequence[Transcript]) -> list[list[float | None]]:
         """One value per assistant turn of each dialogue. ValueError names reward, dialogue and turn of a value that is
         none."""
-        asked = [p for t in transcripts for p in t.prefixes()] if self.scope == "turn" else list(transcripts)
+        prefixes = [p for t in transcripts for p in t.prefixes()] if self.scope == "turn" else list(transcripts)
+        asked = [p for p in prefixes if self._asks(p)]
         values = list(self.scorer(asked)) if asked else []
         if len(values) != len(asked):
             raise ValueError(
@@ -67,8 +76,13 @@ class Reward:
             )
         if self.scope == "dialogue":
             return [self._by_turn(value, t) for value, t in zip(values, asked, strict=True)]
-        checked = iter([self._number(value, t) for value, t in zip(values, asked, strict=True)])
+        given = iter(values)
+        checked = iter([self._number(next(given), p) if self._asks(p) else None for p in prefixes])
         return [[next(checked) for _ in range(t.turns)] for t in transcripts]
+
+    def _asks(self, prefix: Transcript) -> bool:
+        """Whether the scorer is asked about it: some are not about a turn that only calls tools."""
+        return self.scope == "dialogue" or not prefix.calls or getattr(self.scorer, "scores_calls", True)
 
     def _by_turn(self, value: Value, transcript: Transcript) -> list[float | None]:
         """A dialogue's value over its turns."""
@@ -104,6 +118,14 @@ class Scores:
         names = dict.fromkeys(name for part in parts for name in part.parts)
         totals = [row for part in parts for row in part.totals]
         return cls(totals, {name: [row for part in parts for row in part.parts[name]] for name in names})
+
+    def without_calls(self, transcripts: Sequence[Transcript]) -> "Scores":
+        """The same, with 0 for a turn that only calls tools and that nobody scored: nothing is missing there."""
+        totals = []
+        for row, transcript in zip(self.totals, transcripts, strict=True):
+            turns = zip(row, transcript.prefixes(), strict=True)
+            totals.append([0.0 if value is None and prefix.calls else value for value, prefix in turns])
+        return replace(self, totals=totals)
 
     @property
     def unscored(self) -> int:

@@ -1,6 +1,7 @@
 """What a policy talks to: a partner that opens a dialogue, replies to every answer and rewards it."""
 
 import random
+from collections.abc import Sequence
 from typing import Protocol
 
 from ppg_fast.dialogues.message import Message
@@ -16,9 +17,12 @@ class Environment(Protocol):
         """
         ...
 
-    def step(self, assistant_text: str) -> tuple[Message | None, float, bool]:
+    def step(self, assistant_text: str) -> tuple[Message | Sequence[Message] | None, float, bool]:
         """Take the answer; return (the partner's reply or None when done, the turn's finite reward, whether the
-        dialogue is over)."""
+        dialogue is over).
+
+        A reply may be several messages. One with ``tools``, JSON schemas of functions, has them in its opening.
+        """
         ...
 
 

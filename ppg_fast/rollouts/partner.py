@@ -67,7 +67,7 @@ class Conversation:
         """The opening of prompt ``seed`` modulo their number."""
         self.seed, self.turns = seed, 0
         self.prompt = self.prompts[seed % len(self.prompts)]
-        self.messages = list(self.prompt.messages)
+        self.messages, self.tools = list(self.prompt.messages), self.prompt.tools
         return list(self.messages)
 
     def step(self, assistant_text: str) -> tuple[Turn | None, float, bool]:
@@ -94,11 +94,13 @@ class Conversation:
         return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") >> 1
 
 
-def step_all(environments: Sequence[Environment], answers: Sequence[str]) -> list[tuple[Turn | None, float, bool]]:
+def step_all(
+    environments: Sequence[Environment], answers: Sequence[str | Message]
+) -> list[tuple[Turn | None, float, bool]]:
     """`Conversation.step` of many at once, so that the partner answers them side by side."""
     conversations = [environment for environment in environments if isinstance(environment, Conversation)]
     for conversation, answer in zip(conversations, answers, strict=True):
-        conversation.messages.append(Message("assistant", answer))
+        conversation.messages.append(answer if isinstance(answer, Message) else Message("assistant", answer))
         conversation.turns += 1
     going = [c for c in conversations if c.turns < c.max_turns]
     replies = dict(zip(map(id, going), going[0].partner.replies(going), strict=True)) if going else {}
@@ -125,11 +127,12 @@ def as_partner(conversation: Conversation, instruction: str) -> list[Message]:
     """The dialogue from the other side: user and assistant change places, and the system message says who the partner
     is.
 
-    The assistant's own system message stays with the assistant.
+    The assistant's own system message stays with the assistant, and so do the calls that it makes and their results.
     """
     system = "\n\n".join(text for text in (instruction, conversation.prompt.partner) if text)
     swapped = {"user": "assistant", "assistant": "user"}
-    spoken = [Message(swapped[m.role], m.content) for m in conversation.messages if m.role in swapped]
+    heard = [m for m in conversation.messages if m.role in swapped and not m.tool_calls]
+    spoken = [Message(swapped[m.role], m.content) for m in heard]
     first = [Message("user", OPENER)] if spoken and spoken[0].role == "assistant" else []
     return [Message("system", system), *first, *spoken]
 

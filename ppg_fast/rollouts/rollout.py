@@ -4,7 +4,7 @@ What was sampled is what is trained on; no token is ever decoded and encoded aga
 `ppg_fast.rollouts.generation`: the model in this process or a server.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,10 @@ from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.generation import Answer, EndpointSampler, LocalSampler, Request, Sampler
 from ppg_fast.rules import FLOAT32_MAX
 
-Stepped = tuple[Message | None, float, bool]  # what `Environment.step` returns
-StepAll = Callable[[Sequence[Environment], Sequence[str]], Sequence[Stepped]]
+Stepped = tuple[Message | Sequence[Message] | None, float, bool]  # what `Environment.step` returns
+StepAll = Callable[[Sequence[Environment], Sequence[Any]], Sequence[Stepped]]  # answers: texts, or what a Read makes
+# an answer's tokens, those before it, its turn and the tools -> the message that it is
+Read = Callable[[Sequence[int], Sequence[int], int, Sequence[Mapping[str, Any]]], Message]
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Rollout:
     messages: list[Message] = field(default_factory=list)
     cut_off: list[bool] = field(default_factory=list)
     done: bool = False
+    tools: Sequence[Mapping[str, Any]] = ()
 
     name: str = ""  # of the dialogue, for errors
 
@@ -76,6 +79,7 @@ def collect_groups(
     max_dialogue_tokens: int = 0,
     batch_size: int = 64,
     step_all: StepAll = step_each,
+    read: Read | None = None,
     only: range | None = None,
 ) -> list[Rollout]:
     """``group_size`` rollouts of each seed, which share the partner and ``group_id``. Same weights, seeds and
@@ -86,9 +90,10 @@ def collect_groups(
     memory and speed only, up to rounding. Temperature 0 takes the most likely token. A dialogue stops when its
     environment is done, at ``max_turns``, or where its next answer would not fit ``max_dialogue_tokens`` or the
     model's positions; an answer at the end token or at ``max_new_tokens``. Special tokens other than
-    the end are never sampled. ``step_all`` takes the answers of a turn to their environments, all at once. ``only``:
-    which of the rollouts, numbered in order, are wanted; they are what they would be among all. ValueError for an
-    opening that leaves no room for an answer, and for a reward that is not finite in float32.
+    the end are never sampled. ``step_all`` takes the answers of a turn to their environments, all at once: their texts,
+    or the messages that ``read`` makes of them where it is given. ``only``: which of the rollouts, numbered in order,
+    are wanted; they are what they would be among all. ValueError for an opening that leaves no room for an answer, and
+    for a reward that is not finite in float32.
     """
     total = len(seeds) * group_size
     draws = torch.randint(2**62, (total,), generator=generator, device=generator.device).tolist()
@@ -98,12 +103,14 @@ def collect_groups(
         rollout = Rollout(environment, Sample([], [], [], group, rollout_logprobs=[]), name=f"of seed {seeds[group]}")
         with stopping.interruptible():
             rollout.messages = list(environment.reset(seeds[group]))
+        rollout.tools = getattr(environment, "tools", ())
         rollout.name = getattr(getattr(environment, "prompt", None), "id", rollout.name)
         rollouts.append(rollout)
         streams.append(torch.Generator().manual_seed(draws[number]))
     limits = _Limits(max_new_tokens, max_turns, min(max_dialogue_tokens or 2**62, _most_positions(model)))
+    talk = _Talk(chat, limits, step_all, read)
     if isinstance(model, EndpointSampler):
-        _run(model, chat, rollouts, streams, limits, step_all)
+        _run(model, rollouts, streams, talk)
         return rollouts
     vocab_size = model.get_output_embeddings().weight.shape[0]
     was_training = model.training
@@ -113,7 +120,7 @@ def collect_groups(
             for start in range(0, len(rollouts), batch_size):
                 part = slice(start, start + batch_size)
                 sampler = LocalSampler(model, chat.end_ids, chat.banned_token_ids(vocab_size), temperature)
-                _run(sampler, chat, rollouts[part], streams[part], limits, step_all)
+                _run(sampler, rollouts[part], streams[part], talk)
     finally:
         model.train(was_training)
     return rollouts
@@ -130,62 +137,71 @@ class _Limits:
         return min(self.new_tokens, self.dialogue_tokens - len(rollout.sample.tokens))
 
 
+@dataclass(frozen=True)
+class _Talk:
+    """How answers and replies are read, written and taken to environments."""
+
+    chat: ChatFormat
+    limits: _Limits
+    step_all: StepAll
+    read: Read | None
+
+    def begin(self, rollout: Rollout) -> None:
+        """Append the opening. ValueError where no answer has room after it."""
+        _append(rollout, self.chat.opening(rollout.messages, rollout.tools), CONTEXT)
+        if self.limits.room(rollout) < 1:
+            said = "".join(m.content for m in rollout.messages[-1:])[:60]
+            seen = f"{len(rollout.sample.tokens)} tokens in {said!r}"
+            rule = f"an opening must be shorter than the {self.limits.dialogue_tokens} tokens of a dialogue"
+            raise ValueError(f"{rule}, got {seen}")
+
+    def answer(self, rollout: Rollout, turn: int, answer: Answer) -> str | Message:
+        """Append the answer to the sample, and as a message; return what `step_all` takes."""
+        before = rollout.sample.tokens
+        if self.read:
+            message = self.read(answer.tokens, before, turn, rollout.tools)
+        else:
+            message = Message("assistant", self.chat.decode(answer.tokens))
+        _append(rollout, answer.tokens, turn, answer.logprobs)
+        rollout.messages.append(message)
+        rollout.cut_off.append(not answer.ended)
+        return message if self.read else message.content
+
+    def reply(self, rollout: Rollout, reply: Message | Sequence[Message]) -> None:
+        """Append the reply, if an answer to it still fits; else the dialogue is done."""
+        messages = [reply] if isinstance(reply, Message) else list(reply)
+        tokens = self.chat.reply(messages, rollout.tools)
+        if self.limits.dialogue_tokens - len(rollout.sample.tokens) - len(tokens) < 1:
+            rollout.done = True
+            return
+        rollout.messages += messages
+        _append(rollout, tokens, CONTEXT)
+
+
 def _most_positions(model: Any) -> int:
     config = None if isinstance(model, EndpointSampler) else model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None) or 2**62
 
 
-def _run(
-    sampler: Sampler,
-    chat: ChatFormat,
-    rollouts: list[Rollout],
-    streams: list[torch.Generator],
-    limits: _Limits,
-    step_all: StepAll,
-) -> None:
+def _run(sampler: Sampler, rollouts: list[Rollout], streams: list[torch.Generator], talk: _Talk) -> None:
     """Turn after turn until every dialogue is done; those that are leave the batch."""
     for rollout in rollouts:
-        _append(rollout, chat.opening(rollout.messages), CONTEXT)
-        if limits.room(rollout) < 1:
-            said = "".join(m.content for m in rollout.messages[-1:])[:60]
-            seen = f"{len(rollout.sample.tokens)} tokens in {said!r}"
-            raise ValueError(
-                f"an opening must be shorter than the {limits.dialogue_tokens} tokens of a dialogue, got {seen}"
-            )
-    for turn in range(limits.turns):
+        talk.begin(rollout)
+    for turn in range(talk.limits.turns):
         live = [i for i, r in enumerate(rollouts) if not r.done]
         if not live:
             return
-        asked = [Request(i, rollouts[i].sample.tokens, limits.room(rollouts[i]), streams[i]) for i in live]
+        asked = [Request(i, rollouts[i].sample.tokens, talk.limits.room(rollouts[i]), streams[i]) for i in live]
         answers = sampler.answer(asked)
-        texts = [_append_answer(rollouts[i], chat, turn, answer) for i, answer in zip(live, answers, strict=True)]
+        said = [talk.answer(rollouts[i], turn, answer) for i, answer in zip(live, answers, strict=True)]
         with stopping.interruptible():
-            stepped = step_all([rollouts[i].environment for i in live], texts)
+            stepped = talk.step_all([rollouts[i].environment for i in live], said)
         for i, (reply, reward, done) in zip(live, stepped, strict=True):
             rollouts[i].sample.rewards.append(finite_reward(reward, rollouts[i].name, turn))
-            rollouts[i].done = done or reply is None
+            rollouts[i].done = done or not reply
             if not rollouts[i].done:
-                assert reply is not None
-                _append_reply(rollouts[i], chat, reply, limits)
-
-
-def _append_answer(rollout: Rollout, chat: ChatFormat, turn: int, answer: Answer) -> str:
-    """Append the answer to the sample and its text to the messages; return the text."""
-    text = chat.decode(answer.tokens)
-    _append(rollout, answer.tokens, turn, answer.logprobs)
-    rollout.messages.append(Message("assistant", text))
-    rollout.cut_off.append(not answer.ended)
-    return text
-
-
-def _append_reply(rollout: Rollout, chat: ChatFormat, reply: Message, limits: _Limits) -> None:
-    """Append the partner's reply, if an answer to it still fits; else the dialogue is done."""
-    tokens = chat.reply(reply)
-    if limits.dialogue_tokens - len(rollout.sample.tokens) - len(tokens) < 1:
-        rollout.done = True
-        return
-    rollout.messages.append(reply)
-    _append(rollout, tokens, CONTEXT)
+                assert reply
+                talk.reply(rollouts[i], reply)
 
 
 def _append(rollout: Rollout, tokens: list[int], turn: int, logprobs: list[float] | None = None) -> None:
