@@ -39,7 +39,7 @@ def answer_form(renderer: Renderer, end_ids: Sequence[int] = ()) -> AnswerForm:
     those of the model's generation config. ValueError for a template that does not write the answer, or does not end it
     with an added token.
     """
-    at = re.compile("|".join(map(re.escape, sorted(renderer.added, key=len, reverse=True))) or "(?!)")
+    at = renderer.token_pattern
     asked = renderer.before_answer([ASK])
     whole = renderer.text([ASK, ANSWER])
     if STAND_IN not in whole:

@@ -59,6 +59,8 @@ class Renderer:
             self.special |= roles
         self._roles, self._at_roles = roles, re.compile("(" + "|".join(map(re.escape, roles)) + ")")
         self.added = {name: number for name, (number, _) in added.items()} | self.special
+        names = sorted(self.added, key=len, reverse=True)
+        self.token_pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self._reserved = [*self.special, *(ROLE_TOKENS if self.by_role else self._structure())]
 
     def _structure(self) -> list[str]:
@@ -121,8 +123,7 @@ class Renderer:
         raise ValueError(f"message {max(len(messages) - 1, 0)}: {REFUSES}: {reason}")
 
     def _render(self, messages: Sequence[Message], answer_next: bool, tools: Tools) -> str:
-        form = self._form if any(message.more for message in messages) else Form()
-        conversation = form.conversation(messages)
+        conversation = self._form.conversation(messages)
         try:
             return self.raw(conversation, answer_next, tools)
         except Exception:  # Mistral's templates want ids of nine letters, others a description of every tool
