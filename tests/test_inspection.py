@@ -282,6 +282,23 @@ def test_a_refused_opening(tmp_path, capsys):
     assert "refused    prompt 'o': message 0: content must not hold" in out
 
 
+def test_openings_with_tools_and_without_room(tmp_path, thinker, capsys):
+    file = tmp_path / "tools.py"
+    file.write_text(
+        'def bread(kind: str) -> str:\n    """Sell.\n\n    Args:\n        kind: of bread\n    """\n    return kind\n'
+    )
+    path = write(tmp_path / "openings.jsonl", {"id": "o", "messages": STEPS[:1]})
+    flags = ("--model", thinker, "--tools", f"{file}:bread")
+    _, out, _ = inspect(capsys, path, *flags)
+    assert "tools      bread" in out
+    assert "<|im_start|>tool bread<|im_end|>" in out
+    _, out, _ = inspect(capsys, path, *flags, "--max-dialogue-tokens", "9")
+    assert "refused    prompt 'o': an opening must be shorter than the 9 tokens" in out
+    assert "Bread?" in out
+    data = write(tmp_path / "talk.jsonl", dialogue("a"))
+    assert "tools has no effect without prompts" in inspect(capsys, data, "--tools", f"{file}:bread")[2]
+
+
 def test_settings_from_a_file(tmp_path, data, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(f"data: {data}\npolicy_class: greedy\n")

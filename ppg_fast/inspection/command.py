@@ -49,6 +49,8 @@ def settings_of(data: str | None, flags: Mapping[str, Any], file: Mapping[str, A
     config = make_config(file, given, flags)
     if not (config.data or config.prompts):
         raise ValueError("inspect wants a file of dialogues or openings (or a --config that names one), got none")
+    if "tools" in flags and not config.prompts:
+        raise ValueError(f"tools has no effect without prompts, got {flags['tools']!r}")
     return config
 
 

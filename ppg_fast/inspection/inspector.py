@@ -16,7 +16,17 @@ from ppg_fast.dialogues.packing import CONTEXT, Sample, pack
 from ppg_fast.inspection.chat import reader_of
 from ppg_fast.inspection.pieces import TokenTexts
 from ppg_fast.inspection.selection import heard, places_of
-from ppg_fast.inspection.view import Piece, TurnRow, View, context_pieces, credit_of, pieces_of, said, trained_tokens
+from ppg_fast.inspection.view import (
+    Piece,
+    TurnRow,
+    View,
+    context_pieces,
+    credit_of,
+    pieces_of,
+    said,
+    tool_names,
+    trained_tokens,
+)
 from ppg_fast.jobs.offline import encode_within
 from ppg_fast.jobs.policy import objective_of
 from ppg_fast.training.objective import require_nonnegative, warn_if_hardly_credited
@@ -165,7 +175,7 @@ class Inspector:
         group = f"{dialogue.group_id!r} with {mates} other{'s' * (mates != 1)}"
         group += f", {others} of them read for the baseline {self.objective.baseline}" if others else ""
         ends = self.chat.tokenizer.convert_ids_to_tokens(list(self.chat.end_ids))
-        tools = [("tools", str(len(dialogue.tools)))] if dialogue.tools else []
+        tools = [("tools", tool_names(dialogue.tools))] if dialogue.tools else []
         return [
             ("format", self._format()),
             ("read with", f"{self.reader.name}; answers end with {' or '.join(ends)}"),

@@ -9,7 +9,9 @@ from ppg_fast.dialogues.prompts import Prompt, read_prompts
 from ppg_fast.inspection.chat import reader_of
 from ppg_fast.inspection.pieces import TokenTexts
 from ppg_fast.inspection.selection import heard, places_of
-from ppg_fast.inspection.view import Piece, View, context_pieces, said
+from ppg_fast.inspection.view import CONTEXT, Piece, View, context_pieces, said, tool_names
+from ppg_fast.jobs.prompts import require_room
+from ppg_fast.rollouts.tools import Tools, prepared
 
 
 class OpeningInspector:
@@ -23,6 +25,7 @@ class OpeningInspector:
         self.reader = reader_of(config, lambda: make_byte_tokenizer(contents, config.vocab_size))
         self.chat = self.reader.chat
         self.texts = TokenTexts(self.chat.renderer)
+        self.tools = Tools(config.tools, {}) if config.tools else None
         self.notes: tuple[str, ...] = ()
 
     def views(self, names: Sequence[str] = (), count: int = 1) -> Iterator[View]:
@@ -34,18 +37,29 @@ class OpeningInspector:
     def _view(self, place: int) -> View:
         prompt = self.prompts[place]
         title = f"opening {prompt.id!r} ({place} of {len(self.prompts)} in {Path(self.path).name})"
+        pieces: list[Piece] = []
         try:
+            prompt = prepared(prompt, self.tools) if self.tools else prompt
             pieces = context_pieces(self.chat.opening(prompt.messages, prompt.tools), self.texts)
             length = sum(len(piece.ids) for piece in pieces)
-            for turn, reply in enumerate(prompt.replies()[: max(self.config.max_turns - 1, 0)]):
-                pieces += [self._answer(turn), *context_pieces(self.chat.reply(reply, prompt.tools), self.texts)]
+            require_room(length, self.config.max_dialogue_tokens, self.reader.positions)
+            replies = prompt.replies() if self.config.partner == "logged" else []
+            for turn, reply in enumerate(replies[: self.config.max_turns - 1]):
+                pieces.append(self._answer(turn))
+                pieces += context_pieces(self.chat.reply(reply, prompt.tools), self.texts)
         except ValueError as error:
             if self.config.strict:
                 raise ValueError(f"prompt {prompt.id!r}: {error}") from error
-            refusal, tail = f"prompt {prompt.id!r}: {error}", said(prompt.messages)
-            return View(title, (), (), refusal=refusal, tail=tail, why="not written, as the messages say it")
-        pieces.append(self._answer(len(prompt.logged)))
+            return self._refused(title, prompt, pieces, str(error))
+        pieces.append(self._answer(1 + max((piece.turn for piece in pieces), default=CONTEXT)))
         return View(title, tuple(self._facts(prompt, length)), tuple(pieces))
+
+    def _refused(self, title: str, prompt: Prompt, pieces: Sequence[Piece], reason: str) -> View:
+        """The refusal, what was written before it, and what was not."""
+        heard = (message for reply in prompt.logged for message in reply)
+        tail = said(tuple(heard) if pieces else prompt.messages)
+        refusal, why = f"prompt {prompt.id!r}: {reason}", "not written, as the messages say it"
+        return View(title, (("read with", self.reader.name),), tuple(pieces), refusal=refusal, tail=tail, why=why)
 
     def _answer(self, turn: int) -> Piece:
         """Where the policy speaks."""
@@ -55,7 +69,9 @@ class OpeningInspector:
         ends = self.chat.tokenizer.convert_ids_to_tokens(list(self.chat.end_ids))
         yield "read with", f"{self.reader.name}; answers end with {' or '.join(ends)}"
         yield "opening", f"{length:,} tokens, all context"
-        if prompt.logged:
+        if prompt.tools:
+            yield "tools", tool_names(prompt.tools)
+        if prompt.logged and self.config.partner == "logged":
             yield "replies", f"{len(prompt.logged)} of the log, as --partner logged says them"
         if prompt.partner:
             yield "partner", prompt.partner[:300]

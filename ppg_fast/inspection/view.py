@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -10,6 +11,7 @@ from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import CONTEXT, PackedBatch
 from ppg_fast.functional import partial_returns
 from ppg_fast.inspection.pieces import TokenTexts, runs
+from ppg_fast.rollouts.tools.answers import function_of
 from ppg_fast.spec import IGNORE, FullPlanning, Greedy, Lookahead, PolicyClass, Segment
 from ppg_fast.training.objective import Objective, credit, tokens_to_read
 
@@ -145,3 +147,8 @@ def said(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
 
 def _carried(message: Message) -> str:
     return json.dumps(dict(message.more), ensure_ascii=False) if message.more else ""
+
+
+def tool_names(tools: Sequence[Mapping[str, Any]]) -> str:
+    """The functions that may be called."""
+    return ", ".join(str(function_of(tool).get("name")) for tool in tools)
