@@ -226,10 +226,13 @@ def test_dialogues_by_id_and_place(data, capsys):
 
 def test_one_that_was_left_out_says_why(tmp_path, capsys):
     data = write(tmp_path / "talk.jsonl", dialogue("a"), dialogue("odd", (1.0, "x")))
-    code, out, err = inspect(capsys, data, "--dialogue", "odd")
-    assert (code, out) == (1, "")
-    assert "no dialogue 'odd'" in err.splitlines()[-1]
-    assert "a reward must be a number" in err.splitlines()[-1]
+    code, out, _ = inspect(capsys, data, "--dialogue", "odd")
+    assert code == 0
+    (refusal,) = re.findall("refused .*", out)
+    assert "a reward must be a number" in refusal
+    assert "user: Who are  you?" in out.replace("··", "  ")
+    assert "dialogue 'a'" in inspect(capsys, data, "--dialogue", "0")[1]
+    assert inspect(capsys, data, "--dialogue", "even")[0] == 1
 
 
 def test_a_refused_dialogue_is_shown_up_to_there(tmp_path, capsys):

@@ -15,7 +15,7 @@ from ppg_fast.dialogues.encoding import encode_dialogue, stable_group_id
 from ppg_fast.dialogues.packing import CONTEXT, Sample, pack
 from ppg_fast.inspection.chat import reader_of
 from ppg_fast.inspection.pieces import TokenTexts
-from ppg_fast.inspection.selection import heard, places_of
+from ppg_fast.inspection.selection import LeftOut, heard, left_out_of, places_of
 from ppg_fast.inspection.view import (
     Piece,
     TurnRow,
@@ -57,8 +57,14 @@ class Inspector:
     def views(self, names: Sequence[str] = (), count: int = 1) -> Iterator[View]:
         """The view of each dialogue that `places_of` finds for ``names``."""
         ids = [dialogue.id for dialogue in self.dialogues]
-        for place in places_of(names, count, ids, self.path, self.left_out):
-            yield self._view(place)
+        others = left_out_of(self.path, self.left_out) if set(names) - set(ids) else {}
+        for place in places_of(names, count, ids, self.path, others):
+            yield self._unread(place, others[place]) if isinstance(place, str) else self._view(place)
+
+    def _unread(self, name: str, other: LeftOut) -> View:
+        """A dialogue that the file has and that could not be read."""
+        title, facts = f"dialogue {name!r} (not read of {Path(self.path).name})", (("format", self._format()),)
+        return View(title, facts, (), refusal=other.reason, tail=other.messages, why="as the file has it")
 
     def _sample(self, place: int) -> Sample:
         """A dialogue as `OfflineJob` reads it, once. ValueError where it cannot be."""
@@ -169,7 +175,7 @@ class Inspector:
         turns = sum(bool(row.tokens) for row in rows)
         text = f"{len(sample.tokens):,}: {trained:,} trained in {turns} turn{'s' * (turns != 1)}, "
         text += f"{len(sample.tokens) - trained:,} context"
-        text += f"; the first {read:,} are read" if read < len(sample.tokens) else ""
+        text += f"; the first {read:,} are read" if any(p.trained and not p.read for p in pieces) else ""
         text += f"; {parts} parts, since the template rewrites earlier messages" if parts > 1 else ""
         mates = self.groups[dialogue.group_id] - 1
         group = f"{dialogue.group_id!r} with {mates} other{'s' * (mates != 1)}"

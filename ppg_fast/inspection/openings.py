@@ -31,8 +31,8 @@ class OpeningInspector:
     def views(self, names: Sequence[str] = (), count: int = 1) -> Iterator[View]:
         """The view of each opening that `places_of` finds for ``names``."""
         ids = [prompt.id for prompt in self.prompts]
-        for place in places_of(names, count, ids, self.path, self.left_out):
-            yield self._view(place)
+        for place in places_of(names, count, ids, self.path):
+            yield self._view(int(place))
 
     def _view(self, place: int) -> View:
         prompt = self.prompts[place]

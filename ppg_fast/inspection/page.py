@@ -77,15 +77,16 @@ def _section(view: View, number: int) -> Iterator[str]:
 
 def _tokens(pieces: Sequence[Piece], name: str) -> Iterator[str]:
     shown, place, read = texts_of(pieces, MARKS), 0, True
+    lost = any(piece.trained and not piece.read for piece in pieces)
     for (turn, trained), members in groupby(pieces, key=lambda piece: (piece.turn, piece.trained)):
         if turn != CONTEXT:
             kind = "turn" if trained else "turn off"
             yield f'<span class="{kind}" id="{name}t{turn}" style="--h:{HUES[turn % len(HUES)]}">'
             yield f'<b class="tag">{turn}</b>'
         for piece in members:
-            if read and not piece.read:
+            if read and not piece.read and lost:
                 yield '<i class="cut">not read from here on: no later turn has a weight</i>'
-            read = piece.read
+            read = read and piece.read
             yield _token(piece, shown[place]) if piece.ids else f'<i class="tag">{ANSWER}</i>'
             place += 1
         if turn != CONTEXT:

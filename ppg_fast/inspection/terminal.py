@@ -96,16 +96,16 @@ def part_title(part: int, pieces: Sequence[Piece]) -> str:
 def _spans(pieces: Sequence[Piece], glyphs: Glyphs) -> Iterator[tuple[str, str]]:
     """(text, style) of every token and bracket of one part."""
     shown = texts_of(pieces, glyphs.marks)
-    read, number = True, 0
+    read, number, lost = True, 0, any(piece.trained and not piece.read for piece in pieces)
     for (turn, trained), members in groupby(pieces, key=lambda piece: (piece.turn, piece.trained)):
         opened, closed = ("[", "]") if trained else ("<", ">")
         colour = TURNS[turn % len(TURNS)]
         if turn != CONTEXT:
             yield f"{opened}{turn} ", f"bold {colour}"
         for piece in members:
-            if read and not piece.read:
+            if read and not piece.read and lost:
                 yield f"\n{glyphs.rule * 4} not read from here on: no later turn has a weight\n", "bold yellow"
-            read = piece.read
+            read = read and piece.read
             text = shown[number] if piece.ids else ANSWER
             yield text, _style(piece, colour, number)
             number += 1
