@@ -13,7 +13,7 @@ def add(commands: Any) -> None:
     score = commands.add_parser(
         "score", help="give every turn of logged dialogues its reward: Python, reward model, judge, human ratings"
     )
-    score.add_argument("data", help="logged dialogues (our JSONL or Consistent-LLMs JSON)")
+    score.add_argument("data", help="logged dialogues (formats: docs/data.md)")
     score.add_argument(
         "-o",
         "--output",

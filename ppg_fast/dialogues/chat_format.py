@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ppg_fast.dialogues.answer_form import answer_form
+from ppg_fast.dialogues.answer_form import answer_form, require_own_tokens
 from ppg_fast.dialogues.beginnings import Beginnings
 from ppg_fast.dialogues.conversation import Tools
 from ppg_fast.dialogues.message import Message
@@ -38,6 +38,8 @@ class ChatFormat:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer, self.renderer = tokenizer, Renderer(tokenizer, date, template, template_kwargs)
+        if template:
+            require_own_tokens(self.renderer)
         tokenizer.chat_template = template or tokenizer.chat_template or ROLE_TEMPLATE
         eos = getattr(generation_config, "eos_token_id", None)
         listed = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)

@@ -21,7 +21,7 @@ PACKED: dict[bytes, Any] = {
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
 }
-CHUNK = 1 << 20
+CHUNK = 1 << 16
 CODINGS = {  # by the first bytes; the longer marks first
     b"\xff\xfe\x00\x00": "utf-32",
     b"\x00\x00\xfe\xff": "utf-32",
@@ -65,7 +65,7 @@ def unpacked(path: Path, told: Callable[[str], None]) -> bytes:
     parts: list[bytes] = []
     try:
         with opening(io.BytesIO(raw)) as file:
-            while part := file.read(CHUNK):
+            while part := file.read1(CHUNK):
                 parts.append(part)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         told(f"{path}, line {1 + sum(part.count(10) for part in parts)}: the archive is cut short or damaged: {error}")
@@ -129,7 +129,8 @@ def looks_like(raw: bytes) -> str:
     delimiter = _delimiter(beginning)
     if delimiter:
         name = {",": "CSV", "\t": "TSV (tab-separated)"}.get(delimiter, f"CSV separated by {delimiter!r}")
-        return f"{name}: write its rows as JSON lines, pandas.read_csv(...).to_json(orient='records', lines=True)"
+        table = f"pandas.read_csv(..., sep={delimiter!r}).to_json(..., orient='records', lines=True)"
+        return f"{name}: write its rows as JSON lines, {table}"
     return "plain text: write each dialogue as one JSON object a line"
 
 

@@ -18,11 +18,12 @@ _HUMAN = re.compile(r"\n\n(Human|Assistant):")
 
 class Found(NamedTuple):
     """What one object of a file is: the format's name, and an object of ours for each dialogue that it holds; of two,
-    ``sides`` says which is which."""
+    ``sides`` says which is which. ``opening``: messages of the prompt, where the format has one."""
 
     format: str
     records: list[dict[str, Any]]
     sides: Sequence[str] = ("",)
+    opening: int | None = None
 
 
 def translated(value: object, answered: bool = True) -> Found:
@@ -37,14 +38,14 @@ def translated(value: object, answered: bool = True) -> Found:
     if not isinstance(value, dict):
         raise ValueError(f"a dialogue must be a JSON object, got {brief(value)}")
     if set(CHOSEN) <= value.keys() and "turn_rewards" not in value:
-        return Found("chosen and rejected", _both_sides(value), CHOSEN)
+        return _both_sides(value)
     if "messages" in value:
         return Found("messages", [_plain(value)])
     chat = next((key for key in CHATS if _is_chat(value.get(key))), "")
     if chat:
         return Found(f"{chat} (ShareGPT)", [_one_chat(value, chat)])
     if any(key in value for key in ASKED):
-        return Found("prompt and completion", [_one_answer(value, answered)])
+        return _one_answer(value, answered)
     raise ValueError(_unknown(value))
 
 
@@ -120,7 +121,7 @@ def _with_system(messages: list[dict[str, Any]], value: Mapping[str, Any]) -> li
     return [{"role": "system", "content": system}, *messages]
 
 
-def _one_answer(value: dict[str, Any], answered: bool) -> dict[str, Any]:
+def _one_answer(value: dict[str, Any], answered: bool) -> Found:
     """Prompt and completion, each text or messages; Alpaca's instruction with its input and history."""
     asked, key = _asked(value)
     said = next((key for key in ANSWERED if key in value and key not in asked), "")
@@ -129,7 +130,8 @@ def _one_answer(value: dict[str, Any], answered: bool) -> dict[str, Any]:
         raise ValueError(f"{rule}; it is one for --prompts")
     opening = _with_system([*_history(value), *_opening(value, asked)], value)
     answer = _turn(value[said], "assistant", said) if said else []
-    return {**_without(value, *asked, said, "system", "history"), "messages": [*opening, *answer]}
+    record = {**_without(value, *asked, said, "system", "history"), "messages": [*opening, *answer]}
+    return Found("prompt and completion", [record], opening=len(opening))
 
 
 def _asked(value: Mapping[str, Any]) -> tuple[list[str], str]:
@@ -163,7 +165,7 @@ def _turn(value: object, role: str, key: str) -> list[dict[str, Any]]:
     return [_message(message) for message in messages]
 
 
-def _both_sides(value: dict[str, Any]) -> list[dict[str, Any]]:
+def _both_sides(value: dict[str, Any]) -> Found:
     """The chosen dialogue with reward 1 and the rejected one with reward 0 on the last turn, of one group."""
     whole = {_is_whole(value[side]) for side in CHOSEN}
     if len(whole) == 2:
@@ -181,7 +183,9 @@ def _both_sides(value: dict[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(f"{rule}, got {brief(value['chosen'])}")
     rest = _without(value, *CHOSEN, chat, *asked, "system", "history")
     sides = {side: _with_system([*before, *_side(value[side], side)], value) for side in CHOSEN}
-    return [{**rest, **_last_rewarded(messages, side)} for side, messages in sides.items()]
+    records = [{**rest, **_last_rewarded(messages, side)} for side, messages in sides.items()]
+    prompt = _with_system(before, value) if before else sides["chosen"][:-1]
+    return Found("chosen and rejected", records, CHOSEN, len(prompt))
 
 
 def _last_rewarded(messages: list[dict[str, Any]], side: str) -> dict[str, Any]:

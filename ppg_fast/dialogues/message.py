@@ -43,7 +43,8 @@ class Message:
         if not isinstance(self.content, str):
             raise ValueError(f"content must be a string, got {brief(self.content)}")
         require_encodable("content", self.content)
-        require_encodable("the message", json.dumps(self.more, ensure_ascii=False))
+        if self.more:
+            require_encodable("the message", json.dumps(self.more, ensure_ascii=False))
 
     def __hash__(self) -> int:
         return hash((self.role, self.content, json.dumps(self.more, sort_keys=True), self.trained))

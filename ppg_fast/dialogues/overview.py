@@ -19,8 +19,8 @@ def overview(path: str, read: Reading) -> str:
 
 def _counts(path: str, read: Reading) -> Iterator[str]:
     dialogues = read.dialogues
-    kinds = ", ".join(f"{count} of {kind}" for kind, count in read.formats.most_common())
-    yield f"{path}: {len(dialogues)} dialogues ({kinds}), {len(read.left_out)} left out"
+    kinds = [f"{count} as {kind}" if len(read.formats) > 1 else kind for kind, count in read.formats.most_common()]
+    yield f"{path}: {len(dialogues)} dialogues ({', '.join(kinds)}), {len(read.left_out)} left out"
     messages = [message for dialogue in dialogues for message in dialogue.messages]
     turns = sum(len(dialogue.turn_rewards) for dialogue in dialogues)
     calls = sum(len(message.tool_calls) for message in messages)

@@ -53,9 +53,9 @@ def read_prompts(path: str | os.PathLike[str], strict: bool = False) -> list[Pro
     problems = Problems(str(path), strict)
     prompts: list[Prompt] = []
     seen: set[str] = set()
-    for where, value, unnamed in _openings(Path(path), problems):
+    for where, value, unnamed, opening in _openings(Path(path), problems):
         try:
-            prompt = _prompt(value, unnamed)
+            prompt = _prompt(value, unnamed, opening)
             if prompt.id in seen:
                 raise ValueError(f"prompt id {prompt.id!r} was used before")
         except ValueError as error:
@@ -73,20 +73,21 @@ def prompt_of(dialogue: Dialogue) -> Prompt:
     return _split(dialogue.id, dialogue.messages, "", info, dialogue.tools)
 
 
-def _openings(path: Path, problems: Problems) -> Iterator[tuple[str, object, str]]:
-    """Where each prompt of the file stands, an object of ours for it, and what it is called where it has no id."""
+def _openings(path: Path, problems: Problems) -> Iterator[tuple[str, object, str, int | None]]:
+    """Where each prompt of the file stands, an object of ours for it, what it is called where it has no id, and the
+    messages of its opening where its format says."""
     records = read_records(path, problems)
     judged = judged_dialogues(records, problems)
     for record in records:
         if record.number in judged:
             name = made_id(path, record.number)
             value = consistent_llms.to_record(judged[record.number], None, name)
-            yield record.where, value, name
+            yield record.where, value, name, None
         elif not consistent_llms.is_family_record(record.value):
             yield from _translated(record, problems)
 
 
-def _translated(record: Record, problems: Problems) -> Iterator[tuple[str, object, str]]:
+def _translated(record: Record, problems: Problems) -> Iterator[tuple[str, object, str, int | None]]:
     """The one prompt of an object of another format; its answers are there for reward functions."""
     try:
         found = formats.translated(record.value, answered=False)
@@ -95,10 +96,10 @@ def _translated(record: Record, problems: Problems) -> Iterator[tuple[str, objec
         return
     given = record.value if isinstance(record.value, dict) else {}
     told = {key: given[key] for key in (*formats.ANSWERED, *formats.CHOSEN) if key in given}
-    yield record.where, {**told, **found.records[0]}, f"{record.unit} {record.number}"
+    yield record.where, {**told, **found.records[0]}, f"{record.unit} {record.number}", found.opening
 
 
-def _prompt(record: object, unnamed: str) -> Prompt:
+def _prompt(record: object, unnamed: str, opening: int | None) -> Prompt:
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
         raise ValueError(f"a prompt must be a JSON object with a list of messages, got {brief(record)}")
     given, partner = plain_name(record.get("id")), record.get("partner", "")
@@ -110,11 +111,12 @@ def _prompt(record: object, unnamed: str) -> Prompt:
     messages = [
         message_of(message, f"prompt {name!r}, message {index}") for index, message in enumerate(record["messages"])
     ]
-    last = messages[-1].role if messages else "nothing"
-    if last not in ("user", "tool") and not any(message.role == "assistant" for message in messages):
+    asked = messages[:opening]
+    last = asked[-1].role if asked else "nothing"
+    if last not in ("user", "tool") and (opening is not None or not any(m.role == "assistant" for m in asked)):
         raise ValueError(f"prompt {name!r} must end with a message of the user or a tool, got {last}")
     info = {key: value for key, value in record.items() if key not in KNOWN}
-    return _split(name, messages, partner, info, tools_of(record.get("tools"), f"prompt {name!r}"))
+    return _split(name, messages, partner, info, tools_of(record.get("tools"), f"prompt {name!r}"), opening)
 
 
 def _split(
@@ -123,10 +125,12 @@ def _split(
     partner: str,
     info: Mapping[str, Any],
     tools: tuple[Mapping[str, Any], ...],
+    asked: int | None = None,
 ) -> Prompt:
-    """The opening, and what others than the assistant say after each answer; answers in a row are one."""
-    turns: list[list[Message]] = [[]]
-    for message in messages:
+    """The opening, of ``asked`` messages or up to the first answer, and what others than the assistant say after each
+    answer; answers in a row are one."""
+    turns: list[list[Message]] = [list(messages[:asked])] if asked else [[]]
+    for message in messages[asked or 0 :]:
         if message.role != "assistant":
             turns[-1].append(message)
         elif turns[-1] or len(turns) == 1:

@@ -65,7 +65,8 @@ def read_records(path: Path, problems: Problems) -> list[Record]:
 
 def json_records(raw: bytes, problems: Problems) -> Iterator[Record]:
     """Each value of a JSON list, of JSON objects one after the other, or of JSON lines."""
-    if raw.lstrip()[:1] == b"[":
+    first, _, rest = raw.lstrip().partition(b"\n")
+    if first[:1] == b"[" and not (rest.lstrip()[:1] == b"[" and _is_json(first)):
         return list_elements(raw, problems)
     return json_sequence(raw, problems) if _spans_lines(raw) else json_lines(raw, problems)
 
@@ -135,11 +136,8 @@ def _values(text: str, end: int, problems: Problems, between: str, last: str) ->
 def _spans_lines(raw: bytes) -> bool:
     """Whether the first JSON value is an object written over several lines."""
     text = raw.decode("utf-8", "surrogateescape").lstrip()
-    try:
-        json.loads(text.partition("\n")[0])
+    if _is_json(text.partition("\n")[0]):
         return False
-    except (ValueError, RecursionError):
-        pass
     try:
         return text[:1] == "{" and "\n" in text[: json.JSONDecoder().raw_decode(text)[1]]
     except (ValueError, RecursionError):
@@ -148,14 +146,15 @@ def _spans_lines(raw: bytes) -> bool:
 
 def _holds_json_line(raw: bytes) -> bool:
     """Whether any line is a JSON object: the others are then lines that are spoilt."""
-    for line in raw.split(b"\n"):
-        if line.lstrip()[:1] == b"{":
-            try:
-                json.loads(line.decode("utf-8"))
-            except (ValueError, RecursionError):
-                continue
-            return True
-    return False
+    return any(line.lstrip()[:1] == b"{" and _is_json(line) for line in raw.split(b"\n"))
+
+
+def _is_json(text: str | bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _unwrapped(records: list[Record], problems: Problems) -> list[Record]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ppg_fast.dialogues.conversation import STAND_IN, Form, Tools, completed, form_of, strings
 from ppg_fast.dialogues.message import ROLES, Message
+from ppg_fast.dialogues.template_choice import require_read
 from ppg_fast.spec import require
 
 END = "<end>"
@@ -42,6 +43,7 @@ class Renderer:
         own = tokenizer.get_chat_template() if getattr(tokenizer, "chat_template", None) else ROLE_TEMPLATE
         self.template: str = template or own
         self.by_role = self.template == ROLE_TEMPLATE
+        require_read(self.template, self.template_kwargs)
         day = datetime.fromisoformat(date) if date else datetime.now()
         dated = CLOCK in self.template
         self.date, self._dated = day.date().isoformat() * dated, _clock(day) * dated + self.template

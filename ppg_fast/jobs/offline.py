@@ -18,7 +18,7 @@ from ppg_fast.rollouts.partner import Conversation, LoggedPartner
 from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.spec import require
 from ppg_fast.training.evaluation import on_logged_prefix
-from ppg_fast.training.objective import require_nonnegative, warn_if_hardly_credited
+from ppg_fast.training.objective import require_nonnegative, warn_if_equal, warn_if_hardly_credited
 
 
 class OfflineJob(Job):
@@ -36,6 +36,7 @@ class OfflineJob(Job):
         if not config.allow_negative_rewards:
             require_nonnegative(self.samples, [d.id for d in self.dialogues])
         warn_if_hardly_credited(self.samples, self.objective)
+        warn_if_equal(self.samples, self.objective)
         self.shortened = sum(max(s.turn_ids) + 1 < len(s.rewards) for s in self.samples)
         self.held_out, self.seen = self.split(len(self.samples))
 
@@ -80,7 +81,7 @@ class OfflineJob(Job):
         """Whether the chat format can take the log as replies to answers that are not logged."""
         prompt = prompt_of(self.dialogues[place])
         try:
-            self.policy.chat.rehearse(prompt.messages, prompt.replies()[: self.config.max_turns])
+            self.policy.chat.rehearse(prompt.messages, prompt.replies()[: self.config.max_turns], prompt.tools)
         except ValueError:
             return False
         return True

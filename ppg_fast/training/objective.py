@@ -130,3 +130,21 @@ def warn_if_hardly_credited(samples: Sequence[Sample], objective: Objective) -> 
     if credited < turns:
         seen = f"{objective.policy_class} credits {credited} of {turns} turns, {FullPlanning()} all"
         warnings.warn(f"rewards come with the last turn only: {seen}", stacklevel=2)
+
+
+def warn_if_equal(samples: Sequence[Sample], objective: Objective) -> None:
+    """Warn where all rewards are equal: with 0 nothing is learned, and otherwise a class that looks ahead weighs a turn
+    by how many follow it, where supervised fine-tuning weighs them alike."""
+    given = {reward for sample in samples for reward in sample.rewards}
+    longest = max(samples, key=lambda sample: len(sample.rewards))
+    alike = "supervised fine-tuning wants reward 1 at every turn and --policy-class greedy"
+    if given == {0.0}:
+        seen = "every reward is 0, so nothing is learned"
+        warnings.warn(f"{seen}: ppg-fast score gives rewards; {alike}", stacklevel=2)
+    elif len(given) == 1 and not objective.candidates and len(longest.rewards) > 1:
+        returns, _ = credit(pack([longest]), objective)
+        weights = [f"{weight:g}" for weight in returns.flatten().tolist()]
+        if len(set(weights)) > 1:
+            shown = ", ".join(weights[:3] + (["..."] if len(weights) > 5 else []) + weights[3:][-2:])
+            seen = f"every reward is {given.pop():g}, and {objective.policy_class} weighs the turns {shown}"
+            warnings.warn(f"{seen}; {alike}", stacklevel=2)
