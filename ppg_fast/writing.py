@@ -49,17 +49,17 @@ def is_stream(path: Path) -> bool:
         return False
 
 
-def check_output(path: Path, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+def check_output(path: Path, overwrite: bool, inputs: Iterable[Path] = (), flag: str = "--output") -> None:
     """FileExistsError where ``path`` holds something and ``overwrite`` is off; IsADirectoryError for a folder;
-    ValueError where it is one of ``inputs``, or lies in one."""
+    ValueError where it is one of ``inputs``, or lies in one. ``flag``: what named it."""
     if path.is_dir():
-        raise IsADirectoryError(f"--output must be a file, got the folder {str(path)!r}")
+        raise IsADirectoryError(f"{flag} must be a file, got the folder {str(path)!r}")
     for given in inputs:
         same = given.exists() and path.exists() and given.samefile(path)
         if same or (given.is_dir() and given.resolve() in path.resolve().parents and path.exists()):
-            raise ValueError(f"--output must be another file than the input {str(given)!r}, got {str(path)!r}")
+            raise ValueError(f"{flag} must be another file than the input {str(given)!r}, got {str(path)!r}")
     if path.exists() and not is_stream(path) and not overwrite:
-        raise FileExistsError(f"{path} exists: give another -o, or --overwrite to replace it")
+        raise FileExistsError(f"{path} exists: give another {flag}, or --overwrite to replace it")
 
 
 @contextmanager

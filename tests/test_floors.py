@@ -21,7 +21,7 @@ FLOORS = [  # ground first; a room is a module or a package
     ["models", "rewards"],
     ["rollouts", "training"],
     ["jobs", "integrations"],
-    ["compare", "about"],
+    ["compare", "about", "inspection"],
     ["bench"],
     ["cli"],
     ["__main__"],

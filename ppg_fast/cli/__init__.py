@@ -1,4 +1,4 @@
-"""`ppg-fast train | score | convert | compare | merge | push | bench | info`."""
+"""`ppg-fast train | score | convert | compare | merge | push | bench | inspect | info`."""
 
 import contextlib
 import importlib
@@ -8,19 +8,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from ppg_fast.about import about
-from ppg_fast.cli import compare, dialogues, export, info, score, train
+from ppg_fast.cli import compare, dialogues, export, info, inspection, score, train
 from ppg_fast.console import GONE, drop, keep_going, one_line, print_everything
 from ppg_fast.stopping import Stopped, as_command
 
 COMPARE, BENCH = "compare", "bench"  # their flags are their own
 WORK = ("train", "score", "convert", COMPARE, "merge", "push", BENCH)  # what they make is more than what they print
-COMMANDS = (*WORK, "info")
+COMMANDS = (*WORK, "inspect", "info")
 RUN = {
     "train": train.run,
     "score": score.run,
     "convert": dialogues.convert,
     "merge": export.merge,
     "push": export.push,
+    "inspect": inspection.run,
     "info": about,
 }
 
@@ -95,6 +96,7 @@ def _parser(given: Sequence[str]) -> Any:
     commands.add_parser(COMPARE, add_help=False, help="policy classes side by side, with a report (its own --help)")
     export.add(commands)
     commands.add_parser(BENCH, add_help=False, help="measure against peers and this machine's limits (its own --help)")
+    inspection.add(commands)
     info.add(commands)
     if given and given[0] not in COMMANDS and not given[0].startswith("-"):
         parser.error(f"no command {given[0]!r}{did_you_mean(given[0], COMMANDS) or f', only {names}'}")

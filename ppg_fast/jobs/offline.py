@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ppg_fast.config import TrainConfig
-from ppg_fast.dialogues.chat_format import make_byte_tokenizer
+from ppg_fast.dialogues.chat_format import ChatFormat, make_byte_tokenizer
 from ppg_fast.dialogues.dialogue import Dialogue, as_json, read_dialogues
 from ppg_fast.dialogues.encoding import encode_dialogue
 from ppg_fast.dialogues.packing import Sample
@@ -41,12 +41,7 @@ class OfflineJob(Job):
         self.held_out, self.seen = self.split(len(self.samples))
 
     def _encode(self, dialogue: Dialogue) -> Sample:
-        """ValueError where the policy has no positions for what is read of the dialogue."""
-        sample = encode_dialogue(self.policy.chat, dialogue, self.config.max_dialogue_tokens)
-        length, positions = sample.longest_part, self.policy.positions
-        rule = f"dialogue {dialogue.id!r}: what is read of it must fit the model's {positions} positions"
-        require(not positions or length <= positions, f"{rule} (max_dialogue_tokens cuts it)", f"{length} tokens")
-        return sample
+        return encode_within(self.policy.chat, dialogue, self.config.max_dialogue_tokens, self.policy.positions)
 
     def source(self) -> str:
         """The file."""
@@ -96,3 +91,12 @@ class OfflineJob(Job):
         prompts, partner = [prompt_of(dialogue) for dialogue in logged], LoggedPartner()
         make = lambda: Conversation(prompts, partner, self.config.max_turns)  # noqa: E731
         return self.policy.roll_out(make, range(len(prompts)), 1, self.policy.sampling_generator(0))
+
+
+def encode_within(chat: ChatFormat, dialogue: Dialogue, max_tokens: int, positions: int | None) -> Sample:
+    """`encode_dialogue`; ValueError too where the policy has no ``positions`` for what is read of the dialogue."""
+    sample = encode_dialogue(chat, dialogue, max_tokens)
+    length = sample.longest_part
+    rule = f"dialogue {dialogue.id!r}: what is read of it must fit the model's {positions} positions"
+    require(not positions or length <= positions, f"{rule} (max_dialogue_tokens cuts it)", f"{length} tokens")
+    return sample

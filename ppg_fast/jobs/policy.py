@@ -131,17 +131,7 @@ class Policy:
 
     def objective(self) -> Objective:
         """The partial policy gradient that the config describes."""
-        c = self.config
-        return Objective(
-            c.chosen_class(),
-            c.gamma,
-            c.baseline,
-            c.loss_spec(),
-            c.reduction,
-            c.num_iterations,
-            candidates=c.candidate_classes(),
-            auto=c.policy_class == AUTO,
-        )
+        return objective_of(self.config)
 
     def schedule(self) -> Schedule:
         """Its steps."""
@@ -182,6 +172,20 @@ class Policy:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    """The partial policy gradient that ``config`` describes."""
+    return Objective(
+        config.chosen_class(),
+        config.gamma,
+        config.baseline,
+        config.loss_spec(),
+        config.reduction,
+        config.num_iterations,
+        candidates=config.candidate_classes(),
+        auto=config.policy_class == AUTO,
+    )
 
 
 def adapted(model: Any, config: TrainConfig) -> Any:

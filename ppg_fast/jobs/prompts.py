@@ -222,14 +222,12 @@ class PromptsJob(Job):
     def _read(self, prompt: Prompt) -> Prompt:
         """The prompt as it is played. ValueError where the policy cannot read it or a reply to its answer, or has no
         room to answer it."""
-        limit = min(filter(None, (self.config.max_dialogue_tokens, self.policy.positions)), default=0)
         try:
             prompt = prepared(prompt, self.tools) if self.tools else prompt
             replies = prompt.replies() if isinstance(self.partner, LoggedPartner) else [Message("user", "a")]
             heard = [*replies[: self.config.max_turns - 1], *([[a_result(prompt)]] if self.tools else [])]
             length = self.policy.chat.rehearse(prompt.messages, heard, prompt.tools)
-            rule = f"an opening must be shorter than the {limit} tokens of a dialogue"
-            require(not limit or length < limit, rule, length)
+            require_room(length, self.config.max_dialogue_tokens, self.policy.positions)
         except ValueError as error:
             raise ValueError(f"prompt {prompt.id!r}: {error}") from error
         return prompt
@@ -240,6 +238,12 @@ class PromptsJob(Job):
         if self.config.max_turns > 1 and not logged:
             rule = "no prompt has a log to follow, so every dialogue has one turn"
             warnings.warn(f"{rule}; --partner names a partner that answers", stacklevel=3)
+
+
+def require_room(length: int, max_tokens: int, positions: int | None) -> None:
+    """ValueError where an opening of ``length`` tokens leaves none for an answer."""
+    limit = min(filter(None, (max_tokens, positions)), default=0)
+    require(not limit or length < limit, f"an opening must be shorter than the {limit} tokens of a dialogue", length)
 
 
 def prompt_seeds(step: int, count: int, prompts: int, seed: int) -> list[int]:
