@@ -1,0 +1,110 @@
+"""On-policy on persona interviews with SmolLM2: train, be stopped, go on, merge, and speak by plain transformers."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from . import command, speech
+from .models import MINILM, SMOLLM2, folder
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples/persona"
+SEEDS = (100, 101, 102)
+SETTINGS: dict[str, Any] = {
+    "policy_class": "lookahead:3",
+    "lora_rank": 16,
+    "learning_rate": 1e-3,
+    "max_steps": 24,
+    "num_prompts": 3,
+    "num_generations": 4,
+    "max_turns": 4,
+    "max_new_tokens": 16,
+    "eval_every": 8,
+    "eval_dialogues": 12,
+    "save_every": 0,
+    "threads": 1,
+}
+SHOWN = 2  # dialogues before and after
+
+
+def environment() -> dict[str, str]:
+    """Of a run: one thread, no network, and where the reward finds its encoder."""
+    own = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    return {**own, "EMBEDDER": str(folder(MINILM))}
+
+
+def measure(arguments: Any) -> dict[str, Any]:
+    """One run a seed, with the settings that ``--set`` changes."""
+    settings, work = {**SETTINGS, **arguments.set}, Path(arguments.work)
+    prompts = work / "prompts.jsonl"
+    prompts.parent.mkdir(parents=True, exist_ok=True)
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in _openings()))
+    model = folder(SMOLLM2)
+    reward = f"{EXAMPLE / 'rewards.py'}:persona"
+    fixed = {"prompts": str(prompts), "model": str(model), "reward": reward}
+    runs = [_run(seed, {**fixed, **settings}, work / f"persona-{seed}") for seed in arguments.seeds or SEEDS]
+    return {"settings": settings, "runs": runs}
+
+
+def _openings() -> Any:
+    spec = importlib.util.spec_from_file_location("persona_prompts", EXAMPLE / "prompts.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.lines()
+
+
+def _run(seed: int, settings: dict[str, Any], place: Path) -> dict[str, Any]:
+    """A run that is stopped after its first evaluation under way and goes on, merged, and asked a question."""
+    load = os.getloadavg()[0]
+    log, merged = place.with_suffix(".log"), place.with_name(f"{place.name}-merged")
+    for old in (place, merged):
+        shutil.rmtree(old, ignore_errors=True)
+    log.unlink(missing_ok=True)
+    train = ["ppg_fast", "train", "--no-progress", "--seed", str(seed), "--output-dir", str(place)]
+    train += command.flags(settings)
+    first = command.run(train, environment(), log, lambda: len(command.rows(place, "eval")) > 1)
+    stopped = len(command.rows(place, "train"))
+    second = command.run(["ppg_fast", "train", "--no-progress", "--resume", str(place)], environment(), log)
+    whole = place / "checkpoint"
+    if settings.get("lora_rank"):
+        command.run(["ppg_fast", "merge", str(place), "-o", str(merged)], environment(), log)
+        whole = merged
+    ran, question = first + second, _question(settings["prompts"])
+    return {
+        "seed": seed,
+        "points": points(place),
+        "returns": [{"step": row["step"], "reward": row["reward"]} for row in command.rows(place, "train")],
+        "stopped_after": stopped,
+        "seconds": ran.seconds,
+        "cpu_seconds": ran.cpu_seconds,
+        "peak_bytes": ran.peak_bytes,
+        "load_before": round(load, 2),
+        "asked": question[-1]["content"],
+        "before": speech.answered(Path(settings["model"]), question),
+        "after": speech.answered(whole, question),
+        "dialogues": {when: dialogues(place, when) for when in ("before", "after")},
+    }
+
+
+def points(place: Path) -> list[dict[str, Any]]:
+    """Held-out return by step, with the seconds of the run at which it was known."""
+    found = command.rows(place, "eval")
+    return [{"step": row["step"], "reward": row["eval/reward"], "seconds": row["seconds"]} for row in found]
+
+
+def dialogues(place: Path, when: str) -> list[str]:
+    """The first held-out dialogues of the run's page of samples, one block of text each."""
+    text = (place / f"samples_{when}.md").read_text()
+    return [part.strip() for part in re.split(r"(?m)^## ", text)[1 : SHOWN + 1]]
+
+
+def _question(prompts: str) -> list[dict[str, str]]:
+    """The opening of the first prompt, as plain transformers takes it."""
+    with open(prompts) as file:
+        messages = json.loads(file.readline())["messages"]
+    return messages[:2]
