@@ -12,6 +12,7 @@ from .chart import Bar, bars
 from .gpu.sections import gpu_section, summary_section
 from .linear_tables import active_section, contributions_section
 from .policy_classes import across_section, logs_section, overview_section, problems_section
+from .real import sections as real
 from .result_file import FOLDER, load
 from .step_tables import steps_section
 from .tables import (
@@ -33,7 +34,7 @@ from .tables import (
 )  # fmt: skip
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
-DOCUMENTS = ("docs/benchmarks.md", "docs/integrations.md", "docs/policy_classes.md", "README.md")
+DOCUMENTS = ("docs/benchmarks.md", "docs/integrations.md", "docs/policy_classes.md", "docs/real.md", "README.md")
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -169,6 +170,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "policy_class_across": across_section,
     "policy_class_problems": problems_section,
     "policy_class_logs": logs_section,
+    **real.SECTIONS,
     **{op: _op_section(op) for op in ("policy_loss", "logprobs", "linear", "partial_returns", "host_time")},
 }
 

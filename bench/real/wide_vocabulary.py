@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from . import models

@@ -15,7 +15,7 @@ QUESTIONS = (
     "What do you see around you?", "What will you do tomorrow?", "What makes you happy?", "What is your day like?",
     "Who are your friends?", "What do you dream of?", "What are you good at?", "What did you learn from life?",
 )  # fmt: skip
-OPENINGS, TURNS = 12, 4  # of each persona; questions of an opening
+OPENINGS, TURNS = 12, 3  # of each persona; questions of an opening
 
 
 def lines(seed=0):
@@ -23,7 +23,7 @@ def lines(seed=0):
     draw = random.Random(seed)
     for name, persona in PERSONAS.items():
         for number in range(OPENINGS):
-            messages = [{"role": "system", "content": f"You are a {name}. Answer in one short sentence."}]
+            messages = [{"role": "system", "content": f"You are a {name}."}]
             for question in draw.sample(QUESTIONS, TURNS):
                 messages += [{"role": "user", "content": question}, {"role": "assistant", "content": "..."}]
             yield {"id": f"{name}-{number}", "messages": messages[:-1], "persona": persona}

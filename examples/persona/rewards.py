@@ -35,7 +35,7 @@ def likeness(answer, persona):
 def persona(messages, persona):
     """The likeness of this answer; that of the first one comes with turn `LATE`, when the partner has thought about it.
 
-    Over a dialogue of more than two turns the sum is that of all answers' likenesses: 4 at most in four turns.
+    Over a dialogue of more than two turns the sum is that of all answers' likenesses: 3 at most in three turns.
     """
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     turn = len(answers) - 1
