@@ -143,6 +143,17 @@ def test_dialogues_and_points_come_from_the_run(tmp_path):
     assert persona.points(tmp_path) == [{"step": 0, "reward": 0.5, "seconds": 3.0}]
 
 
+def test_a_seed_is_run_once_for_its_settings(tmp_path, monkeypatch):
+    """What a crash of a later seed cannot take away."""
+    asked = []
+    monkeypatch.setattr(persona, "_run", lambda seed, settings, place: asked.append(settings) or {"seed": seed})
+    once = lambda rate: persona._once(100, {"model": "m"}, {"learning_rate": rate}, tmp_path / "p")  # noqa: E731
+    assert once(1.0) == once(1.0) == {"seed": 100}
+    assert asked == [{"model": "m", "learning_rate": 1.0}]
+    assert once(2.0) == {"seed": 100}
+    assert len(asked) == 2
+
+
 # ---- what is rendered ------------------------------------------------------------------------------------------------
 def run_of(seed, returns, seconds, cpu_seconds):
     points = [{"step": 8 * n, "reward": r, "seconds": seconds * n / 2} for n, r in enumerate(returns)]

@@ -18,14 +18,14 @@ SETTINGS: dict[str, Any] = {
     "policy_class": "lookahead:3",
     "lora_rank": 16,
     "lora_target_modules": ".*layers[.]2[0-9][.].*_proj",  # the last ten of thirty layers: half of the backward pass
-    "learning_rate": 3e-3,
+    "learning_rate": 5e-3,
     "warmup_steps": 1,
-    "max_steps": 15,
+    "max_steps": 12,
     "num_prompts": 4,
     "num_generations": 4,
     "max_turns": 3,
     "max_new_tokens": 12,
-    "eval_every": 5,
+    "eval_every": 6,
     "eval_dialogues": 10,
     "save_every": 0,
     "threads": 1,
@@ -48,8 +48,18 @@ def measure(arguments: Any) -> dict[str, Any]:
     model = folder(SMOLLM2)
     reward = f"{EXAMPLE / 'rewards.py'}:persona"
     fixed = {"prompts": str(prompts), "model": str(model), "reward": reward}
-    runs = [_run(seed, {**fixed, **settings}, work / f"persona-{seed}") for seed in arguments.seeds or SEEDS]
+    runs = [_once(seed, fixed, settings, work / f"persona-{seed}") for seed in arguments.seeds or SEEDS]
     return {"settings": settings, "runs": runs}
+
+
+def _once(seed: int, fixed: dict[str, Any], settings: dict[str, Any], place: Path) -> dict[str, Any]:
+    """A run with these settings, or what it gave if it has been done in this folder."""
+    kept = place.with_suffix(".json")
+    if kept.exists() and (done := json.loads(kept.read_text()))["settings"] == settings:
+        return done["run"]
+    run = _run(seed, {**fixed, **settings}, place)
+    kept.write_text(json.dumps({"settings": settings, "run": run}))
+    return run
 
 
 def _openings() -> Any:
