@@ -157,7 +157,7 @@ def test_a_seed_is_run_once_for_its_settings(tmp_path, monkeypatch):
 # ---- what is rendered ------------------------------------------------------------------------------------------------
 def run_of(seed, returns, seconds, cpu_seconds):
     points = [{"step": 8 * n, "reward": r, "seconds": seconds * n / 2} for n, r in enumerate(returns)]
-    spoken = {"asked": "Who?", "before": "I | you", "after": ""}
+    spoken = {"asked": "Who?", "before": "I | you", "after": "", "stopped_after": 8}
     kept = {when: [f"Dialogue of <{when}>"] for when in ("before", "after")}
     times = {"seconds": seconds, "cpu_seconds": cpu_seconds, "load_before": 5.5}
     return {"seed": seed, "points": points, **times, **spoken, "dialogues": kept}
@@ -182,7 +182,7 @@ def test_a_seed_that_never_gets_there_says_so():
 def test_samples_cannot_break_the_page():
     text = sections.samples_section({"real_persona.cpu": {"runs": [run_of(100, (0.5,), 60.0, 50.0)]}})
     assert "Dialogue of &lt;after>" in text
-    assert "| seed 100 | Who? | I \\| you | (nothing) |" in text
+    assert "| seed 100, stopped after step 8 | Who? | I \\| you | (nothing) |" in text
 
 
 def step_of(name, peak, cpu_seconds, share=1.0):
@@ -224,3 +224,31 @@ def test_every_section_waits_for_its_results():
 def test_the_harness_is_no_part_of_training():
     """`make real` is asked for by name: nothing of it is imported by the trainer, and no model by rendering."""
     assert "gguf" not in sys.modules
+
+
+# ---- a step with a wide vocabulary -----------------------------------------------------------------------------------
+@pytest.fixture
+def small_gemma(tmp_path, monkeypatch):
+    """A Gemma 3 of random weights in the place of the real one: sliding and full attention, a tied head."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Gemma3TextConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    place = tmp_path / models.GEMMA3
+    transformers.Gemma3ForCausalLM(config).save_pretrained(place)
+    (place / "done").touch()
+    monkeypatch.setenv(models.CACHE, str(tmp_path))
+    monkeypatch.setattr(wide_vocabulary, "TOKENS", 128)
+    monkeypatch.setattr(wide_vocabulary, "WORDS", (3, 500))
+
+
+@pytest.mark.parametrize("what", wide_vocabulary.WHAT)
+def test_all_who_are_compared_have_one_gradient(small_gemma, what):
+    pytest.importorskip("trl")
+    pytest.importorskip("peft")
+    found = {name: wide_vocabulary.one(what, 0.25, name) for name in wide_vocabulary.NAMES}
+    assert {step["active"] for step in found.values()} == {32}
+    norms = [step["grad_norm"] for step in found.values()]
+    assert norms[0] > 0
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-4)

@@ -72,36 +72,39 @@ def _openings() -> Any:
 
 
 def _run(seed: int, settings: dict[str, Any], place: Path) -> dict[str, Any]:
-    """A run that is stopped after its first evaluation under way and goes on, merged, and asked a question."""
-    load = os.getloadavg()[0]
-    log, merged = place.with_suffix(".log"), place.with_name(f"{place.name}-merged")
-    for old in (place, merged):
-        shutil.rmtree(old, ignore_errors=True)
+    """A run; that of the first seed is stopped after its first evaluation under way, goes on, and then speaks."""
+    load, log, first = os.getloadavg()[0], place.with_suffix(".log"), seed == SEEDS[0]
+    shutil.rmtree(place, ignore_errors=True)
     log.unlink(missing_ok=True)
     train = ["ppg_fast", "train", "--no-progress", "--seed", str(seed), "--output-dir", str(place)]
     train += command.flags(settings)
-    first = command.run(train, environment(), log, lambda: len(command.rows(place, "eval")) > 1)
+    ran = command.run(train, environment(), log, (lambda: len(command.rows(place, "eval")) > 1) if first else None)
     stopped = len(command.rows(place, "train"))
-    second = command.run(["ppg_fast", "train", "--no-progress", "--resume", str(place)], environment(), log)
-    whole = place / "checkpoint"
-    if settings.get("lora_rank"):
-        command.run(["ppg_fast", "merge", str(place), "-o", str(merged)], environment(), log)
-        whole = merged
-    ran, question = first + second, _question(settings["prompts"])
+    if first:
+        ran += command.run(["ppg_fast", "train", "--no-progress", "--resume", str(place)], environment(), log)
     return {
         "seed": seed,
         "points": points(place),
         "returns": [{"step": row["step"], "reward": row["reward"]} for row in command.rows(place, "train")],
-        "stopped_after": stopped,
         "seconds": ran.seconds,
         "cpu_seconds": ran.cpu_seconds,
         "peak_bytes": ran.peak_bytes,
         "load_before": round(load, 2),
-        "asked": question[-1]["content"],
-        "before": speech.answered(Path(settings["model"]), question),
-        "after": speech.answered(whole, question),
         "dialogues": {when: dialogues(place, when) for when in ("before", "after")},
+        **({"stopped_after": stopped, **_spoken(settings, place, log)} if first else {}),
     }
+
+
+def _spoken(settings: dict[str, Any], place: Path, log: Path) -> dict[str, str]:
+    """What plain transformers answers to the first opening, before and from what was saved, adapters merged."""
+    whole, merged = place / "checkpoint", place.with_name(f"{place.name}-merged")
+    if settings.get("lora_rank"):
+        shutil.rmtree(merged, ignore_errors=True)
+        command.run(["ppg_fast", "merge", str(place), "-o", str(merged)], environment(), log)
+        whole = merged
+    question = _question(settings["prompts"])
+    before, after = (speech.answered(folder, question) for folder in (Path(settings["model"]), whole))
+    return {"asked": question[-1]["content"], "before": before, "after": after}
 
 
 def points(place: Path) -> list[dict[str, Any]]:

@@ -109,7 +109,15 @@ def samples_section(file: dict[str, Any]) -> str:
     for when, found in run["dialogues"].items():
         text += f"**{when.capitalize()} training**, seed {run['seed']}\n\n"
         text += "".join(f"{dialogue.strip()}\n\n" for dialogue in found)
-    rows = [(f"seed {r['seed']}", r["asked"], _quoted(r["before"]), _quoted(r["after"])) for r in file["runs"]]
+    rows = [
+        (
+            f"seed {r['seed']}, stopped after step {r['stopped_after']}",
+            r["asked"],
+            *map(_quoted, (r["before"], r["after"])),
+        )
+        for r in file["runs"]
+        if "after" in r
+    ]
     heads = ("plain transformers, greedily", "asked", "before", "after")
     return text.replace("<", "&lt;") + table(heads, rows)
 

@@ -11,22 +11,39 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from . import models
 
 NAMES = ("ppg_fast", "TRL GRPO", "transformers")
-WHAT = {"all weights": 0, "LoRA": 16}  # what trains, by the rank of its adapters
+RECOMPUTED = ", activations recomputed"
+# what trains: the rank of adapters, and whether layers keep their input only, by transformers' own switch
+WHAT = {
+    f"all weights{RECOMPUTED}": (0, True),
+    "all weights": (0, False),
+    f"LoRA{RECOMPUTED}": (16, True),
+    "LoRA": (16, False),
+}
 TOKENS, TURN = 2048, 32  # a turn of the policy; of a quarter active, every fourth
 SHARES = (1.0, 0.25)
+WORDS = (1000, 200_000)  # the tokens are drawn from
 
 
 def measure(arguments: Any) -> dict[str, Any]:
     """Every contestant, each in its own process, one after the other."""
     models.folder(models.GEMMA3)
-    wanted = arguments.set.get("only", "")
-    cases = [case for case in product(WHAT, SHARES, NAMES) if wanted in " ".join(map(str, case))]
-    return {"tokens": TOKENS, "threads": 1, "steps": [_apart(*case) for case in cases]}
+    work = Path(arguments.work)
+    work.mkdir(parents=True, exist_ok=True)
+    return {"tokens": TOKENS, "threads": 1, "steps": [_once(work, *case) for case in product(WHAT, SHARES, NAMES)]}
+
+
+def _once(work: Path, what: str, share: float, name: str) -> dict[str, Any]:
+    """A step, or what it gave if it has been taken in this folder."""
+    kept = work / f"wide {what} {share} {name}.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(_apart(what, share, name)))
+    return json.loads(kept.read_text())
 
 
 def _apart(what: str, share: float, name: str) -> dict[str, Any]:
@@ -51,7 +68,7 @@ def sample_of(share: float) -> Any:
 
     from ppg_fast.dialogues.packing import Sample
 
-    tokens = torch.randint(1000, 200_000, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens = torch.randint(*WORDS, (TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
     every, turns = round(1 / share), [-1] * TOKENS
     count = 0
     for first in range(0, TOKENS, TURN * every):
@@ -84,13 +101,16 @@ def _problem(what: str, share: float) -> Any:
     from ppg_fast.bench.whole_step import WholeStep
     from transformers import AutoModelForCausalLM
 
-    from ppg_fast.models.adaptation import add_lora
+    from ppg_fast.models.adaptation import add_lora, checkpoint_activations
 
     torch.set_num_threads(1)
     model: Any = AutoModelForCausalLM.from_pretrained(models.folder(models.GEMMA3), dtype=torch.float32).train()
-    if WHAT[what]:
+    rank, recomputed = WHAT[what]
+    if rank:
         torch.manual_seed(0)
-        add_lora(model, WHAT[what])
+        add_lora(model, rank)
+    if recomputed:
+        checkpoint_activations(model)
     size = model.config.get_text_config()
     case = Case("training_step", TOKENS, size.vocab_size, size.hidden_size, device="cpu", dtype="float32")
     chosen = [p for p in model.parameters() if p.requires_grad]
