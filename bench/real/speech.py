@@ -1,11 +1,12 @@
 """Did the models come whole? What they say greedily, by plain transformers."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from .models import GEMMA3, SMOLLM2, folder
 
-SENTENCES = {"The capital of France is": "Paris", "Monday, Tuesday,": "Wednesday"}  # and what has to come
+SENTENCES = {"The capital of France is": "Paris"}  # and what has to come
 
 
 def said(place: Path, text: str, new_tokens: int = 8) -> str:
@@ -49,9 +50,8 @@ def measure(arguments: Any) -> dict[str, Any]:
     """Each model and sentence: what came and whether it is what has to come."""
     del arguments
     spoken = []
-    for name in (SMOLLM2, GEMMA3):
+    for name, (text, expected) in product((SMOLLM2, GEMMA3), SENTENCES.items()):
         place = folder(name)
-        for text, expected in SENTENCES.items():
-            found = said(place, text)
-            spoken.append({"model": name, "text": text, "said": found, "right": expected in found, **facts(place)})
+        found = said(place, text)
+        spoken.append({"model": name, "text": text, "said": found, "right": expected in found, **facts(place)})
     return {"spoken": spoken}
