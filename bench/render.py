@@ -13,6 +13,7 @@ from .chat_templates import chat_templates_section
 from .gpu.sections import gpu_section, summary_section
 from .linear_tables import active_section, contributions_section
 from .policy_classes import across_section, logs_section, overview_section, problems_section
+from .real import sections as real
 from .result_file import FOLDER, load
 from .step_tables import steps_section
 from .tables import (
@@ -39,6 +40,7 @@ DOCUMENTS = (
     "docs/chat_templates.md",
     "docs/integrations.md",
     "docs/policy_classes.md",
+    "docs/real.md",
     "README.md",
 )
 
@@ -177,6 +179,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "policy_class_across": across_section,
     "policy_class_problems": problems_section,
     "policy_class_logs": logs_section,
+    **real.SECTIONS,
     **{op: _op_section(op) for op in ("policy_loss", "logprobs", "linear", "partial_returns", "host_time")},
 }
 

@@ -1,0 +1,56 @@
+"""`python -m ppg_fast.bench.real STEP...`: real models, each step into ``real_STEP.cpu.json``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ppg_fast.config import Parser
+
+from .. import machine, result_file
+from . import logged, persona, speech, wide_vocabulary
+
+STEPS = {step.__name__.rpartition(".")[2]: step for step in (speech, persona, logged, wide_vocabulary)}
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m ppg_fast.bench.real", description="Real models through the whole of it.")
+    parser.add_argument("steps", nargs="+", choices=tuple(STEPS), help="what to do, in this order")
+    parser.add_argument("--data", metavar="FILE", help="logged dialogues, for the step logged")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(), help="of the step persona [100 101 102]")
+    parser.add_argument(
+        "--set", nargs="+", type=_setting, default=(), metavar="NAME=VALUE", help="settings of training to change"
+    )
+    parser.add_argument("--work", default="runs/real", help="folder of the runs [runs/real]")
+    parser.add_argument("--output", type=Path, default=result_file.FOLDER, help="of the results [bench/results]")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Each step, its results written when it is done; 1 with one line where a step fails."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(given)
+    arguments.set = dict(arguments.set)
+    named = (Path(word).name if "/" in word else word for word in given)  # no folders of this machine
+    command = " ".join(["python -m ppg_fast.bench.real", *named])
+    for name in arguments.steps:
+        header = machine.header(command, "cpu")
+        try:
+            found = STEPS[name].measure(arguments)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
+        print(f"wrote {result_file.write(arguments.output, f'real_{name}.cpu', {**header, **found})}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
