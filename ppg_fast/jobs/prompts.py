@@ -172,7 +172,10 @@ class PromptsJob(Job):
             )
             raise ValueError(f"{rule}, got {config.importance_cap}")
         vocab_size = self.policy.model.get_output_embeddings().weight.shape[0]
-        return EndpointSampler(make_endpoint(config, "sampler"), self.policy.chat.end_ids, vocab_size)
+        chat = self.policy.chat
+        return EndpointSampler(
+            make_endpoint(config, "sampler"), chat.end_ids, vocab_size, chat.banned_token_ids(vocab_size)
+        )
 
     def _refresh(self, command: str, state: dict[str, Any] | None) -> None:
         """Write the weights and have the sampler's server load them. OSError with what the command said where it
