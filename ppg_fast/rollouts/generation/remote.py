@@ -85,7 +85,8 @@ class EndpointSampler:
         def read(answer: dict[str, Any]) -> Answer:
             if answer.get("truncated"):
                 raise ValueError(
-                    f"a sampler must not cut the dialogue: {len(request.tokens)} tokens exceed its context"
+                    f"a sampler must not cut the dialogue: {len(request.tokens)} tokens and their answer exceed its context "
+                    "(llama.cpp shares --ctx-size among its --parallel slots)"
                 )
             listed = answer.get("completion_probabilities")
             probs = [p for p in listed if isinstance(p, dict)] if isinstance(listed, list) else None
@@ -98,7 +99,8 @@ class EndpointSampler:
 
     def _values(self, request: Request, tokens: Any, probs: list[dict[str, Any]]) -> list[Any]:
         """The log-prob of each token, as far as the lists are any; those that llama.cpp leaves out are asked for."""
-        ids, values = [p.get("id") for p in probs], [p.get("logprob") for p in probs]
+        ids: list[Any] = [p.get("id") for p in probs]
+        values: list[Any] = [p.get("logprob") for p in probs]
         if not _all_are(tokens, int) or not _all_are(ids, int) or not len(ids) <= len(tokens) <= request.limit:
             return values
         places = llama_cpp.listed_places(tokens, ids)
