@@ -22,9 +22,9 @@ from ppg_fast.endpoint import Endpoint, EndpointError
 from ppg_fast.rollouts.generation import EndpointSampler, Request
 
 ROOT = Path(__file__).parents[1]
-REWARD = "def length(transcript):\n    return [min(len(a), 40) / 40 for a in transcript.answers]\n"
+REWARD = "def length(messages):\n    return min(len(messages[-1]['content']), 40) / 40\n"
 SMALL = """--num-prompts 2 --num-generations 2 --max-turns 2 --max-new-tokens 12 --partner-tokens 12 --eval-dialogues 1
---no-progress --eval-every 0 --save-every 0 --learning-rate 1e-4 --policy-class greedy --seed 3 --device cpu"""
+--no-progress --eval-every 99 --save-every 0 --learning-rate 1e-4 --policy-class greedy --seed 3 --device cpu"""
 
 
 @pytest.fixture(scope="module")

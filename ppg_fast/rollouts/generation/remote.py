@@ -84,10 +84,8 @@ class EndpointSampler:
 
         def read(answer: dict[str, Any]) -> Answer:
             if answer.get("truncated"):
-                raise ValueError(
-                    f"a sampler must not cut the dialogue: {len(request.tokens)} tokens and their answer exceed its context "
-                    "(llama.cpp shares --ctx-size among its --parallel slots)"
-                )
+                rule = f"a sampler must not cut the dialogue: {len(request.tokens)} tokens exceed its context"
+                raise ValueError(f"{rule} (--ctx-size, which llama.cpp shares among its --parallel slots)")
             listed = answer.get("completion_probabilities")
             probs = [p for p in listed if isinstance(p, dict)] if isinstance(listed, list) else None
             tokens = answer.get("tokens")
