@@ -56,7 +56,7 @@ class Server:
     """One that runs until it is stopped; where it dies it is started again, if it is ``kept``."""
 
     def __init__(self, gguf: Path, folder: Path, *options: str, kept: bool = False, port: int = 0) -> None:
-        self.port, self.options = port or free_port(), options
+        self.port = port or free_port()
         self.log, self.pid_file = folder / "server.log", folder / "server.pid"
         self.address = f"http://127.0.0.1:{self.port}"
         started = '"$@" & echo $! > "$0"; wait $!'

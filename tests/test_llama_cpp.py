@@ -8,10 +8,12 @@ pytest.importorskip("httpx2")
 pytest.importorskip("transformers")
 
 from openai_server import serve
+from test_rollout import Ragged, make
 
 from ppg_fast.endpoint import Endpoint, EndpointError
 from ppg_fast.rollouts.generation import Answer, EndpointSampler, Request
 from ppg_fast.rollouts.generation.llama_cpp import listed_places
+from ppg_fast.rollouts.rollout import collect_groups
 
 END, PART, WHOLE = 1, 4, 5
 LISTED = [{"id": "m", "owned_by": "llamacpp"}]
@@ -90,3 +92,35 @@ def test_banned_tokens_are_not_said():
     server.answer(banned=[0, 3])
     assert server.asked[0]["logit_bias"] == [[0, False], [3, False]]
     assert server.asked[0]["samplers"] == ["temperature"]
+
+
+@pytest.mark.parametrize(
+    ("listed", "positions", "most"),
+    [
+        ({"meta": {"n_ctx": 32}}, 100, 31),  # llama.cpp calls what fills its context cut
+        ({"max_model_len": 32}, None, 32),
+        ({"max_model_len": 32}, 20, 20),
+        ({"max_model_len": None, "meta": None}, 20, 20),
+        ({}, None, 2**62),
+    ],
+)
+def test_a_dialogue_ends_where_the_server_or_the_policy_has_no_more_room(listed, positions, most):
+    models = [{"id": "other", "max_model_len": 3}, {"id": "m", **listed}]
+    with serve(LlamaCpp([WHOLE], [WHOLE]), models) as server:
+        assert EndpointSampler(Endpoint(server.url, "m"), 1, 10, positions=positions).positions == most
+
+
+def test_rollouts_keep_to_the_servers_context():
+    chat, asked = make()[1], []
+
+    def one_word(path, payload):
+        asked.append((len(payload["prompt"]), payload["n_predict"]))
+        tokens = [5] * payload["n_predict"]
+        probs = [{"id": 5, "logprob": -1.0} for _ in tokens]
+        return {"tokens": tokens, "completion_probabilities": probs, "stop_type": "limit"}
+
+    with serve(one_word, [{"id": "m", "owned_by": "llamacpp", "meta": {"n_ctx": 24}}]) as server:
+        sampler = EndpointSampler(Endpoint(server.url), chat.end_id)
+        stream = torch.Generator().manual_seed(1)
+        collect_groups(sampler, chat, Ragged, range(3), 2, generator=stream, max_new_tokens=6)
+    assert max(length + limit for length, limit in asked) == 23

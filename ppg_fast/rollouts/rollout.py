@@ -131,8 +131,9 @@ class _Limits:
 
 
 def _most_positions(model: Any) -> int:
-    config = None if isinstance(model, EndpointSampler) else model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or 2**62
+    if isinstance(model, EndpointSampler):
+        return model.positions
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**62
 
 
 def _run(

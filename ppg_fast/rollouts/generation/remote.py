@@ -40,17 +40,24 @@ class EndpointSampler:
     id beside llama.cpp's last log-prob), or the only one there is; of several without a name, none is guessed. An
     answer of a server that does not know an end is over there all the same. llama.cpp does not say the ``banned``
     tokens, as the model in this process does not, and its log-probs are before that; a log-prob that it does not list,
-    of a token after which the text stops within a character, is asked for by itself.
+    of a token after which the text stops within a character, is asked for by itself. ``positions``: how many tokens
+    the policy reads at most; the attribute is no more than what the server's context has room for, where it lists that.
     """
 
     def __init__(
-        self, endpoint: Endpoint, end_ids: int | Sequence[int], vocab_size: int = 2**31, banned: Sequence[int] = ()
+        self,
+        endpoint: Endpoint,
+        end_ids: int | Sequence[int],
+        vocab_size: int = 2**31,
+        banned: Sequence[int] = (),
+        positions: int | None = None,
     ) -> None:
         self.endpoint, self.vocab_size = endpoint, vocab_size
         self.end_ids = [end_ids] if isinstance(end_ids, int) else list(end_ids)
         self.bans = [[token, False] for token in banned]
         listed = endpoint.models()
         self.native = any(model.get("owned_by") == "llamacpp" for model in listed)
+        self.positions = min(filter(None, (positions, _context(endpoint.model, listed))), default=2**62)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """All requests at once, as far as the endpoint's concurrency goes. EndpointError where an answer is not made of
@@ -145,6 +152,17 @@ class EndpointSampler:
             said = _number(stop) if isinstance(stop, int) else repr(stop)[:60]
             raise ValueError(f"{rule}, one of {', '.join(map(str, self.end_ids))}, got {said}")
         return stop
+
+
+def _context(name: str, listed: Sequence[dict[str, Any]]) -> int | None:
+    """How many tokens a dialogue may have: vLLM lists ``max_model_len``, llama.cpp ``n_ctx``, the last of which it
+    takes for a sign that an answer was cut."""
+    model = next((m for m in listed if m["id"] == name), listed[0])
+    meta = model.get("meta")
+    most, context = model.get("max_model_len"), meta.get("n_ctx") if isinstance(meta, dict) else None
+    if isinstance(context, int) and not isinstance(context, bool):
+        return context - 1
+    return most if isinstance(most, int) and not isinstance(most, bool) else None
 
 
 def _all_are(values: Any, kind: Any) -> bool:
