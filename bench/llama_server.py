@@ -64,7 +64,11 @@ class Server:
         shell = ["bash", "-c", loop, str(self.pid_file), *command(gguf, self.port, *options)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(shell, stdout=log, stderr=log, start_new_session=True)
-        self.wait()
+        try:
+            self.wait()
+        except BaseException:  # nobody else would end the loop
+            self.stop()
+            raise
 
     def wait(self, seconds: float = 120.0) -> None:
         """Until it answers. TimeoutError where it does not."""

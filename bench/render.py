@@ -38,7 +38,7 @@ DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/integrations.md",
     "docs/policy_classes.md",
-    "docs/rewards_and_partners.md",
+    "docs/llama_cpp.md",
     "README.md",
 )
 

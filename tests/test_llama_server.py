@@ -116,7 +116,8 @@ class Run:
     def start(self, *arguments):
         command = [sys.executable, "-m", "ppg_fast", *map(str, arguments)]
         log = (self.folder / "run.log").open("wb")
-        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+        return self.process
 
     def said(self):
         return (self.folder / "run.log").read_text()
@@ -142,6 +143,8 @@ class Run:
 def run(tmp_path):
     run = Run(tmp_path)
     yield run
+    run.process.kill()
+    run.process.wait()
     run.server.stop()
 
 
