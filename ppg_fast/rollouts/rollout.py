@@ -179,8 +179,9 @@ class _Talk:
 
 
 def _most_positions(model: Any) -> int:
-    config = None if isinstance(model, EndpointSampler) else model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or 2**62
+    if isinstance(model, EndpointSampler):
+        return model.positions
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**62
 
 
 def _run(sampler: Sampler, rollouts: list[Rollout], streams: list[torch.Generator], talk: _Talk) -> None:

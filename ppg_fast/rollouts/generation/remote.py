@@ -7,6 +7,7 @@ import torch
 
 from ppg_fast.endpoint import Endpoint
 from ppg_fast.replies import first_choice
+from ppg_fast.rollouts.generation import llama_cpp
 from ppg_fast.rollouts.generation.answers import Answer, Request
 
 # no truncation of the distribution and no penalty, whatever the server's or the model's own defaults are
@@ -36,14 +37,27 @@ class EndpointSampler:
     `EndpointError` for an answer that is not what the policy could have said: a token id outside of ``vocab_size``,
     more tokens than asked for, not one log-prob <= 0 for each token. An answer may leave out the end token that it
     stopped at, one of ``end_ids``: it is what the server names (vLLM's ``stop_reason``, SGLang's ``matched_stop``, the
-    id beside llama.cpp's last log-prob), or the only one there is; of several without a name, none is guessed.
+    id beside llama.cpp's last log-prob), or the only one there is; of several without a name, none is guessed. An
+    answer of a server that does not know an end is over there all the same. llama.cpp does not say the ``banned``
+    tokens, as the model in this process does not, and its log-probs are before that; a log-prob that it does not list,
+    of a token after which the text stops within a character, is asked for by itself. ``positions``: how many tokens
+    the policy reads at most; the attribute is no more than what the server's context has room for, where it lists that.
     """
 
-    def __init__(self, endpoint: Endpoint, end_ids: int | Sequence[int], vocab_size: int = 2**31) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        end_ids: int | Sequence[int],
+        vocab_size: int = 2**31,
+        banned: Sequence[int] = (),
+        positions: int | None = None,
+    ) -> None:
         self.endpoint, self.vocab_size = endpoint, vocab_size
         self.end_ids = [end_ids] if isinstance(end_ids, int) else list(end_ids)
+        self.bans = [[token, False] for token in banned]
         listed = endpoint.models()
         self.native = any(model.get("owned_by") == "llamacpp" for model in listed)
+        self.positions = min(filter(None, (positions, _context(endpoint.model, listed))), default=2**62)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """All requests at once, as far as the endpoint's concurrency goes. EndpointError where an answer is not made of
@@ -72,21 +86,36 @@ class EndpointSampler:
         return self.endpoint.post("/completions", payload, read)
 
     def _llama_cpp(self, request: Request, seed: int) -> Answer:
-        settings = {"n_predict": request.limit, "seed": seed, "temperature": 1.0, "samplers": ["temperature"]}
-        payload = {"prompt": request.tokens, "return_tokens": True, "n_probs": 1, **settings}
+        settings = {"n_predict": request.limit, "seed": seed, **llama_cpp.PLAIN, "logit_bias": self.bans}
+        asked = {"model": self.endpoint.model, "prompt": request.tokens, "return_tokens": True, "n_probs": 1}
 
         def read(answer: dict[str, Any]) -> Answer:
             if answer.get("truncated"):
-                raise ValueError(
-                    f"a sampler must not cut the dialogue: {len(request.tokens)} tokens exceed its context"
-                )
+                rule = f"a sampler must not cut the dialogue: {len(request.tokens)} tokens exceed its context"
+                raise ValueError(f"{rule} (--ctx-size, which llama.cpp shares among its --parallel slots)")
             listed = answer.get("completion_probabilities")
             probs = [p for p in listed if isinstance(p, dict)] if isinstance(listed, list) else None
-            values = None if probs is None else [p.get("logprob") for p in probs]
+            tokens = answer.get("tokens")
+            values = None if probs is None else self._values(request, tokens, probs)
             stop = probs[-1].get("id") if probs else None
-            return self._checked(answer.get("tokens"), values, answer.get("stop_type"), stop, request.limit)
+            return self._checked(tokens, values, answer.get("stop_type"), stop, request.limit)
 
-        return self.endpoint.request("POST", self.endpoint.url.removesuffix("/v1") + "/completion", payload, read)
+        return self.endpoint.request("POST", llama_cpp.address(self.endpoint), {**asked, **settings}, read)
+
+    def _values(self, request: Request, tokens: Any, probs: list[dict[str, Any]]) -> list[Any]:
+        """The log-prob of each token, as far as the lists are any; those that llama.cpp leaves out are asked for."""
+        ids: list[Any] = [p.get("id") for p in probs]
+        values: list[Any] = [p.get("logprob") for p in probs]
+        if not _all_are(tokens, int) or not _all_are(ids, int) or not len(ids) <= len(tokens) <= request.limit:
+            return values
+        places = llama_cpp.listed_places(tokens, ids)
+
+        def value(i: int) -> Any:
+            if i in places:
+                return values[places[i]]
+            return llama_cpp.logprob_of(self.endpoint, [*request.tokens, *tokens[:i]], tokens[i], self.end_ids[0])
+
+        return [value(i) for i in range(len(tokens))]
 
     def _checked(self, tokens: Any, logprobs: Any, end: Any, stop: Any, limit: int) -> Answer:
         """An answer of tokens; a server may leave out the end token that it stopped at, but not its log-prob. ``stop``:
@@ -109,7 +138,10 @@ class EndpointSampler:
             raise ValueError(f"{rule}, got {_number(outside[0])}: does the server serve this model?")
         if wrong := [value for value in logprobs if not NO_LOGPROB < value <= ROUNDING]:
             raise ValueError(f"a sampler must give one finite log-prob <= 0 a token, got {_number(wrong[0])}")
-        return Answer(list(tokens), [float(value) for value in logprobs], ended)
+        # a server that does not know one of the ends goes on after it
+        end = next((i for i, token in enumerate(tokens) if token in self.end_ids), None)
+        said = slice(len(tokens) if end is None else end + 1)
+        return Answer(list(tokens)[said], [float(value) for value in logprobs][said], ended or end is not None)
 
     def _left_out(self, stop: Any) -> int:
         """The end token that an answer leaves out: the one that the server names, or the only one."""
@@ -120,6 +152,17 @@ class EndpointSampler:
             said = _number(stop) if isinstance(stop, int) else repr(stop)[:60]
             raise ValueError(f"{rule}, one of {', '.join(map(str, self.end_ids))}, got {said}")
         return stop
+
+
+def _context(name: str, listed: Sequence[dict[str, Any]]) -> int | None:
+    """How many tokens a dialogue may have: vLLM lists ``max_model_len``, llama.cpp ``n_ctx``, the last of which it
+    takes for a sign that an answer was cut."""
+    model = next((m for m in listed if m["id"] == name), listed[0])
+    meta = model.get("meta")
+    most, context = model.get("max_model_len"), meta.get("n_ctx") if isinstance(meta, dict) else None
+    if isinstance(context, int) and not isinstance(context, bool):
+        return context - 1
+    return most if isinstance(most, int) and not isinstance(most, bool) else None
 
 
 def _all_are(values: Any, kind: Any) -> bool:
