@@ -56,13 +56,14 @@ class Expected:
     """``openings``: what may stand before the first answer. ``turns``; ``seen``: the same with whole generation
     prompts, which some templates do not keep to in the answer. ``replies``: what may stand from the end of each answer
     but the last to the next, with this history or none; nothing where nobody speaks between. ``faults``: (messages it
-    can be laid to, reason)."""
+    can be laid to, reason). ``unopened``: no form of it can be written even up to the first answer."""
 
     openings: list[str] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     seen: list[Turn] = field(default_factory=list)
     replies: list[list[str]] = field(default_factory=list)
     faults: list[tuple[set[int], str]] = field(default_factory=list)
+    unopened: bool = False
 
 
 def parts(turns):
@@ -80,7 +81,7 @@ def expected(tokenizer, name, messages):
         if not found[-1].faults:
             return found[-1]
     faults = [fault for one in found for fault in one.faults]
-    return replace(found[0], faults=faults)
+    return replace(found[0], faults=faults, unopened=all(one.unopened for one in found))
 
 
 def _forms(messages):
@@ -144,6 +145,10 @@ class Reading:
                 done.seen.append(seen)
             except Fault as fault:  # noqa: PERF203
                 done.faults.append(fault.args)
+        try:
+            self.prompt(answers[0])
+        except Exception:
+            done.unopened = True
         if not done.faults:
             done.openings = self.openings(answers[0])
             done.replies = [self.reply(*two) for two in pairwise(answers)]

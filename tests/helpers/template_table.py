@@ -46,7 +46,8 @@ class Cell:
             return self.no_format(refusal)
         sample, refusal = attempt(encode_dialogue, chat, self.dialogue)
         if sample is None:
-            return self.refused(refusal)
+            mark, problem = self.refused(refusal)
+            return mark, problem or self.kept_silent(chat)
         problem = self.inexact(chat, sample) or self.on_policy(chat)
         if faults:
             problem = f"trained, but {faults[0]}" + (f"; {problem}" if problem else "")
@@ -131,6 +132,19 @@ class Cell:
             if tokens is None and not one_line(refusal):
                 return f"refused in more than one line: {refusal!r}"
         return ""
+
+    def kept_silent(self, chat):
+        """Of a dialogue that is refused for a message of the context or its tools, a rollout must be refused too."""
+        messages, tools = self.dialogue.messages, self.dialogue.tools
+        places = [n for n, message in enumerate(messages) if message.role == "assistant"]
+        heard = [messages[before + 1 : after] for before, after in pairwise(places) if after > before + 1]
+        made = [attempt(chat.opening, messages[: places[0]], tools), *(attempt(chat.reply, m, tools) for m in heard)]
+        blamed = self.expected.faults[0][0]
+        if all(tokens is not None for tokens, _ in made) and (not blamed & {*places} or len(blamed) == len(messages)):
+            return f"on-policy nothing is refused, though {self.expected.faults[0]}"
+        if self.expected.unopened and made[0][0] is not None:
+            return f"opening is {self.tokenizer.decode(made[0][0])[-150:]!r}, though {self.expected.faults[0]}"
+        return next((f"more than one line: {said!r}" for _, said in made if "\n" in said), "")
 
     def asked(self, chat):
         """(what writes it, messages, what may be written) before each answer to which somebody spoke."""
