@@ -56,7 +56,8 @@ class Cell:
         if [REFUSED] in [list(dict.fromkeys(texts)) for texts in self.expected.replies]:
             return OFFLINE, ""
         agrees = self.spoken(chat) == sample.tokens[: len(self.spoken(chat))]
-        if not agrees and any(text.startswith(self.expected.turns[-1].context) for text in self.could_be_spoken()):
+        last = [turns[-1].context + turns[-1].answer for turns in self.fitting(sample)]
+        if not agrees and len(starts(sample)) == 1 and set(last) & set(self.could_be_spoken()):
             return "", f"a rollout reads {self.tokenizer.decode(self.spoken(chat))!r}"
         return (SEVERAL if len(starts(sample)) > 1 else ONE if agrees else OWN), ""
 
@@ -87,15 +88,18 @@ class Cell:
     # ---- offline -----------------------------------------------------------------------------------------------------
     def inexact(self, chat, sample):
         """What is wrong with the tokens: of each turn those before it and its own, what is trained, and the parts."""
-        found = [self.unlike(sample, turns) for turns in (self.expected.turns, self.expected.seen)]
-        if all(found):
-            return found[0]
+        if not self.fitting(sample):
+            return self.unlike(sample, self.expected.turns)
         banned = set(chat.banned_token_ids(len(self.tokenizer)))
         for turn in self.expected.turns:
             answer = self.encode(turn.answer)
             if banned & set(answer) or answer[-1] not in chat.end_ids or set(answer[:-1]) & set(chat.end_ids):
                 return f"a sampler could not say {turn.answer!r}"
         return ""
+
+    def fitting(self, sample):
+        both = (self.expected.turns, self.expected.seen)
+        return [turns for turns in both if turns and not self.unlike(sample, turns)]
 
     def encode(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
