@@ -37,7 +37,7 @@ class OfflineJob(Job):
             require_nonnegative(self.samples, [d.id for d in self.dialogues])
         warn_if_hardly_credited(self.samples, self.objective)
         warn_if_equal(self.samples, self.objective)
-        self.shortened = sum(max(s.turn_ids) + 1 < len(s.rewards) for s in self.samples)
+        self.shortened = sum(map(_is_cut, self.samples, self.dialogues))
         self.held_out, self.seen = self.split(len(self.samples))
 
     def _encode(self, dialogue: Dialogue) -> Sample:
@@ -100,3 +100,9 @@ def encode_within(chat: ChatFormat, dialogue: Dialogue, max_tokens: int, positio
     rule = f"dialogue {dialogue.id!r}: what is read of it must fit the model's {positions} positions"
     require(not positions or length <= positions, f"{rule} (max_dialogue_tokens cuts it)", f"{length} tokens")
     return sample
+
+
+def _is_cut(sample: Sample, dialogue: Dialogue) -> bool:
+    """Whether the last answer that trains was not read."""
+    answers = [message.trained for message in dialogue.messages if message.role == "assistant"]
+    return max(sample.turn_ids) < max(turn for turn, trained in enumerate(answers) if trained)

@@ -56,13 +56,14 @@ class Expected:
     """``openings``: what may stand before the first answer. ``turns``; ``seen``: the same with whole generation
     prompts, which some templates do not keep to in the answer. ``replies``: what may stand from the end of each answer
     but the last to the next, with this history or none; nothing where nobody speaks between. ``faults``: (messages it
-    can be laid to, reason)."""
+    can be laid to, reason). ``unopened``: no form of it can be written even up to the first answer."""
 
     openings: list[str] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
     seen: list[Turn] = field(default_factory=list)
     replies: list[list[str]] = field(default_factory=list)
     faults: list[tuple[set[int], str]] = field(default_factory=list)
+    unopened: bool = False
 
 
 def parts(turns):
@@ -80,7 +81,7 @@ def expected(tokenizer, name, messages):
         if not found[-1].faults:
             return found[-1]
     faults = [fault for one in found for fault in one.faults]
-    return replace(found[0], faults=faults)
+    return replace(found[0], faults=faults, unopened=all(one.unopened for one in found))
 
 
 def _forms(messages):
@@ -144,6 +145,10 @@ class Reading:
                 done.seen.append(seen)
             except Fault as fault:  # noqa: PERF203
                 done.faults.append(fault.args)
+        try:
+            self.prompt(answers[0])
+        except Exception:
+            done.unopened = True
         if not done.faults:
             done.openings = self.openings(answers[0])
             done.replies = [self.reply(*two) for two in pairwise(answers)]
@@ -164,11 +169,16 @@ class Reading:
         return turn, replace(turn, context=prompt + text[start:begin]) if cut and plain else turn
 
     def openings(self, index):
-        before, marked = self.messages[:index], self.text(self.marked(index)[: index + 1]).partition(MARK)[0]
+        before = self.messages[:index]
         try:
-            return [self.text(before, prompt=True), *[marked] * (not before)]
+            return [self.text(before, prompt=True), *[self.begun(index)] * (not before)]
         except Exception:
-            return [marked]
+            return [self.begun(index)]
+
+    def begun(self, index):
+        """What stands before an answer that begins a dialogue, up to and with the header that others have."""
+        before, header = self.text(self.marked(index)[: index + 1]).partition(MARK)[0], self.header()
+        return before[: before.rindex(header) + len(header)] if header and header in before else before
 
     def prompt(self, index):
         """What the model sees before it answers."""
@@ -178,7 +188,7 @@ class Reading:
         except Exception as error:
             if any(message["role"] != "system" for message in before):
                 raise Fault({index - 1, index}, f"raises {error}") from None
-            text = self.text(self.marked(index)[: index + 1]).partition(MARK)[0]  # no prompt for who begins by itself
+            text = self.begun(index)
         self.require(range(index), text)
         return text
 
@@ -215,12 +225,13 @@ class Reading:
     def as_seen(self, index, prompt, whole):
         """The history that the model sees and the answer as the template writes it last; where the prompt ends in it;
         whether the answer begins otherwise than the prompt, which then goes the answer's way."""
-        if whole.startswith(prompt):
+        if prompt and whole.startswith(prompt):
             return whole, len(prompt), False
         first = said(self.messages[index], True)[:1]
         bound = whole.rindex(first[0]) if first else len(whole)
         if not index:
-            return whole, bound, True
+            begun = self.begun(index)
+            return whole, len(begun) if whole.startswith(begun) else bound, True
         opened = prompt[self.common(prompt, self.text(self.messages[:index])) :]
         for size in range(len(opened), 0, -1):
             at = whole.rfind(opened[:size], 0, bound)

@@ -46,7 +46,8 @@ class Cell:
             return self.no_format(refusal)
         sample, refusal = attempt(encode_dialogue, chat, self.dialogue)
         if sample is None:
-            return self.refused(refusal)
+            mark, problem = self.refused(refusal)
+            return mark, problem or self.kept_silent(chat)
         problem = self.inexact(chat, sample) or self.on_policy(chat)
         if faults:
             problem = f"trained, but {faults[0]}" + (f"; {problem}" if problem else "")
@@ -55,7 +56,8 @@ class Cell:
         if [REFUSED] in [list(dict.fromkeys(texts)) for texts in self.expected.replies]:
             return OFFLINE, ""
         agrees = self.spoken(chat) == sample.tokens[: len(self.spoken(chat))]
-        if not agrees and any(text.startswith(self.expected.turns[-1].context) for text in self.could_be_spoken()):
+        last = [turns[-1].context + turns[-1].answer for turns in self.fitting(sample)]
+        if not agrees and len(starts(sample)) == 1 and set(last) & set(self.could_be_spoken()):
             return "", f"a rollout reads {self.tokenizer.decode(self.spoken(chat))!r}"
         return (SEVERAL if len(starts(sample)) > 1 else ONE if agrees else OWN), ""
 
@@ -86,15 +88,18 @@ class Cell:
     # ---- offline -----------------------------------------------------------------------------------------------------
     def inexact(self, chat, sample):
         """What is wrong with the tokens: of each turn those before it and its own, what is trained, and the parts."""
-        found = [self.unlike(sample, turns) for turns in (self.expected.turns, self.expected.seen)]
-        if all(found):
-            return found[0]
+        if not self.fitting(sample):
+            return self.unlike(sample, self.expected.turns)
         banned = set(chat.banned_token_ids(len(self.tokenizer)))
         for turn in self.expected.turns:
             answer = self.encode(turn.answer)
             if banned & set(answer) or answer[-1] not in chat.end_ids or set(answer[:-1]) & set(chat.end_ids):
                 return f"a sampler could not say {turn.answer!r}"
         return ""
+
+    def fitting(self, sample):
+        both = (self.expected.turns, self.expected.seen)
+        return [turns for turns in both if turns and not self.unlike(sample, turns)]
 
     def encode(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -131,6 +136,19 @@ class Cell:
             if tokens is None and not one_line(refusal):
                 return f"refused in more than one line: {refusal!r}"
         return ""
+
+    def kept_silent(self, chat):
+        """Of a dialogue that is refused for a message of the context or its tools, a rollout must be refused too."""
+        messages, tools = self.dialogue.messages, self.dialogue.tools
+        places = [n for n, message in enumerate(messages) if message.role == "assistant"]
+        heard = [messages[before + 1 : after] for before, after in pairwise(places) if after > before + 1]
+        made = [attempt(chat.opening, messages[: places[0]], tools), *(attempt(chat.reply, m, tools) for m in heard)]
+        blamed = self.expected.faults[0][0]
+        if all(tokens is not None for tokens, _ in made) and (not blamed & {*places} or len(blamed) == len(messages)):
+            return f"on-policy nothing is refused, though {self.expected.faults[0]}"
+        if self.expected.unopened and made[0][0] is not None:
+            return f"opening is {self.tokenizer.decode(made[0][0])[-150:]!r}, though {self.expected.faults[0]}"
+        return next((f"more than one line: {said!r}" for _, said in made if "\n" in said), "")
 
     def asked(self, chat):
         """(what writes it, messages, what may be written) before each answer to which somebody spoke."""
