@@ -36,7 +36,7 @@ class OfflineJob(Job):
         if not config.allow_negative_rewards:
             require_nonnegative(self.samples, [d.id for d in self.dialogues])
         warn_if_hardly_credited(self.samples, self.objective)
-        self.shortened = sum(max(s.turn_ids) + 1 < len(s.rewards) for s in self.samples)
+        self.shortened = sum(map(_is_cut, self.samples, self.dialogues))
         self.held_out, self.seen = self.split(len(self.samples))
 
     def _encode(self, dialogue: Dialogue) -> Sample:
@@ -85,7 +85,7 @@ class OfflineJob(Job):
         """Whether the chat format can take the log as replies to answers that are not logged."""
         prompt = prompt_of(self.dialogues[place])
         try:
-            self.policy.chat.rehearse(prompt.messages, prompt.logged[: self.config.max_turns])
+            self.policy.chat.rehearse(prompt.messages, prompt.logged[: self.config.max_turns], prompt.tools)
         except ValueError:
             return False
         return True
@@ -95,3 +95,9 @@ class OfflineJob(Job):
         prompts, partner = [prompt_of(dialogue) for dialogue in logged], LoggedPartner()
         make = lambda: Conversation(prompts, partner, self.config.max_turns)  # noqa: E731
         return self.policy.roll_out(make, range(len(prompts)), 1, self.policy.sampling_generator(0))
+
+
+def _is_cut(sample: Sample, dialogue: Dialogue) -> bool:
+    """Whether the last answer that trains was not read."""
+    answers = [message.trained for message in dialogue.messages if message.role == "assistant"]
+    return max(sample.turn_ids) < max(turn for turn, trained in enumerate(answers) if trained)
