@@ -118,6 +118,9 @@ def test_calls_are_trained_and_their_results_are_context(name, shop, monkeypatch
     assert spoken == [(0, call), (-1, result), (1, answer), (-1, thanks), (2, answer)]
     for before, tokens in sampler.said:
         assert (before + tokens) == rollout.sample.tokens[: len(before) + len(tokens)], "what was sampled, as it was"
+    banned = set(chat.banned_token_ids(len(chat.tokenizer)))
+    assert not banned & {token for _, tokens in sampler.said for token in tokens}, "a sampler could have said it"
+    assert rollout.cut_off == [False] * 3
     asked, called, told, said, *_ = rollout.messages
     assert (asked.content, told.content, said.content.strip()) == ("cost?", "4", "4 each")
     (made,) = called.tool_calls

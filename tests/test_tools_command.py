@@ -1,4 +1,4 @@
-"""`ppg-fast train --tools`: a run with functions, one with an environment, `--resume`, and what is refused before it."""
+"""`ppg-fast train --tools`: a run with functions, one with an environment, `--resume`, and what is refused."""
 
 import pytest
 
