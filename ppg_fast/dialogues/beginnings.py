@@ -36,26 +36,23 @@ class Beginnings:
         """
         own = self._own(messages, tools, whole)
         message, history, start = messages[-1], prompt, len(prompt)
-        place = start - len(self.header) * prompt.endswith(self.header)
+        place = start - len(self.renderer.header) * prompt.endswith(self.renderer.header)
         if not whole.startswith(prompt):
             opened = self._opened(messages, tools, prompt)
             place, size = self._find(opened, messages, whole[:own])
             if not size:
-                header = self.header if whole[:own].endswith(self.header) else ""
-                return Begun(prompt + header if len(messages) > 1 else whole[:own], own)
+                header = self.renderer.header if whole[:own].endswith(self.renderer.header) else ""
+                return Begun(prompt + header, own)
             start = place + size
             kept = opened[:size] if message.reasoning else opened
-            history = prompt[: len(prompt) - len(opened)]
-            if len(messages) == 1 and history != whole[:place]:  # a prompt after nothing is not always how it begins
-                history, kept = whole[:place], opened[:size]
-            history += kept
+            history = prompt[: len(prompt) - len(opened)] + kept
         behind = self._behind_its_own(message, whole, place, start, own)
         return Begun(history + whole[start:behind], behind)
 
     def _behind_its_own(self, message: Message, whole: str, place: int, start: int, own: int) -> int:
         """Behind the header once more, and behind an empty block of thoughts that begins from ``place`` on."""
-        if self.header and whole.startswith(self.header, start):
-            start += len(self.header)
+        if self.renderer.header and whole.startswith(self.renderer.header, start):
+            start += len(self.renderer.header)
         for pattern, space in [] if message.reasoning else self._empty_thoughts:
             for empty in pattern.finditer(whole, place):
                 if empty.start() <= start < empty.end():
@@ -84,13 +81,13 @@ class Beginnings:
         """The generation prompt, of ``prompt``; where the template has none, what it ends with from its last added
         token on."""
         if len(messages) == 1:
-            return self.header
+            return self.renderer.header
         try:
             before = self.renderer.text(messages[:-1], tools=tools)
         except ValueError:
-            return self.header if prompt.endswith(self.header) else ""
+            return self.renderer.header if prompt.endswith(self.renderer.header) else ""
         tokens = [token.start() for token in self.renderer.token_pattern.finditer(prompt)]
-        return prompt[self._common(prompt, before) :] or prompt[max(tokens, default=len(prompt)) :]
+        return prompt[self.renderer.common(prompt, before) :] or prompt[max(tokens, default=len(prompt)) :]
 
     def _find(self, opened: str, messages: Sequence[Message], text: str) -> tuple[int, int]:
         """Where ``opened``, or its longest beginning of whole tokens, stands last in ``text``, and the length of that;
@@ -105,21 +102,6 @@ class Beginnings:
                 return place, 0 if joined else size
         return 0, 0
 
-    def _common(self, one: str, other: str) -> int:
-        """How many characters of ``one`` the two share, tokens whole."""
-        size = len(shared_start(one, other))
-        tokens = self.renderer.token_pattern.finditer(one)
-        return next((token.start() for token in tokens if token.start() < size < token.end()), size)
-
-    @cached_property
-    def header(self) -> str:
-        """The generation prompt after a question."""
-        try:
-            asked = self.renderer.text([ASK], answer_next=True)
-            return asked[self._common(asked, self.renderer.text([ASK])) :]
-        except ValueError:
-            return ""
-
     @cached_property
     def _empty_thoughts(self) -> list[tuple[re.Pattern[str], int]]:
         """Patterns of a block of thoughts that holds none, and how much space the template puts behind it."""
@@ -130,7 +112,7 @@ class Beginnings:
             asked = self.renderer.text([ASK], answer_next=True)
         except ValueError:
             before = after = plain = asked = ""
-        opening, closing = before[self._common(before, asked) :].strip(), after.partition("a")[0].strip()
+        opening, closing = before[self.renderer.common(before, asked) :].strip(), after.partition("a")[0].strip()
         tags += [(opening, closing)] * bool(opening and closing and (opening, closing) not in tags)
         patterns = [re.compile(rf"\s*{re.escape(one)}\s*{re.escape(other)}(\s*)") for one, other in tags]
         return [(p, len(found[1]) if (found := p.search(plain)) else 0) for p in patterns]
