@@ -225,6 +225,14 @@ def test_a_result_that_leaves_no_room_ends_the_dialogue(tmp_path, monkeypatch):
     assert len(rollout.sample.tokens) < room
 
 
+def test_replies_are_not_kept_for_ever(monkeypatch):
+    monkeypatch.setattr("ppg_fast.dialogues.replies.KEPT", 3)
+    chat = ChatFormat(tokenizer_with_calls("qwen3"))
+    replies = [chat.reply(Message("user", str(n))) for n in range(7)]
+    assert len(chat._replies._known) <= 3
+    assert chat.reply(Message("user", "0")) == replies[0]
+
+
 def test_judges_are_not_asked_about_a_turn_that_calls():
     asked = []
 
