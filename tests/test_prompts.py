@@ -151,6 +151,20 @@ def test_between_two_answers_everything_logged_is_heard_at_once():
     assert [m.content for m in talk.transcript().messages] == ["u0", "x", "12", "13", "x", "u1", "x", "u2"]
 
 
+def test_a_rollout_hears_two_results_before_it_answers_again():
+    tokenizer = make_byte_tokenizer(["hello"], 280)
+    model, chat = make_model(len(tokenizer), 32, 1), ChatFormat(tokenizer)
+    said = [("user", "u"), ("assistant", "a"), ("tool", "12"), ("tool", "13"), ("assistant", "b"), ("user", "v")]
+    logged = prompt_of(Dialogue("d", "g", tuple(Message(*m) for m in said), (None,) * 2))
+    assert chat.rehearse(logged.messages, logged.replies()) == len(chat.opening(logged.messages))
+    make = lambda: Conversation([logged], LoggedPartner(), 9, clean=chat.without_special)  # noqa: E731
+    random = torch.Generator().manual_seed(0)
+    (rollout,) = collect_groups(model, chat, make, [0], 1, generator=random, max_new_tokens=3, step_all=step_all)
+    assert [m.role for m in rollout.messages] == ["user", "assistant", "tool", "tool", "assistant", "user", "assistant"]
+    text = tokenizer.decode([t for t, turn in zip(rollout.sample.tokens, rollout.sample.turn_ids) if turn < 0])
+    assert text == "<user>u<end><assistant><tool>12<end><tool>13<end><assistant><user>v<end><assistant>"
+
+
 def test_a_logged_dialogue_is_a_prompt_with_its_log():
     messages = [("system", "s"), ("user", "u0"), ("assistant", "a0"), ("user", "u1"), ("assistant", "a1")]
     logged = Dialogue("d", "g", tuple(Message(*m) for m in messages), (1.0, 0.0))

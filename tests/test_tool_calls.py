@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tools_case import tiny
 
 from ppg_fast.dialogues import Message
-from ppg_fast.rollouts.tools.answers import AnswerReader
+from ppg_fast.rollouts.tools.answers import PROBE, AnswerReader, written_call
 from ppg_fast.rollouts.tools.calling import outcome, text_of, wrong_type
 from ppg_fast.rollouts.tools.formats import FORMATS
 from ppg_fast.rollouts.tools.reading import Call, types_of
@@ -80,6 +80,17 @@ TWO = {  # of each format, an answer of two calls, the second without arguments;
     ),
     "Phi-4": (
         f'Look:<|tool_call|>[{{"name": "look", "arguments": {JSON}}}, {{"name": "none"}}]<|/tool_call|>',
+        "Look:",
+    ),
+    "Kimi K2": (
+        f"Look:<|tool_calls_section_begin|><|tool_call_begin|>functions.look:0<|tool_call_argument_begin|>{JSON}"
+        "<|tool_call_end|><|tool_call_begin|>functions.none:1<|tool_call_argument_begin|>{}<|tool_call_end|>"
+        "<|tool_calls_section_end|>",
+        "Look:",
+    ),
+    "Command R7B": (
+        f'Look:<|START_ACTION|>[{{"tool_call_id": "0", "tool_name": "look", "parameters": {JSON}}}, '
+        '{"tool_call_id": "1", "tool_name": "none", "parameters": {}}]<|END_ACTION|>',
         "Look:",
     ),
     "Muse": (
@@ -259,6 +270,26 @@ def test_any_text_has_a_reading_and_every_call_an_outcome(text, thinking, form):
         found = outcome(message.tool_calls[0], {"look": look}, {"look": TOOLS[0]})
         assert len(found.text) < 600 or not found.failed
         Message("tool", found.text)
+
+
+@pytest.mark.skipif(folder() is None, reason="TRL's package carries the templates")
+@pytest.mark.parametrize(
+    "name", ["qwen2_5", "qwen3_6", "nemotron_3_nano", "gemma4", "lfm2_2_5", "muse_glimmer", "llama3_1"]
+)
+def test_what_a_template_writes_is_read_back(name):
+    """With the tokens that it has for it, behind its own generation prompt."""
+    _, chat = tiny(name)
+    text, _ = written_call(chat.renderer)
+    asked = chat.renderer.encode(chat.renderer.before_answer([Message("user", "a")]))
+    end = min(at + len(token) for token in names(chat) if (at := text.find(token)) >= 0)
+    read = AnswerReader(chat)(chat.renderer.encode(text[:end]), asked, 0)
+    (call,) = read.tool_calls
+    assert call["function"] == {"name": PROBE.name, "arguments": PROBE.arguments}
+    assert (read.content, read.reasoning) == ("", "")
+
+
+def names(chat):
+    return chat.tokenizer.convert_ids_to_tokens(list(chat.end_ids))
 
 
 @pytest.mark.skipif(folder() is None, reason="TRL's package carries the templates")

@@ -32,9 +32,9 @@ CODINGS = {  # by the first bytes; the longer marks first
 }
 PARQUET = b"PAR1"
 BINARY = {  # first bytes of what is no text
-    b"PK\x03\x04": "a zip archive (or a spreadsheet): unpack it",
-    b"\x28\xb5\x2f\xfd": "a zstandard archive: unpack it with zstd -d",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it",
+    b"PK\x03\x04": "a zip archive (or a spreadsheet): extract it",
+    b"\x28\xb5\x2f\xfd": "a zstandard archive: extract it with zstd -d",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive: extract it",
     b"ARROW1": "an Arrow file: write it with datasets.Dataset.from_file(...).to_json(...)",
     b"\xff\xff\xff\xff": "an Arrow stream: write it with datasets.Dataset.from_file(...).to_json(...)",
     b"SQLite format 3": "an SQLite database: export its rows as JSON lines",

@@ -12,6 +12,7 @@ from ppg_fast.dialogues.renderer import Renderer
 from ppg_fast.dialogues.written import require_written
 from ppg_fast.spec import require
 
+KEPT = 1024  # replies whose tokens are kept: more than a step has
 IN_MESSAGE = re.compile(r"message (-?\d+): (.*)", re.DOTALL)
 
 
@@ -30,6 +31,8 @@ class Replies:
         key = tuple(messages), json.dumps(list(tools), sort_keys=True) if tools else ""
         if key not in self._known:
             require(bool(messages), "a reply must have a message", list(messages))
+            if len(self._known) >= KEPT:  # partners and tools say ever new things
+                self._known.clear()
             self._known[key] = self._written(messages, tools)
         return self._known[key]
 

@@ -82,9 +82,11 @@ GLM = marked_up(
     r"<arg_key>(?P<key>[^<]+)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>",
     r"\s*",
 )
-ATEM = marked_up(
-    r'<atem:invoke name="(?P<name>[^"\n]*)">(?P<body>.*?)(?:</atem:invoke>|$)',
-    r'<atem:parameter name="(?P<key>[^"\n]+)">(?P<value>.*?)</atem:parameter>',
+INVOKE = marked_up(
+    r"(?:\s*to=[^\s<]+<\|message\|>)?(?:<[\w:]*(?:function_calls|tool_call)>\s*)?"
+    r'<(?:\w+:)?invoke name="(?P<name>[^"\n]*)">(?P<body>.*?)'
+    r"(?:</(?:\w+:)?invoke>(?:\s*</[\w:]*(?:function_calls|tool_call)>)?|$)",
+    r'<(?:\w+:)?parameter name="(?P<key>[^"\n]+)">(?P<value>.*?)</(?:\w+:)?parameter>',
     r"\s*",
 )
 
@@ -153,6 +155,21 @@ def deepseek(text: str, _: Parameters) -> Iterator[Found]:
         fenced = FENCED.fullmatch(match["second"])
         name = (fenced["name"] if fenced else match["first"]).strip()
         yield match.start(), match.end(), [named_call(name, fenced["arguments"] if fenced else match["second"])]
+
+
+KIMI = re.compile(
+    r"(?:<\|tool_calls_section_begin\|>\s*)?<\|tool_call_begin\|>\s*(?:functions\.)?(?P<name>[\w.-]*?)(?::\d+)?\s*"
+    r"(?:<\|tool_call_argument_begin\|>(?P<arguments>.*?))?"
+    r"(?:<\|tool_call_end\|>\s*(?:<\|tool_calls_section_end\|>)?|$)",
+    re.DOTALL,
+)
+
+
+def kimi(text: str, _: Parameters) -> Iterator[Found]:
+    """Name and number, and JSON."""
+    for match in KIMI.finditer(text):
+        given = match["arguments"]
+        yield match.start(), match.end(), [named_call(match["name"], "-" if given is None else given)]
 
 
 PYTHON = re.compile(r"<\|tool_call_start\|>(.*?)(?:<\|tool_call_end\|>|$)", re.DOTALL)
@@ -235,5 +252,7 @@ FORMATS: dict[str, Reader] = {
     "Python calls (LFM2)": reader(pythonic),
     "call:NAME (Gemma 4)": reader(gemma),
     "JSON in <|tool_call|> (Phi-4, Granite)": reader(tagged("<|tool_call|>", "<|/tool_call|>")),
-    "invoke elements (Muse)": reader(ATEM),
+    "invoke elements (Muse, MiniMax)": reader(INVOKE),
+    "sections of tokens (Kimi K2)": reader(kimi),
+    "JSON in <|START_ACTION|> (Command R7B)": reader(tagged("<|START_ACTION|>", "<|END_ACTION|>")),
 }

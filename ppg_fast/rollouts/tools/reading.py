@@ -55,6 +55,8 @@ def json_call(value: Any) -> Call | None:
     """The call that one JSON value describes; None where it describes none."""
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
         value = value["function"] | ({"id": value["id"]} if "id" in value else {})
+    if isinstance(value, dict) and "tool_name" in value:  # Cohere's
+        value = {"name": value["tool_name"], **value}
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     given = value.get("arguments", value.get("parameters", {}))
