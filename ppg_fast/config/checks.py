@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import re
 import shlex
 from typing import TYPE_CHECKING
@@ -47,6 +48,7 @@ def check_each(config: TrainConfig) -> None:
         require_number(name, getattr(config, name), 0.0, 1.0)
     require_number("weight_decay", config.weight_decay, 0.0)
     _require_date("template_date", config.template_date)
+    _require_object("chat_template_kwargs", config.chat_template_kwargs)
     require_one_of("baseline", config.baseline, BASELINES)
     require_one_of("reduction", config.reduction, REDUCTIONS[:-1])
     require_one_of("dtype", config.dtype, ("float32", "bfloat16"))
@@ -84,6 +86,22 @@ def check_together(config: TrainConfig) -> None:
             "allow_negative_rewards permits it)"
         )
         require(config.baseline == "none", rule, config.baseline)
+
+
+def as_json_text(value: object) -> str:
+    """A setting that is an object as its JSON text; what JSON does not know as its own text, which no check takes."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def _require_object(name: str, text: str) -> None:
+    try:
+        right = not text or isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        right = False
+    require(right, f"{name} must be a JSON object", text[:200])
 
 
 def _require_date(name: str, value: str) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
+from ppg_fast.config.checks import as_json_text
 from ppg_fast.config.defaults import OFFLINE, PROMPTS
 from ppg_fast.config.train import TrainConfig
 from ppg_fast.rules import did_you_mean
 
+OBJECTS = ("chat_template_kwargs",)  # JSON as a flag, a mapping in a file
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
 
 
@@ -105,6 +107,8 @@ def _converted(name: str, value: Any, hint: Any, where: str) -> Any:
     """``value`` as a field's type: numbers may come as text (flags; YAML reads 1e-3 as text), nothing else is
     guessed."""
     base = base_type(hint)
+    if name in OBJECTS and isinstance(value, Mapping):
+        return as_json_text(value)
     if value is None and isinstance(hint, UnionType):
         return None
     if base is str and isinstance(value, str) and not value.strip() and DEFAULTS[name] != "":

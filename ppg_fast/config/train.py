@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ppg_fast.config.checks import check_each, check_together
+from ppg_fast.config.checks import as_json_text, check_each, check_together
 from ppg_fast.config.defaults import AUTO, TRACKERS
 from ppg_fast.spec import (
     BASELINES,
@@ -39,6 +39,13 @@ class TrainConfig:
     vocab_size: int = _option(1024, "vocabulary of the byte-level tokenizer made from data")
     template_date: str = _option(
         "", "YYYY-MM-DD: the date that a chat template may write; default: the run's first day"
+    )
+    chat_template: str = _option(
+        "",
+        "chat template in place of the tokenizer's own: a file, or one that ships: chatml, gemma, llama3, phi, qwen3",
+    )
+    chat_template_kwargs: str = _option(
+        "", 'what the chat template is told in every rendering, JSON: {"enable_thinking": false}'
     )
     device: str = _option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     dtype: str = _option("float32", "float32 or bfloat16 weights")
@@ -185,6 +192,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """ValueError with the rule and the value."""
+        if not isinstance(self.chat_template_kwargs, str):  # a mapping of a YAML file, or of Python
+            object.__setattr__(self, "chat_template_kwargs", as_json_text(self.chat_template_kwargs))
         check_each(self)
         if self.policy_class != AUTO:
             object.__setattr__(self, "policy_class", str(self.chosen_class()))  # as it prints everywhere

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from ppg_fast.dialogues.conversation import ANSWER, ASK, CALL_ID, STAND_IN
 from ppg_fast.dialogues.message import REASONING, Message
 from ppg_fast.dialogues.renderer import Renderer, shared_start
+from ppg_fast.dialogues.template_choice import require_tokens
 
 CALL = {"type": "function", "id": CALL_ID, "function": {"name": "f", "arguments": {"x": "y"}}}
 RICHER = (  # answers of more than text, as templates know them
@@ -30,6 +32,17 @@ class AnswerForm(NamedTuple):
     closed_before: str
 
 
+def require_own_tokens(renderer: Renderer) -> None:
+    """ValueError where the template writes markup around messages that is no token of the tokenizer."""
+    said = [*RICHER, replace(RICHER[-1], content=STAND_IN), Message("system", "a"), Message("tool", "b")]
+    for one in ([ASK], [ASK, ANSWER], *([ASK, other] for other in said)):
+        try:
+            text = renderer.text(one, answer_next=True)
+        except ValueError:  # what a template refuses it does not write
+            continue
+        require_tokens(text, renderer.added)
+
+
 def answer_form(renderer: Renderer, end_ids: Sequence[int] = ()) -> AnswerForm:
     """The form of answers in the template of ``renderer``, found by rendering stand-ins.
 
@@ -39,7 +52,7 @@ def answer_form(renderer: Renderer, end_ids: Sequence[int] = ()) -> AnswerForm:
     those of the model's generation config. ValueError for a template that does not write the answer, or does not end it
     with an added token.
     """
-    at = re.compile("|".join(map(re.escape, sorted(renderer.added, key=len, reverse=True))) or "(?!)")
+    at = renderer.token_pattern
     asked = renderer.before_answer([ASK])
     whole = renderer.text([ASK, ANSWER])
     if STAND_IN not in whole:

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ppg_fast.dialogues.answer_form import answer_form
+from ppg_fast.dialogues.answer_form import answer_form, require_own_tokens
+from ppg_fast.dialogues.beginnings import Beginnings
 from ppg_fast.dialogues.conversation import Tools
 from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.renderer import END, ROLE_TEMPLATE, ROLE_TOKENS, Renderer, in_message
@@ -37,6 +38,8 @@ class ChatFormat:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer, self.renderer = tokenizer, Renderer(tokenizer, date, template, template_kwargs)
+        if template:
+            require_own_tokens(self.renderer)
         tokenizer.chat_template = template or tokenizer.chat_template or ROLE_TEMPLATE
         eos = getattr(generation_config, "eos_token_id", None)
         listed = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
@@ -45,6 +48,7 @@ class ChatFormat:
         self.end_id = self.end_ids[0]
         names = tokenizer.convert_ids_to_tokens(list(self.end_ids))
         self._at_ends = re.compile("|".join(re.escape(name) for name in names if name in self.renderer.added))
+        self.beginnings = Beginnings(self.renderer)
         self._replies = Replies(self.renderer, self.form, self._at_ends)
 
     def opening(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:

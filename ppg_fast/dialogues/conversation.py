@@ -21,11 +21,13 @@ Render = Callable[[list[dict[str, Any]]], str]
 
 class Form(NamedTuple):
     """``object_arguments``: arguments of calls as an object, else as JSON text. ``empty``: the content of a message
-    that only calls. ``reasoning``: the keys that reasoning is given under."""
+    that only calls. ``reasoning``: the keys that reasoning is given under. ``parts``: content as a list of one part of
+    text, as templates of models that see want it."""
 
     object_arguments: bool = True
     empty: str | None = ""
     reasoning: tuple[str, ...] = REASONING
+    parts: bool = False
 
     def conversation(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """The messages in this form."""
@@ -39,6 +41,8 @@ class Form(NamedTuple):
         if message.tool_calls:
             given["content"] = message.content or self.empty
             given["tool_calls"] = [self._call(call) for call in message.tool_calls]
+        if self.parts and isinstance(given["content"], str):
+            given["content"] = [{"type": "text", "text": given["content"]}]
         return given
 
     def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,13 +55,14 @@ class Form(NamedTuple):
 def form_of(render: Render) -> Form:
     """The form in which the template behind ``render`` writes a call with its arguments, and reasoning once; the usual
     one where it writes none."""
-    asked = [ASK.as_dict()]
-    calls = [Message("assistant", "", {"tool_calls": [PROBE]})]
-    forms = [Form(as_object, empty) for empty in ("", None) for as_object in (True, False)]
-    form = next((form for form in forms if _writes_call(render, asked + form.conversation(calls))), Form())
-    thought = [replace(ANSWER, more={"reasoning_content": f"{STAND_IN}r"})]
+    plain = [Form(), Form(parts=True)]
+    plain_form = next((form for form in plain if _count(render, form.conversation([ASK, ANSWER]), STAND_IN)), Form())
+    calls = [ASK, Message("assistant", "", {"tool_calls": [PROBE]})]
+    forms = [plain_form._replace(object_arguments=o, empty=empty) for empty in ("", None) for o in (True, False)]
+    form = next((form for form in forms if _writes_call(render, form.conversation(calls))), plain_form)
+    thought = [ASK, replace(ANSWER, more={"reasoning_content": f"{STAND_IN}r"})]
     named = [form._replace(reasoning=names) for names in (REASONING, *((name,) for name in REASONING))]
-    once = (one for one in named if _count(render, asked + one.conversation(thought), f"{STAND_IN}r") == 1)
+    once = (one for one in named if _count(render, one.conversation(thought), f"{STAND_IN}r") == 1)
     return next(once, form)
 
 

@@ -9,8 +9,9 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from ppg_fast.dialogues.conversation import STAND_IN, Form, Tools, completed, form_of, strings
+from ppg_fast.dialogues.conversation import ASK, STAND_IN, Form, Tools, completed, form_of, strings
 from ppg_fast.dialogues.message import ROLES, Message
+from ppg_fast.dialogues.template_choice import require_read
 from ppg_fast.spec import require
 
 END = "<end>"
@@ -42,6 +43,7 @@ class Renderer:
         own = tokenizer.get_chat_template() if getattr(tokenizer, "chat_template", None) else ROLE_TEMPLATE
         self.template: str = template or own
         self.by_role = self.template == ROLE_TEMPLATE
+        require_read(self.template, self.template_kwargs)
         day = datetime.fromisoformat(date) if date else datetime.now()
         dated = CLOCK in self.template
         self.date, self._dated = day.date().isoformat() * dated, _clock(day) * dated + self.template
@@ -59,6 +61,8 @@ class Renderer:
             self.special |= roles
         self._roles, self._at_roles = roles, re.compile("(" + "|".join(map(re.escape, roles)) + ")")
         self.added = {name: number for name, (number, _) in added.items()} | self.special
+        names = sorted(self.added, key=len, reverse=True)
+        self.token_pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
         self._reserved = [*self.special, *(ROLE_TOKENS if self.by_role else self._structure())]
 
     def _structure(self) -> list[str]:
@@ -121,8 +125,7 @@ class Renderer:
         raise ValueError(f"message {max(len(messages) - 1, 0)}: {REFUSES}: {reason}")
 
     def _render(self, messages: Sequence[Message], answer_next: bool, tools: Tools) -> str:
-        form = self._form if any(message.more for message in messages) else Form()
-        conversation = form.conversation(messages)
+        conversation = self._form.conversation(messages)
         try:
             return self.raw(conversation, answer_next, tools)
         except Exception:  # Mistral's templates want ids of nine letters, others a description of every tool
@@ -153,19 +156,50 @@ class Renderer:
     def before_answer(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """The text up to where the assistant begins to speak: the generation prompt after ``messages``.
 
-        Where the assistant opens the dialogue and the template has no generation prompt for that, what it writes
-        before the answer of a dialogue so begun. ValueError where it refuses that too, or takes the answer for the
-        user's.
+        Where the assistant opens the dialogue, what the template writes before the answer of a dialogue so begun, if
+        that ends with its generation prompt (it may write more with a first message only) or it has none there.
+        ValueError where it refuses that too, or takes the answer for the user's.
         """
+        refused: ValueError | None = None
+        prompt = ""
         try:
-            return self.text(messages, answer_next=True, tools=tools)
+            prompt = self.text(messages, answer_next=True, tools=tools)
+        except ValueError as error:
+            refused = error
+        if any(message.role != "system" for message in messages):
+            if refused:
+                raise refused
+            return prompt
+        try:
+            begun = self._begun(messages, tools)
         except ValueError:
-            if any(message.role != "system" for message in messages):
+            if refused:
                 raise
+            return prompt
+        return begun if refused or (not messages and begun.endswith(prompt)) else prompt
+
+    def _begun(self, messages: Sequence[Message], tools: Tools) -> str:
+        """The text before an answer that opens a dialogue."""
         opened, asked = (self.text([*messages, Message(r, STAND_IN)], tools=tools) for r in ("assistant", "user"))
         rule = "the chat template must write an answer that opens a dialogue"
         require(STAND_IN in opened and opened != asked, rule, opened[:60])
-        return opened[: opened.index(STAND_IN)]
+        begun = opened[: opened.index(STAND_IN)]
+        return begun[: begun.rindex(self.header) + len(self.header)] if self.header in begun else begun
+
+    @cached_property
+    def header(self) -> str:
+        """The generation prompt after a question; "" where there is none, or the template refuses that."""
+        try:
+            asked = self.text([ASK], answer_next=True)
+            return asked[self.common(asked, self.text([ASK])) :]
+        except ValueError:
+            return ""
+
+    def common(self, one: str, other: str) -> int:
+        """How many characters of ``one`` the two begin with alike, tokens whole."""
+        size = len(shared_start(one, other))
+        tokens = self.token_pattern.finditer(one)
+        return next((token.start() for token in tokens if token.start() < size < token.end()), size)
 
     def digest(self) -> str:
         """A checksum of what decides the tokens of a message: template, what it is told, and tokenizer; not the

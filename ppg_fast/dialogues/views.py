@@ -1,15 +1,14 @@
 """What the model would see when it answers: a dialogue's text, turn by turn, as the chat template writes it then."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from ppg_fast.dialogues.chat_format import ChatFormat
-from ppg_fast.dialogues.conversation import ANSWER, STAND_IN, Tools
+from ppg_fast.dialogues.conversation import Tools
 from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import CONTEXT
-from ppg_fast.dialogues.renderer import in_message, shared_start
-from ppg_fast.spec import require
+from ppg_fast.dialogues.renderer import in_message
+from ppg_fast.dialogues.written import require_written
 
 
 class Span(NamedTuple):
@@ -43,7 +42,9 @@ def spans(chat: ChatFormat, messages: Sequence[Message], tools: Tools = ()) -> I
             yield Span(answer, turn, index)
             before, last = context + answer, index
         turn += 1
-    require(bool(before), "message 0: an answer must be trained, or the dialogue teaches nothing", "weights of 0")
+    if not before:
+        last = max((n for n, message in enumerate(messages) if message.role == "assistant"), default=0)
+        raise ValueError(f"message {last}: no answer is trained (their weight is 0), so the dialogue teaches nothing")
     if last + 1 < len(messages) or not renderer.by_role:
         whole = renderer.text(messages, tools=tools)
         if whole.startswith(before):
@@ -55,24 +56,12 @@ def view(chat: ChatFormat, messages: Sequence[Message], tools: Tools = ()) -> tu
     renderer, index, said = chat.renderer, len(messages) - 1, messages[-1].content
     prompt = renderer.before_answer(messages[:-1], tools)
     whole = renderer.text(messages, tools=tools)
-    start = len(prompt)
-    context = prompt
-    if not whole.startswith(prompt) or not said or not whole.startswith(said, start):
-        context, start = _begun(chat, messages, tools, prompt, whole)
+    context, start = prompt, len(prompt)
+    if not (whole.startswith(prompt) and said and whole.startswith(said, start)):
+        context, start = chat.beginnings.of(messages, tools, prompt, whole)
     answer = chat.up_to_the_end(whole[start:])
-    rule = f"message {index}: the chat template must end the answer with a token that ends one"
-    require(chat.ends(answer), rule, answer[-60:])
+    if not chat.ends(answer):
+        require_written(renderer, messages, tools)
+        rule = "the chat template must end the answer with a token that ends one"
+        raise ValueError(f"message {index}: {rule}, got {answer[-60:]!r}")
     return context, answer
-
-
-def _begun(chat: ChatFormat, messages: Sequence[Message], tools: Tools, prompt: str, whole: str) -> tuple[str, int]:
-    """The context of the answer that ``whole`` ends with, and where in it the answer begins.
-
-    A plain answer begins where a stand-in's content does, another one (reasoning, calls) behind the generation prompt,
-    as far as the template writes that before it.
-    """
-    plain = chat.renderer.text([*messages[:-1], replace(ANSWER, more={})], tools=tools)
-    start = plain.rfind(STAND_IN)
-    if start >= 0 and whole.startswith(plain[:start]):
-        return prompt + plain[len(shared_start(prompt, plain[:start])) : start], start
-    return prompt, len(shared_start(prompt, whole))

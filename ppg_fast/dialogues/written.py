@@ -25,20 +25,21 @@ def require_written(renderer: Renderer, messages: Sequence[Message], tools: Tool
     """ValueError that names the first message of which the template leaves something out: content, calls with their
     arguments, reasoning, a speaker's name; or the tools.
 
-    One rendering for all of them, each with a mark of its own. What the template leaves out of the history only
-    (earlier reasoning) is its view of it: an answer must be written as the last message, another one where the next
-    answer is written. ``after``: the messages after the first two are looked for behind this text.
+    One rendering for all of them, each with a mark of its own. What the template leaves out there it must write where
+    it counts: an answer as the last message (earlier reasoning may be left out of the history), another one in what the
+    model sees before the next answer. ``after``: the messages after the first two are looked for behind this text.
     """
     if renderer.by_role:
         _require_plain(messages, tools)
         return
-    views: dict[int, list[tuple[int, str]]] = {}
+    views: dict[tuple[int, bool], list[tuple[int, str]]] = {}
     for index, what in _unwritten(renderer, messages, tools, after):
-        stop = next((n + 1 for n in range(max(index, 0), len(messages)) if messages[n].role == "assistant"), None)
-        if stop is not None and stop < len(messages) and not after:
-            if stop not in views:
-                views[stop] = _unwritten(renderer, messages[:stop], tools, after)
-            if (index, what) not in views[stop]:
+        stop = next((n for n in range(max(index, 0), len(messages)) if messages[n].role == "assistant"), None)
+        if stop is not None and not after:
+            seen = stop != index  # by the model, before it answers
+            if (stop, seen) not in views:
+                views[stop, seen] = _unwritten(renderer, messages[: stop + (not seen)], tools, after, seen)
+            if (index, what) not in views[stop, seen]:
                 continue
         use = "use a template that writes it (--chat-template)"
         if index < 0:
@@ -57,7 +58,9 @@ def _require_plain(messages: Sequence[Message], tools: Tools) -> None:
         raise ValueError("message 0: a tokenizer without a chat template writes no tools: use --chat-template")
 
 
-def _unwritten(renderer: Renderer, messages: Sequence[Message], tools: Tools, after: str) -> list[tuple[int, str]]:
+def _unwritten(
+    renderer: Renderer, messages: Sequence[Message], tools: Tools, after: str, answer_next: bool = False
+) -> list[tuple[int, str]]:
     """What the template does not write of these, as (message, what)."""
     mark = STAND_IN
     while any(mark in message.content for message in messages):
@@ -65,18 +68,21 @@ def _unwritten(renderer: Renderer, messages: Sequence[Message], tools: Tools, af
     marks: list[_Mark] = []
     marked_tools = [_marked_tool(tool, f"{mark}t{number}x", marks) for number, tool in enumerate(tools)]
     marked = [_marked(message, index, mark, marks) for index, message in enumerate(messages)]
-    text = _first(renderer, [*([marked] if marked else []), [*marked, ANSWER]], marked_tools)
+    talks = [*([marked] if marked else []), [*marked, ANSWER]]
+    text = _first(renderer, talks, marked_tools, answer_next)
     if text is None:  # a content that must be in a form of its own
         return _without_effect(renderer, messages, tools)
     behind = text.partition(after)[2] if after else text
     return [(m.message, m.what) for m in marks if m.text not in (behind if after and m.message >= 2 else text)]
 
 
-def _first(renderer: Renderer, talks: Sequence[Sequence[Message]], tools: Tools) -> str | None:
+def _first(
+    renderer: Renderer, talks: Sequence[Sequence[Message]], tools: Tools, answer_next: bool = False
+) -> str | None:
     """The text of the first that the template takes; None where it takes none."""
     for talk in talks:
         try:
-            return renderer.text(talk, tools=tools)
+            return renderer.text(talk, answer_next, tools)
         except ValueError:  # noqa: PERF203
             continue
     return None

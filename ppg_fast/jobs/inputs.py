@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ppg_fast.config import TrainConfig
+from ppg_fast.dialogues.template_choice import template_text
 from ppg_fast.rewards import Judge, PythonReward, Reward, RewardModel
 from ppg_fast.rewards.formula import TERM, split_terms
 from ppg_fast.rewards.judge import TASK
 from ppg_fast.rollouts.tools.functions import split_place
 
 PATHS = ("data", "prompts", "model", "partner_prompt")
+NAMES = ("chat_template",)  # of a file, or of something that ships
 KEYS = ("partner_key", "judge_key", "sampler_key")  # env:NAME or file:PATH
 FILE = "file:"
 
@@ -21,6 +23,7 @@ FILE = "file:"
 def input_paths(settings: Mapping[str, Any]) -> list[Path]:
     """Files and folders that a config's settings name."""
     named = [settings[name] for name in PATHS if settings.get(name)]
+    named += [settings[name] for name in NAMES if settings.get(name) and os.path.isfile(settings[name])]
     named += [settings[name][len(FILE) :] for name in KEYS if (settings.get(name) or "").startswith(FILE)]
     named += [path for _, path, _ in map(_split_source, _sources(settings.get("reward"))) if path]
     tools = split_place(settings["tools"])[0] if settings.get("tools") else ""
@@ -33,6 +36,9 @@ def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     changed = dict(settings)
     for name in PATHS:
         changed[name] = _absolute(settings[name]) if settings.get(name) else settings.get(name)
+    for name in NAMES:
+        if settings.get(name) and os.path.isfile(settings[name]):
+            changed[name] = _absolute(settings[name])
     for name in KEYS:
         if (settings.get(name) or "").startswith(FILE):
             changed[name] = FILE + _absolute(settings[name][len(FILE) :])
@@ -65,7 +71,18 @@ def model_digest(config: TrainConfig) -> str:
     """A checksum of a policy's configuration, tokenizer and template; its weights are in the checkpoint."""
     files = Path(config.model).glob("*") if config.model else ()
     read = [file for file in sorted(files) if file.suffix in (".json", ".jinja", ".model", ".txt") and file.is_file()]
-    return hashlib.sha256(repr([(file.name, content_digest(file)) for file in read]).encode()).hexdigest()
+    parts = [(file.name, content_digest(file)) for file in read]
+    if config.chat_template or config.chat_template_kwargs:
+        parts.append((_chosen(config.chat_template), config.chat_template_kwargs))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _chosen(name: str) -> str:
+    """The text of a chat template; the name of one that the tokenizer has, whose files are read anyway."""
+    try:
+        return template_text(name)
+    except ValueError:
+        return name
 
 
 def partner_digest(config: TrainConfig) -> str:

@@ -1,5 +1,6 @@
 """What a job trains: model, tokenizer and the sources of randomness, made on the spot or loaded."""
 
+import json
 import platform
 import random
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from ppg_fast import backends
 from ppg_fast.config import AUTO, TrainConfig
 from ppg_fast.dialogues.chat_format import ChatFormat
 from ppg_fast.dialogues.packing import Sample
+from ppg_fast.dialogues.template_choice import template_text
 from ppg_fast.distributed import Ranks
 from ppg_fast.endpoint import Usage
 from ppg_fast.models.adaptation import add_lora, checkpoint_activations, freeze
@@ -66,7 +68,13 @@ class Policy:
         self.module = distribute(self.model, self.ranks)
         if self.ranks.rank:  # weights began alike; what dropout and environments draw must not
             set_seed((config.seed + self.ranks.rank) % 2**32)
-        self.chat = ChatFormat(self.tokenizer, self.model.generation_config, config.template_date)
+        self.chat = ChatFormat(
+            self.tokenizer,
+            self.model.generation_config,
+            config.template_date,
+            template_text(config.chat_template, self.tokenizer),
+            json.loads(config.chat_template_kwargs or "{}"),
+        )
         self.rng = random.Random(config.seed)
         self.generator = self.sampling_generator(config.seed)
         self.used: dict[str, Usage] = {}  # of endpoints, by role, by this rank; a resumed run counts on

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -96,10 +96,18 @@ def page(when: str, rollouts: Sequence[Rollout], note: str, scored: bool = True)
         lines += [f"## Dialogue {number}" + (f": return {rollout.total_reward:.2f}" if scored else ""), ""]
         rewards = iter(zip(rollout.sample.rewards, rollout.cut_off, strict=True))
         for message in rollout.messages:
-            text = " ".join(message.content.split()) or "(silence)"
+            text = " ".join([*message.content.split(), *map(spoken_call, message.tool_calls)]) or "(silence)"
             if message.role == "assistant":
                 reward, cut_off = next(rewards)
                 text += (" (cut off)" if cut_off else "") + (f" `reward {reward:.2f}`" if scored else "")
             lines.append(f"- **{message.role}**: {text}")
         lines.append("")
     return "\n".join(lines)
+
+
+def spoken_call(call: Mapping[str, Any]) -> str:
+    """A call as Python writes one; what cannot be read, as it is."""
+    name, arguments = call["function"]["name"], call["function"].get("arguments", {})
+    if isinstance(arguments, str):
+        return f"`{name}({' '.join(arguments.split())})`"
+    return f"`{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})`"

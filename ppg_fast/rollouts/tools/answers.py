@@ -72,14 +72,17 @@ class AnswerReader:
         return self.tokenizer.decode(said, skip_special_tokens=False)
 
 
-def parameters_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def parameters_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
     """The schema of every parameter of each function, by name."""
-    found: dict[str, dict[str, Any]] = {}
-    for tool in tools:
-        function = function_of(tool)
-        properties = (function.get("parameters") or {}).get("properties") or {}
-        found[str(function.get("name"))] = dict(properties)
-    return found
+    return {str(function_of(tool).get("name")): properties_of(function_of(tool)) for tool in tools}
+
+
+def properties_of(function: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The schema of every parameter of a function; those that are none say nothing."""
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    found = properties if isinstance(properties, Mapping) else {}
+    return {str(name): schema for name, schema in found.items() if isinstance(schema, Mapping)}
 
 
 def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ppg_fast.rewards.python import is_users, said_by
-from ppg_fast.rollouts.tools.answers import function_of
+from ppg_fast.rollouts.tools.answers import function_of, properties_of
 from ppg_fast.rollouts.tools.reading import types_of
 
 ERROR = 300  # most characters of what went wrong
@@ -42,28 +42,33 @@ def outcome(
     name, arguments = call["function"]["name"], call["function"].get("arguments", {})
     if not isinstance(arguments, dict):
         got = repr(str(arguments)[:100])
-        return _error(f"the call cannot be read: name and arguments (a JSON object) are expected, got {got}")
+        return an_error(f"the call cannot be read: name and arguments (a JSON object) are expected, got {got}")
     if name not in tools:
-        return _error(f"there is no function {name[:60]!r}, there is {', '.join(tools)}")
+        return an_error(f"there is no function {name[:60]!r}, there is {', '.join(tools)}")
     try:
         inspect.signature(functions[name]).bind(**arguments)
     except (TypeError, ValueError) as error:
-        return _error(f"{name}: {error}")
+        return an_error(f"{name}: {error}")
     if wrong := wrong_type(arguments, function_of(tools[name])):
-        return _error(f"{name}: {wrong}")
+        return an_error(f"{name}: {wrong}")
     try:
         text = text_of(now(functions[name](**copy.deepcopy(arguments))))  # the message keeps its own
     except BaseException as error:  # whatever the user's function raises, SystemExit too
         if not is_users(error):
             raise
-        return _error(f"{name}: {_named(error)}")._replace(raised=said_by(error))
+        return an_error(f"{name}: {_named(error)}")._replace(raised=said_by(error))
     return Outcome(text)
+
+
+def an_error(said: str) -> Outcome:
+    """What the policy reads of a call that went wrong."""
+    return Outcome(json.dumps({"error": said[:ERROR]}, ensure_ascii=False).encode("utf-8", "replace").decode(), True)
 
 
 def wrong_type(arguments: Mapping[str, Any], function: Mapping[str, Any]) -> str:
     """What is wrong with the first argument whose JSON type, or value among those listed, is another; "" where none
     is."""
-    properties = (function.get("parameters") or {}).get("properties") or {}
+    properties = properties_of(function)
     for name, value in arguments.items():
         schema = properties.get(name) or {}
         types, choices = types_of(schema), schema.get("enum")
@@ -105,10 +110,6 @@ def _is(value: Any, kind: str) -> bool:
     if isinstance(value, bool) and kind in ("integer", "number"):
         return False
     return isinstance(value, KINDS.get(kind, (object,)))
-
-
-def _error(said: str) -> Outcome:
-    return Outcome(json.dumps({"error": said[:ERROR]}, ensure_ascii=False).encode("utf-8", "replace").decode(), True)
 
 
 def _named(error: BaseException) -> str:

@@ -15,10 +15,8 @@ from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.partner import Conversation, Partner
 from ppg_fast.rollouts.rollout import Stepped
 from ppg_fast.rollouts.tools.answers import function_of, made_id
-from ppg_fast.rollouts.tools.calling import now, outcome, plain_name, text_of
+from ppg_fast.rollouts.tools.calling import an_error, now, outcome, plain_name, text_of
 from ppg_fast.rollouts.tools.functions import Tools
-
-LATEST = "no more calls: a dialogue may have {} of them"
 
 
 class ToolConversation(Conversation):
@@ -82,18 +80,15 @@ class ToolConversation(Conversation):
         self.counts["calls"] += 1
         name = str(call["function"]["name"])
         if self.calls > self.max_calls:
-            self.counts["failures"] += 1
-            return self._message(call, name, LATEST.format(self.max_calls))
-        with self.of.importing():
-            found = outcome(call, self.functions, self.schemas)
+            found = an_error(f"no more calls: a dialogue may have {self.max_calls} of them")
+        else:
+            with self.of.importing():
+                found = outcome(call, self.functions, self.schemas)
         self.counts["failures"] += found.failed
         if found.raised:
             self.of.warn(name, f"prompt {self.prompt.id!r}: tool {name} raised {found.raised}")
-        return self._message(call, name, found.text)
-
-    def _message(self, call: Mapping[str, Any], name: str, text: str) -> Message:
         more = {"name": plain_name(self.clean(name)), "tool_call_id": call["id"]}
-        return Message("tool", self.clean(text), more)
+        return Message("tool", self.clean(found.text), more)
 
     def transcript(self) -> Transcript:
         """The dialogue so far, and the environment under that name."""
@@ -117,7 +112,7 @@ def step_calls(environments: Sequence[Environment], answers: Sequence[Message]) 
 
 def prepared(prompt: Prompt, tools: Tools) -> Prompt:
     """The prompt with the tools that it is played with, and a log without results: calls are answered anew."""
-    heard = (tuple(message for message in turn if message.role != "tool") for turn in prompt.logged)
+    heard = [tuple(m for m in turn if m.role != "tool") for turn in prompt.logged]
     return replace(prompt, tools=tools.select(prompt), logged=tuple(turn for turn in heard if turn))
 
 

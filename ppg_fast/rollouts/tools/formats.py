@@ -209,18 +209,19 @@ HARMONY = re.compile(
 
 
 def harmony(text: str, _: Parameters, thinking: bool = False) -> Reading:
-    """gpt-oss: messages of channels; one that is sent to a function is a call."""
-    said: dict[str, list[str]] = {"analysis": [], "final": [], "commentary": []}
-    calls, last, outside = [], 0, ""
+    """gpt-oss: messages of channels; one that is sent to a function is a call, and ends the answer."""
+    thoughts, said, calls, last = [], [], [], 0
     for match in HARMONY.finditer(text):
-        outside, last = outside + text[last : match.start()], match.end()
+        before, last = text[last : match.start()], match.end()
         to = match["to"] or match["at"] or ""
         if to.startswith("functions."):
             calls.append(named_call(to.removeprefix("functions."), match["body"]))
-        else:
-            said.setdefault(match["channel"], []).append(match["body"])
-    spoken = "".join([outside, text[last:], *said["commentary"], *said["final"]])
-    return Reading(spoken, "\n".join(said["analysis"]), tuple(calls))
+            break
+        said += [before] if match["channel"] == "analysis" else [before, match["body"]]
+        thoughts += [match["body"]] if match["channel"] == "analysis" else []
+    if not calls and "to=functions." in text[last:]:  # a call without its head
+        calls, last = [unread(text[last:])], len(text)
+    return Reading("".join([*said, text[last:]]), "\n".join(thoughts), tuple(calls))
 
 
 FORMATS: dict[str, Reader] = {

@@ -92,8 +92,9 @@ def value_of(text: str, schema: Mapping[str, Any] | None) -> Any:
 def types_of(schema: Mapping[str, Any]) -> tuple[str, ...]:
     """The JSON types that a parameter's schema allows; () where it says none."""
     said = schema.get("type", ())
-    types = [said] if isinstance(said, str) else [one for one in said if isinstance(one, str)]
-    for choice in [*(schema.get("anyOf") or ()), *(schema.get("oneOf") or ())]:
+    types = [one for one in (said if isinstance(said, list | tuple) else [said]) if isinstance(one, str)]
+    unions = [choices for name in ("anyOf", "oneOf") if isinstance(choices := schema.get(name), list)]
+    for choice in (choice for choices in unions for choice in choices):
         found = types_of(choice) if isinstance(choice, Mapping) else ()
         if not found:
             return ()
