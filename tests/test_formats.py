@@ -59,6 +59,8 @@ FORMATS = {  # an object of a file; what is said, the rewards, and what stays be
     "a call": ({"conversations": [HUMAN, CALLED, {"from": "observation", "value": "3"}, GPT]},
                [ONE[0], ("assistant", ""), ("tool", "3"), ONE[1]], (None, None), {}),
     "prompt and completion": ({"prompt": "hi", "completion": "yo", "label": True}, ONE, (1.0,), {"label": True}),
+    "keys that are null": ({"messages": None, "chosen": None, "prompt": "hi", "completion": "yo", "rejected": None},
+                           ONE, (None,), {"chosen": None, "rejected": None}),
     "as messages": ({"prompt": [HI, YO, HI], "completion": [YO]}, ONE * 2, (None, None), {}),
     "Alpaca": ({"instruction": "add", "input": "1 2", "output": "3", "history": [["hi", "yo"]], "system": "s"},
                [("system", "s"), *ONE, ("user", "add\n\n1 2"), ("assistant", "3")], (None, None), {}),
@@ -156,6 +158,7 @@ PACKED = {
     "UTF-16 the other way round": AS_LINES.decode().encode("utf-16-be"),
     "UTF-32": AS_LIST.encode("utf-32"),
     "byte order mark": b"\xef\xbb\xbf" + AS_LINES,
+    "carriage returns": AS_LINES.replace(b"\n", b"\r"),
     "pretty objects": "\n".join(json.dumps(line, indent=2) for line in LINES).encode(),
     "a pretty list": json.dumps(LINES, indent=1).encode(),
     "a wrapper": json.dumps({"version": 1, "data": LINES}).encode(),
@@ -171,6 +174,13 @@ def test_files_are_read_however_they_are_packed(raw, tmp_path):
     path.write_bytes(raw)
     assert read_dialogues(path, strict=True) == read_dialogues(tmp_path / "d.jsonl", strict=True)
     assert [p.id for p in read_prompts(path, strict=True)] == ["d0", "d1", "d2"]
+
+
+def test_a_second_list_of_a_wrapper_is_not_lost_in_silence(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"train": LINES, "test": LINES[:1]}))
+    with pytest.warns(UserWarning, match=r"d\.json: the 1 objects in 'test' are not read, only those in 'train'"):
+        assert len(read_dialogues(path, strict=True)) == 3
 
 
 def test_one_pretty_object_and_one_list_of_messages(tmp_path):
@@ -272,7 +282,7 @@ def test_anything_else_is_one_line_that_says_what_it_looks_like(raw, rule, tmp_p
 
 
 def test_a_prompt_alone_is_no_dialogue_and_a_bad_reward_costs_its_own(tmp_path):
-    with pytest.raises(ValueError, match=r"line 1: holds a prompt without an answer .*it is one for --prompts"):
+    with pytest.raises(ValueError, match=r"line 1: holds 'prompt' without an answer .*it is one for --prompts"):
         read(tmp_path / "p.jsonl", {"prompt": "hi"})
     path = write(tmp_path / "p.jsonl", SAID, {**SAID, "reward": "high"}, {**SAID, "reward": 1e39}, {"prompt": "hi"})
     with pytest.warns(UserWarning, match="left out") as caught:

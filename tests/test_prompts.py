@@ -161,7 +161,8 @@ def test_a_rollout_hears_two_results_before_it_answers_again():
     random = torch.Generator().manual_seed(0)
     (rollout,) = collect_groups(model, chat, make, [0], 1, generator=random, max_new_tokens=3, step_all=step_all)
     assert [m.role for m in rollout.messages] == ["user", "assistant", "tool", "tool", "assistant", "user", "assistant"]
-    text = tokenizer.decode([t for t, turn in zip(rollout.sample.tokens, rollout.sample.turn_ids) if turn < 0])
+    sample = rollout.sample
+    text = tokenizer.decode([t for t, turn in zip(sample.tokens, sample.turn_ids, strict=True) if turn < 0])
     assert text == "<user>u<end><assistant><tool>12<end><tool>13<end><assistant><user>v<end><assistant>"
 
 

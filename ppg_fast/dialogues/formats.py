@@ -37,14 +37,15 @@ def translated(value: object, answered: bool = True) -> Found:
         value = {"messages": value}
     if not isinstance(value, dict):
         raise ValueError(f"a dialogue must be a JSON object, got {brief(value)}")
-    if set(CHOSEN) <= value.keys() and "turn_rewards" not in value:
+    given = {key for key, inner in value.items() if inner is not None}
+    if set(CHOSEN) <= given and "turn_rewards" not in given:
         return _both_sides(value)
-    if "messages" in value:
+    if "messages" in given:
         return Found("messages", [_plain(value)])
     chat = next((key for key in CHATS if _is_chat(value.get(key))), "")
     if chat:
         return Found(f"{chat} (ShareGPT)", [_one_chat(value, chat)])
-    if any(key in value for key in ASKED):
+    if given & set(ASKED):
         return _one_answer(value, answered)
     raise ValueError(_unknown(value))
 
@@ -124,9 +125,9 @@ def _with_system(messages: list[dict[str, Any]], value: Mapping[str, Any]) -> li
 def _one_answer(value: dict[str, Any], answered: bool) -> Found:
     """Prompt and completion, each text or messages; Alpaca's instruction with its input and history."""
     asked, key = _asked(value)
-    said = next((key for key in ANSWERED if key in value and key not in asked), "")
+    said = next((key for key in ANSWERED if value.get(key) is not None), "")
     if not said and answered:
-        rule = f"holds a {key} without an answer ({', '.join(ANSWERED)}): nothing to train on"
+        rule = f"holds {key!r} without an answer ({', '.join(ANSWERED)}): nothing to train on"
         raise ValueError(f"{rule}; it is one for --prompts")
     opening = _with_system([*_history(value), *_opening(value, asked)], value)
     answer = _turn(value[said], "assistant", said) if said else []
@@ -136,7 +137,7 @@ def _one_answer(value: dict[str, Any], answered: bool) -> Found:
 
 def _asked(value: Mapping[str, Any]) -> tuple[list[str], str]:
     """The keys of what is asked, and their first."""
-    key = next(key for key in ASKED if key in value)
+    key = next(key for key in ASKED if value.get(key) is not None)
     more = key == "instruction" and isinstance(value.get("input"), str)
     return [key, "input"] if more else [key], key
 
@@ -171,7 +172,7 @@ def _both_sides(value: dict[str, Any]) -> Found:
     if len(whole) == 2:
         raise ValueError("chosen and rejected must both be whole dialogues, or both be answers to a prompt")
     chat = next((key for key in ("messages", *CHATS) if _is_chat(value.get(key))), "")
-    asked = _asked(value)[0] if any(key in value for key in ASKED) else []
+    asked = _asked(value)[0] if any(value.get(key) is not None for key in ASKED) else []
     if True in whole:
         before = []
     elif chat:

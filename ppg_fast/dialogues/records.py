@@ -57,6 +57,7 @@ def read_records(path: Path, problems: Problems) -> list[Record]:
     raw = files.as_utf8(raw, path)
     if not raw.strip():
         raise ValueError(f"{path} is empty")
+    raw = raw if b"\n" in raw else raw.replace(b"\r", b"\n")  # no JSON holds a bare one in a text
     what = files.looks_like(raw)
     if what and not _holds_json_line(raw):
         raise ValueError(f"{path} holds no JSON: it looks like {what} ({files.RECIPES})")
@@ -170,6 +171,9 @@ def _unwrapped(records: list[Record], problems: Problems) -> list[Record]:
     elements = lists.get(key, [])
     if not elements or "messages" in value or any(map(_is_message, elements)):
         return records
+    for other in () if key == "rows" else lists.keys() - {key}:
+        rule = f"{problems.path}: the {len(lists[other])} objects in {other!r} are not read, only those in {key!r}"
+        warnings.warn(rule, stacklevel=2)
     problems.dropped |= {other: f"beside the dialogues in {key!r}" for other in value if other != key}
     inner = [e["row"] if isinstance(e.get("row"), dict) and "row_idx" in e else e for e in elements]
     return [
