@@ -77,11 +77,14 @@ SETTINGS = {
     "lookahead": {"policy_class": "lookahead:2", "gamma": 0.5},
     "baseline": {"policy_class": "full", "baseline": "leave_one_out", "allow_negative_rewards": True},
     "cut": {"max_dialogue_tokens": 20},
+    "template": {"chat_template": "chatml"},
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("with_model", [False, True], ids=["made on the spot", "model"])
+CASES = [(name, with_model) for name in SETTINGS for with_model in (False, True) if with_model or name != "template"]
+
+
+@pytest.mark.parametrize(("name", "with_model"), CASES)
 def test_what_is_shown_is_what_a_step_reads(name, with_model, data, model):
     settings = {"data": data, "width": 16, "layers": 1, **SETTINGS[name]}
     if with_model:  # a token a byte

@@ -29,7 +29,7 @@ from ppg_fast.inspection.view import (
 )
 from ppg_fast.jobs.offline import encode_within
 from ppg_fast.jobs.policy import objective_of
-from ppg_fast.training.objective import require_nonnegative, warn_if_hardly_credited
+from ppg_fast.training.objective import require_nonnegative, warn_if_equal, warn_if_hardly_credited
 
 MESSAGE = re.compile(r", message (\d+)")
 
@@ -236,7 +236,8 @@ class Inspector:
             Sample([0], [CONTEXT], [r or 0.0 for r in d.turn_rewards], stable_group_id(d.group_id))
             for d in self.dialogues
         ]
-        _, notes = heard(lambda: warn_if_hardly_credited(samples, self.objective))
+        rewards = (warn_if_hardly_credited, warn_if_equal)
+        notes = [note for warn in rewards for note in heard(lambda warn=warn: warn(samples, self.objective))[1]]
         if not self.config.allow_negative_rewards:
             try:
                 require_nonnegative(samples, [d.id for d in self.dialogues])

@@ -68,13 +68,7 @@ class Policy:
         self.module = distribute(self.model, self.ranks)
         if self.ranks.rank:  # weights began alike; what dropout and environments draw must not
             set_seed((config.seed + self.ranks.rank) % 2**32)
-        self.chat = ChatFormat(
-            self.tokenizer,
-            self.model.generation_config,
-            config.template_date,
-            template_text(config.chat_template, self.tokenizer),
-            json.loads(config.chat_template_kwargs or "{}"),
-        )
+        self.chat = chat_of(config, self.tokenizer, self.model.generation_config)
         self.rng = random.Random(config.seed)
         self.generator = self.sampling_generator(config.seed)
         self.used: dict[str, Usage] = {}  # of endpoints, by role, by this rank; a resumed run counts on
@@ -172,6 +166,17 @@ class Policy:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
+
+
+def chat_of(config: TrainConfig, tokenizer: Any, generation_config: Any) -> ChatFormat:
+    """The chat format of ``tokenizer`` under the settings of ``config``."""
+    return ChatFormat(
+        tokenizer,
+        generation_config,
+        config.template_date,
+        template_text(config.chat_template, tokenizer),
+        json.loads(config.chat_template_kwargs or "{}"),
+    )
 
 
 def objective_of(config: TrainConfig) -> Objective:
