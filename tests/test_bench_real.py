@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ppg_fast.bench import result_file
@@ -241,6 +242,19 @@ def small_gemma(tmp_path, monkeypatch):
     monkeypatch.setenv(models.CACHE, str(tmp_path))
     monkeypatch.setattr(wide_vocabulary, "TOKENS", 128)
     monkeypatch.setattr(wide_vocabulary, "WORDS", (3, 500))
+
+
+def test_a_case_is_measured_once_and_can_be_chosen(tmp_path, monkeypatch, small_gemma):
+    asked = []
+    monkeypatch.setattr(wide_vocabulary, "_apart", lambda *case: asked.append(case) or {"case": case})
+    given = SimpleNamespace(work=tmp_path / "work", set={"only": "all weights 0.25|LoRA 1.0 TRL"})
+    first = wide_vocabulary.measure(given)["steps"]
+    assert [step["case"] for step in first] == [
+        *(["all weights", 0.25, name] for name in wide_vocabulary.NAMES),
+        ["LoRA", 1.0, "TRL GRPO"],
+    ]
+    assert wide_vocabulary.measure(given)["steps"] == first
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize("what", wide_vocabulary.WHAT)
