@@ -205,6 +205,17 @@ def test_the_next_best_is_taken_measure_by_measure(peak, seconds, verdict):
     assert "| TRL GRPO | 300 MiB | 100 MiB | 200 MiB | 90.0 s | 180.0 s |" in text
 
 
+def test_only_settings_that_differ_are_told():
+    tried = [
+        {"settings": {"seed": 7, "learning_rate": rate}, "points": [{"step": 0, "reward": 0.5}], "returns": [0.4, 0.6]}
+        | {"name": "x", "step_seconds": 60.0}
+        for rate in (1e-3, 3e-3)
+    ]
+    text = sections.tried_section({"real_tried.cpu": {"tried": tried}})
+    assert "| learning_rate 0.003 | 0: 0.50 | 0.40, 0.60 | 60.0 s |" in text
+    assert "seed" not in text
+
+
 def test_checks_that_fail_are_seen():
     file = {
         "points": [{"step": 0, "logprob": -3.0}, {"step": 8, "logprob": -2.5}], "losses": [900.0, 800.0],
