@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ppg_fast.bench import result_file
@@ -204,6 +205,17 @@ def test_the_next_best_is_taken_measure_by_measure(peak, seconds, verdict):
     assert "| TRL GRPO | 300 MiB | 100 MiB | 200 MiB | 90.0 s | 180.0 s |" in text
 
 
+def test_only_settings_that_differ_are_told():
+    tried = [
+        {"settings": {"seed": 7, "learning_rate": rate}, "points": [{"step": 0, "reward": 0.5}], "returns": [0.4, 0.6]}
+        | {"name": "x", "step_seconds": 60.0}
+        for rate in (1e-3, 3e-3)
+    ]
+    text = sections.tried_section({"real_tried.cpu": {"tried": tried}})
+    assert "| learning_rate 0.003 | 0: 0.50 | 0.40, 0.60 | 60.0 s |" in text
+    assert "seed" not in text
+
+
 def test_checks_that_fail_are_seen():
     file = {
         "points": [{"step": 0, "logprob": -3.0}, {"step": 8, "logprob": -2.5}], "losses": [900.0, 800.0],
@@ -243,7 +255,20 @@ def small_gemma(tmp_path, monkeypatch):
     monkeypatch.setattr(wide_vocabulary, "WORDS", (3, 500))
 
 
-@pytest.mark.parametrize("what", wide_vocabulary.WHAT)
+def test_a_case_is_measured_once_and_can_be_chosen(tmp_path, monkeypatch, small_gemma):
+    asked = []
+    monkeypatch.setattr(wide_vocabulary, "_apart", lambda *case: asked.append(case) or {"case": case})
+    given = SimpleNamespace(work=tmp_path / "work", set={"only": "all weights 0.25|LoRA 1.0 TRL"})
+    first = wide_vocabulary.measure(given)["steps"]
+    assert [step["case"] for step in first] == [
+        *(["all weights", 0.25, name] for name in wide_vocabulary.NAMES),
+        ["LoRA", 1.0, "TRL GRPO"],
+    ]
+    assert wide_vocabulary.measure(given)["steps"] == first
+    assert len(asked) == 4
+
+
+@pytest.mark.parametrize("what", [f"all weights{wide_vocabulary.RECOMPUTED}", "LoRA"])
 def test_all_who_are_compared_have_one_gradient(small_gemma, what):
     pytest.importorskip("trl")
     pytest.importorskip("peft")

@@ -131,12 +131,12 @@ def tried_section(file: dict[str, Any]) -> str:
         (
             ", ".join(f"{n} {t['settings'][n]}" for n in varied) or t["name"],
             ", ".join(f"{p['step']}: {p['reward']:.2f}" for p in t["points"]),
-            str(t["steps"]),
+            ", ".join(f"{reward:.2f}" for reward in t["returns"]),
             duration(t["step_seconds"]),
         )
         for t in file["tried"]
     ]
-    return table(("what was tried", "held-out return by step", "steps taken", "seconds a step"), rows)
+    return table(("what was tried", "held-out return by step", "return of each step", "clock a step"), rows)
 
 
 # ---- logged dialogues ------------------------------------------------------------------------------------------------

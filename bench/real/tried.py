@@ -10,8 +10,8 @@ from ppg_fast.config import read_yaml
 from .. import machine, result_file
 from . import command, persona
 
-SHOWN = (*("lora_rank", "learning_rate", "warmup_steps", "loss_type", "baseline", "num_prompts", "num_generations"),)
-SHOWN += ("max_new_tokens", "max_steps", "eval_dialogues", "policy_class", "num_iterations", "seed")
+SHOWN = ("lora_target_modules", "learning_rate", "warmup_steps", "num_prompts", "num_generations", "max_turns")
+SHOWN += ("max_new_tokens", "max_steps", "policy_class", "lora_rank", "seed")
 
 
 def attempt(place: Path) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def attempt(place: Path) -> dict[str, Any]:
         "name": place.name,
         "settings": {name: settings[name] for name in SHOWN},
         "points": persona.points(place),
-        "steps": len(train),
+        "returns": [row["reward"] for row in train],
         "step_seconds": sum(row["step_time"] for row in train) / max(1, len(train)),
     }
 

@@ -31,11 +31,14 @@ WORDS = (1000, 200_000)  # the tokens are drawn from
 
 
 def measure(arguments: Any) -> dict[str, Any]:
-    """Every contestant, each in its own process, one after the other."""
+    """Every contestant, each in its own process, one after the other; with ``--set "only=TEXT|TEXT"`` those whose case
+    holds one of the texts, "LoRA 0.25" say."""
     models.folder(models.GEMMA3)
     work = Path(arguments.work)
     work.mkdir(parents=True, exist_ok=True)
-    return {"tokens": TOKENS, "threads": 1, "steps": [_once(work, *case) for case in product(WHAT, SHARES, NAMES)]}
+    wanted = arguments.set.get("only", "").split("|")
+    cases = [case for case in product(WHAT, SHARES, NAMES) if any(w in " ".join(map(str, case)) for w in wanted)]
+    return {"tokens": TOKENS, "threads": 1, "steps": [_once(work, *case) for case in cases]}
 
 
 def _once(work: Path, what: str, share: float, name: str) -> dict[str, Any]:
