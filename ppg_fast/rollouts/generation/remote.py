@@ -159,10 +159,9 @@ def _context(name: str, listed: Sequence[dict[str, Any]]) -> int | None:
     takes for a sign that an answer was cut."""
     model = next((m for m in listed if m["id"] == name), listed[0])
     meta = model.get("meta")
-    most, context = model.get("max_model_len"), meta.get("n_ctx") if isinstance(meta, dict) else None
-    if isinstance(context, int) and not isinstance(context, bool):
-        return context - 1
-    return most if isinstance(most, int) and not isinstance(most, bool) else None
+    context = meta.get("n_ctx") if isinstance(meta, dict) else None
+    known = [n for n in (model.get("max_model_len"), context) if _all_are([n], int) and n > 1]
+    return min(known) - (context in known) if known else None
 
 
 def _all_are(values: Any, kind: Any) -> bool:
