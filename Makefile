@@ -55,8 +55,8 @@ fuzz: $(VENV)/.dev
 test-verl: $(VERL)/.verl
 	$(VERL)/bin/python -m pytest -q -W ignore::DeprecationWarning tests/test_integrations_verl*.py $(ARGS)
 
-# llama.cpp's own server, from a wheel with its code or the program LLAMA_SERVER, and SmolLM2, in a folder of their own; a
-# quarter of an hour on two cores, a gigabyte. Not part of `make test`.
+# llama.cpp's own server, from a wheel with its code or the program LLAMA_SERVER, and SmolLM2, in a folder of their own,
+# 1.3 GB. Minutes on two idle cores. Not part of `make test`.
 test-llama: $(LLAMA)/.models
 	PPG_FAST_LLAMA=$(CURDIR)/$(LLAMA) PYTHONPATH=$(CURDIR)/$(LLAMA)/site $(PYTEST) -q tests/test_llama_server.py $(ARGS)
 

@@ -101,6 +101,7 @@ def test_banned_tokens_are_not_said():
         ({"max_model_len": 32}, None, 32),
         ({"max_model_len": 32}, 20, 20),
         ({"max_model_len": None, "meta": None}, 20, 20),
+        ({"max_model_len": -1, "meta": {"n_ctx": 0}}, 20, 20),  # of a model that is not loaded
         ({}, None, 2**62),
     ],
 )

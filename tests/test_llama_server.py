@@ -77,8 +77,13 @@ def test_a_dialogue_beyond_its_context_is_one_line(server, chat):
         sampler.answer([request(chat, "so " * 1200, 4)])
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 700
+    assert sampler.positions == 1023, "4,096 tokens for 4 slots, the last of which ends an answer"
+    full = request(chat, "so " * 1200, 1)
+    full.tokens = full.tokens[-1022:]
+    assert len(sampler.answer([full])[0].tokens) == 1
+    full.limit = 9
     with pytest.raises(EndpointError, match="must not cut the dialogue"):
-        sampler.answer([request(chat, "so " * 960, 99)])
+        sampler.answer([full])
 
 
 def test_chat_completions_are_text(server):

@@ -158,11 +158,10 @@ def _context(name: str, listed: Sequence[dict[str, Any]]) -> int | None:
     """How many tokens a dialogue may have: vLLM lists ``max_model_len``, llama.cpp ``n_ctx``, the last of which it
     takes for a sign that an answer was cut."""
     model = next((m for m in listed if m["id"] == name), listed[0])
-    meta = model.get("meta")
-    most, context = model.get("max_model_len"), meta.get("n_ctx") if isinstance(meta, dict) else None
-    if isinstance(context, int) and not isinstance(context, bool):
-        return context - 1
-    return most if isinstance(most, int) and not isinstance(most, bool) else None
+    meta: Any = model.get("meta")
+    context: Any = meta.get("n_ctx") if isinstance(meta, dict) else None
+    rooms: list[Any] = [model.get("max_model_len"), context - 1 if _all_are([context], int) else None]
+    return next((room for room in rooms if _all_are([room], int) and room > 0), None)
 
 
 def _all_are(values: Any, kind: Any) -> bool:
