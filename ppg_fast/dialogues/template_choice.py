@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent / "templates"
 GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
 ASKS = ("defined", "undefined", "default", "d")  # whether somebody has said it
 GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")  # marks that transformers alone knows
-MARKUP = re.compile(r"<[|\uff5c][^<>\s]+?[|\uff5c]>|<(?:start|end)_of_turn>|\[/?[A-Z]+(?:_[A-Z]+)*\]|</?s>")
+MARKUP = re.compile(r"<[|\uff5c][^<>\s]+?[|\uff5c]>|<(?:start|end)_of_turn>|</?s>")
 
 
 def shipped() -> list[str]:
