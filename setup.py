@@ -2,6 +2,7 @@
 without a compiler. Environment variables: CXX and NVCC name the compilers (`NVCC=` leaves CUDA out),
 TORCH_CUDA_ARCH_LIST the GPUs, PPG_FAST_EXTENSION an extension to pack as it is."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -42,6 +43,13 @@ def cuda_runtime(nvcc: str) -> str:
     return next(str(d) for d in (Path(top, "lib64"), Path(top, "lib")) if (d / "libcudart_static.a").exists())
 
 
+def checksum() -> str:
+    """A checksum of all that decides the compiled code, which the extension tells: the tests then read its machine code
+    instead of compiling it again."""
+    files = [Path("setup.py"), *sorted(path for path in Path("csrc").rglob("*") if path.is_file())]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+
+
 class Build(BuildExtension):
     """Adds the CUDA launchers, which know nothing of torch, as plain objects compiled by nvcc."""
 
@@ -74,6 +82,7 @@ class Build(BuildExtension):
             extension.extra_objects += map(str, objects)
             extension.define_macros.append(("PPG_WITH_CUDA", "1"))
             extension.extra_link_args += [f"-L{cuda_runtime(nvcc)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+        extension.define_macros.append(("PPG_SOURCES", f'"{checksum()}"'))
         super().build_extensions()
 
 

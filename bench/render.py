@@ -9,6 +9,7 @@ from typing import Any
 
 from .aims import aims_section
 from .chart import Bar, bars
+from .chat_templates import chat_templates_section
 from .gpu.sections import gpu_section, summary_section
 from .linear_tables import active_section, contributions_section
 from .policy_classes import across_section, logs_section, overview_section, problems_section
@@ -33,7 +34,13 @@ from .tables import (
 )  # fmt: skip
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
-DOCUMENTS = ("docs/benchmarks.md", "docs/integrations.md", "docs/policy_classes.md", "README.md")
+DOCUMENTS = (
+    "docs/benchmarks.md",
+    "docs/chat_templates.md",
+    "docs/integrations.md",
+    "docs/policy_classes.md",
+    "README.md",
+)
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -163,6 +170,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "hosts": partial(steps_section, op="hosts"),
     "hosts_summary": _hosts_summary_section,
     "learning_curve": _learning_section,
+    "chat_templates": chat_templates_section,
     "gpu": gpu_section,
     "gpu_summary": summary_section,
     "policy_classes": overview_section,

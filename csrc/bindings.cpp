@@ -2,6 +2,7 @@
 // structs, shares rows out among torch's threads or launches on torch's current stream. Outputs are allocated by
 // ppg_fast/native.py.
 //   PPG_WITH_CUDA   the CUDA launchers are linked in
+//   PPG_SOURCES     checksum of what the library is built from
 //   PPG_EMULATED    test build: the CUDA launchers compiled by g++ under an emulator, registered for CPU tensors
 #include <Python.h>
 #include <dlfcn.h>
@@ -207,6 +208,9 @@ std::string build() {
 #endif
 #ifdef PPG_WITH_CUDA
   text += " cuda";
+#endif
+#ifdef PPG_SOURCES
+  text += " sources=" PPG_SOURCES;
 #endif
   return text;
 }

@@ -187,3 +187,27 @@ def test_the_loss_of_a_packed_batch_equals_the_loss_from_its_own_logits():
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_parts_of_a_dialogue_are_kept_apart_and_count_as_one_dialogue():
+    """Against the parts as dialogues of their own: log-probs are theirs, a mean over sequences is the dialogue's."""
+    model = tiny("Qwen3")
+    first, second = Sample([3, 5, 7, 9], [-1, 0, 0, -1], [1.0], 0), Sample([3, 6, 8], [-1, 0, 0], [1.0], 0)
+    whole = Sample([3, 5, 7, 9, 3, 6, 8], [-1, 0, 0, -1, -1, 1, 1], [1.0, 1.0], 0, starts=[0, 4])
+    assert "cu_seqlens" not in PackedCollator()([first, second])
+    one, two = PackedCollator()([whole, first]), PackedCollator()([first, second, first])
+    assert one["cu_seqlens"].tolist() == [0, 7, 11]
+    for name in ("position_ids", "labels", "shift_labels", "cu_seq_lens_q", "max_length_q"):
+        assert torch.equal(torch.as_tensor(one[name]), torch.as_tensor(two[name])), name
+    model.set_attn_implementation(PACKED_ATTENTION)
+    advantages = torch.tensor([[0.5] * 11])
+    credit = ("rewards", "turn_counts", "group_ids", "turn_ids")
+    with patch(model, reduction="sequence_mean"):
+        for drop in ("shift_labels", "labels"):
+            a, b = ({k: v for k, v in batch.items() if k not in (*credit, drop)} for batch in (one, two))
+            torch.testing.assert_close(model(**a).logprobs, model(**b).logprobs)
+        taken = one["shift_labels"][0] >= 0
+        logprobs = model(**a).logprobs[0].where(taken, 0.0)
+        loss = model(**a, advantages=advantages).loss
+    means = [logprobs[:7].sum() / int(taken[:7].sum()), logprobs[7:].sum() / int(taken[7:].sum())]
+    torch.testing.assert_close(loss, -0.5 * sum(means) / 2)

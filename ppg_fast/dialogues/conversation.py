@@ -152,3 +152,12 @@ def strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for one in value:
             yield from strings(one)
+
+
+def with_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every text in it changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(str(key)): with_strings(one, change) for key, one in value.items()}
+    return [with_strings(one, change) for one in value] if isinstance(value, (list, tuple)) else value

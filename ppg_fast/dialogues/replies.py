@@ -40,8 +40,9 @@ class Replies:
         if not self.renderer.by_role and messages[0].role == "tool":
             try:  # the results of calls follow calls; a template that knows none may take results all the same
                 return self._after_the_calls(messages, tools)
-            except ValueError:
-                pass
+            except ValueError as error:
+                if "must have a name" in str(error):
+                    raise
         try:
             text = self._text(ANSWER, messages, tools, STAND_IN)
         except ValueError as error:
@@ -57,13 +58,15 @@ class Replies:
 
     def _after_the_calls(self, messages: Sequence[Message], tools: Tools) -> list[int]:
         results = [message for message in messages if message.role == "tool"]
-        calls = [_call(message, number) for number, message in enumerate(results)]
+        calls = [_call(message, number, tools) for number, message in enumerate(results)]
         last = calls[-1]["function"]["arguments"]["x"]
         text = self._text(Message("assistant", "", {"tool_calls": calls}), messages, tools, last)
         names = self.renderer.tokenizer.convert_ids_to_tokens(self.renderer.encode(self.form.closed_before)[-1:])
         end = re.search("|".join([*filter(None, [self.ends.pattern]), *map(re.escape, names)]), text)
         if end is None:
             raise ValueError("the chat template must end an answer that calls a tool")
+        if STAND_IN in text[end.end() :]:
+            raise ValueError("the chat template writes the name of the tool with its result, so that must have a name")
         return self._behind(text, end.end())
 
     def _after_the_end(self, text: str) -> list[int]:
@@ -77,9 +80,10 @@ class Replies:
         return whole[len(closed) :] if whole[: len(closed)] == closed else self.renderer.encode(text[end:])
 
 
-def _call(result: Message, number: int) -> dict[str, Any]:
-    """The call that ``result`` would be the result of."""
-    name, arguments = result.more.get("name", "f"), {"x": f"{STAND_IN}{number}x"}
+def _call(result: Message, number: int, tools: Tools) -> dict[str, Any]:
+    """The call that ``result`` would be the result of: of the tool that it names, or of the only one."""
+    only = tools[0].get("function", tools[0]).get("name") if len(tools) == 1 else None
+    name, arguments = result.more.get("name") or only or f"{STAND_IN}f", {"x": f"{STAND_IN}{number}x"}
     given = result.more.get("tool_call_id", f"call0000{number}")
     return {"type": "function", "id": given, "function": {"name": name, "arguments": arguments}}
 

@@ -115,11 +115,12 @@ def _marked_call(call: Mapping[str, Any], number: int, put: Any) -> dict[str, An
     function = dict(call["function"])
     arguments = as_object(function.get("arguments", {}))
     what = f"tool call {number} ({function['name'][:60]!r})"
+    function["name"] += put(what, f"f{number}")
     if isinstance(arguments, str):
         function["arguments"] = f"{arguments} {put(f'the arguments of {what}', f'a{number}')}"
     else:
         function["arguments"] = {**arguments, "marked": put(f"the arguments of {what}", f"a{number}")}
-    return {**call, "function": {**function, "name": function["name"] + put(what, f"f{number}")}}
+    return {**call, "function": function}
 
 
 def _marked_tool(tool: Mapping[str, Any], mark: str, marks: list[_Mark]) -> dict[str, Any]:

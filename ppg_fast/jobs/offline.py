@@ -37,7 +37,7 @@ class OfflineJob(Job):
             require_nonnegative(self.samples, [d.id for d in self.dialogues])
         warn_if_hardly_credited(self.samples, self.objective)
         warn_if_equal(self.samples, self.objective)
-        self.shortened = sum(max(s.turn_ids) + 1 < len(s.rewards) for s in self.samples)
+        self.shortened = sum(map(_is_cut, self.samples, self.dialogues))
         self.held_out, self.seen = self.split(len(self.samples))
 
     def _encode(self, dialogue: Dialogue) -> Sample:
@@ -96,3 +96,9 @@ class OfflineJob(Job):
         prompts, partner = [prompt_of(dialogue) for dialogue in logged], LoggedPartner()
         make = lambda: Conversation(prompts, partner, self.config.max_turns)  # noqa: E731
         return self.policy.roll_out(make, range(len(prompts)), 1, self.policy.sampling_generator(0))
+
+
+def _is_cut(sample: Sample, dialogue: Dialogue) -> bool:
+    """Whether the last answer that trains was not read."""
+    answers = [message.trained for message in dialogue.messages if message.role == "assistant"]
+    return max(sample.turn_ids) < max(turn for turn, trained in enumerate(answers) if trained)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ppg_fast.dialogues.conversation import with_strings
+from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.renderer import Renderer
 from ppg_fast.rewards.scoring import Transcript
 
@@ -71,14 +73,24 @@ class RewardModel:
 
     def _tokens(self, transcript: Transcript) -> list[int]:
         # an answer that spells a special token would end its message early or speak for another role
-        messages = [replace(m, content=self.renderer.without_special(m.content)) for m in transcript.messages]
-        tokens = self.renderer.encode(self.renderer.text(messages))
+        messages = [self._plain(message) for message in transcript.messages]
+        text = self.renderer.text(messages)
+        called = [m for m in messages if m.tool_calls]
+        if called and self.renderer.text([replace(m, more={}) if m.tool_calls else m for m in messages]) == text:
+            rule = f"the chat template of reward model {self.folder} must write tool calls"
+            raise ValueError(f"{rule}, it leaves out those of dialogue {transcript.id!r}")
+        tokens = self.renderer.encode(text)
         if self.positions and len(tokens) > self.positions:
             rule = f"reward model {self.folder} reads at most {self.positions} tokens"
             raise ValueError(
                 f"{rule}, got {len(tokens)} in dialogue {transcript.id!r} up to turn {transcript.turns - 1}"
             )
         return tokens
+
+    def _plain(self, message: Message) -> Message:
+        """The message without what would be read as a special token."""
+        plain = self.renderer.without_special
+        return replace(message, content=plain(message.content), more=with_strings(message.more, plain))
 
     def _batches(self, rows: list[list[int]]) -> Iterator[list[list[int]]]:
         """Consecutive rows; one at a time where the model cannot tell padding."""

@@ -13,8 +13,9 @@ CHATML = (
 )
 MARKUP = re.compile(
     r"<[|\uff5c][^<>{}'\" ]+?>|<[^<>|{}'\" ]+?[|\uff5c]>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>|"
-    r"<end_of_utterance>|</?(?:think|tool_call|tool_response)>"
+    r"<end_of_utterance>|\[/?[A-Z][A-Z_]+\]|</?(?:think|tool_call|tool_response)>"
 )
+OWN = Path(__file__).parent / "templates"  # formats of models whose templates TRL does not carry, in our words
 PLAIN = re.compile("think|tool_call>|tool_response>")  # tokens of their own in these models, and not special
 
 
@@ -39,10 +40,12 @@ def byte_tokenizer(template, special=(), plain=(), **names):
 
 
 def tokenizer_of(name):
-    """A tokenizer with TRL's template ``name``, its markup as tokens."""
-    template = (folder() / f"{name}.jinja").read_text(encoding="utf-8")
+    """A tokenizer with the template ``name``, of ours beside this file or of TRL's, its markup as tokens."""
+    own = OWN / f"{name}.jinja"
+    template = (own if own.exists() else folder() / own.name).read_text(encoding="utf-8")
     markup = list(dict.fromkeys(MARKUP.findall(template)))
-    eos = {"gemma": "<eos>", "llama": "<|eot_id|>", "cohere": "<|END_OF_TURN_TOKEN|>"}
+    eos = {"gemma": "<eos>", "llama": "<|eot_id|>", "cohere": "<|END_OF_TURN_TOKEN|>", "mistral": "</s>"}
+    eos |= {"phi4": "<|im_end|>", "smollm2": "<|im_end|>"}
     names = {
         "eos_token": next((token for family, token in eos.items() if name.startswith(family)), "<|endoftext|>"),
         "bos_token": "<bos>" if "gemma" in name else "<s>",

@@ -50,9 +50,10 @@ class LabelledTokens:
         if shift_labels is None:
             arguments |= _shifted(given, tokens.shape)
             tokens = _next(tokens, IGNORE)
-        if cu_seqlens is not None:  # nothing predicts the first token of a dialogue
+        bounds = kwargs.get("cu_seq_lens_q", cu_seqlens)  # of what the model sees at once: parts of dialogues
+        if cu_seqlens is not None and bounds is not None:  # nothing predicts the first token of one
             starts = torch.zeros(tokens.numel() + 1, dtype=torch.bool, device=tokens.device)
-            starts[cu_seqlens.to(tokens.device).long()] = True
+            starts[bounds.to(tokens.device).long()] = starts[cu_seqlens.to(tokens.device).long()] = True
             tokens = tokens.masked_fill(starts[1:].view(tokens.shape), IGNORE)
         if items is not None and "normalizer" not in given:
             arguments["normalizer"] = _normalizer(arguments, items, counted, tokens)

@@ -52,7 +52,8 @@ class PackedCollator:
     A batch has input_ids, position_ids, labels (transformers' alignment), shift_labels, turn_ids, rollout_logprobs
     (both where shift_labels stand) of shape (1, N); use_cache False; cu_seq_lens_q = cu_seq_lens_k (S + 1,) int32,
     max_length_q = max_length_k; rewards (S, T) float32, turn_counts and group_ids (S,), if there are rewards. No label
-    crosses from one dialogue to the next.
+    crosses from one dialogue to the next. Where a dialogue has several parts (`Sample.starts`), positions and
+    cu_seq_lens are those of the parts, and cu_seqlens (S + 1,) has the dialogues, for the loss.
 
     Raises: ValueError for an unknown or missing field, lists of unequal length, a turn id beyond the rewards, no
         dialogue.
@@ -63,7 +64,7 @@ class PackedCollator:
         rewarded = [not isinstance(d, Mapping) or d.get("rewards") is not None for d in dialogues]
         require(all(rewarded) or not any(rewarded), "rewards must be given for all dialogues or for none", rewarded)
         batch = pack([_sample(d) for d in dialogues])
-        lengths = torch.diff(batch.cu_seqlens)
+        lengths = torch.diff(batch.part_seqlens)
         longest = int(lengths.max())
         # the last of a dialogue is masked
         own_labels = torch.cat([batch.labels.new_full((1,), IGNORE), batch.labels[:-1]])
@@ -74,11 +75,13 @@ class PackedCollator:
             "labels": own_labels[None],
             "shift_labels": batch.labels[None],
             "turn_ids": batch.turn_ids[None],
-            "cu_seq_lens_q": batch.cu_seqlens,
-            "cu_seq_lens_k": batch.cu_seqlens,
+            "cu_seq_lens_q": batch.part_seqlens,
+            "cu_seq_lens_k": batch.part_seqlens,
             "max_length_q": longest,
             "max_length_k": longest,
         }
+        if len(batch.part_seqlens) > len(batch.cu_seqlens):
+            collated["cu_seqlens"] = batch.cu_seqlens
         if batch.rollout_logprobs is not None:
             collated["rollout_logprobs"] = batch.rollout_logprobs[None]
         if all(rewarded):
