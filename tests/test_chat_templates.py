@@ -13,8 +13,7 @@ from chat_case import CHATML, byte_tokenizer, folder, tokenizer_of
 from ppg_fast.dialogues import ChatFormat, Dialogue, Message, encode_dialogue
 from ppg_fast.dialogues.renderer import Renderer
 
-TEMPLATES = sorted(path.stem for path in folder().glob("*.jinja")) if folder() else []
-needs_trl = pytest.mark.skipif(not TEMPLATES, reason="TRL's package carries the templates")
+needs_trl = pytest.mark.skipif(folder() is None, reason="TRL's package carries the templates")
 SYSTEM, ASK, ANSWER, GO, BYE = (
     Message("system", "be kind"),
     Message("user", "hello you"),
@@ -47,14 +46,6 @@ def written(tokenizer, messages, **settings):
     ):
         conversation = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in conversation]
     return tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False, **settings)
-
-
-def attempt(make):
-    """What ``make`` gives, or None and what its ValueError says."""
-    try:
-        return make(), ""
-    except ValueError as error:
-        return None, str(error)
 
 
 # ---- ends and sayable tokens -----------------------------------------------------------------------------------------
@@ -275,36 +266,3 @@ def test_the_digest_is_of_template_and_tokenizer():
     make = lambda template, *special: Renderer(byte_tokenizer(template, special, eos_token="<|im_end|>")).digest()  # noqa: E731
     assert make(CHATML, "<|im_start|>") == make(CHATML, "<|im_start|>")
     assert len({make(CHATML, "<|im_start|>"), make(CHATML + " ", "<|im_start|>"), make(CHATML, "<|start|>")}) == 3
-
-
-@needs_trl
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_every_template_is_exact_or_refuses_in_one_line(name):
-    """Of each dialogue the turns are the answers with their ends, or one line names message and reason."""
-    tokenizer = tokenizer_of(name)
-    shapes = [
-        TALK[:2],
-        TALK,
-        (SYSTEM, *TALK),
-        (ANSWER, GO, BYE),
-        (ASK, SYSTEM, ANSWER),
-        (ASK, ANSWER, BYE),
-        (ASK, ASK, BYE),
-    ]
-    chat, refused = attempt(lambda: ChatFormat(tokenizer))
-    assert "\n" not in refused
-    for shape in shapes if chat else ():
-        end = tokenizer.convert_ids_to_tokens(chat.end_id)
-        sample, refused = attempt(lambda shape=shape: encode_dialogue(chat, dialogue(*shape)))
-        if not sample:
-            assert re.fullmatch(r"dialogue 'd', message \d: [^\n]{9,300}", refused)
-            continue
-        for turn, stop in enumerate(n for n, m in enumerate(shape) if m.role == "assistant" and n):
-            turn += shape[0].role == "assistant"
-            start = max(start for start in sample.starts if start <= sample.turn_ids.index(turn))
-            prompt = written(tokenizer, shape[:stop], add_generation_prompt=True)
-            assert sample.tokens[start : start + len(prompt)] == prompt
-        for text, message in zip(turns(tokenizer, sample), (m for m in shape if m.role == "assistant"), strict=True):
-            assert re.search(re.escape(message.content) + r"(<[^<>]+>)*$", text)
-            assert text.endswith(end)
-            assert text.count(end) == 1

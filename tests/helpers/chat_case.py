@@ -16,6 +16,7 @@ MARKUP = re.compile(
     r"<end_of_utterance>|\[/?[A-Z][A-Z_]+\]|</?(?:think|tool_call|tool_response)>"
 )
 OWN = Path(__file__).parent / "templates"  # formats of models whose templates TRL does not carry, in our words
+SHIPS = Path(__file__).parents[2] / "ppg_fast/dialogues/templates"
 PLAIN = re.compile("think|tool_call>|tool_response>")  # tokens of their own in these models, and not special
 
 
@@ -40,9 +41,10 @@ def byte_tokenizer(template, special=(), plain=(), **names):
 
 
 def tokenizer_of(name):
-    """A tokenizer with the template ``name``, of ours beside this file or of TRL's, its markup as tokens."""
-    own = OWN / f"{name}.jinja"
-    template = (own if own.exists() else folder() / own.name).read_text(encoding="utf-8")
+    """A tokenizer with a template, its markup as tokens: "ships/NAME", or one beside this file or of TRL's."""
+    place, _, name = name.rpartition("/")
+    paths = [SHIPS / f"{name}.jinja"] if place else [OWN / f"{name}.jinja", folder() / f"{name}.jinja"]
+    template = next(path for path in paths if path.exists()).read_text(encoding="utf-8")
     markup = list(dict.fromkeys(MARKUP.findall(template)))
     eos = {"gemma": "<eos>", "llama": "<|eot_id|>", "cohere": "<|END_OF_TURN_TOKEN|>", "mistral": "</s>"}
     eos |= {"phi4": "<|im_end|>", "smollm2": "<|im_end|>"}

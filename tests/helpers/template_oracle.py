@@ -21,18 +21,13 @@ ENDS = {  # of the models' generation configs, by the beginning of a template's 
     "gemma4": ["<turn|>", "<|tool_response>"],
     "glm4moe": ["<|user|>", "<|observation|>"],
     "gptoss": ["<|return|>", "<|call|>"],
-    "idefics3": ["<end_of_utterance>"],
-    "lfm2": ["<|im_end|>"],
+    **{key: ["<end_of_utterance>"] for key in ("idefics3", "smolvlm")},
+    **{key: ["<|im_end|>"] for key in ("chatml", "lfm2", "nemotron", "phi4", "qwen", "smollm2")},
     "llama3": ["<|eot_id|>"],
     "llava_next": ["</s>"],
     "mistral": ["</s>"],
     "muse_glimmer": ["<|eot|>"],
-    "nemotron": ["<|im_end|>"],
-    "phi3": ["<|end|>"],
-    "phi4": ["<|im_end|>"],
-    "qwen": ["<|im_end|>"],
-    "smollm2": ["<|im_end|>"],
-    "smolvlm": ["<end_of_utterance>"],
+    "phi": ["<|end|>"],
 }
 IN_HISTORY = {"gptoss": ["<|end|>"]}  # what closes an answer once somebody has replied
 EMPTY_THOUGHTS = re.compile(r"\s*<think>\s*</think>(\s*)")
@@ -74,6 +69,7 @@ def parts(turns):
 
 def expected(tokenizer, name, messages):
     """Of the first form that the template writes without a fault; else the faults of every form."""
+    name = name.rpartition("/")[2]
     readings = [Reading(tokenizer, name, form, parts) for parts in (False, True) for form in _forms(messages)]
     found: list[Expected] = []
     for reading in readings:
@@ -272,7 +268,6 @@ class Reading:
                 return min(empty.start(1) + len(behind[1]), empty.end()) if own < 0 else min(empty.end(), own)
         return start
 
-    # ---- between two -------------------------------------------------------------------------------------------------
     def reply(self, index, following):
         """What the template writes from the end of answer ``index`` on: with the history before it, which it may
         rewrite, and with none."""

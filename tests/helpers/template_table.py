@@ -8,14 +8,20 @@ from importlib.metadata import version
 from itertools import pairwise, product
 from pathlib import Path
 
-from chat_case import OWN, folder, tokenizer_of
+from chat_case import OWN, SHIPS, folder, tokenizer_of
 from template_oracle import REFUSED, expected, parts
 from template_shapes import SHAPES, tools_of
 
 from ppg_fast.dialogues import ChatFormat, Dialogue, encode_dialogue
 from ppg_fast.dialogues.message import message_of
 
-NAMES = sorted(path.stem for place in (folder(), OWN) for path in place.glob("*.jinja")) if folder() else []
+PLACES = (("ships/", [SHIPS]), ("", [folder(), OWN]))  # ours, and those of models
+NAMES = [
+    before + name
+    for before, places in PLACES
+    if folder()
+    for name in sorted(p.stem for f in places for p in f.glob("*.jinja"))
+]
 ONE, OWN, SEVERAL, OFFLINE = "one", "own", "several", "offline"
 REFUSES, LOSES, ENDLESS = "refuses", "loses", "no end"
 LINE = re.compile(r"dialogue 'd', message (\d+): [^\n]{9,300}")
