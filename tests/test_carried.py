@@ -2,15 +2,19 @@
 by name."""
 
 import json
+import shutil
 
 import pytest
 
 pytest.importorskip("transformers")
 
+import test_rewards
 from chat_case import CHATML, byte_tokenizer, folder, tokenizer_of
 
 from ppg_fast.dialogues import ChatFormat, Dialogue, Message, encode_dialogue, make_word_tokenizer
+from ppg_fast.rewards import RewardModel, Transcript
 
+reward_folder = test_rewards.reward_folder
 needs_trl = pytest.mark.skipif(not folder(), reason="TRL's package carries the templates")
 TOOLS = ({"type": "function", "function": {"name": "weather"}},)
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
@@ -195,3 +199,18 @@ def test_a_last_call_without_an_end_is_refused():
     )
     text = refused(lambda: encode_dialogue(chatml(open_ended), dialogue(ASK, CALLED)))
     assert text.startswith("dialogue 'd', message 1: the chat template must end the answer with a token that ends one")
+
+
+def test_a_reward_model_reads_calls_or_says_that_it_cannot(reward_folder, tmp_path):
+    """Its template would leave them out without a word, and the reward would be that of an empty answer."""
+    call = {"type": "function", "function": {"name": "one", "arguments": {"x": "t<end>wo"}}}
+    talk = Transcript("called", (Message("user", "one"), Message("assistant", "", {"tool_calls": [call]})))
+    with pytest.raises(ValueError, match=r"must write tool calls, it leaves out those of dialogue 'called'"):
+        RewardModel(str(reward_folder))([talk])
+    shutil.copytree(reward_folder, tmp_path, dirs_exist_ok=True)
+    template = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %} CALL{% endfor %}{% endfor %}"
+    template = template.replace("CALL", "{{ c.function.name }} {{ c.function.arguments.x }}")
+    (tmp_path / "chat_template.jinja").write_text(template)
+    reward = RewardModel(str(tmp_path))
+    plain = Transcript("plain", (Message("user", "one"), Message("assistant", " one two")))
+    assert reward([talk]) == reward([plain])

@@ -282,21 +282,6 @@ def test_a_reward_model_names_what_it_cannot_read(reward_folder, tmp_path):
         RewardModel(str(tmp_path))
 
 
-def test_a_reward_model_reads_calls_or_says_that_it_cannot(reward_folder, tmp_path):
-    """Its template would leave them out without a word, and the reward would be that of an empty answer."""
-    call = {"type": "function", "function": {"name": "one", "arguments": {"x": "t<end>wo"}}}
-    talk = Transcript("called", (Message("user", "one"), Message("assistant", "", {"tool_calls": [call]})))
-    with pytest.raises(ValueError, match=r"must write tool calls, it leaves out those of dialogue 'called'"):
-        RewardModel(str(reward_folder))([talk])
-    shutil.copytree(reward_folder, tmp_path, dirs_exist_ok=True)
-    template = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls %} CALL{% endfor %}{% endfor %}"
-    template = template.replace("CALL", "{{ c.function.name }} {{ c.function.arguments.x }}")
-    (tmp_path / "chat_template.jinja").write_text(template)
-    reward = RewardModel(str(tmp_path))
-    plain = Transcript("plain", (Message("user", "one"), Message("assistant", " one two")))
-    assert reward([talk]) == reward([plain])
-
-
 def test_a_reward_model_that_lacks_weights_or_is_damaged_is_refused_in_one_line(reward_folder, tmp_path):
     shutil.copytree(reward_folder, tmp_path, dirs_exist_ok=True)
     weights = tmp_path / "model.safetensors"

@@ -51,7 +51,7 @@ def in_the_tree():
     found = set()
     for name, folder in SOURCES.items():
         paths = [p.relative_to(ROOT / folder) for p in (ROOT / folder).rglob("*") if "__pycache__" not in p.parts]
-        found |= {f"{name}/{p}" for p in paths if p.suffix in (".py", ".yaml") or p.name == "py.typed"}
+        found |= {f"{name}/{p}" for p in paths if p.suffix in (".py", ".yaml", ".jinja") or p.name == "py.typed"}
     return found
 
 
@@ -63,6 +63,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert extensions == {"ppg_fast/_C.abi3.so"}
     assert packaged - extensions == in_the_tree()
     assert {"ppg_fast/py.typed", "ppg_fast/launch/ddp.yaml", "ppg_fast/launch/fsdp2.yaml"} <= packaged
+    assert "ppg_fast/dialogues/templates/chatml.jinja" in packaged
     assert re.fullmatch(r"ppg_fast-[\d.]+-cp310-abi3-(linux|manylinux_2_\d+)_x86_64(\.manylinux\w+)*\.whl", wheel.name)
 
 
