@@ -16,6 +16,7 @@ if not (MODELS / "float32.gguf").exists():
     pytest.skip("needs llama.cpp's server and a model: make test-llama", allow_module_level=True)
 
 from ppg_fast.bench.llama_server import ASKED, EXACT, FLOAT32, MODEL, NAME, Server, agreement
+
 from ppg_fast.dialogues.chat_format import ChatFormat
 from ppg_fast.dialogues.message import Message
 from ppg_fast.endpoint import Endpoint, EndpointError
