@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tools_case import tiny
 
 from ppg_fast.dialogues import Message
-from ppg_fast.rollouts.tools.answers import PROBE, AnswerReader, written_call
+from ppg_fast.rollouts.tools.answer_reader import PROBE, AnswerReader, written_call
+from ppg_fast.rollouts.tools.call_formats import FORMATS
 from ppg_fast.rollouts.tools.calling import outcome, text_of, wrong_type
-from ppg_fast.rollouts.tools.formats import FORMATS
 from ppg_fast.rollouts.tools.reading import Call, types_of
 
 BAR = "\uff5c"

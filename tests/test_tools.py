@@ -207,6 +207,7 @@ def test_a_server_that_samples_is_read_alike(shop, monkeypatch):
     chat, (local,), sampler = roll_out(monkeypatch, "llama3_2", shop, (call, answer))
     sampler.script = [[call, answer]]
     server = object.__new__(EndpointSampler)
+    server.positions = None
     monkeypatch.setattr(EndpointSampler, "answer", lambda _, requests: sampler.answer(requests))
     prompt = prepared(Prompt("p", (Message("user", "cost?"),)), shop)
     make = lambda: ToolConversation([prompt], NoPartner(), 4, tools=shop)  # noqa: E731
@@ -226,7 +227,7 @@ def test_a_result_that_leaves_no_room_ends_the_dialogue(tmp_path, monkeypatch):
 
 
 def test_replies_are_not_kept_for_ever(monkeypatch):
-    monkeypatch.setattr("ppg_fast.dialogues.replies.KEPT", 3)
+    monkeypatch.setattr("ppg_fast.dialogues.between.KEPT", 3)
     chat = ChatFormat(tokenizer_with_calls("qwen3"))
     replies = [chat.reply(Message("user", str(n))) for n in range(7)]
     assert len(chat._replies._known) <= 3

@@ -59,7 +59,7 @@ def test_no_text_is_empty(name, empty, tmp_path, capsys):
 
 def test_text_whose_default_is_empty_may_be(tmp_path):
     off = [name for name, default in DEFAULTS.items() if default == ""]
-    assert set(off) == {"freeze", "optim_args", "stop_phrase", "template_date"}
+    assert set(off) == {"chat_template", "chat_template_kwargs", "freeze", "optim_args", "stop_phrase", "template_date"}
     assert make_config(dict.fromkeys(off, "")) == make_config()
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from ppg_fast.dialogues.answer_form import answer_form, require_own_tokens
 from ppg_fast.dialogues.beginnings import Beginnings
+from ppg_fast.dialogues.between import Replies
 from ppg_fast.dialogues.conversation import Tools
 from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.renderer import END, ROLE_TEMPLATE, ROLE_TOKENS, Renderer, in_message
-from ppg_fast.dialogues.replies import Replies
 from ppg_fast.dialogues.written import require_written
 
 PAD, UNKNOWN = "<pad>", "<unk>"

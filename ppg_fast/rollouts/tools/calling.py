@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ppg_fast.rewards.python import is_users, said_by
-from ppg_fast.rollouts.tools.answers import function_of, properties_of
+from ppg_fast.rollouts.tools.answer_reader import function_of, properties_of
 from ppg_fast.rollouts.tools.reading import types_of
 
 ERROR = 300  # most characters of what went wrong

@@ -14,7 +14,7 @@ from ppg_fast.rollouts import partner as partners
 from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.partner import Conversation, Partner
 from ppg_fast.rollouts.rollout import Stepped
-from ppg_fast.rollouts.tools.answers import function_of, made_id
+from ppg_fast.rollouts.tools.answer_reader import function_of, made_id
 from ppg_fast.rollouts.tools.calling import an_error, now, outcome, plain_name, text_of
 from ppg_fast.rollouts.tools.functions import Tools
 

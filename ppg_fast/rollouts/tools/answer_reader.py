@@ -9,7 +9,7 @@ from typing import Any
 from ppg_fast.dialogues.chat_format import ChatFormat
 from ppg_fast.dialogues.message import REASONING, Message
 from ppg_fast.dialogues.renderer import Renderer, shared_start
-from ppg_fast.rollouts.tools.formats import CLOSED, FORMATS, OPENED, Reader
+from ppg_fast.rollouts.tools.call_formats import CLOSED, FORMATS, OPENED, Reader
 from ppg_fast.rollouts.tools.reading import Call, Reading, json_call, json_value, unread
 
 ASK = {"role": "user", "content": "a"}
