@@ -207,7 +207,7 @@ def test_a_server_that_samples_is_read_alike(shop, monkeypatch):
     chat, (local,), sampler = roll_out(monkeypatch, "llama3_2", shop, (call, answer))
     sampler.script = [[call, answer]]
     server = object.__new__(EndpointSampler)
-    server.positions = None
+    server.positions = 2**62
     monkeypatch.setattr(EndpointSampler, "answer", lambda _, requests: sampler.answer(requests))
     prompt = prepared(Prompt("p", (Message("user", "cost?"),)), shop)
     make = lambda: ToolConversation([prompt], NoPartner(), 4, tools=shop)  # noqa: E731
