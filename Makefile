@@ -31,8 +31,8 @@ STUDY := compare --jobs 2 --first-seed 100
 LOGS ?=
 STUDIES := runs/study-made runs/study-drawn runs/study-language $(foreach log,$(LOGS),runs/study-log-$(notdir $(basename $(log))))
 
-.PHONY: train test test-verl test-triton triton-versions lint types check fuzz golden wheel bench study gpu real docs format clean
-.PHONY: train test test-verl test-llama test-triton triton-versions lint types check fuzz golden wheel bench study gpu docs format clean
+.PHONY: train test test-verl test-llama test-triton triton-versions lint types check fuzz golden wheel bench study gpu real docs
+.PHONY: format clean
 
 train: $(VENV)/.train
 	$(BIN)/ppg-fast train --overwrite $(ARGS)

@@ -38,7 +38,7 @@ from .tables import (
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
 DOCUMENTS = (
     "docs/benchmarks.md",
-    "docs/chat_templates.md",
+    "docs/data.md",
     "docs/integrations.md",
     "docs/llama_cpp.md",
     "docs/policy_classes.md",

@@ -128,7 +128,7 @@ def test_the_prompts_can_be_read(tmp_path):
     prompts = read_prompts(tmp_path / "prompts.jsonl", strict=True)
     assert len(prompts) == 60
     assert all(len(p.messages) == 2 and p.info["persona"] for p in prompts)
-    assert {sum(m.role == "user" for m in p.logged) for p in prompts} == {2}
+    assert {tuple(m.role for turn in p.logged for m in turn) for p in prompts} == {("user", "user")}
     assert lines == list(persona._openings())  # the same every time
     assert persona._question(str(tmp_path / "prompts.jsonl")) == lines[0]["messages"][:2]
 

@@ -1,5 +1,5 @@
 """Every chat template that TRL's package carries, in thirteen dialogues: exact or refused, as an oracle on transformers
-alone finds it; the table in docs/chat_templates.md says the same."""
+alone finds it; the table in docs/data.md says the same."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def stored():
 
 @pytest.mark.skipif(not NAMES, reason="TRL's package carries the templates")
 def test_the_table_has_every_template(stored):
-    assert list(stored) == NAMES, f"the table of docs/chat_templates.md is stale: {COMMAND}"
+    assert list(stored) == NAMES, f"the table of docs/data.md is stale: {COMMAND}"
 
 
 @pytest.mark.parametrize("name", NAMES)
