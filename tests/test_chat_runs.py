@@ -13,6 +13,7 @@ from chat_case import CHATML, byte_tokenizer
 from test_cli import rows, write
 
 from ppg_fast.cli import main
+from ppg_fast.dialogues.records import MAX_WARNINGS
 from ppg_fast.models.causal_lm import make_model
 
 NO_SYSTEM = (
@@ -115,7 +116,7 @@ def test_offline_a_refused_dialogue_costs_itself_one_warning_and_all_of_them_the
     said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert len(said) == 1
     assert said[0].endswith(
-        "dialogue 'd1', message 0: the chat template refuses it: System role not supported; left out"
+        "d.jsonl, line 2: dialogue 'd1', message 0: the chat template refuses it: System role not supported; left out"
     )
     capsys.readouterr()
     path = write(tmp_path / "d.jsonl", [logged(1, SYSTEM, USER, REPLY)])
@@ -176,3 +177,14 @@ def test_a_changed_template_or_message_is_another_run(tmp_path, capsys):
 
 def test_a_date_must_be_one(tmp_path, capsys):
     assert "template_date must be a date, YYYY-MM-DD" in refusal(capsys, "--template-date", "5.2.2024")
+
+
+def test_many_refusals_are_a_few_lines_and_a_count(tmp_path, capsys):
+    model, count = folder(tmp_path / "m", NO_SYSTEM), MAX_WARNINGS + 5
+    refused = [logged(n, SYSTEM, USER, REPLY) for n in range(count)]
+    path = write(tmp_path / "d.jsonl", [*refused, logged(count)])
+    out = str(tmp_path / "out")
+    assert main(["train", "--data", path, "--model", model, "--output-dir", out, *map(str, RUN), "1"]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(said) == MAX_WARNINGS + 1
+    assert said[-1].endswith(f"d.jsonl: {count} dialogues left out, 1 kept")

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def read_file(path: str | os.PathLike[str], strict: bool = False, scored: bool =
             problems.add(f"{found.where}: {error}")
             continue
         seen[made.dialogue.id] = found.where
-        read.dialogues.append(made.dialogue)
+        read.dialogues.append(replace(made.dialogue, where=found.where))
         read.formats[found.format] += 1
         read.ids += found.named
         read.groups += made.grouped

@@ -25,8 +25,8 @@ class Dialogue:
     """A dialogue and its rewards; dialogues of one prompt share ``group_id``.
 
     ``turn_rewards``: one finite number per assistant message, None where it was not scored. ``tools``: the JSON schemas
-    of the functions that the assistant may call, for the chat template. ``more``: what else its line holds. ValueError
-    names dialogue, turn and value.
+    of the functions that the assistant may call, for the chat template. ``more``: what else its line holds. ``where``:
+    file and line that it was read from. ValueError names dialogue, turn and value.
     """
 
     id: str
@@ -35,6 +35,7 @@ class Dialogue:
     turn_rewards: tuple[float | None, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     more: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         require_name("id", self.id)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class Prompt:
     ``partner``: who the partner is, for a partner that is a model. ``logged``: where the prompt is a logged dialogue,
     what was said after each answer and before the next, one entry an answer, of one message or more (given as a
     `Message` or several). ``info``: what else its line holds, for reward functions. ``tools``: the JSON schemas of the
-    functions that the assistant may call.
+    functions that the assistant may call. ``where``: file and line that it was read from.
     """
 
     id: str
@@ -32,6 +32,7 @@ class Prompt:
     logged: tuple[tuple[Message, ...], ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
     tools: tuple[Mapping[str, Any], ...] = ()
+    where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         turns: Sequence[Turn] = self.logged
@@ -62,7 +63,7 @@ def read_prompts(path: str | os.PathLike[str], strict: bool = False) -> list[Pro
             problems.add(f"{where}: {error}")
             continue
         seen.add(prompt.id)
-        prompts.append(prompt)
+        prompts.append(replace(prompt, where=where))
     problems.close(len(prompts))
     return prompts
 

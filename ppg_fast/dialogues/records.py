@@ -23,10 +23,14 @@ class Record(NamedTuple):
 
 
 class Problems:
-    """What was wrong with one file: raised at once if strict, else warned of at the end, the first few in full."""
+    """What was wrong with one file: raised at once if strict, else warned of at the end, the first few in full.
 
-    def __init__(self, path: str, strict: bool) -> None:
+    ``nothing``: what is said where nothing was kept.
+    """
+
+    def __init__(self, path: str, strict: bool, nothing: str = "") -> None:
         self.path, self.strict, self.messages = path, strict, []
+        self.nothing = nothing or f"{path} has no valid dialogue"
         self.dropped: dict[str, str] = {}  # keys of the file that no dialogue holds, and why
 
     def add(self, message: str) -> None:
@@ -40,7 +44,7 @@ class Problems:
         if not kept:
             first = self.messages[0] if self.messages else "an empty list"
             others = f" (and {len(self.messages) - 1} more)" if len(self.messages) > 1 else ""
-            raise ValueError(f"{self.path} has no valid dialogue; first problem: {first}{others}")
+            raise ValueError(f"{self.nothing}; first problem: {first}{others}")
         for message in self.messages[:MAX_WARNINGS]:
             warnings.warn(f"{message}; left out", stacklevel=3)
         if len(self.messages) > MAX_WARNINGS:

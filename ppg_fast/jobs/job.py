@@ -1,7 +1,6 @@
 """What every job of `ppg-fast train` does: train step by step, evaluate on what training does not read, report."""
 
 import hashlib
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ppg_fast.config import TrainConfig
+from ppg_fast.dialogues.logged import Dialogue
 from ppg_fast.dialogues.packing import Sample
+from ppg_fast.dialogues.prompts import Prompt
+from ppg_fast.dialogues.records import Problems
 from ppg_fast.distributed import Ranks
 from ppg_fast.jobs.inputs import model_digest
 from ppg_fast.jobs.policy import Policy
@@ -20,7 +22,7 @@ from ppg_fast.jobs.samples import SHOWN
 from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.training.objective import warn_if_hardly_credited
 
-Item = TypeVar("Item")
+Item = TypeVar("Item", Dialogue, Prompt)
 Read = TypeVar("Read")
 
 
@@ -152,25 +154,19 @@ class Job(ABC):
 
 
 def keep_readable(
-    items: Sequence[Item], read: Callable[[Item], Read], strict: bool, name: str
+    items: Sequence[Item], read: Callable[[Item], Read], strict: bool, path: str, name: str
 ) -> tuple[list[Item], list[Read]]:
-    """The items that ``read`` can read, and what it gives for each. The others are a warning each.
-
-    ValueError, that of ``read``, for the first of them if ``strict``; and where none is left.
-    """
+    """The items of the file at ``path`` that ``read`` can read, and what it gives for each. The others are named, with
+    their line, as those of a file are: `Problems`."""
+    problems = Problems(path, strict, f"none of {len(items)} {name} can be written in the tokenizer's chat format")
     kept: list[Item] = []
-    first = ""
     results: list[Read] = []
     for item in items:
         try:
             results.append(read(item))
         except ValueError as error:  # noqa: PERF203 (the good ones are kept)
-            if strict:
-                raise
-            first = first or f"; the first: {error}"
-            warnings.warn(f"{error}; left out", stacklevel=2)
+            problems.add(f"{item.where}: {error}" if item.where else str(error))
         else:
             kept.append(item)
-    if not kept:
-        raise ValueError(f"none of {len(items)} {name} can be written in the tokenizer's chat format{first}")
+    problems.close(len(kept))
     return kept, results

@@ -32,7 +32,9 @@ class OfflineJob(Job):
         dialogues = read_dialogues(str(config.data), strict=config.strict)
         contents = [m.content for d in dialogues for m in d.messages]
         super().__init__(config, lambda: make_byte_tokenizer(contents, config.vocab_size), ranks)
-        self.dialogues, self.samples = keep_readable(dialogues, self._encode, config.strict, "dialogues")
+        self.dialogues, self.samples = keep_readable(
+            dialogues, self._encode, config.strict, str(config.data), "dialogues"
+        )
         if not config.allow_negative_rewards:
             require_nonnegative(self.samples, [d.id for d in self.dialogues])
         warn_if_hardly_credited(self.samples, self.objective)

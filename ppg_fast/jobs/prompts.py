@@ -67,7 +67,7 @@ class PromptsJob(Job):
         )
         self.partner = partner_of(config, policy.model, policy.chat)
         self.sampler = self._make_sampler()
-        self.prompts, played = keep_readable(prompts, self._read, config.strict, "prompts")
+        self.prompts, played = keep_readable(prompts, self._read, config.strict, str(config.prompts), "prompts")
         self._warn_without_logs()
         self.held_out, self.seen = ([played[i] for i in part] for part in self.split(len(played)))
         self.warned = False
