@@ -120,7 +120,7 @@ def make_models(folder: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.save_pretrained(folder / MODEL)
     AutoTokenizer.from_pretrained(given, gguf_file=NAME).save_pretrained(folder / MODEL)
-    script = result_file.ROOT / "examples/llama_cpp_refresh.py"
+    script = result_file.ROOT / "examples/llama_cpp/refresh.py"
     like, out = str(folder / NAME), str(folder / FLOAT32)
     subprocess.run([sys.executable, script, folder / MODEL, "--like", like, "--gguf", out], check=True)
 

@@ -1,5 +1,7 @@
 import os
 import signal
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,3 +99,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if not there and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def hardly_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take most of a tiny run's time, so that of the runs that a test makes in its own process only the first
+    draws. Those of fixtures and in other processes do, and test_report looks at what is drawn."""
+    if "ppg_fast.jobs.run_folder" in sys.modules:
+        stub = dict.fromkeys(("draw_curve", "draw_turns"), lambda path, *_: path.write_bytes(b"\x89PNG"))
+        monkeypatch.setattr("ppg_fast.jobs.run_folder.curves", SimpleNamespace(**stub))

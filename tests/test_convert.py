@@ -91,7 +91,7 @@ def test_nothing_is_written_where_something_is_refused(capsys):
     for flags, rule in (
         (["in.jsonl", "-o", "out.jsonl", "--strict"], "in.jsonl, line 3: dialogue 'in/3' has no assistant message"),
         (["in.jsonl", "-o", "in.jsonl", "--overwrite"], "--output must be another file than the input"),
-        (["in.jsonl", "-o", "rewards.py"], "rewards.py exists: give another -o, or --overwrite"),
+        (["in.jsonl", "-o", "rewards.py"], "rewards.py exists: give another --output, or --overwrite"),
         (["rewards.py", "-o", "out.jsonl"], "rewards.py holds no JSON: it looks like plain text"),
         (["gone.jsonl", "-o", "out.jsonl"], "No such file"),
         ([".", "-o", "out.jsonl"], "is a folder; give one file of dialogues"),

@@ -111,7 +111,7 @@ class Run:
         self.server = Server(self.gguf, folder, *EXACT, kept=True)
 
     def train(self, *more):
-        script = ROOT / "examples/llama_cpp_refresh.py"
+        script = ROOT / "examples/llama_cpp/refresh.py"
         refresh = f"{sys.executable} {script} {{folder}} --like {MODELS / NAME} --gguf {self.gguf}"
         refresh += f" --pid {self.server.pid_file} --url {self.server.address} --seconds 60"
         url = f"{self.server.address}/v1"

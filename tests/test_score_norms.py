@@ -59,7 +59,8 @@ def check(case, backend):
         case.spec.logit_softcap,
     )  # fmt: skip
     assert_as_good_as(norms, plain.cpu(), truth, "score norms")
-    assert (norms.cpu().double() - truth).abs().max() < 5e-6
+    # with AVX2 torch's own log_softmax sums 70,000 exponentials in float32 to 5.5e-6 only
+    assert (norms.cpu().double() - truth).abs().max() < (1e-5 if backend == "reference" else 5e-6)
     assert (norms[case.labels == IGNORE] == 0).all()
     assert (norms >= 0).all()
 

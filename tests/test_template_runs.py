@@ -51,13 +51,6 @@ def model(request, tmp_path_factory):
     return str(path), tokenizer, name, shape
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    """Drawing takes four times as long as training, and other tests look at what is drawn."""
-    for name in ("draw_curve", "draw_turns"):
-        monkeypatch.setattr(f"ppg_fast.jobs.curves.{name}", lambda *_, **__: None)
-
-
 def logged(number, messages):
     turns = sum(message["role"] == "assistant" for message in messages)
     record = {"id": f"d{number}", "group_id": "g", "messages": messages, "turn_rewards": [1.0 + number] * turns}

@@ -7,7 +7,7 @@ The server runs in a loop, which also brings it back where it dies; `start.gguf`
     while :; do llama-server -m policy.gguf --port 8080 --ctx-size 8192 & echo $! > server.pid; wait $!; sleep 1; done
 
     ppg-fast train --model start/ --prompts prompts.jsonl --sampler http://localhost:8080/v1 --sampler-refresh \
-        "python examples/llama_cpp_refresh.py {folder} --like start.gguf --gguf policy.gguf --pid server.pid"
+        "python examples/llama_cpp/refresh.py {folder} --like start.gguf --gguf policy.gguf --pid server.pid"
 
 needs `pip install gguf`. For an architecture beside Llama's (SmolLM2, Llama 3, Mistral) take llama.cpp's own
 `convert_hf_to_gguf.py` in its place.
