@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ppg_fast.dialogues.answer_form import AnswerForm
-from ppg_fast.dialogues.conversation import ANSWER, ASK, STAND_IN, Tools
+from ppg_fast.dialogues.conversation import ANSWER, ASK, STAND_IN, Tools, function_of
 from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.renderer import Renderer
 from ppg_fast.dialogues.written import require_written
@@ -85,7 +85,7 @@ class Replies:
 
 def _call(result: Message, number: int, tools: Tools) -> dict[str, Any]:
     """The call that ``result`` would be the result of: of the tool that it names, or of the only one."""
-    only = tools[0].get("function", tools[0]).get("name") if len(tools) == 1 else None
+    only = function_of(tools[0]).get("name") if len(tools) == 1 else None
     name, arguments = result.more.get("name") or only or f"{STAND_IN}f", {"x": f"{STAND_IN}{number}x"}
     given = result.more.get("tool_call_id", f"call0000{number}")
     return {"type": "function", "id": given, "function": {"name": name, "arguments": arguments}}

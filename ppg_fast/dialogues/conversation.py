@@ -124,8 +124,14 @@ def completed(conversation: list[dict[str, Any]], tools: Tools) -> tuple[list[di
     return made, [_whole_tool(tool) for tool in tools]
 
 
+def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a tool's schema that names and describes the function."""
+    function = tool.get("function", tool)
+    return function if isinstance(function, Mapping) else {}
+
+
 def _whole_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    function = dict(tool.get("function", tool))
+    function = dict(function_of(tool))
     if isinstance(function.get("parameters"), Mapping) and function["parameters"]:
         parameters = {"type": "object", "properties": {}, **function["parameters"]}
     else:

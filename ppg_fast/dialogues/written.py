@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ppg_fast.dialogues.conversation import ANSWER, STAND_IN, Tools, as_object
+from ppg_fast.dialogues.conversation import ANSWER, STAND_IN, Tools, as_object, function_of
 from ppg_fast.dialogues.message import REASONING, Message
 from ppg_fast.dialogues.renderer import Renderer
 
@@ -124,8 +124,8 @@ def _marked_call(call: Mapping[str, Any], number: int, put: Any) -> dict[str, An
 
 
 def _marked_tool(tool: Mapping[str, Any], mark: str, marks: list[_Mark]) -> dict[str, Any]:
-    function = tool.get("function", tool)
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    function = function_of(tool)
+    if not isinstance(function.get("name"), str):
         return dict(tool)
     marks.append(_Mark(-1, f"the tool {function['name'][:60]!r}", mark))
     named = {**function, "name": function["name"] + mark}

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from ppg_fast.dialogues.conversation import function_of
 from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import CONTEXT, PackedBatch
 from ppg_fast.functional import partial_returns
 from ppg_fast.inspection.pieces import TokenTexts, runs
-from ppg_fast.rollouts.tools.answer_reader import function_of
 from ppg_fast.spec import IGNORE, FullPlanning, Greedy, Lookahead, PolicyClass, Segment
 from ppg_fast.training.objective import Objective, credit, tokens_to_read
 

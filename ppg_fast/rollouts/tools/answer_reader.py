@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ppg_fast.dialogues.chat_format import ChatFormat
+from ppg_fast.dialogues.conversation import function_of
 from ppg_fast.dialogues.message import REASONING, Message
 from ppg_fast.dialogues.renderer import Renderer, shared_start
 from ppg_fast.rollouts.tools.call_formats import CLOSED, FORMATS, OPENED, Reader
@@ -83,12 +84,6 @@ def properties_of(function: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
     found = properties if isinstance(properties, Mapping) else {}
     return {str(name): schema for name, schema in found.items() if isinstance(schema, Mapping)}
-
-
-def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a tool's schema that names and describes the function."""
-    function = tool.get("function", tool)
-    return function if isinstance(function, Mapping) else {}
 
 
 def written_call(renderer: Renderer) -> tuple[str, bool]:

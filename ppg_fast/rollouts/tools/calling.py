@@ -8,8 +8,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from ppg_fast.dialogues.conversation import function_of
 from ppg_fast.rewards.python import is_users, said_by
-from ppg_fast.rollouts.tools.answer_reader import function_of, properties_of
+from ppg_fast.rollouts.tools.answer_reader import properties_of
 from ppg_fast.rollouts.tools.reading import types_of
 
 ERROR = 300  # most characters of what went wrong

@@ -8,10 +8,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ppg_fast.dialogues.conversation import function_of
 from ppg_fast.dialogues.prompts import Prompt
 from ppg_fast.rewards.modules import imports_from
 from ppg_fast.rewards.python import is_users, load_module, said_by
-from ppg_fast.rollouts.tools.answer_reader import function_of
 
 FACTORY = "environment_factory"
 OWN = ("reset", "get_reward")  # an environment's methods that are no tools

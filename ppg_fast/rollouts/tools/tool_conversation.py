@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ppg_fast.dialogues.conversation import function_of
 from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.prompts import Prompt
 from ppg_fast.rewards import Reward, Transcript
@@ -14,7 +15,7 @@ from ppg_fast.rollouts import partner as partners
 from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.partner import Conversation, Partner
 from ppg_fast.rollouts.rollout import Stepped
-from ppg_fast.rollouts.tools.answer_reader import function_of, made_id
+from ppg_fast.rollouts.tools.answer_reader import made_id
 from ppg_fast.rollouts.tools.calling import an_error, now, outcome, plain_name, text_of
 from ppg_fast.rollouts.tools.functions import Tools
 
