@@ -112,7 +112,7 @@ study: $(VENV)/.dev
 gpu:
 	$(PYTHON) -m bench.gpu $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-# About an hour on two cores, and 3 GB of disk. DATA: logged dialogues for the step `logged`. PPG_FAST_REAL_CACHE names the
+# Takes 3 GB of disk. DATA: logged dialogues for the step `logged`. PPG_FAST_REAL_CACHE names the
 # folder of converted models. Not part of `make test`. Writes bench/results/real_*.cpu.json and docs/real.md.
 real: $(REAL)/.real
 	$(REAL)/bin/python -m ppg_fast.bench.real $(STEPS) $(if $(DATA),--data $(DATA)) $(ARGS)

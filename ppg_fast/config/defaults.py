@@ -50,17 +50,7 @@ REWARD_SETTINGS = (  # of `ppg-fast score`
 # settings that only a job with ``prompts`` reads
 OF_PROMPTS = (
     *("partner", "partner_model", "partner_key", "partner_prompt", "partner_tokens", "partner_temperature"),
-    *(
-        "tools",
-        "max_tool_calls",
-        "stop_phrase",
-        "reward",
-        "judge",
-        "judge_model",
-        "judge_key",
-        "judge_range",
-        "judge_retries",
-        "judge_tokens",
-    ),
+    *("tools", "max_tool_calls", "stop_phrase"),
+    *("reward", "judge", "judge_model", "judge_key", "judge_range", "judge_retries", "judge_tokens"),
     *("sampler", "sampler_model", "sampler_key", "sampler_refresh"),
 )

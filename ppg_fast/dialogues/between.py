@@ -16,6 +16,10 @@ KEPT = 1024  # replies whose tokens are kept: more than a step has
 IN_MESSAGE = re.compile(r"message (-?\d+): (.*)", re.DOTALL)
 
 
+class Unnamed(ValueError):
+    """A tool's result without the name that the template writes with it."""
+
+
 class Replies:
     """Replies in the template of ``renderer`` whose answers have ``form``; ``ends`` matches the tokens that end one.
 
@@ -43,9 +47,10 @@ class Replies:
         if not self.renderer.by_role and messages[0].role == "tool":
             try:  # the results of calls follow calls; a template that knows none may take results all the same
                 return self._after_the_calls(messages, tools)
-            except ValueError as error:
-                if "must have a name" in str(error):
-                    raise
+            except Unnamed:
+                raise
+            except ValueError:
+                pass
         try:
             text = self._text(ANSWER, messages, tools, STAND_IN)
         except ValueError as error:
@@ -67,9 +72,11 @@ class Replies:
         names = self.renderer.tokenizer.convert_ids_to_tokens(self.renderer.encode(self.form.closed_before)[-1:])
         end = re.search("|".join([*filter(None, [self.ends.pattern]), *map(re.escape, names)]), text)
         if end is None:
-            raise ValueError("the chat template must end an answer that calls a tool")
+            raise ValueError(
+                f"the chat template must end an answer that calls a tool, got {text[:60]!r} after the call"
+            )
         if STAND_IN in text[end.end() :]:
-            raise ValueError("the chat template writes the name of the tool with its result, so that must have a name")
+            raise Unnamed("the chat template writes the name of the tool with its result, so that must have a name")
         return self._behind(text, end.end())
 
     def _after_the_end(self, text: str) -> list[int]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.chat_format import ChatFormat
-from ppg_fast.jobs.policy import chat_of
+from ppg_fast.jobs.policy import chat_of, require_checkpoint
 
 
 class Reader(NamedTuple):
@@ -26,9 +26,8 @@ def reader_of(config: TrainConfig, make_tokenizer: Callable[[], Any]) -> Reader:
         )
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+    require_checkpoint(config.model)
     folder = Path(config.model)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model must be a folder with a Hugging Face checkpoint (config.json), got {config.model!r}")
     try:
         tokenizer, settings = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
         stored = (folder / "generation_config.json").is_file()

@@ -21,7 +21,7 @@ class OpeningInspector:
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.path = config, str(config.prompts)
         self.prompts, self.left_out = heard(lambda: read_prompts(self.path, config.strict))
-        contents = [m.content for p in self.prompts for m in (*p.messages, *(m for reply in p.logged for m in reply))]
+        contents = [m.content for p in self.prompts for turn in (p.messages, *p.logged) for m in turn]
         self.reader = reader_of(config, lambda: make_byte_tokenizer(contents, config.vocab_size))
         self.chat = self.reader.chat
         self.texts = TokenTexts(self.chat.renderer)

@@ -42,14 +42,7 @@ class Policy:
         if config.threads or not config.model:
             torch.set_num_threads(config.threads or 1)
         if config.model:
-            if Path(config.model, "adapter_config.json").is_file() and not Path(config.model, "config.json").is_file():
-                raise ValueError(
-                    f"model must be a whole checkpoint, got adapters, which first want merging: {config.model!r}"
-                )
-            if not Path(config.model, "config.json").is_file():
-                raise ValueError(
-                    f"model must be a folder with a Hugging Face checkpoint (config.json), got {config.model!r}"
-                )
+            require_checkpoint(config.model)
             from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(config.model)
@@ -166,6 +159,15 @@ class Policy:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
+
+
+def require_checkpoint(model: str) -> None:
+    """ValueError for a folder that is no whole checkpoint of Hugging Face's kind."""
+    if Path(model, "config.json").is_file():
+        return
+    if Path(model, "adapter_config.json").is_file():
+        raise ValueError(f"model must be a whole checkpoint, got adapters, which first want merging: {model!r}")
+    raise ValueError(f"model must be a folder with a Hugging Face checkpoint (config.json), got {model!r}")
 
 
 def chat_of(config: TrainConfig, tokenizer: Any, generation_config: Any) -> ChatFormat:

@@ -19,7 +19,8 @@ def listed_places(tokens: Sequence[int], ids: Sequence[int]) -> dict[int, int]:
     """
     first, last = _found(tokens, ids), _found(tokens[::-1], ids[::-1])
     if first is None or last is None:
-        raise ValueError("a sampler must give the log-probs of the tokens that it sampled, and gives those of others")
+        rule = "a sampler must give the log-probs of the tokens that it sampled, and gives those of others"
+        raise ValueError(f"{rule}, got ids {list(ids)[:8]} for {list(tokens)[:8]}")
     last = [len(tokens) - 1 - place for place in reversed(last)]
     return {place: j for j, (place, other) in enumerate(zip(first, last, strict=True)) if place == other}
 
