@@ -12,6 +12,11 @@
 
 using namespace ppg;
 
+#ifdef PPG_SOURCES
+extern const char sources[];
+const char sources[] = PPG_SOURCES;  // so that a program that is there is known to be of these sources
+#endif
+
 namespace plans {  // not a second unnamed one: nvcc 13 cannot tell it from that of ppg
 
 void check(int error, const char* what) {
