@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +54,7 @@ def sources(root: Path) -> Any:
     return SimpleNamespace(**runpy.run_path(str(root / "csrc/sources.py")))
 
 
+@cache
 def gpus() -> list[str]:
     """Compute capabilities of the GPUs here, without importing anything; none where nobody can say."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
