@@ -1,0 +1,43 @@
+"""One call of each op and backend against float64, on rows of every plan: what hangs or is plainly wrong is known within
+seconds."""
+
+from functools import partial
+from typing import Any
+
+from .. import harness
+from ..problem import Case
+
+PLANS = (1000, 32000, 101377, 128256, 262144, 330001)  # two passes, clusters of 1 to 8, rows that are not aligned
+ROWS = 512  # so that every cluster takes several
+
+
+def cases(device: str, tiny: bool) -> list[Case]:
+    """The fused kernel first, which is what everything else is for."""
+    bf16: dict[str, Any] = {"dtype": "bfloat16", "device": device}
+    vocabularies, rows, (N, V, D) = ((512,), 16, (64, 512, 32)) if tiny else (PLANS, ROWS, (512, 32000, 1024))
+    found = [Case(op, rows, V, **bf16) for V in vocabularies for op in ("policy_loss", "logprobs")]
+    found += [Case("policy_loss", rows, vocabularies[0], dtype="float32", device=device), Case("linear", N, V, D, **bf16)]
+    return [*found, Case("partial_returns", 20, 30, variant="lookahead:3", device=device)]
+
+
+def _check(case: Case, report: Any) -> None:
+    module = harness.OPS[case.op]
+    problem = module.make(case)
+    check, wrong = module.checker(problem, case), []
+    for provider in (p for p in module.participants(case)[0] if p.kind == "ours"):
+        if provider.destroys:
+            problem.keep()
+        errors = check(provider.run(problem))
+        if provider.destroys:
+            problem.restore()
+        right = all(error <= harness.FLOOR[case.dtype] for error in errors.values())
+        report.add(op=case.op, N=case.N, V=case.V, D=case.D, dtype=case.dtype, provider=provider.name, error=errors)
+        wrong += [] if right else [f"{provider.name} is off by {max(errors.values()):.1e}"]
+    if wrong:
+        raise ArithmeticError("; ".join(wrong))
+
+
+def run(report: Any) -> None:
+    """A line for each op, size and backend."""
+    for case in cases(report.device, report.tiny):
+        report.case(f"{case.op} N {case.N} V {case.V} {case.dtype}", partial(_check, case, report))
