@@ -109,7 +109,7 @@ def run(parts: Sequence[Part], store: Store, seconds: float, probe: Sequence[str
         if not reason and part.on_device and not trust:
             log = store.logs / "probe.log"
             trust = attempt(probe, part.folder, part.environment, min(ANSWER, end - time.monotonic()), log)
-            reason = None if trust else f"the device has not answered within {ANSWER:.0f} s since a part before this one"
+            reason = None if trust else f"the device did not answer within {ANSWER:.0f} s after what went before"
         left = end - time.monotonic()
         later = sum(p.limit for p in parts[number + 1 :] if not p.missing)
         reason = reason or (f"no time left: {max(left, 0):.0f} s of {seconds:.0f}" if left < LEAST else None)

@@ -1,8 +1,8 @@
 """The JSON lines that a measuring or testing process appends as it goes: what it has begun, what came of it, what it
 found.
 
-``{"started": NAME, "limit_s": SECONDS}`` and ``{"ended": NAME, "outcome": ..., "seconds": ...}`` go round every piece of
-work, one at a time. A process that is begun again leaves out what has ended, so that the file is all the state there is.
+``{"started": NAME, "limit_s": SECONDS}`` and ``{"ended": NAME, "outcome": ..., "seconds": ...}`` go round every piece
+of work, one at a time. A process that is begun again leaves out what has ended: the file is all the state there is.
 """
 
 import json

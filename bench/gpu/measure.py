@@ -24,8 +24,8 @@ CASE = 30.0  # seconds that any piece of work may take; one that is known to nee
 
 
 class Report:
-    """Where a part writes what it finds. ``until``: when it should be done, in seconds of the epoch. ``tiny``: sizes for
-    a CPU, which show that the code runs and nothing else. What the file says has ended is not done again."""
+    """Where a part writes what it finds. ``until``: when it should be done, in seconds of the epoch. ``tiny``: sizes
+    for a CPU, which show that the code runs and nothing else. What the file says has ended is not done again."""
 
     def __init__(self, path: Path | None, device: str, until: float, tiny: bool) -> None:
         self.path, self.device, self.until, self.tiny = path, device, until, tiny

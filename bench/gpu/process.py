@@ -128,7 +128,8 @@ class Supervised:
 
     def _lose(self, outcome: str, message: str) -> list[dict[str, Any]]:
         """Write down what the process cannot any more; the next one reads it there."""
-        assert self.work is not None and self.lines.path is not None
+        assert self.work is not None
+        assert self.lines.path is not None
         append(self.lines.path, **_ended(self.work, outcome, message))
         return self._read()
 

@@ -1,5 +1,5 @@
-"""One call of each op and backend against float64, on rows of every plan: what hangs or is plainly wrong is known within
-seconds."""
+"""One call of each op and backend against float64, on rows of every plan: what hangs or is plainly wrong is known
+within seconds."""
 
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ def cases(device: str, tiny: bool) -> list[Case]:
     bf16: dict[str, Any] = {"dtype": "bfloat16", "device": device}
     vocabularies, rows, (N, V, D) = ((512,), 16, (64, 512, 32)) if tiny else (PLANS, ROWS, (512, 32000, 1024))
     found = [Case(op, rows, V, **bf16) for V in vocabularies for op in ("policy_loss", "logprobs")]
-    found += [Case("policy_loss", rows, vocabularies[0], dtype="float32", device=device), Case("linear", N, V, D, **bf16)]
+    found += [Case("policy_loss", rows, vocabularies[0], device=device), Case("linear", N, V, D, **bf16)]
     return [*found, Case("partial_returns", 20, 30, variant="lookahead:3", device=device)]
 
 

@@ -52,7 +52,9 @@ def tested(record: dict[str, Any]) -> Collected:
     }  # fmt: skip
     said = [] if kinds["passed"] else ["no test passed" + (f": {reasons[0]}" if reasons else "")]
     said += [f"{len(bad)} of {all_} tests failed, first {bad[0]['name']}"] if bad else []
-    return found, "; ".join(said + ([f"{found['not_run']} of {all_} tests not run"] if found["not_run"] else [])) or None
+    return found, "; ".join(
+        said + ([f"{found['not_run']} of {all_} tests not run"] if found["not_run"] else [])
+    ) or None
 
 
 def _collected(record: dict[str, Any]) -> list[dict[str, Any]]:
