@@ -60,15 +60,21 @@ def run_part(part: Part, limit: float, store: Store) -> dict[str, Any]:
         Supervised(words, Path(f"{stem}.jsonl"), log, part.folder, part.environment)
         for stem, words, log in zip(stems, commands, logs, strict=True)
     ]
+
+    def take(lines: list[dict[str, Any]]) -> None:
+        record["seconds"] = round(time.monotonic() - start, 1)
+        store.take(part.name, lines)
+        store.write()
+
     try:
+        take([line for process in running for line in process.poll(limit)])
         while (left := start + limit - time.monotonic()) > 0 and not all(process.over for process in running):
-            record["seconds"] = round(time.monotonic() - start, 1)
-            store.take(part.name, [line for process in running for line in process.poll(left)])
-            time.sleep(min(TICK, max(left, 0.0)))
+            time.sleep(min(TICK, left))
+            if lines := [line for process in running for line in process.poll(left)]:
+                take(lines)
     finally:  # also where a signal ends the driver
         cut = any(not process.over for process in running)
-        store.take(part.name, [line for process in running for line in process.stop()])
-        record["seconds"] = round(time.monotonic() - start, 1)
+        take([line for process in running for line in process.stop()])
     record["statuses"] = [process.status for process in running]
     text = "".join(log.read_text(errors="replace") for log in logs)
     part.after()
@@ -115,6 +121,7 @@ def run(parts: Sequence[Part], store: Store, seconds: float, probe: Sequence[str
         reason = reason or (f"no time left: {max(left, 0):.0f} s of {seconds:.0f}" if left < LEAST else None)
         if reason:
             store.begin(part.name, {"status": "missing", "reason": reason, "estimate_s": part.estimate})
+            store.write()
         else:
             print(f"{part.name} ...", flush=True)
             record = run_part(part, min(left, max(part.limit, min(part.most, left - later))), store)

@@ -2,7 +2,6 @@
 it finds it."""
 
 import argparse
-import os
 import sys
 import time
 import traceback
@@ -14,7 +13,8 @@ import torch
 
 from .. import machine
 from . import counts, grid, kernels, smoke, steps
-from .lines import RESTART, append, ended
+from .device import leave, lost
+from .lines import append, ended
 
 PARTS: dict[str, Callable[["Report"], None]] = {
     "smoke": smoke.run, "counts": counts.run, "kernels": kernels.sweep_all, "dram": kernels.sweep_large,
@@ -66,23 +66,6 @@ class Report:
         if self.device == "cuda":
             torch.cuda.empty_cache()
         return found
-
-
-def lost() -> bool:
-    """Whether the device has an error that stays until this process ends."""
-    try:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-    except Exception:  # torch has several classes for it
-        return True
-    return False
-
-
-def leave() -> None:
-    """End at once, without the calls of the device that a usual end makes, and have another process begun."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(RESTART)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

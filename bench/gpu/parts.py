@@ -127,7 +127,7 @@ def parts(names: Sequence[str], setting: Setting, slots: dict[str, Slot]) -> lis
         return part(tool, [words], _sanitized(tool), "compute-sanitizer", environment=exact)
 
     def tests(processes: int, *options: str) -> list[list[str]]:
-        return tools.pytest_commands(setting.root, list(setting.files), processes, [*setting.tests, *options])
+        return tools.pytest_commands(setting.root, setting.files, processes, [*setting.tests, *options])
 
     compiled, program = to_compile(names, setting), setting.work / "plans"
     own = {"folder": setting.root, "environment": {}, "on_device": False}

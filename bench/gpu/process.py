@@ -18,7 +18,9 @@ LEAST = 5.0  # seconds under which nothing is begun
 LOST = 3  # pieces of work in a row that hung or died: so will the next one
 
 
-def start(words: Sequence[str], folder: Path | None, environment: dict[str, str], output: Any) -> Any:
+def start(
+    words: Sequence[str], folder: Path | None, environment: dict[str, str], output: Any
+) -> "subprocess.Popen[bytes] | None":
     """The process, at the head of a group of its own, or None where it cannot be started. It dies with the driver."""
 
     def alone() -> None:
@@ -35,9 +37,11 @@ def start(words: Sequence[str], folder: Path | None, environment: dict[str, str]
         return None
 
 
-def end(process: "subprocess.Popen[bytes]") -> bool:
+def end(process: "subprocess.Popen[bytes] | None") -> bool:
     """End the process and what it started; False where it stays, as one does that waits inside of the kernel's driver
     for a device that does not answer."""
+    if process is None:
+        return True
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
@@ -70,7 +74,7 @@ class Supervised:
         self.folder, self.environment = folder, environment
         self.over, self.status, self.stuck = False, None, False
         self.work: tuple[str, float, float] | None = None  # name, when it began, its limit
-        self.bad = 0  # pieces of work in a row that hung or died
+        self.bad = self.progress = 0  # pieces of work in a row that hung or died; that ended in this process
         self.waiting = self._read()  # of a run before this one, whose last piece of work is done again
         self.work = None
         self._start()

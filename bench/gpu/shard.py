@@ -1,4 +1,5 @@
-"""One of the processes that run the tests: `python -m ppg_fast.bench.gpu.shard LINES N OF UNTIL [options of pytest]`.
+"""One of the processes that run the tests: `python -m ppg_fast.bench.gpu.shard LINES N OF UNTIL LIMIT
+[options of pytest]`.
 
 A line says which test has begun and another what came of it, so that one that hangs is known, and what ran before it is
 not lost. Which tests are this process's own follows from their names; those that its lines say have ended are left out.
@@ -13,19 +14,18 @@ from typing import Any
 import pytest
 import torch
 
+from .device import leave, lost
 from .lines import append, ended
-from .measure import leave, lost
 
 KEPT = 1500  # characters of a failure
-TEST = 30.0  # seconds for a test, the compilation of its Triton kernels included
 NO_TESTS = 5  # pytest's exit status
 
 
 class Told:
     """What pytest tells, as lines."""
 
-    def __init__(self, path: Path, number: int, of: int, until: float) -> None:
-        self.path, self.number, self.of, self.until = path, number, of, until
+    def __init__(self, path: Path, number: int, of: int, until: float, limit: float) -> None:
+        self.path, self.number, self.of, self.until, self.limit = path, number, of, until, limit
         self.done = ended(path)
         self.reports: list[pytest.TestReport] = []
         self.session: pytest.Session | None = None
@@ -47,7 +47,7 @@ class Told:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.reports = []
-        append(self.path, started=nodeid, limit_s=TEST)
+        append(self.path, started=nodeid, limit_s=self.limit)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.reports.append(report)
@@ -74,8 +74,8 @@ def _said(report: Any) -> str:
 
 def main(argv: list[str]) -> int:
     """pytest's exit status; 0 also where no test is left for this process."""
-    lines, number, of, until, *options = argv
-    status = pytest.main(options, plugins=[Told(Path(lines), int(number), int(of), float(until))])
+    lines, number, of, until, limit, *options = argv
+    status = pytest.main(options, plugins=[Told(Path(lines), int(number), int(of), float(until), float(limit))])
     return 0 if status == NO_TESTS else int(status)
 
 

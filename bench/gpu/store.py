@@ -41,10 +41,10 @@ class Store:
         return self.content["parts"].get(part, {}).get("status") == "passed"
 
     def begin(self, part: str, record: dict[str, Any]) -> None:
+        """What an earlier run found of the part stays in the file until the next `write`."""
         self.content["benchmarks"] = [entry for entry in self.content["benchmarks"] if entry["part"] != part]
         self.content["parts"].pop(part, None)  # the newest one last
         self.content["parts"][part] = record
-        self.write()
 
     def take(self, part: str, lines: Sequence[dict[str, Any]]) -> None:
         """Put what a part's processes have found where it belongs: into the whole file, or into the part's record."""
@@ -56,8 +56,6 @@ class Store:
             self.content["ppg_fast"]["missing"] |= line.pop("missing", {})
             self.content["benchmarks"] += [{**entry, "part": part} for entry in line.pop("benchmarks", [])]
             record["results"] += [line] if line else []
-        if lines:
-            self.write()
 
     def _take_work(self, part: str, record: dict[str, Any], line: dict[str, Any]) -> None:
         if "started" in line:

@@ -4,9 +4,11 @@ import csv
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+TEST = 30.0  # seconds for a test, the compilation of its Triton kernels included
 Collected = tuple[dict[str, Any], str | None]  # what a part found, and why it failed
 OURS = "policy_loss|logprobs|partial_returns|rescale|partial_policy"  # names of kernels of csrc/cuda
 DRAM = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
@@ -28,13 +30,15 @@ UNITS = {
 
 
 # ---- pytest ----------------------------------------------------------------------------------------------------------
-def pytest_commands(root: Path, files: list[str], processes: int, args: list[str]) -> list[list[str]]:
-    """The tests of ``files``, spread over processes; from outside of the repository, so that its folders do not stand in
-    the way of the package."""
+def pytest_commands(
+    root: Path, files: Sequence[str], processes: int, args: Sequence[str], limit: float = TEST
+) -> list[list[str]]:
+    """The tests of ``files``, spread over processes, ``limit`` seconds for each; from outside of the repository, so that
+    its folders do not stand in the way of the package."""
     options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--rootdir={root}"]
     options += [f"-c={root / 'pyproject.toml'}", *args, *files]
     shard = [sys.executable, "-m", "ppg_fast.bench.gpu.shard", "{lines}"]
-    return [[*shard, str(n), str(processes), "{until}", *options] for n in range(processes)]
+    return [[*shard, str(n), str(processes), "{until}", str(limit), *options] for n in range(processes)]
 
 
 def tested(record: dict[str, Any]) -> Collected:
@@ -52,9 +56,8 @@ def tested(record: dict[str, Any]) -> Collected:
     }  # fmt: skip
     said = [] if kinds["passed"] else ["no test passed" + (f": {reasons[0]}" if reasons else "")]
     said += [f"{len(bad)} of {all_} tests failed, first {bad[0]['name']}"] if bad else []
-    return found, "; ".join(
-        said + ([f"{found['not_run']} of {all_} tests not run"] if found["not_run"] else [])
-    ) or None
+    said += [f"{found['not_run']} of {all_} tests not run"] if found["not_run"] else []
+    return found, "; ".join(said) or None
 
 
 def _collected(record: dict[str, Any]) -> list[dict[str, Any]]:
