@@ -15,7 +15,7 @@ def link(root: Path, site: Path) -> None:
     shutil.rmtree(package, ignore_errors=True)
     package.mkdir(parents=True)
     for entry in (root / "ppg_fast").iterdir():
-        if entry.name != "__pycache__":
+        if entry.name not in ("__pycache__", *WITHOUT_INSTALLING):
             (package / entry.name).symlink_to(entry.resolve())
     for name, folder in WITHOUT_INSTALLING.items():
         (package / name).symlink_to((root / folder).resolve())

@@ -33,8 +33,8 @@ UNITS = {
 def pytest_commands(
     root: Path, files: Sequence[str], processes: int, args: Sequence[str], limit: float = TEST
 ) -> list[list[str]]:
-    """The tests of ``files``, spread over processes, ``limit`` seconds for each; from outside of the repository, so that
-    its folders do not stand in the way of the package."""
+    """The tests of ``files``, spread over processes, ``limit`` seconds for each; from outside of the repository, so
+    that its folders do not stand in the way of the package."""
     options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--rootdir={root}"]
     options += [f"-c={root / 'pyproject.toml'}", *args, *files]
     shard = [sys.executable, "-m", "ppg_fast.bench.gpu.shard", "{lines}"]
