@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 def compiled() -> dict[str, list[Path]]:
     """The cubins by architecture: those of the extension where it was built from the sources as they are, else compiled
     here. Cached, so that parallel test processes compile once."""
-    make = _extract if native.sources() == sources.checksum() else _compile
+    make = _compile if sources.misfit(_extension()) else _extract
     version = subprocess.run([str(NVCC), "--version"], capture_output=True, text=True).stdout
     folder = cached(digest(version, sources.checksum(), make.__name__), ".cubins", make)
     return {arch: sorted(folder.glob(f"*.sm_{arch}.cubin")) for arch in ARCHITECTURES}
@@ -38,11 +38,14 @@ def compiled() -> dict[str, list[Path]]:
 def _extract(out: Path) -> None:
     """The cubins out of the extension, one a unit and architecture; compiled where it was built for other GPUs."""
     out.mkdir()
-    extension = next(Path(native.__file__).parent.glob("_C*.so"))
-    subprocess.run([_tool(), "--extract-elf", "all", extension], cwd=out, capture_output=True, check=True)
+    subprocess.run([_tool(), "--extract-elf", "all", _extension()], cwd=out, capture_output=True, check=True)
     if len(list(out.iterdir())) != len(UNITS) * len(ARCHITECTURES):
         shutil.rmtree(out)
         _compile(out)
+
+
+def _extension() -> Path:
+    return next(Path(native.__file__).parent.glob("_C*.so"))
 
 
 def _compile(out: Path) -> None:

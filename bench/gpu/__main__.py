@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import build, dry
+from . import build, dry, pack
 from .driver import run, stop_on_signals
-from .parts import Setting, cores, parts, probe
+from .parts import Setting, cores, link, parts, probe
 from .schedule import SLOTS, WHOLE, slots
 from .store import Store, header
 
@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--only must name {', '.join(SLOTS)}, got {unknown[0]!r}")
     stop_on_signals()
     here = setting(given.dry, given.pytest.split())
-    build.link(ROOT, here.site)
+    for line in [] if given.dry else pack.take(ROOT):
+        print(f"pack: {line}", flush=True)
+    link(here)
     stem = "gpu" if names == list(SLOTS) else f"gpu-{'-'.join(names)}"
     said = " ".join(["make gpu", *([f"ONLY={given.only}"] if given.only else [])])
     name = f"{stem}.{'dry' if given.dry else 'cuda'}"

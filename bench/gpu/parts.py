@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import build, plans, tools
+from . import build, pack, plans, tools
 from .driver import Collected, Part
 from .schedule import Slot
 
@@ -37,7 +37,8 @@ class Setting:
 
     @property
     def watched(self) -> Path:
-        """The package whose kernels trap where they would wait for ever."""
+        """The package for what is to be proved: its kernels end where they would wait for ever, if such an extension is
+        carried along."""
         return self.work / "watched"
 
 
@@ -86,6 +87,19 @@ def _moved(record: dict[str, Any], output: str) -> Collected:
     return _ended(record, output)
 
 
+def link(setting: Setting) -> None:
+    """Both packages, around what extensions there are now."""
+    carried = setting.root / pack.PACK / "watchdog" / pack.EXTENSION
+    build.link(setting.root, setting.site)
+    build.link(setting.root, setting.watched, carried if watchdog(setting) else None)
+
+
+def watchdog(setting: Setting) -> bool:
+    """Whether an extension with one is carried along that fits."""
+    carried = setting.root / pack.PACK / "watchdog" / pack.EXTENSION
+    return not setting.tiny and build.misfit(setting.root, carried, watchdog=True) is None
+
+
 def to_compile(names: Sequence[str], setting: Setting) -> list[list[str]]:
     """Nothing where all that the parts need is carried and of today's sources."""
     root, program = setting.root, setting.work / "plans"
@@ -101,15 +115,18 @@ def _built(setting: Setting) -> Collect:
         found, reason = _ended(record, output)
         if reason is None and not setting.compiler and not build.is_current(setting.root):
             reason = "no extension was built: is there a C++ compiler?"
-        return {**found, "extension": [p.name for p in sorted((setting.root / "ppg_fast").glob("_C*.so"))]}, reason
+        extensions = [path.name for path in sorted((setting.root / "ppg_fast").glob("_C*.so"))]
+        return {**found, "extension": extensions, "watchdog": watchdog(setting)}, reason
 
     return collect
 
 
 def parts(names: Sequence[str], setting: Setting, slots: dict[str, Slot]) -> list[Part]:
     """What to run, in order; what a missing tool or a missing GPU leaves out says so."""
-    environment = build.environment(setting.site)
-    exact = {**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a byte too far is outside of an allocation
+    environment, proving = build.environment(setting.site), build.environment(setting.watched)
+    exact = {**proving, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a byte too far is outside of an allocation
+
+    watched = {"folder": setting.watched, "environment": proving}
 
     def part(
         name: str, commands: list[list[str]], collect: Collect = _ended, needs: str | None = None, **more: Any
@@ -117,14 +134,15 @@ def parts(names: Sequence[str], setting: Setting, slots: dict[str, Slot]) -> lis
         absent = f"{needs} is not on PATH" if needs and not shutil.which(needs) else None
         slot = slots[name]
         given = {"folder": setting.site, "environment": environment, "missing": absent, **more}
-        return Part(name, slot.limit, commands, collect, slot.most, slot.estimate, slot.reason, **given)
+        limit = slot.most if name == "build" and commands else slot.limit  # everything else waits for it
+        return Part(name, limit, commands, collect, slot.most, slot.estimate, slot.reason, **given)
 
     def measured(name: str) -> Part:
         return part(name, [worker(name, setting)])
 
     def sanitizer(tool: str) -> Part:
         words = tools.sanitizer_command(tool, worker("kernels", setting))
-        return part(tool, [words], _sanitized(tool), "compute-sanitizer", environment=exact)
+        return part(tool, [words], _sanitized(tool), "compute-sanitizer", **{**watched, "environment": exact})
 
     def tests(processes: int, *options: str) -> list[list[str]]:
         return tools.pytest_commands(setting.root, setting.files, processes, [*setting.tests, *options])
@@ -133,10 +151,10 @@ def parts(names: Sequence[str], setting: Setting, slots: dict[str, Slot]) -> lis
     own = {"folder": setting.root, "environment": {}, "on_device": False}
     quick = [] if setting.tiny else tests(1, "-k", SMOKE)
     known = [
-        part("build", compiled, _built(setting), **own, after=lambda: build.link(setting.root, setting.site)),
-        part("smoke", [worker("smoke", setting), *quick]),
+        part("build", compiled, _built(setting), **own, after=lambda: link(setting)),
+        part("smoke", [worker("smoke", setting), *quick], **watched),
         part("plans", [[str(program), "{lines}", "{until}"]], needs=None if program.exists() else "nvcc"),
-        part("tests", tests(setting.processes), lambda record, output: tools.tested(record)),
+        part("tests", tests(setting.processes), lambda record, _: tools.tested(record), **watched),
         part("dram", [tools.ncu_command(worker("dram", setting))], _moved, "ncu"),
         *(measured(name) for name in ("bench", "counts", "steps", "peers")),
         *(sanitizer(tool) for tool in ("memcheck", "racecheck")),
