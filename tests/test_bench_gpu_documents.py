@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from ppg_fast.bench import render, result_file
 from gpu_results import measured, synthetic
-from ppg_fast.bench.gpu import bars, sections
+from ppg_fast.bench.gpu import bars, schedule, sections
 from ppg_fast.bench.tables import NOT_MEASURED
 
 ROOT = Path(__file__).parents[1]
@@ -83,3 +83,10 @@ def test_without_a_results_file_no_figure_is_claimed():
         pytest.skip("there is one")
     assert sections.gpu_section(render.load(ROOT / render.FOLDER)) == NOT_MEASURED
     assert sections.summary_section({}) == ""  # the front page says nothing, docs/benchmarks.md that it is not measured
+
+
+def test_the_page_says_the_parts_and_their_limits():
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| `")]
+    said = [(name.strip(" `"), limit.strip()) for name, limit in rows if limit.strip().endswith(" s")]
+    assert said == [(name, f"{slot.limit} s") for name, slot in schedule.SLOTS.items()]

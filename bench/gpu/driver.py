@@ -11,6 +11,7 @@ from typing import Any
 
 from .lines import RESTART
 from .process import LEAST, Supervised, attempt
+from .process import end as end_all
 from .store import Store, pack
 
 TAIL = 3000  # characters of a part's output that are kept in the results file
@@ -45,7 +46,7 @@ def run_part(part: Part, limit: float, store: Store) -> dict[str, Any]:
     """Run one part within ``limit`` seconds; its record, which has been in the file since its first line."""
     start, many = time.monotonic(), len(part.commands) > 1
     stems = [store.logs / (f"{part.name}-{n}" if many else part.name) for n in range(len(part.commands))]
-    until = str(int(time.time() + limit - max(1.0, 0.05 * limit)))
+    until = str(int(time.time() + limit - 2.0 - 0.03 * limit))
     commands = [
         [word.replace("{until}", until).replace("{lines}", f"{stem}.jsonl") for word in command]
         for stem, command in zip(stems, part.commands, strict=True)
@@ -73,7 +74,8 @@ def run_part(part: Part, limit: float, store: Store) -> dict[str, Any]:
             if lines := [line for process in running for line in process.poll(left)]:
                 take(lines)
     finally:  # also where a signal ends the driver
-        cut = any(not process.over for process in running)
+        cut = [process.process for process in running if not process.over]
+        end_all(*cut)  # at once, before each is looked at
         take([line for process in running for line in process.stop()])
     record["statuses"] = [process.status for process in running]
     text = "".join(log.read_text(errors="replace") for log in logs)

@@ -37,17 +37,19 @@ def start(
         return None
 
 
-def end(process: "subprocess.Popen[bytes] | None") -> bool:
-    """End the process and what it started; False where it stays, as one does that waits inside of the kernel's driver
-    for a device that does not answer."""
-    if process is None:
-        return True
+def end(*processes: "subprocess.Popen[bytes] | None") -> bool:
+    """End the processes and what they started; False where one stays, as one does that waits inside of the kernel's
+    driver for a device that does not answer."""
+    there = [process for process in processes if process is not None]
     for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=GRACE)
-    return process.poll() is not None
+        for process in there:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, number)
+        deadline = time.monotonic() + GRACE
+        for process in there:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+    return all(process.poll() is not None for process in there)
 
 
 def attempt(words: Sequence[str], folder: Path | None, environment: dict[str, str], seconds: float, log: Path) -> bool:
