@@ -70,7 +70,6 @@ def test_the_driver_is_killed_at_random_moments(tmp_path):
     while kills < 4:
         running = begin(tmp_path)
         time.sleep(draw.uniform(0.2, 1.2))
-        workers = children(running.pid)
         running.kill()
         killed = time.time()
         if running.wait() == 0:  # it was done before
@@ -81,10 +80,6 @@ def test_the_driver_is_killed_at_random_moments(tmp_path):
         late = {line["ended"] for line in before if line["at"] < killed - 1} - {case["name"] for case in cases}
         assert late == set()
         assert all(part["status"] in ("passed", "running") for part in parts.values())
-        deadline = time.monotonic() + 10
-        while any(Path(f"/proc/{pid}").exists() for pid in workers):  # they die with it
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
     assert kills
     assert begin(tmp_path).wait(timeout=60) == 0
     parts, cases = results(tmp_path)
@@ -113,7 +108,8 @@ def test_the_processes_are_killed_at_random_moments(tmp_path):
     assert not missing or given_up  # killed before its first piece of work, a process is not begun again
 
 
-def test_a_signal_ends_the_running_part(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_signal_ends_the_running_part(tmp_path, number):
     pid = tmp_path / "pid"
     slow = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     program = f"""
@@ -128,10 +124,22 @@ driver.run([part], store.Store(Path({str(tmp_path)!r}), "gpu.cuda", store.header
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (pid.exists() and pid.read_text()):
         time.sleep(0.05)
-    running.send_signal(signal.SIGTERM)
-    assert running.wait(timeout=60) == 128 + signal.SIGTERM
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+    running.send_signal(number)
+    assert running.wait(timeout=60) == (-number if number == signal.SIGKILL else 128 + number)
+    while Path(f"/proc/{pid.read_text()}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_part_that_begins_again_keeps_what_is_on_the_disk(tmp_path):
+    """Until what its lines say is read again."""
+    header = store.header("make gpu", "abc")
+    kept = store.Store(tmp_path, "gpu.cuda", {**header, "parts": {"one": {"status": "running", "cases": [1, 2]}}})
+    again = store.Store(tmp_path, "gpu.cuda", header, resume=True)
+    again.begin("one", {"status": "running", "cases": []})
+    assert json.loads(kept.path.read_text())["parts"]["one"]["cases"] == [1, 2]
+    other = store.Store(tmp_path, "gpu.cuda", store.header("make gpu", "another commit"), resume=True)
+    assert other.content["parts"] == {}
 
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
