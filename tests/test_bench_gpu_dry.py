@@ -10,7 +10,7 @@ import pytest
 from gpu_results import measured
 from ppg_fast.bench import result_file
 from ppg_fast.bench.gpu import __main__ as command
-from ppg_fast.bench.gpu import parts, schedule, sections
+from ppg_fast.bench.gpu import dry, parts, schedule, sections
 
 WORKER = """
 import json, sys
@@ -20,6 +20,7 @@ found += [{"benchmarks": made["benchmarks"]}] if part == "bench" else []
 for line in [{"started": "all"}, *found, {"ended": "all", "outcome": "passed", "seconds": 0.0}]:
     print(json.dumps(line), file=lines)
 """
+TESTS = "import pytest\n@pytest.mark.parametrize('backend', ['cpu'] * 8)\ndef test_short(backend): pass\n"
 
 
 @pytest.fixture
@@ -28,6 +29,8 @@ def made_up(monkeypatch, tmp_path):
     (tmp_path / "made.json").write_text(json.dumps(measured()))
     program = [sys.executable, "-S", "-c", WORKER, str(tmp_path / "made.json")]
     monkeypatch.setattr(parts, "worker", lambda part, setting: [*program, part, "{lines}"])
+    (tmp_path / "test_short.py").write_text(TESTS)
+    monkeypatch.setattr(dry, "FILES", (tmp_path / "test_short.py",))
     monkeypatch.setattr(command, "show", lambda *_: None)
     monkeypatch.setenv("PATH", "/usr/bin:/bin")  # to be put back: the tools that pretend come first on it
 
@@ -45,11 +48,11 @@ def test_a_dry_run_walks_every_part(made_up, tmp_path, capsys):
         assert part["estimate_s"] == slot.estimate
         left -= part["seconds"]
     assert left > 0
-    assert file["parts"]["tests"]["passed"] > 10
+    assert file["parts"]["tests"]["passed"] == 8
     assert len(file["parts"]["tests"]["command"]) == 2  # processes
     assert file["parts"]["dram"]["results"][0]["kernel"] == "policy_loss_onepass"
     assert file["parts"]["racecheck"]["summaries"][0]["hazards"] == 0
-    assert len(list((tmp_path / "gpu.dry.logs").glob("*.log"))) == 14
+    assert len(list((tmp_path / "gpu.dry.logs").glob("*.log"))) == 13
     text = sections.gpu_section({"gpu.cuda": file})
     assert "| racecheck | passed | 20 s |" in text
     assert "| 128,256 | 100% | as chosen | does not launch |" in text

@@ -167,6 +167,7 @@ def test_a_test_that_hangs_or_dies_costs_none_of_the_others(tmp_path, monkeypatc
     )
     kept = store.Store(tmp_path / "out", "gpu.cuda", store.header("make gpu", "abc"))
     part = driver.Part("tests", 60, commands, lambda record, output: tools.tested(record), folder=tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     record = driver.run_part(part, 60, kept)
     found = {case["name"]: case["outcome"] for case in record["cases"]}
     assert found == {

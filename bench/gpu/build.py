@@ -28,6 +28,8 @@ def link(root: Path, site: Path, extension: Path | None = None) -> None:
         (package / extension.name).symlink_to(extension.resolve())
     for name, folder in WITHOUT_INSTALLING.items():
         (package / name).symlink_to((root / folder).resolve())
+    (site / "bench").unlink(missing_ok=True)
+    (site / "bench").symlink_to((root / "bench").resolve())  # for what must not import the package: `shard`
 
 
 def environment(site: Path) -> dict[str, str]:

@@ -1,5 +1,5 @@
-"""One of the processes that run the tests: `python -m ppg_fast.bench.gpu.shard LINES N OF UNTIL LIMIT
-[options of pytest]`.
+"""One of the processes that run the tests: `python -m bench.gpu.shard LINES N OF UNTIL LIMIT [options of pytest]`. It
+imports neither the package nor torch: the tests do.
 
 A line says which test has begun and another what came of it, so that one that hangs is known, and what ran before it is
 not lost. Which tests are this process's own follows from their names; those that its lines say have ended are left out.
@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from .device import leave, lost
 from .lines import append, ended
 
 KEPT = 1500  # characters of a failure
@@ -57,9 +55,12 @@ class Told:
         seconds = round(sum(report.duration for report in self.reports), 3)
         more = {} if bad is None else {"message": _said(bad)}
         append(self.path, ended=nodeid, outcome=bad.outcome if bad else "passed", seconds=seconds, **more)
-        if bad is not None and bad.failed and torch.cuda.is_initialized() and lost():
-            print(f"{nodeid} failed, and the device takes no more calls: {_said(bad)}")
-            leave()
+        if bad is not None and bad.failed and "torch" in sys.modules:
+            from .device import leave, lost
+
+            if sys.modules["torch"].cuda.is_initialized() and lost():
+                print(f"{nodeid} failed, and the device takes no more calls: {_said(bad)}")
+                leave()
 
         if time.time() > self.until and self.session is not None:
             self.session.shouldstop = "no time left"

@@ -37,7 +37,7 @@ def pytest_commands(
     that its folders do not stand in the way of the package."""
     options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--rootdir={root}"]
     options += [f"-c={root / 'pyproject.toml'}", *args, *files]
-    shard = [sys.executable, "-m", "ppg_fast.bench.gpu.shard", "{lines}"]
+    shard = [sys.executable, "-m", "bench.gpu.shard", "{lines}"]
     return [[*shard, str(n), str(processes), "{until}", str(limit), *options] for n in range(processes)]
 
 
