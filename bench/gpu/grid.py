@@ -62,7 +62,7 @@ def _measure(report: Any, wanted: list[tuple[Case, float]], peers: bool) -> None
         size = f"N={case.N} V={case.V} D={case.D} {case.dtype} active={case.active} zero={case.zero}"
 
         def measure(case: Case = case) -> None:
-            with _makers(harness.OPS[case.op], peers):
+            with makers(harness.OPS[case.op], peers):
                 entries, missing = harness.measure(
                     case, QUICK if report.tiny else PACE, peers and not report.tiny, known.setdefault(case.op, [])
                 )
@@ -78,7 +78,7 @@ def _measure(report: Any, wanted: list[tuple[Case, float]], peers: bool) -> None
 
 
 @contextmanager
-def _makers(module: Any, peers: bool) -> Iterator[None]:
+def makers(module: Any, peers: bool) -> Iterator[None]:
     """The op with ours alone, or with the others alone; eager PyTorch, by which both are judged, always."""
     before = module.MAKERS
     others = {maker for maker in before if maker.__module__.endswith(".peers") or maker.__name__.startswith("compiled")}

@@ -13,7 +13,7 @@ from typing import Any
 RESTART = 75  # exit status: this process can use the device no more, another may
 
 
-def append(path: Path, **line: Any) -> None:
+def append(path: Path, /, **line: Any) -> None:
     """One line, on the disk when this returns; half a line that a killed process left before it stays by itself."""
     with path.open("ab") as file:
         file.write(f"\n{json.dumps(line)}\n".encode())
