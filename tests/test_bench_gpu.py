@@ -226,7 +226,7 @@ def test_what_there_is_no_time_for_is_a_line():
     assert lines.failed == []
     lines.case("broken", lambda: 1 / 0)
     assert lines.failed == ["broken"]
-    assert lines.lines[1] == {"started": "broken", "limit_s": measure.CASE}
+    assert lines.lines[1] == {"started": "broken", "limit_s": 4 * measure.CASE}
     assert lines.lines[2] == {"missing": {"broken": "failed: ZeroDivisionError: division by zero"}}
     assert (lines.lines[3]["ended"], lines.lines[3]["outcome"]) == ("broken", "failed")
 

@@ -50,7 +50,7 @@ class Report:
             return None
         print(f"{self.left:5.0f} s left  {name}", file=sys.stderr, flush=True)
         start = time.monotonic()
-        self.add(started=name, limit_s=max(CASE, 5 * needed))
+        self.add(started=name, limit_s=max(4 * CASE if self.tiny else CASE, 5 * needed))
         try:
             found = work()
         except Exception as error:  # whatever it is, the other cases are measured and the part is marked as failed
