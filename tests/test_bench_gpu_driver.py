@@ -63,6 +63,7 @@ def test_parts_pass_fail_or_are_missing_and_the_others_go_on(tmp_path, capsys):
             "bad", 60, [[*SAY, "print('went wrong'); raise SystemExit(3)"]], told, estimate=7, reason="a guess"
         ),
         driver.Part("absent", 60, [["true"]], told, missing="nothing is not on PATH"),
+        driver.Part("odd", 60, [[*SAY, "pass"]], lambda record, output: 1 / 0),
         driver.Part("no such program", 60, [["/no/such/program"]], told),
         driver.Part("good", 60, [[*SAY, write, "{lines}"], [*SAY, "print({until})"]], told),
         driver.Part("nothing to do", 60, [], told),
@@ -70,20 +71,22 @@ def test_parts_pass_fail_or_are_missing_and_the_others_go_on(tmp_path, capsys):
     assert not driver.run(parts, kept, 300)
     found = content(kept)["parts"]
     assert {name: part["status"] for name, part in found.items()} == {
-        "bad": "failed", "absent": "missing", "no such program": "failed", "good": "passed", "nothing to do": "passed",
+        "bad": "failed", "absent": "missing", "odd": "failed",
+        "no such program": "failed", "good": "passed", "nothing to do": "passed",
     }  # fmt: skip
     assert found["bad"]["reason"] == "[3]"
     assert "went wrong" in found["bad"]["output"]
     assert found["bad"]["estimate_s"] == 7
     assert found["bad"]["seconds"] < 7
     assert found["absent"]["reason"] == "nothing is not on PATH"
+    assert found["odd"]["reason"] == "not understood: ZeroDivisionError: division by zero"
     assert found["no such program"]["statuses"] == [127]
     assert found["good"]["results"] == [{"found": 1}, {"unreadable": "[3]"}]
     assert abs(float((kept.logs / "good-1.log").read_text()) - time.time() - 57) < 20  # for what is left of a minute
     said = capsys.readouterr().out
     assert said.index("7 s   60 s   a guess") < said.index("bad ...")
     assert "s of about 7  bad        failed: [3]" in said
-    assert driver.run(parts[3:], kept, 300)
+    assert driver.run(parts[4:], kept, 300)
 
 
 def test_a_part_is_stopped_with_all_that_it_started(tmp_path):

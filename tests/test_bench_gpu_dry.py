@@ -7,10 +7,10 @@ import json
 import sys
 
 import pytest
-from gpu_results import measured
 from ppg_fast.bench import result_file
 from ppg_fast.bench.gpu import __main__ as command
 from ppg_fast.bench.gpu import dry, parts, schedule, sections
+from test_bench_gpu_documents import measured
 
 WORKER = """
 import json, sys

@@ -79,8 +79,11 @@ def run_part(part: Part, limit: float, store: Store) -> dict[str, Any]:
         take([line for process in running for line in process.stop()])
     record["statuses"] = [process.status for process in running]
     text = "".join(log.read_text(errors="replace") for log in logs)
-    part.after()
-    found, reason = part.collect(record, text)
+    try:
+        part.after()
+        found, reason = part.collect(record, text)
+    except Exception as error:  # what a tool said was not what was expected; the other parts go on
+        found, reason = {}, f"not understood: {type(error).__name__}: {error}"
     reasons = [f"stopped after {limit:.0f} s"] if cut else []
     reasons += ["a process did not end when it was killed"] if any(process.stuck for process in running) else []
     reason = "; ".join([*reasons, *([reason] if reason else [])])

@@ -44,7 +44,8 @@ def _line(text: bytes) -> dict[str, Any]:
         line = json.loads(text)
     except ValueError:
         line = None
-    return line if isinstance(line, dict) else {"unreadable": text.decode(errors="replace")[:300]}
+    known = isinstance(line, dict) and ("ended" not in line or {"outcome", "seconds"} <= line.keys())
+    return line if known else {"unreadable": text.decode(errors="replace")[:300]}
 
 
 def ended(path: Path | None) -> set[str]:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-TEST = 30.0  # seconds for a test, the compilation of its Triton kernels included
-Collected = tuple[dict[str, Any], str | None]  # what a part found, and why it failed
 OURS = "policy_loss|logprobs|partial_returns|rescale|partial_policy"  # names of kernels of csrc/cuda
 DRAM = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
 UNITS = {
@@ -27,6 +25,8 @@ UNITS = {
     "msecond": 1e-3,
     "second": 1.0,
 }
+TEST = 30.0  # seconds for a test, the compilation of its Triton kernels included
+Collected = tuple[dict[str, Any], str | None]  # what a part found, and why it failed
 
 
 # ---- pytest ----------------------------------------------------------------------------------------------------------
