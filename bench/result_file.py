@@ -51,8 +51,8 @@ def header(
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
 
@@ -94,13 +94,17 @@ def _text_of(path: Path) -> str:
 
 # ---- the files -------------------------------------------------------------------------------------------------------
 def write(folder: Path, name: str, file: dict[str, Any]) -> Path:
-    """``name``.json in ``folder``, compressed to .json.gz where it is large; whole whenever it is looked at."""
+    """``name``.json in ``folder``, compressed to .json.gz where it is large; whole whenever it is looked at, and on the
+    disk when this returns."""
     content = (_json(file) + "\n").encode()
     plain, packed = folder / f"{name}.json", folder / f"{name}.json.gz"
     path, other = (packed, plain) if len(content) > LARGE else (plain, packed)
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f"{name}.draft"
-    draft.write_bytes(gzip.compress(content, mtime=0) if path is packed else content)
+    with draft.open("wb") as out:
+        out.write(gzip.compress(content, mtime=0) if path is packed else content)
+        out.flush()
+        os.fsync(out.fileno())  # before it takes the place of the one before
     draft.replace(path)
     other.unlink(missing_ok=True)
     return path

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from ppg_fast.bench import render, result_file
-from ppg_fast.bench.gpu import bars, driver, sections
+from ppg_fast.bench.gpu import bars, schedule, sections, store
 from ppg_fast.bench.tables import NOT_MEASURED
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +36,7 @@ def entry(op, provider, median, kind="peer", **params):
 
 
 def synthetic(when, commit, **parts):
-    file = driver.header("make gpu", commit)
+    file = store.header("make gpu", commit)
     file["datetime"] = when
     file["parts"] = {name: {"status": "passed", "seconds": 1.0, "results": results} for name, results in parts.items()}
     return file
@@ -180,3 +180,10 @@ def test_without_a_results_file_no_figure_is_claimed():
         pytest.skip("there is one")
     assert sections.gpu_section(render.load(ROOT / render.FOLDER)) == NOT_MEASURED
     assert sections.summary_section({}) == ""  # the front page says nothing, docs/benchmarks.md that it is not measured
+
+
+def test_the_page_says_the_parts_and_their_limits():
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| `")]
+    said = [(name.strip(" `"), limit.strip()) for name, limit in rows if limit.strip().endswith(" s")]
+    assert said == [(name, f"{slot.limit} s") for name, slot in schedule.SLOTS.items()]

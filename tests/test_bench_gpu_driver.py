@@ -1,8 +1,7 @@
-"""`make gpu` runs its parts one after the other, bounded, and loses nothing that was found."""
+"""`make gpu` runs its parts one after the other, bounded, and names what hangs or dies and goes on without it."""
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,153 +9,245 @@ import time
 from pathlib import Path
 
 import pytest
-from ppg_fast.bench.gpu import build, driver
+from ppg_fast.bench.gpu import build, driver, process, schedule, store
 
 ROOT = Path(__file__).parents[1]
 SAY = [sys.executable, "-S", "-c"]
+# A process that does pieces of work one after the other; what a piece does is code.
+WORKER = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from bench.gpu.lines import append, ended
+lines, limit, done = Path(sys.argv[2]), float(sys.argv[3]), ended(Path(sys.argv[2]))
+for name, code in (word.split("=", 1) for word in sys.argv[4:]):
+    if name not in done:
+        append(lines, started=name, limit_s=limit)
+        exec(code)
+        append(lines, found=name)
+        append(lines, ended=name, outcome="passed", seconds=0.0)
+"""
 
 
-def told(statuses, output, lines):
-    """Collects everything, and passes where all commands did."""
-    return {"output": output, "count": len(lines)}, None if statuses == [0] * len(statuses) else f"{statuses}"
+def worker(*work, limit=0.5):
+    return [*SAY, WORKER, str(ROOT), "{lines}", str(limit), *work]
 
 
-def stored(tmp_path):
-    return driver.Store(tmp_path / "out", "gpu.cuda", driver.header("make gpu", "abc"))
+def told(record, output):
+    """Passes where all processes and all pieces of work did."""
+    statuses = record["statuses"]
+    bad = [f"{case['name']} {case['outcome']}" for case in record["cases"] if case["outcome"] != "passed"]
+    return {}, "; ".join(bad) or (None if not any(statuses) and None not in statuses else f"{statuses}")
 
 
-def content(store):
-    return json.loads(store.path.read_text())
+def stored(tmp_path, **more):
+    return store.Store(tmp_path / "out", "gpu.cuda", store.header("make gpu", "abc"), **more)
 
 
-def test_parts_pass_fail_or_are_missing_and_the_others_go_on(tmp_path):
-    store, out = stored(tmp_path), tmp_path / "lines.jsonl"
-    write = f"import json; open({str(out)!r}, 'a').write(json.dumps({{'found': 1}}) + chr(10) + '{{\"half a li')"
+def content(kept):
+    return json.loads(kept.path.read_text())
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    monkeypatch.setattr(driver, "TICK", 0.02)
+    monkeypatch.setattr(process, "GRACE", 0.5)
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+def test_parts_pass_fail_or_are_missing_and_the_others_go_on(tmp_path, capsys):
+    kept = stored(tmp_path)
+    write = "import sys; open(sys.argv[1], 'a').write('{\"found\": 1}' + chr(10) + '[3]' + chr(10) + '{\"half a li')"
     parts = [
-        driver.Part("bad", 60, [[*SAY, "print('went wrong'); raise SystemExit(3)"]], told),
+        driver.Part(
+            "bad", 60, [[*SAY, "print('went wrong'); raise SystemExit(3)"]], told, estimate=7, reason="a guess"
+        ),
         driver.Part("absent", 60, [["true"]], told, missing="nothing is not on PATH"),
+        driver.Part("odd", 60, [[*SAY, "pass"]], lambda record, output: 1 / 0),
         driver.Part("no such program", 60, [["/no/such/program"]], told),
-        driver.Part("good", 60, [[*SAY, write], [*SAY, "print({seconds})"]], told, lines=out),
+        driver.Part("good", 60, [[*SAY, write, "{lines}"], [*SAY, "print({until})"]], told),
+        driver.Part("nothing to do", 60, [], told),
     ]
-    assert not driver.run(parts, store, 300, tmp_path / "logs")
-    found = content(store)["parts"]
+    assert not driver.run(parts, kept, 300)
+    found = content(kept)["parts"]
     assert {name: part["status"] for name, part in found.items()} == {
-        "bad": "failed", "absent": "missing", "no such program": "failed", "good": "passed",
+        "bad": "failed", "absent": "missing", "odd": "failed",
+        "no such program": "failed", "good": "passed", "nothing to do": "passed",
     }  # fmt: skip
     assert found["bad"]["reason"] == "[3]"
     assert "went wrong" in found["bad"]["output"]
+    assert found["bad"]["estimate_s"] == 7
+    assert found["bad"]["seconds"] < 7
     assert found["absent"]["reason"] == "nothing is not on PATH"
-    assert found["good"]["results"] == [{"found": 1}]
-    assert found["good"]["output"].strip() == "27"  # nine tenths of its half of a minute
-    assert driver.run(parts[3:], store, 300, tmp_path / "logs")
+    assert found["odd"]["reason"] == "not understood: ZeroDivisionError: division by zero"
+    assert found["no such program"]["statuses"] == [127]
+    assert found["good"]["results"] == [{"found": 1}, {"unreadable": "[3]"}]
+    assert abs(float((kept.logs / "good-1.log").read_text()) - time.time() - 57) < 20  # for what is left of a minute
+    said = capsys.readouterr().out
+    assert said.index("7 s   60 s   a guess") < said.index("bad ...")
+    assert "s of about 7  bad        failed: [3]" in said
+    assert driver.run(parts[4:], kept, 300)
 
 
 def test_a_part_is_stopped_with_all_that_it_started(tmp_path):
-    store, mark = stored(tmp_path), tmp_path / "alive"
+    kept, mark = stored(tmp_path), tmp_path / "alive"
     child = f"import time, pathlib\nwhile True: pathlib.Path({str(mark)!r}).touch(); time.sleep(0.05)"
     parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-S', '-c', {child!r}]); time.sleep(600)"
-    parts = [
-        driver.Part("long", 2.0, [[*SAY, parent], [*SAY, "pass"]], told),
-        driver.Part("late", 60, [["true"]], told),
-    ]
+    parts = [driver.Part("long", 1.0, [[*SAY, parent]], told), driver.Part("late", 60, [["true"]], told)]
     start = time.monotonic()
-    assert not driver.run(parts, store, 6.0, tmp_path / "logs")
+    assert not driver.run(parts, kept, 5.5)
     assert time.monotonic() - start < 30
-    found = content(store)["parts"]
-    assert found["long"]["reason"] == "stopped after 2 s; [None]"
+    found = content(kept)["parts"]
+    assert found["long"]["reason"] == "stopped after 1 s; [None]"
     assert found["late"].get("reason", "no time left: ").startswith("no time left: ")
     mark.unlink(missing_ok=True)
-    time.sleep(0.5)
+    time.sleep(0.3)
     assert not mark.exists()
 
 
-def test_a_kill_loses_nothing_that_was_found(tmp_path):
-    """The whole process, killed in the middle of its second part."""
-    out, pid = tmp_path / "lines.jsonl", tmp_path / "pid"
-    write = f"open({str(out)!r}, 'a').write('{{\"found\": 2}}\\n'); open({str(pid)!r}, 'w').write(str(os.getpid()))"
-    slow = f"import os, time; {write}; time.sleep(600)"
-    program = f"""
-from pathlib import Path
-from bench.gpu.driver import Part, Store, header, run
-here, tell = Path({str(tmp_path)!r}), lambda *_: ({{}}, None)
-two = Part("two", 60, [[*{SAY!r}, {slow!r}]], tell, lines=here / "lines.jsonl")
-store = Store(here, "gpu.cuda", header("make gpu", "abc"))
-run([Part("one", 60, [[*{SAY!r}, "pass"]], tell), two], store, 300, here / "logs")
-"""
-    running = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not ('"found": 2' in _text(tmp_path / "gpu.cuda.json") and _text(pid)):
-        time.sleep(0.1)
-    running.kill()
-    running.wait()
-    found = json.loads((tmp_path / "gpu.cuda.json").read_text())["parts"]
-    assert found["one"]["status"] == "passed"
-    assert found["two"]["status"] == "running"
-    assert found["two"]["results"] == [{"found": 2}]
-    os.kill(int(pid.read_text()), signal.SIGKILL)  # the part, which outlives a driver that had no time to end it
+def test_time_that_is_left_goes_to_those_who_can_use_it(tmp_path):
+    quick = [[*SAY, "pass"]]
+    parts = [
+        driver.Part("quick", 50, quick, told), driver.Part("bounded", 50, quick, told, most=55),
+        driver.Part("open", 50, quick, told, most=1000), driver.Part("last", 50, quick, told, most=20),
+    ]  # fmt: skip
+    kept = stored(tmp_path)
+    assert driver.run(parts, kept, 210)
+    limits = {name: part["limit_s"] for name, part in content(kept)["parts"].items()}
+    assert limits["quick"] == 50
+    assert limits["bounded"] == 55
+    assert 150 < limits["open"] <= 160  # 210 less the 50 of the last
+    assert limits["last"] == 50
 
 
-def _text(path):
-    return path.read_text() if path.exists() else ""
+# ---- what hangs or dies ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("code", "outcome"), [("time.sleep(600)", "hung"), ("os.abort()", "died"), ("os._exit(75)", "died")]
+)
+def test_what_hangs_or_dies_is_named_and_the_rest_is_done(tmp_path, code, outcome):
+    kept = stored(tmp_path)
+    part = driver.Part("some", 60, [worker("a=0", f"b={code}", "c=0", "d=0"), worker("e=0")], told)
+    driver.run_part(part, 60, kept)
+    found = content(kept)
+    record = found["parts"]["some"]
+    assert {case["name"]: case["outcome"] for case in record["cases"]} == {
+        "a": "passed", "b": outcome, "c": "passed", "d": "passed", "e": "passed",
+    }  # fmt: skip
+    assert sorted(line["found"] for line in record["results"]) == ["a", "c", "d", "e"]
+    assert record["reason"] == f"b {outcome}"
+    assert found["ppg_fast"]["missing"]["some: b"].startswith(outcome)
+    assert driver.suspicious(record)
 
 
+def test_a_process_that_asks_for_another_gets_one(tmp_path):
+    kept = stored(tmp_path)
+    leave = "append(lines, ended=name, outcome='failed', seconds=0.0); os._exit(75)"
+    record = driver.run_part(driver.Part("some", 60, [worker("a=0", f"b={leave}", "c=0")], told), 60, kept)
+    assert [case["outcome"] for case in record["cases"]] == ["passed", "failed", "passed"]
+    endless = driver.run_part(driver.Part("endless", 60, [[*SAY, "raise SystemExit(75)"]], told), 60, kept)
+    assert endless["statuses"] == [75]  # it ended nothing, so that another would end nothing
+
+
+def test_a_device_that_hangs_every_time_is_given_up(tmp_path):
+    kept, work = stored(tmp_path), [f"{name}=time.sleep(600)" for name in "abcdef"]
+    record = driver.run_part(driver.Part("some", 60, [worker(*work, limit=0.2)], told), 60, kept)
+    assert [case["outcome"] for case in record["cases"]] == ["hung"] * process.LOST
+    assert record["seconds"] < 30
+
+
+def test_what_cannot_be_killed_does_not_stop_the_others(tmp_path, monkeypatch):
+    """As a process in the middle of a call of the GPU's driver, which no signal reaches."""
+    kill, spared = os.killpg, []
+    monkeypatch.setattr(os, "killpg", lambda group, number: spared.append(group))
+    parts = [driver.Part("stays", 1.0, [[*SAY, "import time; time.sleep(600)"]], told)]
+    parts += [driver.Part("next", 60, [[*SAY, "pass"]], told)]
+    kept, start = stored(tmp_path), time.monotonic()
+    try:
+        assert not driver.run(parts, kept, 300)
+    finally:
+        for group in set(spared):
+            try:
+                kill(group, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+    assert time.monotonic() - start < 20
+    found = content(kept)["parts"]
+    assert found["stays"]["reason"] == "stopped after 1 s; a process did not end when it was killed; [None]"
+    assert found["next"]["status"] == "passed"
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_after_a_part_that_hung_the_device_is_asked_first(tmp_path, monkeypatch, answers):
+    monkeypatch.setattr(driver, "ANSWER", 1.0)
+    asked = tmp_path / "asked"
+    probe = [*SAY, f"open({str(asked)!r}, 'a').write('x'); import time; time.sleep({0 if answers else 600})"]
+    quick = [[*SAY, "pass"]]
+    parts = [
+        driver.Part("good", 60, quick, told), driver.Part("hung", 1.0, [[*SAY, "import time; time.sleep(600)"]], told),
+        driver.Part("without it", 60, quick, told, on_device=False), driver.Part("next", 60, quick, told),
+        driver.Part("last", 60, quick, told),
+    ]  # fmt: skip
+    kept = stored(tmp_path)
+    assert not driver.run(parts, kept, 300, probe)
+    found = content(kept)["parts"]
+    assert found["without it"]["status"] == "passed"
+    assert {found[name]["status"] for name in ("next", "last")} == {"passed" if answers else "missing"}
+    assert asked.read_text() == ("x" if answers else "xx")  # once it has answered it is trusted
+    if not answers:
+        assert found["next"]["reason"] == "the device did not answer within 1 s after what went before"
+
+
+# ---- the schedule ----------------------------------------------------------------------------------------------------
+def test_the_limits_fit_into_the_whole():
+    slots = schedule.SLOTS
+    assert sum(slot.limit for slot in slots.values()) <= schedule.WHOLE - 5  # for the end
+    assert list(slots)[:4] == ["build", "smoke", "plans", "bench"]
+    assert list(slots)[-1] == "racecheck"
+    assert all(slot.estimate <= slot.limit <= slot.most and slot.reason for slot in slots.values())
+
+
+def test_estimates_come_from_the_newest_results_of_the_same_gpu(tmp_path, monkeypatch):
+    def results(name, gpu, when, **seconds):
+        parts = {part: {"status": status, "seconds": taken} for part, (status, taken) in seconds.items()}
+        file = {"machine_info": {"gpu": {"name": gpu}}, "datetime": when, "parts": parts}
+        (tmp_path / f"{name}.cuda.json").write_text(json.dumps(file))
+
+    results("gpu", "NVIDIA H200", "2026-01-02T00:00", smoke=("passed", 11.0), tests=("failed", 70.0))
+    results("gpu-smoke", "NVIDIA H200", "2026-01-03T00:00", smoke=("passed", 12.0))
+    results("gpu-bench", "NVIDIA B200", "2026-01-04T00:00", bench=("passed", 50.0))
+    monkeypatch.setattr(schedule, "gpu_name", lambda: "NVIDIA H200")
+    found = schedule.slots(tmp_path)
+    assert (found["smoke"].estimate, found["smoke"].reason) == (12.0, "as on 2026-01-03")
+    assert found["tests"] == schedule.SLOTS["tests"]  # what failed says little
+    assert found["bench"] == schedule.SLOTS["bench"]
+    monkeypatch.setattr(schedule, "gpu_name", lambda: None)
+    assert schedule.slots(tmp_path) == schedule.SLOTS
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
 def test_the_driver_needs_nothing_but_python():
     """What runs before the package is built must not import it, nor torch."""
     program = "import sys; import bench.gpu.__main__; assert not {'torch', 'numpy', 'ppg_fast'} & set(sys.modules)"
     subprocess.run([sys.executable, "-S", "-c", program], cwd=ROOT, check=True)
 
 
-def test_the_command(tmp_path):
-    """From a shell: a part that cannot run here fails by name, the file is there, the exit status says so; and bad
-    usage."""
+def test_bad_usage():
     done = subprocess.run(
         [sys.executable, "-m", "bench.gpu", "--only", "nothing"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2
     assert "got 'nothing'" in done.stderr
-    if not build.is_current(ROOT):
-        pytest.skip("the extension is older than its sources, and would be built first")
-    run = [
-        sys.executable,
-        "-m",
-        "bench.gpu",
-        "--only",
-        "sanitizer,counts",
-        "--out",
-        str(tmp_path),
-        "--commit",
-        "abc",
-        "--device",
-        "cpu",
-        "--tiny",
-    ]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-    file = json.loads((tmp_path / "gpu-sanitizer-counts.cpu.json").read_text())
-    assert file["commit_info"]["id"] == "abc"
-    assert file["parts"]["counts"]["status"] == "passed", done.stdout
-    assert file["machine_info"]["torch_cpu_capability"]
-    if shutil.which("compute-sanitizer") is None:
-        assert done.returncode == 1
-        assert "sanitizer  missing: compute-sanitizer is not on PATH" in done.stdout
 
 
-def test_a_signal_ends_the_running_part(tmp_path):
-    pid = tmp_path / "pid"
-    slow = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
-    program = f"""
-from pathlib import Path
-from bench.gpu.driver import Part, Store, header, run, stop_on_signals
-stop_on_signals()
-here, part = Path({str(tmp_path)!r}), Part("slow", 60, [[*{SAY!r}, {slow!r}]], lambda *_: ({{}}, None))
-run([part], Store(here, "gpu.cuda", header("make gpu", "abc")), 300, here / "logs")
-"""
-    running = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not _text(pid):
-        time.sleep(0.05)
-    running.send_signal(signal.SIGTERM)
-    assert running.wait(timeout=60) == 128 + signal.SIGTERM
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+def test_a_part_whose_tool_is_absent_says_so(tmp_path, monkeypatch):
+    from ppg_fast.bench.gpu import __main__ as command
+    from ppg_fast.bench.gpu.parts import parts
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = {
+        part.name: part.missing for part in parts(list(schedule.SLOTS), command.setting(False, []), schedule.SLOTS)
+    }
+    assert found["racecheck"] == found["memcheck"] == "compute-sanitizer is not on PATH"
+    assert found["dram"] == "ncu is not on PATH"
+    assert found["smoke"] is None
+    assert build.is_current(ROOT) or list(found)[0] == "build"

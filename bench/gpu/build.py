@@ -21,12 +21,16 @@ def link(root: Path, site: Path, extension: Path | None = None) -> None:
     shutil.rmtree(package, ignore_errors=True)
     package.mkdir(parents=True)
     for entry in (root / "ppg_fast").iterdir():
-        if entry.name != "__pycache__" and not (extension and entry.match("_C*.so")):
+        if entry.name in ("__pycache__", *WITHOUT_INSTALLING):
+            continue
+        if not (extension and entry.match("_C*.so")):
             (package / entry.name).symlink_to(entry.resolve())
     if extension:
         (package / extension.name).symlink_to(extension.resolve())
     for name, folder in WITHOUT_INSTALLING.items():
         (package / name).symlink_to((root / folder).resolve())
+    (site / "bench").unlink(missing_ok=True)
+    (site / "bench").symlink_to((root / "bench").resolve())  # for what must not import the package: `shard`
 
 
 def environment(site: Path) -> dict[str, str]:

@@ -2,6 +2,8 @@
 `ppg-fast bench`."""
 
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,45 +23,71 @@ QUICK = Pace(rounds=2, budget=0.2)
 CHUNKS = (1024, 2048, 4096, 8192)
 
 
-def cases(device: str, tiny: bool) -> list[tuple[Case, bool, float]]:
-    """Case, whether those who compile take part, seconds it takes about: the bars first."""
+def cases(device: str, tiny: bool) -> list[tuple[Case, float, float]]:
+    """Case, seconds that it takes about, and seconds for the peers or 0 where they do not take part: the bars first."""
     if tiny:
         shapes = (("policy_loss", 64, 512, 0), ("logprobs", 64, 512, 0), ("linear", 64, 512, 32))
-        return [(Case(op, N, V, D, dtype="bfloat16", device=device), False, 1.0) for op, N, V, D in shapes]
+        return [(Case(op, N, V, D, dtype="bfloat16", device=device), 1.0, 1.0 * (not D)) for op, N, V, D in shapes]
     bf16: dict[str, Any] = {"dtype": "bfloat16", "device": device}
     heads = Case("linear", 8192, 128256, 4096, **bf16)
-    found = [(Case("policy_loss", 8192, V, **bf16), True, 10.0) for V in VOCABULARIES]
-    found += [(Case("logprobs", 8192, V, **bf16), V == 128256, 4.0) for V in VOCABULARIES]
-    found += [(heads, True, 25.0), (replace(heads, active=0.25), False, 8.0)]
-    found += [(Case("policy_loss", 8192, ODD, **bf16), False, 4.0)]
-    found += [(replace(heads, V=V), False, 10.0) for V in (151936, 262144)]
-    found += [(replace(heads, active=share), False, 6.0) for share in (0.5, 0.1)] + [
-        (replace(heads, zero=0.5), False, 8.0)
-    ]
-    found += [(Case("policy_loss", 8192, 128256, **bf16, active=share), False, 4.0) for share in (0.5, 0.25, 0.1)]
-    found += [(Case("policy_loss", 8192, V, dtype="float32", device=device), False, 4.0) for V in (32000, 128256)]
+    found = [(Case("policy_loss", 8192, V, **bf16), 3.0, 10.0) for V in VOCABULARIES]
+    found += [(Case("logprobs", 8192, V, **bf16), 3.0, 4.0 * (V == 128256)) for V in VOCABULARIES]
+    found += [(heads, 10.0, 25.0), (replace(heads, active=0.25), 6.0, 0.0)]
+    found += [(Case("policy_loss", 8192, ODD, **bf16), 3.0, 0.0)]
+    found += [(replace(heads, V=V), 10.0, 0.0) for V in (151936, 262144)]
+    found += [(replace(heads, active=share), 5.0, 0.0) for share in (0.5, 0.1)]
+    found += [(replace(heads, zero=0.5), 6.0, 0.0)]
+    found += [(Case("policy_loss", 8192, 128256, **bf16, active=share), 3.0, 0.0) for share in (0.5, 0.25, 0.1)]
+    found += [(Case("policy_loss", 8192, V, dtype="float32", device=device), 3.0, 0.0) for V in (32000, 128256)]
     longer = ((131072, 32000), (32768, 128256), (16384, 262144))
-    return found + [(Case("policy_loss", N, V, **bf16), False, 6.0) for N, V in longer]
+    return found + [(Case("policy_loss", N, V, **bf16), 6.0, 0.0) for N, V in longer]
 
 
 def run(report: Any) -> None:
-    """Entries as `ppg-fast bench` writes them, case by case; then what the size of the head's chunks costs."""
+    """Entries as `ppg-fast bench` writes them, case by case, of ours, eager PyTorch and the ceilings; then what the
+    size of the head's chunks costs."""
+    _measure(report, [(case, needed) for case, needed, _ in cases(report.device, report.tiny)], False)
+    report.case("chunks of the head", lambda: _chunks(report), 4.0)
+
+
+def run_peers(report: Any) -> None:
+    """Entries of the others where the bars ask for them: they import and compile, and one that hangs costs nothing of
+    ours."""
+    _measure(report, [(case, needed) for case, _, needed in cases(report.device, report.tiny) if needed], True)
+
+
+def _measure(report: Any, wanted: list[tuple[Case, float]], peers: bool) -> None:
     known: dict[str, harness.Known] = {}  # by op
-    for case, compilers, needed in cases(report.device, report.tiny):
+    for case, needed in wanted:
         size = f"N={case.N} V={case.V} D={case.D} {case.dtype} active={case.active} zero={case.zero}"
 
-        def measure(case: Case = case, compilers: bool = compilers) -> None:
-            entries, missing = harness.measure(
-                case, QUICK if report.tiny else PACE, compilers, known.setdefault(case.op, [])
-            )
-            if report.device == "cuda" and case.active == 1 and not case.zero and case.op != "logprobs":
-                _with_peaks(entries, case)
+        def measure(case: Case = case) -> None:
+            with makers(harness.OPS[case.op], peers):
+                entries, missing = harness.measure(
+                    case, QUICK if report.tiny else PACE, peers and not report.tiny, known.setdefault(case.op, [])
+                )
+                if report.device == "cuda" and case.active == 1 and not case.zero and case.op != "logprobs":
+                    _with_peaks(entries, case)
             known[case.op].append((case, {e["param"]: e["stats"]["median"] for e in entries}))
+            if peers:
+                entries = [e for e in entries if e["extra_info"]["kind"] == "peer" and e["param"] != "eager PyTorch"]
             named = {f"{case.op} {name}": reason for name, reason in missing.items()}
             report.add(benchmarks=entries, missing=named)
 
         report.case(f"{case.op} {size}", measure, needed)
-    report.case("chunks of the head", lambda: _chunks(report), 4.0)
+
+
+@contextmanager
+def makers(module: Any, peers: bool) -> Iterator[None]:
+    """The op with ours alone, or with the others alone; eager PyTorch, by which both are judged, always."""
+    before = getattr(module, "MAKERS", [])
+    others = {maker for maker in before if maker.__module__.endswith(".peers") or maker.__name__.startswith("compiled")}
+    ours = {maker for maker in before if maker.__name__.startswith("ours")}
+    module.MAKERS = [maker for maker in before if maker not in (ours if peers else others)]
+    try:
+        yield
+    finally:
+        module.MAKERS = before
 
 
 def _with_peaks(entries: list[dict[str, Any]], case: Case) -> None:

@@ -2,7 +2,6 @@
 it finds it."""
 
 import argparse
-import json
 import sys
 import time
 import traceback
@@ -13,51 +12,60 @@ from typing import Any
 import torch
 
 from .. import machine
-from . import counts, grid, kernels, steps
+from . import counts, grid, kernels, smoke, steps
+from .device import leave, lost
+from .lines import append, ended
 
 PARTS: dict[str, Callable[["Report"], None]] = {
-    "counts": counts.run, "kernels": kernels.sweep_all, "dram": kernels.sweep_large, "bench": grid.run,
-    "steps": steps.run,
+    "smoke": smoke.run, "counts": counts.run, "kernels": kernels.sweep_all, "dram": kernels.sweep_large,
+    "bench": grid.run, "peers": grid.run_peers, "steps": steps.run,
 }  # fmt: skip
+CASE = 30.0  # seconds that any piece of work may take; one that is known to need some, five times as many
 
 
 class Report:
-    """Where a part writes what it finds. ``tiny``: sizes for a CPU, which show that the code runs and nothing else."""
+    """Where a part writes what it finds. ``until``: when it should be done, in seconds of the epoch. ``tiny``: sizes
+    for a CPU, which show that the code runs and nothing else. What the file says has ended is not done again."""
 
-    def __init__(self, path: Path | None, device: str, seconds: float, tiny: bool) -> None:
-        self.path, self.device, self.tiny = path, device, tiny
-        self.end = time.monotonic() + seconds
-        self.failed: list[str] = []
+    def __init__(self, path: Path | None, device: str, until: float, tiny: bool) -> None:
+        self.path, self.device, self.until, self.tiny = path, device, until, tiny
+        self.done, self.failed = ended(path), list[str]()
 
     @property
     def left(self) -> float:
         """Seconds."""
-        return self.end - time.monotonic()
+        return self.until - time.time()
 
     def add(self, **line: Any) -> None:
         if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append(self.path, **line)
 
     def case(self, name: str, work: Callable[[], Any], needed: float = 0.0) -> Any:
         """Do one piece of work; where it fails, or ``needed`` seconds are not left, that is a line and the next one
-        goes on."""
+        goes on. Where the device takes no more calls of this process, another process goes on."""
+        if name in self.done:
+            return None
         if self.left < needed:
             self.add(missing={name: f"not measured: {needed:.0f} s needed, {max(self.left, 0.0):.0f} s left"})
             return None
         print(f"{self.left:5.0f} s left  {name}", file=sys.stderr, flush=True)
+        start = time.monotonic()
+        self.add(started=name, limit_s=max(4 * CASE if self.tiny else CASE, 5 * needed))
         try:
-            return work()
+            found = work()
         except Exception as error:  # whatever it is, the other cases are measured and the part is marked as failed
             traceback.print_exc()
             self.failed.append(name)
-            self.add(
-                missing={name: f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"}
-            )
+            said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+            self.add(missing={name: f"failed: {said}"})
+            self.add(ended=name, outcome="failed", seconds=round(time.monotonic() - start, 2), message=said)
+            if self.device == "cuda" and lost():
+                leave()
             return None
-        finally:
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
+        self.add(ended=name, outcome="passed", seconds=round(time.monotonic() - start, 2))
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("lines", type=Path, nargs="?")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--until", type=float, default=time.time() + 60, help="seconds of the epoch [in a minute]")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args(argv)
-    report = Report(arguments.lines, arguments.device, arguments.seconds, arguments.tiny)
+    report = Report(arguments.lines, arguments.device, arguments.until, arguments.tiny)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("torch sees no CUDA device", file=sys.stderr)
         return 1

@@ -1,11 +1,13 @@
 // A/B of the ways to spread a row over the chip: the fused kernel in place, bfloat16, every plan beside the one that it would choose and
-// beside a device copy of the same bytes; rows of several kinds; rows that are not aligned. Appends lines of JSON to the file it is given.
-//   plans FILE [SECONDS] [N]
+// beside a device copy of the same bytes; rows of several kinds; rows that are not aligned. Appends lines of JSON to the file it is given,
+// also of what it begins and ends (bench/gpu/lines.py); a plan that the file says hung is left out, and a case that it says passed.
+//   plans FILE [UNTIL, in seconds of the epoch] [N]
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
+#include <string>
 #include <vector>
 
 #include "../../csrc/cuda/policy_loss_sweep.cuh"
@@ -18,6 +20,32 @@ const char sources[] = PPG_SOURCES;  // so that a program that is there is known
 #endif
 
 namespace plans {  // not a second unnamed one: nvcc 13 cannot tell it from that of ppg
+
+// The file of lines, and what it held when this process began.
+struct Lines {
+  FILE* out;
+  std::string before;
+  bool has(const std::string& name, const char* outcome) const {
+    return before.find("\"ended\": \"" + name + "\", \"outcome\": \"" + outcome + "\"") != std::string::npos;
+  }
+  void begin(const std::string& name) const {
+    std::fprintf(out, "\n{\"started\": \"%s\", \"limit_s\": 20}\n", name.c_str());
+    std::fflush(out);
+  }
+  void end(const std::string& name) const {
+    std::fprintf(out, "{\"ended\": \"%s\", \"outcome\": \"passed\", \"seconds\": 0}\n", name.c_str());
+    std::fflush(out);
+  }
+};
+
+Lines open_lines(const char* path) {
+  FILE* const file = std::fopen(path, "a+");
+  if (!file) std::exit(2);
+  std::string before;
+  std::rewind(file);
+  for (int c; (c = std::fgetc(file)) != EOF;) before += char(c);
+  return {file, before};
+}
 
 void check(int error, const char* what) {
   if (!error) return;
@@ -115,14 +143,38 @@ float difference(Bench& b, const Plan& plan, const std::vector<float>& expected)
   return worst;
 }
 
-void measure(Bench& b, int full, const std::vector<Plan>& plans, int rounds, FILE* out) {
+std::string case_name(const Bench& b, int full) { return "V " + std::to_string(b.V) + ", " + std::to_string(full) + "%"; }
+
+std::string plan_name(const Bench& b, int full, const Plan& p) {
+  return case_name(b, full) + ", plan " + std::to_string(p.cluster) + " " + std::to_string(p.threads) + " " + std::to_string(p.slots);
+}
+
+// The first call of every plan: by how much its log-probs are off, -1 where it does not launch or is known to hang.
+std::vector<float> first_calls(Bench& b, int full, const std::vector<Plan>& plans, const Lines& lines) {
+  std::vector<float> off, expected(b.N);
+  for (const Plan& plan : plans) {
+    const std::string name = plan_name(b, full, plan);
+    off.push_back(-1.f);
+    if (lines.has(name, "hung") || lines.has(name, "died")) continue;
+    lines.begin(name);
+    if (off.size() == 1) {
+      b.fused(plan);
+      check(cudaMemcpy(expected.data(), b.logprob, b.N * sizeof(float), cudaMemcpyDeviceToHost), "read");
+    }
+    off.back() = difference(b, plan, expected);
+    lines.end(name);
+  }
+  return off;
+}
+
+void measure(Bench& b, int full, const std::vector<Plan>& plans, int rounds, const Lines& lines) {
+  const std::string name = case_name(b, full);
+  if (lines.has(name, "passed") || lines.has(name, "hung") || lines.has(name, "died")) return;
   fill_rows<<<(unsigned)((b.N + 255) / 256), 256>>>(b.labels, b.advantages, b.N, b.V, full);
-  std::vector<float> expected(b.N), copies;
+  const std::vector<float> off = first_calls(b, full, plans, lines);
+  std::vector<float> copies;
   std::vector<std::vector<float>> times(plans.size());
-  b.fused(plans[0]);
-  check(cudaMemcpy(expected.data(), b.logprob, b.N * sizeof(float), cudaMemcpyDeviceToHost), "read");
-  std::vector<float> off;
-  for (const Plan& plan : plans) off.push_back(difference(b, plan, expected));
+  lines.begin(name);
   for (int round = 0; round < rounds; ++round) {
     copies.push_back(b.copy());
     for (size_t p = 0; p < plans.size(); ++p) {
@@ -132,14 +184,14 @@ void measure(Bench& b, int full, const std::vector<Plan>& plans, int rounds, FIL
   }
   for (size_t p = 0; p < plans.size(); ++p) {
     const float ms = median(times[p]), copy = median(copies);
-    std::fprintf(out, "{\"plan\": {\"cluster\": %d, \"threads\": %d, \"slots\": %d}, \"N\": %lld, \"V\": %lld, \"full\": %d, ",
+    std::fprintf(lines.out, "{\"plan\": {\"cluster\": %d, \"threads\": %d, \"slots\": %d}, \"N\": %lld, \"V\": %lld, \"full\": %d, ",
                  plans[p].cluster, plans[p].threads, plans[p].slots, (long long)b.N, (long long)b.V, full);
-    if (off[p] < 0) std::fprintf(out, "\"launched\": false}\n");
+    if (off[p] < 0) std::fprintf(lines.out, "\"launched\": false}\n");
     else
-      std::fprintf(out, "\"launched\": true, \"ms\": %.5f, \"copy_ms\": %.5f, \"share_of_copy\": %.4f, \"difference\": %.3g}\n", ms, copy,
-                   copy / ms, off[p]);
+      std::fprintf(lines.out, "\"launched\": true, \"ms\": %.5f, \"copy_ms\": %.5f, \"share_of_copy\": %.4f, \"difference\": %.3g}\n",
+                   ms, copy, copy / ms, off[p]);
   }
-  std::fflush(out);
+  lines.end(name);
 }
 
 }  // namespace plans
@@ -147,10 +199,9 @@ using namespace plans;
 
 int main(int argc, char** argv) {
   if (argc < 2) return 2;
-  FILE* const out = std::fopen(argv[1], "a");
-  const double seconds = argc > 2 ? std::atof(argv[2]) : 60.;
+  const Lines lines = open_lines(argv[1]);
+  const double until = argc > 2 ? std::atof(argv[2]) : double(std::time(nullptr)) + 60;
   const int64_t N = argc > 3 ? std::atoll(argv[3]) : 8192, largest = 262144;
-  if (!out) return 2;
   Bench b{};
   b.N = N;
   b.scrub_bytes = 256 << 20;
@@ -175,18 +226,17 @@ int main(int argc, char** argv) {
       {262144, {own, {4, 512, 13, 0}, {8, 256, 6, 0}, {8, 512, 13, 0}, two}},
       {151669, {own, {4, 256, 5, 0}, {4, 512, 13, 0}, two}},
   };
-  const std::time_t begin = std::time(nullptr);
-  const auto over = [&] { return std::difftime(std::time(nullptr), begin) > seconds; };
+  const auto over = [&] { return double(std::time(nullptr)) > until; };
   for (const auto& row : rows) {
     if (over()) break;
     b.V = row.V;
-    measure(b, 100, row.plans, 15, out);
+    measure(b, 100, row.plans, 15, lines);
   }
   for (const int full : {50, 25, 10}) {
     if (over()) break;
     b.V = 128256;
-    measure(b, full, {own, {4, 256, 5, 0}}, 15, out);
+    measure(b, full, {own, {4, 256, 5, 0}}, 15, lines);
   }
-  std::fclose(out);
+  std::fclose(lines.out);
   return 0;
 }

@@ -61,8 +61,9 @@ def _parts(file: dict[str, Any]) -> str:
     rows = []
     for name, part in file["parts"].items():
         said = part.get("reason", f"{part['passed']} passed, {part['skipped']} skipped" if "skipped" in part else "")
-        rows.append((name, part["status"], f"{part.get('seconds', 0):.0f} s", part["commit"], part["datetime"], said))
-    return table(("part", "", "took", "commit", "at", ""), rows)
+        about, took = (f"{part[name]:.0f} s" if name in part else "" for name in ("estimate_s", "seconds"))
+        rows.append((name, part["status"], about, took, part["commit"], part["datetime"], said))
+    return table(("part", "", "estimated", "took", "commit", "at", ""), rows)
 
 
 def _bars(file: dict[str, Any]) -> str:

@@ -3,8 +3,8 @@
 import csv
 import re
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,47 +25,43 @@ UNITS = {
     "msecond": 1e-3,
     "second": 1.0,
 }
+TEST = 30.0  # seconds for a test, the compilation of its Triton kernels included
+Collected = tuple[dict[str, Any], str | None]  # what a part found, and why it failed
 
 
 # ---- pytest ----------------------------------------------------------------------------------------------------------
-def pytest_command(root: Path, files: list[str], report: Path, processes: int, args: list[str]) -> list[str]:
-    """The tests marked gpu, from outside of the repository, so that its folders do not stand in the way of the
-    package."""
-    options = [
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-        f"--rootdir={root}",
-        f"-c={root / 'pyproject.toml'}",
-    ]
-    return [sys.executable, "-m", "pytest", *options, *(["-n", str(processes)] if processes else []), *args, *files]
+def pytest_commands(
+    root: Path, files: Sequence[str], processes: int, args: Sequence[str], limit: float = TEST
+) -> list[list[str]]:
+    """The tests of ``files``, spread over processes, ``limit`` seconds for each; from outside of the repository, so
+    that its folders do not stand in the way of the package."""
+    options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--rootdir={root}"]
+    options += [f"-c={root / 'pyproject.toml'}", *args, *files]
+    shard = [sys.executable, "-m", "bench.gpu.shard", "{lines}"]
+    return [[*shard, str(n), str(processes), "{until}", str(limit), *options] for n in range(processes)]
 
 
-def junit(report: Path) -> tuple[dict[str, Any], str | None]:
-    """Counts and the names of what failed, from a report in JUnit's format."""
-    if not report.exists():
-        return {}, "pytest wrote no report"
-    cases = list(ElementTree.parse(report).iter("testcase"))
-    kinds = defaultdict(list)
-    for case in cases:
-        kind = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
-        kinds[kind].append(
-            (f"{case.get('classname', '')}::{case.get('name', '')}", next((c.get("message", "") for c in case), ""))
-        )
-    bad = kinds["failure"] + kinds["error"]
-    reasons = sorted({message for _, message in kinds["skipped"]})
+def tested(record: dict[str, Any]) -> Collected:
+    """Counts and the names of what failed, from what the processes wrote while they went."""
+    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for case in record["cases"]:
+        kinds[case["outcome"] if case["outcome"] in ("passed", "skipped") else "failed"].append(case)
+    bad, all_ = kinds["failed"], sum({line["shard"]: line["collected"] for line in _collected(record)}.values())
+    reasons = sorted({case["message"] for case in kinds["skipped"]})
     found = {
         "passed": len(kinds["passed"]), "failed": len(bad), "skipped": len(kinds["skipped"]),
-        "why_skipped": reasons[:20],
-        "failures": [{"test": name, "message": message[:300]} for name, message in bad[:50]],
-        "slowest": sorted(((float(c.get("time") or 0), str(c.get("name"))) for c in cases), reverse=True)[:5],
+        "not_run": max(0, all_ - len(record["cases"])), "why_skipped": reasons[:20],
+        "failures": [{"test": case["name"], "message": case["message"][-300:]} for case in bad[:50]],
+        "slowest": sorted(((case["seconds"], case["name"]) for case in record["cases"]), reverse=True)[:5],
     }  # fmt: skip
-    if not kinds["passed"]:
-        return found, "no test passed" + (f": {reasons[0]}" if reasons else "")
-    return found, f"{len(bad)} of {len(cases)} tests failed, first {bad[0][0]}" if bad else None
+    said = [] if kinds["passed"] else ["no test passed" + (f": {reasons[0]}" if reasons else "")]
+    said += [f"{len(bad)} of {all_} tests failed, first {bad[0]['name']}"] if bad else []
+    said += [f"{found['not_run']} of {all_} tests not run"] if found["not_run"] else []
+    return found, "; ".join(said) or None
+
+
+def _collected(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [line for line in record["results"] if "collected" in line]
 
 
 # ---- compute-sanitizer -----------------------------------------------------------------------------------------------
