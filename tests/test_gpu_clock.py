@@ -3,11 +3,14 @@ time."""
 
 import itertools
 import random
+from functools import partial
 
 import pytest
+import torch
 from fake_gpu import LAUNCH, FakeGpu
-from ppg_fast.bench import timing
-from ppg_fast.bench.gpu_clock import MOST, GpuClock
+from ppg_fast.bench import harness, machine, timing
+from ppg_fast.bench.gpu_clock import MOST, Gpu, GpuClock
+from ppg_fast.bench.problem import Case
 
 KERNEL = 244e-6  # what the fused kernel takes at V = 32,000 at the rate of a copy
 PACE = timing.Pace(rounds=12, budget=1e9)
@@ -135,3 +138,67 @@ def test_a_graph_costs_its_host_little():
     clock = GpuClock(gpu)
     clock(gpu.capture(gpu.call([KERNEL], jitter(650e-6, 650e-6))), gpu.evict)
     assert clock.facts()["host_seconds"] == pytest.approx(LAUNCH)
+
+
+# ---- a failed capture ------------------------------------------------------------------------------------------------
+def test_a_failed_capture_leaves_torch_as_it_was(monkeypatch):
+    """`torch.cuda.graph` would leave its stream current and the allocator in the midst of a capture."""
+    log = []
+
+    class Graph:
+        def capture_begin(self):
+            log.append("begin")
+
+        def capture_end(self):
+            log.append("end")
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+        def pool(self):
+            return 1, 2
+
+    class Stream:
+        def __enter__(self):
+            log.append("stream")
+
+        def __exit__(self, *error):
+            log.append("stream left")
+
+    fakes = {"CUDAGraph": Graph, "Stream": lambda: None, "stream": lambda stream: Stream(), "current_device": lambda: 0}
+    fakes |= {name: lambda name=name: log.append(name) for name in ("synchronize", "empty_cache")}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    ended = lambda *given: log.append(given)  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
+
+    def call():
+        log.append("call")
+        raise ValueError("cannot be captured")
+
+    with pytest.raises(ValueError, match="cannot be captured"):
+        Gpu(lambda: None).capture(call)
+    assert log == ["synchronize", "empty_cache", "stream", "begin", "call", "end", (0, (1, 2)), "stream left"]
+
+
+# ---- in the results --------------------------------------------------------------------------------------------------
+class CpuWork(FakeGpu):
+    """Whose calls launch nothing: a millisecond each."""
+
+    def event(self):
+        event = super().event()
+        event.elapsed_time = lambda end: 1e3 * (end.at - event.at) + 1.0
+        return event
+
+
+def test_entries_have_what_the_clock_found(monkeypatch):
+    states = iter([{"sm_mhz": 1980}, {"sm_mhz": 1755}])
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**16)
+    monkeypatch.setattr(machine, "gpu_state", lambda device: next(states))
+    monkeypatch.setattr(harness, "interleave", partial(timing.interleave, gpu=CpuWork()))
+    entries, _ = harness.measure(Case("logprobs", 8, 64), harness.PACES["quick"], compilers=False)
+    for entry in entries:
+        info = entry["extra_info"]
+        assert (info["gpu_before"], info["gpu_after"]) == ({"sm_mhz": 1980}, {"sm_mhz": 1755})
+        assert info["host_bound"] is False
+        assert ("graph_seconds" in info) == (info["kind"] != "peer")
+        assert ("graph_share_of_ceiling" in info) == (info["kind"] == "ours")
+    assert {e["extra_info"]["kind"] for e in entries} == {"ours", "peer", "ceiling"}
