@@ -125,8 +125,6 @@ def policy_hidden(model: Any, batch: PackedBatch) -> Tensor:
     if batch.tokens.numel() == 0:
         weight = model.get_output_embeddings().weight
         return weight.new_zeros(0, weight.shape[1]) + 0.0 * weight.sum()
-    lengths = torch.diff(batch.part_seqlens)
-    longest = int(lengths.max())
     out = decoder(model)(
         input_ids=batch.tokens[None],
         attention_mask=None,
@@ -134,8 +132,8 @@ def policy_hidden(model: Any, batch: PackedBatch) -> Tensor:
         use_cache=False,
         cu_seq_lens_q=batch.part_seqlens,
         cu_seq_lens_k=batch.part_seqlens,
-        max_length_q=longest,
-        max_length_k=longest,
+        max_length_q=batch.longest_part,
+        max_length_k=batch.longest_part,
     )
     return out.last_hidden_state[0]
 
