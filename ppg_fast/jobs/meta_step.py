@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppg_fast.config import TrainConfig
 from ppg_fast.models.adaptation import StartingWeights, plain_head
 from ppg_fast.models.causal_lm import decoder
+from ppg_fast.models.tied_weight import read_with, shared_embedding, two_uses
 from ppg_fast.models.varlen_attention import QUERY_BLOCK
 from ppg_fast.ops.head import CHUNK_BYTES, GEMM_ROWS, MIN_CHUNK_ROWS, equal_chunks
 from ppg_fast.training.optimisers import make_optimizer, set_learning_rate
@@ -174,14 +175,17 @@ class Step:
         """One micro-batch."""
         count, bf16 = self.count, self.config.bf16
         with count.phase_of("forward pass"), count.under("final"), _Autocast(bf16):
-            ids = torch.empty(1, tokens, dtype=torch.int64, device="meta")
-            out = decoder(self.model)(
-                input_ids=ids, attention_mask=None, position_ids=ids, use_cache=False, max_length_q=tokens
-            )
+            ids, weight = torch.empty(1, tokens, dtype=torch.int64, device="meta"), plain_head(self.model).weight
+            given = {"input_ids": ids, "position_ids": ids, "use_cache": False, "max_length_q": tokens}
+            if embedding := shared_embedding(self.model, weight):
+                weight, embedded = two_uses(weight)
+                out = read_with(decoder(self.model), embedding, embedded, given)
+                del embedded
+            else:
+                out = decoder(self.model)(**given)
             hidden = out.last_hidden_state[0]
             del out
         with count.phase_of("head"):
-            weight = plain_head(self.model).weight
             if bf16:
                 with count.under("head"):
                     hidden, weight = hidden.to(torch.bfloat16), weight.to(torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from ppg_fast.distributed import Ranks
 from ppg_fast.functional import PolicyLossOutput, linear_policy_loss, linear_token_logprobs
 from ppg_fast.models import varlen_attention
 from ppg_fast.models.output_head import Head
+from ppg_fast.models.tied_weight import read_with, shared_embedding, two_uses
+from ppg_fast.ops.tracing import traced
 from ppg_fast.reference.turns import of_tokens
 from ppg_fast.spec import PolicyLossSpec
 
@@ -125,17 +128,32 @@ def policy_hidden(model: Any, batch: PackedBatch) -> Tensor:
     if batch.tokens.numel() == 0:
         weight = model.get_output_embeddings().weight
         return weight.new_zeros(0, weight.shape[1]) + 0.0 * weight.sum()
-    out = decoder(model)(
-        input_ids=batch.tokens[None],
-        attention_mask=None,
-        position_ids=batch.position_ids[None],
-        use_cache=False,
-        cu_seq_lens_q=batch.part_seqlens,
-        cu_seq_lens_k=batch.part_seqlens,
-        max_length_q=batch.longest_part,
-        max_length_k=batch.longest_part,
-    )
-    return out.last_hidden_state[0]
+    return decoder(model)(**_inputs(batch)).last_hidden_state[0]
+
+
+def _inputs(batch: PackedBatch) -> dict[str, Any]:
+    """What a decoder is called with."""
+    return {
+        "input_ids": batch.tokens[None],
+        "attention_mask": None,
+        "position_ids": batch.position_ids[None],
+        "use_cache": False,
+        "cu_seq_lens_q": batch.part_seqlens,
+        "cu_seq_lens_k": batch.part_seqlens,
+        "max_length_q": batch.longest_part,
+        "max_length_k": batch.longest_part,
+    }
+
+
+def _hidden_and_head(model: Any, batch: PackedBatch) -> tuple[Tensor, Head]:
+    """`policy_hidden` and the head to read it with; one weight for head and embedding gets one gradient tensor."""
+    head = Head.of(model)
+    embedding = shared_embedding(model, head.weight)
+    if embedding is None or traced(head.weight) or batch.tokens.numel() == 0:
+        return policy_hidden(model, batch), head
+    for_head, for_embedding = two_uses(head.weight)
+    out = read_with(decoder(model), embedding, for_embedding, _inputs(batch))
+    return out.last_hidden_state[0], replace(head, weight=for_head)
 
 
 def policy_loss(
@@ -159,9 +177,9 @@ def policy_loss(
     turn's. The log-probs (N,) are those of ``batch.labels``. Turns of advantage zero cost what context costs, unless
     ``skip_zero_advantages`` is off. The rest as `ppg.policy_loss`.
     """
-    head = Head.of(model)
+    hidden, head = _hidden_and_head(model, batch)
     return linear_policy_loss(
-        policy_hidden(model, batch),
+        hidden,
         head.weight,
         batch.labels,
         token_advantages(batch, advantages),
@@ -182,8 +200,7 @@ def policy_loss(
 
 def token_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
     """log pi(label) of each token (N,) float32, 0 on context; differentiable."""
-    head = Head.of(model)
-    hidden = policy_hidden(model, batch)
+    hidden, head = _hidden_and_head(model, batch)
     logprobs = linear_token_logprobs(hidden, head.weight, batch.labels, bias=head.bias, **head.fold(temperature))
     assert isinstance(logprobs, Tensor)  # a pair only where the entropy is asked for
     return logprobs
