@@ -20,6 +20,7 @@ from ppg_fast.spec import Greedy, PolicyLossSpec
 from ppg_fast.training.metrics import TokenMeans
 from ppg_fast.training.objective import Objective
 from ppg_fast.training.passes import Pass
+from ppg_fast.training.signals import SignalTokens
 from ppg_fast.training.trainer import backward
 
 SAMPLES = [
@@ -55,9 +56,10 @@ def test_micro_batches_wait_for_no_number(module, spec, monkeypatch):
         for batch in batches:
             columns = [torch.zeros(len(batch.tokens)) for _ in range(2)] if spec.kl_coef else [None, None]
             advantages = torch.zeros(batch.rewards.shape)
-            passes.append(Pass([], without_values(batch, mode), advantages, *columns))
-        means = backward(module, passes, objective, 9.0, Ranks(), None, lambda: None)
-    assert len(means.unread) == len(passes)
+            passes.append(Pass([0], without_values(batch, mode), advantages, *columns))
+        signals = SignalTokens(batches[0], objective)
+        means = backward(module, passes, objective, 9.0, Ranks(), signals, lambda: None)
+    assert len(means.unread) == len(signals.passes) == len(passes)
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
