@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import memory
+from . import machine, memory
 from .problem import Case, Problem
 from .providers import Provider, Unavailable
 from .timing import Contestant, Pace, cache_bytes, interleave, stats
@@ -99,16 +99,25 @@ def measure(
         limit.call()
     _rotate(contestants, problems)
     clock = partial(module.clock, problem=problems[0]) if hasattr(module, "clock") else None
+    before = machine.gpu_state(case.device)
     seconds = interleave([*limits, *contestants], pace, case.device, clock)
+    after = machine.gpu_state(case.device)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for contestant, provider in zip(contestants, [p for p in providers if p.name in medians], strict=True):
         names = [name for name in module.ceiling_of(provider) if name in medians] if limits else []
         if names:
             best = min(names, key=lambda name: medians[name])
             contestant.facts |= {"ceiling": best, "share_of_ceiling": medians[best] / medians[contestant.name]}
+            graphs = [c.facts.get("graph_seconds") for c in [*limits, contestant] if c.name in (best, contestant.name)]
+            if all(graphs):
+                contestant.facts["graph_share_of_ceiling"] = graphs[0] / graphs[1]
         if hasattr(module, "facts"):
             contestant.facts |= module.facts(problems[0], contestant.name, medians[contestant.name])
-    return [_entry(case, c, seconds[c.name], work_of(case)) for c in [*contestants, *limits]], missing
+    everybody = [*contestants, *limits]
+    if before:
+        for contestant in everybody:
+            contestant.facts |= {"gpu_before": before, "gpu_after": after}
+    return [_entry(case, c, seconds[c.name], work_of(case)) for c in everybody], missing
 
 
 def _too_late(provider: Provider, case: Case, pace: Pace, known: Known) -> str | None:

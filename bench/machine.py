@@ -7,6 +7,7 @@ import torch
 
 from ppg_fast import backends
 
+from . import gpu_state as nvml
 from . import result_file
 
 PACKAGES = (
@@ -38,6 +39,11 @@ def machine_info(device: str) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return info
+
+
+def gpu_state(device: str) -> dict[str, Any]:
+    """Clocks and power of now: `gpu_state.state`; nothing of a CPU."""
+    return nvml.state(str(torch.cuda.get_device_properties(0).uuid)) if device == "cuda" else {}
 
 
 def versions() -> dict[str, str]:

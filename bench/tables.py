@@ -36,6 +36,20 @@ def error(info: dict[str, Any]) -> str:
     )
 
 
+def host(info: dict[str, Any]) -> str:
+    """What a call costs the host of a GPU; where the GPU waited for it, the median is not the GPU's time alone."""
+    known = duration(info["host_seconds"]) if "host_seconds" in info else ""
+    return ", ".join(filter(None, (known, "the GPU waits" if info.get("host_bound") else "")))
+
+
+def graph(info: dict[str, Any]) -> str:
+    """What a CUDA graph of the call takes, and its share of the ceiling's."""
+    if "graph_seconds" not in info:
+        return info.get("not_captured", "")
+    of_ceiling = f" ({info['graph_share_of_ceiling']:.0%})" if "graph_share_of_ceiling" in info else ""
+    return duration(info["graph_seconds"]) + of_ceiling
+
+
 def spread(stats: dict[str, Any]) -> str:
     return f"{duration(stats['p20'])} to {duration(stats['p80'])}"
 
@@ -71,6 +85,7 @@ HEADINGS = (
     "peak extra memory",
     "error",
 )
+GPU_HEADINGS = ("as a CUDA graph", "host, a call")
 
 
 def table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -88,12 +103,14 @@ def ordered(entries: list[Entry]) -> list[Entry]:
 def group_table(entries: list[Entry]) -> str:
     """Everybody who took part in one case."""
     ours = best_of_ours(entries)
+    by_gpu = any("host_bound" in e["extra_info"] for e in entries)
     rows = []
     for entry in ordered(entries):
         info, stats = entry["extra_info"], entry["stats"]
         times = duration(stats["median"]), spread(stats), duration(stats["min"]), str(stats["rounds"])
-        rows.append((entry["param"], *times, speedup(entry, ours), share(info), memory(info), error(info)))
-    return table(HEADINGS, rows)
+        beside = (graph(info), host(info)) if by_gpu else ()
+        rows.append((entry["param"], *times, speedup(entry, ours), share(info), memory(info), error(info), *beside))
+    return table((*HEADINGS, *(GPU_HEADINGS if by_gpu else ())), rows)
 
 
 def title(params: dict[str, Any]) -> str:

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
+from .gpu_clock import Gpu, GpuClock
 from .result_file import cpu_cache_bytes
+
+GRAPH_ROUNDS = 10
 
 
 @dataclass
@@ -63,24 +66,55 @@ def interleave(
     pace: Pace,
     device: str,
     clock: Callable[[Callable[[], Any]], float] | None = None,
+    gpu: Gpu | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every call, by contestant, by the device's clock or another. All have been called before: nothing is
-    compiled or first touched here."""
+    compiled or first touched here.
+
+    On a GPU the facts take what its clock found beside them, `GpuClock.facts`, and for ours and the ceilings what a
+    CUDA graph of the call takes.
+    """
     seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
-    evict, clock = Eviction(device), clock or (_cuda_seconds if device == "cuda" else _cpu_seconds)
+    if device == "cuda" and clock is None and gpu is None:
+        gpu = Gpu(Eviction(device))
+    evict = gpu.evict if gpu else Eviction(device)
+    clocks = {c.name: GpuClock(gpu) if gpu else _prepared(clock or _cpu_seconds) for c in contestants}
+    prepare = {c.name: _preparing(c, evict) for c in contestants}
     gc.collect()
     gc.disable()
     try:
         for number in range(pace.rounds):
             running = [c for c in contestants if _goes_on(seconds[c.name], pace)]
             for contestant in running if number % 2 == 0 else reversed(running):
-                if contestant.before:
-                    contestant.before()
-                evict()
-                seconds[contestant.name].append(clock(contestant.call))
+                name = contestant.name
+                seconds[name].append(clocks[name](contestant.call, prepare[name]))
+        for contestant in contestants if gpu else ():  # one graph at a time: each keeps the memory of its call
+            found, rounds = clocks[contestant.name], min(GRAPH_ROUNDS, len(seconds[contestant.name]))
+            contestant.facts |= found.facts()
+            if contestant.kind != "peer":
+                contestant.facts |= found.replays(contestant.call, prepare[contestant.name], rounds)
     finally:
         gc.enable()
     return seconds
+
+
+def _preparing(contestant: Contestant, evict: Callable[[], None]) -> Callable[[], None]:
+    def prepare() -> None:
+        if contestant.before:
+            contestant.before()
+        evict()
+
+    return prepare
+
+
+def _prepared(clock: Callable[[Callable[[], Any]], float]) -> Any:
+    """A clock that does what is outside of it first, as `GpuClock` does."""
+
+    def timed(call: Callable[[], Any], prepare: Callable[[], None]) -> float:
+        prepare()
+        return clock(call)
+
+    return timed
 
 
 def _goes_on(seconds: list[float], pace: Pace) -> bool:
@@ -93,17 +127,6 @@ def _cpu_seconds(call: Callable[[], Any]) -> float:
     end = time.perf_counter()
     del result
     return end - start
-
-
-def _cuda_seconds(call: Callable[[], Any]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    result = call()
-    end.record()
-    end.synchronize()
-    del result
-    return start.elapsed_time(end) / 1e3
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -105,6 +105,18 @@ def measured():
         entry("logprobs", "read (sum)", 0.00050, "ceiling"),
         entry("logprobs", "ppg_fast cuda, with entropy", 0.00060, "ours"),
     ]  # fmt: skip
+    copy, ours = (file["benchmarks"][n]["extra_info"] for n in (0, 1))
+    copy |= {"host_bound": False, "host_seconds": 12e-6, "graph_seconds": 0.0010}
+    ours |= {"host_bound": False, "host_seconds": 0.000450, "graph_seconds": 0.00105}
+    ours |= {"ceiling": "copy", "share_of_ceiling": 1 / 1.1, "graph_share_of_ceiling": 1 / 1.05}
+    after = {
+        "sm_mhz": 1755,
+        "watts": 699.6,
+        "slowed_by": ["power cap", "idle"],
+        "missing": {"celsius": "Not Supported"},
+    }
+    copy |= {"gpu_before": {"sm_mhz": 1980, "memory_mhz": 3201, "watts": 80, "celsius": 41}, "gpu_after": after}
+    head["extra_info"] |= {"host_bound": True, "not_captured": "the call waits for the GPU"}
     return file
 
 
@@ -112,6 +124,9 @@ def test_bars_are_met_or_not():
     found = {bar[0]: (bar[3], bars.met(bar)) for bar in bars.bars(measured())}
     assert found["V 128,256: DRAM bytes of the fused kernel / (one read + one write)"] == (1.025, "met")
     assert found["V 128,256: share of the rate of a device copy"] == (pytest.approx(1 / 1.1), "met")
+    assert found["V 128,256: share of the rate of a device copy, as CUDA graphs"] == (pytest.approx(1 / 1.05), "met")
+    assert found["V 128,256: host time of a call / the GPU's"] == (pytest.approx(0.45 / 1.1), "met")
+    assert found["V 32,000: host time of a call / the GPU's"] == (None, "not measured")
     assert found["V 128,256: time of torch.compile / ours"] == (pytest.approx(2.0), "met")
     assert found["V 128,256: time of quack's cross-entropy / ours"] == (pytest.approx(1.05 / 1.1), "**not met**")
     assert found["V 128,256: log-prob and entropy alone, share of the read rate"] == (
@@ -159,6 +174,15 @@ def test_a_results_file_becomes_sections(tmp_path):
     assert "| Qwen3-8B, 32,768 tokens | eager PyTorch | does not fit |" in text
     assert "| 128,256 | 100% | cluster 4, 256 threads, 5 slots | 1.100 ms | 91% | 1.0e-06 |" in text
     assert "| 4,096 | 35.0 ms | 94% |" in text
+    assert "| time / ours | share of the ceiling | peak extra memory | error | as a CUDA graph | host, a call |" in text
+    (ours,) = [line for line in text.splitlines() if line.startswith("| ppg_fast cuda, in place | 1.1 ms |")]
+    assert ours.endswith("| 91% of copy |  |  | 1.05 ms (95%) | 450 µs |")
+    assert (
+        "The GPU before: 1,980 MHz, 3,201 MHz of memory, 80 W, 41 °C; after: 1,755 MHz, 700 W, slowed by power cap and "
+        "idle, no celsius (Not Supported).\n"
+    ) in text
+    assert " the call waits for the GPU | the GPU waits |" in text
+    assert "| torch.compile | 2.2 ms | 2.2 ms to 2.2 ms | 2.2 ms | 5 | 2.00 x |  |  |  |  |  |" in text
     assert "`gpu.cuda`" in text
     later = synthetic(
         "2026-01-02T00:00:00+00:00",

@@ -76,6 +76,7 @@ def test_packing_keeps_dialogues_and_parts(samples):
     assert batch.cu_seqlens.tolist() == [0, *torch.tensor([len(s.tokens) for s in samples]).cumsum(0).tolist()]
     starts = [f + s for f, sample in zip(batch.cu_seqlens.tolist(), samples, strict=False) for s in sample.starts]
     assert batch.part_seqlens.tolist() == [*starts, len(batch.tokens)]
+    assert batch.longest_part == max(sample.longest_part for sample in samples)
     assert [n for n, p in enumerate(batch.position_ids.tolist()) if p == 0] == starts
     assert all(batch.labels[stop - 1] == -100 for stop in [*starts[1:], len(batch.tokens)])
     assert batch.dialogue_ids.bincount().tolist() == [len(s.tokens) for s in samples]
@@ -83,6 +84,7 @@ def test_packing_keeps_dialogues_and_parts(samples):
         part, packed = batch.part(dialogues), pack([samples[n] for n in dialogues])
         for name in ("tokens", "labels", "turn_ids", "cu_seqlens", "part_seqlens", "position_ids"):
             assert getattr(part, name).tolist() == getattr(packed, name).tolist(), name
+        assert part.longest_part == packed.longest_part
     cut = batch.part([0, 2], torch.tensor([samples[0].starts[2] + 3, 0, samples[2].starts[1]]))
     assert cut.part_seqlens.tolist()[:-1] == [*samples[0].starts, samples[0].starts[2] + 3]
     assert int((cut.turn_ids == 2).sum()) == 0

@@ -120,5 +120,6 @@ def _chunks(report: Any) -> None:
     limits = bench_linear.ceilings(problem, case)
     seconds = interleave([*limits, *contestants], QUICK if report.tiny else PACE, report.device)
     bare = statistics.median(seconds.pop(limits[0].name))
-    for rows, values in zip(sizes, seconds.values(), strict=True):
-        report.add(chunk_rows=rows, stats=stats(values), share_of_bare_gemms=bare / statistics.median(values))
+    for rows, values, contestant in zip(sizes, seconds.values(), contestants, strict=True):
+        share = bare / statistics.median(values)
+        report.add(chunk_rows=rows, stats=stats(values), share_of_bare_gemms=share, **contestant.facts)

@@ -148,7 +148,21 @@ def _cases(file: dict[str, Any]) -> str:
     text = ""
     for entries in groups({"benchmarks": sorted(file["benchmarks"], key=lambda e: e["group"])}):
         text += f"\n**`{entries[0]['params']['op']}`: {title(entries[0]['params'])}**\n\n{group_table(entries)}"
+        text += _states(entries[0]["extra_info"])
     return text.lstrip("\n")
+
+
+def _states(info: dict[str, Any]) -> str:
+    """Clocks and power before and after the rounds of a case."""
+    states = [(when, info[f"gpu_{when}"]) for when in ("before", "after") if f"gpu_{when}" in info]
+    return "\nThe GPU " + "; ".join(f"{when}: {_state(state)}" for when, state in states) + ".\n" if states else ""
+
+
+def _state(state: dict[str, Any]) -> str:
+    units = {"sm_mhz": "MHz", "memory_mhz": "MHz of memory", "watts": "W", "celsius": "°C"}
+    said = [f"{state[name]:,.0f} {unit}" for name, unit in units.items() if name in state]
+    said += [f"slowed by {' and '.join(state['slowed_by'])}"] if state.get("slowed_by") else []
+    return ", ".join(said + [f"no {name} ({why})" for name, why in state.get("missing", {}).items()])
 
 
 def _missing(file: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, takewhile
 
 import torch
@@ -67,6 +67,11 @@ class PackedBatch:
     turn_counts: Tensor  # (S,) int64
     group_ids: Tensor  # (S,) int64
     rollout_logprobs: Tensor | None = None  # (N,) float32 in nats, 0 at context
+    longest_part: int = -1  # tokens; found here, so that a batch on a GPU need not be asked
+
+    def __post_init__(self) -> None:
+        if self.longest_part < 0:
+            self.longest_part = max(torch.diff(self.part_seqlens).tolist(), default=0)
 
     @property
     def turn_mask(self) -> Tensor:
@@ -82,11 +87,8 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch on ``device``."""
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {
-            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items() if tensor is not None
-        }
-        return PackedBatch(**moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()})
 
     def part(self, dialogues: Sequence[int], lengths: Tensor | None = None) -> PackedBatch:
         """Some of its dialogues, in the order given, each up to its first ``lengths`` (S,) tokens; by default whole.
@@ -97,8 +99,9 @@ class PackedBatch:
         starts = self.cu_seqlens.long()[rows]
         sizes = torch.diff(self.cu_seqlens).long()[rows] if lengths is None else lengths[rows]
         ends = sizes.cumsum(0)
-        within = torch.arange(int(sizes.sum()), device=rows.device) - (ends - sizes).repeat_interleave(sizes)
-        at = starts.repeat_interleave(sizes) + within
+        count = int(sizes.sum())
+        first = (starts - (ends - sizes)).repeat_interleave(sizes, output_size=count)
+        at = torch.arange(count, device=rows.device) + first
         position_ids = self.position_ids[at]
         part_starts = (position_ids == 0).nonzero()[:, 0]
         turn_ids = self.turn_ids[at]
@@ -177,7 +180,8 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
 def _positions(ends: Tensor) -> Tensor:
     """0, 1, 2, ... in each of the parts that end before ``ends`` (P,)."""
     sizes = torch.diff(ends, prepend=ends.new_zeros(1))
-    return torch.arange(int(sizes.sum())) - (ends - sizes).repeat_interleave(sizes)
+    count = int(sizes.sum())
+    return torch.arange(count) - (ends - sizes).repeat_interleave(sizes, output_size=count)
 
 
 def micro_batches(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:

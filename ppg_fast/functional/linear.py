@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ppg_fast import backends, ops
+from ppg_fast import ops
 from ppg_fast.contract import Chunks, RowArguments, Wanted
 from ppg_fast.functional.loss import (
     LossOptions,
@@ -14,7 +14,7 @@ from ppg_fast.functional.loss import (
     needs_logprobs_first,
     spec_and_temperatures,
 )
-from ppg_fast.functional.tokens import Tokens, check_floats
+from ppg_fast.functional.tokens import Tokens, check_floats, chosen_backend
 from ppg_fast.rules import require_integer
 from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
 
@@ -100,7 +100,7 @@ def linear_token_logprobs(
     spec, temperatures = spec_and_temperatures(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
     )
-    backend = backend or backends.default(hidden.device.type)
+    backend = chosen_backend(backend, hidden)
     wanted = Wanted(entropy, score_norms=False, gradient=False, validate=validate)
     scale = float(spec.temperature), float(spec.logit_softcap)
     logprobs, ent, _ = ops.linear_token_logprobs(
@@ -157,7 +157,7 @@ def linear_policy_loss(
         rollout_logprobs=rollout_logprobs, cu_seqlens=cu_seqlens, turn_ids=turn_ids, spec=spec, reduction=reduction,
         normalizer=normalizer, skip_zero_advantages=skip_zero_advantages, score_norms=score_norms, validate=validate,
     )  # fmt: skip
-    backend = backend or backends.default(hidden.device.type)
+    backend = chosen_backend(backend, hidden)
     wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
     if needs_logprobs_first(spec, x.dtype) or reduction == "none":
         scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)

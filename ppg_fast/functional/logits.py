@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ppg_fast import backends, ops
+from ppg_fast import ops
 from ppg_fast.contract import Wanted
 from ppg_fast.functional.fused import fused_policy_loss, fuses
 from ppg_fast.functional.loss import (
@@ -15,7 +15,7 @@ from ppg_fast.functional.loss import (
     needs_logprobs_first,
     spec_and_temperatures,
 )
-from ppg_fast.functional.tokens import Tokens, check_floats
+from ppg_fast.functional.tokens import Tokens, check_floats, chosen_backend
 from ppg_fast.ops.checks import check_labels
 from ppg_fast.spec import PolicyClass, PolicyLossSpec, fail
 
@@ -93,7 +93,7 @@ def token_logprobs(
     spec, temperatures = spec_and_temperatures(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
     )
-    backend = backend or backends.default(logits.device.type)
+    backend = chosen_backend(backend, logits)
     wanted = Wanted(entropy, score_norms=False, gradient=False, validate=validate)
     scale = float(spec.temperature), float(spec.logit_softcap)
     logprobs, ent, _ = ops.token_logprobs(x, tokens.labels, temperatures, *scale, wanted, backend)
@@ -162,7 +162,7 @@ def policy_loss(
         backward pass).
     """
     x = _rows_of(logits, labels, inplace)
-    backend = backend or backends.default(logits.device.type)
+    backend = chosen_backend(backend, logits)
     options: LossOptions = {
         "loss_mask": loss_mask, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
         "rollout_logprobs": rollout_logprobs,
@@ -223,7 +223,7 @@ def partial_policy_loss(
     """
     turns = rewards, turn_ids, policy_class, gamma, baseline, group_ids, turn_counts, backend
     x = _rows_of(logits, labels, inplace)
-    chosen = backend or backends.default(logits.device.type)
+    chosen = chosen_backend(backend, logits)
     if fuses(chosen, options.get("spec"), logits.dtype):
         return fused_policy_loss(x, labels, None, turns, inplace, chosen, options)
     options, advantages = credit_turns(options, labels, *turns)

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ppg_fast import backends, ops, reference
+from ppg_fast import ops, reference
 from ppg_fast.contract import Turns
+from ppg_fast.functional.tokens import chosen_backend
 from ppg_fast.ops.checks import check_turn_counts
 from ppg_fast.spec import (
     BASELINES,
@@ -135,7 +136,7 @@ def partial_returns(
     Raises: ValueError for wrong shapes or dtypes, gamma outside [0, 1], non-finite rewards, scattered segments.
     """
     turns = checked_turns(rewards, policy_class, gamma, turn_counts)
-    return ops.partial_returns(turns, validate, backend or backends.default(rewards.device.type))
+    return ops.partial_returns(turns, validate, chosen_backend(backend, rewards))
 
 
 def turn_advantages(

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ppg_fast import ops
-from ppg_fast.ops.tracing import as_data, constant
+from ppg_fast import backends, ops
+from ppg_fast.ops.tracing import as_data, constant, transformed
 from ppg_fast.reference import consecutive_ids, group_sum
 from ppg_fast.rules import require_float32
 from ppg_fast.spec import (
@@ -21,6 +21,17 @@ from ppg_fast.spec import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def chosen_backend(backend: str | None, tensor: Tensor) -> str:
+    """``backend``, or the fastest where ``tensor`` is; RuntimeError where torch.func would not see through it."""
+    name = backend or backends.default(tensor.device.type)
+    if name != "reference" and transformed():
+        raise RuntimeError(
+            f"ppg_fast's kernels have no rules for torch.func and forward-mode AD, got backend {name!r} inside of one: "
+            'give backend="reference", or differentiate by loss.backward() or torch.autograd.grad'
+        )
+    return name
 
 
 def check_tensor(name: str, value: Tensor, shape: torch.Size | None, device: torch.device) -> None:

@@ -133,8 +133,6 @@ def policy_hidden(model: Any, batch: PackedBatch) -> Tensor:
 
 def _inputs(batch: PackedBatch) -> dict[str, Any]:
     """What a decoder is called with."""
-    lengths = torch.diff(batch.part_seqlens)
-    longest = int(lengths.max())
     return {
         "input_ids": batch.tokens[None],
         "attention_mask": None,
@@ -142,8 +140,8 @@ def _inputs(batch: PackedBatch) -> dict[str, Any]:
         "use_cache": False,
         "cu_seq_lens_q": batch.part_seqlens,
         "cu_seq_lens_k": batch.part_seqlens,
-        "max_length_q": longest,
-        "max_length_k": longest,
+        "max_length_q": batch.longest_part,
+        "max_length_k": batch.longest_part,
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 PLAIN = {Tensor, torch.nn.Parameter}
 ONCE = (
@@ -20,6 +21,13 @@ def traced(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     return not PLAIN.issuperset(map(type, tensors))
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work: operators of our own would lose its tangents in silence."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0  # type: ignore[attr-defined]
 
 
 def constant(number: float) -> bool:

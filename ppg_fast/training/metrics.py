@@ -21,6 +21,7 @@ TOKEN_MEANS = {  # ours: TRL's
     "clip_fraction_high": "clip_ratio/high_mean",
     "importance_weight": "sampling/importance_sampling_ratio/mean",
 }
+DIFFERENCE, LARGEST = (f"sampling/sampling_logp_difference/{what}" for what in ("mean", "max"))
 SINGLE_TURNS = 16  # turn indices with a metric of their own; those after them share one in ranges that double
 
 
@@ -30,34 +31,49 @@ class TokenMeans:
     def __init__(self) -> None:
         self.loss, self.tokens, self.totals = 0.0, 0, {"logprob": 0.0}
         self.largest_difference: float | None = None
+        self.unread: list[dict[str, Tensor]] = []  # of each micro-batch, 0-d on its device
 
     def add(
         self, out: PolicyLossOutput, rollout_logprobs: Tensor | None = None, old_logprobs: Tensor | None = None
     ) -> None:
-        """One micro-batch. With the sampler's log-probs (N,): how far they are from the trainer's, before its first
-        update."""
+        """One micro-batch; a GPU goes on with the next. With the sampler's log-probs (N,): how far they are from the
+        trainer's, before its first update."""
         seen = out.logprobs != 0
-        read = int(seen.sum())
-        self.loss += float(out.loss.detach())
-        self.tokens += read
-        self.totals["logprob"] += float(out.logprobs.sum())
-        for ours, name in TOKEN_MEANS.items():
-            if ours in out.metrics:
-                self.totals[name] = self.totals.get(name, 0.0) + float(out.metrics[ours]) * read
-        if rollout_logprobs is not None and read:
+        figures = {"loss": out.loss.detach(), "tokens": seen.sum(), "logprob": out.logprobs.sum()}
+        figures |= {name: out.metrics[ours] for ours, name in TOKEN_MEANS.items() if ours in out.metrics}
+        if rollout_logprobs is not None:
             own = out.logprobs if old_logprobs is None else old_logprobs
-            difference = (own - rollout_logprobs)[seen].abs()
-            name = "sampling/sampling_logp_difference/mean"
-            self.totals[name] = self.totals.get(name, 0.0) + float(difference.sum())
-            self.largest_difference = max(self.largest_difference or 0.0, float(difference.max()))
+            difference = torch.where(seen, (own - rollout_logprobs).abs(), 0.0)
+            figures |= {DIFFERENCE: difference.sum(dtype=torch.float64), LARGEST: difference.max()}
+        self.unread.append(figures)
+
+    def read(self) -> "TokenMeans":
+        """The same with its numbers on the host: one wait for all micro-batches."""
+        unread, self.unread = self.unread, []
+        if not unread:
+            return self
+        values = iter(torch.stack([value.double() for figures in unread for value in figures.values()]).tolist())
+        for figures in ({name: next(values) for name in names} for names in unread):
+            read, largest = int(figures.pop("tokens")), figures.pop(LARGEST, None)
+            self.loss += figures.pop("loss")
+            self.tokens += read
+            if not read:
+                figures.pop(DIFFERENCE, None)
+            elif largest is not None:
+                self.largest_difference = max(self.largest_difference or 0.0, largest)
+            for name, value in figures.items():
+                whole = value if name in ("logprob", DIFFERENCE) else value * read
+                self.totals[name] = self.totals.get(name, 0.0) + whole
+        return self
 
     @classmethod
     def total(cls, parts: Sequence["TokenMeans"]) -> "TokenMeans":
         """Those of several ranks together; a single one as it is."""
         if len(parts) == 1:
-            return parts[0]
+            return parts[0].read()
         whole = cls()
         for part in parts:
+            part.read()
             whole.loss += part.loss
             whole.tokens += part.tokens
             for name, value in part.totals.items():
@@ -68,11 +84,8 @@ class TokenMeans:
 
     def means(self) -> dict[str, Any]:
         """The loss and each mean under its name."""
-        largest = (
-            {}
-            if self.largest_difference is None
-            else {"sampling/sampling_logp_difference/max": self.largest_difference}
-        )
+        self.read()
+        largest = {} if self.largest_difference is None else {LARGEST: self.largest_difference}
         return {
             "loss": self.loss,
             **{name: total / max(1, self.tokens) for name, total in self.totals.items()},

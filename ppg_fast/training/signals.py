@@ -20,22 +20,26 @@ class SignalTokens:
     def __init__(self, batch: PackedBatch, objective: Objective) -> None:
         classes = (replace(objective, policy_class=c, scale=1.0) for c in objective.candidates)
         self.advantages = [credit(batch, of_class)[1] for of_class in classes]
-        self.parts: list[list[Tensor]] = []
+        self.passes: list[tuple[PackedBatch, Sequence[int], Tensor]] = []
 
     def add(self, batch: PackedBatch, dialogues: Sequence[int], out: PolicyLossOutput) -> None:
-        """The tokens of a pass over ``dialogues`` of the step's batch, with the score norms that its loss gave."""
-        if not dialogues:
-            return
-        own = torch.tensor(dialogues, device=batch.tokens.device)[batch.dialogue_ids]
-        columns = context_ids(batch), own, batch.labels, batch.turn_ids, out.metrics["score_norms"]
-        chosen = batch.labels.cpu() >= 0
-        self.parts.append([column.cpu()[chosen] for column in columns])
+        """The tokens of a pass over ``dialogues`` of the step's batch, with the score norms that its loss gave; a GPU
+        goes on with the next."""
+        if dialogues:
+            self.passes.append((batch, dialogues, out.metrics["score_norms"]))
 
     def measure(self, ranks: Ranks) -> Signals | None:
         """Of all tokens of all ranks together; None where there are none."""
-        parts = [part for of_rank in ranks.gather(self.parts) for part in of_rank]
+        own = [_columns(batch.to("cpu"), dialogues, norms.cpu()) for batch, dialogues, norms in self.passes]
+        parts = [part for of_rank in ranks.gather(own) for part in of_rank]
         if not parts:
             return None
         contexts, dialogues, labels, turn_ids, norms = map(torch.cat, zip(*parts, strict=True))
         advantages = torch.stack([of_tokens(a, turn_ids, dialogues) for a in self.advantages])
         return measure_signals(contexts, dialogues, labels, norms, advantages, len(self.advantages[0]))
+
+
+def _columns(batch: PackedBatch, dialogues: Sequence[int], norms: Tensor) -> list[Tensor]:
+    """Context, dialogue of the step, label, turn and score norm of each token that the policy said in a pass."""
+    own, chosen = torch.tensor(dialogues)[batch.dialogue_ids], batch.labels >= 0
+    return [column[chosen] for column in (context_ids(batch), own, batch.labels, batch.turn_ids, norms)]

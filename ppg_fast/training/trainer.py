@@ -153,4 +153,4 @@ def backward(
         means.add(out, one.batch.rollout_logprobs, one.old_logprobs)
         if signals:
             signals.add(one.batch, one.dialogues, out)
-    return TokenMeans.total(ranks.gather(means))
+    return TokenMeans.total(ranks.gather(means.read()))
