@@ -280,6 +280,7 @@ __global__ void __launch_bounds__(CONSUMERS + 32, CONSUMERS > 256 ? 1 : 2)
     hw::fence_bar_init();
   }
   int* const counted = reinterpret_cast<int*>(team.rows);  // not written before the producer has read it
+  hw::wait_for_leader();
   count_outer(a, counted, CONSUMERS + 32);
   hw::cluster_sync();  // no peer may send before the barriers here exist
   if (threadIdx.x >= CONSUMERS) produce<E>(a, team, outer(a, counted, CONSUMERS + 32));
