@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 TRITON := triton==3.7.1
-NATIVE := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+NATIVE := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*.py csrc/cpu/* csrc/cuda/*)
 # the extension that .train has built is packed as it is, not compiled again; where there is no compiler there is none
 PACK = PPG_FAST_EXTENSION="$$(ls ppg_fast/_C*.so 2>/dev/null)"
 PYTEST := $(BIN)/python -m pytest

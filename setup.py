@@ -2,10 +2,11 @@
 without a compiler. Environment variables: CXX and NVCC name the compilers (`NVCC=` leaves CUDA out),
 TORCH_CUDA_ARCH_LIST the GPUs, PPG_FAST_EXTENSION an extension to pack as it is."""
 
-import hashlib
 import os
 import shutil
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -13,6 +14,9 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+sys.path.insert(0, str(Path("csrc").resolve()))
+import sources
 
 ARCHITECTURES = (
     "arch=compute_80,code=sm_80",
@@ -43,13 +47,6 @@ def cuda_runtime(nvcc: str) -> str:
     return next(str(d) for d in (Path(top, "lib64"), Path(top, "lib")) if (d / "libcudart_static.a").exists())
 
 
-def checksum() -> str:
-    """A checksum of all that decides the compiled code, which the extension tells: the tests then read its machine code
-    instead of compiling it again."""
-    files = [Path("setup.py"), *sorted(path for path in Path("csrc").rglob("*") if path.is_file())]
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
-
-
 class Build(BuildExtension):
     """Adds the CUDA launchers, which know nothing of torch, as plain objects compiled by nvcc."""
 
@@ -60,30 +57,28 @@ class Build(BuildExtension):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(given, target)
             return
-        sources = sorted(Path("csrc/cuda").glob("*.cu"))
-        if (nvcc := shutil.which(os.environ.get("NVCC", "nvcc"))) and sources:
-            folder = Path(self.build_temp, "cuda")
-            folder.mkdir(parents=True, exist_ok=True)
-            flags = [
-                "-std=c++17",
-                "-O3",
-                "-lineinfo",
-                "-Xcompiler=-fPIC,-fvisibility=hidden",
-                "-t2",
-                *(f"-gencode={a}" for a in architectures()),
-            ]
-            objects = [folder / f"{source.stem}.o" for source in sources]
-            running = [
-                subprocess.Popen([nvcc, *flags, "-c", str(s), "-o", str(o)])
-                for s, o in zip(sources, objects, strict=True)
-            ]
-            if sum(process.wait() for process in running):
-                raise RuntimeError("nvcc failed, see above; set NVCC to nothing to build without CUDA")
-            extension.extra_objects += map(str, objects)
+        if nvcc := shutil.which(os.environ.get("NVCC", "nvcc")):
+            extension.extra_objects += self.compile_cuda(nvcc)
             extension.define_macros.append(("PPG_WITH_CUDA", "1"))
             extension.extra_link_args += [f"-L{cuda_runtime(nvcc)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-        extension.define_macros.append(("PPG_SOURCES", f'"{checksum()}"'))
+        extension.define_macros.append(("PPG_SOURCES", f'"{sources.checksum()}"'))
         super().build_extensions()
+
+    def compile_cuda(self, nvcc: str) -> list[str]:
+        """The object of every unit, as many at once as there are cores, or MAX_JOBS."""
+        folder = Path(self.build_temp, "cuda")
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-t2"]
+        flags += [f"-gencode={arch}" for arch in architectures()]
+
+        def compile_one(unit: sources.Unit) -> str:
+            out = str(folder / f"{unit.name}.o")
+            if subprocess.run([nvcc, *flags, *unit.flags, "-c", str(unit.source), "-o", out]).returncode:
+                raise RuntimeError("nvcc failed, see above; set NVCC to nothing to build without CUDA")
+            return out
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            return list(pool.map(compile_one, sources.cuda_units()))
 
 
 native = CppExtension(
