@@ -303,12 +303,12 @@ def test_no_rows_is_no_launch(emulated):
 FAULTS = {  # a fault and the text it is planted in
     "the data are not waited for": ("policy_loss_onepass.cuh", "hw::bar_wait(&team.full[slot], c.parity);", ""),
     "a slot is refilled while in use": (
-        "policy_loss_onepass.cuh",
+        "policy_loss_ring.cuh",
         "hw::bar_wait(&team.empty[at.slot], at.parity ^ 1);",
         "",
     ),
     "rows are overwritten while in use": (
-        "policy_loss_onepass.cuh",
+        "policy_loss_ring.cuh",
         "hw::bar_wait(&team.used[i / BATCH % 2], (i / BATCH / 2 & 1) ^ 1);",
         "",
     ),
@@ -321,6 +321,11 @@ FAULTS = {  # a fault and the text it is planted in
         "lookup.cuh",
         "hw::draw_ticket(a.ticket) == teams - 1",
         "hw::draw_ticket(a.ticket) == 0",
+    ),
+    "counts are read while they are taken": (
+        "policy_loss_onepass.cuh",
+        "hw::wait_for_leader();\n  count_outer(a, counted, CONSUMERS + 32);",
+        "count_outer(a, counted, CONSUMERS + 32);\n  hw::wait_for_leader();",
     ),
     "the squares have one area": ("policy_loss_onepass.cuh", "team.squares + (turn & 1) * entries", "team.squares"),
     "the exchange has one area": ("policy_loss_onepass.cuh", "team.exchange + (turn & 1) * entries", "team.exchange"),

@@ -153,6 +153,12 @@ __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.
 constexpr int INVALID_VALUE = cudaErrorInvalidValue;
 constexpr int MAX_DEVICES = 64;
 
+// An error that the caller is told of and that the next to ask for the last error, PyTorch for one, must not find.
+inline int told(cudaError_t error) {
+  if (error) (void)cudaGetLastError();
+  return error;
+}
+
 struct Device {
   int id, major, sms, smem_block, smem_sm, early;  // early: a launch may begin before the one that it follows has ended
 };
@@ -207,19 +213,26 @@ inline cudaLaunchConfig_t launch_config(unsigned grid, unsigned block, unsigned 
   return config;
 }
 
+// A part smaller than the plan (of less shared memory, a MIG slice) answers so: another plan may fit. What else fails
+// (a missing device, an earlier kernel's fault) would fail there as well.
+inline bool does_not_fit(int error) {
+  return error == cudaErrorInvalidValue || error == cudaErrorInvalidConfiguration || error == cudaErrorNotSupported ||
+         error == cudaErrorLaunchOutOfResources || error == cudaErrorInvalidClusterSize;
+}
+
 // How many clusters of this shape the chip holds at once; fewer than SMs / cluster where a cluster must not span two
 // GPCs. Also lets the kernel use all the shared memory of an SM: must have been called before its first launch on this
 // device.
 template <class Kernel>
 int resident_clusters(const Device& d, Kernel kernel, unsigned block, unsigned cluster, size_t smem, int* clusters) {
-  if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.smem_block))
+  if (const int e = told(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.smem_block)))
     return e;
-  if (const cudaError_t e =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))
+  if (const int e = told(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared)))
     return e;
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = launch_config(cluster, block, cluster, smem, nullptr, false, attributes);
-  if (const cudaError_t e = cudaOccupancyMaxActiveClusters(clusters, kernel, &config)) return e;
+  if (const int e = told(cudaOccupancyMaxActiveClusters(clusters, kernel, &config))) return e;
   return *clusters ? cudaSuccess : cudaErrorLaunchOutOfResources;
 }
 
@@ -232,7 +245,7 @@ int launch(Order order, void (*kernel)(Parameters...), unsigned grid, unsigned b
     if (const int error = current_device(&device)) return error;
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = launch_config(grid, block, cluster, smem, stream, device.early, attributes);
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return told(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, unsigned cluster, size_t smem, void* stream,

@@ -138,6 +138,7 @@ inline void copy_in(void* dst, const void* src, unsigned bytes, uint64_t* p) {
     emu::fail("bulk copy outside this CTA's shared memory");
   std::memset(dst, 0xFF, bytes);  // what is read before it has landed is NaN
   ++emu::stats.copies;
+  if (emu::leader) ++emu::stats.copies_ahead;
   emu::stats.copied_bytes += bytes;
   push({c, dst, src, bytes, {}, emu::bar(c, p)});
 }
@@ -155,7 +156,7 @@ template <class T> void send(T v, void* dst, uint64_t* p, unsigned rank) {
 }
 
 // ---- host: an H200, or an A100 where settings.major is 8 ------------------------------------------------------------
-constexpr int INVALID_VALUE = 1, EMULATOR_ERROR = 2, MAX_DEVICES = 64;
+constexpr int INVALID_VALUE = 1, EMULATOR_ERROR = 2, DOES_NOT_FIT = 3, MAX_DEVICES = 128;
 struct Device {
   int id, major, sms, smem_block, smem_sm;
 };
@@ -165,9 +166,11 @@ inline int current_device(
   *d = major >= 9 ? Device{sms, major, sms, 232448, 233472} : Device{sms, major, sms, 166912, 167936};
   return 0;
 }
+inline bool does_not_fit(int error) { return error == DOES_NOT_FIT; }
 template <class Kernel> int resident_clusters(const Device&, Kernel, unsigned, unsigned, size_t, int* clusters) {
+  ++emu::stats.queries;
   *clusters = emu::settings.resident;
-  return 0;
+  return emu::settings.query_error;
 }
 enum class Order : int { ALONE, LEADS, FOLLOWS };  // as in csrc/cuda/hw.cuh
 template <class... Parameters, class... Arguments>
@@ -206,6 +209,6 @@ int launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, unsigne
   return launch(Order::ALONE, kernel, grid, block, cluster, smem, stream, arguments...);
 }
 inline const char* error_string(int error) {
-  return error == EMULATOR_ERROR ? emu::last_error.c_str() : "invalid value";
+  return error == EMULATOR_ERROR ? emu::last_error.c_str() : error == DOES_NOT_FIT ? "does not fit" : "invalid value";
 }
 }  // namespace hw

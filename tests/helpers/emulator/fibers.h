@@ -29,10 +29,11 @@ struct Settings {  // the device that is played, how adversarial it is, and a pl
   int cluster = 0, threads = 0, slots = 0;
   unsigned seed = 1;
   int mode = RANDOM;
+  int query_error = 0;  // what the device answers when asked how many clusters it holds
 };
 struct Stats {
   int64_t copies = 0, copied_bytes = 0, sends = 0, most_in_flight = 0, vector_loads = 0, vector_stores = 0,
-          launches = 0, cluster = 0, block = 0;
+          launches = 0, cluster = 0, block = 0, queries = 0, copies_ahead = 0;  // ahead: before the leader had run
 };
 inline Settings settings;
 inline Stats stats;
