@@ -303,12 +303,12 @@ def test_no_rows_is_no_launch(emulated):
 FAULTS = {  # a fault and the text it is planted in
     "the data are not waited for": ("policy_loss_onepass.cuh", "hw::bar_wait(&team.full[slot], c.parity);", ""),
     "a slot is refilled while in use": (
-        "policy_loss_ring.cuh",
+        "policy_loss_onepass.cuh",
         "hw::bar_wait(&team.empty[at.slot], at.parity ^ 1);",
         "",
     ),
     "rows are overwritten while in use": (
-        "policy_loss_ring.cuh",
+        "policy_loss_onepass.cuh",
         "hw::bar_wait(&team.used[i / BATCH % 2], (i / BATCH / 2 & 1) ^ 1);",
         "",
     ),

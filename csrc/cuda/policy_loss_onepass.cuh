@@ -12,9 +12,67 @@
 //
 // There is no CTA-wide barrier and no cluster barrier in the loop over rows: only mbarriers.
 #pragma once
-#include "policy_loss_ring.cuh"
+#include "policy_loss_slice.cuh"
 
 namespace ppg {
+
+// Row n into the ring.
+template <class E, int WARPS>
+__device__ __forceinline__ void copy_row(const SweepArgs& a, const Team<WARPS>& team, int64_t n, Cursor& at) {
+  using raw = typename E::raw;
+  const int lane = threadIdx.x & 31;
+  const Slice<E> s(a, n, team.rank, team.size);
+  const int head = s.pad ? min(s.len, VEC<E> - s.pad) : 0, body = (s.len - head) / VEC<E> * VEC<E>,
+            tail = s.len - head - body;
+  // Bulk copies move multiples of 16 bytes: up to VEC - 1 elements at each end go through the registers of lanes
+  // 0 to 7 and 8 to 15.
+  const int mine = lane < 8 ? lane : head + body + lane - 8;
+  const bool has = lane < 8 ? lane < head : lane - 8 < tail;
+  const raw edge = has ? s.src[mine] : raw(0);
+  for (int j = 0; j < s.chunks; ++j, at.next()) {
+    hw::bar_wait(&team.empty[at.slot], at.parity ^ 1);
+    raw* const slot = reinterpret_cast<raw*>(team.ring + at.slot * CHUNK);
+    const int base = j * SLOT<E> - s.pad;  // slice element at the start of the slot
+    if (has && mine >= base && mine < base + SLOT<E>) {
+      slot[mine - base] = edge;
+      hw::fence_async();
+    }
+    __syncwarp();
+    if (lane == 0) {
+      const int lo = max(base, head), hi = min(base + SLOT<E>, head + body), bytes = max(hi - lo, 0) * (int)sizeof(raw);
+      hw::bar_expect(&team.full[at.slot], bytes);
+      if (bytes) hw::copy_in(slot + (lo - base), s.src + lo, bytes, &team.full[at.slot]);
+    }
+  }
+}
+
+// The first row, while the launch that this one follows still runs: what it writes is not asked here, so a row that it
+// may have skipped is left alone. True if the row is on its way; the ring has room for one.
+template <class E, int WARPS>
+__device__ __forceinline__ bool run_ahead(const SweepArgs& a, const Team<WARPS>& team, Cursor& at) {
+  const int64_t n = team.first, b = n / a.tokens.length;
+  if (a.skip_zero_advantages || !a.tokens.active(a.tokens.bits(b, n - b * a.tokens.length))) return false;
+  copy_row<E>(a, team, n, at);
+  return true;
+}
+
+template <class E, int WARPS>
+__device__ void produce(const SweepArgs& a, const Team<WARPS>& team, float denominator, Cursor at, bool ahead) {
+  const int lane = threadIdx.x & 31;
+  unsigned i = 0;  // row of this team
+  __syncwarp();    // every lane has read the counts: their memory may be overwritten by rows
+  for (int64_t n = team.first; n < a.tokens.N; n += team.step, ++i) {
+    Row* const batch = team.rows + i / BATCH % 2 * BATCH;
+    if (i % BATCH == 0) {  // one lane per row: a batch waits for memory once, while earlier rows are computed
+      const Row row = lane < BATCH ? look_up(a, n + lane * team.step, denominator) : Row{};
+      hw::bar_wait(&team.used[i / BATCH % 2], (i / BATCH / 2 & 1) ^ 1);
+      if (lane < BATCH) batch[lane] = row;
+      __syncwarp();
+      if (lane == 0) hw::bar_arrive(&team.known[i / BATCH % 2]);
+    }
+    if (batch[i % BATCH].label >= 0 && !(ahead && i == 0)) copy_row<E>(a, team, n, at);
+  }
+}
 
 // Sweep 1 over the chunk at `slot`: statistics of elements j * SLOT .. of the slice. Which thread adds an element
 // depends on the element's index only, so that a row gives the same bits at any alignment; an unaligned group is cut
