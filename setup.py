@@ -1,6 +1,7 @@
 """Only what pyproject.toml cannot say: compile csrc/ into ppg_fast/_C, with CUDA where there is an nvcc, not at all
 without a compiler. Environment variables: CXX and NVCC name the compilers (`NVCC=` leaves CUDA out),
-TORCH_CUDA_ARCH_LIST the GPUs, PPG_FAST_EXTENSION an extension to pack as it is."""
+TORCH_CUDA_ARCH_LIST the GPUs, PPG_FAST_WATCHDOG=1 ends a kernel that waits for ever (slower: for tests),
+PPG_FAST_EXTENSION an extension to pack as it is."""
 
 import os
 import shutil
@@ -24,6 +25,7 @@ ARCHITECTURES = (
     "arch=compute_100,code=sm_100",
     "arch=compute_100,code=compute_100",
 )
+WATCHDOG = ["-DPPG_WATCHDOG"] if os.environ.get("PPG_FAST_WATCHDOG") == "1" else []
 
 
 def architectures() -> list[str]:
@@ -61,7 +63,7 @@ class Build(BuildExtension):
             extension.extra_objects += self.compile_cuda(nvcc)
             extension.define_macros.append(("PPG_WITH_CUDA", "1"))
             extension.extra_link_args += [f"-L{cuda_runtime(nvcc)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-        extension.define_macros.append(("PPG_SOURCES", f'"{sources.checksum()}"'))
+        extension.define_macros.append(("PPG_SOURCES", f'"{sources.checksum()}{"-watchdog" if WATCHDOG else ""}"'))
         super().build_extensions()
 
     def compile_cuda(self, nvcc: str) -> list[str]:
@@ -69,7 +71,7 @@ class Build(BuildExtension):
         folder = Path(self.build_temp, "cuda")
         folder.mkdir(parents=True, exist_ok=True)
         flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-t2"]
-        flags += [f"-gencode={arch}" for arch in architectures()]
+        flags += [*WATCHDOG, *(f"-gencode={arch}" for arch in architectures())]
 
         def compile_one(unit: sources.Unit) -> str:
             out = str(folder / f"{unit.name}.o")

@@ -32,6 +32,7 @@ COMPILE = (
     "-fPIC",
     "-fvisibility=hidden",
     "-DPPG_EMULATED",
+    "-DPPG_WATCHDOG",
     "-Wno-unknown-pragmas",
     "-U_FORTIFY_SOURCE",
 )
@@ -128,10 +129,11 @@ class Control:
         slots: int = 0,
         seed: int = 1,
         mode: int = 1,
+        lose: int = 0,
     ) -> None:
         """Play a device of compute capability ``major``; force a plan where ``threads`` is given; ``mode`` 0 eager, 1
-        random, 2 late."""
-        self._lib.emulator_set(*map(ctypes.c_int, (major, resident, cluster, threads, slots, seed, mode)))
+        random, 2 late; lose the arrival number ``lose`` at a barrier."""
+        self._lib.emulator_set(*map(ctypes.c_int, (major, resident, cluster, threads, slots, seed, mode, lose)))
 
     def take_stats(self) -> Stats:
         """The counts since the last call."""
