@@ -104,8 +104,8 @@ void run(int64_t V, DType dtype, int shift, int gap, int out_shift, bool cap, bo
   b.lse = lse.data(), b.entropy = ent.data(), b.d_logprob = advantages.data(),
   b.d_entropy = entropy ? ones.data() : nullptr, b.dlogits = out;
   expect(cuda::logprobs_bwd(b, nullptr), "logprobs_bwd");
-  const RescaleRowsArgs r{out, ones.data(), N, V, dtype};
-  expect(cuda::rescale_rows(r, nullptr), "rescale_rows");
+  const ScaleRowsArgs r{out, out, ones.data(), N, V, N * V, dtype, dtype};
+  expect(cuda::scale_rows(r, nullptr), "scale_rows");
 }
 }  // namespace
 
