@@ -7,8 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ppg_fast as ppg
 
-N, V, D = 48, 96, 16
+N, V, D = 192, 96, 16
 UPSTREAMS = (1.0, -1.75, 1 / 3, 5e-5)  # by the last, float16 has a loss scale that 16 bits do not hold
+NOISE = {torch.bfloat16: 1.3e-3, torch.float16: 1.5e-4}  # 1/3 in 16 bits is off by 2e-3 and 2.4e-4
 PRODUCTS = {
     "mul",
     "mul_",
@@ -104,10 +105,12 @@ def truth(form, dtype, device):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", [Called, Traced], ids=lambda mode: mode.__name__)
 def test_it_is_not_rounded(backend, device, form, mode):
-    for dtype in (torch.bfloat16, torch.float16):
+    if backend == "reference":
+        pytest.skip("plain PyTorch rounds its gradients as PyTorch does")
+    for dtype, noise in NOISE.items():
         expected = truth(form, dtype, device)
         for upstream in UPSTREAMS:
             found = gradients(form, mode, dtype, upstream, backend, device)
             for name, actual, right in zip(("x", "weight", "bias"), found, expected, strict=False):
-                slope = float((actual.double() * right).sum() / (right * right).sum())
-                assert abs(slope / upstream - 1) < 8e-4, (name, dtype, upstream, slope)
+                slope = float((actual.detach().double() * right).sum() / (right * right).sum())
+                assert abs(slope / upstream - 1) < noise, (name, dtype, upstream, slope)
