@@ -97,21 +97,25 @@ def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 def _backward_loss(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if d_loss is None:
         return (None,) * 10
-    if not (recorded := traced(d_loss)):
-        hand_out(ctx)
-    upstream = d_loss[:1]  # the public function hands out the sum alone, so every element is the same
-    gradients = [d if wanted else None for d, wanted in zip(ctx.saved_tensors, ctx.gradients, strict=True)]
-    if recorded:
-        gradients = [None if d is None else times(d, upstream.sum()) for d in gradients]
-    elif upstream.numel():
+    hand_out(ctx)
+    gradients = _wanted(ctx)
+    if d_loss.numel():
         for rows in (d.view(1, -1, d.shape[-1]) for d in gradients if d is not None):
-            backends.load(ctx.backend).scale_rows(rows, upstream, rows)
+            # the public function hands out the sum alone, so every element is the same
+            backends.load(ctx.backend).scale_rows(rows, d_loss[:1], rows)
     return *gradients, None, None, None, None, None, None, None
 
 
-def _backward_traced(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
-    d_hidden, d_weight, d_bias, _, *rest = _backward_loss(ctx, *d_outputs)
-    return d_hidden, d_weight, d_bias, ctx.no_gradients, *rest
+def _wanted(ctx: Any) -> list[Tensor | None]:
+    return [d if wanted else None for d, wanted in zip(ctx.saved_tensors, ctx.gradients, strict=True)]
+
+
+def _backward_traced(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if d_loss is None:
+        gradients: list[Tensor | None] = [None] * 3
+    else:
+        gradients = [None if d is None else times(d, d_loss[:1].sum()) for d in _wanted(ctx)]
+    return *gradients, ctx.no_gradients, None, None, None, None, None, None
 
 
 linear_policy_loss_op.register_autograd(first_order(_backward_traced), setup_context=_setup_loss)
