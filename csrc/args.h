@@ -97,13 +97,19 @@ struct PolicyLossArgs : Sweep {
   Rows dlogits;       // data null: no gradient wanted; may be the logits themselves
 };
 
-// Multiplies row n of dlogits by scale[n]; rows whose scale is 1 are not touched.
-struct RescaleRowsArgs {
-  Rows dlogits;
+// out = x times scale[n] in row n, rounded once. In place, rows whose scale is 1 are not touched.
+struct ScaleRowsArgs {
+  Rows x, out;         // out may be x itself
   const float* scale;  // (N,), or (1,) for all rows
   int64_t N, V;
-  DType dtype;
+  int64_t elements;        // N V, or less where the last row is shorter
+  DType dtype, out_dtype;  // the same, or from F32
   bool one_scale;
+  PPG_HD bool in_place() const { return x.data == out.data; }
+  PPG_HD int64_t length(int64_t n) const {
+    const int64_t left = elements - n * V;
+    return left < V ? left : V;
+  }
 };
 
 // returns[b, t] = sum of gamma^(k-t) rewards[b, k] over k = t .. end - 1; end = the smallest of t + lookahead, the end
@@ -225,7 +231,7 @@ namespace cpu {  // rows first .. last - 1 only, so that the caller shares them 
 void logprobs_fwd(const LogprobsFwdArgs&, int64_t first, int64_t last);
 void logprobs_bwd(const LogprobsBwdArgs&, int64_t first, int64_t last);
 void policy_loss(const PolicyLossArgs&, int64_t first, int64_t last);
-void rescale_rows(const RescaleRowsArgs&, int64_t first, int64_t last);
+void scale_rows(const ScaleRowsArgs&, int64_t first, int64_t last);
 void partial_returns(const PartialReturnsArgs&, int64_t first, int64_t last);
 void credit(const CreditArgs&);  // all turns at once; of the tokens only the number of sequences is read
 bool turns_are_valid(const float* rewards, const int64_t* segment_ids, const Ints& turn_counts, int64_t B, int64_t T);
@@ -237,7 +243,7 @@ namespace cuda {
 int logprobs_fwd(const LogprobsFwdArgs&, void* stream);
 int logprobs_bwd(const LogprobsBwdArgs&, void* stream);
 int policy_loss(const PolicyLossArgs&, void* stream);
-int rescale_rows(const RescaleRowsArgs&, void* stream);
+int scale_rows(const ScaleRowsArgs&, void* stream);
 int partial_returns(const PartialReturnsArgs&, void* stream);
 int fused_policy_loss(const FusedLaunchArgs&, void* stream);
 const char* error_string(int);

@@ -108,14 +108,27 @@ void policy_loss(const Tensor& logits, const Tensor& labels, const Tensors& rows
   run(PPG_ON_CPU(policy_loss), PPG_ON_CUDA(policy_loss), a, a.N, logits);
 }
 
-void rescale_rows(const Tensor& dlogits, const Tensor& scale) {
-  RescaleRowsArgs a{rows_of(dlogits, "dlogits")};
-  a.N = dlogits.size(0) * dlogits.size(1);
-  a.V = dlogits.size(2);
-  a.scale = floats(scale, scale.numel() == 1 ? 1 : a.N, "scale");
-  a.dtype = dtype_of(dlogits);
+// Under one scale, what has no gaps is cut into rows of equal length: a bias, or short rows, occupy the whole chip too.
+void scale_rows(const Tensor& x, const Tensor& scale, const Tensor& out) {
+  constexpr int64_t LENGTH = 16384;
+  ScaleRowsArgs a{rows_of(x, "x"), rows_of(out, "out")};
+  STD_TORCH_CHECK(out.size(0) == x.size(0) && out.size(1) == x.size(1) && out.size(2) == x.size(2),
+                  "out must have the shape of x");
+  a.N = x.size(0) * x.size(1);
+  a.V = x.size(2);
+  a.elements = a.N * a.V;
   a.one_scale = scale.numel() == 1;
-  run(PPG_ON_CPU(rescale_rows), PPG_ON_CUDA(rescale_rows), a, a.N, dlogits);
+  a.scale = floats(scale, a.one_scale ? 1 : a.N, "scale");
+  a.dtype = dtype_of(x);
+  a.out_dtype = dtype_of(out);
+  STD_TORCH_CHECK(a.out_dtype == a.dtype || a.dtype == DType::F32, "out must have the dtype of x, or x be float32");
+  if (a.one_scale && x.is_contiguous() && out.is_contiguous()) {
+    a.V = LENGTH;
+    a.N = (a.elements + LENGTH - 1) / LENGTH;
+    a.x = {x.data_ptr(), a.N, 0, LENGTH};
+    a.out = {out.data_ptr(), a.N, 0, LENGTH};
+  }
+  run(PPG_ON_CPU(scale_rows), PPG_ON_CUDA(scale_rows), a, a.N, x);
 }
 
 // False, having computed nothing, where a value breaks a rule; a CPU alone looks.
@@ -236,7 +249,7 @@ bool use_isa(std::string name) {
   m.impl("logprobs_fwd", TORCH_BOX(&logprobs_fwd));           \
   m.impl("logprobs_bwd", TORCH_BOX(&logprobs_bwd));           \
   m.impl("policy_loss", TORCH_BOX(&policy_loss));             \
-  m.impl("rescale_rows", TORCH_BOX(&rescale_rows));           \
+  m.impl("scale_rows", TORCH_BOX(&scale_rows));               \
   m.impl("fused_policy_loss", TORCH_BOX(&fused_policy_loss)); \
   m.impl("partial_returns", TORCH_BOX(&partial_returns))
 

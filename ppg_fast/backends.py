@@ -30,9 +30,10 @@ nothing, where a value breaks a rule: the op then names it.
         whole gradient. Entropy is (0,) unless wanted or needed. The spec is of a token-level loss with a number as
         temperature.
 
-    rescale_rows(dlogits, scale) -> None
-        Multiplies row n of dlogits by scale[n], or all by the one of scale (1,), in place; rows whose scale is 1 are
-        not touched.
+    scale_rows(x, scale, out) -> None
+        Writes row n of x (B, L, V) times scale[n], or all times the one of scale (1,), rounded once, into out, which
+        may be x, then rows whose scale is 1 are not touched, or hold 16 bits where x is float32. Both have unit stride
+        along V and any other strides.
 
 ``score_norm``, (N,) or (B, L) float32 where given, is written like dlogits: |d logprob / d z|^2 = sum_v p_v^2 - 2
 p_label + 1 of each row that is read, z the logit after softcap and temperature, never below 0; 0 elsewhere. The entropy
@@ -64,7 +65,7 @@ from types import ModuleType
 import torch
 
 NAMES = ("cpu", "triton", "cuda")
-CONTRACT = ("partial_returns", "logprobs_fwd", "logprobs_bwd", "policy_loss", "rescale_rows")
+CONTRACT = ("partial_returns", "logprobs_fwd", "logprobs_bwd", "policy_loss", "scale_rows")
 MODULES = {
     "cpu": "ppg_fast.native",
     "cuda": "ppg_fast.native",

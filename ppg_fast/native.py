@@ -164,8 +164,8 @@ def _counts(rows: int, reduction: Reduction) -> tuple[int, int]:
     return 0, 1
 
 
-def rescale_rows(dlogits: Tensor, scale: Tensor) -> None:
-    _lib.rescale_rows.default(dlogits, scale)
+def scale_rows(x: Tensor, scale: Tensor, out: Tensor) -> None:
+    _lib.scale_rows.default(x, scale, out)
 
 
 def partial_returns(

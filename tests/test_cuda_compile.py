@@ -145,6 +145,18 @@ def test_the_sweep_may_begin_while_the_launch_before_it_runs(compiled, arch):
             assert not any("LDG" in text for _, text in kernel.code[:first]), "before anything else"
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_gradients_are_scaled_by_wide_accesses(compiled, arch):
+    """In place one load and one store of 16 bytes an iteration; from float32 two such loads for eight values. What
+    else loads is for the ends of rows, and for the scale."""
+    found = [kernel for kernel in disassembled(compiled, arch) if kernel.name.startswith("scale_rows")]
+    assert len(found) == 5, "three dtypes in place, and float32 into two others"
+    for kernel in found:
+        assert kernel.count(WIDE_STORE) >= 1, kernel.name
+        assert kernel.count("LDG.E.128") >= kernel.count(WIDE_STORE), kernel.name
+        assert kernel.count("LDL") + kernel.count("STL") == 0, kernel.name
+
+
 def test_the_one_pass_kernel_on_hopper(compiled):
     """Bulk copies, mbarriers, remote stores; in the row loop no CTA barrier, no load from memory, no more exponentials
     than elements."""

@@ -1,6 +1,7 @@
 """The CUDA kernels and launchers under an emulator on the CPU: every plan, schedule, alignment and placement, and
 faults that must show."""
 
+import itertools
 import os
 import random
 import subprocess
@@ -232,21 +233,47 @@ def test_logprobs_backward(emulated, dtype, placement):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rescale_rows(emulated, dtype):
-    for V, shift in ((1, 3), (9, 1), (1003, 5)):
-        case = Case(V, dtype, shift=shift, gap=5)
-        rows, memory = strided(case, shift)
-        rows.copy_(torch.randn(2, 3, V, generator=torch.Generator().manual_seed(V)))
-        scale = torch.tensor([1.0, 0.0, 0.3, 1.0, -2.7, 1.0])
-        want, between = (rows.float() * scale.view(2, 3, 1)).to(dtype), memory.clone()
-        emulated.ops.rescale_rows(rows, scale)
-        assert torch.equal(rows, want)
-        between.as_strided(rows.shape, rows.stride(), rows.storage_offset()).copy_(want)
-        assert torch.equal(memory, between)
+def test_rows_are_scaled(emulated, dtype):
+    """Each by its own number or all by one, in place or from float32, at any alignment of both sides; nothing beside
+    them is touched."""
+    for V, shift, out, one in itertools.chain(
+        itertools.product((1, 9, 1003), (0, 3), (None, 0, 5), (False, True)),
+        ((16_403, 1, 6, True), (40_001, 0, 0, True)),
+    ):
+        generator = torch.Generator().manual_seed(V)
+        rows, memory = strided(
+            Case(V, dtype if out is None else torch.float32, shift=shift, gap=0 if V > 2000 else 5), shift
+        )
+        rows.copy_(torch.randn(2, 3, V, generator=generator))
+        scale = torch.tensor([0.3]) if one else torch.tensor([1.0, 0.0, 0.3, 1.0, -2.7, 1.0])
+        want = (rows.double() * (scale if one else scale.view(2, 3, 1)).double()).to(dtype)
+        into = rows
+        if out is not None:
+            into, memory = strided(Case(V, dtype, gap=3 if V < 2000 else 0), out)
+        between = memory.clone()
+        emulated.ops.scale_rows(rows, scale, into)
+        assert torch.equal(into, want), (V, shift, out, one)
+        between.as_strided(into.shape, into.stride(), into.storage_offset()).copy_(want)
+        assert torch.equal(memory, between), (V, shift, out, one)
     emulated.take_stats()
-    emulated.ops.rescale_rows(torch.full((1, 4, 999), torch.nan, dtype=dtype), torch.ones(4))
+    rows = torch.full((1, 4, 999), torch.nan, dtype=dtype)
+    emulated.ops.scale_rows(rows, torch.ones(4), rows)
     stats = emulated.take_stats()
-    assert (stats.vector_loads, stats.vector_stores) == (0, 0)
+    assert (stats.vector_loads, stats.vector_stores) == (0, 0), "a scale of 1 is no work in place"
+
+
+def test_a_weight_is_cast_by_wide_accesses(emulated):
+    """A matrix of short rows, then a single long one."""
+    for shape in ((1, 1000, 40), (1, 1, 40_000)):
+        x, out = torch.randn(shape), torch.empty(shape, dtype=torch.bfloat16)
+        emulated.take_stats()
+        emulated.ops.scale_rows(x, torch.ones(1), out)
+        stats = emulated.take_stats()
+        assert torch.equal(out, x.bfloat16())
+        assert (stats.vector_loads, stats.vector_stores) == (10_000, 5_000)
+    for bad in (torch.empty(1, 2, 8, dtype=torch.float16), torch.empty(1, 2, 7, dtype=torch.bfloat16)):
+        with pytest.raises(RuntimeError, match="out must have the"):
+            emulated.ops.scale_rows(torch.empty(1, 2, 8, dtype=torch.bfloat16), torch.ones(1), bad)
 
 
 WINDOWS = (
@@ -296,7 +323,7 @@ def test_no_rows_is_no_launch(emulated):
     for shape in ((0, 3, 7), (3, 0, 7)):
         x, none = torch.empty(shape), torch.empty(0)
         emulated.ops.logprobs_fwd(*sweep_arguments(x, none.long()), none, none, none.view(0, 2))
-        emulated.ops.rescale_rows(x, none)
+        emulated.ops.scale_rows(x, none, x)
     assert emulated.take_stats().launches == 0
 
 

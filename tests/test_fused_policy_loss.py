@@ -339,7 +339,7 @@ def test_a_logprob_has_the_bits_of_the_pair(backend, device):
 def test_one_scale_for_all_rows(backend, device):
     x = torch.randn(2, 3, 19, dtype=torch.bfloat16, device=device)
     expected = (x.float() * -0.3).to(x.dtype)
-    backends.load(backend).rescale_rows(x, torch.tensor([-0.3], device=device))
+    backends.load(backend).scale_rows(x, torch.tensor([-0.3], device=device), x)
     assert torch.equal(x, expected)
 
 

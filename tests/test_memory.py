@@ -65,6 +65,8 @@ def test_parts_are_what_the_config_says(folder):
     assert adapted.trainable == 3 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
     assert adapted.items["reference"] == 4 * adapted.trainable
     assert "d_weight" not in adapted.items
+    half = estimate(make_config({"model": folder, "dtype": "bfloat16"}), 200)
+    assert half.items["d_weight"] == 2 * head, "one product, in bfloat16 at once"
 
 
 def test_settings_change_the_peak_as_they_should(folder):

@@ -178,9 +178,12 @@ def test_an_upstream_gradient(backend, device):
         for bits in NANS.values():
             rows = torch.ones(1, 2, 515, dtype=dtype, device=device)
             scale = torch.stack((nan(bits), torch.tensor(2.0))).to(device)
-            backends.load(backend).rescale_rows(rows, scale)
+            backends.load(backend).scale_rows(rows, scale, rows)
             assert rows[0, 0].isnan().all(), (dtype, hex(bits))
             assert (rows[0, 1] == 2).all()
+            gradient, out = nan(bits).to(device).expand(1, 2, 515).contiguous(), torch.empty_like(rows)
+            backends.load(backend).scale_rows(gradient, torch.full((1,), 0.5, device=device), out)
+            assert out.isnan().all(), (dtype, hex(bits))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

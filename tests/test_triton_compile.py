@@ -24,7 +24,7 @@ PER_ROW = 24  # accesses to what a row brings along and to the label's logit, of
 SCALARS = 6  # exponentials once a row or block: ratio, importance weight, KL, the label's tanh, the rescale
 # bytes: for sm_100 ptxas may put up to four words that no column depends on aside, once before the loop over rows
 PARKED = 16
-SWEEPS = {"policy_loss_kernel": 2, "logprobs_fwd_kernel": 1, "logprobs_bwd_kernel": 1, "rescale_rows_kernel": 0}
+SWEEPS = {"policy_loss_kernel": 2, "logprobs_fwd_kernel": 1, "logprobs_bwd_kernel": 1, "scale_rows_kernel": 0}
 SMALL = {"partial_returns_kernel", "credit_kernel"}  # no logits
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-OURS = "policy_loss|logprobs|partial_returns|rescale|partial_policy"  # names of kernels of csrc/cuda
+OURS = "policy_loss|logprobs|partial_returns|scale_rows|partial_policy"  # names of kernels of csrc/cuda
 DRAM = ("dram__bytes_read.sum", "dram__bytes_write.sum", "gpu__time_duration.sum")
 UNITS = {
     "byte": 1,

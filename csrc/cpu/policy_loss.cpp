@@ -6,7 +6,6 @@
 
 namespace ppg::cpu {
 PPG_DISPATCH(policy_loss, PolicyLossArgs)
-PPG_DISPATCH(rescale_rows, RescaleRowsArgs)
 }  // namespace ppg::cpu
 #else
 
@@ -141,21 +140,6 @@ template <class E> void policy_loss_of(const PolicyLossArgs& a, int64_t first, i
 
 void policy_loss(const PolicyLossArgs& a, int64_t first, int64_t last) {
   PPG_BY_DTYPE(a.dtype, policy_loss_of, a, first, last);
-}
-
-template <class E> void rescale_rows_of(const RescaleRowsArgs& a, int64_t first, int64_t last) {
-  for (int64_t n = first; n < last; ++n) {
-    const float scale = plain_nan(a.scale[a.one_scale ? 0 : n]);
-    if (scale == 1.f) continue;
-    auto* x = static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n);
-    int64_t v = 0;
-    for (; v + LANES <= a.V; v += LANES) E::store(x + v, E::load(x + v) * scale);
-    if (v < a.V) store_tail<E>(x + v, int(a.V - v), load_tail<E>(x + v, int(a.V - v), x[v]) * scale);
-  }
-}
-
-void rescale_rows(const RescaleRowsArgs& a, int64_t first, int64_t last) {
-  PPG_BY_DTYPE(a.dtype, rescale_rows_of, a, first, last);
 }
 
 #endif

@@ -1,4 +1,4 @@
-// The sweep: how a row is spread over the chip and which unit has its kernel. Also the rescaling of its gradient rows.
+// The sweep: how a row is spread over the chip and which unit has its kernel.
 #include <atomic>
 
 #include "lookup.cuh"
@@ -40,29 +40,6 @@ template <class E> int plan_and_launch(const SweepArgs& a, void* stream) {
   const int error = launch_sums<E>(a, d, {0, LARGE_THREADS, 0, 0}, stream);
   if (!error) fit.compare_exchange_strong(unknown, DOES_NOT);
   return error;
-}
-
-// Grid-stride loop over rows. With one scale for all, a few CTAs per SM: it is nearly always 1, so nothing is to be
-// done.
-template <class E>
-__global__ void __launch_bounds__(256) rescale_rows_kernel(const __grid_constant__ RescaleRowsArgs a) {
-  for (int64_t n = blockIdx.x; n < a.N; n += gridDim.x) {
-    const float scale = a.scale[a.one_scale ? 0 : n];
-    if (scale == 1.f) continue;
-    typename E::raw* const row = row_at<E>(a.dlogits, n);
-    const int V = (int)a.V, head = min(V, (VEC<E> - offset16<E>(row)) % VEC<E>), vectors = (V - head) / VEC<E>,
-              tid = threadIdx.x;
-    for (int i = tid; i < vectors; i += 256) {
-      float z[VEC<E>];
-      unpack16<E>(hw::load16(row + head + i * VEC<E>), z);
-#pragma unroll
-      for (int j = 0; j < VEC<E>; ++j) z[j] *= scale;
-      hw::store16(row + head + i * VEC<E>, pack16<E>(z));
-    }
-    const int edges = V - vectors * VEC<E>,
-              e = tid < head ? tid : tid + vectors * VEC<E>;  // fewer than 2 VEC elements at both ends
-    if (tid < edges) store1<E>(row + e, load1<E>(row + e) * scale);
-  }
 }
 
 Column column(const void* data, int64_t length, int bytes = 4) { return {data, length, 1, bytes, true}; }
@@ -123,20 +100,6 @@ int logprobs_fwd(const LogprobsFwdArgs& args, void* stream) {
   a.lse = args.lse;
   a.score_norm = args.score_norm;
   return sweep(a, stream);
-}
-
-int rescale_rows(const RescaleRowsArgs& a, void* stream) {
-  if (a.N == 0) return 0;
-  if (a.N < 0 || a.N > INT32_MAX || a.V < 1 || a.V > MAX_V) return hw::INVALID_VALUE;
-  hw::Device d;
-  if (const int error = hw::current_device(&d)) return error;
-  const unsigned grid = (unsigned)(a.one_scale ? std::min<int64_t>(a.N, 4 * d.sms) : a.N);
-  switch (a.dtype) {
-    case DType::F32: return hw::launch(rescale_rows_kernel<F32>, grid, 256, 0, 0, stream, a);
-    case DType::BF16: return hw::launch(rescale_rows_kernel<BF16>, grid, 256, 0, 0, stream, a);
-    case DType::F16: return hw::launch(rescale_rows_kernel<F16>, grid, 256, 0, 0, stream, a);
-  }
-  return hw::INVALID_VALUE;
 }
 
 const char* error_string(int error) { return hw::error_string(error); }

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .plan import loop_shape, number_or_off, on_device, programs, row_shape, strides
+from .plan import loop_shape, number_or_off, on_device, row_shape, strides
 from .row import (
     LOG2E,
     block_gradient,
@@ -26,7 +26,7 @@ from .row import (
 THREADS = 256  # per program: several share an SM, so that one loads while another reduces
 
 # lengths, counts and per-row pointers change from call to call: a kernel specialised on them would be compiled again
-PER_CALL = ["L", "labels", "temperatures", "lse", "entropy", "logprob", "d_logprob", "d_entropy", "scale", "score_norm"]
+PER_CALL = ["L", "labels", "temperatures", "lse", "entropy", "logprob", "d_logprob", "d_entropy", "score_norm"]
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -107,24 +107,6 @@ def logprobs_bwd_kernel(
         zero_row(d_row, V, BLOCK_V)
 
 
-@triton.jit(do_not_specialize=[*PER_CALL, "N", "scale_stride"])
-def rescale_rows_kernel(
-    dlogits, scale,  # (N,), or one for all with a stride of 0
-    N, L, V: tl.int32, scale_stride, batch_stride: tl.int64, row_stride: tl.int64,
-    BLOCK_V: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    """Grid-stride loop over rows; a row of scale 1 is not touched."""
-    for n in range(tl.program_id(0), N, tl.num_programs(0)):
-        factor = tl.load(scale + n * scale_stride)
-        if factor != 1.0:
-            row = dlogits + row_offset(n, L, batch_stride, row_stride)
-            cols = tl.arange(0, BLOCK_V)
-            for start in range(0, V, BLOCK_V):
-                at = start + cols
-                dz = tl.load(row + at, mask=at < V).to(tl.float32) * factor
-                tl.store(row + at, dz.to(dlogits.dtype.element_ty), mask=at < V)
-
-
 def logprobs_fwd(
     logits: Tensor,  # (B, L, V)
     labels: Tensor,  # (N,) int64, negative: masked
@@ -171,18 +153,4 @@ def logprobs_bwd(
                 logits, labels, lse, None if d_entropy is None else entropy, d_logprob, d_entropy, temperatures,
                 dlogits,
                 L, V, *strides(logits), *strides(dlogits), float(temperature), number_or_off(logit_softcap), **shape,
-            )  # fmt: skip
-
-
-def rescale_rows(dlogits: Tensor, scale: Tensor) -> None:
-    """Multiply row n of ``dlogits`` (B, L, V) by scale[n], (N,) float32 or (1,) for all, in place; rows of scale 1 are
-    not touched."""
-    B, L, V = dlogits.shape
-    N = B * L
-    if N:
-        shape = loop_shape(V, THREADS, dlogits.element_size(), False, False)
-        count = programs(dlogits.device, 8 * THREADS)  # 4 per SM: nearly always every scale is 1
-        with on_device(dlogits):
-            rescale_rows_kernel[(min(N, count),)](
-                dlogits, scale, N, L, V, 0 if scale.numel() == 1 else 1, *strides(dlogits), **shape
             )  # fmt: skip

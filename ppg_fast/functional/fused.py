@@ -1,7 +1,7 @@
 """The policy loss on a backend that fuses: what the caller holds goes to the kernels as it is, and metrics wait until
 they are read."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from ppg_fast.functional.loss import (
     needs_logprobs_first,
     temperature_per_token,
 )
+from ppg_fast.functional.metrics import when_read
 from ppg_fast.functional.returns import checked_turns
 from ppg_fast.functional.tokens import advantages_per_token, check_tensor, check_tokens, checked_normalizer
 from ppg_fast.spec import PolicyLossSpec, fail, require
@@ -33,53 +34,6 @@ TurnArguments = tuple[Any, ...]  # of credit_turns, by these names
 def fuses(backend: str, spec: PolicyLossSpec | None, dtype: torch.dtype) -> bool:
     """Whether this loss goes to the kernels at once."""
     return not needs_logprobs_first(spec, dtype) and backends.fuses(backend)
-
-
-class LazyMetrics(Mapping[str, Tensor]):
-    """Metrics by name, computed when the first one is read, from tensors that must not have been modified in place
-    until then.
-
-    ``known`` are there already and cost nothing. Inside a CUDA graph's capture nothing is kept or checked: what is read
-    after a replay belongs to that replay.
-    """
-
-    def __init__(
-        self,
-        values: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]],
-        made_of: Iterable[tuple[str, Tensor]] = (),
-        known: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self._values, self._known = values, known or {}
-        self._captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-        self._made_of = []
-        if not self._captured:
-            self._made_of = [(name, t, t._version) for name, t in made_of if not t.is_inference()]
-
-    def _read(self) -> Mapping[str, Tensor]:
-        if isinstance(self._values, Mapping):
-            return self._values
-        for name, tensor, version in self._made_of:
-            if tensor._version != version:
-                raise RuntimeError(
-                    f"metrics are computed when they are first read, but {name} was modified in place since: read "
-                    "them before"
-                )
-        values = {**self._values(), **self._known}
-        if not self._captured:
-            self._values, self._made_of = values, []
-        return values
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._known[name] if name in self._known else self._read()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._read())
-
-    def __len__(self) -> int:
-        return len(self._read())
-
-    def __repr__(self) -> str:
-        return repr(dict(self._read()))
 
 
 def fused_policy_loss(
@@ -137,13 +91,9 @@ def fused_policy_loss(
             )
             return rows.metrics(logprobs.reshape(-1), entropy.reshape(-1), rows.tokens.labels >= 0)
 
-    if torch.compiler.is_compiling():
-        lazy: Mapping[str, Tensor] = {**metrics(), **known}
-    else:
-        own = {"labels": labels, "logprobs": logprobs, "entropy": entropy, "advantages": advantages}
-        others = {"temperature": spec.temperature, **dict(zip(TURN_NAMES, turns or (), strict=False))}
-        made_of = [(name, t) for name, t in {**own, **others, **options}.items() if isinstance(t, Tensor)]
-        lazy = LazyMetrics(metrics, made_of, known)
+    own = {"labels": labels, "logprobs": logprobs, "entropy": entropy, "advantages": advantages}
+    others = {"temperature": spec.temperature, **dict(zip(TURN_NAMES, turns or (), strict=False))}
+    lazy = when_read(metrics, {**own, **others, **options}, known)
     return PolicyLossOutput(_in_shape(loss, shape) if kind == "none" else loss, logprobs, entropy, lazy)
 
 

@@ -58,7 +58,7 @@ def _head_of(
         None if bias is None else bias.dtype,
     )
     if chunk_rows is None:
-        rows = ops.default_chunk_rows(hidden, weight.shape[0])
+        rows = ops.default_chunk_rows(weight.shape[0], hidden.element_size(), hidden.device.type)
     else:
         rows = require_integer("chunk_rows", chunk_rows, 1)
     bound = None if max_active_rows is None else require_integer("max_active_rows", max_active_rows, 1)

@@ -3,6 +3,7 @@ its metrics."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ppg_fast import ops, reference
 from ppg_fast.contract import PerRow
+from ppg_fast.functional.metrics import when_read
 from ppg_fast.functional.returns import partial_returns, turn_advantages
 from ppg_fast.functional.tokens import (
     Tokens,
@@ -122,29 +124,25 @@ class LossRows:
     ) -> PolicyLossOutput:
         """Rows back in the caller's shape, the score norms among the metrics if they are wanted."""
         logprobs, entropy = logprobs.detach(), entropy.detach()
-        metrics = self.metrics(logprobs, entropy, self.tokens.labels >= 0)
+        metrics = partial(self.metrics, logprobs, entropy, self.tokens.labels >= 0)
+        rows = {"logprobs": logprobs, "entropy": entropy, "labels": self.tokens.labels, **self.per_row._asdict()}
         if skip_zero_advantages and self.groups is not None and not self.spec.needs_every_row:
             skipped = self.per_row.advantages == 0  # read for the sake of their group's ratio, but skipped by contract
             logprobs, entropy = torch.where(skipped, 0.0, logprobs), torch.where(skipped, 0.0, entropy)
             norms = torch.where(skipped, 0.0, norms) if self.score_norms and norms is not None else None
-        if self.score_norms and norms is not None:
-            metrics[SCORE_NORMS] = norms.detach().view(self.tokens.shape)
+        known = {SCORE_NORMS: norms.detach().view(self.tokens.shape)} if self.score_norms and norms is not None else {}
         loss = loss.view(self.tokens.shape) if self.reduction == "none" else ordered_sum(loss)
-        return PolicyLossOutput(loss, logprobs.view(self.tokens.shape), entropy.view(self.tokens.shape), metrics)
+        lazy = when_read(metrics, rows, known)
+        return PolicyLossOutput(loss, logprobs.view(self.tokens.shape), entropy.view(self.tokens.shape), lazy)
 
     def metrics(self, logprobs: Tensor, entropy: Tensor, read: Tensor) -> dict[str, Tensor]:
         """Means over the tokens that were read: entropy, approx_kl(old, new), clip_fraction (_low + _high), kl(ref),
         importance_weight."""
         advantages, _, old, ref, rollout, _ = self.per_row
-        count = read.sum().clamp(min=1)
-
-        def mean(values: Tensor) -> Tensor:
-            return ordered_sum(torch.where(read, values.float(), 0.0)) / count
-
-        metrics = {"active_tokens": self.active.sum().float(), "entropy": mean(entropy)}
+        columns = {"entropy": entropy}
         if old is not None:
             log_ratio = logprobs - old
-            metrics["approx_kl"] = mean(reference.k3(log_ratio))
+            columns["approx_kl"] = reference.k3(log_ratio)
             if self.groups is not None:
                 log_ratio = logprobs - reference.grouped_old_logprobs(logprobs, old, read, *self.groups)
             ratio, spec = reference.ratio_of(log_ratio), self.spec
@@ -152,13 +150,17 @@ class LossRows:
             if spec.loss_type != "reinforce":
                 cispo = spec.loss_type == "cispo"
                 high, low = above if cispo else above & (advantages > 0), below & (advantages < 0) & (not cispo)
-                metrics |= {"clip_fraction_low": mean(low), "clip_fraction_high": mean(high)}
-                metrics["clip_fraction"] = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
+                columns |= {"clip_fraction_low": low, "clip_fraction_high": high}
         if ref is not None:
-            metrics["kl"] = mean(reference.k3(ref - logprobs))
+            columns["kl"] = reference.k3(ref - logprobs)
         if rollout is not None and self.spec.importance_cap:
             weight = reference.importance_weight(logprobs if old is None else old, rollout, self.spec)
-            metrics["importance_weight"] = mean(torch.as_tensor(weight))
+            columns["importance_weight"] = torch.as_tensor(weight).expand_as(entropy)
+        stacked = torch.stack([values.float() for values in columns.values()])
+        means = ordered_sum(torch.where(read, stacked, 0.0)) / read.sum().clamp(min=1)
+        metrics = {"active_tokens": self.active.sum().float(), **dict(zip(columns, means.unbind(), strict=True))}
+        if "clip_fraction_low" in metrics:
+            metrics["clip_fraction"] = metrics["clip_fraction_low"] + metrics["clip_fraction_high"]
         return metrics
 
 

@@ -190,8 +190,8 @@ def ratio_groups(tokens: Tokens, turn_ids: Tensor | None, spec: PolicyLossSpec) 
 
 
 def ordered_sum(values: Tensor) -> Tensor:
-    """Sum of (N,) in an order that does not depend on the number of threads: blocks of 1,024, one thread each, then
-    their sums."""
-    while values.numel() > 1024:
-        values = torch.nn.functional.pad(values, (0, -values.numel() % 1024)).view(-1, 1024).sum(1)
-    return values.sum()
+    """Sums of (..., N) in an order that does not depend on the number of threads: blocks of 1,024, one thread each,
+    then their sums."""
+    while values.shape[-1] > 1024:
+        values = torch.nn.functional.pad(values, (0, -values.shape[-1] % 1024)).unflatten(-1, (-1, 1024)).sum(-1)
+    return values.sum(-1)

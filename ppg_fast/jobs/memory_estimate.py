@@ -27,7 +27,7 @@ ITEMS = {
     "final": "hidden states, outside the layers",
     "backward": "backward pass: what is computed again, and gradients of activations",
     "head": "head: gradient of the hidden states, a chunk of logits",
-    "d_weight": "head: gradient of its weight in float32",
+    "d_weight": "head: gradient of its weight",
     "step": "optimizer step",
     "batch": "packed batch",
     "workspace": "workspace of matrix products",

@@ -23,7 +23,7 @@ from ppg_fast.models.adaptation import StartingWeights, plain_head
 from ppg_fast.models.causal_lm import decoder
 from ppg_fast.models.tied_weight import read_with, shared_embedding, two_uses
 from ppg_fast.models.varlen_attention import QUERY_BLOCK
-from ppg_fast.ops.head import CHUNK_BYTES, GEMM_ROWS, MIN_CHUNK_ROWS, equal_chunks
+from ppg_fast.ops.head import default_chunk_rows, equal_chunks, row_stride
 from ppg_fast.training.optimisers import make_optimizer, set_learning_rate
 
 NAME = "ppg_counted"  # of the attention that stands in
@@ -248,29 +248,25 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, step: Step) -> Tensor:
         ctx.step, wanted = step, weight.requires_grad
+        (V, D), size = weight.shape, weight.element_size()
+        most = default_chunk_rows(V, size, "cuda" if step.cuda else "cpu")
+        rows = equal_chunks(hidden.shape[0], most)
         with step.count.under("head"):
             d_hidden = torch.empty_like(hidden)
         with step.count.under("d_weight"):
-            d_weight = torch.empty_like(weight, dtype=torch.float32) if wanted else hidden.new_empty(0)
-        budget = (
-            CHUNK_BYTES["cuda" if step.cuda else "cpu"]
-            // (weight.shape[0] * weight.element_size())
-            // GEMM_ROWS
-            * GEMM_ROWS
-        )
-        rows = equal_chunks(hidden.shape[0], max(MIN_CHUNK_ROWS, budget))
-        step.count.look(head=rows * (weight.shape[0] + 2 * weight.shape[1]) * weight.element_size())
+            total = weight.dtype if rows >= hidden.shape[0] else torch.float32  # of more than one product
+            d_weight = torch.empty_like(weight, dtype=total) if wanted else hidden.new_empty(0)
+        step.count.look(head=rows * (row_stride(V, size) + 2 * D) * size)
+        with step.count.under("d_weight"):
+            d_weight = d_weight.to(weight.dtype)
         ctx.save_for_backward(d_hidden, d_weight)
-        ctx.wanted, ctx.dtype = wanted, weight.dtype
+        ctx.wanted = wanted
         return hidden.new_empty((), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         d_hidden, d_weight = ctx.saved_tensors
-        with ctx.step.count.under("d_weight"):
-            if ctx.step.cuda:  # a device cannot look whether the factor is one
-                d_hidden, d_weight = d_hidden * 1, d_weight * 1
-            return d_hidden, d_weight.to(ctx.dtype) if ctx.wanted else None, None
+        return d_hidden, d_weight if ctx.wanted else None, None
 
 
 class _Autocast(TorchFunctionMode):

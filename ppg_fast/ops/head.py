@@ -5,6 +5,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -20,12 +21,21 @@ TILE = 2048  # rows of d_weight whose 16-bit product is still in a CPU's cache w
 # chunks are padded to a multiple: BLAS takes other kernels for a few rows, and a row's bits would depend on its
 # neighbours
 GEMM_ROWS = 16
+LINE = 128  # bytes
 
 
-def default_chunk_rows(hidden: Tensor, vocabulary: int) -> int:
+def row_stride(vocabulary: int, element_size: int) -> int:
+    """Elements from one row of a chunk of logits to the next: every row begins a cache line of a GPU, whatever the
+    vocabulary. A stride that is no multiple of 16 bytes costs cuBLAS its fast kernels, and ours their aligned path."""
+    line = LINE // element_size
+    return -(-vocabulary // line) * line
+
+
+def default_chunk_rows(vocabulary: int, element_size: int, device_type: str) -> int:
     """Rows of a chunk, at most, under the memory budget of the device."""
-    budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-    return max(MIN_CHUNK_ROWS, budget // (vocabulary * hidden.element_size()) // GEMM_ROWS * GEMM_ROWS)
+    row_bytes = row_stride(vocabulary, element_size) * element_size
+    budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
+    return max(MIN_CHUNK_ROWS, budget // row_bytes // GEMM_ROWS * GEMM_ROWS)
 
 
 def equal_chunks(rows: int, chunk_rows: int) -> int:
@@ -94,10 +104,12 @@ def row_outputs(like: Tensor, rows: int, entropy: bool, score_norms: bool) -> li
 
 
 def gradients_like(hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty d_hidden in the dtype of hidden, d_weight and d_bias in float32, (0,) where not wanted."""
-    d_hidden = torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0)
-    d_weight = hidden.new_empty(weight.shape if wanted[1] else (0,), dtype=torch.float32)
-    return d_hidden, d_weight, hidden.new_empty(weight.shape[:1] if wanted[2] else (0,), dtype=torch.float32)
+    """Empty d_hidden, d_weight and d_bias in the dtype of hidden, (0,) where not wanted."""
+    shapes = hidden.shape, weight.shape, weight.shape[:1]
+    d_hidden, d_weight, d_bias = (
+        hidden.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)
+    )
+    return d_hidden, d_weight, d_bias
 
 
 def loss_scale(live: Tensor, d_logprob: Tensor, d_entropy: Tensor | None, temperatures: Tensor | float) -> Tensor:
@@ -117,6 +129,7 @@ class Chunk(NamedTuple):
     x: Tensor  # (n or more, D) their hidden states, zeros behind them
     logits: Tensor  # (n or more, V), and their gradient afterwards
     place: slice | None  # where every row takes part, in their order: neither gathered nor scattered
+    alone: bool  # whether it holds all rows of its sweep
 
 
 def has_products(dtype: torch.dtype) -> bool:
@@ -143,23 +156,27 @@ def warn_without_products(dtype: torch.dtype) -> None:
 
 class Head:
     """A linear head over chunks of rows: logits = x W^T + b, and the gradients of its three inputs, those that are
-    wanted."""
+    wanted. ``kernels``: of a backend."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, wanted: tuple[bool, bool, bool]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        chunk_rows: int,
+        wanted: tuple[bool, bool, bool],
+        kernels: ModuleType,
     ) -> None:
         if hidden.is_cpu:
             warn_without_products(hidden.dtype)
         self.hidden, self.weight, self.bias, self.chunk_rows = hidden, weight, bias, chunk_rows
-        like = {"dtype": torch.float32, "device": hidden.device}
-        self.d_hidden = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
-        self.d_weight = fresh(hidden, weight.shape, torch.float32) if wanted[1] else torch.empty(0, **like)
-        self.d_bias = torch.zeros(weight.shape[0], **like) if wanted[2] else torch.empty(0, **like)
-        self.wanted = wanted
+        self.wanted, self.kernels = wanted, kernels
+        self.d_hidden = hidden.new_zeros(hidden.shape if wanted[0] else 0)
+        self.d_weight: Tensor | None = None  # the first product is written, not added to zeros
+        self.d_bias = hidden.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=torch.float32)
         # the row kernel's gradient is taken this many times, a 0-d power of two: `loss_scale`; None: once
         self.scale: Tensor | None = None
         self.buffer: Tensor | None = None
-        self.started = False  # until then d_weight is not even zero: the first product is written, not added
 
     def chunks(self, rows: Tensor, skip: Tensor | None = None) -> Iterator[Chunk]:
         """The logits of each chunk of ``rows``; they live until the next one."""
@@ -180,55 +197,73 @@ class Head:
                 torch.mm(x, self.weight.t(), out=logits)
             else:
                 torch.addmm(self.bias, x, self.weight.t(), out=logits)
-            yield Chunk(chunk, x, logits, place)
+            yield Chunk(chunk, x, logits, place, size >= rows.numel())
 
     def _logits(self, rows: int) -> Tensor:
-        """Memory of the logits of at least ``rows`` rows, the same one again."""
-        rows = -(-rows // GEMM_ROWS) * GEMM_ROWS
+        """Memory of the logits of at least ``rows`` rows, (rows, V), the same one again."""
+        rows, V = -(-rows // GEMM_ROWS) * GEMM_ROWS, self.weight.shape[0]
         if self.buffer is None or self.buffer.shape[0] < rows:
-            self.buffer = fresh(self.hidden, (rows, self.weight.shape[0]))
-        return self.buffer
+            self.buffer = fresh(self.hidden, (rows, row_stride(V, self.hidden.element_size())))
+        return self.buffer[:, :V]
 
     def sweep(
         self, rows: Tensor, row_kernel: Callable[[Tensor, Tensor], None], with_grad: bool, skip: Tensor | None = None
     ) -> None:
         """Logits, ``row_kernel(row numbers, logits (1, n, V))`` and, ``with_grad``, the GEMMs of its gradient, chunk by
-        chunk."""
+        chunk; a gradient comes from one sweep."""
         for chunk in self.chunks(rows, skip):
             row_kernel(chunk.rows, chunk.logits[None, : chunk.rows.numel()])
             if with_grad:
                 self.accumulate(chunk)
 
     def accumulate(self, chunk: Chunk) -> None:
-        """Carry the gradient that now stands in the logits of ``chunk`` into the wanted gradients; d_weight and d_bias
-        in float32."""
+        """Carry the gradient that now stands in the logits of ``chunk`` into the wanted gradients."""
         n, x, d = chunk.rows.numel(), chunk.x, chunk.logits
         d[n:] = 0
         if self.wanted[0] and chunk.place is not None and self.scale is None:
             torch.mm(d, self.weight, out=self.d_hidden[chunk.place])
         elif self.wanted[0]:
             product = (d @ self.weight)[:n]
-            self.d_hidden[chunk.rows] = product if self.scale is None else (product / self.scale).to(product.dtype)
+            if self.scale is not None:
+                self.kernels.scale_rows(product[None], self._once(), product[None])
+            self.d_hidden[chunk.rows] = product
         if self.wanted[1]:
-            if d.dtype == torch.float32:
-                self.d_weight.addmm_(d.t(), x, beta=int(self.started))
-            elif d.is_cuda:
-                torch.addmm(self.d_weight, d.t(), x, out_dtype=torch.float32, beta=int(self.started), out=self.d_weight)
-            else:  # PyTorch's CPU has no GEMM from 16 to 32 bits: each chunk is rounded once, the sum is not
-                if d.dtype == torch.float16:  # nor has a sum over many rows room in it
-                    x = x.float()
-                for d_weight, columns in zip(self.d_weight.split(TILE), d.split(TILE, 1), strict=True):
-                    product = columns.to(x.dtype).t() @ x
-                    d_weight.add_(product) if self.started else d_weight.copy_(product)
-            self.started = True
+            self._accumulate_weight(x, d, chunk.alone)
         if self.wanted[2]:
             self.d_bias += d.sum(0, dtype=torch.float32)
 
+    def _accumulate_weight(self, x: Tensor, d: Tensor, alone: bool) -> None:
+        """d_weight += d^T x in float32; the one product there is in the dtype of x, but for float16, which the
+        product's size before `loss_scale` is taken back may not fit."""
+        first = self.d_weight is None
+        if first:
+            at_once = alone and d.dtype != torch.float16
+            self.d_weight = fresh(self.hidden, self.weight.shape, d.dtype if at_once else torch.float32)
+        assert self.d_weight is not None
+        if self.d_weight.dtype == d.dtype:
+            self.d_weight.addmm_(d.t(), x, beta=int(not first))
+        elif d.is_cuda:
+            torch.addmm(self.d_weight, d.t(), x, out_dtype=torch.float32, beta=int(not first), out=self.d_weight)
+        else:  # PyTorch's CPU has no GEMM from 16 to 32 bits: each chunk is rounded once, the sum is not
+            if d.dtype == torch.float16:  # nor has a sum over many rows room in it
+                x = x.float()
+            for d_weight, columns in zip(self.d_weight.split(TILE), d.split(TILE, 1), strict=True):
+                product = columns.to(x.dtype).t() @ x
+                d_weight.copy_(product) if first else d_weight.add_(product)
+
+    def _once(self) -> Tensor:
+        """What takes `scale` back, (1,) float32."""
+        return torch.ones(1, device=self.hidden.device) if self.scale is None else self.scale.reciprocal().view(1)
+
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """d_hidden, d_weight, d_bias; (0,) where not wanted."""
-        if not self.started:
-            self.d_weight.zero_()
-        if self.scale is not None:
-            self.d_weight /= self.scale
-            self.d_bias /= self.scale
-        return self.d_hidden, self.d_weight, self.d_bias
+        """d_hidden, d_weight, d_bias in the dtype of the inputs; (0,) where not wanted."""
+        self.buffer, dtype = None, self.weight.dtype
+        if self.d_weight is None:
+            d_weight = self.weight.new_zeros(self.weight.shape if self.wanted[1] else 0)
+        elif self.d_weight.dtype == dtype:  # there is no scale: float16 is added up in float32
+            d_weight = self.d_weight
+        else:
+            d_weight = fresh(self.hidden, self.weight.shape, dtype)
+            self.kernels.scale_rows(self.d_weight[None], self._once(), d_weight[None])
+        d_bias = self.d_bias if self.scale is None else self.d_bias / self.scale
+        return self.d_hidden, d_weight, d_bias.to(dtype)

@@ -24,6 +24,7 @@ from ppg_fast.ops.tracing import (
     hand_out,
     needs_grad,
     no_gradients,
+    times,
     traced,
 )
 
@@ -43,7 +44,7 @@ def _loss_and_gradients(
     """-> weighted loss, log-prob, entropy, score norm (N,) float32, and d_hidden (N, D), d_weight (V, D), d_bias (V,)
     of the summed loss.
 
-    d_hidden in the dtype of hidden, the other two in float32; (0,) where not wanted. ``tensors``, ``numbers`` and
+    Gradients in the dtype of hidden; (0,) where not wanted. ``tensors``, ``numbers`` and
     ``choices`` are `RowArguments`, ``wanted`` is `Wanted`, ``chunks`` `Chunks`; ``gradients``: of the three inputs.
     """
     labels, per_row, spec = RowArguments.unpack(*from_operands(tensors, numbers), choices)
@@ -52,7 +53,7 @@ def _loss_and_gradients(
     loss, logprob, entropy, norms = row_outputs(
         hidden, labels.numel(), flags.entropy or spec.entropy_coef != 0, flags.score_norms
     )
-    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients))  # type: ignore[arg-type]
+    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients), kernels)  # type: ignore[arg-type]
     full = (labels >= 0) & ((per_row.advantages != 0) | spec.needs_every_row) & any(gradients)
     parts = partition(full, (labels >= 0) & ~full, bound, counted(labels, bound, flags.validate))
     if parts.excess is not None:  # by the weight NaN reaches the loss and all gradients
@@ -86,39 +87,35 @@ def _(hidden, weight, bias, tensors, numbers, choices, wanted, gradients, chunks
 
 
 def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, tensors, _, _, _, ctx.gradients, _, _ = inputs
+    _, _, _, tensors, _, _, _, ctx.gradients, _, ctx.backend = inputs
     _, _, _, _, *saved = output
     ctx.set_materialize_grads(False)  # else the outputs that are gradients get zeros of their size
     ctx.save_for_backward(*saved)
     ctx.no_gradients = no_gradients(tensors)
-    ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden, weight, bias))
 
 
 def _backward_loss(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if d_loss is None:
         return (None,) * 10
-    upstream = d_loss[:1].sum()  # the public function hands out the sum alone, so every element is the same
-    # a tracer's tensor has no values to branch on
-    unscaled = type(d_loss) is Tensor and d_loss.is_cpu and bool(upstream == 1)
-    hand_out(ctx, unscaled)
-    saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.gradients, strict=True)
-    scaled = (
-        (d.to(dtype) if unscaled else _scaled(d, upstream, dtype)) if wanted else None for d, dtype, wanted in saved
-    )
-    return *scaled, None, None, None, None, None, None, None
+    hand_out(ctx)
+    gradients = _wanted(ctx)
+    if d_loss.numel():
+        for rows in (d.view(1, -1, d.shape[-1]) for d in gradients if d is not None):
+            # the public function hands out the sum alone, so every element is the same
+            backends.load(ctx.backend).scale_rows(rows, d_loss[:1], rows)
+    return *gradients, None, None, None, None, None, None, None
 
 
-def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * upstream in ``dtype``. On a GPU in one pass: a float32 product in between would be as large as
-    d_weight."""
-    if gradient.is_cuda:
-        return torch.mul(gradient, upstream, out=torch.empty_like(gradient, dtype=dtype))
-    return (gradient * upstream).to(dtype)
+def _wanted(ctx: Any) -> list[Tensor | None]:
+    return [d if wanted else None for d, wanted in zip(ctx.saved_tensors, ctx.gradients, strict=True)]
 
 
-def _backward_traced(ctx: Any, *d_outputs: Tensor | None) -> tuple[Any, ...]:
-    d_hidden, d_weight, d_bias, _, *rest = _backward_loss(ctx, *d_outputs)
-    return d_hidden, d_weight, d_bias, ctx.no_gradients, *rest
+def _backward_traced(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if d_loss is None:
+        gradients: list[Tensor | None] = [None] * 3
+    else:
+        gradients = [None if d is None else times(d, d_loss[:1].sum()) for d in _wanted(ctx)]
+    return *gradients, ctx.no_gradients, None, None, None, None, None, None
 
 
 linear_policy_loss_op.register_autograd(first_order(_backward_traced), setup_context=_setup_loss)

@@ -43,7 +43,8 @@ def _logprobs(
         if norm is not None:
             norms[rows] = norm
 
-    Head(hidden, weight, bias, chunk_rows, (False, False, False)).sweep(parts.full, kernel, False, parts.skip)
+    head = Head(hidden, weight, bias, chunk_rows, (False, False, False), kernels)
+    head.sweep(parts.full, kernel, False, parts.skip)
     return logprob, lse, entropy, norms
 
 
@@ -68,7 +69,7 @@ def _logprobs_gradients(
     assert labels is not None
     assert d_logprob is not None
     kernels, (chunk_rows, bound) = backends.load(backend), Chunks.unpack(chunks)
-    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients))  # type: ignore[arg-type]
+    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients), kernels)  # type: ignore[arg-type]
     live = (labels >= 0) & ((d_logprob != 0) if d_entropy is None else (d_logprob != 0) | (d_entropy != 0))
     parts = partition(live, torch.zeros_like(live), bound, counted(labels, bound, False))
     if parts.excess is not None:
@@ -122,8 +123,7 @@ def _backward_logprobs(
     rows = [labels, lse, entropy, d_logprob, d_entropy, temperatures]
     call = linear_token_logprobs_bwd_op if traced(hidden, d_logprob) else _logprobs_gradients
     grads = call(hidden, weight, bias, rows, ctx.scale, ctx.chunks, wanted, ctx.backend)
-    inputs = zip(grads, (hidden, weight, bias), wanted, strict=True)
-    return *(g.to(t.dtype) if want else None for g, t, want in inputs), None, None, None, None, None, None
+    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None, None, None, None, None, None
 
 
 linear_token_logprobs_op.register_autograd(first_order(_backward_logprobs), setup_context=_setup_logprobs)

@@ -18,7 +18,16 @@ from ppg_fast.ops.checks import (
     check_turn_ids,
 )
 from ppg_fast.ops.sequences import sequence_ids
-from ppg_fast.ops.tracing import as_operands, first_order, from_operands, hand_out, needs_grad, no_gradients, traced
+from ppg_fast.ops.tracing import (
+    as_operands,
+    first_order,
+    from_operands,
+    hand_out,
+    needs_grad,
+    no_gradients,
+    times,
+    traced,
+)
 from ppg_fast.spec import IGNORE, REDUCTIONS, PolicyLossSpec
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -113,7 +122,7 @@ def _backward(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
     gradient = None
     if d_loss is not None:
         scale = d_loss if d_loss.dim() == 0 else d_loss.view(dlogits.shape[0], dlogits.shape[1], 1)
-        gradient = (dlogits * scale).to(dlogits.dtype)
+        gradient = times(dlogits, scale)
     return gradient, ctx.no_gradients, None, None, None, None
 
 
@@ -143,9 +152,8 @@ class EagerPolicyLoss(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (dlogits,) = ctx.saved_tensors
-        hand_out(ctx, True)
-        if not (d_loss.is_cpu and bool((d_loss == 1).all())):
-            backends.load(ctx.backend).rescale_rows(dlogits, d_loss.reshape(-1).contiguous())
+        hand_out(ctx)
+        backends.load(ctx.backend).scale_rows(dlogits, d_loss.reshape(-1).contiguous(), dlogits)
         return dlogits, None, None, None, None
 
 

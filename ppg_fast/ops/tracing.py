@@ -89,14 +89,21 @@ def _without_derivative(gradient: Tensor) -> Tensor:
     return torch._C._functions.DelayedError(ONCE.encode(), 1)(gradient.detach().requires_grad_())  # type: ignore[attr-defined]
 
 
-def hand_out(ctx: Any, own: bool) -> None:
-    """RuntimeError where the gradient buffers of ``ctx`` are the caller's; ``own``: from now on they are."""
+def times(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """gradient * upstream in the gradient's dtype, for tracers; else see `backends`, scale_rows. Not by a 0-d tensor: a
+    GPU rounds that to 16 bits before it multiplies 16-bit values."""
+    shaped = upstream if upstream.dim() else upstream.view([1] * gradient.dim())
+    return (gradient * shaped).to(gradient.dtype)
+
+
+def hand_out(ctx: Any) -> None:
+    """From now on the gradient buffers of ``ctx`` are the caller's; RuntimeError where they already were."""
     if getattr(ctx, "given", False):
         raise RuntimeError(
             "the policy loss was differentiated a second time, but its only gradient buffer was handed out by the "
             "first backward pass: compute the loss again, or build on token_logprobs"
         )
-    ctx.given = own
+    ctx.given = True
 
 
 def differentiable(compute: Callable[..., Any], setup: Callable[..., None], backward: Callable[..., Any]) -> Any:

@@ -36,7 +36,7 @@ package = importlib.util.find_spec("ppg_fast.kernels")
 assert package is not None
 sys.modules["ppg_fast.kernels"] = importlib.util.module_from_spec(package)
 
-from ppg_fast.kernels import fused_policy_loss, logprobs, partial_returns, plan, policy_loss
+from ppg_fast.kernels import fused_policy_loss, logprobs, partial_returns, plan, policy_loss, scale_rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -149,13 +149,18 @@ def policy_loss_case(
 def logprobs_case(
     dtype: torch.dtype, V: int, softcap: float, entropy: bool, B: int = 2, L: int = 3, number: float = 0.5, at: int = 0
 ) -> None:
-    """Log-probs, their gradient and its rescale; arguments as in `policy_loss_case`."""
+    """Log-probs, their gradient and a scale for each of its rows; arguments as in `policy_loss_case`."""
     logits, labels = some_logits(dtype, B, L, V), torch.empty(B * L + at, dtype=torch.int64)[at:]
     rows = [torch.empty(B * L + at)[at:] for _ in range(4)]
     softcap = softcap and softcap + number
     logprobs.logprobs_fwd(logits, labels, None, number, softcap, entropy)
     logprobs.logprobs_bwd(logits, labels, *rows[:3], rows[3] if entropy else None, None, number, softcap, logits)
-    logprobs.rescale_rows(logits, rows[0])
+    scale_rows.scale_rows(logits, rows[0], logits)
+
+
+def cast_case(dtype: torch.dtype, V: int, *_: float) -> None:
+    """A float32 gradient, scaled into ``dtype``."""
+    scale_rows.scale_rows(torch.empty(1, 3, V), torch.empty(1), torch.empty(1, 3, V, dtype=dtype))
 
 
 def returns_case(
@@ -247,6 +252,7 @@ CASES = {
     "log-probs": Case(logprobs_case, 131072),
     "log-probs, softcap": Case(logprobs_case, 131072, 30.0),
     "log-probs, in registers": Case(logprobs_case, 0),
+    "scaled into 16 bits": Case(cast_case, 4096),
     "cluster of 2": Case(fused_case, 65536, cluster=True),
     "cluster of 4": Case(fused_case, 128256, entropy_term=False, cluster=True),
     "cluster of 8": Case(fused_case, 262144, cluster=True),

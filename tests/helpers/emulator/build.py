@@ -25,7 +25,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[3]
 EMULATOR = Path(__file__).parent
 CACHE = ROOT / "build" / "emulator"
-SOURCES = [ROOT / "csrc/cuda" / f"{name}.cu" for name in ("credit", "logprobs", "partial_returns")]  # never patched
+NEVER_PATCHED = ("credit", "logprobs", "partial_returns", "scale_rows")
+SOURCES = [ROOT / "csrc/cuda" / f"{name}.cu" for name in NEVER_PATCHED]
 COMPILE = (
     "-std=c++20",
     "-O2",

@@ -103,8 +103,12 @@ void run(int64_t V, DType dtype, int shift, int gap, int out_shift, bool cap, bo
   b.lse = lse.data(), b.entropy = ent.data(), b.d_logprob = advantages.data(),
   b.d_entropy = entropy ? ones.data() : nullptr, b.dlogits = out;
   expect(cuda::logprobs_bwd(b, nullptr), "logprobs_bwd");
-  const RescaleRowsArgs r{out, ones.data(), N, V, dtype};
-  expect(cuda::rescale_rows(r, nullptr), "rescale_rows");
+  const ScaleRowsArgs r{out, out, ones.data(), N, V, N * V, dtype, dtype};
+  expect(cuda::scale_rows(r, nullptr), "scale_rows");
+  if (dtype == DType::F32 && out_shift >= 0) {  // into half of the memory that was for float32
+    const ScaleRowsArgs c{in, out, ones.data(), N, V, N * V, dtype, entropy ? DType::BF16 : DType::F16};
+    expect(cuda::scale_rows(c, nullptr), "scale_rows into 16 bits");
+  }
 }
 }  // namespace
 
