@@ -295,7 +295,7 @@ def test_a_row_over_a_cluster(triton, monkeypatch):
     [
         (32_000, torch.bfloat16, None, (False, 4_096, 4)),  # several programs an SM
         (30_522, torch.float16, None, (False, 4_096, 4)),
-        (32_768, torch.bfloat16, "7.0", (True, 32_768, 8)),  # of 64 threads
+        (32_768, torch.bfloat16, "7.0", (True, 32_768, 8)),  # its warps have 64 threads
         (32_768, torch.float32, None, (True, 32_768, 16)),
         (16_384, torch.bfloat16, None, (True, 16_384, 16)),
         (32_784, torch.bfloat16, None, (False, 16_384, 16)),

@@ -53,8 +53,8 @@ def row_shape(logits: Tensor, softcap: bool) -> Shape:
     512 threads have 128 registers each and hold 64 columns of a row each; 32 where a softcap or an unaligned access
     keeps a second value per column alive. With 32 the exponentials are kept for the gradient. A longer row is read in
     blocks: where L2 holds enough of them, by programs of 128 threads, up to four an SM, since one that holds a row has
-    the SM for itself and leaves memory idle while it computes. ROCm's compute units have registers for two that do. A
-    row that is longer still is held by a cluster of CTAs, or read in blocks by as many threads.
+    the SM for itself and leaves memory idle while it computes; not on ROCm, whose compute units are many for their
+    memory. A row that is longer still is held by a cluster of CTAs, or read in blocks by as many threads.
     """
     V, element_size = logits.shape[-1], logits.element_size()
     shared = V > THREADS * 32 and V * element_size <= SHARED and not torch.version.hip
