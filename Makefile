@@ -70,9 +70,10 @@ $(LLAMA)/.models: | $(VENV)/.dev
 	PYTHONPATH=$(CURDIR)/$(LLAMA)/site $(BIN)/python -m ppg_fast.bench.llama_server $(LLAMA) --make
 	touch $@
 
-# The Triton kernels under other versions of Triton, which lie in a folder each and are never imported by anything else.
+# The Triton kernels under other versions of Triton, which lie in a folder each and are never imported by anything else:
+# every case for every target.
 test-triton: triton-versions
-	$(PYTEST) -q tests/test_triton_compile.py $(ARGS)
+	PPG_FAST_EVERY_TRITON=1 $(PYTEST) -q tests/test_triton_compile.py $(ARGS)
 
 triton-versions: $(TRITON_VERSIONS:%=.triton/%/.installed)
 

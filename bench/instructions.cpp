@@ -1,20 +1,49 @@
-// One row kernel, or none, on N random rows, for a tool that counts instructions: `instructions KERNEL DTYPE ISA N V`.
+// One row kernel, or none, on N random rows, for a tool that counts instructions: `instructions KERNEL N V`. Compiled
+// for one dtype and one instruction set, -DPPG_DTYPE=BF16 -DPPG_LANES=8: all of them take a minute.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "../csrc/args.h"
+#include "../csrc/policy_term.h"
+
+#if PPG_LANES == 8  // as csrc/cpu/foreach_isa.h has it: flags of the whole unit give other code
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+namespace ppg::cpu::counted {
+namespace {  // so that what is not called is not compiled either
+// clang-format off: in this order, as csrc/cpu/foreach_isa.h includes them
+#include "../csrc/cpu/vec.h"
+#include "../csrc/cpu/row.h"
+#undef PPG_BY_DTYPE
+#define PPG_BY_DTYPE(dtype, f, ...) return f<PPG_DTYPE>(__VA_ARGS__)
+#include "../csrc/cpu/policy_loss.cpp"
+#include "../csrc/cpu/logprobs.cpp"
+// clang-format on
+}  // namespace
+}  // namespace ppg::cpu::counted
+#if PPG_LANES == 8
+#pragma GCC pop_options
+#endif
 
 using namespace ppg;
 
 int main(int argc, char** argv) {
-  if (argc != 6) return 2;
-  const std::string kernel = argv[1], dtype = argv[2];
-  const int64_t N = std::atoll(argv[4]), V = std::atoll(argv[5]);
-  if (!cpu::use_isa(argv[3])) return 3;
+  if (argc != 4) return 2;
+  const std::string kernel = argv[1];
+  const int64_t N = std::atoll(argv[2]), V = std::atoll(argv[3]);
+  constexpr DType dtype = DType::PPG_DTYPE;
   std::mt19937 engine(0);
   std::uniform_real_distribution<float> draw(-6.f, 6.f);
   std::vector<float> logits(N * V), advantages(N, 1.f), out(4 * N);
@@ -26,11 +55,11 @@ int main(int argc, char** argv) {
     std::memcpy(&bits, &logits[i], 4);
     halves[i] = uint16_t(bits >> 16);
   }
-  void* data = dtype == "float32" ? static_cast<void*>(logits.data()) : halves.data();
+  void* data = dtype == DType::F32 ? static_cast<void*>(logits.data()) : halves.data();
   const Rows rows{data, N, N * V, V};
-  const Sweep sweep{rows, labels.data(), nullptr, N, V, dtype == "float32" ? DType::F32 : DType::BF16, 1.f, 0.f};
+  const Sweep sweep{rows, labels.data(), nullptr, N, V, dtype, 1.f, 0.f};
   if (kernel == "logprobs") {
-    cpu::logprobs_fwd({sweep, out.data(), nullptr, out.data() + N}, 0, N);
+    cpu::counted::logprobs_fwd({sweep, out.data(), nullptr, out.data() + N}, 0, N);
   } else if (kernel == "policy_loss") {
     PolicyLossArgs a{sweep};
     a.advantages = advantages.data();
@@ -39,7 +68,9 @@ int main(int argc, char** argv) {
     a.logprob = out.data() + N;
     a.entropy = out.data() + 2 * N;
     a.dlogits = rows;
-    cpu::policy_loss(a, 0, N);
+    cpu::counted::policy_loss(a, 0, N);
+  } else if (kernel != "none") {
+    return 3;
   }
   std::printf("%g\n", out[0]);
 }

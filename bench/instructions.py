@@ -18,8 +18,10 @@ from typing import Any
 from . import machine, result_file
 
 N, V = 4, 8192
-KERNELS, DTYPES, ISAS = ("policy_loss", "logprobs"), ("float32", "bfloat16"), ("avx2", "baseline")
+KERNELS = ("policy_loss", "logprobs")
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=fast", "-Wno-attributes", "-Wno-psabi")  # as in setup.py
+OF_DTYPE = {"float32": ("-DPPG_DTYPE=F32",), "bfloat16": ("-DPPG_DTYPE=BF16",)}
+OF_ISA = {"avx2": ("-DPPG_LANES=8",), "baseline": ("-DPPG_LANES=4",)}
 SOURCES = Path(__file__).resolve().parents[1]
 
 
@@ -29,11 +31,11 @@ def why_not() -> str | None:
     return f"needs {' and '.join(needed)}" if needed else None
 
 
-def build(folder: Path) -> Path:
-    """The kernels and a driver without Python, compiled as the extension is."""
-    program = folder / "instructions"
-    sources = [SOURCES / "bench/instructions.cpp", *sorted((SOURCES / "csrc/cpu").glob("*.cpp"))]
-    subprocess.run(["g++", *FLAGS, "-w", *map(str, sources), "-o", str(program)], check=True)
+def build(folder: Path, dtype: str, isa: str) -> Path:
+    """The kernels of one dtype and instruction set and a driver without Python, compiled as the extension is."""
+    program = folder / f"instructions-{dtype}-{isa}"
+    flags = (*FLAGS, *OF_DTYPE[dtype], *OF_ISA[isa], "-w")
+    subprocess.run(["g++", *flags, str(SOURCES / "bench/instructions.cpp"), "-o", str(program)], check=True)
     return program
 
 
@@ -47,18 +49,20 @@ def count(program: Path, *arguments: Any) -> int:
     return int(found[1])
 
 
-def per_element(program: Path, kernel: str, dtype: str, isa: str) -> float:
+def per_element(program: Path, kernel: str) -> float:
     """Instructions for one element of a row."""
-    whole, without = (count(program, name, dtype, isa, N, V) for name in (kernel, "none"))
+    whole, without = (count(program, name, N, V) for name in (kernel, "none"))
     return (whole - without) / (N * V)
 
 
 def measure() -> list[dict[str, Any]]:
     """Every kernel in every dtype on every instruction set that valgrind knows."""
     with tempfile.TemporaryDirectory() as folder:
-        program = build(Path(folder))
-        cases = product(KERNELS, DTYPES, ISAS)
-        return [{"kernel": k, "dtype": d, "isa": i, "per_element": per_element(program, k, d, i)} for k, d, i in cases]
+        programs = {case: build(Path(folder), *case) for case in product(OF_DTYPE, OF_ISA)}
+        return [
+            {"kernel": k, "dtype": d, "isa": i, "per_element": per_element(program, k)}
+            for k, ((d, i), program) in product(KERNELS, programs.items())
+        ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -290,6 +290,35 @@ def test_a_row_over_a_cluster(triton, monkeypatch):
     case.check(case.run(triton))
 
 
+@pytest.mark.parametrize(
+    ("V", "dtype", "hip", "shape"),
+    [
+        (32_000, torch.bfloat16, None, (False, 4_096, 4)),  # several programs an SM
+        (30_522, torch.float16, None, (False, 4_096, 4)),
+        (32_768, torch.bfloat16, "7.0", (True, 32_768, 8)),  # its warps have 64 threads
+        (32_768, torch.float32, None, (True, 32_768, 16)),
+        (16_384, torch.bfloat16, None, (True, 16_384, 16)),
+        (32_784, torch.bfloat16, None, (False, 16_384, 16)),
+    ],
+)
+def test_where_a_row_is_kept(triton, monkeypatch, V, dtype, hip, shape):
+    from ppg_fast.kernels import plan
+
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(plan, "WARP_SIZE", 64 if hip else 32)
+    found = plan.row_shape(torch.empty(1, 1, V, dtype=dtype), False)
+    assert (found["ONE_BLOCK"], found["BLOCK_V"], found["num_warps"]) == shape
+
+
+def test_a_row_that_is_read_again_by_a_small_program(triton, monkeypatch):
+    from ppg_fast.kernels import plan
+
+    monkeypatch.setattr(plan, "SHARED", 4 * 17_008)  # in float32, so that sums can be compared closely
+    assert plan.row_shape(torch.empty(1, 1, 17_008), False)["BLOCK_V"] == 4_096
+    case = Drawn(4, "padded", LOSSES["ppo"], "token_mean", V=17_008)
+    case.check(case.run(triton))
+
+
 H200 = SimpleNamespace(multi_processor_count=132, L2_cache_size=50 * 2**20)
 
 
@@ -317,13 +346,15 @@ def test_who_may_use_clusters(triton, monkeypatch, hip, capability, version, rea
 
 
 def test_rows_that_are_read_twice_fit_the_cache(triton, monkeypatch):
-    """Half of the L2, but a quarter of the SMs at least; on ROCm one for each compute unit."""
+    """Half of the L2, but a quarter of the SMs at least; on ROCm one for each compute unit; small programs in pairs."""
     from ppg_fast.kernels import plan
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H200)
     cuda, count = torch.device("cuda", 0), plan.programs.__wrapped__
     assert [count(cuda, 512, 2 * V) for V in (50_257, 128_256, 151_936, 262_144)] == [132, 102, 86, 50]
     assert count(cuda, 512, 4 * 262_144) == 33
+    assert count(cuda, 128, 2 * 32_000) == 409
+    assert count(cuda, 128, 2 * 17_000) == 4 * 132
     assert count(cuda, 4 * 512) * 4 == count(cuda, 512) == plan.WAVES * 132
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert count(cuda, 512, 2 * 262_144) == 132

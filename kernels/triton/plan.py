@@ -17,6 +17,7 @@ from torch import Tensor
 
 WARP_SIZE = 64 if torch.version.hip else 32
 THREADS = 512  # of a CTA that holds a row, or a part of one: it fills the registers of an SM
+SHARED = 64 << 10  # bytes of a row, so many of which L2 holds that several programs may share an SM
 WAVES = 16  # of programs, where rows are read once
 LARGEST_CLUSTER = 8  # CTAs; more is not portable
 FIRST_WITH_CLUSTERS = (3, 8)  # Triton 3.6 fails to compile one, 3.7 aborts the process
@@ -50,17 +51,21 @@ def row_shape(logits: Tensor, softcap: bool) -> Shape:
     bits.
 
     512 threads have 128 registers each and hold 64 columns of a row each; 32 where a softcap or an unaligned access
-    keeps a second value per column alive. With 32 the exponentials are kept for the gradient. A longer row is held by a
-    cluster of CTAs, or read in blocks.
+    keeps a second value per column alive. With 32 the exponentials are kept for the gradient. A longer row is read in
+    blocks: where L2 holds enough of them, by programs of 128 threads, up to four an SM, since one that holds a row has
+    the SM for itself and leaves memory idle while it computes; not on ROCm, whose compute units are many for their
+    memory. A row that is longer still is held by a cluster of CTAs, or read in blocks by as many threads.
     """
     V, element_size = logits.shape[-1], logits.element_size()
+    shared = V > THREADS * 32 and V * element_size <= SHARED and not torch.version.hip
     columns = 32 if softcap or narrow(V) or V <= THREADS * 32 else 64
     ctas = triton.next_power_of_2(triton.cdiv(V, THREADS * columns))
-    if ctas == 1 or (ctas <= LARGEST_CLUSTER and why_no_clusters(logits.device) is None):
+    if not shared and (ctas == 1 or (ctas <= LARGEST_CLUSTER and why_no_clusters(logits.device) is None)):
         shape = block_shape(V, ctas * THREADS, columns, element_size)
         shape["num_warps"] //= ctas
         return {"ONE_BLOCK": True, "KEEP_EXP": columns == 32, "num_ctas": ctas, **shape}
-    return {"ONE_BLOCK": False, "KEEP_EXP": False, "num_ctas": 1, **block_shape(V, THREADS, 32, element_size)}
+    shape = block_shape(V, THREADS // 4 if shared else THREADS, 32, element_size)
+    return {"ONE_BLOCK": False, "KEEP_EXP": False, "num_ctas": 1, **shape}
 
 
 def loop_shape(V: int, threads: int, element_size: int, softcap: bool, entropy: bool) -> Shape:
@@ -91,19 +96,18 @@ def programs(device: torch.device, threads: int, read_again: int = 0) -> int:
 
     Rows that are read once: a multiple of what runs at a time, so that the last program adds little. Rows of
     ``read_again`` bytes that are read twice: as many as fit into half of the L2, so that the second read hits it and
-    writes have the other half; at least one for every fourth SM, to keep memory busy, and at most one per SM. On ROCm
-    one per CU: all dies share a large cache behind their small L2.
+    writes have the other half; at least one for every fourth SM, to keep memory busy, and at most what runs at a time.
+    On ROCm as many as that: all dies share a large cache behind their small L2.
     """
     if device.type != "cuda":
         return 2  # interpreted
     about = torch.cuda.get_device_properties(device)
+    at_once = max(about.multi_processor_count * THREADS // threads, 1)
     if not read_again:
-        return WAVES * max(about.multi_processor_count * THREADS // threads, 1)
+        return WAVES * at_once
     if torch.version.hip:
-        return about.multi_processor_count
-    return min(
-        max(about.L2_cache_size // 2 // read_again, about.multi_processor_count // 4), about.multi_processor_count
-    )
+        return at_once
+    return min(max(about.L2_cache_size // 2 // read_again, about.multi_processor_count // 4), at_once)
 
 
 def why_no_clusters(device: torch.device) -> str | None:

@@ -242,9 +242,11 @@ class Head:
         assert self.d_weight is not None
         if self.d_weight.dtype == d.dtype:
             self.d_weight.addmm_(d.t(), x, beta=int(not first))
-        elif d.is_cuda:
+        elif d.is_cuda and not torch.version.hip:
             torch.addmm(self.d_weight, d.t(), x, out_dtype=torch.float32, beta=int(not first), out=self.d_weight)
-        else:  # PyTorch's CPU has no GEMM from 16 to 32 bits: each chunk is rounded once, the sum is not
+        else:
+            # PyTorch's CPU has no GEMM from 16 to 32 bits, ROCm refuses it in some versions and was wrong in others
+            # (pytorch/pytorch#162600): each chunk is rounded once, the sum is not
             if d.dtype == torch.float16:  # nor has a sum over many rows room in it
                 x = x.float()
             for d_weight, columns in zip(self.d_weight.split(TILE), d.split(TILE, 1), strict=True):

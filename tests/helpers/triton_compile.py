@@ -1,7 +1,7 @@
 """Compiles the Triton kernels ahead of time, as their own launchers launch them, and prints what came out, one JSON
 line a kernel.
 
-``triton_compile.py TARGET ...`` or ``triton_compile.py specialise``.
+``triton_compile.py [few] TARGET ... [specialise]``; after "few" the cases of `FEW` only.
 
 A script of its own, because the interpreter that other tests run under patches ``triton.language`` for good. Run by
 test_triton_compile.py.
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ package = importlib.util.find_spec("ppg_fast.kernels")
 assert package is not None
 sys.modules["ppg_fast.kernels"] = importlib.util.module_from_spec(package)
 
-from ppg_fast.kernels import fused_policy_loss, logprobs, partial_returns, plan, policy_loss, scale_rows
+from ppg_fast.kernels import cluster_probe, fused_policy_loss, logprobs, partial_returns, plan, policy_loss, scale_rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -83,12 +83,13 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def facts(asm: dict[str, Any]) -> dict[str, int]:
-    """What one thread does: spilled bytes or registers, 128-bit and narrower accesses to global memory, exponentials,
-    cluster barriers."""
+def facts(kernel: Any) -> dict[str, int]:
+    """What one thread does: registers, spilled bytes or registers, 128-bit and narrower accesses to global memory,
+    exponentials, cluster barriers; and how many programs of the kernel an SM or compute unit holds at once."""
+    asm = kernel.asm
     if "amdgcn" in asm:
         code = asm["amdgcn"]
-        spilled = re.search(r"\.vgpr_spill_count:\s+(\d+)", code)
+        spilled, registers = (re.search(rf"\.vgpr_{of}:\s+(\d+)", code) for of in ("spill_count", "count"))
         patterns = (
             r"(?:global|buffer)_load_dwordx4",
             r"(?:global|buffer)_store_dwordx4",
@@ -103,6 +104,7 @@ def facts(asm: dict[str, Any]) -> dict[str, int]:
             command = [TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         spilled = re.search(r"STACK:(\d+)", usage)  # what spills has a stack
+        registers = re.search(r"REG:(\d+)", usage)
         patterns = (
             r"ld\.global[.\w:]*\.v4\.b32",
             r"st\.global[.\w:]*\.v4\.b32",
@@ -110,9 +112,37 @@ def facts(asm: dict[str, Any]) -> dict[str, int]:
             r"ex2\.approx",
         )
     assert spilled is not None
+    assert registers is not None
+    held = held_at_once(kernel.metadata, int(registers[1]))
     counts = [len(re.findall(pattern, code)) for pattern in (*patterns, r"barrier\.cluster\.wait")]
-    names = ("spilled", "wide_loads", "wide_stores", "narrow", "exponentials", "exchanges")
-    return dict(zip(names, (int(spilled[1]), *counts), strict=True))
+    names = (
+        "registers",
+        "at_once",
+        "shared",
+        "spilled",
+        "wide_loads",
+        "wide_stores",
+        "narrow",
+        "exponentials",
+        "exchanges",
+    )
+    numbers = (int(registers[1]), held, kernel.metadata.shared, int(spilled[1]), *counts)
+    ticket = cluster_probe.one_ticket_a_cluster(code) if kernel.metadata.num_ctas > 1 and "atom." in code else None
+    return dict(zip(names, numbers, strict=True)) | {"one_ticket": ticket}
+
+
+def held_at_once(about: Any, registers: int) -> int:
+    """Programs (CTAs of a cluster) that the registers and the shared memory of an SM, or of a compute unit of CDNA 3,
+    hold at once."""
+    if about.target.backend == "hip":  # four SIMDs, each with 512 registers a lane for at most 8 waves
+        waves = 4 * min(8, 512 // (-(-registers // 8) * 8))
+        return min(waves // about.num_warps, 65536 // max(about.shared, 1))
+    memory = {80: 164, 90: 228, 100: 228}[about.target.arch] * 1024  # an SM's, of which a CTA takes 1 KB for itself
+    return min(
+        65536 // (-(-registers * 32 // 256) * 256 * about.num_warps),
+        64 // about.num_warps,
+        memory // (about.shared + 1024),
+    )
 
 
 def some_logits(dtype: torch.dtype, B: int, L: int, V: int) -> torch.Tensor:
@@ -237,6 +267,9 @@ CASES = {
     "in registers, without an entropy term": Case(policy_loss_case, 0, entropy_term=False),
     "in registers, softcap": Case(policy_loss_case, 0, 30.0),
     "with exponentials": Case(policy_loss_case, 1, entropy_term=False),
+    "four programs an SM": Case(policy_loss_case, 32768),
+    "four programs an SM, softcap": Case(policy_loss_case, 32768, 30.0),
+    "four programs an SM, unaligned": Case(policy_loss_case, 30522),
     "in blocks": Case(policy_loss_case, 131072),
     "in blocks, softcap": Case(policy_loss_case, 131072, 30.0),
     "in blocks, unaligned": Case(policy_loss_case, 50257),
@@ -248,26 +281,39 @@ CASES = {
     "in blocks, softcap, score norm": Case(with_norm, 131072, 30.0),
     "fused, with exponentials": Case(fused_case, 1, entropy_term=False),
     "fused, in registers": Case(fused_case, 0),
+    "fused, four programs an SM": Case(fused_case, 32000),
     "fused, in blocks": Case(fused_case, 151936),
     "log-probs": Case(logprobs_case, 131072),
     "log-probs, softcap": Case(logprobs_case, 131072, 30.0),
     "log-probs, in registers": Case(logprobs_case, 0),
     "scaled into 16 bits": Case(cast_case, 4096),
+    "log-probs, four programs an SM": Case(logprobs_case, 32000),
     "cluster of 2": Case(fused_case, 65536, cluster=True),
     "cluster of 4": Case(fused_case, 128256, entropy_term=False, cluster=True),
     "cluster of 8": Case(fused_case, 262144, cluster=True),
     "cluster, softcap": Case(fused_case, 128256, 30.0, cluster=True),
     "cluster, log-probs": Case(logprobs_case, 151936, cluster=True),
 }
+# each form of a kernel once, with what it needs most registers for
+FEW = (
+    "in registers",
+    "with exponentials, score norm",
+    "four programs an SM, softcap",
+    "in blocks, softcap, score norm",
+    "fused, in blocks",
+    "log-probs, softcap",
+    "cluster of 8",
+)
 
 
-def compile_all(target: str) -> None:
-    """Print the facts of every case for one target; clusters where this Triton and the target have them."""
+def compile_all(target: str, names: Collection[str]) -> None:
+    """Print the facts of the named cases for one target; clusters where this Triton and the target have them."""
     plan.WARP_SIZE = TARGETS[target].warp_size
+    torch.version.hip = "6.4" if TARGETS[target].backend == "hip" else None
     seen: set[str] = set()
     triton_has_clusters = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= plan.FIRST_WITH_CLUSTERS
     for (name, case), dtype in itertools.product(CASES.items(), (torch.bfloat16, torch.float32)):
-        if case.cluster and not (triton_has_clusters and target in ("sm_90", "sm_100")):
+        if name not in names or (case.cluster and not (triton_has_clusters and target in ("sm_90", "sm_100"))):
             continue
         plan.why_no_clusters = lambda device, cluster=case.cluster: None if cluster else "not this case"
         with recorded() as launches:
@@ -285,7 +331,7 @@ def compile_all(target: str) -> None:
                 "entropy_term": case.entropy_term,
                 "aligned": V % 16 == 0,
             }
-            print(json.dumps(about | shape_of(one[2], dtype.itemsize) | facts(compiled(one, TARGETS[target]).asm)))
+            print(json.dumps(about | shape_of(one[2], dtype.itemsize) | facts(compiled(one, TARGETS[target]))))
     with recorded() as launches:
         returns_case()
     about = {
@@ -295,7 +341,7 @@ def compile_all(target: str) -> None:
         "target": target,
         "dtype": "float32",
     }
-    print(json.dumps(about | facts(compiled(launches[0], TARGETS[target]).asm)))
+    print(json.dumps(about | facts(compiled(launches[0], TARGETS[target]))))
 
 
 def shape_of(options: dict[str, Any], element_size: int) -> dict[str, Any]:
@@ -303,8 +349,9 @@ def shape_of(options: dict[str, Any], element_size: int) -> dict[str, Any]:
     if "BLOCK_V" not in options:
         return {}
     ctas = options.get("num_ctas", 1)
-    columns = options["BLOCK_V"] // (options["num_warps"] * plan.WARP_SIZE * ctas)
-    held = {"columns": columns, "wide": columns * element_size // 16, "ctas": ctas}
+    threads = options["num_warps"] * plan.WARP_SIZE
+    columns = options["BLOCK_V"] // (threads * ctas)
+    held = {"columns": columns, "wide": columns * element_size // 16, "ctas": ctas, "threads": threads}
     return held | {"one_block": options.get("ONE_BLOCK"), "keep_exp": options.get("KEEP_EXP")}
 
 
@@ -345,5 +392,9 @@ def specialise_all() -> None:
 
 
 if __name__ == "__main__":
+    names: Collection[str] = CASES
     for what in sys.argv[1:]:
-        specialise_all() if what == "specialise" else compile_all(what)
+        if what == "few":
+            names = FEW
+        else:
+            specialise_all() if what == "specialise" else compile_all(what, names)

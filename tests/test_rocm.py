@@ -1,0 +1,34 @@
+"""What is done otherwise on ROCm, whose devices say that they are CUDA's."""
+
+import pytest
+import torch
+
+from ppg_fast.ops.head import Chunk, Head
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of a CPU that says what one of a GPU says."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("hip", [None, "7.0"])
+def test_no_gemm_from_16_to_32_bits(hip, monkeypatch):
+    """Its share of d_weight is rounded once a chunk, and added in float32."""
+    called, addmm = [], torch.addmm
+
+    def recorded(total, a, b, *, out_dtype, beta, out):
+        called.append(out_dtype)
+        return addmm(total, a.to(out_dtype), b.to(out_dtype), beta=beta, out=out)
+
+    monkeypatch.setattr(torch, "addmm", recorded)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    x, d, weight = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((48, 8), (48, 40), (40, 8)))
+    head = Head(x, weight, None, 16, (False, True, False))
+    for rows in torch.arange(48).split(16):
+        head.accumulate(Chunk(rows, x[rows], d[rows].as_subclass(OnGpu), None))
+    assert called == ([] if hip else [torch.float32] * 3)
+    assert head.d_weight.dtype == torch.float32
+    rounded = torch.stack([(d[r].double().t() @ x[r].double()) for r in torch.arange(48).split(16)])
+    bound = 2.0**-8 * rounded.abs().sum(0) + 1e-5
+    assert ((head.d_weight.double() - rounded.sum(0)).abs() <= bound).all()
