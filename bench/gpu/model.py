@@ -1,0 +1,236 @@
+"""A queueing model of the kernels over the vocabulary. Nothing here was measured on a GPU.
+
+Memory is a server that all CTAs share, the issue slots of an SM one that its CTAs share. A CTA fills a ring of slots
+from memory; it sweeps a row chunk by chunk, exchanges, and sweeps it again. What a chunk costs at issue is read from
+the machine code (`counts`), what memory gives from a table of devices, and the rest is in `Unknowns`.
+"""
+
+import heapq
+import math
+import random
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+
+CHUNK, LANES = 16384, 128  # bytes of a slot; elements that the four schedulers of an SM issue for in one cycle
+FULL_WARPS = 16  # of an SM that reach `Unknowns.issue`
+SKIP, FORWARD, FULL = range(3)
+SAMPLE = 11  # one of so many SMs is simulated, with its share of memory and of the rows
+
+
+@dataclass(frozen=True)
+class Device:
+    """Published figures of a GPU. ``copy``: bytes a second, reads and writes together, and of a read alone. ``clock``:
+    at which the published peak of its tensor cores holds. ``clusters``: of 1, 2, 4 and 8 SMs that fit."""
+
+    name: str
+    sms: int
+    clock: float
+    copy: float
+    gemm: float  # floating-point operations a second of large bfloat16 GEMMs
+    clusters: dict[int, int]
+    l2: int  # bytes
+    exponentials: int = 16  # an SM a cycle
+
+
+@dataclass(frozen=True)
+class Unknowns:
+    """What the first measurement has to tell. In cycles, launches in seconds."""
+
+    issue: float = 0.80  # share of an SM's issue slots that 16 warps of these kernels fill
+    evenness: float = 0.94  # share of a copy's rate that a kernel of bursts of reads and writes reaches
+    latency: float = 1000  # of a bulk copy under load
+    exchange: float = 1000  # what a row waits for beside its instructions: shuffles, other CTAs, divisions
+    reread: float = 600  # of loads that hit L2
+    iteration: float = 0.6e-6  # of a thread of the counting kernel, which waits for each of its loads
+    gap: float = 3e-6  # between two launches that depend on each other
+    start: float = 3e-6  # of a kernel before its first row: barriers, cluster sync, look-up
+    end: float = 3e-6  # the sum of losses by the CTA that finishes last
+
+
+@dataclass(frozen=True)
+class Counts:
+    """From a kernel's machine code: issue slots and exponentials of an element in both sweeps; slots of a warp for the
+    rest of a row with a gradient, and of one without. ``waits``: that one waits for the exchange all the same."""
+
+    first: float
+    second: float
+    row: float
+    forward: float
+    exp_first: float = 1.0
+    exp_second: float = 1.0
+    waits: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a row is spread, as in csrc/cuda/plan.h. ``kept``: the second sweep finds the row in its slots, else in L2.
+    ``ahead``: slots are filled with the next row while this one is computed."""
+
+    cluster: int
+    threads: int
+    slots: int
+    per_sm: int = 1
+    kept: bool = True
+    ahead: bool = True
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What an op does around its sweep. ``iterations``: dependent loads of a thread of the counting kernel, 0: there is
+    none. ``overlapped``: by programmatic dependent launch. ``summed``: the losses of all rows are."""
+
+    iterations: int = 16
+    overlapped: bool = False
+    summed: bool = True
+
+    def seconds(self, u: Unknowns) -> float:
+        count = self.iterations * u.iteration + u.gap if self.iterations else 0.0
+        hidden = u.gap if self.iterations and self.overlapped else 0.0
+        return count - hidden + u.start + u.end * self.summed
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call over bfloat16 or float32 rows. ``full``: of 100 rows, in runs of 64, the others are SKIP.
+    ``read_only``: no gradient."""
+
+    V: int
+    size: int  # bytes of an element
+    plan: Plan
+    counts: Counts
+    launches: Launches = field(default_factory=Launches)
+    N: int = 8192
+    full: int = 100
+    read_only: bool = False
+
+    def kind(self, n: int) -> int:
+        return (FORWARD if self.read_only else FULL) if n // 64 * 37 % 100 < self.full else SKIP
+
+    def moved(self) -> int:
+        """Bytes that must move: an active row is read, every row of the gradient is written."""
+        read = sum(self.kind(n) != SKIP for n in range(self.N))
+        return (read + (0 if self.read_only else self.N)) * self.V * self.size
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of one call, and of its bytes at the rate of a copy; seconds that memory and issue slots are busy."""
+
+    seconds: float
+    least: float
+    memory: float
+    issue: float
+    launches: float
+
+    @property
+    def share(self) -> float:
+        return self.least / self.seconds
+
+    @property
+    def bound(self) -> str:
+        """What would have to be mended first."""
+        parts = {"memory": self.memory, "issue": self.issue}
+        most = max(parts, key=lambda name: parts[name])
+        return f"{most}, launches" if self.launches > 0.05 * self.seconds else most
+
+
+def predict(device: Device, case: Case, u: Unknowns | None = None) -> Prediction:
+    """The whole op without the host."""
+    u = u or Unknowns()
+    part = _Part(device, case, u)
+    cycles, launches = part.run(), case.launches.seconds(u)
+    busy = sum(part.worked) / len(part.worked)
+    least = case.moved() / device.copy
+    return Prediction(
+        cycles / device.clock + launches, least, least / u.evenness, busy / device.clock / u.issue, launches
+    )
+
+
+class _Part:
+    """The simulated part of a device. One CTA stands for all of its cluster, which do the same at the same time."""
+
+    def __init__(self, device: Device, case: Case, u: Unknowns) -> None:
+        plan, counts, self.case, self.u = case.plan, case.counts, case, u
+        size = max(plan.cluster, 1)
+        clusters = device.clusters[size] * plan.per_sm
+        self.teams = max(2, round(clusters / SAMPLE / plan.per_sm) * plan.per_sm)
+        self.rows = round(case.N * self.teams / clusters)
+        self.rate = device.copy * u.evenness / device.clock * self.teams / (clusters * size)  # bytes a cycle
+        self.backlog = device.l2 / 2 / (device.copy / device.clock)  # cycles of writes that may wait in L2
+        left = math.ceil(case.V / size) * case.size
+        self.chunks = [CHUNK] * (left // CHUNK) + ([left % CHUNK] if left % CHUNK else [])
+        slot, exp = 1 / LANES / case.size / u.issue, LANES / device.exponentials
+        self.first, self.second = (
+            slot * max(issued, exp * exps)
+            for issued, exps in ((counts.first, counts.exp_first), (counts.second, counts.exp_second))
+        )
+        warps = plan.threads / 32 / 4  # of a scheduler
+        self.row, self.forward = counts.row * warps / u.issue, counts.forward * warps / u.issue
+        self.alone = min(1.0, plan.threads / 32 / FULL_WARPS)  # of the SM's rate that one CTA reaches
+        self.memory, self.issue = 0.0, [0.0] * -(-self.teams // plan.per_sm)  # free again at
+        self.worked = [0.0] * len(self.issue)
+        self.draw = random.Random(0)
+
+    def run(self) -> float:
+        """Cycles until the last row is written."""
+        teams = [self.team(index) for index in range(self.teams)]
+        heap = [(next(team), index) for index, team in enumerate(teams)]
+        last = 0.0
+        while heap:
+            t, index = heapq.heappop(heap)
+            last = max(last, t)
+            try:
+                heapq.heappush(heap, (max(t, teams[index].send(t)), index))
+            except StopIteration:
+                continue
+        return max(last, self.memory)
+
+    def through_memory(self, t: float, size: int) -> float:
+        self.memory = max(t, self.memory) + size / self.rate
+        return self.memory
+
+    def computed(self, t: float, index: int, work: float) -> float:
+        """When a team that asks for ``work`` cycles at ``t`` has them; another of its SM may be computing."""
+        sm = index // self.case.plan.per_sm
+        begin = max(t, self.issue[sm])
+        self.issue[sm] = begin + work
+        self.worked[sm] += work * self.u.issue
+        return begin + work / self.alone
+
+    def team(self, index: int) -> Generator[float, float, None]:
+        """Yields until when it has to wait, and is sent that time."""
+        plan, counts, u = self.case.plan, self.case.counts, self.u
+        mine = [(n, self.case.kind(n)) for n in range(index, self.rows, self.teams)]
+        to_read: Iterator[int] = (size for _, kind in mine if kind != SKIP for size in self.chunks)
+        arrivals: deque[float] = deque()
+
+        def ask(t: float) -> None:
+            """For the next chunk, into a slot that is free."""
+            if size := next(to_read, 0):
+                jitter = 0.75 + self.draw.random() / 2
+                arrivals.append(self.through_memory(t, size) + u.latency * jitter)
+
+        t = yield 0.0
+        for _ in range(plan.slots if plan.ahead else 0):
+            ask(t)
+        for _, kind in mine:
+            if kind == SKIP:
+                for size in () if self.case.read_only else self.chunks:
+                    t = yield self.through_memory(t, size) - self.backlog
+                continue
+            for _ in range(0 if plan.ahead else min(plan.slots, len(self.chunks))):
+                ask(t)
+            for size in self.chunks:
+                t = yield arrivals.popleft()
+                t = yield self.computed(t, index, size * self.first)
+                if kind == FORWARD or not plan.kept:
+                    ask(t)
+            t = yield self.computed(t, index, self.row if kind == FULL else self.forward)
+            if kind == FULL or counts.waits:
+                t = yield t + u.exchange
+            for size in self.chunks if kind == FULL else ():
+                t = yield self.computed(t + (0 if plan.kept else u.reread), index, size * self.second)
+                self.through_memory(t, size)
+                if plan.kept and plan.ahead:
+                    ask(t)
