@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
-CHUNK, LANES = 16384, 128  # bytes of a slot; elements that the four schedulers of an SM issue for in one cycle
+CHUNK, PORT = 16384, 64  # bytes of a slot; bytes that reach an SM in a cycle
 FULL_WARPS = 16  # of an SM that reach `Unknowns.issue`
 SKIP, FORWARD, FULL = range(3)
 SAMPLE = 11  # one of so many SMs is simulated, with its share of memory and of the rows
@@ -30,6 +30,7 @@ class Device:
     gemm: float  # floating-point operations a second of large bfloat16 GEMMs
     clusters: dict[int, int]
     l2: int  # bytes
+    lanes: int = 128  # elements that an SM issues for in one cycle
     exponentials: int = 16  # an SM a cycle
 
 
@@ -37,12 +38,13 @@ class Device:
 class Unknowns:
     """What the first measurement has to tell. In cycles, launches in seconds."""
 
-    issue: float = 0.80  # share of an SM's issue slots that 16 warps of these kernels fill
-    evenness: float = 0.94  # share of a copy's rate that a kernel of bursts of reads and writes reaches
+    issue: float = 0.78  # share of an SM's issue slots that 16 warps of these kernels fill
+    few: float = 0.7  # of that, what 8 warps fill that are alone on their SM
+    evenness: float = 0.935  # share of a copy's rate that a kernel of bursts of reads and writes reaches
     latency: float = 1000  # of a bulk copy under load
-    exchange: float = 1000  # what a row waits for beside its instructions: shuffles, other CTAs, divisions
+    exchange: float = 2000  # between the sweeps at least: shuffles, other CTAs, divisions, one after the other
     reread: float = 600  # of loads that hit L2
-    iteration: float = 0.6e-6  # of a thread of the counting kernel, which waits for each of its loads
+    iteration: float = 0.7e-6  # of a thread of the counting kernel, which waits for each of its loads
     gap: float = 3e-6  # between two launches that depend on each other
     start: float = 3e-6  # of a kernel before its first row: barriers, cluster sync, look-up
     end: float = 3e-6  # the sum of losses by the CTA that finishes last
@@ -64,8 +66,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a row is spread, as in csrc/cuda/plan.h. ``kept``: the second sweep finds the row in its slots, else in L2.
-    ``ahead``: slots are filled with the next row while this one is computed."""
+    """How a row is spread, as in csrc/cuda/plan.h. ``kept``: the second sweep finds the row in its slots, else in L2,
+    and ``slots`` chunks at a time are loaded and waited for. ``ahead``: of the next row while this one is computed."""
 
     cluster: int
     threads: int
@@ -86,8 +88,8 @@ class Launches:
 
     def seconds(self, u: Unknowns) -> float:
         count = self.iterations * u.iteration + u.gap if self.iterations else 0.0
-        hidden = u.gap if self.iterations and self.overlapped else 0.0
-        return count - hidden + u.start + u.end * self.summed
+        before = max(count, u.start) if self.overlapped else count + u.start
+        return before + u.end * self.summed
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,8 @@ class Prediction:
 
     @property
     def bound(self) -> str:
-        """What would have to be mended first."""
-        parts = {"memory": self.memory, "issue": self.issue}
-        most = max(parts, key=lambda name: parts[name])
+        """What it waits for most, and launches where they are more than a twentieth."""
+        most = "memory" if self.memory > self.issue else "issue slots"
         return f"{most}, launches" if self.launches > 0.05 * self.seconds else most
 
 
@@ -143,7 +144,7 @@ def predict(device: Device, case: Case, u: Unknowns | None = None) -> Prediction
     busy = sum(part.worked) / len(part.worked)
     least = case.moved() / device.copy
     return Prediction(
-        cycles / device.clock + launches, least, least / u.evenness, busy / device.clock / u.issue, launches
+        cycles / device.clock + launches, least, part.bytes / part.rate / device.clock, busy / device.clock, launches
     )
 
 
@@ -156,21 +157,22 @@ class _Part:
         clusters = device.clusters[size] * plan.per_sm
         self.teams = max(2, round(clusters / SAMPLE / plan.per_sm) * plan.per_sm)
         self.rows = round(case.N * self.teams / clusters)
-        self.rate = device.copy * u.evenness / device.clock * self.teams / (clusters * size)  # bytes a cycle
+        evenness = 1.0 if case.read_only else u.evenness
+        self.rate = device.copy * evenness / device.clock * self.teams / (clusters * size)  # bytes a cycle
         self.backlog = device.l2 / 2 / (device.copy / device.clock)  # cycles of writes that may wait in L2
         left = math.ceil(case.V / size) * case.size
         self.chunks = [CHUNK] * (left // CHUNK) + ([left % CHUNK] if left % CHUNK else [])
-        slot, exp = 1 / LANES / case.size / u.issue, LANES / device.exponentials
+        slot, exp = 1 / device.lanes / case.size / u.issue, device.lanes / device.exponentials
         self.first, self.second = (
             slot * max(issued, exp * exps)
             for issued, exps in ((counts.first, counts.exp_first), (counts.second, counts.exp_second))
         )
         warps = plan.threads / 32 / 4  # of a scheduler
         self.row, self.forward = counts.row * warps / u.issue, counts.forward * warps / u.issue
-        self.alone = min(1.0, plan.threads / 32 / FULL_WARPS)  # of the SM's rate that one CTA reaches
+        self.alone = min(1.0, u.few ** math.log2(FULL_WARPS * 32 / plan.threads))  # of the SM's rate: one CTA's
         self.memory, self.issue = 0.0, [0.0] * -(-self.teams // plan.per_sm)  # free again at
         self.worked = [0.0] * len(self.issue)
-        self.draw = random.Random(0)
+        self.bytes, self.draw = 0, random.Random(0)
 
     def run(self) -> float:
         """Cycles until the last row is written."""
@@ -187,6 +189,7 @@ class _Part:
         return max(last, self.memory)
 
     def through_memory(self, t: float, size: int) -> float:
+        self.bytes += size
         self.memory = max(t, self.memory) + size / self.rate
         return self.memory
 
@@ -195,7 +198,7 @@ class _Part:
         sm = index // self.case.plan.per_sm
         begin = max(t, self.issue[sm])
         self.issue[sm] = begin + work
-        self.worked[sm] += work * self.u.issue
+        self.worked[sm] += work
         return begin + work / self.alone
 
     def team(self, index: int) -> Generator[float, float, None]:
@@ -208,29 +211,49 @@ class _Part:
         def ask(t: float) -> None:
             """For the next chunk, into a slot that is free."""
             if size := next(to_read, 0):
-                jitter = 0.75 + self.draw.random() / 2
-                arrivals.append(self.through_memory(t, size) + u.latency * jitter)
+                latency = u.latency * (0.75 + self.draw.random() / 2)
+                before = arrivals[-1] if arrivals else t
+                arrivals.append(max(self.through_memory(t, size) + latency, before + size / PORT))
 
         t = yield 0.0
-        for _ in range(plan.slots if plan.ahead else 0):
+        for _ in range(plan.slots * plan.ahead):
             ask(t)
         for _, kind in mine:
             if kind == SKIP:
                 for size in () if self.case.read_only else self.chunks:
                     t = yield self.through_memory(t, size) - self.backlog
                 continue
-            for _ in range(0 if plan.ahead else min(plan.slots, len(self.chunks))):
-                ask(t)
-            for size in self.chunks:
+            if plan.kept and not plan.ahead:  # a row in registers: all of it is there before anything is computed
+                for _ in self.chunks:
+                    ask(t)
+                t = yield max(arrivals)
+            for j, size in enumerate(self.chunks):
+                for _ in self.chunks[j : j + plan.slots] if not plan.kept and j % plan.slots == 0 else ():
+                    ask(t)
                 t = yield arrivals.popleft()
                 t = yield self.computed(t, index, size * self.first)
-                if kind == FORWARD or not plan.kept:
+                if kind == FORWARD and plan.ahead:
                     ask(t)
-            t = yield self.computed(t, index, self.row if kind == FULL else self.forward)
-            if kind == FULL or counts.waits:
-                t = yield t + u.exchange
-            for size in self.chunks if kind == FULL else ():
-                t = yield self.computed(t + (0 if plan.kept else u.reread), index, size * self.second)
+            there = t + (u.exchange if kind == FULL or counts.waits else 0.0)
+            t = yield max(there, self.computed(t, index, self.row if kind == FULL else self.forward))
+            for j, size in enumerate(self.chunks if kind == FULL else ()):
+                t += 0.0 if plan.kept or j % plan.slots else u.reread
+                t = yield self.computed(t, index, size * self.second)
                 self.through_memory(t, size)
                 if plan.kept and plan.ahead:
                     ask(t)
+
+
+def chosen(V: int, size: int, block: int = 232448, sm: int = 233472) -> Plan:
+    """`plan_row` of csrc/cuda/plan.h without a softcap; shared memory as on Hopper and Blackwell."""
+    if V * size <= CHUNK:
+        return Plan(0, 128, 1, 8, kept=False, ahead=False)
+    for cluster in (1, 2, 4, 8):
+        for per_sm in (2, 1):
+            threads, room, vector = 512 // per_sm, block if per_sm == 1 else sm // 2 - 1024, 16 // size
+            part = math.ceil(math.ceil(V / cluster) / vector) * vector
+            fixed = 2 * cluster * threads // 32 * 16 + 2 * 8 * 32 + 6 * 8  # exchange, rows, barriers
+            slots = (room - fixed) // (CHUNK + 16)
+            if slots >= math.ceil((part + vector - 1) * size / CHUNK) + (2 if per_sm == 2 else 3):
+                return Plan(cluster, threads, slots, per_sm)
+    return Plan(0, 512, 1, min(max((256 << 10) // (V * size), 1), 2), kept=False, ahead=False)
