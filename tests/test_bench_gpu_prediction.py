@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ppg_fast.bench import render, result_file
 from ppg_fast.bench.gpu import predict as command
-from ppg_fast.bench.gpu import predicted, sass, slots
+from ppg_fast.bench.gpu import model, predicted, sass, slots
 from ppg_fast.bench.gpu.devices import DEVICES, named
 from ppg_fast.bench.gpu.model import Case, Counts, Launches, Plan, Unknowns, chosen, predict
 from ppg_fast.bench.tables import NOT_MEASURED
@@ -31,13 +31,13 @@ def stored():
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("V, low, high", [(32000, 84, 86), (128256, 91, 92), (151936, 91, 92), (262144, 91, 93)])
+@pytest.mark.parametrize(("V", "low", "high"), [(32000, 84, 86), (128256, 91, 92), (151936, 91, 92), (262144, 91, 93)])
 def test_it_gives_the_reviews_table_within_a_point(V, low, high):
     share = 100 * predict(H200, Case(V, 2, PLANS[V], REVIEWED)).share
     assert low - 1 <= share <= high + 1
 
 
-@pytest.mark.parametrize("V, plan", PLANS.items())
+@pytest.mark.parametrize(("V", "plan"), PLANS.items())
 def test_with_nothing_else_in_the_way_it_is_the_memorys_time(V, plan):
     found = predict(H200, Case(V, 2, plan, REVIEWED), FREE)
     assert 0.98 < found.share <= 1.001
@@ -47,9 +47,9 @@ def test_with_nothing_else_in_the_way_it_is_the_memorys_time(V, plan):
 
 
 def test_with_free_memory_it_is_the_issue_slots_time():
-    """A CTA an SM: sweeps, and the rest of a row by four warps of each scheduler; the exponential unit, where slower."""
+    """A CTA an SM: sweeps, the rest of a row by four warps of each scheduler; the exponential unit, where slower."""
     plan, free = Plan(1, 512, 5), replace(FREE, issue=0.5)
-    for counts, an_element in ((Counts(10, 9, 300, 0), 19), (Counts(4, 9, 300, 0), 17)):
+    for counts, an_element in ((Counts(10, 9, 300, 0), 19), (Counts(4, 9, 300, 0), 17)):  # 16 exponentials a cycle
         found = predict(replace(H200, copy=1e18), Case(32000, 2, plan, counts, N=132 * 40), free)
         cycles = 40 * (32000 * an_element / 128 + 300 * 4) / 0.5
         assert found.seconds * H200.clock == pytest.approx(cycles, rel=0.02)
@@ -58,7 +58,7 @@ def test_with_free_memory_it_is_the_issue_slots_time():
 
 @pytest.mark.parametrize("V", PLANS)
 @pytest.mark.parametrize(
-    "name, worse", [("issue", 0.5), ("evenness", 0.8), ("latency", 8000), ("exchange", 9000), ("start", 2e-5)]
+    ("name", "worse"), [("issue", 0.5), ("evenness", 0.8), ("latency", 8000), ("exchange", 9000), ("start", 2e-5)]
 )
 def test_worse_hardware_is_slower(V, name, worse):
     case = Case(V, 2, PLANS[V], REVIEWED)
@@ -84,6 +84,14 @@ def test_rows_without_a_gradient_are_written_and_not_read():
     case = Case(32000, 2, PLANS[32000], REVIEWED, N=6400, full=25)
     assert case.moved() == 6400 * 32000 * 2 * 1.25
     assert predict(H200, replace(case, full=0), FREE).share == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("full", [100, 25])
+def test_the_simulated_part_stands_for_the_whole(full, monkeypatch):
+    case = Case(32000, 2, PLANS[32000], REVIEWED, full=full)
+    part = predict(H200, case).share
+    monkeypatch.setattr(model, "SAMPLE", 1)
+    assert part == pytest.approx(predict(H200, case).share, abs=0.01)
 
 
 def test_the_same_input_has_the_same_bits():

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 CHUNK, PORT = 16384, 64  # bytes of a slot; bytes that reach an SM in a cycle
 FULL_WARPS = 16  # of an SM that reach `Unknowns.issue`
 SKIP, FORWARD, FULL = range(3)
-SAMPLE = 11  # one of so many SMs is simulated, with its share of memory and of the rows
+SAMPLE = 11  # one of so many CTAs is simulated, with its rows and its share of memory
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Device:
 
 @dataclass(frozen=True)
 class Unknowns:
-    """What the first measurement has to tell. In cycles, launches in seconds."""
+    """What the first measurement has to tell, in cycles, launches in seconds. ``issue`` and ``evenness`` are such that
+    the table of an independent estimate comes out."""
 
     issue: float = 0.78  # share of an SM's issue slots that 16 warps of these kernels fill
     few: float = 0.7  # of that, what 8 warps fill that are alone on their SM
@@ -155,10 +156,10 @@ class _Part:
         plan, counts, self.case, self.u = case.plan, case.counts, case, u
         size = max(plan.cluster, 1)
         clusters = device.clusters[size] * plan.per_sm
-        self.teams = max(2, round(clusters / SAMPLE / plan.per_sm) * plan.per_sm)
-        self.rows = round(case.N * self.teams / clusters)
+        teams = max(2, round(clusters / SAMPLE / plan.per_sm) * plan.per_sm)
+        self.first_rows, self.step = [i * clusters // teams for i in range(teams)], clusters
         evenness = 1.0 if case.read_only else u.evenness
-        self.rate = device.copy * evenness / device.clock * self.teams / (clusters * size)  # bytes a cycle
+        self.rate = device.copy * evenness / device.clock * teams / (clusters * size)  # bytes a cycle
         self.backlog = device.l2 / 2 / (device.copy / device.clock)  # cycles of writes that may wait in L2
         left = math.ceil(case.V / size) * case.size
         self.chunks = [CHUNK] * (left // CHUNK) + ([left % CHUNK] if left % CHUNK else [])
@@ -170,13 +171,13 @@ class _Part:
         warps = plan.threads / 32 / 4  # of a scheduler
         self.row, self.forward = counts.row * warps / u.issue, counts.forward * warps / u.issue
         self.alone = min(1.0, u.few ** math.log2(FULL_WARPS * 32 / plan.threads))  # of the SM's rate: one CTA's
-        self.memory, self.issue = 0.0, [0.0] * -(-self.teams // plan.per_sm)  # free again at
+        self.memory, self.issue = 0.0, [0.0] * (teams // plan.per_sm)  # free again at
         self.worked = [0.0] * len(self.issue)
         self.bytes, self.draw = 0, random.Random(0)
 
     def run(self) -> float:
         """Cycles until the last row is written."""
-        teams = [self.team(index) for index in range(self.teams)]
+        teams = [self.team(index, row) for index, row in enumerate(self.first_rows)]
         heap = [(next(team), index) for index, team in enumerate(teams)]
         last = 0.0
         while heap:
@@ -201,10 +202,10 @@ class _Part:
         self.worked[sm] += work
         return begin + work / self.alone
 
-    def team(self, index: int) -> Generator[float, float, None]:
+    def team(self, index: int, first_row: int) -> Generator[float, float, None]:
         """Yields until when it has to wait, and is sent that time."""
         plan, counts, u = self.case.plan, self.case.counts, self.u
-        mine = [(n, self.case.kind(n)) for n in range(index, self.rows, self.teams)]
+        mine = [(n, self.case.kind(n)) for n in range(first_row, self.case.N, self.step)]
         to_read: Iterator[int] = (size for _, kind in mine if kind != SKIP for size in self.chunks)
         arrivals: deque[float] = deque()
 

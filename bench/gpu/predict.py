@@ -64,7 +64,9 @@ def launches() -> Launches:
     at_once = {name: int(n) for name, n in re.findall(r"\b(THREADS|TOGETHER) = (\d+)", credit)}
     _, parts = native._counts(N, Reduction("token_mean", None, 1, None))
     iterations = -(-N // (parts * at_once["THREADS"] * at_once.get("TOGETHER", 1)))
-    return Launches(iterations, overlapped="wait_for_leader" in (ROOT / "csrc/cuda/lookup.cuh").read_text())
+    return Launches(
+        iterations, overlapped="wait_for_leader" in (ROOT / "csrc/cuda/policy_loss_onepass.cuh").read_text()
+    )
 
 
 def counts_of(found: Built, device: Device, dtype: str, sums: int, threads: int) -> Counts:
@@ -134,47 +136,60 @@ def programs(device: Device, row: int) -> int:
     return min(max(device.l2 // 2 // row, device.sms // 4), device.sms)
 
 
+Pair = tuple[Counts, Counts]  # of a sweep with a gradient and of one without
+
+
 def changes(found: Built, around: Launches) -> Iterator[dict[str, Any]]:
-    """What each planned change of issue 16 brings to the reviewed code on an H200, one at a time, all, and as built."""
-    device, old = named("H200"), Launches(16)
-    short = Launches(1, overlapped=True)
-
-    def longer(c: Counts, few: Counts) -> Counts:
-        return replace(c, first=few.first, exp_first=few.exp_first)
-
-    def ways(V: int, plan: Plan) -> Iterator[tuple[str, Plan, Counts, Counts, Launches]]:
-        loss, forward = REVIEWED[plan.threads]
-        few_loss, few_forward = REVIEWED[256]
-        alone = replace(forward, waits=False, forward=150)
-        several = Plan(2 * plan.cluster, 256, 6 if V == 262144 else 5, 2)
-        yield "as reviewed", plan, loss, forward, old
-        yield "L3: short slices and a dependent launch", plan, loss, forward, short
-        yield "L4: a FORWARD row waits for no exchange, 150 slots", plan, loss, alone, old
-        yield "two chunks a wait (512 threads)", plan, longer(loss, few_loss), longer(forward, few_forward), old
-        yield (
-            "divisions in the producer, 60 slots fewer a row",
-            plan,
-            *(replace(c, row=c.row - 60, forward=c.forward - 60) for c in (loss, forward)),
-            old,
-        )
-        if plan.per_sm == 1:
-            yield "two CTAs an SM", several, few_loss, few_forward, old
-        all_forward = replace(longer(alone, few_forward), forward=150)
-        yield "all but two CTAs", plan, replace(longer(loss, few_loss), row=loss.row - 60), all_forward, short
-        yield "as built", plan, *(counts_of(found, device, "bfloat16", s, plan.threads) for s in (0, 1)), around
-
+    """What the planned changes bring to the reviewed code on an H200, one at a time and together; what is built."""
+    device = named("H200")
     for V in VOCABULARIES:
-        for name, plan, loss, forward, launched in ways(V, chosen(V, 2)):
-            both = predict(device, Case(V, 2, plan, loss, launched)).share
-            read = predict(device, Case(V, 2, plan, forward, READ, read_only=True)).share
-            yield {"change": name, "V": V, "policy_loss": round(both, 4), "logprobs": round(read, 4)}
+        plan = chosen(V, 2)
+        ways = dict(planned(V, plan)) | {"as built": (plan, pair(found, device, plan.threads), around)}
+        for name, (spread, (loss, forward), launched) in ways.items():
+            yield {"change": name, "V": V, **shares(device, V, spread, (loss, forward), launched)}
+
+
+def planned(V: int, plan: Plan) -> Iterator[tuple[str, tuple[Plan, Pair, Launches]]]:
+    """The changes of issue 16 as parameters of the model; slots that are not read from code are estimates."""
+    loss, forward = both = REVIEWED[plan.threads]
+    old, short = Launches(16), Launches(1, overlapped=True)
+    long = [replace(c, first=f.first, exp_first=f.exp_first) for c, f in zip(both, REVIEWED[256], strict=True)]
+    alone = replace(forward, waits=False, forward=150)
+    yield "as reviewed", (plan, both, old)
+    yield "L3: short slices and a dependent launch", (plan, both, short)
+    yield "L4: a row without gradient waits for no exchange, 150 slots", (plan, (loss, alone), old)
+    yield "two chunks a wait (512 threads)", (plan, (long[0], long[1]), old)
+    fewer = [replace(c, row=c.row - 60, forward=c.forward - 60) for c in both]
+    yield "divisions in the producer, 60 slots fewer a row", (plan, (fewer[0], fewer[1]), old)
+    together = replace(long[0], row=loss.row - 60), replace(long[1], forward=150, waits=False)
+    yield "these four", (plan, together, short)
+    if plan.per_sm == 1:
+        two = Plan(2 * plan.cluster, 256, 6 if V == 262144 else 5, 2)
+        yield "two CTAs an SM", (two, REVIEWED[256], old)
+
+
+def pair(found: Built, device: Device, threads: int) -> Pair:
+    """The loss without entropy, the log-probs with it."""
+    return tuple(counts_of(found, device, "bfloat16", sums, threads) for sums in (0, 1))  # type: ignore[return-value]
+
+
+def shares(
+    device: Device, V: int, plan: Plan, counts: Pair, around: Launches, u: Unknowns | None = None
+) -> dict[str, float]:
+    loss, forward = Case(V, 2, plan, counts[0], around), Case(V, 2, plan, counts[1], READ, read_only=True)
+    return {
+        "policy_loss": round(predict(device, loss, u).share, 4),
+        "logprobs": round(predict(device, forward, u).share, 4),
+    }
 
 
 def sensitivity(found: Built, around: Launches) -> Iterator[dict[str, Any]]:
     """How the shares on an H200 move with what is not known."""
     device = named("H200")
     other: dict[str, tuple[tuple[str, Device, Unknowns], ...]] = {
-        name: tuple((f"{value:g}" if value > 1e-3 else f"{1e6 * value:g} µs", device, replace(Unknowns(), **{name: value})) for value in values)
+        name: tuple(
+            (f"{v:g}" if v > 1e-3 else f"{1e6 * v:g} µs", device, replace(Unknowns(), **{name: v})) for v in values
+        )
         for name, values in {
             "issue": (0.65, 0.9), "evenness": (0.88, 1.0), "latency": (700, 2000), "exchange": (1000, 4000),
             "few": (0.5, 0.9), "gap": (1e-6, 6e-6), "start": (1e-6, 6e-6), "end": (1e-6, 6e-6),
@@ -185,17 +200,8 @@ def sensitivity(found: Built, around: Launches) -> Iterator[dict[str, Any]]:
     for name, values in other.items():
         for value, changed, u in values:
             for V in (32000, 128256):
-                plan = chosen(V, 2)
-                loss, forward = (counts_of(found, device, "bfloat16", sums, plan.threads) for sums in (0, 1))
-                both = predict(changed, Case(V, 2, plan, loss, around), u).share
-                read = predict(changed, Case(V, 2, plan, forward, READ, read_only=True), u).share
-                yield {
-                    "unknown": name,
-                    "value": value,
-                    "V": V,
-                    "policy_loss": round(both, 4),
-                    "logprobs": round(read, 4),
-                }
+                counts = pair(found, device, (plan := chosen(V, 2)).threads)
+                yield {"unknown": name, "value": value, "V": V, **shares(changed, V, plan, counts, around, u)}
 
 
 def heads(found: Built) -> Iterator[dict[str, Any]]:
