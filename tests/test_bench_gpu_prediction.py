@@ -139,6 +139,7 @@ def test_slots_are_counted_along_the_shortest_way():
     assert counts.first == 14 / 8  # the wait, its branch, the block; not the way out of line
     assert counts.second == 15 / 8  # one FADD is jumped over
     assert counts.row == 4  # three of the exchange and the branch to the next row
+    assert counts.waits  # without a gradient too
 
 
 def test_code_that_is_built_otherwise_is_refused():

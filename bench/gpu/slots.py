@@ -6,7 +6,7 @@ from pathlib import Path
 from . import sass
 from .model import Counts
 
-WIDE_STORE, WIDE_LOAD, EXPONENTIAL = "STG.E.EF.128", "LDS.128", "MUFU.EX2"
+WIDE_STORE, WIDE_LOAD, EXPONENTIAL, WAIT = "STG.E.EF.128", "LDS.128", "MUFU.EX2", "SYNCS.PHASECHK"
 
 
 def read(extension: Path, arch: str, disassembler: str) -> dict[str, Counts]:
@@ -41,12 +41,13 @@ def of(kernel: sass.Kernel) -> Counts:
     once = _round(kernel, first)
     between = len(first.code) + len(_way(kernel, first, second)) + len(second.code) + len(_way(kernel, second, first))
     sent = next(a for a, text in kernel.code if sass.mnemonic(text).startswith("STAS"))
-    forward = kernel.way(first.code[-1][0], sent) + kernel.way(sent, first.code[0][0])
+    back = sass.Kernel(kernel.name, [(-1, text) for text in kernel.way(sent, first.code[0][0])])
     return Counts(
         first=len(once.code) / elements[0],
         second=len(around.code) / elements[1],
         row=between - len(once.code) - len(around.code),
-        forward=len(first.code) + len(forward) + 1 - len(once.code),
+        forward=len(first.code) + len(kernel.way(first.code[-1][0], sent)) + 1 + len(back.code) - len(once.code),
+        waits=back.count(WAIT) > once.count(WAIT),  # for more than the next chunk
         exp_first=once.count(EXPONENTIAL) / elements[0],
         exp_second=around.count(EXPONENTIAL) / elements[1],
     )
