@@ -121,25 +121,29 @@ def a_kernel():
     sum_up = ["LDS.128 R1, [R0]", "LDS.128 R5, [R0+0x10]", *["MUFU.EX2 R1, R1"] * 9, "@!P0 BRA 0x20"]
     store = ["LDS.128 R1, [R0]", "LDS.128 R5, [R0+0x10]", *["MUFU.EX2 R1, R1"] * 8, "@P1 BRA 0x1f0"]
     lines = [
-        "NOP", "NOP",  # 00
-        "SYNCS.PHASECHK R1", "@!P3 BRA 0x300", *sum_up,  # 20: the first sweep; its wait may go out of line
-        "SHFL.BFLY R1, R1", "STAS.128 [R2], R4", "SYNCS.PHASECHK R1",  # 100
+        "NOP", "NOP",  # 0
+        "SYNCS.PHASECHK R1", "@!P3 BRA 0x310", *sum_up,  # 20: the first sweep
+        "STAS.128 [R2], R4", "SYNCS.PHASECHK R1", "SHFL.BFLY R1, R1",  # 100
         *store, "FADD R1, R1, R2", "FADD R1, R1, R2",  # 130: the second; the label is in few vectors
+        "STG.E.EF.128 [R2], R4", "STG.E.EF.128 [R2], R4",  # 200
+        "@P4 BRA 0x230", "SYNCS.ARRIVE R1", "@!P0 BRA 0x130", "@!P2 BRA 0x20", "EXIT",  # 220: not all rows release
     ]  # fmt: skip
-    lines += ["STG.E.EF.128 [R2], R4", "STG.E.EF.128 [R2], R4", "@!P0 BRA 0x130", "@!P2 BRA 0x20", "EXIT"]
-    lines += ["NOP"] * (0x30 - len(lines)) + ["NANOSLEEP", "BRA 0x40"]
+    lines += ["NOP"] * (0x31 - len(lines)) + ["SYNCS.PHASECHK R1", "@!P3 BRA 0x310", "BRA 0x40"]  # out of line
     return sass.Kernel("policy_loss_onepass<F32, false, 0, 512>", [(16 * i, text) for i, text in enumerate(lines)])
 
 
 def test_slots_are_counted_along_the_shortest_way():
     kernel = a_kernel()
-    assert kernel.code[0x1F][1].startswith("FADD")
+    assert kernel.code[0x20][1].startswith("STG")
     counts = slots.of(kernel)
     assert (counts.exp_first, counts.exp_second) == (9 / 8, 1)
-    assert counts.first == 14 / 8  # the wait, its branch, the block; not the way out of line
-    assert counts.second == 15 / 8  # one FADD is jumped over
+    assert counts.first == 14 / 8  # the wait, its branch, the block; not the test out of line
+    assert counts.second == 17 / 8  # one FADD is jumped over, the release is not
     assert counts.row == 4  # three of the exchange and the branch to the next row
+    assert counts.forward == 4 + 17  # nothing here jumps over the second sweep
     assert counts.waits  # without a gradient too
+    kernel.code = [(a, text.replace("SHFL", "NOP")) for a, text in kernel.code]
+    assert not slots.of(sass.Kernel(kernel.name, kernel.code)).waits
 
 
 def test_code_that_is_built_otherwise_is_refused():
@@ -149,6 +153,8 @@ def test_code_that_is_built_otherwise_is_refused():
         slots.of(kernel)
     with pytest.raises(ValueError, match="no way leads from 0x180 to 0x0"):
         kernel.way(0x180, 0)
+    with pytest.raises(ValueError, match="no way leads"):
+        kernel.way(0x180, 0x20, "HMMA", 1)
 
 
 @pytest.mark.skipif(not native.HAS_CUDA or sass.cuobjdump() is None, reason="needs CUDA code and cuobjdump")
@@ -200,6 +206,7 @@ def test_measured_shares_stand_beside_the_predicted_ones(stored):
     assert re.search(r"share of a copy, V 128,256 \| 93% \| [\d.]+% \| \S+ \|  \|", before)
     file = synthetic(
         "2027-01-01T00:00:00+00:00", "c" * 40,
+        bench=[],
         plans=[{"plan": {"cluster": 4, "threads": 256, "slots": 5}, "N": 8192, "V": 128256, "full": 100,
                 "launched": True, "ms": 1.1, "copy_ms": 1.0, "share_of_copy": 0.77}],
     )  # fmt: skip

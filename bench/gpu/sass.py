@@ -56,21 +56,24 @@ class Kernel:
             loop |= reached(self.after, functions)
         return Kernel(self.name, [(address, text) for address, text in self.code if address in loop])
 
-    def way(self, start: int, end: int) -> list[str]:
-        """The instructions that are run at least behind ``start`` and before ``end``, which may be the same one;
-        ValueError where no way leads there."""
-        came: dict[int, int] = {}
-        waiting = deque([start])
+    def way(self, start: int, end: int, passing: str = "", times: int = 0) -> list[str]:
+        """The instructions that are run at least behind ``start`` and before ``end``, which may be the same one, where
+        mnemonics that begin with ``passing`` are passed that many times; ValueError where no way leads there."""
+        counted = {address for address, text in self.code if mnemonic(text).startswith(passing)} if times else set()
+        came: dict[tuple[int, int], tuple[int, int]] = {}
+        waiting = deque([begin := (start, 0)])
         while waiting:
-            for following in sorted(self.after.get(here := waiting.popleft(), ())):
-                if following not in came:
-                    came[following] = here
-                    waiting.append(following)
-        if end not in came:
+            here = waiting.popleft()
+            for following in sorted(self.after.get(here[0], ())):
+                there = following, min(times, here[1] + (following in counted))
+                if there not in came:
+                    came[there] = here
+                    waiting.append(there)
+        if (at := (end, times)) not in came:
             raise ValueError(f"{self.name}: no way leads from {start:#x} to {end:#x}")
         text, back = dict(self.code), []
-        while (end := came[end]) != start:
-            back.append(text[end])
+        while (at := came[at]) != begin:
+            back.append(text[at[0]])
         return back[::-1]
 
     def blocks(self) -> Iterator["Kernel"]:
