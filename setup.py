@@ -1,18 +1,24 @@
 """Only what pyproject.toml cannot say: compile csrc/ into ppg_fast/_C, with CUDA where there is an nvcc, not at all
 without a compiler. Environment variables: CXX and NVCC name the compilers (`NVCC=` leaves CUDA out),
-TORCH_CUDA_ARCH_LIST the GPUs, PPG_FAST_EXTENSION an extension to pack as it is."""
+TORCH_CUDA_ARCH_LIST the GPUs, PPG_FAST_EXTENSION an extension to pack as it is; PPG_FAST_WATCHDOG=1 makes kernels trap
+where they would wait for ever; MAX_JOBS: of compilers at once."""
 
-import hashlib
 import os
 import shutil
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
-from setuptools import setup
+from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+sys.path.insert(0, str(Path("csrc").resolve()))
+import sources
 
 ARCHITECTURES = (
     "arch=compute_80,code=sm_80",
@@ -43,52 +49,61 @@ def cuda_runtime(nvcc: str) -> str:
     return next(str(d) for d in (Path(top, "lib64"), Path(top, "lib")) if (d / "libcudart_static.a").exists())
 
 
-def checksum() -> str:
-    """A checksum of all that decides the compiled code, which the extension tells: the tests then read its machine code
-    instead of compiling it again."""
-    files = [Path("setup.py"), *sorted(path for path in Path("csrc").rglob("*") if path.is_file())]
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
-
-
 class Build(BuildExtension):
-    """Adds the CUDA launchers, which know nothing of torch, as plain objects compiled by nvcc."""
+    """Compiles the kernels and their launchers, which know nothing of torch, beside the bindings."""
 
     def build_extensions(self) -> None:
         extension = self.extensions[0]
         if given := os.environ.get("PPG_FAST_EXTENSION"):
+            if reason := sources.misfit(Path(given)):
+                raise SystemExit(f"PPG_FAST_EXTENSION must fit the sources, got {given}, {reason}; build it again")
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(given, target)
             return
-        sources = sorted(Path("csrc/cuda").glob("*.cu"))
-        if (nvcc := shutil.which(os.environ.get("NVCC", "nvcc"))) and sources:
-            folder = Path(self.build_temp, "cuda")
-            folder.mkdir(parents=True, exist_ok=True)
-            flags = [
-                "-std=c++17",
-                "-O3",
-                "-lineinfo",
-                "-Xcompiler=-fPIC,-fvisibility=hidden",
-                "-t2",
-                *(f"-gencode={a}" for a in architectures()),
-            ]
-            objects = [folder / f"{source.stem}.o" for source in sources]
-            running = [
-                subprocess.Popen([nvcc, *flags, "-c", str(s), "-o", str(o)])
-                for s, o in zip(sources, objects, strict=True)
-            ]
-            if sum(process.wait() for process in running):
-                raise RuntimeError("nvcc failed, see above; set NVCC to nothing to build without CUDA")
-            extension.extra_objects += map(str, objects)
+        self.nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+        self.gpus, self.watchdog = architectures() if self.nvcc else [], os.environ.get("PPG_FAST_WATCHDOG") == "1"
+        if self.nvcc:
             extension.define_macros.append(("PPG_WITH_CUDA", "1"))
-            extension.extra_link_args += [f"-L{cuda_runtime(nvcc)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-        extension.define_macros.append(("PPG_SOURCES", f'"{checksum()}"'))
+            runtime = [f"-L{cuda_runtime(self.nvcc)}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+            extension.extra_link_args += runtime
+        codes = tuple(gpu.split("code=")[1] for gpu in self.gpus)
+        told = sources.Built(sources.checksum(), codes, self.watchdog)
+        extension.define_macros.append(("PPG_BUILT", f'"{told.text}"'))
+        self.force = True  # what is up to date is known by what it tells, not by its time
         super().build_extensions()
+
+    def build_extension(self, extension: Extension) -> None:
+        """No more compilers at once than cores, and one for the bindings."""
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        compile_bindings = self.compiler.compile
+
+        def compile_all(*args: Any, **options: Any) -> list[str]:
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+                units = [pool.submit(self.compile_unit, *job) for job in self.jobs(extension)]
+                return compile_bindings(*args, **options) + [unit.result() for unit in units]
+
+        self.compiler.compile = compile_all
+        super().build_extension(extension)
+
+    def jobs(self, extension: Extension) -> list[tuple[list[str], sources.Unit]]:
+        """A compiler with its flags, and what it shall compile."""
+        cuda = [str(self.nvcc), "-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-t2"]
+        cuda += [*(f"-gencode={gpu}" for gpu in self.gpus), *(["-DPPG_WATCHDOG"] if self.watchdog else [])]
+        cpu = [cpp_extension.get_cxx_compiler(), *self.compiler.compiler_so[1:], *extension.extra_compile_args]
+        units = [(cuda, unit) for unit in sources.cuda_units() if self.nvcc]
+        return units + [(cpu, unit) for unit in sources.cpu_units()]
+
+    def compile_unit(self, command: list[str], unit: sources.Unit) -> str:
+        out = Path(self.build_temp, f"{unit.source.parent.name}-{unit.name}.o")
+        if subprocess.run([*command, *unit.flags, "-c", str(unit.source), "-o", str(out)]).returncode:
+            raise RuntimeError(f"{command[0]} failed, see above; set NVCC to nothing to build without CUDA")
+        return str(out)
 
 
 native = CppExtension(
     "ppg_fast._C",
-    ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))],
+    ["csrc/bindings.cpp"],
     py_limited_api=True,
     extra_compile_args=[
         "-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-attributes", "-Wno-psabi",

@@ -209,8 +209,8 @@ std::string build() {
 #ifdef PPG_WITH_CUDA
   text += " cuda";
 #endif
-#ifdef PPG_SOURCES
-  text += " sources=" PPG_SOURCES;
+#ifdef PPG_BUILT
+  text += " " PPG_BUILT;  // csrc/sources.py reads it from the file
 #endif
   return text;
 }

@@ -24,19 +24,13 @@ def _load_extension() -> Any:
 
 
 _lib = _load_extension()
-_, *_facts = _lib.build().split()
-HAS_CUDA = "cuda" in _facts
+HAS_CUDA = "cuda" in _lib.build().split()
 ISAS = ("avx512", "avx2", "baseline")
 
 
 def isa() -> str:
     """The instruction set that the CPU kernels run on."""
     return _lib.build().split()[0].removeprefix("isa=")
-
-
-def sources() -> str:
-    """The checksum of what the extension was built from, as setup.py makes it; "" where it was built otherwise."""
-    return next((fact.removeprefix("sources=") for fact in _facts if fact.startswith("sources=")), "")
 
 
 def use_isa(name: str) -> None:

@@ -1,7 +1,6 @@
 """The CUDA sources as compiled code for three architectures: no spills, bulk copies, 128-bit accesses, one exponential
 an element."""
 
-import hashlib
 import re
 import shutil
 import subprocess
@@ -10,13 +9,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import sources
 from emulator.build import cached, digest
 from ppg_fast.bench.gpu.sass import Kernel, cuobjdump, kernels
 
 from ppg_fast import native
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+UNITS = sources.cuda_units()
 ARCHITECTURES = ("80", "90a", "100")
 SCORE_NORM = 2  # enum Sums in csrc/args.h
 WIDE_STORE = "STG.E.EF.128"  # EF: evict first, as the gradient is not read again here
@@ -29,36 +29,38 @@ pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 def compiled() -> dict[str, list[Path]]:
     """The cubins by architecture: those of the extension where it was built from the sources as they are, else compiled
     here. Cached, so that parallel test processes compile once."""
-    files = [ROOT / "setup.py", *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
-    sources = hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
-    make = _extract if native.sources() == sources else _compile
+    make = _compile if sources.misfit(_extension()) else _extract
     version = subprocess.run([str(NVCC), "--version"], capture_output=True, text=True).stdout
-    folder = cached(digest(version, sources, make.__name__), ".cubins", make)
+    folder = cached(digest(version, sources.checksum(), make.__name__), ".cubins", make)
     return {arch: sorted(folder.glob(f"*.sm_{arch}.cubin")) for arch in ARCHITECTURES}
 
 
 def _extract(out: Path) -> None:
-    """The cubins out of the extension, one a source and architecture; compiled where it was built for other GPUs."""
+    """The cubins out of the extension, one a unit and architecture; compiled where it was built for other GPUs."""
     out.mkdir()
-    extension = next(Path(native.__file__).parent.glob("_C*.so"))
-    subprocess.run([_tool(), "--extract-elf", "all", extension], cwd=out, capture_output=True, check=True)
-    if len(list(out.iterdir())) != len(SOURCES) * len(ARCHITECTURES):
+    subprocess.run([_tool(), "--extract-elf", "all", _extension()], cwd=out, capture_output=True, check=True)
+    if len(list(out.iterdir())) != len(UNITS) * len(ARCHITECTURES):
         shutil.rmtree(out)
         _compile(out)
+
+
+def _extension() -> Path:
+    return next(Path(native.__file__).parent.glob("_C*.so"))
 
 
 def _compile(out: Path) -> None:
     out.mkdir()
 
-    def one(job: tuple[str, Path]) -> None:
-        arch, source = job
+    def one(job: tuple[str, sources.Unit]) -> None:
+        arch, unit = job
         flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-Werror=all-warnings"]
-        cubin = out / f"{source.stem}.sm_{arch}.cubin"
-        done = subprocess.run([str(NVCC), *flags, "-o", cubin, source], capture_output=True, text=True)
+        cubin = out / f"{unit.name}.sm_{arch}.cubin"
+        command = [str(NVCC), *flags, *unit.flags, "-o", str(cubin), str(unit.source)]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(one, [(arch, source) for source in SOURCES for arch in ARCHITECTURES]))
+        list(pool.map(one, [(arch, unit) for unit in UNITS for arch in ARCHITECTURES]))
 
 
 def _tool() -> str:
@@ -107,7 +109,7 @@ def test_setup_builds_what_is_checked_here():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_no_spills(compiled, arch):
     """What spills has a stack; warnings of nvcc are errors in CI, .ci/run."""
-    assert len(compiled[arch]) == len(SOURCES)
+    assert len(compiled[arch]) == len(UNITS)
     for cubin in compiled[arch]:
         command = [_tool(), "--dump-resource-usage", str(cubin)]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout

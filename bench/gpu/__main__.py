@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import build, tools
+from . import build, pack, tools
 from .driver import Collected, Part, Store, header, run, stop_on_signals
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in names if name not in ALL + EXTRA]:
         parser.error(f"--only must name {', '.join(ALL + EXTRA)}, got {unknown[0]!r}")
     stop_on_signals()
+    for line in pack.take(ROOT):
+        print(f"pack: {line}", flush=True)
     build.link(ROOT, WORK / "site")
     stem = "gpu" if tuple(names) == ALL else f"gpu-{'-'.join(names)}"
     said = " ".join(["make gpu", *([f"ONLY={given.only}"] if given.only else [])])

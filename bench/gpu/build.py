@@ -2,21 +2,28 @@
 
 import os
 import re
+import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 WITHOUT_INSTALLING = {"kernels": "kernels/triton", "bench": "bench"}  # package-dir of pyproject.toml
 
 
-def link(root: Path, site: Path) -> None:
-    """Make ``site``/ppg_fast the package as it would be installed. Links, so that it is the working tree that runs."""
+def link(root: Path, site: Path, extension: Path | None = None) -> None:
+    """Make ``site``/ppg_fast the package as it would be installed. Links, so that it is the working tree that runs;
+    around another ``extension`` where one is given."""
     package = site / "ppg_fast"
     shutil.rmtree(package, ignore_errors=True)
     package.mkdir(parents=True)
     for entry in (root / "ppg_fast").iterdir():
-        if entry.name != "__pycache__":
+        if entry.name != "__pycache__" and not (extension and entry.match("_C*.so")):
             (package / entry.name).symlink_to(entry.resolve())
+    if extension:
+        (package / extension.name).symlink_to(extension.resolve())
     for name, folder in WITHOUT_INSTALLING.items():
         (package / name).symlink_to((root / folder).resolve())
 
@@ -25,7 +32,7 @@ def environment(site: Path) -> dict[str, str]:
     """Of every process that imports the package, from ``site``, which must also be its folder; and what was on the path
     before."""
     before = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([str(site), *([before] if before else [])])
+    path = os.pathsep.join([str(site), *([before] if before else []), str(site.parent / "wheels")])  # see pack.py
     return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -41,11 +48,31 @@ def command(root: Path) -> list[str]:
     ]
 
 
+def sources(root: Path) -> Any:
+    """csrc/sources.py of the tree, which setup.py compiles by."""
+    return SimpleNamespace(**runpy.run_path(str(root / "csrc/sources.py")))
+
+
+def gpus() -> list[str]:
+    """Compute capabilities of the GPUs here, without importing anything; none where nobody can say."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return sorted({line.strip() for line in said.splitlines() if re.fullmatch(r"\d+\.\d", line.strip())})
+
+
+def misfit(root: Path, extension: Path | None, watchdog: bool = False) -> str | None:
+    """Why an extension is not what would be built here and now; None where it is."""
+    if extension is None or not extension.exists():
+        return "not there"
+    return sources(root).misfit(extension, gpus(), watchdog)
+
+
 def is_current(root: Path) -> bool:
-    """Whether an extension is there that is newer than its sources."""
-    built = sorted((root / "ppg_fast").glob("_C*.so"))
-    sources = [root / "setup.py", *(p for p in (root / "csrc").rglob("*") if p.is_file())]
-    return bool(built) and built[-1].stat().st_mtime > max(p.stat().st_mtime for p in sources)
+    """Whether an extension is there that was built from these sources, for the GPUs that are here."""
+    return misfit(root, next(iter(sorted((root / "ppg_fast").glob("_C*.so"))), None)) is None
 
 
 def gpu_tests(root: Path) -> list[str]:

@@ -8,21 +8,14 @@
 #include <ctime>
 #include <vector>
 
-#include "../../csrc/cuda/plan.h"
-
-namespace ppg {
-inline Plan forced{-1, 0, 0, 0};  // cluster -1: as plan_row chooses
-inline Plan plan_or_forced(int64_t V, int elem_bytes, bool has_clusters, int max_per_sm, int smem_block, int smem_sm, int entry_bytes) {
-  const Plan chosen = plan_row(V, elem_bytes, has_clusters, max_per_sm, smem_block, smem_sm, entry_bytes);
-  if (forced.cluster < 0) return chosen;
-  return forced.cluster == 0 ? forced : Plan{forced.cluster, forced.threads, forced.slots, int(row_chunks(V, elem_bytes, forced.cluster))};
-}
-}  // namespace ppg
-#define plan_row plan_or_forced
-#include "../../csrc/cuda/policy_loss.cu"
-#undef plan_row
+#include "../../csrc/cuda/policy_loss_sweep.cuh"
 
 using namespace ppg;
+
+#ifdef PPG_SOURCES
+extern const char sources[];
+const char sources[] = PPG_SOURCES;  // so that a program that is there is known to be of these sources
+#endif
 
 namespace plans {  // not a second unnamed one: nvcc 13 cannot tell it from that of ppg
 
@@ -64,15 +57,17 @@ struct Bench {
   size_t scrub_bytes;
   cudaEvent_t start, stop;
 
-  PolicyLossArgs args() const {
-    PolicyLossArgs a{};
+  SweepArgs args() const {
+    SweepArgs a{};
     a.logits = a.dlogits = Rows{logits, N, 0, V};
-    a.labels = labels;
-    a.N = N;
+    a.tokens.labels = Column{labels, N, 1, 8, false};
+    a.advantages = Column{advantages, N, 1, 4, true};
+    a.tokens.N = a.tokens.length = N;
+    a.tokens.sequences = 1;
     a.V = V;
     a.dtype = DType::BF16;
     a.temperature = 1.f;
-    a.advantages = advantages;
+    a.reduction = Reduction::NONE;
     a.term.loss_type = LossType::REINFORCE;
     a.term.kl_estimator = KLEstimator::K3;
     a.loss = loss;
@@ -92,13 +87,14 @@ struct Bench {
   float copy() {
     return milliseconds([&] { check(cudaMemcpyAsync(logits, pristine, N * V * 2, cudaMemcpyDeviceToDevice, nullptr), "copy"); });
   }
-  // -1 where this plan cannot be launched.
+  // -1 where this plan cannot be launched; a plan of cluster -1 is the one that the library would choose.
   float fused(const Plan& plan) {
     copy();
-    forced = plan;
+    hw::Device d;
+    check(hw::current_device(&d), "device");
+    const Plan chosen = plan.cluster < 0 ? plan_row(V, 2, d.major >= 9, 2, d.smem_block, d.smem_sm, ENTRY_BYTES<false>) : plan;
     int error = 0;
-    const float ms = milliseconds([&] { error = cuda::policy_loss(args(), nullptr); });
-    forced.cluster = -1;
+    const float ms = milliseconds([&] { error = launch_rows<BF16, false, PLAIN>(args(), d, chosen, nullptr); });
     (void)cudaGetLastError();
     return error ? -1.f : ms;
   }

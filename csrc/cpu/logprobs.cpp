@@ -5,8 +5,8 @@
 #include "foreach_isa.h"
 
 namespace ppg::cpu {
-void logprobs_fwd(const LogprobsFwdArgs& a, int64_t first, int64_t last) { PPG_DISPATCH(logprobs_fwd(a, first, last)); }
-void logprobs_bwd(const LogprobsBwdArgs& a, int64_t first, int64_t last) { PPG_DISPATCH(logprobs_bwd(a, first, last)); }
+PPG_DISPATCH(logprobs_fwd, LogprobsFwdArgs)
+PPG_DISPATCH(logprobs_bwd, LogprobsBwdArgs)
 }  // namespace ppg::cpu
 #else
 
@@ -39,7 +39,7 @@ template <class E> void logprobs_fwd_of(const LogprobsFwdArgs& a, int64_t first,
   a.logit_softcap != 0.f ? logprobs_fwd_of<E, true>(a, first, last) : logprobs_fwd_of<E, false>(a, first, last);
 }
 
-static void logprobs_fwd(const LogprobsFwdArgs& a, int64_t first, int64_t last) {
+void logprobs_fwd(const LogprobsFwdArgs& a, int64_t first, int64_t last) {
   PPG_BY_DTYPE(a.dtype, logprobs_fwd_of, a, first, last);
 }
 
@@ -90,7 +90,7 @@ template <class E> void logprobs_bwd_of(const LogprobsBwdArgs& a, int64_t first,
   return cap ? logprobs_bwd_rows<E, true, false>(a, first, last) : logprobs_bwd_rows<E, false, false>(a, first, last);
 }
 
-static void logprobs_bwd(const LogprobsBwdArgs& a, int64_t first, int64_t last) {
+void logprobs_bwd(const LogprobsBwdArgs& a, int64_t first, int64_t last) {
   PPG_BY_DTYPE(a.dtype, logprobs_bwd_of, a, first, last);
 }
 

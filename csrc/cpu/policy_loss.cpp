@@ -5,8 +5,8 @@
 #include "foreach_isa.h"
 
 namespace ppg::cpu {
-void policy_loss(const PolicyLossArgs& a, int64_t first, int64_t last) { PPG_DISPATCH(policy_loss(a, first, last)); }
-void rescale_rows(const RescaleRowsArgs& a, int64_t first, int64_t last) { PPG_DISPATCH(rescale_rows(a, first, last)); }
+PPG_DISPATCH(policy_loss, PolicyLossArgs)
+PPG_DISPATCH(rescale_rows, RescaleRowsArgs)
 }  // namespace ppg::cpu
 #else
 
@@ -139,7 +139,7 @@ template <class E> void policy_loss_of(const PolicyLossArgs& a, int64_t first, i
   a.logit_softcap != 0.f ? policy_loss_of<E, true>(a, first, last) : policy_loss_of<E, false>(a, first, last);
 }
 
-static void policy_loss(const PolicyLossArgs& a, int64_t first, int64_t last) {
+void policy_loss(const PolicyLossArgs& a, int64_t first, int64_t last) {
   PPG_BY_DTYPE(a.dtype, policy_loss_of, a, first, last);
 }
 
@@ -154,7 +154,7 @@ template <class E> void rescale_rows_of(const RescaleRowsArgs& a, int64_t first,
   }
 }
 
-static void rescale_rows(const RescaleRowsArgs& a, int64_t first, int64_t last) {
+void rescale_rows(const RescaleRowsArgs& a, int64_t first, int64_t last) {
   PPG_BY_DTYPE(a.dtype, rescale_rows_of, a, first, last);
 }
 

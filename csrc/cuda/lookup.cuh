@@ -13,6 +13,8 @@ struct SweepArgs : FusedPolicyLossArgs {
 namespace cuda {
 int sweep(const SweepArgs& a, void* stream);  // policy_loss.cu
 }
+// policy_loss_sweep.cu, a unit for each dtype and set of sums.
+template <class E, int SUMS> int launch_sweep(const SweepArgs& a, const hw::Device& d, const Plan& p, void* stream);
 
 struct alignas(16) Row {
   int label;  // negative: SKIP; V: out of range

@@ -1,43 +1,10 @@
-// The sweep: how a row is spread over the chip and which kernel sweeps it. Also the rescaling of its gradient rows.
-#include "policy_loss_onepass.cuh"
-#include "policy_loss_twopass.cuh"
+// The sweep: how a row is spread over the chip and which unit has its kernel. Also the rescaling of its gradient rows.
+#include "lookup.cuh"
 
 namespace ppg {
 namespace {
 
-template <class E, bool CAP, int SUMS, int CONSUMERS>
-int launch_onepass(const SweepArgs& a, const hw::Device& d, const Plan& p, void* stream) {
-  // Cached per thread: the number of slots depends on the device and the cluster only, and so does the answer.
-  static thread_local int resident[hw::MAX_DEVICES][MAX_CLUSTER + 1];
-  const int smem = ring_bytes(p.cluster, CONSUMERS, p.slots, ENTRY_BYTES<SUMS == SCORE_NORM>);
-  int& clusters = resident[d.id][p.cluster];
-  if (!clusters) {
-    const int error = hw::resident_clusters(d, policy_loss_onepass<E, CAP, SUMS, CONSUMERS>, CONSUMERS + 32, p.cluster,
-                                            smem, &clusters);
-    if (error) return error;
-  }
-  const unsigned grid = (unsigned)std::min<int64_t>(a.tokens.N, clusters) * p.cluster;
-  return hw::launch(policy_loss_onepass<E, CAP, SUMS, CONSUMERS>, grid, CONSUMERS + 32, p.cluster, smem, stream, a,
-                    p.slots);
-}
-
-template <class E, bool CAP, int SUMS>
-int launch_sweep(const SweepArgs& a, const hw::Device& d, const Plan& p, void* stream) {
-  if constexpr (!CAP)  // with a softcap the kernel for 256 would spill registers, and such vocabularies take 512
-    if (p.cluster && p.threads == 256) return launch_onepass<E, CAP, SUMS, 256>(a, d, p, stream);
-  if (p.cluster) return launch_onepass<E, CAP, SUMS, 512>(a, d, p, stream);
-  const int resident = d.sms * two_pass_ctas_per_sm(a.V, sizeof(typename E::raw), p.threads);
-  return hw::launch(policy_loss_twopass<E, CAP, SUMS>, (unsigned)std::min<int64_t>(a.tokens.N, resident), p.threads, 0,
-                    2 * sizeof(Row) + p.threads / 32 * ENTRY_BYTES<SUMS == SCORE_NORM>, stream, a);
-}
-
-template <class E, bool CAP> int launch_sweep(const SweepArgs& a, const hw::Device& d, const Plan& p, void* stream) {
-  if (a.score_norm) return launch_sweep<E, CAP, SCORE_NORM>(a, d, p, stream);
-  const bool entropy = a.entropy || a.term.entropy_coef != 0.f;
-  return entropy ? launch_sweep<E, CAP, ENTROPY>(a, d, p, stream) : launch_sweep<E, CAP, PLAIN>(a, d, p, stream);
-}
-
-template <class E> int launch_sweep(const SweepArgs& a, void* stream) {
+template <class E> int plan_and_launch(const SweepArgs& a, void* stream) {
   hw::Device d;
   if (const int error = hw::current_device(&d)) return error;
   const int entry_bytes = a.score_norm ? ENTRY_BYTES<true> : ENTRY_BYTES<false>;
@@ -46,7 +13,9 @@ template <class E> int launch_sweep(const SweepArgs& a, void* stream) {
 #ifdef PPG_EMULATED
   if (emu::settings.forced) p = {emu::settings.cluster, emu::settings.threads, emu::settings.slots, 0};
 #endif
-  return a.logit_softcap != 0.f ? launch_sweep<E, true>(a, d, p, stream) : launch_sweep<E, false>(a, d, p, stream);
+  if (a.score_norm) return launch_sweep<E, SCORE_NORM>(a, d, p, stream);
+  const bool entropy = a.entropy || a.term.entropy_coef != 0.f;
+  return entropy ? launch_sweep<E, ENTROPY>(a, d, p, stream) : launch_sweep<E, PLAIN>(a, d, p, stream);
 }
 
 // Grid-stride loop over rows. With one scale for all, a few CTAs per SM: it is nearly always 1, so nothing is to be
@@ -99,9 +68,9 @@ int sweep(const SweepArgs& a, void* stream) {
   if (a.tokens.N == 0) return 0;
   if (a.tokens.N < 0 || a.tokens.N > INT32_MAX || a.V < 1 || a.V > MAX_V) return hw::INVALID_VALUE;
   switch (a.dtype) {
-    case DType::F32: return launch_sweep<F32>(a, stream);
-    case DType::BF16: return launch_sweep<BF16>(a, stream);
-    case DType::F16: return launch_sweep<F16>(a, stream);
+    case DType::F32: return plan_and_launch<F32>(a, stream);
+    case DType::BF16: return plan_and_launch<BF16>(a, stream);
+    case DType::F16: return plan_and_launch<F16>(a, stream);
   }
   return hw::INVALID_VALUE;
 }

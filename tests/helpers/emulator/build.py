@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,8 +51,8 @@ def build(patches: Sequence[Patch] = ()) -> Path:
     """The path of the library, built unless one of the same sources, flags and torch is in the cache. Processes may ask
     at once.
 
-    ``patches`` change the sources of csrc/cuda/policy_loss.cu and its headers: a planted fault. Raises RuntimeError
-    with the compiler's message, ValueError for a patch whose text does not occur exactly once.
+    ``patches`` change the sweep's kernels and launchers: a planted fault. Raises RuntimeError with the compiler's
+    message, ValueError for a patch whose text does not occur exactly once.
     """
     import torch
     from torch.utils.cpp_extension import include_paths
@@ -62,7 +63,7 @@ def build(patches: Sequence[Patch] = ()) -> Path:
     patched = ("-O0",) if patches else ()  # compiled once, run for a second
     with _sources(patches) as csrc:
         jobs = {
-            csrc / "cuda/policy_loss.cu": (*KERNEL, *patched),
+            **dict.fromkeys(_swept(csrc), (*KERNEL, *patched)),
             ROOT / "csrc/bindings.cpp": (*STABLE, *includes, f"-DPPG_TORCH={torch.__version__}"),
             **dict.fromkeys(SOURCES, KERNEL),
             EMULATOR / "control.cpp": (),
@@ -92,7 +93,7 @@ def install(library: Path | str) -> ModuleType:
 
 def build_sanitized() -> Path:
     """The path of a program that runs every launcher under AddressSanitizer and UBSan, see sanitized.cpp."""
-    sources = (ROOT / "csrc/cuda/policy_loss.cu", *SOURCES)
+    sources = (*_swept(ROOT / "csrc"), *SOURCES)
     jobs = dict.fromkeys(sources, (*KERNEL, "-O0", *SANITIZE)) | {EMULATOR / "sanitized.cpp": ("-O0", *SANITIZE)}
     return _link(_compile_all(jobs), ".exe", *SANITIZE)
 
@@ -139,6 +140,11 @@ class Control:
         return Stats(*counts)
 
 
+def _swept(csrc: Path) -> list[Path]:
+    """The longest to compile first."""
+    return [csrc / "cuda/policy_loss_sweep.cu", csrc / "cuda/policy_loss.cu"]
+
+
 @contextmanager
 def _sources(patches: Sequence[Patch]) -> Iterator[Path]:
     if not patches:
@@ -161,10 +167,21 @@ def _compile_all(jobs: dict[Path, tuple[str, ...]]) -> list[Path]:
 
 
 def _compile(source: Path, flags: tuple[str, ...]) -> Path:
-    folders = (source.parent, source.parents[1], EMULATOR)
-    headers = sorted({path for folder in folders for pattern in ("*.h", "*.cuh") for path in folder.glob(pattern)})
-    key = digest(source.name, *flags, *(path.read_text() for path in (source, *headers)))
+    texts = _texts([source, EMULATOR / "cuda_emu.h"])
+    key = digest(source.name, *flags, *texts)
     return cached(key, ".o", lambda out: _run("g++", *flags, "-c", str(source), "-o", str(out)))
+
+
+def _texts(files: Sequence[Path]) -> list[str]:
+    """Of the files and all that they include by a name in quotes: what an object depends on."""
+    found: dict[Path, str] = {}
+    left = list(files)
+    while left:
+        path = left.pop().resolve()
+        if path not in found and path.exists():
+            found[path] = path.read_text()
+            left += [path.parent / name for name in re.findall(r'^#include "(.+)"', found[path], re.MULTILINE)]
+    return list(found.values())
 
 
 def _link(objects: list[Path], suffix: str, *flags: str) -> Path:
