@@ -322,6 +322,11 @@ FAULTS = {  # a fault and the text it is planted in
         "hw::draw_ticket(a.ticket) == teams - 1",
         "hw::draw_ticket(a.ticket) == 0",
     ),
+    "counts are read while they are taken": (
+        "policy_loss_onepass.cuh",
+        "hw::wait_for_leader();\n  count_outer(a, counted, CONSUMERS + 32);",
+        "count_outer(a, counted, CONSUMERS + 32);\n  hw::wait_for_leader();",
+    ),
     "the squares have one area": ("policy_loss_onepass.cuh", "team.squares + (turn & 1) * entries", "team.squares"),
     "the exchange has one area": ("policy_loss_onepass.cuh", "team.exchange + (turn & 1) * entries", "team.exchange"),
 }

@@ -110,6 +110,8 @@ class Stats(NamedTuple):
     launches: int
     cluster: int
     block: int
+    queries: int
+    copies_ahead: int
 
 
 class Control:
@@ -128,10 +130,11 @@ class Control:
         slots: int = 0,
         seed: int = 1,
         mode: int = 1,
+        query_error: int = 0,
     ) -> None:
         """Play a device of compute capability ``major``; force a plan where ``threads`` is given; ``mode`` 0 eager, 1
-        random, 2 late."""
-        self._lib.emulator_set(*map(ctypes.c_int, (major, resident, cluster, threads, slots, seed, mode)))
+        random, 2 late; ``query_error``: what a query for the number of resident clusters answers."""
+        self._lib.emulator_set(*map(ctypes.c_int, (major, resident, cluster, threads, slots, seed, mode, query_error)))
 
     def take_stats(self) -> Stats:
         """The counts since the last call."""
