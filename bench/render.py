@@ -10,6 +10,7 @@ from typing import Any
 from .aims import aims_section
 from .chart import Bar, bars
 from .chat_templates import chat_templates_section
+from .gpu.predicted import prediction_section
 from .gpu.sections import gpu_section, summary_section
 from .linear_tables import active_section, contributions_section
 from .policy_classes import across_section, logs_section, overview_section, problems_section
@@ -178,6 +179,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "llama_server": agreement_section,
     "llama_run": run_section,
     "gpu": gpu_section,
+    "gpu_prediction": prediction_section,
     "gpu_summary": summary_section,
     "policy_classes": overview_section,
     "policy_class_across": across_section,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sources
 from emulator.build import cached, digest
-from sass import Kernel, cuobjdump, kernels
+from ppg_fast.bench.gpu.sass import Kernel, cuobjdump, kernels
 
 from ppg_fast import native
 

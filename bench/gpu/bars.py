@@ -25,7 +25,7 @@ def _entry(file: dict[str, Any], names: tuple[str, ...], **case: Any) -> dict[st
     return min(right, key=lambda e: e["stats"]["median"], default=None)
 
 
-def _seconds(file: dict[str, Any], names: tuple[str, ...], **case: Any) -> float | None:
+def median(file: dict[str, Any], names: tuple[str, ...], **case: Any) -> float | None:
     entry = _entry(file, names, **case)
     return None if entry is None else entry["stats"]["median"]
 
@@ -46,13 +46,13 @@ def bars(file: dict[str, Any]) -> list[Bar]:
 
 def _logits(file: dict[str, Any]) -> list[Bar]:
     rows: list[Bar] = []
-    moved = {line["V"]: line.get("over_least") for line in _lines(file, "dram") if line.get("op") == "policy_loss"}
+    moved = {line["V"]: line.get("over_least") for line in lines(file, "dram") if line.get("op") == "policy_loss"}
     for V in VOCABULARIES:
         case = {"op": "policy_loss", "N": 8192, "V": V, "dtype": "bfloat16", "active": 1.0}
-        ours, at = _seconds(file, (INPLACE,), **case), f"V {V:,}"
+        ours, at = median(file, (INPLACE,), **case), f"V {V:,}"
         rows.append((f"{at}: DRAM bytes of the fused kernel / (one read + one write)", "<=", 1.05, moved.get(V), False))
         least_of_copy = 0.85 if V == 262144 else 0.90
-        copied = quotient(_seconds(file, ("copy",), **case), ours)
+        copied = quotient(median(file, ("copy",), **case), ours)
         rows.append((f"{at}: share of the rate of a device copy", ">=", least_of_copy, copied, True))
         graphs = (_beside(file, (name,), "graph_seconds", **case) for name in ("copy", INPLACE))
         rows.append(
@@ -60,7 +60,7 @@ def _logits(file: dict[str, Any]) -> list[Bar]:
         )
         host = quotient(_beside(file, (INPLACE,), "host_seconds", **case), ours)
         rows.append((f"{at}: host time of a call / the GPU's", "<=", 1.0, host, False))
-        slowest = {name: quotient(_seconds(file, (name,), **case), ours) for name in PEERS}
+        slowest = {name: quotient(median(file, (name,), **case), ours) for name in PEERS}
         least = min((r for r in slowest.values() if r is not None), default=None)
         name = next((n for n, r in slowest.items() if r == least and r is not None), "the others")
         rows.append((f"{at}: time of {name} / ours", ">=", 1.5, least, False))
@@ -69,7 +69,7 @@ def _logits(file: dict[str, Any]) -> list[Bar]:
                 f"{at}: time of quack's cross-entropy / ours",
                 ">=",
                 1.0,
-                quotient(_seconds(file, ("quack cross-entropy",), **case), ours),
+                quotient(median(file, ("quack cross-entropy",), **case), ours),
                 False,
             )
         )
@@ -80,20 +80,20 @@ def _forward(file: dict[str, Any]) -> list[Bar]:
     rows: list[Bar] = []
     for V in VOCABULARIES:
         case = {"op": "logprobs", "N": 8192, "V": V, "dtype": "bfloat16"}
-        share = quotient(_seconds(file, READ, **case), _seconds(file, (ENTROPY,), **case))
+        share = quotient(median(file, READ, **case), median(file, (ENTROPY,), **case))
         rows.append((f"V {V:,}: log-prob and entropy alone, share of the read rate", ">=", 0.90, share, True))
     return rows
 
 
 def _hidden(file: dict[str, Any]) -> list[Bar]:
     case: dict[str, Any] = {"op": "linear", "N": 8192, "V": 128256, "D": 4096, "dtype": "bfloat16", "zero": 0.0}
-    ours, bare = _entry(file, (OURS,), **case, active=1.0), _seconds(file, ("three bare GEMMs",), **case, active=1.0)
+    ours, bare = _entry(file, (OURS,), **case, active=1.0), median(file, ("three bare GEMMs",), **case, active=1.0)
     seconds = None if ours is None else ours["stats"]["median"]
-    quarter = quotient(_seconds(file, (OURS,), **case, active=0.25), seconds)
+    quarter = quotient(median(file, (OURS,), **case, active=0.25), seconds)
     peak = None if ours is None else ours["extra_info"].get("peak_extra_bytes")
     limit = None if ours is None else ours["extra_info"].get("chunk_bytes")
     allowed = None if limit is None else limit + case["V"] * case["D"] * 4 + case["N"] * case["D"] * 2
-    peers = [r for name in HEADS if (r := quotient(_seconds(file, (name,), **case, active=1.0), seconds)) is not None]
+    peers = [r for name in HEADS if (r := quotient(median(file, (name,), **case, active=1.0), seconds)) is not None]
     return [
         (
             "from hidden states, V 128,256, D 4,096: share of three bare GEMMs",
@@ -115,7 +115,7 @@ def _hidden(file: dict[str, Any]) -> list[Bar]:
 
 
 def _counts(file: dict[str, Any]) -> list[Bar]:
-    paths = {line["path"]: line for line in _lines(file, "counts") if "launches" in line}
+    paths = {line["path"]: line for line in lines(file, "counts") if "launches" in line}
     names = {
         "rewards and logits to loss and dlogits": ("launches", 2), "hidden states to loss and gradients": ("syncs", 1),
         "hidden states to loss and gradients, rows bounded": ("syncs", 0),
@@ -129,7 +129,7 @@ def _counts(file: dict[str, Any]) -> list[Bar]:
     return [*rows, (f"{first}: syncs", "<=", 0, float(paths[first]["syncs"]) if first in paths else None, False)]
 
 
-def _lines(file: dict[str, Any], part: str) -> list[dict[str, Any]]:
+def lines(file: dict[str, Any], part: str) -> list[dict[str, Any]]:
     return file["parts"].get(part, {}).get("results", [])
 
 

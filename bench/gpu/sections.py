@@ -6,7 +6,7 @@ from typing import Any
 
 from .. import result_file
 from ..tables import NOT_MEASURED, Results, duration, group_table, groups, table, title
-from .bars import bars, met
+from .bars import bars, lines, met
 
 SUMMARY = "On a GPU, what was asked for and what `make gpu` measured, as shares of ceilings of the same run"
 
@@ -53,10 +53,6 @@ def gpu_section(results: Results) -> str:
     return "\n".join(f"### {name}\n\n{text}" for name, make in makers.items() if (text := make(file)))
 
 
-def _lines(file: dict[str, Any], part: str) -> list[dict[str, Any]]:
-    return file["parts"].get(part, {}).get("results", [])
-
-
 def _parts(file: dict[str, Any]) -> str:
     rows = []
     for name, part in file["parts"].items():
@@ -79,14 +75,14 @@ def _bars(file: dict[str, Any]) -> str:
 
 def _counts(file: dict[str, Any]) -> str:
     names = ("launches", "launches_with_backward")
-    counted = [line for line in _lines(file, "counts") if "launches" in line]
+    counted = [line for line in lines(file, "counts") if "launches" in line]
     rows = [(line["path"], *(str(len(line.get(name, ()))) for name in names), str(line["syncs"])) for line in counted]
     return table(("", "launches forward", "with the backward pass", "syncs"), rows) if rows else ""
 
 
 def _dram(file: dict[str, Any]) -> str:
     rows = []
-    for line in _lines(file, "dram"):
+    for line in lines(file, "dram"):
         if "over_least" in line:
             least, moved = (line["read"] + line["write"]) / 1e9, line["bytes"] / 1e9
             rows.append(
@@ -98,7 +94,7 @@ def _dram(file: dict[str, Any]) -> str:
 def _chunks(file: dict[str, Any]) -> str:
     rows = [
         (f"{line['chunk_rows']:,}", duration(line["stats"]["median"]), f"{line['share_of_bare_gemms']:.0%}")
-        for line in _lines(file, "bench")
+        for line in lines(file, "bench")
         if "chunk_rows" in line
     ]
     heads = ("rows of a chunk, N 8,192, V 128,256, D 4,096", "median", "share of three bare GEMMs")
@@ -107,7 +103,7 @@ def _chunks(file: dict[str, Any]) -> str:
 
 def _steps(file: dict[str, Any]) -> str:
     rows = []
-    for line in _lines(file, "steps"):
+    for line in lines(file, "steps"):
         if "fits" not in line:
             continue
         size = f"{line['model']}, {line['tokens']:,} tokens" + (", checkpoints on the host" if line["offload"] else "")
@@ -125,7 +121,7 @@ def _steps(file: dict[str, Any]) -> str:
 
 def _plans(file: dict[str, Any]) -> str:
     rows = []
-    for line in _lines(file, "plans"):
+    for line in lines(file, "plans"):
         plan = line["plan"]
         chosen = {-1: "as chosen", 0: f"two passes, {plan['threads']} threads"}
         name = chosen.get(
