@@ -107,7 +107,7 @@ native = CppExtension(
     py_limited_api=True,
     extra_compile_args=[
         "-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-attributes", "-Wno-psabi",
-        "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030a0000",
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
     ],
     extra_link_args=["-Wl,--no-as-needed"],
 )  # fmt: skip

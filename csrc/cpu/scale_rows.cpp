@@ -35,7 +35,7 @@ template <class E> void scale_cast(const ScaleRowsArgs& a, int64_t first, int64_
   scale_rows_of<F32, E>(a, first, last);
 }
 
-static void scale_rows(const ScaleRowsArgs& a, int64_t first, int64_t last) {
+void scale_rows(const ScaleRowsArgs& a, int64_t first, int64_t last) {
   if (a.dtype == a.out_dtype) PPG_BY_DTYPE(a.dtype, scale_same, a, first, last);
   PPG_BY_DTYPE(a.out_dtype, scale_cast, a, first, last);
 }
