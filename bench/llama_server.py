@@ -41,8 +41,9 @@ def command(gguf: Path, port: int, *options: str) -> list[str]:
     return [*start, "-m", str(gguf), "--port", str(port), "-c", "4096", "-np", "4", "-t", "1", *options]
 
 
-def _wheel() -> str:
-    return f"xllamacpp {importlib.metadata.version('xllamacpp')}"
+def served_by() -> str:
+    """What `command` starts, in words."""
+    return "LLAMA_SERVER" if os.environ.get("LLAMA_SERVER") else f"xllamacpp {importlib.metadata.version('xllamacpp')}"
 
 
 def free_port() -> int:
@@ -174,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from . import machine
 
     said = "make test-llama ; python -m ppg_fast.bench.llama_server .llama"
-    file = machine.header(said, "cpu", server="LLAMA_SERVER" if os.environ.get("LLAMA_SERVER") else _wheel())
+    file = machine.header(said, "cpu", server=served_by())
     cases = []
     for weights, options, words in CASES:
         with Server(arguments.folder / weights, arguments.folder, *options) as server:

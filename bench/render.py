@@ -15,7 +15,7 @@ from .linear_tables import active_section, contributions_section
 from .policy_classes import across_section, logs_section, overview_section, problems_section
 from .real import sections as real
 from .result_file import FOLDER, load
-from .server_tables import agreement_section
+from .server_tables import agreement_section, run_section
 from .step_tables import steps_section
 from .tables import (
     NOT_MEASURED,
@@ -176,6 +176,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "learning_curve": _learning_section,
     "chat_templates": chat_templates_section,
     "llama_server": agreement_section,
+    "llama_run": run_section,
     "gpu": gpu_section,
     "gpu_summary": summary_section,
     "policy_classes": overview_section,

@@ -93,12 +93,29 @@ def test_results_name_no_folder_of_this_machine(tmp_path, monkeypatch, capsys):
     assert "wrote" in capsys.readouterr().out
 
 
-def test_a_step_that_cannot_be_done_is_one_line(tmp_path, capsys):
-    assert real.main(["logged", "--output", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == "logged: step logged wants --data FILE, a file of logged dialogues\n"
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["speech", "logged"], "step logged wants --data FILE, a file of logged dialogues"),
+        (["logged", "--data", "nowhere.json"], "--data must be files, got 'nowhere.json'"),
+        (["sing"], "a step must be one of speech, persona, logged, wide_vocabulary, got 'sing'"),
+        (["speech", "--set", "nothing"], "must be NAME=VALUE, got 'nothing'"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_is(given, said, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        real.main(["logged", "--set", "nothing"])
+        real.main([*given, "--output", str(tmp_path)])
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_is_done_where_no_step_is_named_but_what_has_no_data(tmp_path, monkeypatch, capsys):
+    for step in real.STEPS.values():
+        monkeypatch.setattr(step, "measure", lambda arguments: {"done": True})
+    assert real.main(["--output", str(tmp_path)]) == 0
+    names = ("real_speech.cpu.json", "real_persona.cpu.json", "real_wide_vocabulary.cpu.json")
+    assert {path.name for path in tmp_path.iterdir()} == set(names)
+    assert capsys.readouterr().err == "logged: left out, it wants --data FILE\n"
 
 
 @pytest.mark.parametrize(("share", "active"), [(1.0, 2047), (0.25, 512)])
@@ -223,7 +240,9 @@ def test_checks_that_fail_are_seen():
         "merge_error": {"merged": 1e-5, "trained": 2.0}, "seconds": 100.0, "cpu_seconds": 60.0, "peak_bytes": 1 << 30,
         "before": "x", "after": "y", "data": "some.json",
     }  # fmt: skip
-    text = sections.logged_section({"real_logged.cpu": file})
+    text = sections.logged_section({"real_logged.cpu": {"files": [file, {**file, "data": "other.json"}]}})
+    assert "| some.json | 3 dialogues |" in text
+    assert "| other.json | 3 dialogues |" in text
     assert "| -3.000 → -2.500 |" in text
     assert "| 9 of 10 |" in text
     assert "stopped after step 4, went on: the same weights | **no** |" in text

@@ -8,6 +8,7 @@ pytest.importorskip("httpx2")
 pytest.importorskip("transformers")
 
 from openai_server import serve
+from ppg_fast.bench.server_tables import run_section
 from test_rollout import Ragged, make
 
 from ppg_fast.endpoint import Endpoint, EndpointError
@@ -125,3 +126,18 @@ def test_rollouts_keep_to_the_servers_context():
         stream = torch.Generator().manual_seed(1)
         collect_groups(sampler, chat, Ragged, range(3), 2, generator=stream, max_new_tokens=6)
     assert max(length + limit for length, limit in asked) == 23
+
+
+# ---- a run whose server dies -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("steps", "alive"), [([1, 2, 3], True), ([1, 3], False)])
+def test_what_a_run_lost_is_seen(steps, alive):
+    run = {
+        "seconds": 1200.0, "killed": [3.0, 70.5], "alive": alive, "status": 0, "steps": steps, "longest": 90.0,
+        "difference": 2.5e-4, "last_line": "error: gone", "sampler/retries": 2, "partner/retries": 1,
+    }  # fmt: skip
+    text = run_section({"llama_run.cpu": {"run": run, "ppg_fast": {"server": "LLAMA_SERVER"}}})
+    assert "| times that the server was killed (SIGKILL) | 2 |" in text
+    assert f"| the run was alive until it was asked to stop | {'yes' if alive else '**no**: error: gone'} |" in text
+    assert f"| no step was left out or taken twice | {'yes' if steps == [1, 2, 3] else '**no**'} |" in text
+    assert "| requests of sampler and partner that were sent again | 3 |" in text
+    assert "| 2.5e-04 |" in text

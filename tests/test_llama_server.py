@@ -1,11 +1,7 @@
 """llama.cpp's own server as sampler, partner and judge, killed and brought back: `make test-llama`, not part of `make
 test`. The model is SmolLM2-135M-Instruct; the server is the program LLAMA_SERVER or the same code in a wheel."""
 
-import json
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,17 +11,13 @@ MODELS = Path(os.environ.get("PPG_FAST_LLAMA", "nowhere"))
 if not (MODELS / "float32.gguf").exists():
     pytest.skip("needs llama.cpp's server and a model: make test-llama", allow_module_level=True)
 
+from ppg_fast.bench.llama_run import Run
 from ppg_fast.bench.llama_server import ASKED, EXACT, FLOAT32, MODEL, NAME, Server, agreement
 
 from ppg_fast.dialogues.chat_format import ChatFormat
 from ppg_fast.dialogues.message import Message
 from ppg_fast.endpoint import Endpoint, EndpointError
 from ppg_fast.rollouts.generation import EndpointSampler, Request
-
-ROOT = Path(__file__).parents[1]
-REWARD = "def length(messages):\n    return min(len(messages[-1]['content']), 40) / 40\n"
-SMALL = """--num-prompts 2 --num-generations 2 --max-turns 2 --max-new-tokens 12 --partner-tokens 12 --eval-dialogues 1
---no-progress --eval-every 99 --save-every 0 --learning-rate 1e-4 --policy-class greedy --seed 3 --device cpu"""
 
 
 @pytest.fixture(scope="module")
@@ -99,59 +91,11 @@ def test_chat_completions_are_text(server):
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
-class Run:
-    """A training run in a process of its own against a server that is brought back where it dies."""
-
-    def __init__(self, folder):
-        self.folder, self.out, self.gguf = folder, folder / "run", folder / "policy.gguf"
-        (folder / "rewards.py").write_text(REWARD)
-        lines = [{"messages": [{"role": "user", "content": text}], "id": f"p{i}"} for i, text in enumerate(ASKED[:4])]
-        (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self.gguf.symlink_to((MODELS / FLOAT32).resolve())  # what the refresh writes takes its place
-        self.server = Server(self.gguf, folder, *EXACT, kept=True)
-
-    def train(self, *more):
-        script = ROOT / "examples/llama_cpp/refresh.py"
-        refresh = f"{sys.executable} {script} {{folder}} --like {MODELS / NAME} --gguf {self.gguf}"
-        refresh += f" --pid {self.server.pid_file} --url {self.server.address} --seconds 60"
-        url = f"{self.server.address}/v1"
-        given = ["--model", MODELS / MODEL, "--prompts", self.folder / "prompts.jsonl", "--output-dir", self.out]
-        given += ["--reward", f"{self.folder / 'rewards.py'}:length", "--partner", url, "--sampler", url]
-        return self.start("train", *given, "--sampler-refresh", refresh, *SMALL.split(), *more)
-
-    def start(self, *arguments):
-        command = [sys.executable, "-m", "ppg_fast", *map(str, arguments)]
-        log = (self.folder / "run.log").open("wb")
-        self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
-        return self.process
-
-    def said(self):
-        return (self.folder / "run.log").read_text()
-
-    def rows(self, phase):
-        text = (self.out / "metrics.jsonl").read_text() if (self.out / "metrics.jsonl").exists() else ""
-        return [row for row in map(json.loads, text.splitlines()) if row["phase"] == phase]
-
-    def wait_for_rollouts(self, process, seconds=900):
-        """Until the server, restarted with the run's own weights, works at one of its requests."""
-        deadline, seen = time.monotonic() + seconds, None
-        while process.poll() is None and time.monotonic() < deadline:
-            log = self.server.log.read_bytes()
-            if seen is not None and b"launch_slot" in log[seen:]:
-                return
-            if seen is None and not self.gguf.is_symlink():
-                seen = len(log)
-            time.sleep(0.02)
-        raise TimeoutError(self.said()[-500:])
-
-
 @pytest.fixture
 def run(tmp_path):
-    run = Run(tmp_path)
+    run = Run(MODELS, tmp_path)
     yield run
-    run.process.kill()
-    run.process.wait()
-    run.server.stop()
+    run.stop()
 
 
 def test_it_samples_what_is_trained_step_after_step_and_is_partner_and_judge(run):

@@ -1,4 +1,4 @@
-"""Offline on a file of logged dialogues with SmolLM2 and LoRA: what a user would check before trusting a run."""
+"""Offline on files of logged dialogues with SmolLM2 and LoRA: what a user would check before trusting a run."""
 
 import os
 import shutil
@@ -29,13 +29,16 @@ QUESTION = [{"role": "user", "content": "I had a hard week and I do not sleep we
 
 
 def measure(arguments: Any) -> dict[str, Any]:
-    """A run of ``--data``, the same one stopped half-way, and what comes out of it."""
-    if not arguments.data:
-        raise ValueError("step logged wants --data FILE, a file of logged dialogues")
-    work, settings = Path(arguments.work), {**SETTINGS, **arguments.set}
+    """Every file of ``--data``."""
+    settings = {**SETTINGS, **arguments.set}
+    return {"settings": settings, "files": [_one(Path(f), settings, Path(arguments.work)) for f in arguments.data]}
+
+
+def _one(data: Path, settings: dict[str, Any], work: Path) -> dict[str, Any]:
+    """A run on a file, the same one stopped half-way, and what comes out of it."""
     work.mkdir(parents=True, exist_ok=True)
     model, load = folder(SMOLLM2), os.getloadavg()[0]
-    given = command.flags({"data": str(Path(arguments.data).resolve()), "model": str(model), **settings})
+    given = command.flags({"data": str(data.resolve()), "model": str(model), **settings})
     whole, halved, merged = (work / f"logged-{name}" for name in ("whole", "halved", "merged"))
     for place in (whole, halved, merged):
         shutil.rmtree(place, ignore_errors=True)
@@ -49,8 +52,7 @@ def measure(arguments: Any) -> dict[str, Any]:
     command.run(["ppg_fast", "train", "--no-progress", "--resume", str(halved)], own, log)
     command.run(["ppg_fast", "merge", str(whole), "-o", str(merged)], own, log)
     return {
-        "data": Path(arguments.data).name,
-        "settings": settings,
+        "data": data.name,
         "seconds": ran.seconds,
         "cpu_seconds": ran.cpu_seconds,
         "peak_bytes": ran.peak_bytes,
@@ -60,7 +62,7 @@ def measure(arguments: Any) -> dict[str, Any]:
         "stopped_after": stopped,
         "resumed_alike": same_weights(whole / "checkpoint", halved / "checkpoint"),
         "merge_error": merge_error(model, whole / "checkpoint", merged),
-        "turns": masks(Path(arguments.data), model, settings["max_dialogue_tokens"]),
+        "turns": masks(data, model, settings["max_dialogue_tokens"]),
         "asked": QUESTION[-1]["content"],
         "before": speech.answered(model, QUESTION, 32),
         "after": speech.answered(merged, QUESTION, 32),

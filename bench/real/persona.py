@@ -20,7 +20,7 @@ SETTINGS: dict[str, Any] = {
     "lora_target_modules": ".*layers[.]2[0-9][.].*_proj",  # the last ten of thirty layers: half of the backward pass
     "learning_rate": 5e-3,
     "warmup_steps": 1,
-    "max_steps": 10,
+    "max_steps": 20,
     "num_prompts": 4,
     "num_generations": 4,
     "max_turns": 3,

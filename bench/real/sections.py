@@ -142,7 +142,11 @@ def tried_section(file: dict[str, Any]) -> str:
 # ---- logged dialogues ------------------------------------------------------------------------------------------------
 @_each("real_logged")
 def logged_section(file: dict[str, Any]) -> str:
-    """The checks of an offline run."""
+    """The checks of an offline run on each file."""
+    return "\n".join(map(_checks, file["files"]))
+
+
+def _checks(file: dict[str, Any]) -> str:
     points, losses, turns, error = file["points"], file["losses"], file["turns"], file["merge_error"]
     rows = [
         ("held-out log-prob, nats a token", " → ".join(f"{p['logprob']:.3f}" for p in points)),

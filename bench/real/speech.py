@@ -6,7 +6,10 @@ from typing import Any
 
 from .models import GEMMA3, SMOLLM2, folder
 
-SENTENCES = {"The capital of France is": "Paris"}  # and what has to come
+SENTENCES = {  # and what has to come
+    "The capital of France is": "Paris",
+    "Monday, Tuesday, Wednesday,": "Thursday",
+}
 
 
 def said(place: Path, text: str, new_tokens: int = 8) -> str:
