@@ -89,6 +89,7 @@ class Build(BuildExtension):
     def jobs(self, extension: Extension) -> list[tuple[list[str], sources.Unit]]:
         """A compiler with its flags, and what it shall compile."""
         cuda = [str(self.nvcc), "-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-t2"]
+        cuda += ["-Xfatbin=-compress-all"]  # nvcc leaves the code of small units as it is
         cuda += [*(f"-gencode={gpu}" for gpu in self.gpus), *(["-DPPG_WATCHDOG"] if self.watchdog else [])]
         cpu = [cpp_extension.get_cxx_compiler(), *self.compiler.compiler_so[1:], *extension.extra_compile_args]
         units = [(cuda, unit) for unit in sources.cuda_units() if self.nvcc]
