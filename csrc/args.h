@@ -135,15 +135,20 @@ struct Column {
   PPG_HD int64_t at(int64_t b, int64_t l) const { return b * batch_stride + l * row_stride; }
   PPG_HD float number(int64_t b, int64_t l) const { return static_cast<const float*>(data)[at(b, l)]; }
   PPG_HD int64_t integer(int64_t b, int64_t l) const { return Ints{data, bytes == 8}[at(b, l)]; }
-  PPG_HD bool nonzero(int64_t b, int64_t l) const {  // in any dtype; the sign of a floating zero is shifted out
+  PPG_HD uint64_t bits(int64_t b, int64_t l) const {  // of any dtype
     const int64_t i = at(b, l);
     switch (bytes) {
-      case 1: return static_cast<const uint8_t*>(data)[i] != 0;
-      case 2: return uint16_t(static_cast<const uint16_t*>(data)[i] << floating) != 0;
-      case 4: return static_cast<const uint32_t*>(data)[i] << floating != 0;
-      default: return static_cast<const uint64_t*>(data)[i] << floating != 0;
+      case 1: return static_cast<const uint8_t*>(data)[i];
+      case 2: return static_cast<const uint16_t*>(data)[i];
+      case 4: return static_cast<const uint32_t*>(data)[i];
+      default: return static_cast<const uint64_t*>(data)[i];
     }
   }
+  PPG_HD bool negative(uint64_t bits) const { return int64_t(bits << (64 - 8 * bytes)) < 0; }
+  PPG_HD bool nonzero(uint64_t bits) const {  // the sign of a floating zero is shifted out
+    return bits << (64 - 8 * bytes + floating) != 0;
+  }
+  PPG_HD bool nonzero(int64_t b, int64_t l) const { return nonzero(bits(b, l)); }
 };
 
 // Which tokens take part and which sequence each belongs to, from what the caller holds. Row n = b * length + l of N <
@@ -154,9 +159,16 @@ struct TokenArgs {
   int64_t N, length;
   Ints cu_seqlens;    // (sequences + 1,), or null: sequences of N / sequences rows
   int64_t sequences;  // S
-  PPG_HD bool active(int64_t b, int64_t l) const {
-    return labels.integer(b, l) >= 0 && (!loss_mask.data || loss_mask.nonzero(b, l)) &&
-           (!turn_ids.data || turn_ids.integer(b, l) >= 0);
+  struct Bits {
+    uint64_t label, loss_mask, turn_id;
+  };
+  // All that `active` asks of a token, apart from the answer, so that no load waits for the value of another.
+  PPG_HD Bits bits(int64_t b, int64_t l) const {
+    return {labels.bits(b, l), loss_mask.data ? loss_mask.bits(b, l) : 0, turn_ids.data ? turn_ids.bits(b, l) : 0};
+  }
+  PPG_HD bool active(const Bits& token) const {
+    return !labels.negative(token.label) && (!loss_mask.data || loss_mask.nonzero(token.loss_mask)) &&
+           (!turn_ids.data || !turn_ids.negative(token.turn_id));
   }
 };
 
@@ -178,7 +190,8 @@ struct CreditArgs {
   uint32_t* ticket;             // out: 0, for the sweep
 };
 
-// The fused loss: rows are looked up in what the caller holds, weighted by the reduction, and their losses summed.
+// The sweep of the fused loss: rows are looked up in what the caller holds, weighted by the reduction, and their losses
+// summed.
 struct FusedPolicyLossArgs {
   TokenArgs tokens;
   Rows logits, dlogits;  // dlogits: data null: no gradient wanted; may be the logits themselves
@@ -201,6 +214,12 @@ struct FusedPolicyLossArgs {
   uint32_t* ticket;                 // 0; who draws the last one sums
 };
 
+// Both launches of the fused loss on a GPU.
+struct FusedLaunchArgs {
+  CreditArgs credit;
+  FusedPolicyLossArgs sweep;
+};
+
 // Every launcher returns 0 or an error code of its platform.
 namespace cpu {  // rows first .. last - 1 only, so that the caller shares them out among its threads
 void logprobs_fwd(const LogprobsFwdArgs&, int64_t first, int64_t last);
@@ -220,8 +239,7 @@ int logprobs_bwd(const LogprobsBwdArgs&, void* stream);
 int policy_loss(const PolicyLossArgs&, void* stream);
 int rescale_rows(const RescaleRowsArgs&, void* stream);
 int partial_returns(const PartialReturnsArgs&, void* stream);
-int credit(const CreditArgs&, void* stream);
-int fused_policy_loss(const FusedPolicyLossArgs&, void* stream);
+int fused_policy_loss(const FusedLaunchArgs&, void* stream);
 const char* error_string(int);
 }  // namespace cuda
 

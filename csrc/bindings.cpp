@@ -165,8 +165,9 @@ bool fused_policy_loss(const Tensor& logits, const Tensors& tensors, const Numbe
                       choices.size() == SPEC_CHOICES + wire::NAN_ROLLOUT + 1,
                   "the lists must be as long as args.h says");
   const TokenArgs tokens = tokens_of(logits, tensors, choices[SEQUENCES]);
-  CreditArgs c = credit_of(tokens, tensors, numbers, choices, outputs.at(TURNS));
-  FusedPolicyLossArgs a = fused_of(logits, tokens, tensors, numbers, choices);
+  FusedLaunchArgs both{credit_of(tokens, tensors, numbers, choices, outputs.at(TURNS)),
+                       fused_of(logits, tokens, tensors, numbers, choices)};
+  auto& [c, a] = both;
   a.turn_advantages = c.rewards ? c.advantages : nullptr;
   a.T = c.T;
   a.dlogits = gradient_rows(outputs[DLOGITS], logits);
@@ -188,8 +189,7 @@ bool fused_policy_loss(const Tensor& logits, const Tensors& tensors, const Numbe
   c.ticket = a.ticket = static_cast<uint32_t*>(counts->data_ptr()) + counts->numel() - 1;
   a.counts = c.counts;
   if (!a.total) c.ticket = nullptr;
-  run(nullptr, PPG_ON_CUDA(credit), c, tokens.N, logits);
-  run(nullptr, PPG_ON_CUDA(fused_policy_loss), a, tokens.N, logits);
+  run(nullptr, PPG_ON_CUDA(fused_policy_loss), both, tokens.N, logits);
   return true;
 }
 

@@ -161,12 +161,12 @@ def fused_policy_loss(
 
 
 def _counts(rows: int, reduction: Reduction) -> tuple[int, int]:
-    """How many sequences have their active tokens counted on a GPU, and in how many slices each, so that a slice is a
-    few thousand tokens."""
+    """How many sequences have their active tokens counted on a GPU, and in how many slices each, so that a slice is the
+    tokens that a CTA loads at once, but few enough to be added up by each CTA or row of the sweep."""
     if reduction.kind == "sequence_mean" or (reduction.kind == "sequence_sum" and reduction.normalizer is None):
-        return reduction.sequences, max(1, min(rows // reduction.sequences // 4096, 16))
+        return reduction.sequences, max(1, min(rows // reduction.sequences // 512, 16))
     if reduction.kind == "token_mean" and reduction.normalizer is None:
-        return 1, max(1, min(rows // 4096, 128))
+        return 1, max(1, min(rows // 512, 256))
     return 0, 1
 
 

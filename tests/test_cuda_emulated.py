@@ -327,6 +327,11 @@ FAULTS = {  # a fault and the text it is planted in
         "hw::draw_ticket(a.ticket) == teams - 1",
         "hw::draw_ticket(a.ticket) == 0",
     ),
+    "counts are read while they are taken": (
+        "policy_loss_onepass.cuh",
+        "hw::wait_for_leader();\n  count_outer(a, counted, CONSUMERS + HELPERS);",
+        "count_outer(a, counted, CONSUMERS + HELPERS);\n  hw::wait_for_leader();",
+    ),
     "the squares have one area": ("policy_loss_slice.cuh", "return squares + half * size * WARPS;", "return squares;"),
     "the exchange has one area": (
         "policy_loss_slice.cuh",

@@ -18,6 +18,7 @@ if why_not := emulator.why_not() or backends.why_not("cpu"):
 if torch.cuda.is_available():
     pytest.skip("a GPU is here: the kernels run on it in test_fused_policy_loss.py", allow_module_level=True)
 
+EMULATOR_ERROR, DOES_NOT_FIT = 2, 3  # tests/helpers/emulator/cuda_emu.h
 PLANS = [(0, 128), (0, 512), (1, 256), (1, 512), (2, 256), (4, 256)]
 
 
@@ -25,7 +26,9 @@ PLANS = [(0, 128), (0, 512), (1, 256), (1, 512), (2, 256), (4, 256)]
 def control(emulated_cuda):
     control = emulator.Control(emulator.build())
     control.take_stats()
+    torch.use_deterministic_algorithms(True)  # fresh memory is poisoned: what is read too early shows
     yield control
+    torch.use_deterministic_algorithms(False)
     control.set()
 
 
@@ -96,7 +99,7 @@ def test_any_slicing_of_the_counts(reduction, control, monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1000, 4096, 131072])
-def test_a_slice_is_a_few_thousand_tokens(rows, control):
+def test_a_slice_is_what_a_cta_loads_at_once(rows, control):
     counts = sys.modules["ppg_fast_emulated"]._counts
     for kind in REDUCTIONS:
         for normalizer in (None, 2.0):
@@ -104,7 +107,42 @@ def test_a_slice_is_a_few_thousand_tokens(rows, control):
                 counted, slices = counts(rows, Reduction(kind, normalizer, sequences, None))
                 needed = kind == "sequence_mean" or (normalizer is None and kind in ("token_mean", "sequence_sum"))
                 assert counted == (0 if not needed else 1 if kind == "token_mean" else sequences)
-                assert slices == 1 or rows / counted / slices >= 4096
+                assert slices == 1 or rows / counted / slices >= 512
+                assert not counted or rows / counted / slices < 1024 or slices in (16, 256)
+
+
+@pytest.mark.parametrize("plan", [(1, 256), (4, 256)], ids=str)
+def test_the_first_row_is_on_its_way_while_turns_are_credited(plan, control):
+    control.set(cluster=plan[0], threads=plan[1], slots=2, mode=2)
+    assert_close(run_fused(4), run_fused(4, "reference"))
+    assert control.take_stats().copies_ahead > 0
+    assert_close(run_fused(4, skip_zero_advantages=True), run_fused(4, "reference", skip_zero_advantages=True))
+    assert control.take_stats().copies_ahead == 0, "only the advantages tell whether the row is read"
+
+
+def test_two_passes_where_clusters_do_not_fit(control):
+    plan = {"cluster": 2, "threads": 256, "slots": 2}
+    control.set(cluster=0, threads=512)
+    two_passes = run_fused(5)
+    control.take_stats()
+    control.set(resident=101, query_error=DOES_NOT_FIT, **plan)  # another number is another device
+    for queries, more in ((1, {}), (0, {}), (0, {"score_norms": True})):
+        assert all(torch.equal(a, b) for a, b in zip(run_fused(5, **more), two_passes, strict=True))
+        stats = control.take_stats()
+        assert (stats.cluster, stats.block, stats.launches, stats.queries) == (0, 512, 2, queries)
+
+
+def test_no_other_error_is_taken_for_one_of_size(control):
+    plan = {"resident": 102, "cluster": 2, "threads": 256, "slots": 2}
+    control.set(query_error=EMULATOR_ERROR, **plan)
+    with pytest.raises(RuntimeError, match="kernel launch failed"):
+        run_fused(5)
+    control.set(**plan)
+    run_fused(5)
+    assert control.take_stats().cluster == 2, "found out by the first answer, not by the first error"
+    control.set(query_error=DOES_NOT_FIT, **plan)
+    with pytest.raises(RuntimeError, match="does not fit"):  # else its log-probs would not be those without a norm
+        run_fused(5, score_norms=True)
 
 
 def test_many_dialogues_of_one_group(control):

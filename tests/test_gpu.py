@@ -259,6 +259,36 @@ def test_a_graph_replays_with_new_numbers(gpu_backend, path):
             torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("V", [1000, 32000, 128256])
+def test_overlapped_launches_read_nothing_too_early(V):
+    """Calls on the heels of one another, over the memory of the last one, behind the kernel that writes their logits:
+    the bits of calls that wait for one another."""
+    S, L, T, device = 16, 64, 5, "cuda"
+    batches = []
+    for seed in range(2):
+        draws = torch.Generator(device).manual_seed(seed)
+        logits = torch.randn(S, L, V, generator=draws, device=device).bfloat16()
+        labels = torch.randint(V, (S, L), generator=draws, device=device)
+        turn_ids = torch.randint(-1, T, (S, L), generator=draws, device=device)
+        batches.append((logits, labels, torch.randn(S, T, generator=draws, device=device), turn_ids))
+    options = {"group_ids": torch.arange(S, device=device) // 4, "baseline": "leave_one_out"}
+
+    def call(logits, *rest):
+        x = (-logits).neg_().requires_grad_()
+        loss = ppg.partial_policy_loss(x, *rest, "lookahead:2", **options, backend="cuda").loss
+        return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+    expected = []
+    for batch in batches:
+        torch.cuda.synchronize()
+        expected.append(call(*batch))
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    for round in range(40):
+        for got, want in zip(call(*batches[round % 2]), expected[round % 2], strict=True):
+            wrong += (got != want).sum()
+    assert not wrong
+
+
 MOST_LAUNCHES = {"rewards and logits to loss and dlogits": 2, "advantages and logits to loss and dlogits": 2}
 
 

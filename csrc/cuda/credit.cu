@@ -1,5 +1,5 @@
-// The launch before the sweep of a fused policy loss: the advantage of each turn, and how many tokens are active.
-// Mirrors kernels/triton/credit.py
+// A fused policy loss: its sweep, and the launch before it, for the advantage of each turn and the number of active
+// tokens. Mirrors kernels/triton/credit.py
 #include <algorithm>
 
 #include "lookup.cuh"
@@ -9,6 +9,7 @@ namespace ppg {
 namespace {
 
 constexpr int THREADS = 256;
+constexpr int TOGETHER = 4;  // tokens of a thread whose loads are issued at once
 
 // The return over any subset of the rewards, including those before the turn.
 __device__ __forceinline__ float masked_return(const float* rewards, const uint8_t* mask, int64_t t, int64_t turns,
@@ -49,8 +50,11 @@ __device__ void credit_turn(const CreditArgs& a, int64_t t) {
         __syncthreads();
         if (o < S) members[threadIdx.x] = {a.group_ids[o], a.returns[o * a.T + t], t < turns_of(o)};
         __syncthreads();
-        for (int64_t i = 0; i < min(S - base, (int64_t)THREADS); ++i)
-          if (members[i].has_turn && members[i].group == group) use((double)members[i].value);
+#pragma unroll 8
+        for (int i = 0; i < (int)min(S - base, (int64_t)THREADS); ++i) {
+          const Member member = members[i];  // whole: no load waits for a comparison
+          if (member.has_turn && member.group == group) use((double)member.value);
+        }
       }
     };
     int64_t count = 0;
@@ -86,9 +90,16 @@ __device__ void count_active(const CreditArgs& a, int64_t s, int64_t k) {
   begin = min(begin + k * part, end);
   end = min(begin + part, end);
   int count = 0;
-  for (int64_t n = begin + threadIdx.x; n < end; n += THREADS) {
-    const uint32_t b = (uint32_t)n / (uint32_t)t.length, l = (uint32_t)n - b * (uint32_t)t.length;
-    count += t.active(b, l);
+  for (int64_t first = begin + threadIdx.x; first < end; first += TOGETHER * THREADS) {
+    TokenArgs::Bits tokens[TOGETHER];  // all of them are on their way before the first is looked at
+#pragma unroll
+    for (int i = 0; i < TOGETHER; ++i) {
+      const uint32_t n = (uint32_t)min(first + i * THREADS, end - 1), b = n / (uint32_t)t.length,
+                     l = n - b * (uint32_t)t.length;
+      tokens[i] = t.bits(b, l);
+    }
+#pragma unroll
+    for (int i = 0; i < TOGETHER; ++i) count += first + i * THREADS < end && t.active(tokens[i]);
   }
   count = warp_sum(count);
   if ((threadIdx.x & 31) == 0) scratch[threadIdx.x / 32] = count;
@@ -101,6 +112,7 @@ __device__ void count_active(const CreditArgs& a, int64_t s, int64_t k) {
 
 // One CTA per turn, then one per slice that is counted. Without the bound on resident CTAs ptxas spills for sm_80.
 __global__ void __launch_bounds__(THREADS, 4) credit_kernel(const __grid_constant__ CreditArgs a) {
+  hw::let_followers_start();
   if (blockIdx.x == 0 && threadIdx.x == 0 && a.ticket) *a.ticket = 0;
   const int64_t turns = a.rewards ? a.T : 0, i = blockIdx.x - turns;
   if (i < 0) credit_turn(a, blockIdx.x);
@@ -111,13 +123,26 @@ __global__ void __launch_bounds__(THREADS, 4) credit_kernel(const __grid_constan
 
 namespace cuda {
 
-int credit(const CreditArgs& a, void* stream) {
+// The sweep may begin while the launch before it runs (hw::Order). That is right because
+//   * the first launch is an ordinary one: it begins once all before it on the stream is complete, so what the caller
+//     gave (logits, labels, masks) is there for the sweep too;
+//   * of what the first launch writes (returns, advantages, counts, ticket) the sweep reads nothing before it has
+//     waited for its end, and what the sweep writes is written after that;
+//   * every thread of the sweep waits, so the sweep ends after the first launch does, and whoever comes next on the
+//     stream, by an ordinary launch, finds both complete.
+// Without a first launch the one before is a stranger that may still be writing the logits: an ordinary launch then.
+int fused_policy_loss(const FusedLaunchArgs& both, void* stream) {
+  const CreditArgs& a = both.credit;
+  if (a.tokens.N == 0) return 0;
   const int64_t blocks = (a.rewards ? a.T : 0) + (a.counts ? a.counted * a.slices : 0);
   const bool needs_groups = a.rewards && a.baseline != Baseline::NONE;
   if (a.tokens.N > INT32_MAX || blocks > INT32_MAX || (needs_groups && !a.group_ids.data)) return hw::INVALID_VALUE;
-  if (blocks == 0 && !a.ticket) return 0;
-  return hw::launch(credit_kernel, (unsigned)std::max<int64_t>(blocks, 1), THREADS, 0, THREADS * sizeof(Member), stream,
-                    a);
+  if (blocks == 0 && !a.ticket) return sweep({both.sweep, nullptr, hw::Order::ALONE}, stream);
+  const unsigned grid = (unsigned)std::max<int64_t>(blocks, 1);
+  if (const int error =
+          hw::launch(hw::Order::LEADS, credit_kernel, grid, THREADS, 0, THREADS * sizeof(Member), stream, a))
+    return error;
+  return sweep({both.sweep, nullptr, hw::Order::FOLLOWS}, stream);
 }
 
 }  // namespace cuda

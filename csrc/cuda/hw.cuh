@@ -64,6 +64,19 @@ __device__ __forceinline__ unsigned draw_ticket(uint32_t* counter) {
   return ticket;
 }
 
+// Programmatic dependent launch, see Order below; nothing before sm_90.
+__device__ __forceinline__ void let_followers_start() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+// Returns once the launch that this one follows is complete and all that it wrote is visible; at once for others.
+__device__ __forceinline__ void wait_for_leader() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- device: clusters, mbarriers, bulk copies (sm_90 and later) ----
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 __device__ __forceinline__ uint32_t addr(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
@@ -162,9 +175,21 @@ __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.
 constexpr int INVALID_VALUE = cudaErrorInvalidValue;
 constexpr int MAX_DEVICES = 64;
 
+// An error that the caller is told of and that the next to ask for the last error, PyTorch for one, must not find.
+inline int told(cudaError_t error) {
+  if (error) (void)cudaGetLastError();
+  return error;
+}
+
 struct Device {
-  int id, major, sms, smem_block, smem_sm;
+  int id, major, sms, smem_block, smem_sm, early;  // early: a launch may begin before the one that it follows has ended
 };
+
+// How a launch stands to its neighbours on the stream. One that FOLLOWS may begin as soon as every CTA of the LEADS
+// just before it has called let_followers_start or ended. Each of its threads calls wait_for_leader, before it reads
+// what that launch writes and before it writes anything. Stream capture keeps this in the graph, as an edge of a kind
+// of its own, from CUDA 12.3 on; older drivers get ordinary launches, here as there.
+enum class Order : int { ALONE, LEADS, FOLLOWS };
 
 // The current device; its attributes are cached per thread.
 inline int current_device(Device* d) {
@@ -178,6 +203,9 @@ inline int current_device(Device* d) {
     cudaDeviceGetAttribute(&q.major, cudaDevAttrComputeCapabilityMajor, id);
     cudaDeviceGetAttribute(&q.smem_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
     cudaDeviceGetAttribute(&q.smem_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    q.early = q.major >= 9 && driver >= 12030;
     if (const cudaError_t e = cudaDeviceGetAttribute(&q.sms, cudaDevAttrMultiProcessorCount, id)) return e;
     cache[id] = q;
   }
@@ -186,18 +214,32 @@ inline int current_device(Device* d) {
 }
 
 inline cudaLaunchConfig_t launch_config(unsigned grid, unsigned block, unsigned cluster, size_t smem, void* stream,
-                                        cudaLaunchAttribute* attribute) {
-  attribute->id = cudaLaunchAttributeClusterDimension;
-  attribute->val.clusterDim.x = cluster;
-  attribute->val.clusterDim.y = attribute->val.clusterDim.z = 1;
+                                        bool early, cudaLaunchAttribute (&attributes)[2]) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(grid);
   config.blockDim = dim3(block);
   config.dynamicSmemBytes = smem;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attribute;
-  config.numAttrs = cluster ? 1 : 0;
+  config.attrs = attributes;
+  if (cluster) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  if (early) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   return config;
+}
+
+// A part smaller than the plan (of less shared memory, a MIG slice) answers so: another plan may fit. What else fails
+// (a missing device, an earlier kernel's fault) would fail there as well.
+inline bool does_not_fit(int error) {
+  return error == cudaErrorInvalidValue || error == cudaErrorInvalidConfiguration || error == cudaErrorNotSupported ||
+         error == cudaErrorLaunchOutOfResources || error == cudaErrorInvalidClusterSize;
 }
 
 // How many clusters of this shape the chip holds at once; fewer than SMs / cluster where a cluster must not span two
@@ -205,24 +247,32 @@ inline cudaLaunchConfig_t launch_config(unsigned grid, unsigned block, unsigned 
 // device.
 template <class Kernel>
 int resident_clusters(const Device& d, Kernel kernel, unsigned block, unsigned cluster, size_t smem, int* clusters) {
-  if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.smem_block))
+  if (const int e = told(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, d.smem_block)))
     return e;
-  if (const cudaError_t e =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))
+  if (const int e = told(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared)))
     return e;
-  cudaLaunchAttribute attribute[1];
-  const cudaLaunchConfig_t config = launch_config(cluster, block, cluster, smem, nullptr, attribute);
-  if (const cudaError_t e = cudaOccupancyMaxActiveClusters(clusters, kernel, &config)) return e;
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = launch_config(cluster, block, cluster, smem, nullptr, false, attributes);
+  if (const int e = told(cudaOccupancyMaxActiveClusters(clusters, kernel, &config))) return e;
   return *clusters ? cudaSuccess : cudaErrorLaunchOutOfResources;
 }
 
 // cluster 0: a launch without clusters, for every architecture.
 template <class... Parameters, class... Arguments>
+int launch(Order order, void (*kernel)(Parameters...), unsigned grid, unsigned block, unsigned cluster, size_t smem,
+           void* stream, const Arguments&... arguments) {
+  Device device{};
+  if (order == Order::FOLLOWS)
+    if (const int error = current_device(&device)) return error;
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = launch_config(grid, block, cluster, smem, stream, device.early, attributes);
+  return told(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, unsigned cluster, size_t smem, void* stream,
            const Arguments&... arguments) {
-  cudaLaunchAttribute attribute[1];
-  const cudaLaunchConfig_t config = launch_config(grid, block, cluster, smem, stream, attribute);
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return launch(Order::ALONE, kernel, grid, block, cluster, smem, stream, arguments...);
 }
 
 inline const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -8,7 +8,8 @@ namespace ppg {
 // One sweep serves policy_loss, fused_policy_loss and logprobs_fwd, so that a log-prob has the same bits in all of them
 // and the ratio of a first on-policy step is exactly 1.
 struct SweepArgs : FusedPolicyLossArgs {
-  float* lse;  // (N, 2) out or null; logprobs_fwd: no loss, no advantages, no gradient
+  float* lse;       // (N, 2) out or null; logprobs_fwd: no loss, no advantages, no gradient
+  hw::Order order;  // FOLLOWS: turn_advantages, counts and ticket are written by the launch before
 };
 namespace cuda {
 int sweep(const SweepArgs& a, void* stream);  // policy_loss.cu
@@ -70,7 +71,7 @@ __device__ __forceinline__ Row look_up(const FusedPolicyLossArgs& a, int64_t n, 
   if (n >= a.tokens.N) return r;
   const int64_t b = (unsigned)n / (unsigned)a.tokens.length, l = n - b * a.tokens.length;  // N < 2^31
   const int64_t label = a.tokens.labels.integer(b, l);
-  if (a.tokens.active(b, l)) r.label = (int)min(label, a.V);
+  if (a.tokens.active(a.tokens.bits(b, l))) r.label = (int)min(label, a.V);
   if (a.advantages.data) r.advantage = a.advantages.number(b, l);
   if (a.old_logprobs.data) r.old_logprob = a.old_logprobs.number(b, l);
   if (a.ref_logprobs.data) r.ref_logprob = a.ref_logprobs.number(b, l);

@@ -41,6 +41,8 @@ inline int64_t row_chunks(int64_t V, int elem_bytes, int cluster) {
 // never on N, so that a row gives the same bits in every batch. A row of one chunk stays in L1 between two passes:
 // small CTAs, many per SM. max_per_sm 1: the kernel exists for 512 consumers only. A score norm does not change the
 // plan but for one slot fewer at times, so that it changes no other bits.
+// Where a chip then says that such clusters do not fit, policy_loss.cu takes two passes by LARGE_THREADS: the same
+// bits in every batch again, but not those of one pass, as other threads add up the row.
 inline Plan plan_row(int64_t V, int elem_bytes, bool has_clusters, int max_per_sm, int smem_block, int smem_sm,
                      int entry_bytes) {
   if (V * elem_bytes <= CHUNK) return {0, SMALL_THREADS, 0, 0};

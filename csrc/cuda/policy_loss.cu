@@ -1,8 +1,24 @@
 // The sweep: how a row is spread over the chip and which unit has its kernel. Also the rescaling of its gradient rows.
+#include <atomic>
+
 #include "lookup.cuh"
 
 namespace ppg {
 namespace {
+
+template <class E> int launch_sums(const SweepArgs& a, const hw::Device& d, const Plan& p, void* stream) {
+  if (a.score_norm) return launch_sweep<E, SCORE_NORM>(a, d, p, stream);
+  const bool entropy = a.entropy || a.term.entropy_coef != 0.f;
+  return entropy ? launch_sweep<E, ENTROPY>(a, d, p, stream) : launch_sweep<E, PLAIN>(a, d, p, stream);
+}
+
+// Whether clusters of this shape fit on this device: the first launch of a process finds out, for all dtypes and sums,
+// as log-probs with and without a loss or a norm must come from the same plan.
+enum Fit : int { UNKNOWN, FITS, DOES_NOT };
+std::atomic<int>& fit_of(const hw::Device& d, const Plan& p) {
+  static std::atomic<int> known[hw::MAX_DEVICES][MAX_CLUSTER + 1][2];
+  return known[d.id][p.cluster][p.threads == LARGE_THREADS];
+}
 
 template <class E> int plan_and_launch(const SweepArgs& a, void* stream) {
   hw::Device d;
@@ -13,9 +29,17 @@ template <class E> int plan_and_launch(const SweepArgs& a, void* stream) {
 #ifdef PPG_EMULATED
   if (emu::settings.forced) p = {emu::settings.cluster, emu::settings.threads, emu::settings.slots, 0};
 #endif
-  if (a.score_norm) return launch_sweep<E, SCORE_NORM>(a, d, p, stream);
-  const bool entropy = a.entropy || a.term.entropy_coef != 0.f;
-  return entropy ? launch_sweep<E, ENTROPY>(a, d, p, stream) : launch_sweep<E, PLAIN>(a, d, p, stream);
+  if (!p.cluster) return launch_sums<E>(a, d, p, stream);
+  std::atomic<int>& fit = fit_of(d, p);
+  int unknown = UNKNOWN;
+  if (fit != DOES_NOT) {
+    const int error = launch_sums<E>(a, d, p, stream);
+    if (!error) fit.compare_exchange_strong(unknown, FITS);
+    if (!error || fit == FITS || !hw::does_not_fit(error)) return error;
+  }
+  const int error = launch_sums<E>(a, d, {0, LARGE_THREADS, 0, 0}, stream);
+  if (!error) fit.compare_exchange_strong(unknown, DOES_NOT);
+  return error;
 }
 
 // Grid-stride loop over rows. With one scale for all, a few CTAs per SM: it is nearly always 1, so nothing is to be
@@ -74,8 +98,6 @@ int sweep(const SweepArgs& a, void* stream) {
   }
   return hw::INVALID_VALUE;
 }
-
-int fused_policy_loss(const FusedPolicyLossArgs& args, void* stream) { return sweep(SweepArgs{args, nullptr}, stream); }
 
 int policy_loss(const PolicyLossArgs& args, void* stream) {
   SweepArgs a = canonical(args);

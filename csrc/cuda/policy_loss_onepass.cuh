@@ -17,10 +17,49 @@
 
 namespace ppg {
 
-template <class E, int WARPS> __device__ void produce(const SweepArgs& a, const Team<WARPS>& team, float denominator) {
+// Row n into the ring.
+template <class E, int WARPS>
+__device__ __forceinline__ void copy_row(const SweepArgs& a, const Team<WARPS>& team, int64_t n, Cursor& at) {
   using raw = typename E::raw;
   const int lane = threadIdx.x & 31;
-  Cursor at{0, team.slots, 0};
+  const Slice<E> s(a, n, team.rank, team.size);
+  const int head = s.pad ? min(s.len, VEC<E> - s.pad) : 0, body = (s.len - head) / VEC<E> * VEC<E>,
+            tail = s.len - head - body;
+  // Bulk copies move multiples of 16 bytes: up to VEC - 1 elements at each end go through the registers of lanes
+  // 0 to 7 and 8 to 15.
+  const int mine = lane < 8 ? lane : head + body + lane - 8;
+  const bool has = lane < 8 ? lane < head : lane - 8 < tail;
+  const raw edge = has ? s.src[mine] : raw(0);
+  for (int j = 0; j < s.chunks; ++j, at.next()) {
+    hw::bar_wait(&team.empty[at.slot], at.parity ^ 1);
+    raw* const slot = reinterpret_cast<raw*>(team.ring + at.slot * CHUNK);
+    const int base = j * SLOT<E> - s.pad;  // slice element at the start of the slot
+    if (has && mine >= base && mine < base + SLOT<E>) {
+      slot[mine - base] = edge;
+      hw::fence_async();
+    }
+    __syncwarp();
+    if (lane == 0) {
+      const int lo = max(base, head), hi = min(base + SLOT<E>, head + body), bytes = max(hi - lo, 0) * (int)sizeof(raw);
+      hw::bar_expect(&team.full[at.slot], bytes);
+      if (bytes) hw::copy_in(slot + (lo - base), s.src + lo, bytes, &team.full[at.slot]);
+    }
+  }
+}
+
+// The first row, while the launch that this one follows still runs: what it writes is not asked here, so a row that it
+// may have skipped is left alone. True if the row is on its way; the ring has room for one.
+template <class E, int WARPS>
+__device__ __forceinline__ bool run_ahead(const SweepArgs& a, const Team<WARPS>& team, Cursor& at) {
+  const int64_t n = team.first, b = n / a.tokens.length;
+  if (a.skip_zero_advantages || !a.tokens.active(a.tokens.bits(b, n - b * a.tokens.length))) return false;
+  copy_row<E>(a, team, n, at);
+  return true;
+}
+
+template <class E, int WARPS>
+__device__ void produce(const SweepArgs& a, const Team<WARPS>& team, float denominator, Cursor at, bool ahead) {
+  const int lane = threadIdx.x & 31;
   unsigned i = 0;  // row of this team
   __syncwarp();    // every lane has read the counts: their memory may be overwritten by rows
   for (int64_t n = team.first; n < a.tokens.N; n += team.step, ++i) {
@@ -32,31 +71,7 @@ template <class E, int WARPS> __device__ void produce(const SweepArgs& a, const 
       __syncwarp();
       if (lane == 0) hw::bar_arrive(&team.known[i / BATCH % 2]);
     }
-    if (batch[i % BATCH].label < 0) continue;
-    const Slice<E> s(a, n, team.rank, team.size);
-    const int head = s.pad ? min(s.len, VEC<E> - s.pad) : 0, body = (s.len - head) / VEC<E> * VEC<E>,
-              tail = s.len - head - body;
-    // Bulk copies move multiples of 16 bytes: up to VEC - 1 elements at each end go through the registers of lanes
-    // 0 to 7 and 8 to 15.
-    const int mine = lane < 8 ? lane : head + body + lane - 8;
-    const bool has = lane < 8 ? lane < head : lane - 8 < tail;
-    const raw edge = has ? s.src[mine] : raw(0);
-    for (int j = 0; j < s.chunks; ++j, at.next()) {
-      hw::bar_wait(&team.empty[at.slot], at.parity ^ 1);
-      raw* const slot = reinterpret_cast<raw*>(team.ring + at.slot * CHUNK);
-      const int base = j * SLOT<E> - s.pad;  // slice element at the start of the slot
-      if (has && mine >= base && mine < base + SLOT<E>) {
-        slot[mine - base] = edge;
-        hw::fence_async();
-      }
-      __syncwarp();
-      if (lane == 0) {
-        const int lo = max(base, head), hi = min(base + SLOT<E>, head + body),
-                  bytes = max(hi - lo, 0) * (int)sizeof(raw);
-        hw::bar_expect(&team.full[at.slot], bytes);
-        if (bytes) hw::copy_in(slot + (lo - base), s.src + lo, bytes, &team.full[at.slot]);
-      }
-    }
+    if (batch[i % BATCH].label >= 0 && !(ahead && i == 0)) copy_row<E>(a, team, n, at);
   }
 }
 
@@ -175,11 +190,16 @@ __global__ void __launch_bounds__(CONSUMERS + HELPERS, CONSUMERS > 256 ? 1 : 2)
     hw::bar_init(team.finished, 1);
     hw::fence_bar_init();
   }
+  hw::cluster_sync();                                         // no peer may send before the barriers here exist
+  const int helper = (int)threadIdx.x / 32 - CONSUMERS / 32;  // 0 the producer, 1 the finisher
+  Cursor at{0, slots, 0};
+  const bool ahead = helper == 0 && run_ahead<E>(a, team, at);
   int* const counted = reinterpret_cast<int*>(team.rows);  // not written before the producer has read it
+  hw::wait_for_leader();
   count_outer(a, counted, CONSUMERS + HELPERS);
-  hw::cluster_sync();  // no peer may send before the barriers here exist
-  if (threadIdx.x >= CONSUMERS + 32) finish<SUMS>(a, team);
-  else if (threadIdx.x >= CONSUMERS) produce<E>(a, team, outer(a, counted, CONSUMERS + HELPERS));
+  __syncthreads();
+  if (helper == 0) produce<E>(a, team, outer(a, counted, CONSUMERS + HELPERS), at, ahead);
+  else if (helper == 1) finish<SUMS>(a, team);
   else consume<E, CAP, SUMS, CONSUMERS>(a, team);
   hw::cluster_sync();  // no CTA leaves while a peer may still send to it
   if (team.rank == 0) sum_losses(a, team.ring, gridDim.x / team.size, CONSUMERS + HELPERS);

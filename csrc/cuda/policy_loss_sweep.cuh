@@ -17,8 +17,8 @@ int launch_onepass(const SweepArgs& a, const hw::Device& d, const Plan& p, void*
     if (error) return error;
   }
   const unsigned grid = (unsigned)std::min<int64_t>(a.tokens.N, clusters) * p.cluster;
-  return hw::launch(policy_loss_onepass<E, CAP, SUMS, CONSUMERS>, grid, CONSUMERS + HELPERS, p.cluster, smem, stream, a,
-                    p.slots);
+  return hw::launch(a.order, policy_loss_onepass<E, CAP, SUMS, CONSUMERS>, grid, CONSUMERS + HELPERS, p.cluster, smem,
+                    stream, a, p.slots);
 }
 
 template <class E, bool CAP, int SUMS>
@@ -27,8 +27,8 @@ int launch_rows(const SweepArgs& a, const hw::Device& d, const Plan& p, void* st
     if (p.cluster && p.threads == 256) return launch_onepass<E, CAP, SUMS, 256>(a, d, p, stream);
   if (p.cluster) return launch_onepass<E, CAP, SUMS, 512>(a, d, p, stream);
   const int resident = d.sms * two_pass_ctas_per_sm(a.V, sizeof(typename E::raw), p.threads);
-  return hw::launch(policy_loss_twopass<E, CAP, SUMS>, (unsigned)std::min<int64_t>(a.tokens.N, resident), p.threads, 0,
-                    2 * sizeof(Row) + p.threads / 32 * ENTRY_BYTES<SUMS == SCORE_NORM>, stream, a);
+  return hw::launch(a.order, policy_loss_twopass<E, CAP, SUMS>, (unsigned)std::min<int64_t>(a.tokens.N, resident),
+                    p.threads, 0, 2 * sizeof(Row) + p.threads / 32 * ENTRY_BYTES<SUMS == SCORE_NORM>, stream, a);
 }
 
 // With a softcap or without.

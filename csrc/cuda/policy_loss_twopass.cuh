@@ -13,6 +13,7 @@ __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __
   const int V = (int)a.V, tid = threadIdx.x, threads = blockDim.x;
   float* const squares = reinterpret_cast<float*>(part + threads / 32);  // SCORE_NORM: the same
   int* const counted = reinterpret_cast<int*>(part);
+  hw::wait_for_leader();
   count_outer(a, counted, threads);
   __syncthreads();
   const float denominator = outer(a, counted, threads);

@@ -111,6 +111,8 @@ class Stats(NamedTuple):
     launches: int
     cluster: int
     block: int
+    queries: int
+    copies_ahead: int
 
 
 class Control:
@@ -129,11 +131,14 @@ class Control:
         slots: int = 0,
         seed: int = 1,
         mode: int = 1,
+        query_error: int = 0,
         lose: int = 0,
     ) -> None:
         """Play a device of compute capability ``major``; force a plan where ``threads`` is given; ``mode`` 0 eager, 1
-        random, 2 late; lose the arrival number ``lose`` at a barrier."""
-        self._lib.emulator_set(*map(ctypes.c_int, (major, resident, cluster, threads, slots, seed, mode, lose)))
+        random, 2 late; ``query_error``: what a query for the number of resident clusters answers; lose the arrival
+        number ``lose`` at a barrier."""
+        settings = (major, resident, cluster, threads, slots, seed, mode, query_error, lose)
+        self._lib.emulator_set(*map(ctypes.c_int, settings))
 
     def take_stats(self) -> Stats:
         """The counts since the last call."""

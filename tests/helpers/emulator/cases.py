@@ -222,6 +222,7 @@ def main(library: str) -> None:
             mode=mode,
         )
         run(torch.ops.ppg_fast_emulated, case)
+    torch.use_deterministic_algorithms(True)  # fresh memory is poisoned: what is read too early shows
     for cluster, seed, mode in itertools.product((1, 2), (1, 2, 3), (1, 2)):  # three batches of rows
         control.set(resident=seed, cluster=cluster, threads=256, slots=2, seed=seed, mode=mode)
         for got, want in zip(run_fused(seed), run_fused(seed, "reference"), strict=True):

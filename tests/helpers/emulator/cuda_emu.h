@@ -3,17 +3,19 @@
 // cluster alive together.
 //
 // Adversarial on purpose: random order of warps and lanes, a CTA that starts late, bulk copies and remote stores that
-// land late and in any order, the target of a copy poisoned while it is in flight, fresh shared memory poisoned.
+// land late and in any order, the target of a copy poisoned while it is in flight, fresh shared memory poisoned, a
+// launch that another follows run as late as when that one waits for it.
 // Reports: divergent collectives, deadlock, misaligned or out-of-place copies, bad barrier counts, uninitialised
-// barriers, sends to a CTA that has left, leaving with copies in flight. Where nothing can go on, time passes until the
-// watchdog of a wait tells which; an arrival can be lost on purpose.
+// barriers, sends to a CTA that has left, leaving with copies in flight, a thread that does not wait for the launch
+// that its own follows. Where nothing can go on, time passes until the watchdog of a wait tells which; an arrival can
+// be lost on purpose.
 //
 // Cannot see: memory ordering (fences, acquire/release, proxies), bank conflicts, timing, forward-progress rules of
 // real hardware.
 #pragma once
 #include <cmath>
 
-#include "fibers.h"
+#include "leader.h"
 
 #define __global__
 #define __device__
@@ -96,6 +98,11 @@ inline void store16(void* p, uint4 v) {
 }
 inline float load_shared_by_all(const float* p) { return *p; }
 inline unsigned draw_ticket(uint32_t* counter) { return (*counter)++; }
+inline void let_followers_start() {}
+inline void wait_for_leader() {
+  emu::me->waited_for_leader = true;
+  if (emu::leader) emu::pause(emu::LEADER);
+}
 inline unsigned cluster_rank() { return emu::me->cta->rank; }
 inline unsigned cluster_size() { return (unsigned)emu::ctas.size(); }
 inline void cluster_sync() {
@@ -148,6 +155,7 @@ inline void copy_in(void* dst, const void* src, unsigned bytes, uint64_t* p) {
     emu::fail("bulk copy outside this CTA's shared memory");
   std::memset(dst, 0xFF, bytes);  // what is read before it has landed is NaN
   ++emu::stats.copies;
+  if (emu::leader) ++emu::stats.copies_ahead;
   emu::stats.copied_bytes += bytes;
   push({c, dst, src, bytes, {}, emu::bar(c, p)});
 }
@@ -161,7 +169,7 @@ template <class T> void send(T v, void* dst, uint64_t* p, unsigned rank) {
 }
 
 // ---- host: an H200, or an A100 where settings.major is 8 ------------------------------------------------------------
-constexpr int INVALID_VALUE = 1, EMULATOR_ERROR = 2, MAX_DEVICES = 64;
+constexpr int INVALID_VALUE = 1, EMULATOR_ERROR = 2, DOES_NOT_FIT = 3, MAX_DEVICES = 128;
 struct Device {
   int id, major, sms, smem_block, smem_sm;
 };
@@ -171,31 +179,49 @@ inline int current_device(
   *d = major >= 9 ? Device{sms, major, sms, 232448, 233472} : Device{sms, major, sms, 166912, 167936};
   return 0;
 }
+inline bool does_not_fit(int error) { return error == DOES_NOT_FIT; }
 template <class Kernel> int resident_clusters(const Device&, Kernel, unsigned, unsigned, size_t, int* clusters) {
+  ++emu::stats.queries;
   *clusters = emu::settings.resident;
-  return 0;
+  return emu::settings.query_error;
 }
+enum class Order : int { ALONE, LEADS, FOLLOWS };  // as in csrc/cuda/hw.cuh
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, unsigned cluster, size_t smem, void*,
-           const Arguments&... arguments) {
+int launch(Order order, void (*kernel)(Parameters...), unsigned grid, unsigned block, unsigned cluster, size_t smem,
+           void*, const Arguments&... arguments) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  emu::body = [&] { kernel(arguments...); };
   ++emu::stats.launches;
   Device device;
   if (current_device(&device) || smem > (size_t)device.smem_block || block > 1024 || grid % std::max(cluster, 1u))
     return INVALID_VALUE;
+  const auto run = [=] {
+    emu::body = [&] { kernel(arguments...); };
+    emu::run_grid(grid, block, std::max(cluster, 1u), smem);
+  };
+  if (order != Order::FOLLOWS) emu::leader = nullptr;  // nobody came after it: an error in between
+  if (order == Order::LEADS) {
+    emu::leader = run;
+    return 0;
+  }
   emu::stats.cluster = cluster;
   emu::stats.block = block;
   try {
-    emu::run_grid(grid, block, std::max(cluster, 1u), smem);
+    emu::follows = order == Order::FOLLOWS;
+    if (emu::follows && !emu::leader) throw std::runtime_error("emulator: a launch follows none");
+    run();
   } catch (const std::exception& e) {
     emu::last_error = e.what();
     return EMULATOR_ERROR;
   }
   return 0;
 }
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, unsigned cluster, size_t smem, void* stream,
+           const Arguments&... arguments) {
+  return launch(Order::ALONE, kernel, grid, block, cluster, smem, stream, arguments...);
+}
 inline const char* error_string(int error) {
-  return error == EMULATOR_ERROR ? emu::last_error.c_str() : "invalid value";
+  return error == EMULATOR_ERROR ? emu::last_error.c_str() : error == DOES_NOT_FIT ? "does not fit" : "invalid value";
 }
 }  // namespace hw

@@ -21,7 +21,7 @@ struct dim3 {
 };
 
 namespace emu {
-enum State { RUN, WARP, BLOCK, CLUSTER, WAIT, DONE };
+enum State { RUN, WARP, BLOCK, CLUSTER, WAIT, LEADER, DONE };
 enum Mode : int { EAGER, RANDOM, LATE };  // when copies and sends land
 struct Settings {  // the device that is played, how adversarial it is, and a plan that replaces the launcher's
   int major = 9, resident = 2;
@@ -29,11 +29,12 @@ struct Settings {  // the device that is played, how adversarial it is, and a pl
   int cluster = 0, threads = 0, slots = 0;
   unsigned seed = 1;
   int mode = RANDOM;
-  int lose = 0;  // the arrival of this number at a barrier, or of bytes, does not count; 0: none is lost
+  int query_error = 0;  // what the device answers when asked how many clusters it holds
+  int lose = 0;         // the arrival of this number at a barrier, or of bytes, does not count; 0: none is lost
 };
 struct Stats {
   int64_t copies = 0, copied_bytes = 0, sends = 0, most_in_flight = 0, vector_loads = 0, vector_stores = 0,
-          launches = 0, cluster = 0, block = 0;
+          launches = 0, cluster = 0, block = 0, queries = 0, copies_ahead = 0;  // ahead: before the leader had run
 };
 inline Settings settings;
 inline Stats stats;
@@ -58,7 +59,7 @@ struct Fiber {
   unsigned seq = 0;
   uint64_t slot[2] = {};
   Bar* bar = nullptr;
-  bool parity = false;
+  bool parity = false, waited_for_leader = false;
 };
 struct Cta {
   unsigned rank, block, live;
@@ -88,6 +89,8 @@ inline unsigned block_dim, grid_dim;
 inline int arrivals = 0;      // of this launch, at all barriers
 inline long long cycles = 0;  // of this launch: pass only where nothing else happens
 constexpr size_t STACK = 96 << 10;
+inline thread_local std::function<void()> leader;  // of the launch that runs, and has not run itself: leader.h
+inline bool follows;                               // whether it has one
 
 // swapcontext makes a system call each way; setjmp makes none but confuses AddressSanitizer.
 #ifdef __SANITIZE_ADDRESS__
@@ -114,6 +117,7 @@ inline void pause(State s) {
 }
 inline void entry() {
   body();
+  if (follows && !me->waited_for_leader) fail("a thread has not waited for the launch that its own follows");
   for (;;) pause(DONE);
 }
 inline Bar* bar(Cta* c, uint64_t* p) {
@@ -142,7 +146,9 @@ inline void deliver(size_t i) {
   if (!lost()) o.bar->tx -= o.bytes;
   settle(o.bar);
 }
-inline bool runnable(const Fiber& f) { return f.state == RUN || (f.state == WAIT && f.bar->phase() != f.parity); }
+inline bool runnable(const Fiber& f) {
+  return f.state == RUN || (f.state == WAIT && f.bar->phase() != f.parity) || (f.state == LEADER && !leader);
+}
 inline bool release(const std::vector<Fiber*>& group, State s) {  // once all live fibers of the group wait in s
   size_t live = 0, there = 0;
   int op = 0;
@@ -196,6 +202,7 @@ inline bool deliver_some(bool stuck) {
   check();
   return true;
 }
+inline bool lead_some(const std::vector<Fiber*>& all, bool stuck);  // leader.h
 inline bool try_in_vain(const std::vector<Fiber*>& all) {  // waits for barriers give up, look at the clock, try again
   bool any = false;
   for (auto* f : all)
@@ -223,6 +230,7 @@ inline void run_cluster() {
     if (!progress)  // skipped by the random cut in run_warp
       for (const auto* f : all) progress |= f->state != DONE && (int)f->cta->rank != held && runnable(*f);
     progress |= deliver_some(!progress);
+    progress |= lead_some(all, !progress);
     if (std::all_of(ctas.begin(), ctas.end(), [](const Cta& c) { return c.live == 0; })) return;
     if (!progress && held >= 0) held = -1;
     else if (!progress && !try_in_vain(all))

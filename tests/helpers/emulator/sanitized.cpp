@@ -45,7 +45,8 @@ void run_fused(const Rows& logits, const Rows& dlogits, int64_t V, DType dtype, 
   std::vector<int32_t> tokens(S * 2);
   std::vector<uint32_t> ticket(1, 9);
   const auto column = [](const auto& v, bool floating) { return Column{v.data(), L, 1, (int)sizeof v[0], floating}; };
-  CreditArgs c{};
+  FusedLaunchArgs both{};
+  auto& [c, a] = both;
   c.tokens = {column(labels, false),
               column(mask, round % 2),
               column(turns, false),
@@ -58,8 +59,6 @@ void run_fused(const Rows& logits, const Rows& dlogits, int64_t V, DType dtype, 
   c.T = T, c.lookahead = 2, c.gamma = 0.9, c.std_eps = 1e-6, c.baseline = Baseline(1 + round % 3);
   c.returns = credit.data(), c.advantages = credit.data() + S * T;
   c.counts = tokens.data(), c.counted = means ? S : 1, c.slices = means ? 2 : 4, c.ticket = ticket.data();
-  expect(cuda::credit(c, nullptr), "credit");
-  FusedPolicyLossArgs a{};
   a.tokens = c.tokens, a.logits = logits, a.dlogits = dlogits, a.V = V, a.dtype = dtype;
   a.temperature = 1.1f, a.logit_softcap = cap ? 9.f : 0.f, a.old_logprobs = column(old, true);
   a.turn_advantages = c.advantages, a.T = T;
@@ -69,7 +68,7 @@ void run_fused(const Rows& logits, const Rows& dlogits, int64_t V, DType dtype, 
   a.loss = loss.data(), a.logprob = logprob.data(), a.entropy = entropy ? ent.data() : nullptr;
   a.score_norm = entropy && round % 3 ? norm.data() : nullptr;
   a.total = total.data(), a.ticket = ticket.data();
-  expect(cuda::fused_policy_loss(a, nullptr), "fused_policy_loss");
+  expect(cuda::fused_policy_loss(both, nullptr), "fused_policy_loss");
   if (!std::isfinite(total[0])) ++failures, std::printf("fused loss %g\n", total[0]);
 }
 
