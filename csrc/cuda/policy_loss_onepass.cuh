@@ -190,16 +190,16 @@ __global__ void __launch_bounds__(CONSUMERS + HELPERS, CONSUMERS > 256 ? 1 : 2)
     hw::bar_init(team.finished, 1);
     hw::fence_bar_init();
   }
-  hw::cluster_sync();  // no peer may send before the barriers here exist
-  const bool finisher = threadIdx.x >= CONSUMERS + 32, producer = threadIdx.x >= CONSUMERS && !finisher;
+  hw::cluster_sync();                                         // no peer may send before the barriers here exist
+  const int helper = (int)threadIdx.x / 32 - CONSUMERS / 32;  // 0 the producer, 1 the finisher
   Cursor at{0, slots, 0};
-  const bool ahead = producer && run_ahead<E>(a, team, at);
+  const bool ahead = helper == 0 && run_ahead<E>(a, team, at);
   int* const counted = reinterpret_cast<int*>(team.rows);  // not written before the producer has read it
   hw::wait_for_leader();
   count_outer(a, counted, CONSUMERS + HELPERS);
   __syncthreads();
-  if (finisher) finish<SUMS>(a, team);
-  else if (producer) produce<E>(a, team, outer(a, counted, CONSUMERS + HELPERS), at, ahead);
+  if (helper == 0) produce<E>(a, team, outer(a, counted, CONSUMERS + HELPERS), at, ahead);
+  else if (helper == 1) finish<SUMS>(a, team);
   else consume<E, CAP, SUMS, CONSUMERS>(a, team);
   hw::cluster_sync();  // no CTA leaves while a peer may still send to it
   if (team.rank == 0) sum_losses(a, team.ring, gridDim.x / team.size, CONSUMERS + HELPERS);

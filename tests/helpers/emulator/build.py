@@ -25,8 +25,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[3]
 EMULATOR = Path(__file__).parent
 CACHE = ROOT / "build" / "emulator"
-NEVER_PATCHED = ("credit", "logprobs", "partial_returns", "scale_rows")
-SOURCES = [ROOT / "csrc/cuda" / f"{name}.cu" for name in NEVER_PATCHED]
+SOURCES = [ROOT / "csrc/cuda" / f"{name}.cu" for name in ("credit", "logprobs", "partial_returns")]  # never patched
 COMPILE = (
     "-std=c++20",
     "-O2",
@@ -138,8 +137,8 @@ class Control:
         """Play a device of compute capability ``major``; force a plan where ``threads`` is given; ``mode`` 0 eager, 1
         random, 2 late; ``query_error``: what a query for the number of resident clusters answers; lose the arrival
         number ``lose`` at a barrier."""
-        numbers = (major, resident, cluster, threads, slots, seed, mode, query_error, lose)
-        self._lib.emulator_set(*map(ctypes.c_int, numbers))
+        settings = (major, resident, cluster, threads, slots, seed, mode, query_error, lose)
+        self._lib.emulator_set(*map(ctypes.c_int, settings))
 
     def take_stats(self) -> Stats:
         """The counts since the last call."""

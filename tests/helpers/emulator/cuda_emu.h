@@ -7,8 +7,8 @@
 // launch that another follows run as late as when that one waits for it.
 // Reports: divergent collectives, deadlock, misaligned or out-of-place copies, bad barrier counts, uninitialised
 // barriers, sends to a CTA that has left, leaving with copies in flight, a thread that does not wait for the launch
-// that its own follows. Where nothing can go on, time passes until the watchdog of a wait tells which; an arrival can be
-// lost on purpose.
+// that its own follows. Where nothing can go on, time passes until the watchdog of a wait tells which; an arrival can
+// be lost on purpose.
 //
 // Cannot see: memory ordering (fences, acquire/release, proxies), bank conflicts, timing, forward-progress rules of
 // real hardware.

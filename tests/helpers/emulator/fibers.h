@@ -30,7 +30,7 @@ struct Settings {  // the device that is played, how adversarial it is, and a pl
   unsigned seed = 1;
   int mode = RANDOM;
   int query_error = 0;  // what the device answers when asked how many clusters it holds
-  int lose = 0;  // the arrival of this number at a barrier, or of bytes, does not count; 0: none is lost
+  int lose = 0;         // the arrival of this number at a barrier, or of bytes, does not count; 0: none is lost
 };
 struct Stats {
   int64_t copies = 0, copied_bytes = 0, sends = 0, most_in_flight = 0, vector_loads = 0, vector_stores = 0,
