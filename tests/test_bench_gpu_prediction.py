@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from ppg_fast.bench import render, result_file
-from ppg_fast.bench.gpu import model, predicted, sass, slots
+from ppg_fast.bench.gpu import build, model, predicted, sass, slots
 from ppg_fast.bench.gpu import predict as command
 from ppg_fast.bench.gpu.devices import DEVICES, named
 from ppg_fast.bench.gpu.model import Case, Counts, Launches, Plan, Unknowns, chosen, predict
@@ -157,19 +157,16 @@ def test_code_that_is_built_otherwise_is_refused():
         kernel.way(0x180, 0x20, "HMMA", 1)
 
 
-@pytest.mark.skipif(not native.HAS_CUDA or sass.cuobjdump() is None, reason="needs CUDA code and cuobjdump")
 def test_the_stored_counts_are_those_of_the_extension(stored):
+    """Two kernels, where the extension was built from today's sources."""
+    extension, today = next(Path(native.__file__).parent.glob("_C*.so")), build.sources(ROOT)
+    if sass.cuobjdump() is None or today.misfit(extension) or "sm_90a" not in today.built(extension).gpus:
+        pytest.skip("needs cuobjdump and an extension of today's sources for sm_90a")
     wanted = "policy_loss_onepass<BF16, false, 0, 512>", "policy_loss_onepass<BF16, false, 1, 256>"
-    extension = next(Path(native.__file__).parent.glob("_C*.so"))
-    found = {k.name: slots.of(k) for k in sass.kernels(extension, sass.cuobjdump(), "sm_90a", wanted.__contains__)}
-    if not found:
-        pytest.skip("the extension was built for other GPUs")
-    for name, counts in found.items():
-        expected = stored["counts"]["sm_90a"][name]
-        assert asdict(counts) == pytest.approx(expected, rel=0.02), (
-            "the kernels have changed: run python -m ppg_fast.bench.gpu.predict and python -m ppg_fast.bench --render"
+    for kernel in sass.kernels(extension, sass.cuobjdump(), "sm_90a", wanted.__contains__):
+        assert asdict(slots.of(kernel)) == pytest.approx(stored["counts"]["sm_90a"][kernel.name], rel=0.02), (
+            f"{kernel.name} has changed: run python -m ppg_fast.bench.gpu.predict and python -m ppg_fast.bench --render"
         )
-    assert asdict(command.launches()) == stored["launches"]
 
 
 # ---- the file and its tables -----------------------------------------------------------------------------------------
@@ -180,9 +177,11 @@ def test_the_stored_predictions_are_the_models(stored):
     assert len(calls) == 3 * 2 * 4 * 3
     for row, again in zip(calls[:4], command.calls(found, around), strict=False):
         assert again == row
+    assert stored["launches"] == asdict(command.launches())
+    assert next(row["after"] for row in stored["heads"] if row["built"]) == command.scaled()
     assert stored["unknowns"] == asdict(Unknowns())
     assert [d["name"] for d in stored["devices"]] == [d.name for d in DEVICES]
-    assert list(command.heads(found)) == stored["heads"]
+    assert list(command.heads(found, next(r["after"] for r in stored["heads"] if r["built"]))) == stored["heads"]
 
 
 def test_every_way_that_is_measured_is_predicted():

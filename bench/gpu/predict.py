@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import result_file
-from . import sass, slots
+from . import build, slots
 from .bars import VOCABULARIES
 from .devices import DEVICES, SOURCES, named
 from .model import Case, Counts, Device, Launches, Plan, Unknowns, chosen, predict
@@ -38,23 +38,11 @@ REVIEWED = {
     256: (Counts(7.69, 8.00, 448, 447, 33 / 32), Counts(10.22, 9.75, 480, 479, 33 / 32)),
 }
 # What happens to d_weight behind its GEMM: bytes an element; the first as slow as the review expects it.
-AFTERWARDS = {"a cast element by element (as reviewed)": 21, "a kernel that scales and casts": 6, "nothing": 0}
-SCALED = "a cast element by element (as reviewed)"  # what is built
+AFTERWARDS = {"a cast element by element, as reviewed": 21, "a kernel that scales and casts": 6, "nothing": 0}
 Built = dict[str, dict[str, Counts]]  # architecture -> kernel -> counts
 
 
 # ---- what is built ---------------------------------------------------------------------------------------------------
-def built(extension: Path) -> Built:
-    """The one-pass kernels of every architecture that the extension has code for."""
-    tool = sass.cuobjdump()
-    if tool is None:
-        raise ValueError("needs cuobjdump, which comes with the CUDA toolkit and with Triton")
-    found = {arch: slots.read(extension, arch, tool) for arch in sorted(set(ARCHITECTURES.values()))}
-    if not all(found.values()):
-        raise ValueError(f"{extension} must have code for {', '.join(found)}, built where there is an nvcc")
-    return found
-
-
 def launches() -> Launches:
     """The launches of a fused policy loss whose denominator is counted, as csrc/cuda and ppg_fast/native.py have it."""
     from ppg_fast import native
@@ -67,6 +55,12 @@ def launches() -> Launches:
     return Launches(
         iterations, overlapped="wait_for_leader" in (ROOT / "csrc/cuda/policy_loss_onepass.cuh").read_text()
     )
+
+
+def scaled() -> str:
+    """Of AFTERWARDS, what the head does: with that kernel it needs it for more than one chunk of rows only."""
+    head = (ROOT / "ppg_fast/ops/head.py").read_text()
+    return "nothing" if "scale_rows" in head else next(iter(AFTERWARDS))
 
 
 def counts_of(found: Built, device: Device, dtype: str, sums: int, threads: int) -> Counts:
@@ -204,7 +198,7 @@ def sensitivity(found: Built, around: Launches) -> Iterator[dict[str, Any]]:
                 yield {"unknown": name, "value": value, "V": V, **shares(changed, V, plan, counts, around, u)}
 
 
-def heads(found: Built) -> Iterator[dict[str, Any]]:
+def heads(found: Built, built: str) -> Iterator[dict[str, Any]]:
     """`linear_policy_loss` at V 128,256 and D 4,096 beside its three GEMMs, by what happens to d_weight afterwards."""
     V, small = 128256, 0.2e-3  # of some thirty small launches of metrics
     for device in DEVICES[:3]:
@@ -217,20 +211,20 @@ def heads(found: Built) -> Iterator[dict[str, Any]]:
             for name, passes in AFTERWARDS.items():
                 seconds = products + sweep + small + passes * V * D / device.copy
                 yield {
-                    "device": device.name, "active": full, "after": name, "built": name == SCALED,
+                    "device": device.name, "active": full, "after": name, "built": name == built,
                     "gemms_ms": round(1e3 * products, 2), "sweep_ms": round(1e3 * sweep, 2),
                     "ms": round(1e3 * seconds, 2), "share": round(products / seconds, 4),
                 }  # fmt: skip
 
 
-def file_of(found: Built, around: Launches, sources: str) -> dict[str, Any]:
+def file_of(found: Built, around: Launches, after: str) -> dict[str, Any]:
     """The content of the results file."""
     tables = {
         "calls": calls(found, around), "plans": plans(found, around), "triton": triton(around),
-        "changes": changes(found, around), "sensitivity": sensitivity(found, around), "heads": heads(found),
+        "changes": changes(found, around), "sensitivity": sensitivity(found, around), "heads": heads(found, after),
     }  # fmt: skip
     return result_file.header("python -m ppg_fast.bench.gpu.predict") | {
-        "sources": sources,
+        "sources": build.sources(ROOT).checksum(),
         "launches": asdict(around),
         "unknowns": asdict(Unknowns()),
         "devices": [asdict(device) | {"source": SOURCES[device.name]} for device in DEVICES],
@@ -240,18 +234,16 @@ def file_of(found: Built, around: Launches, sources: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 written; 1 where the extension has no CUDA code or cannot be read."""
+    """0 written; 1 where there is no machine code to be read."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Predict the shares that the kernels reach.")
     parser.add_argument("--output", type=Path, default=result_file.FOLDER)
     arguments = parser.parse_args(argv)
-    from ppg_fast import native
-
     try:
-        found = built(next(Path(native.__file__).parent.glob("_C*.so")))
+        found = slots.built(ROOT, sorted(set(ARCHITECTURES.values())))
     except ValueError as error:
         print(f"ppg_fast.bench.gpu.predict: {error}", file=sys.stderr)
         return 1
-    print(f"wrote {result_file.write(arguments.output, NAME, file_of(found, launches(), native.sources()))}")
+    print(f"wrote {result_file.write(arguments.output, NAME, file_of(found, launches(), scaled()))}")
     return 0
 
 

@@ -16,7 +16,7 @@ LOOK_AT = {
     "evenness": "`dram__throughput.avg.pct_of_peak_sustained_elapsed` beside that of the copy",
     "clock": "`smsp__cycles_elapsed.avg.per_second`, and the power limit",
     "copy": "the copy of the same run",
-    "exchange": "`smsp__average_warps_issue_stalled_long_scoreboard`, `..._short_scoreboard`, by source line",
+    "exchange": "`smsp__average_warps_issue_stalled_*_per_issue_active`, by source line",
     "latency": "waits of the consumers for `full`, by source line",
     "few": "the plans with 256 threads beside those with 512",
     "gap": "the op beside the sum of its kernels",

@@ -1,27 +1,57 @@
-"""Issue slots of the one-pass kernel, from the machine code of the extension."""
+"""Issue slots of the one-pass kernel, from its machine code."""
 
 import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from . import sass
+from . import build, sass
 from .model import CHUNK, Counts
 
 WIDE_STORE, WIDE_LOAD, EXPONENTIAL = "STG.E.EF.128", "LDS.128", "MUFU.EX2"
 WAIT, RELEASE = "SYNCS.PHASECHK", "SYNCS.ARRIVE"
 
 
-def read(extension: Path, arch: str, disassembler: str) -> dict[str, Counts]:
-    """Name of each one-pass kernel without a softcap -> what it issues; empty where there is no code for ``arch``."""
+def built(root: Path, architectures: Sequence[str]) -> dict[str, dict[str, Counts]]:
+    """The one-pass kernels of each architecture, "sm_90a": those of the extension below ``root`` where it is of today's
+    sources and has them all, else compiled; ValueError where a tool is missing."""
+    if (tool := sass.cuobjdump()) is None:
+        raise ValueError("needs cuobjdump, which comes with the CUDA toolkit and with Triton")
+    today = build.sources(root)
+    for extension in sorted((root / "ppg_fast").glob("_C*.so")):
+        if not today.misfit(extension) and set(architectures) <= set(today.built(extension).gpus):
+            return {arch: read([extension], arch, tool) for arch in architectures}
+    if shutil.which("nvcc") is None:
+        raise ValueError("needs an extension of today's sources with CUDA code, or nvcc")
+    with tempfile.TemporaryDirectory() as folder:
+        return {arch: read(list(_compiled(root, Path(folder), arch)), arch, tool) for arch in architectures}
+
+
+def _compiled(root: Path, folder: Path, arch: str) -> Iterator[Path]:
+    """The units that hold the kernels that are `read`."""
+    wanted = {f"policy_loss_sweep-{dtype}-{sums}" for dtype in ("F32", "BF16") for sums in ("PLAIN", "ENTROPY")}
+    for unit in build.sources(root).cuda_units():
+        if unit.name in wanted:
+            cubin = folder / f"{unit.name}.{arch}.cubin"
+            flags = ["-std=c++17", "-O3", f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}", "-cubin"]
+            subprocess.run(["nvcc", *flags, *unit.flags, "-o", cubin, unit.source], check=True)
+            yield cubin
+
+
+def read(files: Sequence[Path], arch: str, tool: str) -> dict[str, Counts]:
+    """Name of each one-pass kernel without softcap and score norm -> what it issues."""
 
     def wanted(name: str) -> bool:
-        return re.match(r"policy_loss_onepass<(F32|BF16), false, \d, \d+>", name) is not None
+        return re.match(r"policy_loss_onepass<(F32|BF16), false, [01], \d+>", name) is not None
 
-    return {kernel.name: of(kernel) for kernel in sass.kernels(extension, disassembler, arch, wanted)}
+    return {kernel.name: of(kernel) for file in files for kernel in sass.kernels(file, tool, arch, wanted)}
 
 
 def of(kernel: sass.Kernel) -> Counts:
-    """Each sweep is the shortest way round through its block for whole, aligned chunks, with a wait for each of them or a
-    release; the rest of a row is the shortest way from one to the other and back. ValueError where there is none."""
+    """Each sweep is the shortest way round through its block for whole, aligned chunks, with a wait or a release for
+    each of them; the rest of a row is the shortest way from one to the other and back. ValueError without such ways."""
     found = re.search(r"<(\w+), .*, (\d+)>", kernel.name)
     assert found is not None
     vector, threads = 4 if found[1] == "F32" else 8, int(found[2])
