@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -212,34 +211,33 @@ def test_a_checkpoint_that_one_rank_cannot_write_or_read_is_none_for_all(both):
     assert re.search(said, both[0]["failures"]["said"][0])
 
 
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory):
+    """Both losses in forks of one process; one process of pytest each where they are shared out would cost more."""
+    folder = tmp_path_factory.mktemp("lost")
+    write_dialogues(folder / "log.jsonl")
+    command = [sys.executable, HERE / "ranks_case.py", folder, *LOSSES]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return folder, {one["how"]: one for one in found}
+
+
 @pytest.mark.parametrize("how", LOSSES)
-def test_a_rank_that_is_lost_is_an_error_on_the_others(how, tmp_path):
+def test_a_rank_that_is_lost_is_an_error_on_the_others(how, lost):
     """Without torchrun, which would end them: rank 0 finds out by itself, says so, and the run can go on."""
-    write_dialogues(tmp_path / "log.jsonl")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    meeting = {**ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, HERE / "ranks_case.py", tmp_path, how]
-    processes = [
-        subprocess.Popen(command, env={**meeting, "RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)
-    ]
-    try:
-        said = processes[0].communicate(timeout=120)[1]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert processes[0].returncode == 1, said
+    folder, ends = lost
+    said = ends[how]["said"]
+    assert ends[how]["status"] == 1, said
     rule = (
         "a rank died or did not answer within 5 seconds (rank_timeout); --resume goes on from the newest checkpoint: "
     )
     assert f"ppg-fast: {rule}" in said
     assert "Traceback" not in said
-    assert json.loads((tmp_path / how / "summary.json").read_text())["status"] == "failed"
-    assert [p.name for p in checkpoint.checkpoints(tmp_path / how / "checkpoints")] == ["step-00000002"]
+    assert json.loads((folder / how / "summary.json").read_text())["status"] == "failed"
+    assert [p.name for p in checkpoint.checkpoints(folder / how / "checkpoints")] == ["step-00000002"]
     with lone_rank():
-        assert train("--resume", tmp_path / how, "--parallel", "fsdp2") == 0
+        assert train("--resume", folder / how, "--parallel", "fsdp2") == 0
 
 
 @pytest.mark.parametrize("name", PARALLEL)
