@@ -211,33 +211,28 @@ def test_a_checkpoint_that_one_rank_cannot_write_or_read_is_none_for_all(both):
     assert re.search(said, both[0]["failures"]["said"][0])
 
 
-@pytest.fixture(scope="module")
-def lost(tmp_path_factory):
-    """Both losses in forks of one process; one process of pytest each where they are shared out would cost more."""
-    folder = tmp_path_factory.mktemp("lost")
-    write_dialogues(folder / "log.jsonl")
-    command = [sys.executable, HERE / "ranks_case.py", folder, *LOSSES]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
+def test_a_rank_that_is_lost_is_an_error_on_the_others(tmp_path):
+    """Without torchrun, which would end them: rank 0 finds out by itself, says so, and the run can go on. One test of
+    all losses, whose ranks are forks of one process."""
+    write_dialogues(tmp_path / "log.jsonl")
+    command = [sys.executable, HERE / "ranks_case.py", tmp_path, *LOSSES]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return folder, {one["how"]: one for one in found}
-
-
-@pytest.mark.parametrize("how", LOSSES)
-def test_a_rank_that_is_lost_is_an_error_on_the_others(how, lost):
-    """Without torchrun, which would end them: rank 0 finds out by itself, says so, and the run can go on."""
-    folder, ends = lost
-    said = ends[how]["said"]
-    assert ends[how]["status"] == 1, said
-    rule = (
-        "a rank died or did not answer within 5 seconds (rank_timeout); --resume goes on from the newest checkpoint: "
-    )
-    assert f"ppg-fast: {rule}" in said
-    assert "Traceback" not in said
-    assert json.loads((folder / how / "summary.json").read_text())["status"] == "failed"
-    assert [p.name for p in checkpoint.checkpoints(folder / how / "checkpoints")] == ["step-00000002"]
-    with lone_rank():
-        assert train("--resume", folder / how, "--parallel", "fsdp2") == 0
+    ends = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [end["how"] for end in ends] == list(LOSSES)
+    for end in ends:
+        run, said = tmp_path / end["how"], end["said"]
+        assert end["status"] == 1, said
+        rule = (
+            "a rank died or did not answer within 5 seconds (rank_timeout); --resume goes on from the newest "
+            "checkpoint: "
+        )
+        assert f"ppg-fast: {rule}" in said
+        assert "Traceback" not in said
+        assert json.loads((run / "summary.json").read_text())["status"] == "failed"
+        assert [p.name for p in checkpoint.checkpoints(run / "checkpoints")] == ["step-00000002"]
+        with lone_rank():
+            assert train("--resume", run, "--parallel", "fsdp2") == 0
 
 
 @pytest.mark.parametrize("name", PARALLEL)
