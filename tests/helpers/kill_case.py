@@ -153,10 +153,10 @@ def every_trial(folder: Path) -> None:
         seconds = time.perf_counter() - began
         require(status == 0, "the run that is not killed must finish", whole.with_suffix(".log").read_text())
         truth, touches = result(whole), int(whole.with_suffix(".touched").read_text())
-        step = max(1, touches // 8)
+        step = max(1, touches // 6)
         for at in range(1 + rng.randrange(step), touches + 1, step):
             trial(job, argv, folder / f"{job}-touch-{at}", [at], truth)
-        for number in range(4):
+        for number in range(2):
             deaths = [rng.uniform(0, seconds) for _ in range(rng.randint(1, 3))]
             trial(job, argv, folder / f"{job}-time-{number}", deaths, truth)
 

@@ -1,6 +1,7 @@
 """What each rank runs for test_ranks.py: `torchrun ranks_case.py FOLDER` writes what came out; without a launcher it is
-one process."""
+one process. `ranks_case.py FOLDER HOW` loses a rank of a run and prints what the other did."""
 
+import json
 import os
 import resource
 import shutil
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from forks import fork, meeting
 from kill_case import TINY, flags
 from torch import distributed
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -21,7 +23,7 @@ from ppg_fast import backends
 from ppg_fast.cli import main
 from ppg_fast.dialogues.packing import CONTEXT, Sample
 from ppg_fast.distributed import Ranks
-from ppg_fast.jobs import OfflineJob, PersonaJob
+from ppg_fast.jobs import OfflineJob, PersonaJob, RunFolder
 from ppg_fast.models.causal_lm import distribute, make_model
 from ppg_fast.models.sharding import whole
 from ppg_fast.spec import FullPlanning, Lookahead, PolicyLossSpec
@@ -35,11 +37,11 @@ JOBS = {
     "persona": [
         *TINY,
         *flags(
-            "--imitation-steps 2 --imitation-batch 3 --max-steps 5 --num-prompts 3 --num-generations 3 --max-turns 6"
+            "--imitation-steps 2 --imitation-batch 3 --max-steps 4 --num-prompts 3 --num-generations 3 --max-turns 4"
         ),
         *flags("--kl-coef 0.1 --entropy-coef 0.1 --num-iterations 2 --loss-type ppo --max-tokens 200"),
     ],
-    "offline": [*TINY, *flags("--max-steps 5 --vocab-size 280 --num-prompts 5 --kl-coef 0.1 --max-tokens 100")],
+    "offline": [*TINY, *flags("--max-steps 4 --vocab-size 280 --num-prompts 5 --kl-coef 0.1 --max-tokens 100")],
 }
 
 
@@ -81,7 +83,7 @@ class Case:
     samples: Callable[[int], list[Sample]] = lambda step: dialogues(7, step)
     objective: Objective = field(default_factory=lambda: Objective(Lookahead(2)))
     max_tokens: int = 30
-    steps: int = 3
+    steps: int = 2
     tied: bool = True
     sync_each_batch: bool = False
     frozen: str = "-"  # weights with this in their name do not learn
@@ -90,25 +92,25 @@ class Case:
 
 PPO = PolicyLossSpec(loss_type="ppo", clip_low=0.02, clip_high=0.03, kl_coef=0.1, entropy_coef=0.01)
 PLAIN = Objective(Lookahead(2), baseline="none")
-REDUCTIONS = ("sequence_sum", "sequence_mean", "token_mean", "sum")
-CASES = {
-    **{reduction: Case(objective=Objective(Lookahead(2), reduction=reduction)) for reduction in REDUCTIONS},
+CASES = {  # between them every reduction
+    "sequence_sum": Case(),
     "imitation": Case(objective=Objective(imitate=True, reduction="token_mean")),
     "ppo, KL, entropy, 2 iterations": Case(objective=Objective(FullPlanning(), spec=PPO, num_iterations=2)),
     "gspo, 2 iterations": Case(
         objective=Objective(Lookahead(2), spec=PolicyLossSpec(loss_type="gspo"), num_iterations=2)
     ),
-    "importance cap": Case(
-        lambda step: dialogues(7, step, logprobs=True), Objective(spec=PolicyLossSpec(importance_cap=2.0))
+    "importance cap, sequence_mean": Case(
+        lambda step: dialogues(7, step, logprobs=True),
+        Objective(spec=PolicyLossSpec(importance_cap=2.0), reduction="sequence_mean"),
     ),
     "one long dialogue, many short": Case(lambda step: dialogues(7, step, turns=(9, 1, 1, 1, 1, 1, 1)), max_tokens=6),
     "a rank without an active token": Case(lambda step: idle_rank(), PLAIN),
     "a rank without a dialogue": Case(lambda step: dialogues(1, step), PLAIN),
-    "no dialogue at all": Case(lambda step: [], PLAIN, steps=2),
-    "nothing to learn": Case(lambda step: unrewarded(), PLAIN, steps=2),
-    "not finite on one rank": Case(exploding, PLAIN),
-    "head of its own": Case(tied=False),
-    "gradients reduced each time": Case(sync_each_batch=True),
+    "no dialogue at all": Case(lambda step: [], PLAIN),
+    "nothing to learn": Case(lambda step: unrewarded(), PLAIN),
+    "not finite on one rank": Case(exploding, PLAIN, steps=3),
+    "head of its own, token_mean": Case(objective=Objective(Lookahead(2), reduction="token_mean"), tied=False),
+    "gradients reduced each time, sum": Case(objective=Objective(Lookahead(2), reduction="sum"), sync_each_batch=True),
     "frozen head": Case(frozen="embed"),
     "frozen layer": Case(frozen="layers.0"),
     "bf16": Case(bf16=True),
@@ -164,9 +166,12 @@ def train(*options: object, cut_at: int = 0, act: Callable[[], None] = terminate
 
     for job, collect in collects.items():
         job.collect = cutting(collect)
+    # most of a tiny run's time, and no part of what is compared
+    draw, RunFolder.draw_curve = RunFolder.draw_curve, lambda *_: None
     try:
         return main(["train", *map(str, options)])
     finally:
+        RunFolder.draw_curve = draw
         for job, collect in collects.items():
             job.collect = collect
 
@@ -237,16 +242,25 @@ def on_ranks(folder: Path) -> None:
     ranks.leave()
 
 
+def lose(folder: Path, how: str) -> dict[str, object]:
+    """Exit status and words of rank 0 of a run whose rank 1 is lost, without torchrun, which would end it."""
+    options = (*JOBS["offline"], "--data", folder / "log.jsonl", "--rank-timeout", 5, "--parallel", "fsdp2")
+
+    def run() -> int:
+        return train(*options, "--output-dir", folder / how, cut_at=4, act=LOSSES[how])
+
+    logs = [folder / f"{how}-{rank}.log" for rank in range(2)]
+    children = [fork(run, of, log) for of, log in zip(meeting(2), logs, strict=True)]
+    status = os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1])
+    os.kill(children[1], signal.SIGKILL)  # where it is only silent
+    os.waitpid(children[1], 0)
+    return {"how": how, "status": status, "said": logs[0].read_text()}
+
+
 if __name__ == "__main__":
     if sys.argv[2:]:
-        options = (
-            *JOBS["offline"],
-            "--data",
-            Path(sys.argv[1], "log.jsonl"),
-            "--rank-timeout",
-            5,
-            "--parallel",
-            "fsdp2",
-        )
-        sys.exit(train(*options, "--output-dir", Path(sys.argv[1], sys.argv[2]), cut_at=4, act=LOSSES[sys.argv[2]]))
-    on_ranks(Path(sys.argv[1]))
+        torch.set_num_threads(1)
+        for how in sys.argv[2:]:
+            print(json.dumps(lose(Path(sys.argv[1]), how)), flush=True)
+    else:
+        on_ranks(Path(sys.argv[1]))

@@ -1,10 +1,12 @@
 """What each rank runs for test_integrations_trl_ranks.py: train a little, project through a sharded head, write what
-came out."""
+came out. `trl_ranks.py FOLDER` does it alone and on two ranks."""
 
+import os
 import sys
 from pathlib import Path
 
 import torch
+from forks import fork, run_ranks
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -62,8 +64,7 @@ def sharded_head(rank: int, world: int, *, own_group: bool) -> dict[str, torch.T
     return grads
 
 
-def main(folder: Path) -> None:
-    world = int(sys.argv[2])
+def main(folder: Path, world: int) -> None:
     results = {choice: run(folder, world, *choice) for choice in CHOICES}
     rank = dist.get_rank() if dist.is_initialized() else 0
     assert world == (dist.get_world_size() if dist.is_initialized() else 1)
@@ -73,4 +74,7 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    _, status = os.waitpid(fork(lambda: main(Path(sys.argv[1]), 1), {}), 0)
+    if status:
+        sys.exit(f"the one process ended with wait status {status}")
+    run_ranks(2, lambda: main(Path(sys.argv[1]), 2))

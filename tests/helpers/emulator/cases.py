@@ -1,16 +1,21 @@
 """One launch of the emulated policy loss and its check against the reference in float64.
 
 `python -m emulator.cases LIBRARY` (with tests/helpers/ on the path) runs the PROBES, which a library with a planted
-fault must fail.
+fault must fail. Of several libraries, each in a fork of its own, it prints one JSON line each: exit status and words.
 """
 
 import itertools
+import json
+import os
 import sys
+import tempfile
 from dataclasses import dataclass, field, replace
 from math import ceil
+from pathlib import Path
 
 import torch
 from emulator.build import Control, install
+from forks import fork
 from torch import Tensor
 
 import ppg_fast as ppg
@@ -229,5 +234,13 @@ def main(library: str) -> None:
             assert torch.allclose(got, want, rtol=1e-5, atol=1e-6), "fused"
 
 
+def each(libraries: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for library in libraries:
+            log = Path(folder, "log")
+            _, status = os.waitpid(fork(lambda library=library: main(library), {}, log), 0)
+            print(json.dumps({"status": os.waitstatus_to_exitcode(status), "said": log.read_text()}), flush=True)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1]) if len(sys.argv) == 2 else each(sys.argv[1:])
