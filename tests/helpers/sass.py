@@ -1,11 +1,13 @@
-"""Reads the machine code of a cubin: the instructions of each kernel, and the runs of them without a branch."""
+"""Reads the machine code of a cubin or of the extension: the instructions of each kernel, the runs of them without a
+branch, the ways between those."""
 
 import re
 import shutil
 import subprocess
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,41 +30,70 @@ class Kernel:
         """Instructions whose mnemonic begins with ``prefix``."""
         return sum(mnemonic(text).startswith(prefix) for _, text in self.code)
 
-    def loop_around(self, prefix: str) -> "Kernel":
-        """The outermost loop with the first instruction whose mnemonic begins with ``prefix``, as a kernel of its own:
-        what can run after it and before it again, wherever ptxas has put that code, and what is called from there."""
+    @cached_property
+    def after(self) -> dict[int, set[int]]:
+        """Where each instruction may go on."""
         after: dict[int, set[int]] = {address: set() for address, _ in self.code}
-        before: dict[int, set[int]] = {address: set() for address, _ in self.code}
-        called: dict[int, int] = {}
         for (address, text), (following, _) in zip(self.code, [*self.code[1:], (-1, "")], strict=True):
-            if m := re.search(r"\bCALL\S* .*?0x([0-9a-f]+)", text):
-                called[address] = int(m[1], 16)  # and returns to the instruction behind it
             if m := re.search(r"\bBRA\S* .*?0x([0-9a-f]+)", text):
                 after[address].add(int(m[1], 16))
             if not re.match(r"BRA 0x|EXIT|RET", text):
                 after[address].add(following)
-            for target in after[address] & before.keys():
+        return after
+
+    def loop_around(self, prefix: str) -> "Kernel":
+        """The outermost loop with the first instruction whose mnemonic begins with ``prefix``, as a kernel of its own:
+        what can run after it and before it again, wherever ptxas has put that code, and what is called from there."""
+        before: dict[int, set[int]] = {address: set() for address, _ in self.code}
+        for address, targets in self.after.items():
+            for target in targets & before.keys():
                 before[target].add(address)
+        calls = ((address, re.search(r"\bCALL\S* .*?0x([0-9a-f]+)", text)) for address, text in self.code)
+        called = {address: int(m[1], 16) for address, m in calls if m}  # and returns to the instruction behind it
         here = next(address for address, text in self.code if mnemonic(text).startswith(prefix))
-        loop = reached(after, after[here]) & reached(before, before[here])
+        loop = reached(self.after, self.after[here]) & reached(before, before[here])
         while functions := {called[address] for address in loop & called.keys()} - loop:
-            loop |= reached(after, functions)
+            loop |= reached(self.after, functions)
         return Kernel(self.name, [(address, text) for address, text in self.code if address in loop])
 
-    def straight(self) -> Iterator[Counter[str]]:
-        """The mnemonics of each run of instructions without a branch or a branch target."""
+    def way(self, start: int, end: int, passing: str = "", times: int = 0) -> list[str]:
+        """The instructions that are run at least behind ``start`` and before ``end``, which may be the same one, where
+        mnemonics that begin with ``passing`` are passed that many times; ValueError where no way leads there."""
+        counted = {address for address, text in self.code if mnemonic(text).startswith(passing)} if times else set()
+        came: dict[tuple[int, int], tuple[int, int]] = {}
+        waiting = deque([begin := (start, 0)])
+        while waiting:
+            here = waiting.popleft()
+            for following in sorted(self.after.get(here[0], ())):
+                there = following, min(times, here[1] + (following in counted))
+                if there not in came:
+                    came[there] = here
+                    waiting.append(there)
+        if (at := (end, times)) not in came:
+            raise ValueError(f"{self.name}: no way leads from {start:#x} to {end:#x}")
+        text, back = dict(self.code), []
+        while (at := came[at]) != begin:
+            back.append(text[at[0]])
+        return back[::-1]
+
+    def blocks(self) -> Iterator["Kernel"]:
+        """The runs of instructions without a branch or a branch target, as kernels of their own."""
         jumps = [re.search(r"0x([0-9a-f]+)", text) for _, text in self.code if re.search(r"\b(BRA|BSSY)\b", text)]
         targets = {int(m[1], 16) for m in jumps if m}
-        run: Counter[str] = Counter()
+        run: list[tuple[int, str]] = []
         for address, text in self.code:
             if address in targets and run:
-                yield run
-                run = Counter()
-            run[mnemonic(text)] += 1
+                yield Kernel(self.name, run)
+                run = []
+            run.append((address, text))
             if re.search(r"\b(BRA|EXIT|RET|BSYNC)\b", text):
-                yield run
-                run = Counter()
-        yield run
+                yield Kernel(self.name, run)
+                run = []
+        yield Kernel(self.name, run)
+
+    def straight(self) -> Iterator[Counter[str]]:
+        """The mnemonics of each of its `blocks`."""
+        return (Counter(mnemonic(text) for _, text in block.code) for block in self.blocks())
 
 
 def reached(steps: dict[int, set[int]], start: set[int]) -> set[int]:
@@ -90,13 +121,23 @@ def readable(mangled: str) -> str:
     return f"{kernel}<{', '.join([*element, *flags, *numbers])}>"
 
 
-def kernels(cubin: Path, disassembler: str) -> list[Kernel]:
-    """Every kernel of ``cubin``."""
-    text = subprocess.run([disassembler, "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+def kernels(
+    file: Path, disassembler: str, arch: str | None = None, wanted: Callable[[str], bool] | None = None
+) -> list[Kernel]:
+    """Every kernel of ``file``, or those of one architecture and with a `readable` name that is ``wanted``."""
+    options = ["--gpu-architecture", arch] if arch else []
+    if wanted:
+        listed = _said(disassembler, *options, "--dump-elf-symbols", file)
+        names = re.findall(r"STO_ENTRY\s+(\S+)", listed)
+        options += ["--function", ",".join(name for name in names if wanted(readable(name)))]
     found: list[Kernel] = []
-    for line in text.splitlines():
+    for line in _said(disassembler, *options, "--dump-sass", file).splitlines():
         if m := re.match(r"\s+Function : (\S+)", line):
             found.append(Kernel(readable(m[1]), []))
         elif m := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", line):
             found[-1].code.append((int(m[1], 16), m[2]))
     return found
+
+
+def _said(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
