@@ -194,3 +194,20 @@ def test_the_one_pass_kernel_on_hopper(compiled):
         )
         assert (wanted, 2 * vectors) in blocks, f"{kernel.name}: sweep 1, unaligned: twice the loads"
         assert max(ex2 for ex2, _ in blocks) == wanted, f"{kernel.name}: more exponentials than elements"
+
+
+def test_instructions_an_element_of_the_one_pass_kernel(compiled):
+    """Of bfloat16 rows that are aligned, in a round of the loop over chunks, the waits for them apart. A warp's
+    exponential takes a scheduler 8 cycles, so that more than 8 instructions an element would cost time."""
+    found = {kernel.name: kernel for kernel in disassembled(compiled, "90a")}
+    for consumers in (256, 512):
+        kernel = found[f"policy_loss_onepass<BF16, false, 0, {consumers}>"]
+        for exponentials, stores, limit in ((33, 0, 8.1), (32, 4, 7.5)):  # the two sweeps
+            rounds = [
+                Kernel(kernel.name, [*block.code, *((0, text) for text in way)])
+                for block in kernel.loop_around("STAS").blocks()
+                if block.count("LDS.128") == 4
+                for way in [kernel.way(block.code[-1][0], block.code[0][0])]
+            ]
+            (one,) = (r for r in rounds if (r.count("MUFU.EX2"), r.count(WIDE_STORE)) == (exponentials, stores))
+            assert len(one.code) <= 32 * limit, f"{kernel.name}: {len(one.code) / 32} instructions an element"
