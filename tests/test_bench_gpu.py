@@ -293,6 +293,5 @@ def test_the_plans_program_compiles(tmp_path):
         words = [word for word in plans.command(ROOT, out) if word != "-O3"]
         done = subprocess.run([NVCC, *words[1:], "--ptx"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert plans.is_current(ROOT, Path(out))  # its sources' checksum is in it
 
     cached(digest("plans", plans.checksum(ROOT)), ".ptx", make)

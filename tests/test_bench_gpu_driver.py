@@ -244,9 +244,10 @@ def test_a_part_whose_tool_is_absent_says_so(tmp_path, monkeypatch):
     from ppg_fast.bench.gpu.parts import parts
 
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = {
-        part.name: part.missing for part in parts(list(schedule.SLOTS), command.setting(False, []), schedule.SLOTS)
-    }
+    known = parts(list(schedule.SLOTS), command.setting(False, []), schedule.SLOTS)
+    found = {part.name: part.missing for part in known}
+    quick = next(part.commands[1] for part in known if part.name == "smoke")
+    assert [Path(word).name for word in quick if word.endswith(".py")] == ["test_gpu.py"]  # collected in no time
     assert found["racecheck"] == found["memcheck"] == "compute-sanitizer is not on PATH"
     assert found["dram"] == "ncu is not on PATH"
     assert found["smoke"] is None

@@ -22,7 +22,7 @@ def setting(is_dry: bool, options: Sequence[str]) -> Setting:
     """Of the GPU, or of a CPU that stands in for it."""
     if is_dry:
         return Setting(ROOT, **dry.setting(ROOT, options))
-    files = sorted(build.gpu_tests(ROOT), key=lambda path: not path.endswith("test_gpu.py"))  # what tells most first
+    files = sorted(build.gpu_tests(ROOT), key=lambda path: not path.endswith("test_gpu.py"))  # the first one tells most
     tests = ("-m", "gpu", *options)
     return Setting(ROOT, ROOT / "build/gpu", "cuda", False, tests, tuple(files), max(1, min(8, cores() // 2)))
 

@@ -44,8 +44,9 @@ def _line(text: bytes) -> dict[str, Any]:
         line = json.loads(text)
     except ValueError:
         line = None
-    known = isinstance(line, dict) and ("ended" not in line or {"outcome", "seconds"} <= line.keys())
-    return line if known else {"unreadable": text.decode(errors="replace")[:300]}
+    if isinstance(line, dict) and ("ended" not in line or {"outcome", "seconds"} <= line.keys()):
+        return line
+    return {"unreadable": text.decode(errors="replace")[:300]}
 
 
 def ended(path: Path | None) -> set[str]:

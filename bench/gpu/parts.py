@@ -13,7 +13,7 @@ from .driver import Collected, Part
 from .schedule import Slot
 
 Collect = Callable[[dict[str, Any], str], Collected]
-SMOKE = "test_every_plan_agrees_with_float64 and cuda and bfloat16"  # every plan of the CUDA kernels once
+SMOKE = "test_every_plan_agrees_with_float64 and cuda and bfloat16"  # of tests/test_gpu.py, the first of the files
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,10 @@ def to_compile(names: Sequence[str], setting: Setting) -> list[list[str]]:
     if setting.compiler:
         return [list(setting.compiler), plans.command(root, program)]
     commands = [] if build.is_current(root) else [build.command(root)]
-    stale = "plans" in names and not plans.is_current(root, program)
-    return commands + ([plans.command(root, program)] if stale and shutil.which("nvcc") else [])
+    if "plans" in names and not plans.is_current(root, program) and shutil.which("nvcc"):
+        program.unlink(missing_ok=True)
+        commands.append(plans.command(root, program))
+    return commands
 
 
 def _built(setting: Setting) -> Collect:
@@ -144,17 +146,18 @@ def parts(names: Sequence[str], setting: Setting, slots: dict[str, Slot]) -> lis
         words = tools.sanitizer_command(tool, worker("kernels", setting))
         return part(tool, [words], _sanitized(tool), "compute-sanitizer", **{**watched, "environment": exact})
 
-    def tests(processes: int, *options: str) -> list[list[str]]:
-        return tools.pytest_commands(setting.root, setting.files, processes, [*setting.tests, *options])
+    def tests(processes: int, files: Sequence[str], *options: str) -> list[list[str]]:
+        return tools.pytest_commands(setting.root, files, processes, [*setting.tests, *options])
 
     compiled, program = to_compile(names, setting), setting.work / "plans"
     own = {"folder": setting.root, "environment": {}, "on_device": False}
-    quick = [] if setting.tiny else tests(1, "-k", SMOKE)
+    quick = [] if setting.tiny else tests(1, setting.files[:1], "-k", SMOKE)
+    carried = plans.is_current(setting.root, program)
     known = [
         part("build", compiled, _built(setting), **own, after=lambda: link(setting)),
         part("smoke", [worker("smoke", setting), *quick], **watched),
-        part("plans", [[str(program), "{lines}", "{until}"]], needs=None if program.exists() else "nvcc"),
-        part("tests", tests(setting.processes), lambda record, _: tools.tested(record), **watched),
+        part("plans", [[str(program), "{lines}", "{until}"]], needs=None if carried else "nvcc"),
+        part("tests", tests(setting.processes, setting.files), lambda record, _: tools.tested(record), **watched),
         part("dram", [tools.ncu_command(worker("dram", setting))], _moved, "ncu"),
         *(measured(name) for name in ("bench", "counts", "steps", "peers")),
         *(sanitizer(tool) for tool in ("memcheck", "racecheck")),
