@@ -156,7 +156,7 @@ def test_the_one_pass_kernel_on_hopper(compiled):
         for sums in range(SCORE_NORM + 1)
     }
     for kernel in found:
-        dtype, softcap, sums, consumers = re.search(r"<(\w+), (\w+), (\w+), (\d+)>", kernel.name).groups()
+        dtype, softcap, sums, _ = re.search(r"<(\w+), (\w+), (\w+), (\d+)>", kernel.name).groups()
         assert kernel.count("UBLKCP") == 2, f"{kernel.name}: bulk copies, of the first row and of the others"
         assert kernel.count("STAS.128") == 1, f"{kernel.name}: one remote store"
         assert kernel.count("STAS") == 1 + (int(sums) == SCORE_NORM), (
@@ -164,20 +164,38 @@ def test_the_one_pass_kernel_on_hopper(compiled):
         )
         assert kernel.count("SYNCS.PHASECHK") > 0, f"{kernel.name}: waits for mbarriers"
         assert kernel.count("UCGABAR_WAIT") == 2, f"{kernel.name}: two cluster barriers"
-        rows = kernel.loop_around("STAS")
-        assert rows.count("MUFU.EX2") == kernel.count("MUFU.EX2"), f"{kernel.name}: the sweeps are in the loop found"
+        rows, finisher = (kernel.loop_around(name) for name in ("STAS", "SYNCS.ARRIVE.TRANS64.RED"))
+        for name in ("BAR.SYNC", "LDG", "ATOM", "MEMBAR", "UCGABAR", "CALL"):
+            assert rows.count(name) == 0, f"{kernel.name}: {name} in the loop over rows; the helpers look up and divide"
         for name in ("BAR.SYNC", "LDG", "ATOM", "MEMBAR", "UCGABAR"):
-            assert rows.count(name) == 0, f"{kernel.name}: {name} in the loop over rows; the producer looks them up"
+            assert finisher.count(name) == 0, f"{kernel.name}: {name} in the finisher's loop over rows"
         assert kernel.count("BAR.SYNC") <= 6, (
             f"{kernel.name}: ptxas puts one behind each cluster barrier; one in the count, three in the sum of losses"
         )
         assert kernel.count("ATOM") == 1, f"{kernel.name}: one ticket"
-        vectors = 1024 // int(consumers)  # of a thread in a chunk of 16 KB
+        vectors = 4 if softcap == "false" else 2  # of a thread in a step, one or two chunks of 16 KB
         elements = vectors * (4 if dtype == "F32" else 8)
         wanted = elements * (2 if softcap == "true" else 1) + 1  # the tanh takes one; one for the moving reference
-        blocks = [(run["MUFU.EX2"], run["LDS.128"]) for run in kernel.straight()]
+        blocks = [(run["MUFU.EX2"], run["LDS.128"]) for run in rows.straight()]
         assert (wanted, vectors) in blocks, (
             f"{kernel.name}: sweep 1, aligned: {wanted} EX2 for {elements} elements in {vectors} loads"
         )
         assert (wanted, 2 * vectors) in blocks, f"{kernel.name}: sweep 1, unaligned: twice the loads"
         assert max(ex2 for ex2, _ in blocks) == wanted, f"{kernel.name}: more exponentials than elements"
+
+
+def test_instructions_an_element_of_the_one_pass_kernel(compiled):
+    """Of bfloat16 rows that are aligned, in a round of the loop over chunks, the waits for them apart. A warp's
+    exponential takes a scheduler 8 cycles, so that more than 8 instructions an element would cost time."""
+    found = {kernel.name: kernel for kernel in disassembled(compiled, "90a")}
+    for consumers in (256, 512):
+        kernel = found[f"policy_loss_onepass<BF16, false, 0, {consumers}>"]
+        for exponentials, stores, limit in ((33, 0, 8.1), (32, 4, 7.5)):  # the two sweeps
+            rounds = [
+                Kernel(kernel.name, [*block.code, *((0, text) for text in way)])
+                for block in kernel.loop_around("STAS").blocks()
+                if block.count("LDS.128") == 4
+                for way in [kernel.way(block.code[-1][0], block.code[0][0])]
+            ]
+            (one,) = (r for r in rounds if (r.count("MUFU.EX2"), r.count(WIDE_STORE)) == (exponentials, stores))
+            assert len(one.code) <= 32 * limit, f"{kernel.name}: {len(one.code) / 32} instructions an element"

@@ -130,10 +130,10 @@ def test_same_bits_for_any_schedule_alignment_ring_and_batch(emulated, plan, dty
     ("major", "V", "dtype", "softcap", "plan"),
     [
         (9, 4099, torch.bfloat16, 0.0, (0, 128)),  # a row of one chunk stays in L1
-        (9, 32000, torch.bfloat16, 0.0, (1, 288)),
-        (9, 32000, torch.bfloat16, 9.0, (1, 544)),
-        (9, 151669, torch.bfloat16, 0.0, (2, 544)),
-        (9, 262144, torch.float16, 0.0, (4, 544)),
+        (9, 32000, torch.bfloat16, 0.0, (1, 320)),
+        (9, 32000, torch.bfloat16, 9.0, (1, 576)),
+        (9, 151669, torch.bfloat16, 0.0, (2, 576)),
+        (9, 262144, torch.float16, 0.0, (4, 576)),
         (9, 330000, torch.float32, 0.0, (0, 512)),  # fits no cluster
         (8, 32000, torch.float32, 0.0, (0, 512)),  # sm_80 has no clusters
     ],
@@ -301,7 +301,7 @@ def test_no_rows_is_no_launch(emulated):
 
 
 FAULTS = {  # a fault and the text it is planted in
-    "the data are not waited for": ("policy_loss_onepass.cuh", "hw::bar_wait(&team.full[slot], c.parity);", ""),
+    "the data are not waited for": ("policy_loss_onepass.cuh", "hw::bar_wait(&team.full[c.slot], c.parity);", ""),
     "a slot is refilled while in use": (
         "policy_loss_onepass.cuh",
         "hw::bar_wait(&team.empty[at.slot], at.parity ^ 1);",
@@ -313,8 +313,13 @@ FAULTS = {  # a fault and the text it is planted in
         "",
     ),
     "rows are not waited for": (
-        "policy_loss_onepass.cuh",
-        "if (i % BATCH == 0) hw::bar_wait(&team.known[i / BATCH % 2], i / BATCH / 2 & 1);",
+        "policy_loss_slice.cuh",
+        "if (i % BATCH == 0) hw::bar_wait(&known[i / BATCH % 2], i / BATCH / 2 & 1);",
+        "",
+    ),
+    "rows without a gradient run ahead": (
+        "policy_loss_slice.cuh",
+        "hw::bar_wait(&read[turn & 1], (turn >> 1 & 1) ^ 1);",
         "",
     ),
     "the first to finish sums": (
@@ -324,11 +329,15 @@ FAULTS = {  # a fault and the text it is planted in
     ),
     "counts are read while they are taken": (
         "policy_loss_onepass.cuh",
-        "hw::wait_for_leader();\n  count_outer(a, counted, CONSUMERS + 32);",
-        "count_outer(a, counted, CONSUMERS + 32);\n  hw::wait_for_leader();",
+        "hw::wait_for_leader();\n  count_outer(a, counted, CONSUMERS + HELPERS);",
+        "count_outer(a, counted, CONSUMERS + HELPERS);\n  hw::wait_for_leader();",
     ),
-    "the squares have one area": ("policy_loss_onepass.cuh", "team.squares + (turn & 1) * entries", "team.squares"),
-    "the exchange has one area": ("policy_loss_onepass.cuh", "team.exchange + (turn & 1) * entries", "team.exchange"),
+    "the squares have one area": ("policy_loss_slice.cuh", "return squares + half * size * WARPS;", "return squares;"),
+    "the exchange has one area": (
+        "policy_loss_slice.cuh",
+        "return exchange + half * size * WARPS;",
+        "return exchange;",
+    ),
 }
 
 

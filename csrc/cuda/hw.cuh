@@ -5,6 +5,7 @@
 #ifndef PPG_EMULATED
 #include <cuda_runtime.h>
 
+#include <cassert>
 #include <cstdint>
 
 namespace hw {
@@ -43,6 +44,11 @@ __device__ __forceinline__ float half_to_float(uint32_t w) {
   float x;
   asm("{ .reg .b16 a; cvt.u16.u32 a, %1; cvt.f32.f16 %0, a; }" : "=f"(x) : "r"(w));
   return x;
+}
+// The largest of a warp's values, none of them NaN: by one instruction, as integers in the order of the floats.
+__device__ __forceinline__ float warp_max(float x) {
+  const auto ordered = [](int i) { return i ^ ((i >> 31) & 0x7fffffff); };
+  return __int_as_float(ordered(__reduce_max_sync(~0u, ordered(__float_as_int(x)))));
 }
 // A plain load: the row may be overwritten later, which rules out the read-only path.
 __device__ __forceinline__ uint4 load16(const void* p) { return *static_cast<const uint4*>(p); }
@@ -95,29 +101,45 @@ __device__ __forceinline__ void fence_bar_init() { asm volatile("fence.mbarrier_
 __device__ __forceinline__ void bar_arrive(uint64_t* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(addr(bar)) : "memory");
 }
+// The same at the same address in CTA `rank` of the cluster, for one who has read and let others write: what it has
+// read is there, so no release at cluster scope is needed, which would wait for all its stores to global memory.
+__device__ __forceinline__ void bar_arrive(uint64_t* bar, unsigned rank) {
+  asm volatile("{ .reg .b32 b; mapa.shared::cluster.u32 b, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [b]; }" ::"r"(
+                   addr(bar)),
+               "r"(rank)
+               : "memory");
+}
 // One arrival that also announces `bytes` still to be delivered.
 __device__ __forceinline__ void bar_expect(uint64_t* bar, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(addr(bar)), "r"(bytes) : "memory");
 }
-// Returns once the phase of this parity has completed. CLUSTER: what other CTAs sent is visible too.
-template <bool CLUSTER = false> __device__ __forceinline__ void bar_wait(uint64_t* bar, unsigned parity) {
+// Whether the phase of this parity has completed, after a short wait for it. CLUSTER: what other CTAs sent is visible
+// too.
+template <bool CLUSTER> __device__ __forceinline__ bool bar_try(uint64_t* bar, unsigned parity) {
   unsigned done;
-  do {
-    if constexpr (CLUSTER)
-      asm volatile(
-          "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; "
-          "}"
-          : "=r"(done)
-          : "r"(addr(bar)), "r"(parity)
-          : "memory");
-    else
-      asm volatile(
-          "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-          : "=r"(done)
-          : "r"(addr(bar)), "r"(parity)
-          : "memory");
-  } while (!done);
+  if constexpr (CLUSTER)
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; "
+        "}"
+        : "=r"(done)
+        : "r"(addr(bar)), "r"(parity)
+        : "memory");
+  else
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(addr(bar)), "r"(parity)
+        : "memory");
+  return done;
 }
+#ifdef PPG_WATCHDOG
+__device__ __forceinline__ long long cycles() { return clock64(); }
+// Traps as a failed assert does: file and line, block and thread on stderr, an error for every later call.
+__device__ __forceinline__ void stuck(const char* file, unsigned line) {
+  __assert_fail("a phase of an mbarrier never completed", file, line, "bar_wait");
+  __builtin_unreachable();
+}
+#endif
 // Bulk copy global -> shared; both addresses and the size are multiples of 16. The source is read once: evict first
 // from L2.
 __device__ __forceinline__ void copy_in(void* dst, const void* src, unsigned bytes, uint64_t* bar) {
@@ -254,6 +276,28 @@ int launch(void (*kernel)(Parameters...), unsigned grid, unsigned block, unsigne
 }
 
 inline const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+}  // namespace hw
+#endif
+
+// ---- on top of either ----
+#if defined(PPG_EMULATED) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+namespace hw {
+
+constexpr long long WATCHDOG_CYCLES = 1ll << 33;  // 4 to 6 seconds; not tries, which take what the hardware likes
+
+// Returns once the phase of this parity has completed. Built with PPG_WATCHDOG, a wait that lasts WATCHDOG_CYCLES ends
+// the launch and tells its place; without, it would last for ever.
+template <bool CLUSTER = false>
+__device__ __forceinline__ void bar_wait(uint64_t* bar, unsigned parity, const char* file = __builtin_FILE(),
+                                         unsigned line = __builtin_LINE()) {
+#ifdef PPG_WATCHDOG
+  for (const long long start = cycles(); !bar_try<CLUSTER>(bar, parity);)
+    if (cycles() - start > WATCHDOG_CYCLES) stuck(file, line);
+#else
+  while (!bar_try<CLUSTER>(bar, parity)) {}
+#endif
+}
 
 }  // namespace hw
 #endif

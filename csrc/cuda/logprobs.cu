@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(THREADS) logprobs_bwd_kernel(const __grid_cons
     return;
   }
   const float temperature = a.temperatures ? a.temperatures[n] : a.temperature, entropy = ENT ? a.entropy[n] : 0.f;
-  const View<CAP> view(a.logit_softcap, temperature);
+  const View<CAP> view(a.logit_softcap, exponent_scale(a.logit_softcap, temperature));
   // -g p - h p (log p + H) with p = 2^t / sum, log p = LN2 (t - log2 sum); a label out of range makes its row NaN
   const float bad = label < a.V ? 0.f : hw::bits_to_float(NAN_BITS), per = 1.f / temperature, sum = a.lse[2 * n + 1];
   const Slope slope{a.lse[2 * n], -(g + h * (entropy - log2f(sum) * LN2)) * per / sum + bad, -h * LN2 * per / sum,

@@ -19,8 +19,8 @@ template <class E, int SUMS> int launch_sweep(const SweepArgs& a, const hw::Devi
 
 struct alignas(16) Row {
   int label;  // negative: SKIP; V: out of range
-  float advantage, weight, temperature, old_logprob, ref_logprob, rollout_logprob;
-  float denominator;  // of the whole call, handed on to the next row
+  float advantage, weight, old_logprob, ref_logprob, rollout_logprob;
+  float scale, k;  // of its gradient, weight / temperature; of its exponents, see View
 };
 enum Kind { SKIP, FORWARD, FULL };
 
@@ -41,12 +41,6 @@ __device__ __forceinline__ int64_t active_tokens(const FusedPolicyLossArgs& a, i
   int64_t sum = 0;
   for (int64_t k = 0; k < a.slices; ++k) sum += a.counts[sequence * a.slices + k];
   return sum;
-}
-
-template <class T> __device__ __forceinline__ T warp_sum(T x) {
-#pragma unroll
-  for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(~0u, x, o);
-  return x;
 }
 
 // The denominator of the whole call, in two steps around a CTA barrier: a partial count per warp into `scratch`, then
@@ -73,16 +67,17 @@ __device__ __forceinline__ float outer(const FusedPolicyLossArgs& a, const int* 
 
 // The scalars of row n; SKIP for a row beyond the last.
 __device__ __forceinline__ Row look_up(const FusedPolicyLossArgs& a, int64_t n, float denominator) {
-  Row r{-1, 0.f, 1.f, a.temperature, 0.f, 0.f, 0.f, denominator};
+  Row r{-1, 0.f, 1.f, 0.f, 0.f, 0.f, 0.f, 1.f};
   if (n >= a.tokens.N) return r;
-  const int64_t b = n / a.tokens.length, l = n - b * a.tokens.length;
+  const int64_t b = (unsigned)n / (unsigned)a.tokens.length, l = n - b * a.tokens.length;  // N < 2^31
   const int64_t label = a.tokens.labels.integer(b, l);
   if (a.tokens.active(a.tokens.bits(b, l))) r.label = (int)min(label, a.V);
   if (a.advantages.data) r.advantage = a.advantages.number(b, l);
   if (a.old_logprobs.data) r.old_logprob = a.old_logprobs.number(b, l);
   if (a.ref_logprobs.data) r.ref_logprob = a.ref_logprobs.number(b, l);
   if (a.rollout_logprobs.data) r.rollout_logprob = a.rollout_logprobs.number(b, l);
-  if (a.temperatures.data) r.temperature = a.temperatures.number(b, l);
+  const float temperature = a.temperatures.data ? a.temperatures.number(b, l) : a.temperature;
+  r.k = exponent_scale(a.logit_softcap, temperature);
   const bool by_sequence = a.reduction == Reduction::SEQUENCE_MEAN;
   const int64_t s = by_sequence || a.turn_advantages ? sequence_of(a.tokens, n) : 0;
   if (a.turn_advantages) {
@@ -91,6 +86,7 @@ __device__ __forceinline__ Row look_up(const FusedPolicyLossArgs& a, int64_t n, 
   }
   if (a.weights.data) r.weight = a.weights.number(b, l);
   else r.weight = 1.f / (by_sequence ? denominator * (float)max(active_tokens(a, s), int64_t(1)) : denominator);
+  r.scale = r.weight / temperature;
   if (a.skip_zero_advantages && r.advantage == 0.f && !a.term.needs_every_row()) r.label = -1;
   return r;
 }
@@ -99,47 +95,41 @@ __device__ __forceinline__ Kind row_kind(const FusedPolicyLossArgs& a, const Row
   return a.dlogits.data && (r.advantage != 0.f || a.term.needs_every_row()) ? FULL : FORWARD;
 }
 
-// The outputs and the slope of a row from its statistics. Computed by every thread, stored by `writer`.
-template <int SUMS>
-__device__ __forceinline__ Slope finish_row(const SweepArgs& a, int64_t n, const Row& row, const Stat& s, float k,
-                                            bool writer) {
-  const float log_sum = log2f(s.sum), mean = s.dot / s.sum;
+struct Finished {  // a row: what is written of it, and the slope of its gradient
+  float loss, logprob, entropy, score_norm, ref, sum;
+  Slope slope;
+};
+template <int SUMS> __device__ __forceinline__ Finished finish_row(const SweepArgs& a, const Row& row, const Stat& s) {
+  const float per = 1.f / s.sum, log_sum = log2f(s.sum), mean = s.dot * per;
   const float label =
       row.label < a.V ? s.label : hw::bits_to_float(NAN_BITS);  // a label out of range makes its row NaN
   // in nats at once: in units of log 2 the distance of a logit of finfo.min would be infinite
-  const float logprob = (label - s.ref) * (k * LN2) - log_sum * LN2, entropy = (log_sum - mean) * LN2;
+  const float logprob = (label - s.ref) * (row.k * LN2) - log_sum * LN2, entropy = (log_sum - mean) * LN2;
   const float old_logprob = a.old_logprobs.data ? row.old_logprob : logprob,
               ref_logprob = a.ref_logprobs.data ? row.ref_logprob : logprob;
   const float rollout = row.rollout_logprob;
   const float importance = a.rollout_logprobs.data ? importance_weight(a.term, old_logprob, &rollout, 0) : 1.f;
   const Term term = policy_term(a.term, logprob, entropy, old_logprob, ref_logprob, importance, row.advantage);
-  if (writer) {
-    if (a.loss) a.loss[n] = row.weight * term.loss;
-    if (a.logprob) a.logprob[n] = logprob;
-    if (a.entropy) a.entropy[n] = entropy;
-    if (a.lse) {
-      a.lse[2 * n] = s.ref;
-      a.lse[2 * n + 1] = s.sum;
-    }
-    if constexpr (SUMS == SCORE_NORM) {
-      const float per = 1.f / s.sum,
-                  norm = fmaf(s.square * per, per, fmaf(hw::ex2((label - s.ref) * k), -2.f * per, 1.f));
-      a.score_norm[n] = norm < 0.f ? 0.f : norm;  // NaN stays NaN
-    }
+  const float g = row.scale * term.d_logprob, h = row.scale * term.d_entropy * LN2;
+  float norm = 0.f;
+  if constexpr (SUMS == SCORE_NORM) {
+    norm = fmaf(s.square * per, per, fmaf(hw::ex2((label - s.ref) * row.k), -2.f * per, 1.f));
+    if (norm < 0.f) norm = 0.f;  // NaN stays NaN
   }
-  const float g = row.weight * term.d_logprob / row.temperature,
-              h = row.weight * term.d_entropy / row.temperature * LN2;
-  return {s.ref, (h * mean - g) / s.sum, -h / s.sum, g};
+  return {row.weight * term.loss, logprob, entropy, norm, s.ref, s.sum, {s.ref, (h * mean - g) * per, -h * per, g}};
 }
-template <int SUMS> __device__ __forceinline__ void finish_skipped(const SweepArgs& a, int64_t n) {
-  if (a.loss) a.loss[n] = 0.f;
-  if (a.logprob) a.logprob[n] = 0.f;
-  if (a.entropy) a.entropy[n] = 0.f;
-  if (a.lse) a.lse[2 * n] = a.lse[2 * n + 1] = 0.f;
-  if constexpr (SUMS == SCORE_NORM) a.score_norm[n] = 0.f;
+template <int SUMS> __device__ __forceinline__ void write_row(const SweepArgs& a, int64_t n, const Finished& f) {
+  if (a.loss) a.loss[n] = f.loss;
+  if (a.logprob) a.logprob[n] = f.logprob;
+  if (a.entropy) a.entropy[n] = f.entropy;
+  if (a.lse) {
+    a.lse[2 * n] = f.ref;
+    a.lse[2 * n + 1] = f.sum;
+  }
+  if constexpr (SUMS == SCORE_NORM) a.score_norm[n] = f.score_norm;
 }
 
-// Called by every thread of a CTA after its rows, whose losses its thread 0 has stored; `teams` CTAs call it. The last
+// Called by every thread of a CTA after its rows, whose losses one of them has stored; `teams` CTAs call it. The last
 // CTA to finish sums the losses of all rows, strided over its threads and then by a tree: the same bits whichever CTA
 // it is. `scratch`: (warps + 1) * 8 bytes that are free by now.
 __device__ __forceinline__ void sum_losses(const SweepArgs& a, unsigned char* scratch, unsigned teams, int threads) {

@@ -6,13 +6,14 @@
 namespace ppg {
 
 // cluster 0: two passes over global memory by CTAs of `threads`. Else one pass by clusters of `cluster` CTAs with
-// `threads` consumers each and a ring of `slots` slots, of which a row takes at most `chunks`.
+// `threads` consumers each, HELPERS beside them, and a ring of `slots` slots, of which a row takes at most `chunks`.
 struct Plan {
   int cluster, threads, slots, chunks;
 };
 
 constexpr int CHUNK = 16384;  // bytes of one bulk copy and of one slot of the ring
 constexpr int MAX_CLUSTER = 8;
+constexpr int HELPERS = 64;         // threads: a warp that loads rows, a warp that finishes them
 constexpr int64_t MAX_V = 1 << 30;  // indices inside a row are 32-bit
 
 constexpr int BATCH = 8;       // rows that the producer looks up at once
@@ -23,9 +24,10 @@ constexpr int SMALL_THREADS = 128, LARGE_THREADS = 512;  // of the two-pass kern
 // Bytes that a warp sends to every CTA of its cluster; with a score norm the sum of squares too.
 template <bool NORM> constexpr int ENTRY_BYTES = NORM ? 20 : 16;
 
-// Ring, two exchange areas, two batches of rows, barriers.
+// Ring, two exchange areas, two batches of rows, a slope, barriers.
 constexpr int ring_bytes(int cluster, int consumers, int slots, int entry_bytes) {
-  return slots * CHUNK + 2 * cluster * (consumers / 32) * entry_bytes + 2 * BATCH * ROW_BYTES + (2 * slots + 6) * 8;
+  return slots * CHUNK + 2 * cluster * (consumers / 32) * entry_bytes + 2 * BATCH * ROW_BYTES + 16 +
+         (2 * slots + 9) * 8;
 }
 
 // The slots that a row can touch in the worst alignment.

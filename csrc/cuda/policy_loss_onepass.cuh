@@ -3,12 +3,13 @@
 //
 // A cluster of 1, 2, 4 or 8 CTAs owns a row; each CTA holds a slice of it in a ring of 16 KB shared-memory slots. One
 // producer warp keeps the ring full by bulk copies, running ahead into the next rows. The consumer warps sweep the
-// slice twice in shared memory:
-//   sweep 1  reference exponent, sum of exponentials, sum of exponential * exponent; one exchange combines them over
-//            warps and CTAs
-//   scalar   logprob, entropy -> policy_term -> (g, h), computed redundantly by every thread
+// slice in shared memory, once or twice:
+//   sweep 1  reference exponent, sum of exponentials, sum of exponential * exponent; every warp sends its own to all
+//            CTAs if the row has a gradient, else to rank 0 only, and goes on to the next row
 //   sweep 2  gradient from shared memory to registers to global memory; each slot is handed back to the producer as it
 //            is read
+// Between them one finisher warp combines what all warps of all CTAs have sent: logprob, entropy -> policy_term ->
+// slope of the gradient, for the consumers of its CTA. Rank 0's writes the outputs.
 //
 // There is no CTA-wide barrier and no cluster barrier in the loop over rows: only mbarriers.
 #pragma once
@@ -74,157 +75,104 @@ __device__ void produce(const SweepArgs& a, const Team<WARPS>& team, float denom
   }
 }
 
-// Sweep 1 over the chunk at `slot`: statistics of elements j * SLOT .. of the slice. Which thread adds an element
-// depends on the element's index only, so that a row gives the same bits at any alignment; an unaligned group is cut
-// out of two vectors.
-template <class E, bool CAP, int SUMS, bool ALIGNED, bool WHOLE, int CONSUMERS, int WARPS>
-__device__ __forceinline__ void sweep_stats(Stat& stat, const Team<WARPS>& team, const Slice<E>& s,
-                                            const View<CAP>& view, int j, int slot) {
-  constexpr int U = CHUNK / 16 / CONSUMERS;
-  const int first = j * SLOT<E> + (int)threadIdx.x * VEC<E>;
-  const unsigned char *const p = team.ring + slot * CHUNK + threadIdx.x * 16, *const end =
-                                                                                  team.ring + team.slots * CHUNK;
-  if constexpr (WHOLE) {
-    float z[U * VEC<E>];
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const unsigned char* const q = p + u * CONSUMERS * 16;
-      uint4 w = *reinterpret_cast<const uint4*>(q);
-      if constexpr (!ALIGNED)
-        w = shift16(w, *reinterpret_cast<const uint4*>(q + 16 == end ? team.ring : q + 16),
-                    s.pad * (int)sizeof(typename E::raw));
-      unpack16<E>(w, z + u * VEC<E>);
-    }
-    add<CAP, SUMS, true>(stat, z, view, 0);
-  } else {
-    for (int u = 0; u < U; ++u) {
-      const int e = first + u * CONSUMERS * VEC<E>, count = s.len - e;
-      if (count <= 0) break;
-      const unsigned char* const q = p + u * CONSUMERS * 16;
-      uint4 w = *reinterpret_cast<const uint4*>(q), hi{0, 0, 0, 0};
-      if (s.pad) {
-        if (count > VEC<E> - s.pad) hi = *reinterpret_cast<const uint4*>(q + 16 == end ? team.ring : q + 16);
-        w = shift16(w, hi, s.pad * (int)sizeof(typename E::raw));
-      }
-      float z[VEC<E>];
-      unpack16<E>(w, z);
-      add<CAP, SUMS, false>(stat, z, view, count);
-    }
-  }
-}
-
-// Sweep 2 over one chunk: the gradient from shared to global memory, in 16-byte vectors of the image.
-template <class E, bool CAP, bool ENT, int CONSUMERS, int WARPS>
-__device__ __forceinline__ void sweep_gradient(const Slope& slope, const Team<WARPS>& team, const Slice<E>& s,
-                                               const View<CAP>& view, typename E::raw* out, int label, int j,
-                                               int slot) {
-  using raw = typename E::raw;
-  constexpr int U = CHUNK / 16 / CONSUMERS;
-  const int base = j * SLOT<E> - s.pad;
-  const unsigned char* const p = team.ring + slot * CHUNK;
-  if (offset16<E>(out) == s.pad) {
-    if (base >= 0 && base + SLOT<E> <= s.len) {  // a whole chunk: all loads first, then one vector at a time
-      uint4 w[U];
-#pragma unroll
-      for (int u = 0; u < U; ++u) w[u] = *reinterpret_cast<const uint4*>(p + (u * CONSUMERS + threadIdx.x) * 16);
-#pragma unroll
-      for (int u = 0; u < U; ++u)
-        store_vector<E, CAP, ENT, true>(slope, view, w[u], out, base + (u * CONSUMERS + (int)threadIdx.x) * VEC<E>,
-                                        s.len, label);
-    } else {
-      for (int i = threadIdx.x; i < CHUNK / 16; i += CONSUMERS) {
-        const int e = base + i * VEC<E>;
-        if (e < s.len && e + VEC<E> > 0)
-          store_vector<E, CAP, ENT, false>(slope, view, *reinterpret_cast<const uint4*>(p + i * 16), out, e, s.len,
-                                           label);
-      }
-    }
-  } else {  // the gradient row has another alignment: element by element, slow
-    for (int i = threadIdx.x; i < SLOT<E>; i += CONSUMERS) {
-      const int e = base + i;
-      if (e >= 0 && e < s.len)
-        store1<E>(out + e, gradient<CAP, ENT>(slope, view, load1<E>(reinterpret_cast<const raw*>(p) + i),
-                                              e == label ? slope.at_label : 0.f));
-    }
-  }
-}
-
 template <class E, bool CAP, int SUMS, int CONSUMERS>
 __device__ void consume(const SweepArgs& a, const Team<CONSUMERS / 32>& team) {
   using raw = typename E::raw;
-  constexpr int WARPS = CONSUMERS / 32;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, entries = team.size * WARPS;
-  const bool writer = team.rank == 0 && threadIdx.x == 0;
-  const auto release = [&](int slot) {
+  constexpr int WARPS = CONSUMERS / 32, CHUNKS = STEP<CAP, CONSUMERS>;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  const auto landed = [&](const Cursor& c) { hw::bar_wait(&team.full[c.slot], c.parity); };
+  const auto release = [&](Cursor c, int chunks) {
     __syncwarp();
-    if (lane == 0) hw::bar_arrive(&team.empty[slot]);
+    for (int k = 0; k < CHUNKS && k < chunks; ++k, c.next())
+      if (lane == 0) hw::bar_arrive(&team.empty[c.slot]);
+    return c;
   };
+  View<CAP> view(a.logit_softcap, 1.f);
   Cursor at{0, team.slots, 0};
-  unsigned turn = 0, i = 0;
+  unsigned turn = 0, gradients = 0, i = 0;
   for (int64_t n = team.first; n < a.tokens.N; n += team.step, ++i) {
-    if (i % BATCH == 0) hw::bar_wait(&team.known[i / BATCH % 2], i / BATCH / 2 & 1);
-    const Row& row = team.rows[i % (2 * BATCH)];
+    const Row& row = team.row(i);
     const Kind kind = row_kind(a, row);
     const Slice<E> s(a, n, team.rank, team.size);
     raw* const out = a.dlogits.data ? row_at<E>(a.dlogits, n) + s.begin : nullptr;
     bool zero = true;
-    if (kind == SKIP) {
-      if (writer) finish_skipped<SUMS>(a, n);
-    } else {
-      const View<CAP> view(a.logit_softcap, row.temperature);
+    if (kind != SKIP) {
+      view.k = row.k;
       const int label = row.label - s.begin < s.len && row.label >= s.begin ? row.label - s.begin : -VEC<E>;
-      const int steps = (s.len + SLOT<E> - 1) / SLOT<E>;
+      const int swept = min((s.len + CHUNKS * SLOT<E> - 1) / (CHUNKS * SLOT<E>)*CHUNKS, s.chunks);
+      const int half = team.free_half(turn++);
       Stat stat;
       Cursor c = at;
-      for (int j = 0; j < steps; ++j) {
-        const int slot = c.slot;
-        hw::bar_wait(&team.full[slot], c.parity);
-        c.next();
-        if (s.pad && j + 1 < s.chunks)
-          hw::bar_wait(&team.full[c.slot], c.parity);  // an unaligned group may reach into the next slot
-        const bool whole = (j + 1) * SLOT<E> <= s.len;
-        if (whole && !s.pad) sweep_stats<E, CAP, SUMS, true, true, CONSUMERS>(stat, team, s, view, j, slot);
-        else if (whole) sweep_stats<E, CAP, SUMS, false, true, CONSUMERS>(stat, team, s, view, j, slot);
-        else sweep_stats<E, CAP, SUMS, false, false, CONSUMERS>(stat, team, s, view, j, slot);
-        if (warp == 0 && label >= j * SLOT<E> && label < (j + 1) * SLOT<E>) {  // one lane adds the label's logit
-          const int i = slot * SLOT<E> + s.pad + label - j * SLOT<E>, all = team.slots * SLOT<E>;
-          if (lane == 0) stat.label = view(load1<E>(reinterpret_cast<const raw*>(team.ring) + (i < all ? i : i - all)));
-        }
-        if (kind != FULL) release(slot);
+      for (int j = 0; j < swept; j += CHUNKS) {
+        const Cursor begin = c;
+        for (int k = 0; k < CHUNKS && j + k < swept; ++k, c.next()) landed(c);
+        if (s.pad && j + CHUNKS < s.chunks) landed(c);  // an unaligned group may reach into the next slot
+        if ((j + CHUNKS) * SLOT<E> > s.len) sweep_rest<E, CAP, SUMS, CONSUMERS>(stat, team, s, view, j, begin.slot);
+        else if (s.pad) sweep_stats<E, CAP, SUMS, false, CONSUMERS>(stat, team, s, view, begin.slot);
+        else sweep_stats<E, CAP, SUMS, true, CONSUMERS>(stat, team, s, view, begin.slot);
+        const int there = label - j * SLOT<E>;
+        if (warp == 0 && there >= 0 && there < CHUNKS * SLOT<E>)
+          stat.label =
+              view(load1<E>(reinterpret_cast<const raw*>(team.at(begin.slot, (s.pad + there) * (int)sizeof(raw)))));
+        if (kind != FULL) release(begin, min(CHUNKS, swept - j));
       }
-      // Every warp of every CTA pushes its part to every CTA. Two areas in turn: a peer can only send for row i + 2
-      // after it has received row i + 1 from every warp here, and those were sent after row i was read.
       warp_combine<SUMS>(stat, view.k);
-      float4* const area = team.exchange + (turn & 1) * entries;
-      uint64_t* const arrived = &team.arrived[turn & 1];
-      float* const squares = team.squares + (turn & 1) * entries;
-      const int mine = team.rank * WARPS + warp;
-      if (threadIdx.x == 0) hw::bar_expect(arrived, entries * ENTRY_BYTES<SUMS == SCORE_NORM>);
-      if (lane < team.size) {
-        hw::send(make_float4(stat.ref, stat.sum, stat.dot, stat.label), area + mine, arrived, lane);
-        if constexpr (SUMS == SCORE_NORM) hw::send(stat.square, squares + mine, arrived, lane);
+      if (lane < (kind == FULL ? team.size : 1)) {
+        const int entry = team.rank * WARPS + warp;
+        uint64_t* const arrived = &team.arrived[half];
+        hw::send(make_float4(stat.ref, stat.sum, stat.dot, stat.label), team.entries(half) + entry, arrived, lane);
+        if constexpr (SUMS == SCORE_NORM) hw::send(stat.square, team.entry_squares(half) + entry, arrived, lane);
       }
-      hw::bar_wait<true>(arrived, (turn >> 1) & 1);
-      ++turn;
-      const Slope slope = finish_row<SUMS>(a, n, row, combine<SUMS>(area, squares, entries, view.k), view.k, writer);
-      zero = kind != FULL || slope.zero();
-      c = at;
-      for (int j = 0; j < s.chunks; ++j, c.next()) {
+      Slope slope{};
+      if (kind == FULL) {
+        hw::bar_wait(team.finished, gradients++ & 1);
+        slope = *team.slope;
+        zero = slope.zero();
+        c = at;
+      }
+      for (int j = kind == FULL ? 0 : swept; j < s.chunks; j += CHUNKS) {
         if (!zero) sweep_gradient<E, CAP, SUMS >= ENTROPY, CONSUMERS>(slope, team, s, view, out, label, j, c.slot);
-        if (kind == FULL || j >= steps) release(c.slot);
+        c = release(c, min(CHUNKS, s.chunks - j));
       }
       at = c;
     }
     if (zero && out) zero_row<E>(out, s.len, threadIdx.x, CONSUMERS);
-    if (i % BATCH == BATCH - 1) {
+    team.leave_row(i);
+  }
+}
+
+// The finisher warp: what lies between the two sweeps.
+template <int SUMS, int WARPS> __device__ void finish(const SweepArgs& a, const Team<WARPS>& team) {
+  const int lane = threadIdx.x & 31, entries = team.size * WARPS;
+  const bool writer = team.rank == 0 && lane == 0;
+  unsigned turn = 0, i = 0;
+  for (int64_t n = team.first; n < a.tokens.N; n += team.step, ++i) {
+    const Row& row = team.row(i);
+    const Kind kind = row_kind(a, row);
+    Finished f{};
+    if (kind != SKIP) {
+      const bool mine = kind == FULL || team.rank == 0;  // else nothing is sent here
+      const int half = team.free_half(turn);             // no rank runs ahead of the others
+      if (lane == 0) hw::bar_expect(&team.arrived[half], mine ? entries * ENTRY_BYTES<SUMS == SCORE_NORM> : 0);
+      if (mine) {
+        hw::bar_wait<true>(&team.arrived[half], turn >> 1 & 1);
+        f = finish_row<SUMS>(a, row, combine<SUMS>(team.entries(half), team.entry_squares(half), entries, row.k));
+      }
+      if (lane == 0 && kind == FULL) {  // every warp here has read the slope before this one: it has sent since
+        *team.slope = f.slope;
+        hw::bar_arrive(team.finished);
+      }
       __syncwarp();
-      if (lane == 0) hw::bar_arrive(&team.used[i / BATCH % 2]);
+      if (lane < team.size) hw::bar_arrive(&team.read[half], lane);
+      ++turn;
     }
+    if (writer) write_row<SUMS>(a, n, f);
+    team.leave_row(i);
   }
 }
 
 template <class E, bool CAP, int SUMS, int CONSUMERS>
-__global__ void __launch_bounds__(CONSUMERS + 32, CONSUMERS > 256 ? 1 : 2)
+__global__ void __launch_bounds__(CONSUMERS + HELPERS, CONSUMERS > 256 ? 1 : 2)
     policy_loss_onepass(const __grid_constant__ SweepArgs a, int slots) {
 #if defined(PPG_EMULATED) || __CUDA_ARCH__ >= 900
   const Team<CONSUMERS / 32> team(slots);
@@ -235,23 +183,26 @@ __global__ void __launch_bounds__(CONSUMERS + 32, CONSUMERS > 256 ? 1 : 2)
     }
     for (int i = 0; i < 2; ++i) {
       hw::bar_init(&team.arrived[i], 1);
+      hw::bar_init(&team.read[i], team.size);
       hw::bar_init(&team.known[i], 1);
-      hw::bar_init(&team.used[i], CONSUMERS / 32);
+      hw::bar_init(&team.used[i], CONSUMERS / 32 + 1);
     }
+    hw::bar_init(team.finished, 1);
     hw::fence_bar_init();
   }
-  hw::cluster_sync();  // no peer may send before the barriers here exist
-  const bool producer = threadIdx.x >= CONSUMERS;
+  hw::cluster_sync();                                         // no peer may send before the barriers here exist
+  const int helper = (int)threadIdx.x / 32 - CONSUMERS / 32;  // 0 the producer, 1 the finisher
   Cursor at{0, slots, 0};
-  const bool ahead = producer && run_ahead<E>(a, team, at);
+  const bool ahead = helper == 0 && run_ahead<E>(a, team, at);
   int* const counted = reinterpret_cast<int*>(team.rows);  // not written before the producer has read it
   hw::wait_for_leader();
-  count_outer(a, counted, CONSUMERS + 32);
+  count_outer(a, counted, CONSUMERS + HELPERS);
   __syncthreads();
-  if (producer) produce<E>(a, team, outer(a, counted, CONSUMERS + 32), at, ahead);
+  if (helper == 0) produce<E>(a, team, outer(a, counted, CONSUMERS + HELPERS), at, ahead);
+  else if (helper == 1) finish<SUMS>(a, team);
   else consume<E, CAP, SUMS, CONSUMERS>(a, team);
   hw::cluster_sync();  // no CTA leaves while a peer may still send to it
-  if (team.rank == 0) sum_losses(a, team.ring, gridDim.x / team.size, CONSUMERS + 32);
+  if (team.rank == 0) sum_losses(a, team.ring, gridDim.x / team.size, CONSUMERS + HELPERS);
 #endif
 }
 

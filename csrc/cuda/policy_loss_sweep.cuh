@@ -12,12 +12,12 @@ int launch_onepass(const SweepArgs& a, const hw::Device& d, const Plan& p, void*
   const int smem = ring_bytes(p.cluster, CONSUMERS, p.slots, ENTRY_BYTES<SUMS == SCORE_NORM>);
   int& clusters = resident[d.id][p.cluster];
   if (!clusters) {
-    const int error = hw::resident_clusters(d, policy_loss_onepass<E, CAP, SUMS, CONSUMERS>, CONSUMERS + 32, p.cluster,
-                                            smem, &clusters);
+    const int error = hw::resident_clusters(d, policy_loss_onepass<E, CAP, SUMS, CONSUMERS>, CONSUMERS + HELPERS,
+                                            p.cluster, smem, &clusters);
     if (error) return error;
   }
   const unsigned grid = (unsigned)std::min<int64_t>(a.tokens.N, clusters) * p.cluster;
-  return hw::launch(a.order, policy_loss_onepass<E, CAP, SUMS, CONSUMERS>, grid, CONSUMERS + 32, p.cluster, smem,
+  return hw::launch(a.order, policy_loss_onepass<E, CAP, SUMS, CONSUMERS>, grid, CONSUMERS + HELPERS, p.cluster, smem,
                     stream, a, p.slots);
 }
 

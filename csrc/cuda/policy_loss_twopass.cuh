@@ -16,21 +16,21 @@ __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __
   hw::wait_for_leader();
   count_outer(a, counted, threads);
   __syncthreads();
-  if (tid == 0) rows[0] = look_up(a, blockIdx.x, outer(a, counted, threads));
+  const float denominator = outer(a, counted, threads);
+  if (tid == 0) rows[0] = look_up(a, blockIdx.x, denominator);
   __syncthreads();  // part is free again
   unsigned i = 0;
   for (int64_t n = blockIdx.x; n < a.tokens.N; n += gridDim.x, ++i) {
     const Row& row = rows[i % 2];
-    if (tid == threads - 1)
-      rows[(i + 1) % 2] = look_up(a, n + gridDim.x, row.denominator);  // while the other warps sweep
+    if (tid == threads - 1) rows[(i + 1) % 2] = look_up(a, n + gridDim.x, denominator);  // while the other warps sweep
     const Kind kind = row_kind(a, row);
     raw* const out = a.dlogits.data ? row_at<E>(a.dlogits, n) : nullptr;
     bool zero = true;
     if (kind == SKIP) {
-      if (tid == 0) finish_skipped<SUMS>(a, n);
+      if (tid == 0) write_row<SUMS>(a, n, Finished{});
     } else {
       const raw* const src = row_at<E>(a.logits, n);
-      const View<CAP> view(a.logit_softcap, row.temperature);
+      const View<CAP> view(a.logit_softcap, row.k);
       const int pad = offset16<E>(src);
       Stat stat;
       // Which thread adds an element depends on the element's index only: the same bits at any alignment.
@@ -48,10 +48,10 @@ __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __
         if constexpr (SUMS == SCORE_NORM) squares[tid / 32] = stat.square;
       }
       __syncthreads();  // also: the whole row has been read
-      const Slope slope =
-          finish_row<SUMS>(a, n, row, combine<SUMS>(part, squares, threads / 32, view.k), view.k, tid == 0);
-      zero = kind != FULL || slope.zero();
-      if (!zero) gradient_row<E, CAP, SUMS >= ENTROPY>(slope, view, src, out, V, row.label, tid, threads);
+      const Finished f = finish_row<SUMS>(a, row, combine<SUMS>(part, squares, threads / 32, view.k));
+      if (tid == 0) write_row<SUMS>(a, n, f);
+      zero = kind != FULL || f.slope.zero();
+      if (!zero) gradient_row<E, CAP, SUMS >= ENTROPY>(f.slope, view, src, out, V, row.label, tid, threads);
     }
     if (zero && out) zero_row<E>(out, V, tid, threads);
     __syncthreads();  // the next row is known, part and this row are free again

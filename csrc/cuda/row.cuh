@@ -69,10 +69,13 @@ __device__ __forceinline__ uint4 shift16(uint4 lo, uint4 hi, unsigned bytes) {
 // ---- the mathematics of a row ----
 // With v = z, or tanh(z / cap) under softcap, the logit after cap and temperature is v * k in units of log 2. What is
 // scaled is the distance from the maximum, which is exact where it counts, however far from 0 all logits are.
+__device__ __forceinline__ float exponent_scale(float logit_softcap, float temperature) {  // k; softcap 0: off
+  return (logit_softcap != 0.f ? logit_softcap : 1.f) * LOG2E / temperature;
+}
 template <bool CAP> struct View {
   float k, twice;
-  __device__ __forceinline__ View(float logit_softcap, float temperature)
-      : k((CAP ? logit_softcap : 1.f) * LOG2E / temperature), twice(CAP ? 2.f * LOG2E / logit_softcap : 0.f) {}
+  __device__ __forceinline__ View(float logit_softcap, float k_)
+      : k(k_), twice(CAP ? 2.f * LOG2E / logit_softcap : 0.f) {}
   __device__ __forceinline__ float operator()(float z) const {
     if constexpr (CAP) return 1.f - 2.f * hw::rcp(1.f + hw::ex2(z * twice));
     return z;
@@ -118,40 +121,38 @@ __device__ __forceinline__ void add(Stat& s, float (&z)[M], const View<CAP>& vie
 }
 
 // All lanes get the same bits: maxima and a + b do not depend on the order of their two operands.
-template <int SUMS> __device__ __forceinline__ void warp_combine(Stat& s, float k) {
-  float ref = s.ref;
+template <class T> __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
-  for (int o = 16; o; o >>= 1) ref = fmaxf(ref, __shfl_xor_sync(~0u, ref, o));
-  rebase<SUMS>(s, ref, k);
-#pragma unroll
-  for (int o = 16; o; o >>= 1) {
-    s.sum += __shfl_xor_sync(~0u, s.sum, o);
-    s.label += __shfl_xor_sync(~0u, s.label, o);
-    if constexpr (SUMS >= ENTROPY) s.dot += __shfl_xor_sync(~0u, s.dot, o);
-    if constexpr (SUMS == SCORE_NORM) s.square += __shfl_xor_sync(~0u, s.square, o);
-  }
+  for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(~0u, x, o);
+  return x;
+}
+template <int SUMS> __device__ __forceinline__ void warp_combine(Stat& s, float k) {  // each lane keeps its `label`
+  rebase<SUMS>(s, hw::warp_max(s.ref), k);
+  s.sum = warp_sum(s.sum);
+  if constexpr (SUMS >= ENTROPY) s.dot = warp_sum(s.dot);
+  if constexpr (SUMS == SCORE_NORM) s.square = warp_sum(s.square);
 }
 // The statistics of all warps: entries lane, lane + 32, ... of `part` (and `squares`) per lane, then over the lanes, in
 // a fixed order.
 template <int SUMS>
 __device__ __forceinline__ Stat combine(const float4* part, const float* squares, int count, float k) {
+  const int lane = threadIdx.x & 31;
   Stat s;
-  for (int i = threadIdx.x & 31; i < count; i += 32) {
+  for (int i = lane; i < count; i += 32) s.ref = fmaxf(s.ref, part[i].x);
+  s.ref = hw::warp_max(s.ref);
+  for (int i = lane; i < count; i += 32) {
     const float4 p = part[i];
-    Stat o;
-    o.ref = p.x;
-    o.sum = p.y;
-    o.dot = p.z;
-    if constexpr (SUMS == SCORE_NORM) o.square = squares[i];
-    const float ref = fmaxf(s.ref, o.ref);
-    rebase<SUMS>(s, ref, k);
-    rebase<SUMS>(o, ref, k);
+    Stat o{p.x, p.y, p.z, p.w, SUMS == SCORE_NORM ? squares[i] : 0.f};
+    rebase<SUMS>(o, s.ref, k);
     s.sum += o.sum;
     s.dot += o.dot;
-    if constexpr (SUMS == SCORE_NORM) s.square += o.square;
-    s.label += p.w;
+    s.label += o.label;
+    s.square += o.square;
   }
-  warp_combine<SUMS>(s, k);
+  s.sum = warp_sum(s.sum);
+  s.label = warp_sum(s.label);
+  if constexpr (SUMS >= ENTROPY) s.dot = warp_sum(s.dot);
+  if constexpr (SUMS == SCORE_NORM) s.square = warp_sum(s.square);
   return s;
 }
 
@@ -169,7 +170,8 @@ __device__ __forceinline__ float gradient(const Slope& s, const View<CAP>& view,
 
 // ---- loads and stores ----
 template <class E> __device__ __forceinline__ typename E::raw* row_at(const Rows& rows, int64_t n) {
-  return static_cast<typename E::raw*>(rows.data) + rows.offset(n);
+  const unsigned length = (unsigned)rows.length, b = (unsigned)n / length, l = (unsigned)n - b * length;  // N < 2^31
+  return static_cast<typename E::raw*>(rows.data) + b * rows.batch_stride + l * rows.row_stride;
 }
 // Elements between p and the 16-byte boundary at or below it.
 template <class E> __device__ __forceinline__ int offset16(const typename E::raw* p) {
@@ -197,20 +199,15 @@ template <class E> __device__ __forceinline__ uint4 load_group(const typename E:
   return pack16<E>(z);
 }
 
-// One vector of the gradient: elements e .. e + VEC of the row, those outside 0 .. len left alone. INSIDE: all are
-// within.
+// One vector of the gradient without the label's term: elements e .. e + VEC of the row, those outside 0 .. len left
+// alone. INSIDE: all are within.
 template <class E, bool CAP, bool ENT, bool INSIDE>
 __device__ __forceinline__ void store_vector(const Slope& slope, const View<CAP>& view, uint4 w, typename E::raw* out,
-                                             int e, int len, int label) {
+                                             int e, int len) {
   float z[VEC<E>], d[VEC<E>];
   unpack16<E>(w, z);
 #pragma unroll
   for (int i = 0; i < VEC<E>; ++i) d[i] = gradient<CAP, ENT>(slope, view, z[i], 0.f);
-  if ((unsigned)(label - e) < (unsigned)VEC<E>) {
-#pragma unroll
-    for (int i = 0; i < VEC<E>; ++i)
-      if (label == e + i) d[i] = gradient<CAP, ENT>(slope, view, z[i], slope.at_label);
-  }
   if (INSIDE || (e >= 0 && e + VEC<E> <= len)) {
     hw::store16(out + e, pack16<E>(d));
   } else {
@@ -221,14 +218,18 @@ __device__ __forceinline__ void store_vector(const Slope& slope, const View<CAP>
 }
 
 // A whole gradient row from global memory, in place or not: a thread writes only elements that no other thread reads.
+// Whoever writes the label's vector writes the label's element again, so that the others need not compare.
 template <class E, bool CAP, bool ENT>
 __device__ __forceinline__ void gradient_row(const Slope& slope, const View<CAP>& view, const typename E::raw* src,
                                              typename E::raw* out, int len, int64_t label64, int tid, int threads) {
-  const int pad = offset16<E>(src), label = label64 < len ? (int)label64 : -VEC<E>;
+  const int pad = offset16<E>(src), label = label64 < len ? (int)label64 : -1;
   if (offset16<E>(out) == pad) {
+    const bool mine = label >= 0 && (pad + label) / VEC<E> % threads == tid;
+    const float z = mine ? load1<E>(src + label) : 0.f;  // before it is overwritten
 #pragma unroll 2
     for (int e = tid * VEC<E> - pad; e < len; e += threads * VEC<E>)
-      store_vector<E, CAP, ENT, false>(slope, view, load_group<E>(src, pad, e, len), out, e, len, label);
+      store_vector<E, CAP, ENT, false>(slope, view, load_group<E>(src, pad, e, len), out, e, len);
+    if (mine) store1<E>(out + label, gradient<CAP, ENT>(slope, view, z, slope.at_label));
   } else {  // another alignment: element by element, slow
     for (int e = tid; e < len; e += threads)
       store1<E>(out + e, gradient<CAP, ENT>(slope, view, load1<E>(src + e), e == label ? slope.at_label : 0.f));

@@ -32,6 +32,7 @@ COMPILE = (
     "-fPIC",
     "-fvisibility=hidden",
     "-DPPG_EMULATED",
+    "-DPPG_WATCHDOG",
     "-Wno-unknown-pragmas",
     "-U_FORTIFY_SOURCE",
 )
@@ -131,10 +132,13 @@ class Control:
         seed: int = 1,
         mode: int = 1,
         query_error: int = 0,
+        lose: int = 0,
     ) -> None:
         """Play a device of compute capability ``major``; force a plan where ``threads`` is given; ``mode`` 0 eager, 1
-        random, 2 late; ``query_error``: what a query for the number of resident clusters answers."""
-        self._lib.emulator_set(*map(ctypes.c_int, (major, resident, cluster, threads, slots, seed, mode, query_error)))
+        random, 2 late; ``query_error``: what a query for the number of resident clusters answers; lose the arrival
+        number ``lose`` at a barrier."""
+        settings = (major, resident, cluster, threads, slots, seed, mode, query_error, lose)
+        self._lib.emulator_set(*map(ctypes.c_int, settings))
 
     def take_stats(self) -> Stats:
         """The counts since the last call."""

@@ -171,6 +171,9 @@ PROBES = [
         (1, 2),
         (1, 2),
     )
+] + [  # rows of which most have no gradient, in clusters that are not in step
+    (Case(4099, score_norm=seed == 2, rows=(3, 3, 3, 0, 3, 3, 3, 3, 5, 3)), cluster, seed, mode)
+    for cluster, seed, mode in itertools.product((2, 4), (1, 2), (1, 2))
 ]
 
 

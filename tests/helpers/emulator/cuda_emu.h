@@ -7,7 +7,8 @@
 // launch that another follows run as late as when that one waits for it.
 // Reports: divergent collectives, deadlock, misaligned or out-of-place copies, bad barrier counts, uninitialised
 // barriers, sends to a CTA that has left, leaving with copies in flight, a thread that does not wait for the launch
-// that its own follows.
+// that its own follows. Where nothing can go on, time passes until the watchdog of a wait tells which; an arrival can
+// be lost on purpose.
 //
 // Cannot see: memory ordering (fences, acquire/release, proxies), bank conflicts, timing, forward-progress rules of
 // real hardware.
@@ -81,6 +82,10 @@ inline float half_to_float(uint32_t w) {
   std::memcpy(&h, &u, 2);
   return (float)h;
 }
+inline float warp_max(float x) {
+  for (int o = 16; o; o >>= 1) x = std::max(x, __shfl_xor_sync(~0u, x, o));
+  return x;
+}
 inline uint4 load16(const void* p) {
   if ((uintptr_t)p % 16) emu::fail("misaligned 16-byte load");
   ++emu::stats.vector_loads;
@@ -109,21 +114,33 @@ inline void bar_init(uint64_t* p, unsigned n) {
 }
 inline void fence_bar_init() {}
 inline void fence_async() {}
-inline void bar_expect(uint64_t* p, unsigned bytes) {
-  auto* b = emu::bar(emu::me->cta, p);
+inline void arrive(emu::Bar* b, unsigned bytes) {
+  if (emu::lost()) return;
   if (!b->pending) emu::fail("more arrivals than the barrier expects");
   b->tx += bytes;
   --b->pending;
   emu::settle(b);
 }
+inline void bar_expect(uint64_t* p, unsigned bytes) { arrive(emu::bar(emu::me->cta, p), bytes); }
 inline void bar_arrive(uint64_t* p) { bar_expect(p, 0); }
-template <bool CLUSTER = false> void bar_wait(uint64_t* p, unsigned parity) {
+template <class T> T* there(T* p, unsigned rank) {  // the same address in another CTA of the cluster
+  if (rank >= emu::ctas.size()) emu::fail("a rank outside the cluster");
+  if (!emu::ctas[rank].live) emu::fail("send to a CTA that has left");
+  return reinterpret_cast<T*>(emu::ctas[rank].smem + ((unsigned char*)p - emu::me->cta->smem));
+}
+inline void bar_arrive(uint64_t* p, unsigned rank) { arrive(emu::bar(&emu::ctas[rank], there(p, rank)), 0); }
+template <bool CLUSTER> bool bar_try(uint64_t* p, unsigned parity) {
   auto* b = emu::bar(emu::me->cta, p);
-  while (b->phase() == (bool)(parity & 1)) {
-    emu::me->bar = b;
-    emu::me->parity = parity & 1;
-    emu::pause(emu::WAIT);
-  }
+  const auto done = [&] { return b->phase() != (bool)(parity & 1); };
+  if (done()) return true;
+  emu::me->bar = b;
+  emu::me->parity = parity & 1;
+  emu::pause(emu::WAIT);
+  return done();
+}
+inline long long cycles() { return emu::cycles; }
+inline void stuck(const char* file, unsigned line) {
+  emu::fail("a phase of an mbarrier never completed: " + std::string(file) + ":" + std::to_string(line));
 }
 inline void push(emu::Op o) {
   emu::ops.push_back(o);
@@ -143,13 +160,9 @@ inline void copy_in(void* dst, const void* src, unsigned bytes, uint64_t* p) {
   push({c, dst, src, bytes, {}, emu::bar(c, p)});
 }
 template <class T> void send(T v, void* dst, uint64_t* p, unsigned rank) {
-  auto* c = emu::me->cta;
-  auto* to = rank < emu::ctas.size() ? &emu::ctas[rank] : nullptr;
-  if (!to) emu::fail("send to a rank outside the cluster");
-  if (!to->live) emu::fail("send to a CTA that has left");
   if ((uintptr_t)dst % sizeof v) emu::fail("misaligned send");
-  const auto there = [&](void* q) { return to->smem + ((unsigned char*)q - c->smem); };
-  emu::Op o{to, there(dst), nullptr, sizeof v, {}, emu::bar(to, reinterpret_cast<uint64_t*>(there(p)))};
+  void* const target = there(static_cast<unsigned char*>(dst), rank);
+  emu::Op o{&emu::ctas[rank], target, nullptr, sizeof v, {}, emu::bar(&emu::ctas[rank], there(p, rank))};
   std::memcpy(o.value, &v, sizeof v);
   ++emu::stats.sends;
   push(o);
