@@ -142,6 +142,9 @@ def test_slots_are_counted_along_the_shortest_way():
     assert counts.row == 4  # three of the exchange and the branch to the next row
     assert counts.forward == 4 + 17  # nothing here jumps over the second sweep
     assert counts.waits  # without a gradient too
+    assert len(kernel.way(0xF0, 0x40, slots.WAIT, 2)) == 5
+    once = slots._without_retries(kernel)
+    assert len(once.way(0xF0, 0x40, slots.WAIT, 2)) == 2 + 12 + 2  # trying again is no second wait: round once more
     kernel.code = [(a, text.replace("SHFL", "NOP")) for a, text in kernel.code]
     assert not slots.of(sass.Kernel(kernel.name, kernel.code)).waits
 

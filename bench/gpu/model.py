@@ -253,7 +253,7 @@ def chosen(V: int, size: int, block: int = 232448, sm: int = 233472) -> Plan:
         for per_sm in (2, 1):
             threads, room, vector = 512 // per_sm, block if per_sm == 1 else sm // 2 - 1024, 16 // size
             part = math.ceil(math.ceil(V / cluster) / vector) * vector
-            fixed = 2 * cluster * threads // 32 * 16 + 2 * 8 * 32 + 6 * 8  # exchange, rows, barriers
+            fixed = 2 * cluster * threads // 32 * 16 + 2 * 8 * 32 + 16 + 9 * 8  # exchange, rows, slope, barriers
             slots = (room - fixed) // (CHUNK + 16)
             if slots >= math.ceil((part + vector - 1) * size / CHUNK) + (2 if per_sm == 2 else 3):
                 return Plan(cluster, threads, slots, per_sm)
