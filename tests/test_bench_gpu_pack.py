@@ -51,20 +51,20 @@ def compilers(folder, work="", object="an object"):
         text = FAKE.format(log=folder / "log", top=folder, work=work, object=folder / "object")
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    return {"NVCC": str(folder / "nvcc"), "CXX": str(folder / "c++")}
+    return {"NVCC": str(folder / "nvcc"), "CXX": str(folder / "c++"), "CC": str(folder / "c++")}
 
 
 @pytest.fixture
 def setup(monkeypatch):
     """Runs `setup.py build_ext` in this process, where torch is imported already."""
 
-    def run(out, **environment):
+    def run(out, ninja=True, **environment):
         monkeypatch.chdir(ROOT)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         scope = {"__name__": "setup"}
         exec((ROOT / "setup.py").read_text().split("# Without a compiler")[0], scope)
-        command = scope["Build"](Distribution({"ext_modules": [scope["native"]]}))
+        command = scope["Build"](Distribution({"ext_modules": [scope["native"]]}), use_ninja=ninja)
         command.build_lib, command.build_temp = str(out), str(out / "temp")
         command.ensure_finalized()
         command.run()
@@ -89,7 +89,7 @@ def test_setup_compiles_every_unit_no_more_at_once_than_asked(tmp_path, setup):
         running += {"+": 1, "-": -1}[line[0]] if "-dryrun" not in line else 0
         most = max(most, running)
     assert most <= 3, "two units and the bindings"
-    setup(tmp_path, PPG_FAST_WATCHDOG="0")
+    setup(tmp_path, ninja=False, PPG_FAST_WATCHDOG="0")
     again = (tmp_path / "bin/log").read_text().splitlines()[len(log) :]
     assert sum(" -shared " in line for line in begun) == 1
     assert sum(" -shared " in line for line in again) == 1, "a finished extension is linked again when asked"
