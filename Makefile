@@ -115,6 +115,7 @@ study: $(VENV)/.dev
 	$(BIN)/python -m ppg_fast.bench --render
 
 # On a machine that has torch, nvcc and pytest: builds in place for its GPU, installs nothing, needs no network and no .venv.
+# ARGS=--dry: every step without a GPU.
 gpu:
 	$(PYTHON) -m bench.gpu $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
