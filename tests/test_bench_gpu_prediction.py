@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from ppg_fast.bench import render, result_file
-from ppg_fast.bench.gpu import predict as command
 from ppg_fast.bench.gpu import build, model, predicted, sass, slots
+from ppg_fast.bench.gpu import predict as command
 from ppg_fast.bench.gpu.devices import DEVICES, named
 from ppg_fast.bench.gpu.model import Case, Counts, Launches, Plan, Unknowns, chosen, predict
 from ppg_fast.bench.tables import NOT_MEASURED
