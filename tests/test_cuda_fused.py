@@ -120,6 +120,13 @@ def test_the_first_row_is_on_its_way_while_turns_are_credited(plan, control):
     assert control.take_stats().copies_ahead == 0, "only the advantages tell whether the row is read"
 
 
+def test_nothing_overlaps_before_hopper(control):
+    control.set(major=8, mode=2)
+    assert_close(run_fused(4), run_fused(4, "reference"))
+    stats = control.take_stats()
+    assert (stats.launches, stats.cluster, stats.copies_ahead) == (2, 0, 0)
+
+
 def test_two_passes_where_clusters_do_not_fit(control):
     plan = {"cluster": 2, "threads": 256, "slots": 2}
     control.set(cluster=0, threads=512)

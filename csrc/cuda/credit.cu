@@ -139,10 +139,10 @@ int fused_policy_loss(const FusedLaunchArgs& both, void* stream) {
   if (a.tokens.N > INT32_MAX || blocks > INT32_MAX || (needs_groups && !a.group_ids.data)) return hw::INVALID_VALUE;
   if (blocks == 0 && !a.ticket) return sweep({both.sweep, nullptr, hw::Order::ALONE}, stream);
   const unsigned grid = (unsigned)std::max<int64_t>(blocks, 1);
-  if (const int error =
-          hw::launch(hw::Order::LEADS, credit_kernel, grid, THREADS, 0, THREADS * sizeof(Member), stream, a))
-    return error;
-  return sweep({both.sweep, nullptr, hw::Order::FOLLOWS}, stream);
+  const bool overlap = hw::can_follow(credit_kernel);
+  const int error = hw::launch(overlap ? hw::Order::LEADS : hw::Order::ALONE, credit_kernel, grid, THREADS, 0,
+                               THREADS * sizeof(Member), stream, a);
+  return error ? error : sweep({both.sweep, nullptr, overlap ? hw::Order::FOLLOWS : hw::Order::ALONE}, stream);
 }
 
 }  // namespace cuda

@@ -185,6 +185,7 @@ template <class Kernel> int resident_clusters(const Device&, Kernel, unsigned, u
   *clusters = emu::settings.resident;
   return emu::settings.query_error;
 }
+template <class Kernel> bool can_follow(Kernel) { return emu::settings.major >= 9; }
 enum class Order : int { ALONE, LEADS, FOLLOWS };  // as in csrc/cuda/hw.cuh
 template <class... Parameters, class... Arguments>
 int launch(Order order, void (*kernel)(Parameters...), unsigned grid, unsigned block, unsigned cluster, size_t smem,
