@@ -80,6 +80,15 @@ def test_fewer_slots_of_the_ring_and_more_instructions_are_slower():
     assert predict(H200, free).share > predict(H200, reading).share
 
 
+def test_a_chunk_at_a_time_from_memory_and_from_l2_waits_for_both():
+    one = Case(128256, 2, Plan(0, 512, 1, kept=False, ahead=False), REVIEWED)
+    several = replace(one, plan=replace(one.plan, slots=4))
+    assert predict(H200, one).bound == "latency"
+    assert (
+        predict(H200, one).share < predict(H200, several).share < predict(H200, replace(one, plan=PLANS[128256])).share
+    )
+
+
 def test_rows_without_a_gradient_are_written_and_not_read():
     case = Case(32000, 2, PLANS[32000], REVIEWED, N=6400, full=25)
     assert case.moved() == 6400 * 32000 * 2 * 1.25

@@ -132,8 +132,11 @@ class Prediction:
 
     @property
     def bound(self) -> str:
-        """What it waits for most, and launches where they are more than a twentieth."""
+        """What is busy most, or the latency of both where neither is for more than three quarters of the time; and the
+        launches where they are more than a twentieth."""
         most = "memory" if self.memory > self.issue else "issue slots"
+        if max(self.memory, self.issue) < 0.75 * (self.seconds - self.launches):
+            most = "latency"
         return f"{most}, launches" if self.launches > 0.05 * self.seconds else most
 
 
