@@ -28,7 +28,7 @@ def scale_rows_kernel(
         if (not IN_PLACE) or factor != 1.0:
             row = x + row_offset(n, L, batch_stride, row_stride)
             out_row = out + row_offset(n, L, out_batch_stride, out_row_stride)
-            left = elements - n.to(tl.int64) * V
+            left = elements - row_offset(n, N, 0, V)
             cols = tl.arange(0, BLOCK_V)
             for start in range(0, V, BLOCK_V):
                 at = start + cols
