@@ -38,7 +38,7 @@ def test_rows_of_logits_begin_cache_lines(V):
             assert chunk.logits.stride(1) == 1
 
 
-@pytest.mark.parametrize("V", [7, 209, 1000])
+@pytest.mark.parametrize("V", [7, 209])
 @pytest.mark.parametrize("chunk_rows", [16, 1000])
 def test_what_lies_between_rows_takes_no_part(backend, device, monkeypatch, V, chunk_rows):
     """Not in a log-prob, not in a product, whatever is there; nor is what the memory of a gradient held before."""

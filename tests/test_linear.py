@@ -174,6 +174,20 @@ def test_only_full_rows_reach_the_gradient_gemms(monkeypatch):
         assert seen == {"logits": expected, "gradient": full}
 
 
+def test_metrics_wait_until_they_are_read(monkeypatch):
+    called, metrics = [], LossRows.metrics
+    monkeypatch.setattr(LossRows, "metrics", lambda self, *of: called.append(self) or metrics(self, *of))
+    (hidden, weight, _), labels, advantages, arguments = inputs(torch.float32, "cpu", bias=False)
+    rows = hidden, weight, labels, advantages
+    out, late = (ppg.linear_policy_loss(*rows, spec=LOSSES["ppo"], **arguments, backend="cpu") for _ in range(2))
+    assert called == []
+    assert {"entropy", "approx_kl", "clip_fraction", "active_tokens"} <= set(out.metrics)
+    assert len(called) == 1
+    arguments["old_logprobs"].add_(1.0)
+    with pytest.raises(RuntimeError, match="old_logprobs was modified in place"):
+        late.metrics["entropy"]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_ops_are_well_formed(backend, device, bias):
     if backend == "reference":
