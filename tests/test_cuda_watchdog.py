@@ -10,7 +10,7 @@ import pytest
 import torch
 from emulator import build as emulator
 from emulator.cases import Case, run, shortest_ring
-from sass import Kernel, cuobjdump, kernels
+from ppg_fast.bench.gpu.sass import Kernel, cuobjdump, kernels
 
 ROOT = Path(__file__).parents[1]
 WAITS = {  # file and line
