@@ -172,10 +172,10 @@ def test_code_that_is_built_otherwise_is_refused():
 def test_the_stored_counts_are_those_of_the_extension(stored):
     """Two kernels, where the extension was built from today's sources."""
     extension, today = next(Path(native.__file__).parent.glob("_C*.so")), build.sources(ROOT)
-    if sass.cuobjdump() is None or today.misfit(extension) or "sm_90a" not in today.built(extension).gpus:
+    if (tool := sass.cuobjdump()) is None or today.misfit(extension) or "sm_90a" not in today.built(extension).gpus:
         pytest.skip("needs cuobjdump and an extension of today's sources for sm_90a")
     wanted = "policy_loss_onepass<BF16, false, 0, 512>", "policy_loss_onepass<BF16, false, 1, 256>"
-    for kernel in sass.kernels(extension, sass.cuobjdump(), "sm_90a", wanted.__contains__):
+    for kernel in sass.kernels(extension, tool, "sm_90a", wanted.__contains__):
         assert asdict(slots.of(kernel)) == pytest.approx(stored["counts"]["sm_90a"][kernel.name], rel=0.02), (
             f"{kernel.name} has changed: run python -m ppg_fast.bench.gpu.predict and python -m ppg_fast.bench --render"
         )
