@@ -32,6 +32,7 @@ def made_up(monkeypatch, tmp_path):
     (tmp_path / "test_short.py").write_text(TESTS)
     monkeypatch.setattr(dry, "FILES", (tmp_path / "test_short.py",))
     monkeypatch.setattr(command, "show", lambda *_: None)
+    monkeypatch.setattr(command, "stop_on_signals", lambda: None)  # this process has handlers of its own
     monkeypatch.setenv("PATH", "/usr/bin:/bin")  # to be put back: the tools that pretend come first on it
 
 
