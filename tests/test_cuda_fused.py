@@ -37,6 +37,13 @@ def assert_close(actual, expected):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+def counted(control, *case, **changed):
+    """`run_fused`, and the counts of its forward pass."""
+    control.take_stats()
+    stats = []
+    return run_fused(*case, forward_ended=lambda: stats.append(control.take_stats()), **changed), stats[0]
+
+
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_from_rewards_in_two_launches(reduction, baseline, control):
@@ -80,10 +87,10 @@ def test_the_same_bits_on_any_grid_and_in_any_schedule(plan, control):
     first = None
     for resident, seed, mode in ((1, 1, 0), (1, 2, 2), (3, 3, 1), (7, 4, 2), (64, 5, 1)):
         control.set(cluster=plan[0], threads=plan[1], slots=2, resident=resident, seed=seed, mode=mode)
-        results = run_fused(5, skip_zero_advantages=True)
+        results, stats = counted(control, 5, skip_zero_advantages=True)
         first = first or results
         assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True)), (resident, seed, mode)
-        assert control.take_stats().cluster == plan[0]
+        assert stats.cluster == plan[0]
     assert_close(first, run_fused(5, "reference", skip_zero_advantages=True))
 
 
@@ -122,8 +129,8 @@ def test_the_first_row_is_on_its_way_while_turns_are_credited(plan, control):
 
 def test_nothing_overlaps_before_hopper(control):
     control.set(major=8, mode=2)
-    assert_close(run_fused(4), run_fused(4, "reference"))
-    stats = control.take_stats()
+    results, stats = counted(control, 4)
+    assert_close(results, run_fused(4, "reference"))
     assert (stats.launches, stats.cluster, stats.copies_ahead) == (2, 0, 0)
 
 
@@ -134,8 +141,8 @@ def test_two_passes_where_clusters_do_not_fit(control):
     control.take_stats()
     control.set(resident=101, query_error=DOES_NOT_FIT, **plan)  # another number is another device
     for queries, more in ((1, {}), (0, {}), (0, {"score_norms": True})):
-        assert all(torch.equal(a, b) for a, b in zip(run_fused(5, **more), two_passes, strict=True))
-        stats = control.take_stats()
+        results, stats = counted(control, 5, **more)
+        assert all(torch.equal(a, b) for a, b in zip(results, two_passes, strict=True))
         assert (stats.cluster, stats.block, stats.launches, stats.queries) == (0, 512, 2, queries)
 
 
@@ -145,8 +152,7 @@ def test_no_other_error_is_taken_for_one_of_size(control):
     with pytest.raises(RuntimeError, match="kernel launch failed"):
         run_fused(5)
     control.set(**plan)
-    run_fused(5)
-    assert control.take_stats().cluster == 2, "found out by the first answer, not by the first error"
+    assert counted(control, 5)[1].cluster == 2, "found out by the first answer, not by the first error"
     control.set(query_error=DOES_NOT_FIT, **plan)
     with pytest.raises(RuntimeError, match="does not fit"):  # else its log-probs would not be those without a norm
         run_fused(5, score_norms=True)

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
@@ -204,12 +205,17 @@ def fused_case(seed: int) -> tuple[list[Tensor], dict]:
 
 
 def run_fused(
-    seed: int, backend: str = "cuda", policy_class: str = "lookahead:2", **changed: object
+    seed: int,
+    backend: str = "cuda",
+    policy_class: str = "lookahead:2",
+    forward_ended: Callable[[], object] = lambda: None,
+    **changed: object,
 ) -> tuple[Tensor, ...]:
-    """Loss, log-probs, entropy and gradient of `fused_case`."""
+    """Loss, log-probs, entropy and gradient of `fused_case`, whose scaling is a launch of the backward pass."""
     arguments, options = fused_case(seed)
     x = arguments[0].requires_grad_()
     out = ppg.partial_policy_loss(*arguments, policy_class, **(options | changed), backend=backend)
+    forward_ended()
     (gradient,) = torch.autograd.grad(out.loss.sum(), x)
     return out.loss.detach(), out.logprobs, out.entropy, gradient
 
