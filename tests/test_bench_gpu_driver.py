@@ -1,5 +1,6 @@
 """`make gpu` runs its parts one after the other, bounded, and names what hangs or dies and goes on without it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -166,10 +167,8 @@ def test_what_cannot_be_killed_does_not_stop_the_others(tmp_path, monkeypatch):
         assert not driver.run(parts, kept, 300)
     finally:
         for group in set(spared):
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 kill(group, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
     assert time.monotonic() - start < 20
     found = content(kept)["parts"]
     assert found["stays"]["reason"] == "stopped after 1 s; a process did not end when it was killed; [None]"
@@ -251,4 +250,4 @@ def test_a_part_whose_tool_is_absent_says_so(tmp_path, monkeypatch):
     assert found["racecheck"] == found["memcheck"] == "compute-sanitizer is not on PATH"
     assert found["dram"] == "ncu is not on PATH"
     assert found["smoke"] is None
-    assert build.is_current(ROOT) or list(found)[0] == "build"
+    assert build.is_current(ROOT) or next(iter(found)) == "build"

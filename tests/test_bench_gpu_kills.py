@@ -1,4 +1,4 @@
-"""`make gpu` loses nothing: its processes and itself are killed at random moments, and what was done before is there."""
+"""`make gpu` loses nothing: its processes and itself are killed at random moments, what was done before is there."""
 
 import json
 import os
@@ -31,7 +31,8 @@ from pathlib import Path
 from bench.gpu import driver, store
 def part(name, processes):
     commands = [[sys.executable, "-S", "-c", {WORKER!r}, "{{lines}}", f"{{name}}{{n}}"] for n in range(processes)]
-    tell = lambda record, output: ({{}}, None if {{case["outcome"] for case in record["cases"]}} == {{"passed"}} else "bad")
+    ends = lambda record: {{case["outcome"] for case in record["cases"]}}
+    tell = lambda record, output: ({{}}, None if ends(record) == {{"passed"}} else "bad")
     return driver.Part(name, 60, commands, tell, folder=Path.cwd())
 kept = store.Store(Path(sys.argv[1]), "gpu.cuda", store.header("make gpu", "abc"), resume=True)
 driver.run([part("one", 1), part("two", 2), part("three", 1)], kept, 300)

@@ -30,8 +30,9 @@ CANDIDATES = {
     151936: ((2, 512, 13), (4, 256, 5), (4, 512, 13), (8, 256, 5)),
     262144: ((4, 512, 13), (8, 256, 6), (8, 512, 13)),
 }
-# What Triton 3.7 compiles for sm_90, bfloat16: a row of 32,768 in the registers of one CTA, longer ones in two passes.
-HELD, SWEPT = Counts(8.0, 8.0, 500, 500), Counts(10.8, 10.8, 500, 500)
+# What Triton compiles for sm_90, bfloat16: a row of 32,768 in the registers of one program, the same read twice by
+# programs of 128 threads, longer ones in two passes. Slots a row of the first are an estimate.
+HELD, TWICE, SWEPT = Counts(9.5, 10.6, 200, 200), Counts(9.4, 10.6, 231, 115), Counts(10.8, 10.8, 500, 500)
 # The code that the review of 29 November 2026 read, by threads: loss and gradient, log-probs with entropy.
 REVIEWED = {
     512: (Counts(9.19, 9.31, 447, 446, 17 / 16), Counts(11.75, 10.94, 469, 468, 17 / 16)),
@@ -112,22 +113,25 @@ def two_passes(V: int, size: int) -> Plan:
 
 
 def triton(around: Launches) -> Iterator[dict[str, Any]]:
-    """The Triton kernels: a row of up to 32,768 held by one CTA, one or two an SM; longer ones in two passes."""
-    held = {"registers, one CTA an SM": 1, "registers, two CTAs an SM": 2}
+    """The Triton kernels: a row of up to 32,768 held by one program, as on ROCm, or read twice by small ones; longer
+    rows in two passes."""
+    held = (Plan(1, 512, 4, ahead=False), HELD)
+    twice = {f"read twice, {n} programs an SM": (Plan(0, 128, 2, n, kept=False, ahead=False), TWICE) for n in (3, 4)}
     for device in DEVICES:
         for V in VOCABULARIES:
-            ways = {name: (Plan(1, 512, 4, n, ahead=False), HELD) for name, n in held.items()} if V == 32000 else {}
-            ways["two passes"] = (Plan(0, 512, 2, kept=False, ahead=False), SWEPT)
+            ways = {"two passes": (Plan(0, 512, 2, kept=False, ahead=False), SWEPT)}
+            if V == 32000:
+                ways = {"held in registers": held} | ({} if device.lanes == 64 else twice)
             for name, (plan, counts) in ways.items():
-                few = device if plan.kept else replace(device, clusters={1: programs(device, 2 * V)})
+                few = device if plan.kept else replace(device, clusters={1: programs(device, 2 * V, plan.per_sm)})
                 yield line(few, Case(V, 2, plan, counts, around), way=name)
 
 
-def programs(device: Device, row: int) -> int:
+def programs(device: Device, row: int, per_sm: int) -> int:
     """Of kernels/triton/plan.py, for rows that are read twice."""
     if device.lanes == 64:  # ROCm
         return device.sms
-    return min(max(device.l2 // 2 // row, device.sms // 4), device.sms)
+    return min(max(device.l2 // 2 // row, device.sms // 4), per_sm * device.sms)
 
 
 Pair = tuple[Counts, Counts]  # of a sweep with a gradient and of one without
@@ -144,7 +148,7 @@ def changes(found: Built, around: Launches) -> Iterator[dict[str, Any]]:
 
 
 def planned(V: int, plan: Plan) -> Iterator[tuple[str, tuple[Plan, Pair, Launches]]]:
-    """The changes of issue 16 as parameters of the model; slots that are not read from code are estimates."""
+    """The planned changes as parameters of the model; slots that are not read from code are estimates."""
     loss, forward = both = REVIEWED[plan.threads]
     old, short = Launches(16), Launches(1, overlapped=True)
     long = [replace(c, first=f.first, exp_first=f.exp_first) for c, f in zip(both, REVIEWED[256], strict=True)]

@@ -25,7 +25,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[3]
 EMULATOR = Path(__file__).parent
 CACHE = ROOT / "build" / "emulator"
-SOURCES = [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if "policy_loss" not in path.stem]  # never patched
+SOURCES = [path for path in sorted((ROOT / "csrc/cuda").glob("*.cu")) if "policy_loss" not in path.stem]  # not patched
 COMPILE = (
     "-std=c++20",
     "-O2",
