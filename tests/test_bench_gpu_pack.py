@@ -95,11 +95,10 @@ def test_setup_compiles_every_unit_no_more_at_once_than_asked(tmp_path, setup):
     assert sum(" -shared " in line for line in again) == 1, "a finished extension is linked again when asked"
 
 
-def test_a_compiler_that_fails_is_an_error(tmp_path, setup, capfd):
+def test_a_compiler_that_fails_is_an_error(tmp_path, setup):
     fakes = compilers(tmp_path / "bin", 'case "$*" in *PPG_SUMS=ENTROPY*) echo went wrong >&2; exit 3;; esac')
-    with pytest.raises(RuntimeError, match="nvcc failed, see above"):
+    with pytest.raises(RuntimeError, match=r"went wrong\n.*nvcc failed; set NVCC"):
         setup(tmp_path, **fakes, TORCH_CUDA_ARCH_LIST="9.0")
-    assert "went wrong" in capfd.readouterr().err
     assert not list(tmp_path.rglob("_C*.so"))
 
 

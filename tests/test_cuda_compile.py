@@ -114,8 +114,9 @@ def test_no_spills(compiled, arch):
         command = [_tool(), "--dump-resource-usage", str(cubin)]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         frames = re.findall(r"STACK:(\d+) .*LOCAL:(\d+)", usage)
-        assert len(frames) == usage.count("Function ") > 0, f"{cubin.name}: no kernels"
-        assert set(frames) == {("0", "0")}, usage
+        assert len(frames) == usage.count("Function "), usage
+        assert (set(frames) or {("0", "0")}) == {("0", "0")}, usage
+        assert frames or cubin.name.startswith("policy_loss."), f"{cubin.name}: only this unit launches those of others"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -1,5 +1,7 @@
 """What is done otherwise on ROCm, whose devices say that they are CUDA's."""
 
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -24,9 +26,9 @@ def test_no_gemm_from_16_to_32_bits(hip, monkeypatch):
     monkeypatch.setattr(torch, "addmm", recorded)
     monkeypatch.setattr(torch.version, "hip", hip)
     x, d, weight = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((48, 8), (48, 40), (40, 8)))
-    head = Head(x, weight, None, 16, (False, True, False))
+    head = Head(x, weight, None, 16, (False, True, False), ModuleType("unused"))
     for rows in torch.arange(48).split(16):
-        head.accumulate(Chunk(rows, x[rows], d[rows].as_subclass(OnGpu), None))
+        head.accumulate(Chunk(rows, x[rows], d[rows].as_subclass(OnGpu), None, alone=False))
     assert called == ([] if hip else [torch.float32] * 3)
     assert head.d_weight.dtype == torch.float32
     rounded = torch.stack([(d[r].double().t() @ x[r].double()) for r in torch.arange(48).split(16)])

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppg_fast.config import TrainConfig
 from ppg_fast.models.adaptation import StartingWeights, plain_head
 from ppg_fast.models.causal_lm import decoder
-from ppg_fast.models.tied_weight import read_with, shared_embedding, two_uses
+from ppg_fast.models.tied_weight import shared_embedding
 from ppg_fast.models.varlen_attention import QUERY_BLOCK
 from ppg_fast.ops.head import default_chunk_rows, equal_chunks, row_stride
 from ppg_fast.training.optimisers import make_optimizer, set_learning_rate
@@ -176,15 +176,16 @@ class Step:
         count, bf16 = self.count, self.config.bf16
         with count.phase_of("forward pass"), count.under("final"), _Autocast(bf16):
             ids, weight = torch.empty(1, tokens, dtype=torch.int64, device="meta"), plain_head(self.model).weight
-            given = {"input_ids": ids, "position_ids": ids, "use_cache": False, "max_length_q": tokens}
-            if embedding := shared_embedding(self.model, weight):
-                weight, embedded = two_uses(weight)
-                out = read_with(decoder(self.model), embedding, embedded, given)
-                del embedded
+            given = {"position_ids": ids, "use_cache": False, "max_length_q": tokens}
+            if embedding := shared_embedding(self.model, weight):  # its gradient is a row a token
+                with torch.no_grad():
+                    given["inputs_embeds"] = embedding(ids)
+                given["inputs_embeds"].requires_grad_()
             else:
-                out = decoder(self.model)(**given)
+                given["input_ids"] = ids
+            out = decoder(self.model)(**given)
             hidden = out.last_hidden_state[0]
-            del out
+            del out, given
         with count.phase_of("head"):
             if bf16:
                 with count.under("head"):
