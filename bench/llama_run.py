@@ -21,6 +21,7 @@ REWARD = "def length(messages):\n    return min(len(messages[-1]['content']), 40
 SMALL = """--num-prompts 2 --num-generations 2 --max-turns 2 --max-new-tokens 12 --partner-tokens 12 --eval-dialogues 1
 --no-progress --eval-every 99 --save-every 0 --learning-rate 1e-4 --policy-class greedy --seed 3 --device cpu"""
 BETWEEN = (30, 120)  # seconds from the server's return to its next death
+DIFFERENCE = "sampling/sampling_logp_difference/max"
 END = 300.0  # seconds that a run may take to stop
 
 
@@ -105,7 +106,7 @@ def _facts(run: Run) -> dict[str, Any]:
     return {
         "steps": [row["step"] for row in steps],
         "longest": max((b - a for a, b in itertools.pairwise(ends)), default=None),
-        "difference": max((row["sampling/sampling_logp_difference/max"] for row in steps), default=None),
+        "difference": max((row[DIFFERENCE] for row in steps if DIFFERENCE in row), default=None),  # no turn, none
         **{name.removeprefix("endpoint/"): last[name] for name in last if name.startswith("endpoint/")},
         "last_line": (run.said().strip().splitlines() or [""])[-1][:300],
     }

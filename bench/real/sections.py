@@ -185,7 +185,7 @@ def wide_section(file: dict[str, Any]) -> str:
         ]
         heads = ("peak memory", "weights and gradients", "above them", "of a core", "clock", "load before", "gradient")
         active = f"{steps[0]['active']:,} of {file['tokens']:,} tokens active"
-        text += f"**{what.capitalize()}, {active}**\n\n{table(('', *heads), rows)}\n{_compared(steps)}\n\n"
+        text += f"**{what[0].upper()}{what[1:]}, {active}**\n\n{table(('', *heads), rows)}\n{_compared(steps)}\n\n"
     return text.rstrip("\n") + "\n"
 
 
