@@ -108,7 +108,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "longest": max((b - a for a, b in itertools.pairwise(ends)), default=None),
         "difference": max((row[DIFFERENCE] for row in steps if DIFFERENCE in row), default=None),  # no turn, none
         **{name.removeprefix("endpoint/"): last[name] for name in last if name.startswith("endpoint/")},
-        "last_line": (run.said().strip().splitlines() or [""])[-1][:300],
+        "last_line": (run.said().replace(str(run.folder), "").strip().splitlines() or [""])[-1][:300],
     }
 
 
