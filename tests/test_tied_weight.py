@@ -115,6 +115,18 @@ def test_log_probs_that_are_differentiated_give_the_same():
     torch.testing.assert_close(gradient(False), gradient(True), rtol=1e-5, atol=1e-6)
 
 
+def test_a_head_gradient_that_is_not_its_own_memory_is_left_alone():
+    """That of a sum is one number, expanded; under create_graph the graph may need it again."""
+    weight = torch.randn(V, 3, requires_grad=True)
+    for create_graph in (False, True):
+        for_head, for_embedding = tied_weight.two_uses(weight)
+        read = torch.nn.functional.embedding(torch.tensor([4, 4, 9]), for_embedding, sparse=True)
+        (gradient,) = torch.autograd.grad(for_head.sum() + 2 * read.sum(), weight, create_graph=create_graph)
+        expected = torch.ones(V, 3)
+        expected[4], expected[9] = 5.0, 3.0
+        assert torch.equal(gradient, expected)
+
+
 def test_no_advantage_and_no_tokens_give_zeros():
     model = model_of("qwen3")
     loss_of(model, ((0.0,), (0.0,))).backward()

@@ -25,6 +25,8 @@ class _TwoUses(torch.autograd.Function):
     def backward(ctx: Any, of_head: Tensor | None, of_embedding: Tensor | None) -> Tensor | None:  # type: ignore[override]
         if of_head is None or of_embedding is None:
             return of_head if of_embedding is None else of_embedding.to_dense()
+        if torch.is_grad_enabled() or not of_head.is_contiguous():  # a graph keeps it, or its elements share memory
+            return of_head + of_embedding
         return of_head.add_(of_embedding)
 
 
