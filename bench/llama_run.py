@@ -121,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     from . import machine
 
-    file = machine.header("make test-llama ; python -m ppg_fast.bench.llama_run .llama", "cpu", server=served_by())
+    said = f"make test-llama ; python -m ppg_fast.bench.llama_run .llama --minutes {arguments.minutes:g}"
+    file = machine.header(said, "cpu", server=served_by())
     with tempfile.TemporaryDirectory() as folder:
         found = survived(arguments.folder.resolve(), Path(folder), 60 * arguments.minutes)
     print(f"wrote {result_file.write(arguments.output, 'llama_run.cpu', file | {'run': found})}")

@@ -41,6 +41,11 @@ class Setting:
         carried along."""
         return self.work / "watched"
 
+    @property
+    def carried(self) -> Path:
+        """The extension with a watchdog, where `make gpu-pack` puts it."""
+        return self.root / pack.PACK / "watchdog" / pack.EXTENSION
+
 
 def worker(part: str, setting: Setting) -> list[str]:
     """The command of a measuring process."""
@@ -89,15 +94,13 @@ def _moved(record: dict[str, Any], output: str) -> Collected:
 
 def link(setting: Setting) -> None:
     """Both packages, around what extensions there are now."""
-    carried = setting.root / pack.PACK / "watchdog" / pack.EXTENSION
     build.link(setting.root, setting.site)
-    build.link(setting.root, setting.watched, carried if watchdog(setting) else None)
+    build.link(setting.root, setting.watched, setting.carried if watchdog(setting) else None)
 
 
 def watchdog(setting: Setting) -> bool:
     """Whether an extension with one is carried along that fits."""
-    carried = setting.root / pack.PACK / "watchdog" / pack.EXTENSION
-    return not setting.tiny and build.misfit(setting.root, carried, watchdog=True) is None
+    return not setting.tiny and build.misfit(setting.root, setting.carried, watchdog=True) is None
 
 
 def to_compile(names: Sequence[str], setting: Setting) -> list[list[str]]:
