@@ -59,14 +59,19 @@ def sources(root: Path) -> Any:
 
 
 @cache
-def gpus() -> list[str]:
-    """Compute capabilities of the GPUs here, without importing anything; none where nobody can say."""
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+def told(field: str) -> list[str]:
+    """What nvidia-smi says of each GPU here, without importing anything; nothing where nobody can say."""
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
         said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return sorted({line.strip() for line in said.splitlines() if re.fullmatch(r"\d+\.\d", line.strip())})
+    return [line.strip() for line in said.splitlines() if line.strip()]
+
+
+def gpus() -> list[str]:
+    """Compute capabilities of the GPUs here."""
+    return sorted({capability for capability in told("compute_cap") if re.fullmatch(r"\d+\.\d", capability)})
 
 
 def misfit(root: Path, extension: Path | None, watchdog: bool = False) -> str | None:

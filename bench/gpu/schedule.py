@@ -1,12 +1,11 @@
 """What a run of everything consists of, in the order of what it is worth, and how long each part may take."""
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 from .. import result_file
+from . import build
 
 WHOLE = 420.0  # seconds
 
@@ -38,15 +37,8 @@ SLOTS = {
 
 
 def gpu_name() -> str | None:
-    """Of the first GPU, without importing anything."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return said.strip().splitlines()[0].strip() if said.strip() else None
+    """Of the first GPU."""
+    return next(iter(build.told("name")), None)
 
 
 def measured(results: Path, name: str | None) -> dict[str, tuple[float, str]]:
