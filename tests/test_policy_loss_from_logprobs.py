@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import ppg_fast as ppg
-from ppg_fast.spec import LOSS_TYPES, REDUCTIONS
+from ppg_fast.losses import LOSS_TYPES
+from ppg_fast.spec import REDUCTIONS
 
 B, L, V = 3, 7, 29
 FULL = {"dual_clip": 1.4, "kl_coef": 0.13, "kl_estimator": "k2", "entropy_coef": 0.03, "importance_cap": 1.25}

@@ -7,7 +7,7 @@ import oracle
 import torch
 
 import ppg_fast as ppg
-from ppg_fast.spec import KL_ESTIMATORS
+from ppg_fast.losses import KL_ESTIMATORS
 
 # relative error: [0] from logits, a few roundings to the dtype of the inputs; [1] from hidden states, whose logits a
 # GEMM has rounded
