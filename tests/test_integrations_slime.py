@@ -140,7 +140,7 @@ def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, use_
 
 
 BOUNDS = {  # what the losses have no place for
-    "gspo": {}, "gspo_turn": {}, "cispo": {"eps_clip": 1.0, "eps_clip_c": None}, "reinforce": {"eps_clip_c": None},
+    "gspo": {}, "gspo_turn": {}, "cispo": {"eps_clip_c": None}, "reinforce": {"eps_clip_c": None},
 }  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def test_slimes_estimator_chooses_the_loss(slime, estimator):
         "log_probs": [-2.5 - torch.rand(n) for n in responses],
         "advantages": [torch.full((4,), 1.5), torch.full((7,), -0.75)],  # one number a response, as slime's own
     }  # fmt: skip
-    only = {"entropy_coef": 0.0, "use_kl_loss": False, "eps_clip": 1.0, "eps_clip_high": 0.2, "eps_clip_c": None}
+    only = {"entropy_coef": 0.0, "use_kl_loss": False, "eps_clip": 0.25, "eps_clip_high": 0.2, "eps_clip_c": None}
     args = slime_args(advantage_estimator=estimator, **only)
     loss, _ = module.ppg_loss(args, batch, logits, lambda x: (x * torch.cat(masks)).sum())
     naive = 0
@@ -196,9 +196,9 @@ def test_slimes_estimator_chooses_the_loss(slime, estimator):
         difference = l - old
         if estimator == "gspo":
             ratio = ((difference * mask).sum() / mask.sum()).exp()
-            per_token = torch.maximum(-ratio * A, -ratio.clamp(0.0, 1.2) * A)
+            per_token = torch.maximum(-ratio * A, -ratio.clamp(0.75, 1.2) * A)
         else:
-            per_token = -difference.exp().clamp(0.0, 1.2).detach() * A * l
+            per_token = -difference.exp().clamp(0.75, 1.2).detach() * A * l
         naive = naive + (per_token * mask).sum()
     torch.testing.assert_close(loss, naive)
     torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, naive)))
@@ -211,8 +211,8 @@ REFUSED = {
         "compute_advantages_and_returns": False, "ppg_polcy_class": "greedy",
     },
     "loss": {
-        "kl_loss_type": "abs", "tis_clip_low": 0.5, "custom_tis_function_path": "mis.py:weights",
-        "custom_pg_loss_reducer_function_path": "a.b", "use_opsm": True, "use_unbiased_kl": True,
+        "kl_loss_type": "abs", "custom_tis_function_path": "mis.py:weights",
+        "custom_pg_loss_reducer_function_path": "a.b", "use_opsm": True,
         "get_mismatch_metrics": True, "true_on_policy_mode": True, "rollout_top_p": 0.9, "use_icepop": True,
     },
 }  # fmt: skip
@@ -278,7 +278,8 @@ def test_an_option_of_a_later_slime_is_found_by_its_own_parser(slime, monkeypatc
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"ppg_loss_type": "cispo", "eps_clip_c": None}, "eps_clip of slime must be at least 1 for cispo .*got 0.1"),
+        ({"use_unbiased_kl": True, "kl_loss_type": "k2"}, "use_unbiased_kl of slime needs kl_loss_type k3 .*got 'k2'"),
+        ({"ppg_tau_positive": 2.0}, "tau_positive must be left out: loss_type ppo does not use it .*got 2.0"),
         ({"ppg_loss_type": "reinforce"}, "eps_clip_c of slime must be None for reinforce .*got 1.3"),
         ({"ppg_loss_type": "ppo", "advantage_estimator": "gspo"}, "ppg_loss_type must be gspo, .*got 'ppo'"),
     ],
