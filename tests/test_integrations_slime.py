@@ -88,8 +88,15 @@ def test_slime_without_rewards_of_turns_is_rloo(slime):
 
 
 @pytest.mark.parametrize("old", ["log_probs", "rollout_log_probs", None])
-@pytest.mark.parametrize(("padding", "use_tis"), [(0, False), (3, True)])
-def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, use_tis):
+@pytest.mark.parametrize(
+    ("padding", "options"),
+    [
+        (0, {}), (3, {"use_tis": True}), (0, {"use_tis": True, "tis_clip_low": 0.9}),
+        (0, {"use_tis": True, "tis_clip_low": 0.9, "custom_tis_function_path": slime_options.ICEPOP}),
+        (0, {"use_unbiased_kl": True}), (0, {"use_unbiased_kl": True, "kl_loss_type": "k3"}),
+    ],
+)  # fmt: skip
+def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, options):
     """Naive PyTorch in the order of slime's own loss: temperature, log-probs, entropy, clipped ratio, KL, its
     reducer."""
     module, _ = slime
@@ -98,7 +105,7 @@ def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, use_
     tokens = [torch.randint(V, (n,)) for n in totals]
     masks = [torch.tensor(m) for m in ([1, 0, 1, 1], [1, 1, 0, 0, 1, 1, 0], [0, 0])]
     logits = torch.randn(1, sum(totals) + padding, V, requires_grad=True)
-    args = slime_args(use_rollout_logprobs=old == "rollout_log_probs", use_tis=use_tis)
+    args = slime_args(use_rollout_logprobs=old == "rollout_log_probs", **options)
 
     def per_token():
         return [-torch.rand(n) - 1.5 for n in responses]
@@ -128,10 +135,14 @@ def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, use_
     ratio, A = (logprobs - before).exp(), torch.cat(batch["advantages"])
     surrogate = -torch.minimum(ratio * A, ratio.clamp(0.9, 1.15) * A)
     surrogate = torch.where(A < 0, torch.minimum(surrogate, -1.3 * A), surrogate)
-    if use_tis:
-        surrogate = surrogate * (before - torch.cat(batch["rollout_log_probs"])).exp().clamp(max=1.2)
+    if args.use_tis:
+        weight, least = (before - torch.cat(batch["rollout_log_probs"])).exp(), options.get("tis_clip_low", 0.0)
+        kept = weight * ((weight >= least) & (weight <= 1.2))
+        surrogate = surrogate * (kept if "custom_tis_function_path" in options else weight.clamp(least, 1.2))
     delta = torch.cat(batch["ref_log_probs"]) - logprobs
-    naive = reduce(surrogate) - 0.05 * reduce(entropy) + 0.2 * reduce(delta.exp() - delta - 1)
+    kl = (delta.exp() - delta - 1) * (ratio if options.get("use_unbiased_kl") else 1.0)
+    kl = kl if args.kl_loss_type == "k3" else kl.clamp(-10, 10)
+    naive = reduce(surrogate) - 0.05 * reduce(entropy) + 0.2 * reduce(kl)
     torch.testing.assert_close(loss, naive, rtol=1e-5, atol=1e-6)
     gradients = [torch.autograd.grad(value, logits)[0] for value in (loss, naive)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
