@@ -64,7 +64,7 @@ def prime_default(l, b, A):
 
 
 def prime_ipo(l, b, A):
-    kept = (probabilities(l, b).abs() <= 0.08).double()
+    kept = (probabilities(l, b).abs() <= 0.03).double()
     return -kept * A * (l - b).exp() + 0.03 * (l - b) ** 2
 
 
@@ -73,8 +73,8 @@ PRIME = {
         prime_default,
         {"loss_type": "dppo_tv", "dppo_mask_low": 0.05, "dppo_mask_high": 0.1, "adv_tau": 0.7, "kl_tau": 0.03},
     ),
-    "ipo": (prime_ipo, {"loss_type": "ipo", "ipo_threshold": 0.08, "kl_tau": 0.03}),
-    "ipo, a preset that is changed": (prime_ipo, {"preset": "ipo", "ipo_threshold": 0.08, "log_ratio_coef": 0.03}),
+    "ipo": (prime_ipo, {"loss_type": "ipo", "ipo_threshold": 0.03, "kl_tau": 0.03}),
+    "ipo, a preset that is changed": (prime_ipo, {"preset": "ipo", "ipo_threshold": 0.03, "log_ratio_coef": 0.03}),
 }
 
 
