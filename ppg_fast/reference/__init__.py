@@ -6,9 +6,11 @@ from ppg_fast.reference.logprobs import score_norms, token_logprobs
 from ppg_fast.reference.partial_returns import masked_returns, partial_returns
 from ppg_fast.reference.policy_loss import grouped_old_logprobs, loss_from_logprobs, policy_loss
 from ppg_fast.reference.policy_term import importance_weight, k3, policy_term, ratio_of
-from ppg_fast.reference.turns import of_tokens, turn_mask
+from ppg_fast.reference.turn_regression import Residuals, turn_residuals
+from ppg_fast.reference.turns import of_tokens, sum_of_turns, turn_mask
 
 __all__ = [
+    "Residuals",
     "consecutive_ids",
     "group_sum",
     "grouped_old_logprobs",
@@ -22,6 +24,8 @@ __all__ = [
     "policy_term",
     "ratio_of",
     "score_norms",
+    "sum_of_turns",
     "token_logprobs",
     "turn_mask",
+    "turn_residuals",
 ]
