@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppg_fast.config.checks import as_json_text, check_each, check_together
-from ppg_fast.config.defaults import AUTO, TRACKERS
+from ppg_fast.config.defaults import AUTO, TRACKERS, TURN_REGRESSION
 from ppg_fast.spec import (
     BASELINES,
     CANDIDATES,
@@ -86,7 +86,8 @@ class TrainConfig:
     baseline: str = _option(
         "leave_one_out", f"subtracted from the windowed return at the same turn: {', '.join(BASELINES)}"
     )
-    loss_type: str = _option("reinforce", ", ".join(LOSS_TYPES))
+    loss_type: str = _option("reinforce", ", ".join((*LOSS_TYPES, TURN_REGRESSION)))
+    eta: float = _option(1.0, "how far turn_regression lets the policy move: old exp(eta return) is its optimum")
     reduction: str = _option("sequence_sum", "of token losses; sequence_sum is the exact gradient")
     num_iterations: int = _option(1, "updates on each batch; more than 1 wants a clipped loss_type")
     clip_low: float = _option(0.2, "ratios are clipped below 1 - clip_low")
@@ -206,6 +207,16 @@ class TrainConfig:
         names = [name.strip() for name in self.report_to.split(",")]
         return [name for name in dict.fromkeys(names) if name not in ("", "none")]
 
+    @property
+    def regresses(self) -> bool:
+        """Whether the loss is a regression on turns."""
+        return self.loss_type == TURN_REGRESSION
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the weights at the start are compared with, and so kept."""
+        return self.kl_coef != 0 or (self.regresses and self.data is not None)
+
     def chosen_class(self) -> PolicyClass:
         """The policy class of the first step: full planning where auto chooses."""
         return FullPlanning() if self.policy_class == AUTO else policy_class(self.policy_class)
@@ -226,4 +237,7 @@ class TrainConfig:
             "importance_cap",
             "temperature",
         )
-        return PolicyLossSpec(**{name: getattr(self, name) for name in names})
+        given: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.regresses:
+            given["loss_type"] = "reinforce"  # what a step of it is
+        return PolicyLossSpec(**given)

@@ -97,7 +97,7 @@ class _Turns:
     def output(self, logprobs: Tensor, entropy: Tensor | None) -> PolicyLossOutput:
         """The loss of differentiable log-probs of the labels' shape."""
         l = logprobs.reshape(-1)
-        at = self.in_turn, self.turn_ids, self.tokens.sequences(), tuple(self.returns.shape)
+        at = self.in_turn, self.turn_ids, self.tokens.sequences(), (self.returns.shape[0], self.returns.shape[1])
         count = reference.sum_of_turns(torch.ones_like(l.detach()), *at)
         ratios = reference.sum_of_turns(l - (l.detach() if self.old is None else self.old), *at)
         residuals = reference.turn_residuals(ratios, self.returns, count > 0, self.group_ids, self.eta)
@@ -128,7 +128,7 @@ class _Turns:
         left = found.loss().detach() / before.loss()
         return {
             "active_tokens": tokens.float(),
-            "squared_errors": found.count.float(),
+            "squared_errors": found.errors.float(),
             "explained": torch.where(before.loss() > 0, 1 - left, 0.0).float(),
             **means,
         }

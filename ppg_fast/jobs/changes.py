@@ -26,7 +26,7 @@ SAME_CONTENT = "data prompts model reward partner_prompt chat_template tools"
 ADDRESSES = "judge partner sampler"
 FIXED = """template_date chat_template_kwargs width layers vocab_size dtype bf16
     lora_rank lora_alpha lora_dropout lora_target_modules freeze
-    seed allow_negative_rewards policy_class candidates signals gamma baseline loss_type reduction num_iterations
+    seed allow_negative_rewards policy_class candidates signals gamma baseline loss_type eta reduction num_iterations
     clip_low clip_high kl_coef kl_estimator entropy_coef importance_cap num_prompts num_generations max_new_tokens
     max_turns temperature learning_rate warmup_steps final_learning_rate weight_decay optim optim_args adam_beta1
     adam_beta2 optim_offload max_grad_norm max_dialogue_tokens imitation_steps imitation_batch imitation_learning_rate

@@ -17,10 +17,10 @@ class Residuals(NamedTuple):
 
     centred: Tensor  # (S, T) float64, x minus the mean of its members, 0 where a turn is compared with none
     members: Tensor  # (S, T) float64, dialogues that it is compared among, itself included; 0 where there are no others
-    count: Tensor  # 0-d float64, squared errors in the sum: pairs of all turns, or turns where each is alone
+    errors: Tensor  # 0-d float64, squared errors in the sum: pairs of all turns, or turns where each is alone
 
     def loss(self, normalizer: float | Tensor | None = None) -> Tensor:
-        """Sum of the squared errors over their ``count``, or over ``normalizer``; 0-d float64, differentiable."""
+        """Sum of the squared errors over their number, or over ``normalizer``; 0-d float64, differentiable."""
         return (self.members * self.centred.square()).sum() / self._denominator(normalizer)
 
     def advantages(self, eta: float, normalizer: float | Tensor | None = None) -> Tensor:
@@ -29,7 +29,7 @@ class Residuals(NamedTuple):
         return -2 / eta * self.members * self.centred.detach() / self._denominator(normalizer)
 
     def _denominator(self, normalizer: float | Tensor | None) -> float | Tensor:
-        return self.count.clamp(min=1) if normalizer is None else normalizer
+        return self.errors.clamp(min=1) if normalizer is None else normalizer
 
 
 def turn_residuals(
