@@ -15,7 +15,7 @@ from ppg_fast.jobs.offline import OfflineJob
 from ppg_fast.jobs.policy import objective_of
 from ppg_fast.models import causal_lm as models
 from ppg_fast.models.adaptation import StartingWeights
-from ppg_fast.spec import Lookahead
+from ppg_fast.policy_classes import Lookahead
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import update
 

@@ -6,17 +6,9 @@ from typing import Any
 
 from ppg_fast.config.checks import as_json_text, check_each, check_together
 from ppg_fast.config.defaults import AUTO, TRACKERS, TURN_REGRESSION
-from ppg_fast.spec import (
-    BASELINES,
-    CANDIDATES,
-    KL_ESTIMATORS,
-    LOSS_TYPES,
-    FullPlanning,
-    PolicyClass,
-    PolicyLossSpec,
-    policy_class,
-    policy_classes,
-)
+from ppg_fast.losses import KL_ESTIMATORS, LOSS_TYPES
+from ppg_fast.policy_classes import CANDIDATES, FullPlanning, PolicyClass, policy_class, policy_classes
+from ppg_fast.spec import BASELINES, PolicyLossSpec
 
 
 def _option(default: Any, help: str) -> Any:
@@ -198,8 +190,8 @@ class TrainConfig:
         check_each(self)
         if self.policy_class != AUTO:
             object.__setattr__(self, "policy_class", str(self.chosen_class()))  # as it prints everywhere
-        self.loss_spec()
         check_together(self)
+        self.loss_spec()
 
     @property
     def trackers(self) -> list[str]:

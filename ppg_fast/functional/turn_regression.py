@@ -22,8 +22,9 @@ from ppg_fast.functional.tokens import (
     ordered_sum,
     per_token,
 )
+from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.rules import require_float32
-from ppg_fast.spec import PolicyClass, require
+from ppg_fast.spec import MAX_LOG_RATIO, require
 
 
 class TurnRegressionOptions(TypedDict, total=False):
@@ -119,7 +120,7 @@ class _Turns:
         tokens = self.in_turn.sum()
         columns = {"entropy": entropy}
         if self.old is not None:
-            columns["approx_kl"] = reference.k3(logprobs - self.old)
+            columns["approx_kl"] = reference.k3(logprobs - self.old, MAX_LOG_RATIO)
         means = {
             name: ordered_sum(torch.where(self.in_turn, values, 0.0)) / tokens.clamp(min=1)
             for name, values in columns.items()

@@ -10,9 +10,10 @@ from torch import Tensor
 from ppg_fast import reference
 from ppg_fast.dialogues.packing import PackedBatch, Sample, pack
 from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.policy_classes import FullPlanning, Lookahead, PolicyClass
 from ppg_fast.reference import Residuals
 from ppg_fast.reference.turns import of_tokens
-from ppg_fast.spec import FullPlanning, Lookahead, PolicyClass, PolicyLossSpec, require
+from ppg_fast.spec import PolicyLossSpec, require
 
 
 @dataclass(frozen=True)
