@@ -117,7 +117,9 @@ def tokens_to_read(batch: PackedBatch, advantages: Tensor, objective: Objective)
     """
     spec = objective.spec
     credited = turns_with_gradient(batch, advantages, spec)
-    if objective.reduction == "sequence_mean" or (spec.loss_type == "gspo" and objective.num_iterations > 1):
+    if objective.reduction == "sequence_mean" or (
+        spec.shared == "sequence" and (objective.num_iterations > 1 or spec.opsm_delta)
+    ):
         credited = credited.any(1, keepdim=True).expand_as(credited)
     if objective.candidates or (objective.eta and (objective.num_iterations > 1 or objective.from_start)):
         credited = batch.turn_mask
