@@ -20,6 +20,7 @@ class LossType(IntEnum):
     TOPR = 10
     GMPO = 11
     GMPO_TURN = 12
+    VESPO = 13
 
 
 class KLEstimator(IntEnum):
@@ -90,6 +91,15 @@ LOSSES: dict[LossType, Loss] = {
     ),
     LossType.GMPO: _GMPO,
     LossType.GMPO_TURN: _GMPO._replace(value="as gmpo, over the turn", users="none", source="as gmpo"),
+    LossType.VESPO: Loss(
+        {"k_positive": 2.0, "lambda_positive": 3.0, "k_negative": 3.0, "lambda_negative": 2.0},
+        "-sg[phi] A l, phi = exp(lambda (1 - w) + k log w), w = exp(sum over the sequence of (l - old)) times the "
+        "product of its importance weights; k and lambda by the sign of A",
+        "phi",
+        "stale sequences: the weight is 1 at w = 1 and fades on both sides",
+        "TRL",
+        "arXiv:2602.10693; TRL 1.16, get_gamma_weights",
+    ),
     LossType.IPO: Loss(
         {"clip_low": 0.1, "clip_high": 0.1},
         "-r A where -low <= p - exp(b) <= high, else 0",
@@ -144,7 +154,7 @@ KL_ESTIMATORS = tuple(k.name.lower() for k in KLEstimator)
 LOSS_NUMBERS = {t.name.lower(): int(t) for t in LossType}
 KL_NUMBERS = {k.name.lower(): int(k) for k in KLEstimator}
 # their ratio needs other rows, so they take two sweeps: whose tokens share it
-SHARED = {"gspo": "sequence", "gspo_turn": "turn", "gmpo": "sequence", "gmpo_turn": "turn"}
+SHARED = {"gspo": "sequence", "gspo_turn": "turn", "gmpo": "sequence", "gmpo_turn": "turn", "vespo": "sequence"}
 SEQUENCE_LEVEL = tuple(SHARED)
 CLIPPED_BEFORE = ("gmpo", "gmpo_turn")  # each token's log ratio is clipped, and then their mean is taken
 GATED = ("ipo", "icepop", "dppo_tv", "dppo_kl")  # their weight is 0 outside of their bounds
@@ -171,6 +181,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "cispo": Preset({"loss_type": "cispo", "clip_high": 4.0}, "token_mean", "arXiv:2510.13786; TRL's epsilon_high 5"),
     "gmpo": Preset({"loss_type": "gmpo"}, "sequence_mean", "arXiv:2507.20673: exp(-0.4) to exp(0.4)"),
+    "vespo": Preset({"loss_type": "vespo"}, "token_mean", "TRL 1.16, GRPOConfig"),
     "ipo": Preset({"loss_type": "ipo", "log_ratio_coef": 1e-3}, "token_mean", "prime-rl, IPOLossConfig"),
     "icepop": Preset({"loss_type": "icepop"}, "token_mean", "arXiv:2510.18855: 0.5 to 5"),
     "dppo_tv": Preset({"loss_type": "dppo_tv", "ratio_cap": 20.0}, "token_mean", "arXiv:2602.04879; verl 0.9"),

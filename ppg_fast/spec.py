@@ -63,6 +63,10 @@ UNUSED = {
     "ratio_cap": 0.0,
     "tau_positive": 1.0,
     "tau_negative": 1.05,
+    "k_positive": 2.0,
+    "lambda_positive": 3.0,
+    "k_negative": 3.0,
+    "lambda_negative": 2.0,
 }
 
 
@@ -79,7 +83,7 @@ class PolicyLossSpec:
     ``loss_type``: formulas, defaults of its numbers and sources are in `ppg_fast.losses.LOSSES` and docs/losses.md.
     Numbers of the loss, None for its default, refused where it has no use for them: ``clip_low``, ``clip_high``, the
     bounds of its clip or gate; ``dual_clip`` (> 1) of ppo and gspo, ``ratio_cap`` of dppo, off at 0; ``tau_positive``,
-    ``tau_negative`` of sapo.
+    ``tau_negative`` of sapo; ``k_positive``, ``lambda_positive``, ``k_negative``, ``lambda_negative`` of vespo.
 
     ``kl_coef`` is the weight of ``kl_estimator``(l, ref), which is kept within ``kl_cap`` (0: off), without slope
     beyond; ``entropy_coef`` of the entropy bonus; ``log_ratio_coef`` of the squared log ratio; ``z_coef`` of the
@@ -127,6 +131,10 @@ class PolicyLossSpec:
     max_log_ratio: float = MAX_LOG_RATIO
     ratio_reduction: str = "mean"
     opsm_delta: float = 0.0
+    k_positive: float = DEFAULT
+    lambda_positive: float = DEFAULT
+    k_negative: float = DEFAULT
+    lambda_negative: float = DEFAULT
 
     def __post_init__(self) -> None:
         require_one_of("loss_type", self.loss_type, LOSS_TYPES)
@@ -159,7 +167,9 @@ class PolicyLossSpec:
         for name, unused in UNUSED.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, uses.get(name, unused))
-            self._number(name, 0.0, 1.0 if name == "clip_low" else math.inf, open_low=name.startswith("tau"))
+            self._number(
+                name, 0.0, 1.0 if name == "clip_low" else math.inf, open_low=name.startswith(("tau", "lambda"))
+            )
             value = getattr(self, name)
             if name not in uses and value != unused:
                 own = ", ".join(uses) or "no such number"
@@ -175,7 +185,7 @@ class PolicyLossSpec:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> PolicyLossSpec:
         """The spec that a trainer's users mean by ``name``, with ``changes``: "grpo", "dapo", "dr_grpo", "gspo",
-        "cispo", "ipo", "icepop", "dppo_tv", "dppo_kl", "sapo", "topr". Numbers and sources, and the reduction that
+        "cispo", "ipo", "icepop", "dppo_tv", "dppo_kl", "sapo", "topr", "gmpo", "vespo". Numbers and sources, and the reduction that
         goes with each: `ppg_fast.losses.PRESETS` and docs/losses.md."""
         require_one_of("a preset", name, tuple(PRESETS))
         return cls(**{**PRESETS[name].numbers, **changes})

@@ -1,5 +1,5 @@
-"""Losses of a token that need its whole sequence or turn: ratios by sum, gmpo, dropped sequences. Against their formulas
-in float64."""
+"""Losses of a token that need its whole sequence or turn: ratios by sum, gmpo, vespo, dropped sequences. Against their
+formulas in float64."""
 
 import math
 
@@ -113,7 +113,30 @@ def test_gmpo_is_the_geometric_mean_of_clipped_ratios(case, by_turn):
         check(spec, of_sequences, case, reduction="sequence_mean")
 
 
-@pytest.mark.parametrize("loss_type", ["reinforce", "ppo", "gspo_turn", "gmpo"])
+@pytest.mark.parametrize("with_rollout", [False, True])
+def test_vespo_weighs_a_sequence_by_its_whole_ratio(case, with_rollout):
+    """phi = exp(lambda (1 - w) + k log w), detached; the sampler's truncated weights enter w and nowhere else."""
+    logits, labels, advantages, shared = case
+    old = shared["old_logprobs"].double()
+    rollout = old + 0.3 * torch.sin(torch.arange(B * L)).view(B, L).double()
+    numbers = {"k_positive": 1.5, "lambda_positive": 2.5, "k_negative": 2.0, "lambda_negative": 1.0}
+
+    def expected(l):
+        total = 0.0
+        for b, at in groups_of(False):
+            log_w = (l - old)[b, at].detach().sum()
+            if with_rollout:
+                log_w = log_w + torch.exp(old - rollout)[b, at].clamp(max=1.2).log().sum()
+            k, scale = (1.5, 2.5) if advantages[b] >= 0 else (2.0, 1.0)
+            phi = torch.exp(scale * (1 - log_w.exp()) + k * log_w)
+            total = total - phi * advantages[b] * l[b, at].sum()
+        return total / float(MASK.sum())
+
+    spec = ppg.PolicyLossSpec("vespo", importance_cap=1.2 if with_rollout else 0.0, **numbers)
+    check(spec, expected, case, **({"rollout_logprobs": rollout.float()} if with_rollout else {}))
+
+
+@pytest.mark.parametrize("loss_type", ["reinforce", "ppo", "gspo_turn", "gmpo", "vespo"])
 def test_sequences_far_from_the_policy_that_acted_are_dropped_where_they_were_bad(case, loss_type):
     """TRL's and slime's mask: the surrogate alone, on the active tokens of a sequence whose mean b - l is above."""
     logits, labels, _, shared = case

@@ -24,7 +24,6 @@ from ppg_fast.functional.tokens import (
     readable,
     reduction_weights,
 )
-from ppg_fast.losses import CLIPPED_BEFORE
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.rules import require_float32
 from ppg_fast.spec import PolicyLossSpec, fail, require
@@ -116,7 +115,8 @@ class LossRows:
         nll = likelihood_weights(nll_weights, nll_normalizer, labels, active, validate)
         nll = None if nll is None else nll.reshape(-1)
         per_row = PerRow(flat_advantages, weights, old, ref, rollout, temperatures, nll)
-        groups = ratio_groups(tokens, turn_ids, spec) if old_logprobs is not None else None
+        compared = old is not None or (rollout is not None and spec.loss_type == "vespo")
+        groups = ratio_groups(tokens, turn_ids, spec) if compared else None
         compared = spec.opsm_delta and (old is not None or rollout is not None)
         sequences = (tokens.sequences(), tokens.sequence_count) if compared else None
         if skip_zero_advantages and not spec.needs_every_row:
@@ -164,7 +164,7 @@ class LossRows:
         divisor = old
         if old is not None:
             columns["approx_kl"] = reference.k3(logprobs - old, spec.max_log_ratio)
-            if self.groups is not None and spec.loss_type not in CLIPPED_BEFORE:
+            if self.groups is not None and spec.loss_type in ("gspo", "gspo_turn"):
                 divisor = reference.shared_divisor(logprobs, old, read, advantages, self.groups, spec)
         clipped = reference.clipped(logprobs, divisor, rollout, advantages, spec)
         if clipped is not None:

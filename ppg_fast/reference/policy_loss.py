@@ -1,6 +1,8 @@
 """The policy loss over logits, as written in the papers. Mirrors kernels/triton/policy_loss.py and
 csrc/*/policy_loss.*"""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from ppg_fast.reference.groups import group_sum
 from ppg_fast.reference.logprobs import log_sum_exps, token_logprobs
 from ppg_fast.reference.policy_term import clipped_before, importance_weight, policy_term, with_nan_gradient
 from ppg_fast.spec import PolicyLossSpec
+
+LEAST_LOG_RATIO = math.log(1e-8)  # of vespo's sums, as in TRL
 
 
 def _mean_of_groups(values: Tensor, active: Tensor, groups: Tensor, count: int, kind: str = "mean") -> Tensor:
@@ -42,6 +46,27 @@ def shared_divisor(
     kept = log_ratios.masked_fill(above, spec.clip_high).masked_fill(below, -spec.clip_low)
     moving = torch.where(below | above, logprobs - fixed, 0.0)  # whose slope the ratio does not have
     return fixed - _mean_of_groups(kept, active, *groups) + moving
+
+
+def vespo_weight(
+    logprobs: Tensor,  # (N,)
+    old_logprobs: Tensor,  # (N,)
+    importance: Tensor | float,  # (N,) or 1: of the sampler
+    active: Tensor,  # (N,) bool
+    advantages: Tensor,  # (N,)
+    groups: tuple[Tensor, int],  # (N,) in [0, count), and the count
+    spec: PolicyLossSpec,
+) -> Tensor:
+    """phi of each token's sequence by the sign of the token's advantage, (N,), no gradient; log w is kept within
+    [LEAST_LOG_RATIO, max_log_ratio], as are its parts."""
+    most = spec.max_log_ratio
+    log_ratios = (logprobs.detach() - old_logprobs).clamp(-most, most)
+    if isinstance(importance, Tensor):
+        log_ratios = log_ratios + importance.log().clamp(LEAST_LOG_RATIO, most)
+    log_w = _mean_of_groups(log_ratios, active, *groups, kind="sum").clamp(LEAST_LOG_RATIO, most)
+    k = torch.where(advantages >= 0, spec.k_positive, spec.k_negative).to(log_w.dtype)
+    scale = torch.where(advantages >= 0, spec.lambda_positive, spec.lambda_negative).to(log_w.dtype)
+    return torch.exp(scale + k * log_w - scale * log_w.exp())
 
 
 def kept_sequences(
@@ -89,12 +114,15 @@ def loss_from_logprobs(
     rollout = None if rollout_logprobs is None else known(rollout_logprobs, detached)
     A = known(advantages, detached)
     importance = importance_weight(old, rollout, spec)
+    if groups is not None and spec.loss_type == "vespo":
+        importance = vespo_weight(logprobs, old, importance, active, A, groups, spec)
     if sequences is not None:
         acted = old if rollout is None else rollout
         importance = importance * kept_sequences(logprobs, acted, active, A, sequences, spec)
     if rollout is None or spec.nan_rollout == "one":
         rollout = old if rollout is None else torch.where(rollout.isnan(), old, rollout)
-    divisor = old if groups is None else shared_divisor(logprobs, old, active, A, groups, spec)
+    shares = groups is not None and spec.loss_type != "vespo"
+    divisor = shared_divisor(logprobs, old, active, A, groups, spec) if shares else old
     H, Z = logprobs if entropy is None else entropy, logprobs if lse is None else lse
     loss = policy_term(logprobs, H, Z, old, divisor, ref, rollout, importance, A, spec)
     loss = loss if weights is None else loss * weights.to(dtype)

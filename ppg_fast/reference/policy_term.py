@@ -79,7 +79,7 @@ def clipped(
     log-probs to compare with. ``divisor``: under the ratio, as in `policy_term`, of gmpo the old log-probs."""
     kind = spec.loss_type
     against = rollout_logprobs if kind in WITH_ROLLOUT and rollout_logprobs is not None else divisor
-    if against is None or kind in ("reinforce", "sapo"):
+    if against is None or kind in ("reinforce", "sapo", "vespo"):
         return None
     old = against if divisor is None else divisor
     if kind in GATED:
@@ -110,7 +110,7 @@ def surrogate(
 ) -> Tensor:
     """The value of each token by ``spec.loss_type``, (N,): the table `ppg_fast.losses.LOSSES`."""
     kind, A = spec.loss_type, advantages
-    if kind == "reinforce":
+    if kind in ("reinforce", "vespo"):  # vespo's weight comes with the importance weight
         return -A * logprobs
     log_ratio = logprobs - old_logprobs
     ratio = ratio_of(log_ratio, spec.max_log_ratio)
