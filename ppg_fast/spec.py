@@ -167,9 +167,8 @@ class PolicyLossSpec:
         for name, unused in UNUSED.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, uses.get(name, unused))
-            self._number(
-                name, 0.0, 1.0 if name == "clip_low" else math.inf, open_low=name.startswith(("tau", "lambda"))
-            )
+            positive = name.startswith(("tau", "lambda"))
+            self._number(name, 0.0, 1.0 if name == "clip_low" else math.inf, open_low=positive)
             value = getattr(self, name)
             if name not in uses and value != unused:
                 own = ", ".join(uses) or "no such number"
@@ -185,8 +184,8 @@ class PolicyLossSpec:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> PolicyLossSpec:
         """The spec that a trainer's users mean by ``name``, with ``changes``: "grpo", "dapo", "dr_grpo", "gspo",
-        "cispo", "ipo", "icepop", "dppo_tv", "dppo_kl", "sapo", "topr", "gmpo", "vespo". Numbers and sources, and the reduction that
-        goes with each: `ppg_fast.losses.PRESETS` and docs/losses.md."""
+        "gmpo", "cispo", "ipo", "icepop", "dppo_tv", "dppo_kl", "sapo", "topr", "vespo". Numbers and sources, and the
+        reduction that goes with each: `ppg_fast.losses.PRESETS` and docs/losses.md."""
         require_one_of("a preset", name, tuple(PRESETS))
         return cls(**{**PRESETS[name].numbers, **changes})
 

@@ -116,8 +116,7 @@ def test_gmpo_is_the_geometric_mean_of_clipped_ratios(case, by_turn):
 @pytest.mark.parametrize("with_rollout", [False, True])
 def test_vespo_weighs_a_sequence_by_its_whole_ratio(case, with_rollout):
     """phi = exp(lambda (1 - w) + k log w), detached; the sampler's truncated weights enter w and nowhere else."""
-    logits, labels, advantages, shared = case
-    old = shared["old_logprobs"].double()
+    advantages, old = case[2], case[3]["old_logprobs"].double()
     rollout = old + 0.3 * torch.sin(torch.arange(B * L)).view(B, L).double()
     numbers = {"k_positive": 1.5, "lambda_positive": 2.5, "k_negative": 2.0, "lambda_negative": 1.0}
 

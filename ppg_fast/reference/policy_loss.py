@@ -121,8 +121,9 @@ def loss_from_logprobs(
         importance = importance * kept_sequences(logprobs, acted, active, A, sequences, spec)
     if rollout is None or spec.nan_rollout == "one":
         rollout = old if rollout is None else torch.where(rollout.isnan(), old, rollout)
-    shares = groups is not None and spec.loss_type != "vespo"
-    divisor = shared_divisor(logprobs, old, active, A, groups, spec) if shares else old
+    divisor = old
+    if groups is not None and spec.loss_type != "vespo":
+        divisor = shared_divisor(logprobs, old, active, A, groups, spec)
     H, Z = logprobs if entropy is None else entropy, logprobs if lse is None else lse
     loss = policy_term(logprobs, H, Z, old, divisor, ref, rollout, importance, A, spec)
     loss = loss if weights is None else loss * weights.to(dtype)
