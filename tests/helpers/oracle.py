@@ -155,17 +155,40 @@ def reduction_weights(batch):
     return w
 
 
+def peers_of(batch, i):
+    """The active tokens that share a ratio with token i: of its sequence, of its turn in it, or itself."""
+    kind, peers = batch.spec.loss_type, batch.active & (batch.sequence == batch.sequence[i])
+    if kind not in ("gspo", "gspo_turn", "gmpo", "gmpo_turn", "vespo"):
+        return [i]
+    return np.flatnonzero(peers & (batch.turn == batch.turn[i]) if kind.endswith("_turn") else peers)
+
+
+def log_ratio(batch, j, frozen):
+    """(l - old of token j, in gmpo clipped on the side that its advantage rewards; whether it is inside)."""
+    value, spec, A = frozen[j] - batch.old[j], batch.spec, batch.advantages[j]
+    if not spec.loss_type.startswith("gmpo"):
+        return value, True
+    kept = min(value, spec.clip_high) if A > 0 else max(value, -spec.clip_low) if A < 0 else value
+    return kept, kept == value
+
+
 def ratio(batch, i, frozen):
-    """The detached policy ratio of token i: of the token, of its sequence, or of its turn in its sequence; 1 without
-    old log-probs."""
+    """The detached policy ratio of token i, or of those that share one; 1 without old log-probs."""
     if batch.old is None:
         return 1.0
-    peers = batch.active & (batch.sequence == batch.sequence[i])
-    if batch.spec.loss_type == "gspo_turn":
-        peers = peers & (batch.turn == batch.turn[i])
-    elif batch.spec.loss_type != "gspo":
-        peers = np.arange(len(peers)) == i
-    return math.exp(math.fsum(frozen[j] - batch.old[j] for j in np.flatnonzero(peers)) / int(peers.sum()))
+    values = [log_ratio(batch, j, frozen)[0] for j in peers_of(batch, i)]
+    return math.exp(math.fsum(values) / (len(values) if batch.spec.ratio_reduction == "mean" else 1))
+
+
+def vespo_weight(batch, i, frozen):
+    """exp(lambda (1 - w) + k log w), w the ratio of the whole sequence with its importance weights."""
+    peers, spec = peers_of(batch, i), batch.spec
+    log_w = math.fsum(frozen[j] - batch.old[j] for j in peers) if batch.old is not None else 0.0
+    log_w += math.fsum(math.log(importance(batch, j, frozen)) for j in peers)
+    log_w = min(max(log_w, math.log(1e-8)), spec.max_log_ratio)
+    side = "positive" if batch.advantages[i] >= 0 else "negative"
+    k, scale = getattr(spec, f"k_{side}"), getattr(spec, f"lambda_{side}")
+    return math.exp(scale * (1 - math.exp(log_w)) + k * log_w)
 
 
 def surrogate(batch, i, l, frozen):
@@ -173,6 +196,13 @@ def surrogate(batch, i, l, frozen):
     spec, A, r0 = batch.spec, batch.advantages[i], ratio(batch, i, frozen)
     if spec.loss_type == "reinforce":
         return -A * l, -A
+    if spec.loss_type == "vespo":
+        phi = vespo_weight(batch, i, frozen)
+        return -phi * A * l, -phi * A
+    if spec.loss_type.startswith("gmpo"):
+        moves = batch.old is None or log_ratio(batch, i, frozen)[1]
+        r = r0 * math.exp(l - frozen[i]) if moves else r0
+        return -r * A, -r * A if moves else 0.0
     if spec.loss_type == "cispo":
         w = min(max(r0, 1 - spec.clip_low), 1 + spec.clip_high)
         return -w * A * l, -w * A
@@ -185,15 +215,22 @@ def surrogate(batch, i, l, frozen):
     return -gain, -r * A if moves else 0.0
 
 
-def penalty(batch, i, l):
-    """(kl_coef * KL estimator, its derivative in l)."""
-    if not batch.spec.kl_coef:
+def penalty(batch, i, l, frozen):
+    """(kl_coef * KL estimator, its derivative in l); k3_unbiased is weighed with the ratio, whose slope is its own."""
+    spec = batch.spec
+    if not spec.kl_coef:
         return 0.0, 0.0
-    d = batch.ref[i] - l
-    value, slope = {"k1": (-d, 1.0), "k2": (d * d / 2, -d), "k3": (math.exp(d) - d - 1, 1 - math.exp(d))}[
-        batch.spec.kl_estimator
-    ]
-    return batch.spec.kl_coef * value, batch.spec.kl_coef * slope
+    d, shared = batch.ref[i] - l, "" if batch.old is None or spec.loss_type == "vespo" else spec.loss_type
+    k3, slope = math.exp(d) - d - 1, 1 - math.exp(d)
+    if spec.kl_estimator == "k3_unbiased":
+        moves = not shared.startswith("gmpo") or log_ratio(batch, i, frozen)[1]
+        own = math.exp(frozen[i] - batch.old[i]) if batch.old is not None else 1.0
+        r = (ratio(batch, i, frozen) if shared else own) * (math.exp(l - frozen[i]) if moves else 1.0)
+        value, slope = r * k3, r * ((k3 if moves else 0.0) + slope)
+    else:
+        simple = {"k1": (-d, 1.0), "k2": (d * d / 2, -d), "abs": (abs(d), -np.sign(d))}
+        value, slope = {**simple, "k3": (k3, slope), "k3_plus": (k3, -d)}[spec.kl_estimator]
+    return spec.kl_coef * value, spec.kl_coef * slope
 
 
 def importance(batch, i, frozen):
@@ -210,8 +247,8 @@ def token_terms(batch, logprobs, entropies, frozen):
     for i in np.flatnonzero(batch.active):
         (s, ds), (k, dk), c = (
             surrogate(batch, i, logprobs[i], frozen),
-            penalty(batch, i, logprobs[i]),
-            importance(batch, i, frozen),
+            penalty(batch, i, logprobs[i], frozen),
+            1.0 if batch.spec.loss_type == "vespo" else importance(batch, i, frozen),
         )
         out[:, i] = c * s + k - batch.spec.entropy_coef * entropies[i], c * ds + dk, -batch.spec.entropy_coef
     return out
@@ -307,7 +344,8 @@ def draw(
     logprobs = token_logprobs(
         case.logits, labels, active, np.asarray(spec.temperature).reshape(-1), spec.logit_softcap
     )[0]
-    group = {"gspo": sequence, "gspo_turn": sequence * 2 + turn}.get(spec.loss_type, np.arange(N))
+    groups = {"gspo": sequence, "gspo_turn": sequence * 2 + turn, "gmpo_turn": sequence * 2 + turn}
+    group = groups.get(spec.loss_type, np.arange(N))
     offsets = rng.choice([-0.5, -0.05, 0.05, 0.5], (3, N))
     old = _float32(logprobs - offsets[0, group] - 0.02 * rng.random(N))
     case.batch.old = None if on_policy else old
