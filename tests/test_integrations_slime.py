@@ -93,7 +93,8 @@ def test_slime_without_rewards_of_turns_is_rloo(slime):
     [
         (0, {}), (3, {"use_tis": True}), (0, {"use_tis": True, "tis_clip_low": 0.9}),
         (0, {"use_tis": True, "tis_clip_low": 0.9, "custom_tis_function_path": slime_options.ICEPOP}),
-        (0, {"use_opsm": True, "opsm_delta": 0.05}), (0, {"use_unbiased_kl": True}), (0, {"use_unbiased_kl": True, "kl_loss_type": "k3"}),
+        (0, {"use_opsm": True, "opsm_delta": 0.05}), (0, {"use_unbiased_kl": True}),
+        (0, {"use_unbiased_kl": True, "kl_loss_type": "k3"}),
     ],
 )  # fmt: skip
 def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, options):

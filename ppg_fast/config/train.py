@@ -110,6 +110,9 @@ class TrainConfig:
     kl_estimator: str = _option("k3", ", ".join(KL_ESTIMATORS))
     kl_cap: float = _option(0.0, "most that its estimate counts, without a gradient beyond, 0: off")
     entropy_coef: float = _option(0.0, "weight of the entropy bonus")
+    nll_coef: float = _option(
+        0.0, "weight of the mean negative log-likelihood of turns whose return is positive (VAPO)"
+    )
     importance_cap: float = _option(0.0, "truncated importance weight against the sampler, 0: off")
     importance_floor: float = _option(0.0, "its lower bound")
     importance_mode: str = _option("truncate", "truncate: kept within its bounds; mask: 0 outside of them")

@@ -139,8 +139,8 @@ def _kl_term(args: Any) -> dict[str, Any]:
 
 
 def _opsm_delta(args: Any) -> float:
-    """The threshold of off-policy sequence masking; slime measures from the old log-probs, ours from the sampler's where
-    it has them."""
+    """The threshold of off-policy sequence masking; slime measures from the old log-probs, ours from those of the
+    sampler where it has them."""
     if not getattr(args, "use_opsm", False):
         return 0.0
     rule = "use_opsm of slime must be False with use_tis (or --loss-type policy_loss)"
