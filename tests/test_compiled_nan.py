@@ -17,8 +17,7 @@ DROPPING = re.compile(r"^\s*(?:@\S+ )?((?:min|max)(?!\S*\.NaN)\S*f(?:16|32|64)\S
 CUDA = """
 #include "policy_term.h"
 extern "C" __global__ void scalar_loss(const ppg::TermArgs* a, const float* x, ppg::Term* out) {
-  const float weight = ppg::importance_weight(*a, x[2], x + 4, 0);
-  *out = ppg::policy_term(*a, x[0], x[1], x[2], x[3], weight, x[5]);
+  *out = ppg::policy_term(*a, x[0], x[1], x[2], x[3], x[4], x + 5, x[6]);
 }
 """
 
