@@ -61,7 +61,7 @@ def test_backends_keep_the_contract(backend):
 
 
 def cpp_enum(name):
-    body = re.search(rf"enum class {name} : int {{(.*?)}}", (ROOT / "csrc/args.h").read_text())[1]
+    body = re.search(rf"enum class {name} : int {{(.*?)}}", (ROOT / "csrc/args.h").read_text(), re.DOTALL)[1]
     return {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", body)}
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import spec_of
 
 import ppg_fast as ppg
 from ppg_fast.losses import LOSS_TYPES
@@ -31,7 +32,7 @@ def batch():
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_equals_the_loss_from_logits(batch, loss_type, reduction):
     logits, labels, advantages, options = batch
-    options |= {"spec": ppg.PolicyLossSpec(loss_type, clip_low=0.15, clip_high=0.3, **FULL), "reduction": reduction}
+    options |= {"spec": spec_of(loss_type, clip_low=0.15, clip_high=0.3, **FULL), "reduction": reduction}
     expected = ppg.policy_loss(logits, labels, advantages, **options)
     logprobs, entropy = ppg.token_logprobs(logits, labels, entropy=True)
     ours = ppg.policy_loss_from_logprobs(logprobs, advantages, entropy=entropy, **options)
@@ -71,7 +72,7 @@ def test_a_ratio_that_overflows_keeps_the_gradient_of_the_kernels(loss_type, adv
     logits, labels = torch.randn(1, 3, 5, requires_grad=True), torch.tensor([[0, 1, 2]])
     options = {
         "old_logprobs": torch.tensor([[-120.0, -1.5, -300.0]]),
-        "spec": ppg.PolicyLossSpec(loss_type, dual_clip=3.0),
+        "spec": spec_of(loss_type, dual_clip=3.0),
     }
     options["turn_ids"] = torch.tensor([[0, 1, 1]])
     advantages = torch.full((1, 3), advantage)
