@@ -172,13 +172,15 @@ def policy_loss_kernel(
                 if nll_weights is not None:
                     g -= nll * inverse_temperature
                 pull = g
-                if z_coef is not None:
-                    pull = g - 2.0 * z_coef * lse * weight
                 h = None
                 full = True
                 if entropy_coef is not None:
                     h = -entropy_coef * weight
-                elif kl_coef is None and log_ratio_coef is None and z_coef is None:
+                    if z_coef is not None:  # in the entropy's place: no register more while the row is held
+                        entropy += 2.0 * z_coef * lse / entropy_coef
+                elif z_coef is not None:
+                    pull = g - 2.0 * z_coef * lse * weight
+                elif kl_coef is None and log_ratio_coef is None:
                     full = live
                 if ONE_BLOCK:
                     if KEEP_EXP and entropy_coef is None and logit_softcap is None:
