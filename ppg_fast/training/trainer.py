@@ -143,7 +143,7 @@ def backward(
                 objective.spec,
                 old_logprobs=one.old_logprobs,
                 ref_logprobs=one.ref_logprobs,
-                rollout_logprobs=one.batch.rollout_logprobs if objective.spec.importance_cap else None,
+                rollout_logprobs=one.batch.rollout_logprobs if objective.spec.reads_rollout else None,
                 reduction=objective.reduction,
                 normalizer=normalizer,
                 skip_zero_advantages=not objective.candidates,  # other classes may have an advantage there
