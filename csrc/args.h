@@ -14,7 +14,7 @@ enum class DType : int { F32 = 0, BF16 = 1, F16 = 2 };
 // clang-format off
 enum class LossType : int {
   REINFORCE = 0, PPO = 1, CISPO = 2, GSPO = 3, GSPO_TURN = 4, IPO = 5, ICEPOP = 6, DPPO_TV = 7, DPPO_KL = 8, SAPO = 9,
-  TOPR = 10
+  TOPR = 10, GMPO = 11, GMPO_TURN = 12, VESPO = 13
 };
 // clang-format on
 enum class KLEstimator : int { K1 = 1, K2 = 2, K3 = 3, K3_UNBIASED = 4, K3_PLUS = 5, ABS = 6 };

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppg_fast.config.checks import as_json_text, check_each, check_together
-from ppg_fast.config.defaults import AUTO, TRACKERS
+from ppg_fast.config.defaults import AUTO, TRACKERS, TURN_REGRESSION
 from ppg_fast.losses import KL_ESTIMATORS, LOSS_TYPES, PRESETS
 from ppg_fast.policy_classes import CANDIDATES, FullPlanning, PolicyClass, policy_class, policy_classes
 from ppg_fast.spec import BASELINES, PolicyLossSpec, require, require_one_of
@@ -13,7 +13,7 @@ from ppg_fast.spec import BASELINES, PolicyLossSpec, require, require_one_of
 LOSS_SETTINGS = (  # arguments of `PolicyLossSpec`
     *("loss_type", "clip_low", "clip_high", "dual_clip", "ratio_cap", "tau_positive", "tau_negative", "log_ratio_coef"),
     *("kl_coef", "kl_estimator", "kl_cap", "entropy_coef", "z_coef", "temperature"),
-    *("importance_cap", "importance_floor", "importance_mode"),
+    *("importance_cap", "importance_floor", "importance_mode", "ratio_reduction", "opsm_delta"),
 )
 OF_PRESET: Any = None  # a loss_type once the config is made
 
@@ -89,8 +89,10 @@ class TrainConfig:
         None, f"numbers of a loss that people train with, which other flags change: {', '.join(PRESETS)}"
     )
     loss_type: str = _option(
-        OF_PRESET, f"{', '.join(LOSS_TYPES)} (docs/losses.md); default: the preset's, else reinforce"
+        OF_PRESET,
+        f"{', '.join((*LOSS_TYPES, TURN_REGRESSION))} (docs/losses.md); default: the preset's, else reinforce",
     )
+    eta: float = _option(1.0, "how far turn_regression lets the policy move: old exp(eta return) is its optimum")
     reduction: str = _option("sequence_sum", "of token losses; sequence_sum is the exact gradient")
     num_iterations: int = _option(1, "updates on each batch; more than 1 wants a clipped loss_type")
     clip_low: float | None = _option(
@@ -114,6 +116,8 @@ class TrainConfig:
     importance_cap: float = _option(0.0, "truncated importance weight against the sampler, 0: off")
     importance_floor: float = _option(0.0, "its lower bound")
     importance_mode: str = _option("truncate", "truncate: kept within its bounds; mask: 0 outside of them")
+    ratio_reduction: str = _option("mean", "gspo: the ratio by the mean or the sum of its tokens' log ratios")
+    opsm_delta: float = _option(0.0, "drop dialogues of negative advantage that moved further, nats a token; 0: off")
 
     max_steps: int = _option(80, "policy-gradient steps")
     num_prompts: int = _option(8, "dialogue openings a step on-policy; dialogues a step offline")
@@ -218,14 +222,24 @@ class TrainConfig:
             object.__setattr__(self, "policy_class", str(self.chosen_class()))  # as it prints everywhere
         if self.loss_type is OF_PRESET:
             object.__setattr__(self, "loss_type", self._of_preset().get("loss_type", "reinforce"))
-        self.loss_spec()
         check_together(self)
+        self.loss_spec()
 
     @property
     def trackers(self) -> list[str]:
         """The trackers that ``report_to`` names, each once."""
         names = [name.strip() for name in self.report_to.split(",")]
         return [name for name in dict.fromkeys(names) if name not in ("", "none")]
+
+    @property
+    def regresses(self) -> bool:
+        """Whether the loss is a regression on turns."""
+        return self.loss_type == TURN_REGRESSION
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the weights at the start are compared with, and so kept."""
+        return self.kl_coef != 0 or (self.regresses and self.data is not None)
 
     def chosen_class(self) -> PolicyClass:
         """The policy class of the first step: full planning where auto chooses."""
@@ -248,4 +262,6 @@ class TrainConfig:
         rule = f"loss_type must be {numbers.get('loss_type')} with preset {self.preset}, or left out"
         require(self.loss_type == numbers.get("loss_type", self.loss_type), rule, self.loss_type)
         given = {name: getattr(self, name) for name in LOSS_SETTINGS}
+        if self.regresses:
+            given["loss_type"] = "reinforce"  # what a step of it is
         return PolicyLossSpec(**{**numbers, **{name: value for name, value in given.items() if value is not None}})

@@ -189,10 +189,12 @@ def objective_of(config: TrainConfig) -> Objective:
         config.gamma,
         config.baseline,
         config.loss_spec(),
-        config.reduction,
+        "sum" if config.regresses else config.reduction,
         config.num_iterations,
         candidates=config.candidate_classes(),
         auto=config.policy_class == AUTO,
+        eta=config.eta if config.regresses else 0.0,
+        from_start=config.regresses and config.keeps_start,
     )
 
 

@@ -171,17 +171,40 @@ def reduction_weights(batch):
     return w
 
 
+def peers_of(batch, i):
+    """The active tokens that share a ratio with token i: of its sequence, of its turn in it, or itself."""
+    kind, peers = batch.spec.loss_type, batch.active & (batch.sequence == batch.sequence[i])
+    if kind not in ("gspo", "gspo_turn", "gmpo", "gmpo_turn", "vespo"):
+        return [i]
+    return np.flatnonzero(peers & (batch.turn == batch.turn[i]) if kind.endswith("_turn") else peers)
+
+
+def log_ratio(batch, j, frozen):
+    """(l - old of token j, in gmpo clipped on the side that its advantage rewards; whether it is inside)."""
+    value, spec, A = frozen[j] - batch.old[j], batch.spec, batch.advantages[j]
+    if not spec.loss_type.startswith("gmpo"):
+        return value, True
+    kept = min(value, spec.clip_high) if A > 0 else max(value, -spec.clip_low) if A < 0 else value
+    return kept, kept == value
+
+
 def ratio(batch, i, frozen):
-    """The detached policy ratio of token i: of the token, of its sequence, or of its turn in its sequence; 1 without
-    old log-probs."""
+    """The detached policy ratio of token i, or of those that share one; 1 without old log-probs."""
     if batch.old is None:
         return 1.0
-    peers = batch.active & (batch.sequence == batch.sequence[i])
-    if batch.spec.loss_type == "gspo_turn":
-        peers = peers & (batch.turn == batch.turn[i])
-    elif batch.spec.loss_type != "gspo":
-        peers = np.arange(len(peers)) == i
-    return math.exp(math.fsum(frozen[j] - batch.old[j] for j in np.flatnonzero(peers)) / int(peers.sum()))
+    values = [log_ratio(batch, j, frozen)[0] for j in peers_of(batch, i)]
+    return math.exp(math.fsum(values) / (len(values) if batch.spec.ratio_reduction == "mean" else 1))
+
+
+def vespo_weight(batch, i, frozen):
+    """exp(lambda (1 - w) + k log w), w the ratio of the whole sequence with its importance weights."""
+    peers, spec = peers_of(batch, i), batch.spec
+    log_w = math.fsum(frozen[j] - batch.old[j] for j in peers) if batch.old is not None else 0.0
+    log_w += math.fsum(math.log(importance(batch, j, frozen)) for j in peers)
+    log_w = min(max(log_w, math.log(1e-8)), spec.max_log_ratio)
+    side = "positive" if batch.advantages[i] >= 0 else "negative"
+    k, scale = getattr(spec, f"k_{side}"), getattr(spec, f"lambda_{side}")
+    return math.exp(scale * (1 - math.exp(log_w)) + k * log_w)
 
 
 def binary_kl(p, q):
@@ -221,6 +244,13 @@ def surrogate(batch, i, l, frozen):
         return -w * A * l, -w * A
     if spec.loss_type == "reinforce":
         return -A * l, -A
+    if spec.loss_type == "vespo":
+        phi = vespo_weight(batch, i, frozen)
+        return -phi * A * l, -phi * A
+    if spec.loss_type.startswith("gmpo"):
+        moves = batch.old is None or log_ratio(batch, i, frozen)[1]
+        r = r0 * math.exp(l - frozen[i]) if moves else r0
+        return -r * A, -r * A if moves else 0.0
     r = r0 * math.exp(l - frozen[i])
     if spec.loss_type in ("ipo", "icepop"):
         value = 0.0 if stopped(batch, i, frozen) else -r * A
@@ -238,14 +268,20 @@ def surrogate(batch, i, l, frozen):
 
 
 def penalty(batch, i, l, frozen):
-    """(kl_coef * KL estimator + log_ratio_coef (l - old)^2, its derivative in l)."""
+    """(kl_coef * KL estimator + log_ratio_coef (l - old)^2, its derivative in l); k3_unbiased is weighed with the ratio,
+    whose slope is its own."""
     spec, value, slope = batch.spec, 0.0, 0.0
     if spec.kl_coef:
-        d, d0, r = batch.ref[i] - l, batch.ref[i] - frozen[i], ratio(batch, i, frozen) * math.exp(l - frozen[i])
+        d, d0 = batch.ref[i] - l, batch.ref[i] - frozen[i]
         k3 = math.exp(d) - d - 1
+        shared = "" if batch.old is None or spec.loss_type == "vespo" else spec.loss_type
+        moves = not shared.startswith("gmpo") or log_ratio(batch, i, frozen)[1]
+        own = math.exp(frozen[i] - batch.old[i]) if batch.old is not None else 1.0
+        r = (ratio(batch, i, frozen) if shared else own) * (math.exp(l - frozen[i]) if moves else 1.0)
         value, slope = {
             "k1": (-d, 1.0), "k2": (d * d / 2, -d), "k3": (k3, 1 - math.exp(d)), "abs": (abs(d), -np.sign(d)),
-            "k3_unbiased": (r * k3, -r * d), "k3_plus": (math.exp(d0) - d0 - 1, 0.0),
+            "k3_unbiased": (r * k3, r * ((k3 if moves else 0.0) + 1 - math.exp(d))),
+            "k3_plus": (math.exp(d0) - d0 - 1, 0.0),
         }[spec.kl_estimator]  # fmt: skip
         if spec.kl_cap and abs(value) > spec.kl_cap:
             value, slope = math.copysign(spec.kl_cap, value), 0.0
@@ -273,7 +309,7 @@ def token_terms(batch, logprobs, entropies, lses, frozen):
         (s, ds), (k, dk), c = (
             surrogate(batch, i, logprobs[i], frozen),
             penalty(batch, i, logprobs[i], frozen),
-            importance(batch, i, frozen),
+            1.0 if batch.spec.loss_type == "vespo" else importance(batch, i, frozen),
         )
         value = c * s + k - spec.entropy_coef * entropies[i] + spec.z_coef * lses[i] ** 2
         out[:, i] = value, c * ds + dk, -spec.entropy_coef, 2 * spec.z_coef * lses[i]
@@ -380,7 +416,8 @@ def draw(
     logprobs = token_logprobs(
         case.logits, labels, active, np.asarray(spec.temperature).reshape(-1), spec.logit_softcap
     )[0]
-    group = {"gspo": sequence, "gspo_turn": sequence * 2 + turn}.get(spec.loss_type, np.arange(N))
+    groups = {"gspo": sequence, "gspo_turn": sequence * 2 + turn, "gmpo_turn": sequence * 2 + turn}
+    group = groups.get(spec.loss_type, np.arange(N))
     offsets = rng.choice([-0.5, -0.05, 0.05, 0.5], (3, N))
     old = _float32(logprobs - offsets[0, group] - 0.02 * rng.random(N))
     case.batch.old = None if on_policy else old

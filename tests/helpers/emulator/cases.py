@@ -129,7 +129,9 @@ def run(ops, case: Case) -> Result:
     rollout = old + 0.4 * c["ref"] - 0.2 if spec.reads_rollout and old is not None else None
     nll = c["nll"] * (torch.tensor(case.rows) != 2) if case.likelihood else None
     given = (old, ref, rollout)
-    truth = reference.policy_loss(truth_in, c["labels"], c["advantages"], c["weights"], *given, truth_spec, nll_weights=nll)
+    truth = reference.policy_loss(
+        truth_in, c["labels"], c["advantages"], c["weights"], *given, truth_spec, nll_weights=nll
+    )
     (gradient,) = torch.autograd.grad(truth[0].sum(), truth_in)
     rows = PerRow(c["advantages"], c["weights"], *given, temperatures, nll)
     live = (c["labels"] >= 0) & (rows.live | spec.needs_every_row)
