@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-
 from ppg_fast.bench import losses
+
 from ppg_fast.losses import KL_ESTIMATORS, LossType
 from ppg_fast.spec import IMPORTANCE_MODES
 
