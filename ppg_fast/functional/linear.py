@@ -16,7 +16,7 @@ from ppg_fast.functional.loss import (
 )
 from ppg_fast.functional.tokens import Tokens, check_floats, chosen_backend
 from ppg_fast.rules import require_integer
-from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
+from ppg_fast.spec import PolicyClass, PolicyLossSpec, fail, require
 
 
 def _head_of(
@@ -26,6 +26,7 @@ def _head_of(
     bias: Tensor | None,
     chunk_rows: int | None,
     max_active_rows: int | None,
+    logits_dtype: torch.dtype | str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Chunks]:
     """Hidden states (N, D), weight (V, D), bias (V,) of one dtype, and the chunks of its rows; ValueError where they do
     not fit."""
@@ -57,12 +58,24 @@ def _head_of(
         f"bias must have the dtype of weight, {weight.dtype}",
         None if bias is None else bias.dtype,
     )
+    dtype = _checked_logits_dtype(logits_dtype, hidden)
     if chunk_rows is None:
-        rows = ops.default_chunk_rows(weight.shape[0], hidden.element_size(), hidden.device.type)
+        rows = ops.default_chunk_rows(weight.shape[0], dtype.itemsize, hidden.device.type)
     else:
         rows = require_integer("chunk_rows", chunk_rows, 1)
     bound = None if max_active_rows is None else require_integer("max_active_rows", max_active_rows, 1)
-    return hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias, Chunks(rows, bound)
+    return hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias, Chunks(rows, bound, dtype == torch.float32)
+
+
+def _checked_logits_dtype(given: torch.dtype | str | None, hidden: Tensor) -> torch.dtype:
+    """The dtype of the logits of ``hidden``: by default what its products are fastest in; ValueError for another than
+    float32 and its own."""
+    if given is None:
+        return ops.product_dtype(hidden.dtype, hidden.device.type)
+    found = next((t for t in (torch.float32, hidden.dtype) if given in (t, str(t).removeprefix("torch."))), None)
+    if found is None:
+        fail(f"logits_dtype must be float32 or the dtype of hidden and weight, {hidden.dtype}", given)
+    return found
 
 
 def linear_token_logprobs(
@@ -72,6 +85,7 @@ def linear_token_logprobs(
     *,
     bias: Tensor | None = None,
     max_active_rows: int | None = None,
+    logits_dtype: torch.dtype | str | None = None,
     loss_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float = 0.0,
@@ -90,12 +104,12 @@ def linear_token_logprobs(
         weight: (V, D) in the dtype of hidden; ``bias``: (V,) or None.
         labels, loss_mask, temperature, logit_softcap, entropy, validate, backend: as in `token_logprobs`.
         chunk_rows: rows whose logits are alive at once; default from a memory budget.
-        max_active_rows: as in `linear_policy_loss`.
+        max_active_rows, logits_dtype: as in `linear_policy_loss`.
 
     Returns and raises: as `token_logprobs`. Gradients come back in the dtype of each input; d_weight is accumulated in
     float32.
     """
-    x, weight, bias, chunks = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
+    x, weight, bias, chunks = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows, logits_dtype)
     tokens = Tokens.of(labels, loss_mask, None, hidden.device, validate)
     spec, temperatures = spec_and_temperatures(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
@@ -118,6 +132,7 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     chunk_rows: int | None = None,
     max_active_rows: int | None = None,
+    logits_dtype: torch.dtype | str | None = None,
     loss_mask: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
@@ -147,11 +162,14 @@ def linear_policy_loss(
         max_active_rows: upper bound on the rows that are read. On a GPU it saves the one sync of the call, which then
             can be captured in a CUDA graph, and compute is spent on that many. Where more are active: ValueError on a
             CPU or with ``validate``, else loss and gradients are NaN.
+        logits_dtype: "float32" or the dtype of hidden and weight. Of 16-bit operands, float32 logits lose no digit; the
+            gradient of a logit is rounded once, for the two products that follow, and not at all where they are in
+            float32. Default: float32 on a CPU without products of that dtype, where it is faster; else that dtype.
         the rest: as in `policy_loss`.
 
     Returns and raises: as `policy_loss`. Gradients come back in the dtype of each input.
     """
-    x, weight, bias, chunks = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
+    x, weight, bias, chunks = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows, logits_dtype)
     rows = LossRows.of(
         labels, advantages, hidden.device, loss_mask=loss_mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs, cu_seqlens=cu_seqlens, turn_ids=turn_ids, spec=spec, reduction=reduction,
@@ -182,6 +200,7 @@ def linear_partial_policy_loss(
     bias: Tensor | None = None,
     chunk_rows: int | None = None,
     max_active_rows: int | None = None,
+    logits_dtype: torch.dtype | str | None = None,
     gamma: float = 1.0,
     baseline: str = "none",
     group_ids: Tensor | None = None,
@@ -203,6 +222,7 @@ def linear_partial_policy_loss(
         bias=bias,
         chunk_rows=chunk_rows,
         max_active_rows=max_active_rows,
+        logits_dtype=logits_dtype,
         turn_ids=turn_ids,
         backend=backend,
         **options,

@@ -27,7 +27,7 @@ def _logprobs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> log-prob, maximum and sum (N, 2), entropy and score norm of each row, (N,) float32; zeros where masked, (0,)
     unless wanted. ``scale``: temperature and softcap."""
-    flags, (chunk_rows, bound), kernels = Wanted(*wanted), Chunks.unpack(chunks), backends.load(backend)
+    flags, (chunk_rows, bound, float32), kernels = Wanted(*wanted), Chunks.unpack(chunks), backends.load(backend)
     check_labels(labels, weight.shape[0], flags.validate)
     logprob, lse, entropy, norms = _outputs(hidden, labels.numel(), flags)
     active = labels >= 0
@@ -43,7 +43,7 @@ def _logprobs(
         if norm is not None:
             norms[rows] = norm
 
-    head = Head(hidden, weight, bias, chunk_rows, (False, False, False), kernels)
+    head = Head(hidden, weight, bias, chunk_rows, (False, False, False), kernels, float32)
     head.sweep(parts.full, kernel, False, parts.skip)
     return logprob, lse, entropy, norms
 
@@ -68,13 +68,13 @@ def _logprobs_gradients(
     labels, lse, entropy, d_logprob, d_entropy, temperatures = rows
     assert labels is not None
     assert d_logprob is not None
-    kernels, (chunk_rows, bound) = backends.load(backend), Chunks.unpack(chunks)
-    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients), kernels)  # type: ignore[arg-type]
+    kernels, (chunk_rows, bound, float32) = backends.load(backend), Chunks.unpack(chunks)
+    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients), kernels, float32)  # type: ignore[arg-type]
     live = (labels >= 0) & ((d_logprob != 0) if d_entropy is None else (d_logprob != 0) | (d_entropy != 0))
     parts = partition(live, torch.zeros_like(live), bound, counted(labels, bound, False))
     if parts.excess is not None:
         d_logprob = d_logprob + parts.excess
-    if hidden.dtype == torch.float16:
+    if head.gradient_dtype == torch.float16:
         head.scale = loss_scale(live, d_logprob, d_entropy, scale[0] if temperatures is None else temperatures)
         d_logprob, d_entropy = d_logprob * head.scale, None if d_entropy is None else d_entropy * head.scale
 
