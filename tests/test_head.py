@@ -7,6 +7,7 @@ import torch
 import ppg_fast as ppg
 from ppg_fast import native
 from ppg_fast.ops import head as head_ops
+from ppg_fast.ops import products
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N, D = 40, 16
@@ -65,15 +66,18 @@ def test_the_budget_holds_the_padded_rows():
             assert rows % head_ops.GEMM_ROWS == 0
 
 
+@pytest.mark.parametrize("has_products", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_product_has_no_float32_copy(dtype, monkeypatch):
+def test_one_product_has_no_float32_copy(dtype, has_products, monkeypatch):
     """And is the same as before, to the bit where the sum of chunks is one product."""
+    monkeypatch.setattr(products, "has_products", lambda dtype: has_products or dtype == torch.float32)
     made, fresh = [], head_ops.fresh
     monkeypatch.setattr(head_ops, "fresh", lambda *of: made.append(fresh(*of)) or made[-1])
     V = 4099
     whole = call(dtype, V)
     heads = [t for t in made if t.shape == (V, D)]
-    kept_in_32_bits = dtype == torch.float16  # whose range the product may leave before the loss scale is taken back
+    # float16 by products of its own, whose range they may leave before the loss scale is taken back
+    kept_in_32_bits = dtype == torch.float16 and has_products
     assert [t.dtype for t in heads] == ([torch.float32, dtype] if kept_in_32_bits else [dtype])
     assert whole[3].data_ptr() == heads[-1].data_ptr(), "the caller has that memory, no copy"
     made.clear()

@@ -9,7 +9,7 @@ from ppg_fast.ops import head as head_ops
 from ppg_fast.ops import products
 
 HALVES = (torch.bfloat16, torch.float16)
-N, D, V = 45, 64, 501
+N, D, V = 25, 64, 501
 
 
 @pytest.fixture(params=[True, False], ids=["16-bit products", "float32 products"])
@@ -22,8 +22,9 @@ def multiplies(request, monkeypatch):
 def confident(dtype, device="cpu", bias=True):
     """A head and tokens of p = 0.9999 about, between masked ones that hold NaN."""
     torch.manual_seed(0)
-    weight, labels, advantages = torch.randn(V, D), torch.randint(V, (N,)), torch.randn(N)
-    hidden = 0.28 * weight[labels] + 0.01 * torch.randn(N, D)
+    weight, labels, advantages = torch.randn(V, D), torch.randint(V, (N,)), 64 * torch.randn(N)
+    of_label = weight[labels]
+    hidden = 18 * of_label / of_label.norm(dim=1, keepdim=True) ** 2 + 0.01 * torch.randn(N, D)
     labels[::4], hidden[::4] = -100, torch.nan
     given = hidden, weight, *([0.1 * torch.randn(V)] if bias else [])
     leaves = [t.to(device, dtype).requires_grad_() for t in given]
@@ -46,17 +47,14 @@ def call(loss, leaves, labels, advantages, **options):
     return logprobs.detach(), torch.autograd.grad(total, leaves)
 
 
-def truth(leaves, labels, advantages, loss="logprobs"):
-    """The same in float64."""
+def truth(leaves, labels, advantages):
+    """The same in float64: on-policy, every loss has that gradient."""
     exact = [t.detach().double().requires_grad_() for t in leaves]
     active = (labels >= 0).nonzero().squeeze(1)
     z = torch.nn.functional.linear(exact[0][active], *exact[1:])
     l = torch.log_softmax(z, -1).gather(1, labels[active, None])[:, 0]
     logprobs = torch.zeros(len(labels), dtype=torch.float64, device=z.device).index_put((active,), l)
-    weights = advantages.double()[active]
-    if loss == "gspo":  # on-policy: a ratio of 1 that is the mean over the sequence
-        weights = weights.mean().expand_as(weights)
-    return logprobs.detach(), torch.autograd.grad(-(weights * l).sum(), exact)
+    return logprobs.detach(), torch.autograd.grad(-(advantages.double()[active] * l).sum(), exact)
 
 
 def row_errors(found, expected):
@@ -65,29 +63,34 @@ def row_errors(found, expected):
     return ((found.double() - expected).norm(dim=-1) / size)[size > 0]
 
 
-@pytest.mark.parametrize("loss", ["sum", "none", "gspo", "logprobs"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_confident_rows_are_exact(backend, device, multiplies, dtype, loss):
+def test_confident_rows_are_exact(backend, device, multiplies, dtype):
+    simulated = backend in ("triton", "cuda") and device == "cpu"
+    if simulated and not (multiplies and dtype == torch.bfloat16):
+        pytest.skip("simulated, its row kernels are what differs: float32, and one rounding")
     leaves, labels, advantages = confident(dtype, device)
-    logprobs, gradients = call(loss, leaves, labels, advantages, backend=backend, logits_dtype="float32", chunk_rows=16)
-    l, expected = truth(leaves, labels, advantages, loss)
-    assert (logprobs.double() - l).abs().max() < 2e-5
-    assert row_errors(gradients[0], expected[0]).max() < 4 * torch.finfo(dtype).eps
-    assert (gradients[0][labels < 0] == 0).all()
-    for found, exact in zip(gradients[1:], expected[1:], strict=True):
-        assert found.dtype == dtype
-        assert row_errors(found.flatten(), exact.flatten()) < torch.finfo(dtype).eps
+    l, expected = truth(leaves, labels, advantages)
+    options = {"backend": backend, "logits_dtype": "float32", "chunk_rows": 16}
+    bound = (16 if dtype == torch.float16 else 2) * torch.finfo(dtype).eps  # one loss scale for all rows of float16
+    for loss in ("sum", "none") if simulated else ("sum", "none", "gspo", "logprobs"):
+        logprobs, gradients = call(loss, leaves, labels, advantages, **options)
+        assert (logprobs.double() - l).abs().max() < 1e-6
+        assert row_errors(gradients[0], expected[0]).max() < bound
+        assert (gradients[0][labels < 0] == 0).all()
+        for found, exact in zip(gradients[1:], expected[1:], strict=True):
+            assert found.dtype == dtype
+            assert row_errors(found.flatten(), exact.flatten()) < bound / 2
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_their_own_dtype_is_not(multiplies, dtype):
-    """What float32 logits are for; with either kind of product the logits are rounded alike."""
+def test_logits_of_their_own_dtype_are_not(multiplies, dtype):
+    """What float32 logits are for; by either kind of product the logits are rounded alike."""
     leaves, labels, advantages = confident(dtype)
     logprobs, gradients = call("sum", leaves, labels, advantages, logits_dtype=dtype)
     l, expected = truth(leaves, labels, advantages)
-    eps = torch.finfo(dtype).eps
-    assert 1e-3 * eps < (logprobs.double() - l).abs().max() < 1e-1 * eps
-    assert 2 * eps < row_errors(gradients[0], expected[0]).max() < 16 * eps
+    assert 1e-6 < (logprobs.double() - l).abs().max() < 1e-4
+    for found, exact in zip(gradients[1:], expected[1:], strict=True):
+        assert 3 < row_errors(found.flatten(), exact.flatten()) / torch.finfo(dtype).eps < 8
 
 
 def test_the_default_is_what_is_multiplied_fastest(multiplies):
@@ -157,11 +160,11 @@ def test_under_autocast_it_is_the_dtype_of_autocast():
         )
     rounded = [t.detach().bfloat16().requires_grad_() for t in leaves]
     l, expected = truth(rounded, labels, advantages)
-    assert (whole[0].double() - l).abs().max() < 2e-5 < (half[0].double() - l).abs().max()
-    assert row_errors(whole[1][0], expected[0]).max() < 1e-2
+    assert (whole[0].double() - l).abs().max() < 1e-6 < (half[0].double() - l).abs().max()
+    assert row_errors(whole[1][0], expected[0]).max() < torch.finfo(torch.bfloat16).eps
 
 
-def test_a_compiled_call_has_the_same_bits(multiplies):
+def test_a_compiled_call_has_the_same_bits():
     leaves, labels, advantages = confident(torch.bfloat16)
 
     def loss(hidden, weight, bias):
