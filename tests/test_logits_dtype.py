@@ -171,7 +171,7 @@ def test_a_compiled_call_has_the_same_bits():
         return ppg.linear_policy_loss(hidden, weight, labels, advantages, bias=bias, logits_dtype="float32").loss
 
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
     for one, other in zip(
         torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*leaves), leaves), strict=True
     ):
