@@ -128,7 +128,7 @@ class Chunk(NamedTuple):
     rows: Tensor  # (n,) their numbers
     x: Tensor  # (n or more, D) their hidden states, zeros behind them
     logits: Tensor  # (n or more, V), and their gradient afterwards
-    place: slice | None  # where every row takes part, in their order: neither gathered nor scattered
+    target: slice | Tensor  # their places in d_hidden
     alone: bool  # whether it holds all rows of its sweep
 
 
@@ -156,7 +156,8 @@ def warn_without_products(dtype: torch.dtype) -> None:
 
 class Head:
     """A linear head over chunks of rows: logits = x W^T + b, and the gradients of its three inputs, those that are
-    wanted. ``kernels``: of a backend."""
+    wanted. ``kernels``: of a backend. ``packed``: d_hidden holds the rows of the sweep alone, that many, in its
+    order."""
 
     def __init__(
         self,
@@ -166,12 +167,14 @@ class Head:
         chunk_rows: int,
         wanted: tuple[bool, bool, bool],
         kernels: ModuleType,
+        packed: int | None = None,
     ) -> None:
         if hidden.is_cpu:
             warn_without_products(hidden.dtype)
         self.hidden, self.weight, self.bias, self.chunk_rows = hidden, weight, bias, chunk_rows
-        self.wanted, self.kernels = wanted, kernels
-        self.d_hidden = hidden.new_zeros(hidden.shape if wanted[0] else 0)
+        self.wanted, self.kernels, self.packed = wanted, kernels, packed is not None
+        rows, D = hidden.shape
+        self.d_hidden = hidden.new_zeros((rows if packed is None else packed, D) if wanted[0] else 0)
         self.d_weight: Tensor | None = None  # the first product is written, not added to zeros
         self.d_bias = hidden.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=torch.float32)
         # the row kernel's gradient is taken this many times, a 0-d power of two: `loss_scale`; None: once
@@ -184,20 +187,20 @@ class Head:
         for start in range(0, rows.numel(), size):
             chunk = rows[start : start + size]
             n, padded = chunk.numel(), -(-chunk.numel() // GEMM_ROWS) * GEMM_ROWS
-            place = slice(start, start + n) if whole and n == padded else None
-            if place is not None:
-                x = self.hidden[place]
+            here = slice(start, start + n)
+            if whole and n == padded:
+                x = self.hidden[here]
             else:
                 x = self.hidden.new_zeros(padded, self.hidden.shape[1])
                 torch.index_select(self.hidden, 0, chunk, out=x[:n])
                 if skip is not None:  # what they hold may be NaN, which no zero gradient takes out of d_weight
-                    x[:n].masked_fill_(skip[start : start + n, None], 0.0)
+                    x[:n].masked_fill_(skip[here, None], 0.0)
             logits = self._logits(min(size, rows.numel()))[:padded]
             if self.bias is None:
                 torch.mm(x, self.weight.t(), out=logits)
             else:
                 torch.addmm(self.bias, x, self.weight.t(), out=logits)
-            yield Chunk(chunk, x, logits, place, size >= rows.numel())
+            yield Chunk(chunk, x, logits, here if whole or self.packed else chunk, size >= rows.numel())
 
     def _logits(self, rows: int) -> Tensor:
         """Memory of the logits of at least ``rows`` rows, (rows, V), the same one again."""
@@ -220,13 +223,13 @@ class Head:
         """Carry the gradient that now stands in the logits of ``chunk`` into the wanted gradients."""
         n, x, d = chunk.rows.numel(), chunk.x, chunk.logits
         d[n:] = 0
-        if self.wanted[0] and chunk.place is not None and self.scale is None:
-            torch.mm(d, self.weight, out=self.d_hidden[chunk.place])
+        if self.wanted[0] and isinstance(chunk.target, slice) and len(d) == n and self.scale is None:
+            torch.mm(d, self.weight, out=self.d_hidden[chunk.target])
         elif self.wanted[0]:
             product = (d @ self.weight)[:n]
             if self.scale is not None:
                 self.kernels.scale_rows(product[None], self._once(), product[None])
-            self.d_hidden[chunk.rows] = product
+            self.d_hidden[chunk.target] = product
         if self.wanted[1]:
             self._accumulate_weight(x, d, chunk.alone)
         if self.wanted[2]:
