@@ -18,6 +18,9 @@ from ppg_fast.ops.tracing import as_data, constant, differentiable, first_order,
 from ppg_fast.spec import PolicyLossSpec
 
 
+NO_ROW = PerRow(*[None] * len(PerRow._fields))  # type: ignore[arg-type]
+
+
 def _logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -53,9 +56,8 @@ def _logprobs(
         temps = None if temperatures is None else temperatures[rows]
         norm = torch.empty_like(logprob[: rows.numel()]) if flags.score_norms else None
         if flags.gradient:  # the loss -A logprob with A = -1 has that of the log-prob
-            advantages, none = (-upstream).repeat(rows.numel()), [None] * 4
-            given = logits, labels[rows], advantages, *none, temps, spec, entropy.numel() > 0, logits, norm
-            _, found, ent = kernels.policy_loss(*given)
+            row = NO_ROW._replace(advantages=(-upstream).repeat(rows.numel()), temperatures=temps)
+            _, found, ent = kernels.policy_loss(logits, labels[rows], *row, spec, entropy.numel() > 0, logits, norm)
         else:
             found, ent, lse[rows] = kernels.logprobs_fwd(logits, labels[rows], temps, *scale, entropy.numel() > 0, norm)
         logprob[rows] = found if parts.excess is None else found + parts.excess
