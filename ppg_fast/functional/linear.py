@@ -115,7 +115,7 @@ def linear_token_logprobs(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
     )
     backend = chosen_backend(backend, hidden)
-    wanted = Wanted(entropy, score_norms=False, gradient=False, validate=validate)
+    wanted = Wanted(entropy, score_norms=False, gradient=True, validate=validate)
     scale = float(spec.temperature), float(spec.logit_softcap)
     logprobs, ent, _ = ops.linear_token_logprobs(
         x, weight, bias, tokens.labels, temperatures, *scale, wanted, chunks, backend
@@ -179,6 +179,7 @@ def linear_policy_loss(
     wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
     if needs_logprobs_first(spec, x.dtype) or reduction == "none":
         scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
+        wanted = wanted._replace(gradient=rows.spec.entropy_coef == 0)
         logprobs, entropy, norms = ops.linear_token_logprobs(
             x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, *scale, wanted, chunks, backend
         )

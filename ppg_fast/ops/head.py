@@ -126,13 +126,14 @@ class Chunk(NamedTuple):
     rows: Tensor  # (n,) their numbers
     x: Tensor  # (n or more, D) their hidden states, zeros behind them
     logits: Tensor  # (n or more, V), and their gradient afterwards
-    place: slice | None  # where every row takes part, in their order: neither gathered nor scattered
+    target: slice | Tensor  # their places in d_hidden
     alone: bool  # whether it holds all rows of its sweep
 
 
 class Head:
     """A linear head over chunks of rows: logits = x W^T + b, and the gradients of its three inputs, those that are
-    wanted. ``kernels``: of a backend; ``float32``: the logits, else they are in the dtype of the inputs."""
+    wanted. ``kernels``: of a backend. ``float32``: the logits, else they are in the dtype of the inputs. ``packed``:
+    d_hidden holds the rows of the sweep alone, that many, in its order."""
 
     def __init__(
         self,
@@ -143,14 +144,16 @@ class Head:
         wanted: tuple[bool, bool, bool],
         kernels: ModuleType,
         float32: bool = False,
+        packed: int | None = None,
     ) -> None:
         self.hidden, self.weight, self.bias, self.chunk_rows = hidden, weight, bias, chunk_rows
-        self.wanted, self.kernels = wanted, kernels
+        self.wanted, self.kernels, self.packed = wanted, kernels, packed is not None
         self.logits_dtype = torch.float32 if float32 else hidden.dtype
         self.multiplied = product_dtype(hidden.dtype, hidden.device.type)
         # of the gradient of the logits when it is multiplied: one in float32 is rounded for products of 16 bits
         self.gradient_dtype = self.multiplied if float32 else hidden.dtype
-        self.d_hidden = hidden.new_zeros(hidden.shape if wanted[0] else 0)
+        rows, D = hidden.shape
+        self.d_hidden = hidden.new_zeros((rows if packed is None else packed, D) if wanted[0] else 0)
         self.d_weight: Tensor | None = None  # the first product is written, not added to zeros
         self.d_bias = hidden.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=torch.float32)
         # the row kernel's gradient is taken this many times, a 0-d power of two: `loss_scale`; None: once
@@ -163,17 +166,17 @@ class Head:
         for start in range(0, rows.numel(), size):
             chunk = rows[start : start + size]
             n, padded = chunk.numel(), -(-chunk.numel() // GEMM_ROWS) * GEMM_ROWS
-            place = slice(start, start + n) if whole and n == padded else None
-            if place is not None:
-                x = self.hidden[place]
+            here = slice(start, start + n)
+            if whole and n == padded:
+                x = self.hidden[here]
             else:
                 x = self.hidden.new_zeros(padded, self.hidden.shape[1])
                 torch.index_select(self.hidden, 0, chunk, out=x[:n])
                 if skip is not None:  # what they hold may be NaN, which no zero gradient takes out of d_weight
-                    x[:n].masked_fill_(skip[start : start + n, None], 0.0)
+                    x[:n].masked_fill_(skip[here, None], 0.0)
             logits = self._logits(min(size, rows.numel()))[:padded]
             project(x, self.weight, self.bias, logits)
-            yield Chunk(chunk, x, logits, place, size >= rows.numel())
+            yield Chunk(chunk, x, logits, here if whole or self.packed else chunk, size >= rows.numel())
 
     def _logits(self, rows: int) -> Tensor:
         """Memory of the logits of at least ``rows`` rows, (rows, V), the same one again."""
@@ -217,8 +220,8 @@ class Head:
         if self.multiplied != x.dtype:
             self._accumulate_tiles(chunk, d)
         else:
-            if self.wanted[0] and chunk.place is not None and self.scale is None:
-                torch.mm(d, self.weight, out=self.d_hidden[chunk.place])
+            if self.wanted[0] and isinstance(chunk.target, slice) and len(d) == n and self.scale is None:
+                torch.mm(d, self.weight, out=self.d_hidden[chunk.target])
             elif self.wanted[0]:
                 self._write_hidden(chunk, d @ self.weight)
             if self.wanted[1]:
@@ -233,7 +236,7 @@ class Head:
             scaled = torch.empty_like(product, dtype=self.hidden.dtype)
             self.kernels.scale_rows(product[None], self._once(), scaled[None])
             product = scaled
-        self.d_hidden[chunk.rows] = product.to(self.hidden.dtype)
+        self.d_hidden[chunk.target] = product.to(self.hidden.dtype)
 
     def _sum_of_weight(self, alone: bool) -> tuple[Tensor, bool]:
         """d_weight as it is added up, in float32, and whether nothing is there yet; the one product there is is in the
