@@ -13,6 +13,7 @@ from .chat_templates import chat_templates_section
 from .gpu.predicted import prediction_section
 from .gpu.sections import gpu_section, summary_section
 from .linear_tables import active_section, contributions_section
+from .logits_dtype import logits_dtype_section
 from .policy_classes import across_section, logs_section, overview_section, problems_section
 from .real import sections as real
 from .result_file import FOLDER, load
@@ -40,6 +41,7 @@ MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL
 DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/data.md",
+    "docs/fused_loss.md",
     "docs/integrations.md",
     "docs/llama_cpp.md",
     "docs/policy_classes.md",
@@ -170,6 +172,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "summary": _summary_section,
     "linear_active": active_section,
     "contributions": contributions_section,
+    "logits_dtype": logits_dtype_section,
     "instructions": _instructions_section,
     "training_step": partial(steps_section, op="training_step"),
     "hosts": partial(steps_section, op="hosts"),
