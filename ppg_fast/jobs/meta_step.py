@@ -250,7 +250,7 @@ class _Head(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, step: Step) -> Tensor:
         ctx.step, wanted = step, weight.requires_grad
         (V, D), size = weight.shape, weight.element_size()
-        most = default_chunk_rows(V, size, "cuda" if step.cuda else "cpu")
+        most = default_chunk_rows(V, size, "cuda" if step.cuda else "cpu", frozen=not wanted)
         rows = equal_chunks(hidden.shape[0], most)
         with step.count.under("head"):
             d_hidden = torch.empty_like(hidden)
