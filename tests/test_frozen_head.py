@@ -208,3 +208,15 @@ def test_the_op_is_well_formed():
     flags = list(Wanted(entropy=True, score_norms=False, gradient=True, validate=False))
     given = (clean, *head[1:], labels, None, [0.7, 3.0], flags, Chunks(8, 20).pack(), "cpu")
     torch.library.opcheck(ops.linear_token_logprobs_op, given)
+
+
+def test_grad_mode_changes_no_chunk(monkeypatch):
+    """The log-probs of a rollout and of its training step come from the same products, so that their ratio is 1."""
+    head, labels, *_ = frozen(torch.float32, "cpu")
+    asked, rows = [], ops.default_chunk_rows
+    monkeypatch.setattr(ops, "default_chunk_rows", lambda *of: asked.append(of[-1]) or rows(*of))
+    for trains in (False, True):
+        logprobs_of((head[0], head[1].requires_grad_(trains), head[2]), labels)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logprobs_of(head, labels)
+    assert asked == [True, True, False, False]

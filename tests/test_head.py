@@ -61,9 +61,14 @@ def test_the_budget_holds_the_padded_rows():
     for V, size in ((50257, 2), (151669, 2), (128257, 4), (151936, 2)):
         for device, budget in head_ops.CHUNK_BYTES.items():
             rows = head_ops.default_chunk_rows(V, size, device)
-            taken = rows * head_ops.row_stride(V) * size
-            assert taken <= budget or rows == head_ops.MIN_CHUNK_ROWS
+            row_bytes = head_ops.row_stride(V) * size
+            assert rows * row_bytes <= budget or rows == head_ops.MIN_CHUNK_ROWS
             assert rows % head_ops.GEMM_ROWS == 0
+        frozen = head_ops.default_chunk_rows(V, size, "cpu", frozen=True)
+        assert frozen * row_bytes <= head_ops.FROZEN_CHUNK_BYTES or frozen == head_ops.MIN_FROZEN_ROWS
+        assert head_ops.default_chunk_rows(V, size, "cuda", frozen=True) == rows, "the last of the devices"
+    wide = [head_ops.default_chunk_rows(262144, 4, "cpu", frozen) for frozen in (False, True)]
+    assert wide == [head_ops.MIN_CHUNK_ROWS, head_ops.MIN_FROZEN_ROWS]
 
 
 @pytest.mark.parametrize("has_products", [True, False])

@@ -45,6 +45,7 @@ def _head_of(
     if bias is not None:
         require(bias.shape == weight.shape[:1], f"bias must be (V,) = ({weight.shape[0]},)", tuple(bias.shape))
         require(bias.device == hidden.device, f"bias must be on the device of hidden, {hidden.device}", bias.device)
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))  # with and without grad mode
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -60,7 +61,7 @@ def _head_of(
     )
     dtype = _checked_logits_dtype(logits_dtype, hidden)
     if chunk_rows is None:
-        rows = ops.default_chunk_rows(weight.shape[0], dtype.itemsize, hidden.device.type)
+        rows = ops.default_chunk_rows(weight.shape[0], dtype.itemsize, hidden.device.type, frozen)
     else:
         rows = require_integer("chunk_rows", chunk_rows, 1)
     bound = None if max_active_rows is None else require_integer("max_active_rows", max_active_rows, 1)
@@ -97,7 +98,9 @@ def linear_token_logprobs(
     """Log-probability of each label (and entropy) from hidden states, without the logits.
 
     As `token_logprobs` of logits = hidden @ weight.T + bias. Differentiable in hidden, weight and bias: the backward
-    pass computes the logits of the rows that have a gradient once more, a chunk at a time (four GEMMs in all).
+    pass computes the logits of the rows that have a gradient once more, a chunk at a time (four GEMMs in all). Of a
+    head that requires no gradient one row (D,) of each active token is kept instead (two GEMMs in all); the gradient of
+    an entropy computes the logits again there too.
 
     Args:
         hidden: (..., D) float32, bfloat16 or float16.
@@ -153,7 +156,7 @@ def linear_policy_loss(
     As `policy_loss` of logits = hidden @ weight.T + bias. Rows without weight are compacted away before the first GEMM;
     d_weight is accumulated in float32; a head that does not require a gradient saves the third GEMM. The sequence-level
     losses and reduction "none" need the whole sequence, or the upstream gradient, before the gradient: they compute the
-    logits twice.
+    logits twice, or where the head requires no gradient and there is no entropy term keep rows of d_hidden.
 
     Args:
         hidden: (..., D) float32, bfloat16 or float16.

@@ -252,7 +252,7 @@ class _Head(torch.autograd.Function):
         ctx.step, wanted = step, weight.requires_grad
         (V, D), device = weight.shape, "cuda" if step.cuda else "cpu"
         size = product_dtype(weight.dtype, device).itemsize
-        most = default_chunk_rows(V, size, device)
+        most = default_chunk_rows(V, size, device, frozen=not wanted)
         rows = equal_chunks(hidden.shape[0], most)
         with step.count.under("head"):
             d_hidden = torch.empty_like(hidden)

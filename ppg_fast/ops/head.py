@@ -15,6 +15,8 @@ from ppg_fast.spec import require
 # of logits alive at once; on a GPU so that d_weight is added up once or twice
 CHUNK_BYTES = {"cpu": 54 * 2**20, "cuda": 2**31}
 MIN_CHUNK_ROWS = 256  # below, the fp32 accumulation of d_weight costs more than its GEMM
+# of a frozen head on a CPU: each chunk packs all of the weight for BLAS, twice, which 400 rows repay and 64 do not
+FROZEN_CHUNK_BYTES, MIN_FROZEN_ROWS = 80 * 2**20, 128
 TILE = 2048  # rows of d_weight whose 16-bit product is still in a CPU's cache when it is added up in float32
 # chunks are padded to a multiple: BLAS takes other kernels for a few rows, and a row's bits would depend on its
 # neighbours
@@ -29,11 +31,14 @@ def row_stride(vocabulary: int) -> int:
     return -(-vocabulary // LINE) * LINE
 
 
-def default_chunk_rows(vocabulary: int, element_size: int, device_type: str) -> int:
-    """Rows of a chunk, at most, under the memory budget of the device; ``element_size``: of a logit."""
+def default_chunk_rows(vocabulary: int, element_size: int, device_type: str, frozen: bool = False) -> int:
+    """Rows of a chunk, at most, under the memory budget of the device; ``element_size``: of a logit; ``frozen``: the
+    head has no gradient."""
     row_bytes = row_stride(vocabulary) * element_size
-    budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
-    return max(MIN_CHUNK_ROWS, budget // row_bytes // GEMM_ROWS * GEMM_ROWS)
+    budget, least = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]), MIN_CHUNK_ROWS
+    if frozen and device_type == "cpu":
+        budget, least = FROZEN_CHUNK_BYTES, MIN_FROZEN_ROWS
+    return max(least, budget // row_bytes // GEMM_ROWS * GEMM_ROWS)
 
 
 def equal_chunks(rows: int, chunk_rows: int) -> int:

@@ -17,7 +17,6 @@ from ppg_fast.ops.linear_policy_loss import reference_linear
 from ppg_fast.ops.tracing import as_data, constant, differentiable, first_order, needs_grad, times, traced
 from ppg_fast.spec import PolicyLossSpec
 
-
 NO_ROW = PerRow(*[None] * len(PerRow._fields))  # type: ignore[arg-type]
 
 
