@@ -201,7 +201,7 @@ def test_partial_returns_take_it_too():
 def test_another_dtype_is_refused(given):
     leaves, labels, advantages = confident(torch.bfloat16)
     rule = "logits_dtype must be float32 or the dtype of hidden and weight, torch.bfloat16, got "
-    with pytest.raises(ValueError, match=rule) as error:
+    with pytest.raises(ValueError, match="logits_dtype must be float32 or") as error:
         call("sum", leaves, labels, advantages, logits_dtype=given)
     assert str(error.value) == rule + repr(given)
     with pytest.raises(ValueError, match="dtype of hidden and weight, torch.float32"):
@@ -222,3 +222,26 @@ def test_any_kernels_round_the_same(multiplies):
     exact = 1.0 if multiplies else 1 + 2.0**-12
     assert torch.equal(d_hidden[0], (exact * weight[3].double()).to(torch.bfloat16))
     assert torch.equal(d_weight[3], torch.full((8,), exact).bfloat16())
+
+
+def test_the_trainer_and_a_patched_model_pass_it_on(monkeypatch):
+    """Where 16 bits are multiplied, float32 logits are what differs; losses and log-probs have the same."""
+    from ppg_fast.dialogues import Sample
+    from ppg_fast.dialogues.packing import pack
+    from ppg_fast.integrations.transformers import patch
+    from ppg_fast.models import make_model
+    from ppg_fast.models.causal_lm import PolicyModule
+
+    monkeypatch.setattr(products, "has_products", lambda _: True)
+    model = make_model(vocab_size=64, width=32, layers=1).bfloat16()
+    batch = pack([Sample(list(range(12)), [-1] * 4 + [0] * 8, [1.0], 0)])
+    with torch.no_grad():
+        half, whole = (
+            PolicyModule(model, None, given)(batch, None, ppg.PolicyLossSpec()) for given in (None, "float32")
+        )
+        out = PolicyModule(model, None, "float32")(batch, torch.ones(1, 1), ppg.PolicyLossSpec())
+    assert torch.equal(out.logprobs, whole)
+    assert not torch.equal(half, whole)
+    with patch(model, logits_dtype="float32"), torch.no_grad():
+        patched = model(input_ids=batch.tokens[None], shift_labels=batch.labels[None]).logprobs
+    assert torch.equal(patched[0], whole)

@@ -251,7 +251,7 @@ class _Head(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, step: Step) -> Tensor:
         ctx.step, wanted = step, weight.requires_grad
         (V, D), device = weight.shape, "cuda" if step.cuda else "cpu"
-        size = product_dtype(weight.dtype, device).itemsize
+        size = 4 if step.config.logits_dtype else product_dtype(weight.dtype, device).itemsize
         most = default_chunk_rows(V, size, device, frozen=not wanted)
         rows = equal_chunks(hidden.shape[0], most)
         with step.count.under("head"):
