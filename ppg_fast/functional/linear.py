@@ -14,7 +14,7 @@ from ppg_fast.functional.loss import (
     needs_logprobs_first,
     spec_and_temperatures,
 )
-from ppg_fast.functional.tokens import Tokens, check_floats, chosen_backend
+from ppg_fast.functional.tokens import Tokens, asked_for, check_floats, chosen_backend
 from ppg_fast.rules import require_integer
 from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
 
@@ -76,11 +76,12 @@ def linear_token_logprobs(
     temperature: float | Tensor = 1.0,
     logit_softcap: float = 0.0,
     entropy: bool = False,
+    score_norms: bool = False,
     chunk_rows: int | None = None,
     validate: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each label (and entropy) from hidden states, without the logits.
+) -> Tensor | tuple[Tensor, ...]:
+    """Log-probability of each label (entropy and score norm, too) from hidden states, without the logits.
 
     As `token_logprobs` of logits = hidden @ weight.T + bias. Differentiable in hidden, weight and bias: the backward
     pass computes the logits of the rows that have a gradient once more, a chunk at a time (four GEMMs in all).
@@ -88,7 +89,7 @@ def linear_token_logprobs(
     Args:
         hidden: (..., D) float32, bfloat16 or float16.
         weight: (V, D) in the dtype of hidden; ``bias``: (V,) or None.
-        labels, loss_mask, temperature, logit_softcap, entropy, validate, backend: as in `token_logprobs`.
+        labels, loss_mask, temperature, logit_softcap, entropy, score_norms, validate, backend: as in `token_logprobs`.
         chunk_rows: rows whose logits are alive at once; default from a memory budget.
         max_active_rows: as in `linear_policy_loss`.
 
@@ -101,12 +102,10 @@ def linear_token_logprobs(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
     )
     backend = chosen_backend(backend, hidden)
-    wanted = Wanted(entropy, score_norms=False, gradient=False, validate=validate)
+    wanted = Wanted(entropy, score_norms, gradient=False, validate=validate)
     scale = float(spec.temperature), float(spec.logit_softcap)
-    logprobs, ent, _ = ops.linear_token_logprobs(
-        x, weight, bias, tokens.labels, temperatures, *scale, wanted, chunks, backend
-    )
-    return (logprobs.view(labels.shape), ent.view(labels.shape)) if entropy else logprobs.view(labels.shape)
+    given = x, weight, bias, tokens.labels, temperatures, *scale, wanted, chunks, backend
+    return asked_for(ops.linear_token_logprobs(*given), wanted, labels.shape)
 
 
 def linear_policy_loss(
