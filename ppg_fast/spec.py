@@ -43,6 +43,11 @@ class KLEstimator(IntEnum):
 # csrc/policy_term.h.
 MAX_LOG_RATIO = 20.0
 
+# In a divergence a log-prob counts as at least this, in nats, so that a token that one of two distributions excludes
+# gives a large number and not inf, and 0 where both do; and what a top-k teacher leaves to all other tokens as one
+# counts as at least this, the last digit of a float32 near 1. Mirrored by csrc/cpu/distillation.cpp.
+LEAST_LOGPROB, LEAST_TAIL = -1e4, 2.0**-23
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 LOSS_TYPES = tuple(t.name.lower() for t in LossType)
 KL_ESTIMATORS = tuple(k.name.lower() for k in KLEstimator)

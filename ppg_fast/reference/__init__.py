@@ -1,6 +1,7 @@
 """The specification, executed: plain differentiable PyTorch in any floating dtype. In float64 it is the truth of every
 test."""
 
+from ppg_fast.reference.distillation import distillation, top_k_divergence
 from ppg_fast.reference.groups import consecutive_ids, group_sum
 from ppg_fast.reference.logprobs import score_norms, token_logprobs
 from ppg_fast.reference.partial_returns import masked_returns, partial_returns
@@ -10,6 +11,7 @@ from ppg_fast.reference.turns import of_tokens, turn_mask
 
 __all__ = [
     "consecutive_ids",
+    "distillation",
     "group_sum",
     "grouped_old_logprobs",
     "importance_weight",
@@ -23,5 +25,6 @@ __all__ = [
     "ratio_of",
     "score_norms",
     "token_logprobs",
+    "top_k_divergence",
     "turn_mask",
 ]

@@ -15,7 +15,7 @@ def token_logprobs(
     in them.
     """
     rows = (labels >= 0).nonzero().squeeze(-1)
-    logp = _log_softmax(logits, rows, temperature, logit_softcap)
+    logp = log_softmax(logits, rows, temperature, logit_softcap)
     p = logp.exp()
     entropy = -(p * logp.masked_fill(p == 0, 0.0)).sum(-1)  # 0 log 0 = 0, also where a logit is -inf
     logprobs = logp.gather(-1, labels[rows, None]).squeeze(-1)
@@ -29,12 +29,13 @@ def score_norms(
     """|d l / d z|^2 = sum p^2 - 2 p[label] + 1 in [0, 2], (N,); zero where masked, no gradient. Arguments as in
     `token_logprobs`."""
     rows = (labels >= 0).nonzero().squeeze(-1)
-    p = _log_softmax(logits.detach(), rows, temperature, logit_softcap).exp()
+    p = log_softmax(logits.detach(), rows, temperature, logit_softcap).exp()
     norms = p.square().sum(-1) - 2 * p.gather(-1, labels[rows, None]).squeeze(-1) + 1
     return torch.zeros(labels.shape, dtype=logits.dtype, device=logits.device).index_put((rows,), norms.clamp(min=0))
 
 
-def _log_softmax(logits: Tensor, rows: Tensor, temperature: Tensor | float, logit_softcap: float) -> Tensor:
+def log_softmax(logits: Tensor, rows: Tensor, temperature: Tensor | float, logit_softcap: float) -> Tensor:
+    """log softmax of z = softcap(logits) / temperature in the rows of these numbers, (n, V)."""
     z = logits[rows]
     if logit_softcap:
         z = logit_softcap * torch.tanh(z / logit_softcap)
