@@ -191,7 +191,7 @@ bool fused_policy_loss(const Tensor& logits, const Tensors& tensors, const Numbe
                        const Optional& counts, int64_t counted, const Tensors& outputs) {
   using namespace wire::fused;
   STD_TORCH_CHECK(numbers.size() == SPEC_NUMBERS + int(wire::LOGIT_SOFTCAP) + 1 && outputs.size() == DLOGITS + 1 &&
-                      choices.size() == SPEC_CHOICES + int(wire::NAN_ROLLOUT) + 1,
+                      choices.size() == SPEC_CHOICES + int(wire::IMPORTANCE_MODE) + 1,
                   "the lists must be as long as args.h says");
   const TokenArgs tokens = tokens_of(logits, tensors, choices[SEQUENCES]);
   FusedLaunchArgs both{credit_of(tokens, tensors, numbers, choices, outputs.at(TURNS)),

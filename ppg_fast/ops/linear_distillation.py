@@ -71,7 +71,7 @@ def _losses_and_gradients(
     has_teacher = active & (teacher.coefs != 0)
     full = has_teacher
     if policy and trains:
-        full = full | (active & ((per_row.advantages != 0) | spec.needs_every_row))
+        full = full | (active & (per_row.live | spec.needs_every_row))
     counting = counted(labels, bound, flags.validate)
     parts = partition(full, active & ~full & policy, bound, counting)
     if parts.excess is not None:  # by the weights NaN reaches the loss and all gradients
