@@ -11,22 +11,33 @@
 namespace ppg {
 
 enum class DType : int { F32 = 0, BF16 = 1, F16 = 2 };
-enum class LossType : int { REINFORCE = 0, PPO = 1, CISPO = 2, GSPO = 3, GSPO_TURN = 4 };
-enum class KLEstimator : int { K1 = 1, K2 = 2, K3 = 3 };
+// clang-format off
+enum class LossType : int {
+  REINFORCE = 0, PPO = 1, CISPO = 2, GSPO = 3, GSPO_TURN = 4, IPO = 5, ICEPOP = 6, DPPO_TV = 7, DPPO_KL = 8, SAPO = 9,
+  TOPR = 10
+};
+// clang-format on
+enum class KLEstimator : int { K1 = 1, K2 = 2, K3 = 3, K3_UNBIASED = 4, K3_PLUS = 5, ABS = 6 };
+enum class ImportanceMode : int { TRUNCATE = 0, MASK = 1 };
 enum class NanRollout : int { KEEP = 0, ERROR = 1, ONE = 2, DROP = 3 };  // the kernels know ONE, else NaN is kept
 enum class Baseline : int { NONE = 0, LEAVE_ONE_OUT = 1, GROUP_MEAN = 2, GROUP_STD = 3 };
 enum class Reduction : int { TOKEN_MEAN = 0, SEQUENCE_MEAN = 1, SEQUENCE_SUM = 2, SUM = 3, NONE = 4 };
 // The lists that a policy loss travels as, in the order of ppg_fast/contract.py. The spec's numbers and choices come
 // last among the fused loss's, and are all there is of the row kernel's.
 namespace wire {
-enum PerRow { ADVANTAGES, WEIGHTS, OLD_LOGPROBS, REF_LOGPROBS, ROLLOUT_LOGPROBS, TEMPERATURES };
-enum Number { CLIP_LOW, CLIP_HIGH, DUAL_CLIP, KL_COEF, ENTROPY_COEF, IMPORTANCE_CAP, TEMPERATURE, LOGIT_SOFTCAP };
-enum Choice { LOSS_TYPE, KL_ESTIMATOR, NAN_ROLLOUT };
+enum PerRow { ADVANTAGES, WEIGHTS, OLD_LOGPROBS, REF_LOGPROBS, ROLLOUT_LOGPROBS, TEMPERATURES, NLL_WEIGHTS };
+// clang-format off
+enum Number {
+  CLIP_LOW, CLIP_HIGH, DUAL_CLIP, RATIO_CAP, TAU_POSITIVE, TAU_NEGATIVE, LOG_RATIO_COEF, KL_COEF, KL_CAP, ENTROPY_COEF,
+  Z_COEF, IMPORTANCE_FLOOR, IMPORTANCE_CAP, MAX_LOG_RATIO, TEMPERATURE, LOGIT_SOFTCAP
+};
+// clang-format on
+enum Choice { LOSS_TYPE, KL_ESTIMATOR, NAN_ROLLOUT, IMPORTANCE_MODE };
 namespace fused {
 // clang-format off
 enum Tensor {
   LABELS, LOSS_MASK, TURN_IDS, ADVANTAGES, OLD_LOGPROBS, REF_LOGPROBS, ROLLOUT_LOGPROBS, TEMPERATURES,
-  REWARDS, TURN_COUNTS, SEGMENT_IDS, REWARD_MASK, GROUP_IDS, NORMALIZER_AT, CU_SEQLENS
+  NLL_WEIGHTS, REWARDS, TURN_COUNTS, SEGMENT_IDS, REWARD_MASK, GROUP_IDS, NORMALIZER_AT, CU_SEQLENS
 };
 enum Number { GAMMA, STD_EPS, NORMALIZER, SPEC_NUMBERS };
 enum Choice { LOOKAHEAD, SEGMENT_LENGTH, BASELINE, REDUCTION, SEQUENCES, SKIP_ZERO_ADVANTAGES, SPEC_CHOICES };
@@ -95,6 +106,16 @@ struct PolicyLossArgs : Sweep {
   float *loss, *logprob, *entropy;  // (N,) out; loss already weighted; entropy may be null unless entropy_coef != 0
   float* score_norm;  // (N,) out or null, then entropy is not: |d logprob / d z|^2 = sum p^2 - 2 p_label + 1
   Rows dlogits;       // data null: no gradient wanted; may be the logits themselves
+};
+
+// How far a teacher's distribution q is from the student's p, by `beta`: 0 KL(q, p), 1 KL(p, q), between beta KL(q, m)
+// + (1 - beta) KL(p, m). Rows that are masked or have weight 0 are not read, of neither side, and get zeros.
+struct DistillationArgs : Sweep {
+  Rows teacher_logits;
+  const float* weights;  // (N,) or null: 1
+  float beta, teacher_softcap;
+  float* divergence;  // (N,) out, not weighted
+  Rows dlogits;       // data null: no gradient wanted; may be the logits or the teacher's
 };
 
 // out = x times scale[n] in row n, rounded once. In place, rows whose scale is 1 are not touched.
@@ -231,6 +252,7 @@ namespace cpu {  // rows first .. last - 1 only, so that the caller shares them 
 void logprobs_fwd(const LogprobsFwdArgs&, int64_t first, int64_t last);
 void logprobs_bwd(const LogprobsBwdArgs&, int64_t first, int64_t last);
 void policy_loss(const PolicyLossArgs&, int64_t first, int64_t last);
+void distillation(const DistillationArgs&, int64_t first, int64_t last);
 void scale_rows(const ScaleRowsArgs&, int64_t first, int64_t last);
 void partial_returns(const PartialReturnsArgs&, int64_t first, int64_t last);
 void credit(const CreditArgs&);  // all turns at once; of the tokens only the number of sequences is read

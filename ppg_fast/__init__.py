@@ -16,16 +16,8 @@ from ppg_fast.functional import (
     token_logprobs,
     turn_advantages,
 )
-from ppg_fast.spec import (
-    FullPlanning,
-    Greedy,
-    Lookahead,
-    PolicyClass,
-    PolicyLossSpec,
-    RewardMask,
-    Segment,
-    policy_class,
-)
+from ppg_fast.policy_classes import FullPlanning, Greedy, Lookahead, PolicyClass, RewardMask, Segment, policy_class
+from ppg_fast.spec import PolicyLossSpec
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,8 @@ import torch
 from contract_case import RELATIVE, Call, close, draw, upstream_of
 
 import ppg_fast as ppg
-from ppg_fast.spec import BASELINES, LOSS_TYPES, REDUCTIONS
+from ppg_fast.losses import LOSS_TYPES
+from ppg_fast.spec import BASELINES, REDUCTIONS
 
 GRID = [(layout, loss, reduction) for layout in oracle.LAYOUTS for loss in LOSS_TYPES for reduction in REDUCTIONS]
 

@@ -13,7 +13,8 @@ from test_contract import CLASSES, turns_of
 import ppg_fast as ppg
 from ppg_fast import backends, ops
 from ppg_fast.contract import Columns, FusedArguments, Reduction, Turns, Wanted
-from ppg_fast.spec import BASELINES, LOSS_TYPES, REDUCTIONS, SEQUENCE_LEVEL
+from ppg_fast.losses import LOSS_TYPES, SEQUENCE_LEVEL
+from ppg_fast.spec import BASELINES, REDUCTIONS
 
 TOKEN_LEVEL = [loss for loss in LOSS_TYPES if loss not in SEQUENCE_LEVEL]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

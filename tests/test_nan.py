@@ -15,7 +15,8 @@ from torch import Tensor
 
 import ppg_fast as ppg
 from ppg_fast import backends, reference
-from ppg_fast.spec import LOSS_TYPES, PolicyLossSpec
+from ppg_fast.losses import LOSS_TYPES
+from ppg_fast.spec import PolicyLossSpec
 
 # not every NaN has the same bits: PyTorch's, the one that x86 makes, the one that CUDA makes
 NANS = {"torch": 0x7FC00000, "x86": -0x400000, "cuda": 0x7FFFFFFF}

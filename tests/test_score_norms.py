@@ -16,7 +16,8 @@ from test_isa import isa  # noqa: F401
 import ppg_fast as ppg
 from ppg_fast import backends, ops, reference
 from ppg_fast.contract import Chunks, Columns, FusedArguments, Reduction, RowArguments, Wanted
-from ppg_fast.spec import IGNORE, LOSS_TYPES, REDUCTIONS, SEQUENCE_LEVEL
+from ppg_fast.losses import LOSS_TYPES, SEQUENCE_LEVEL
+from ppg_fast.spec import IGNORE, REDUCTIONS
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 SCALES = {"plain": ({}, False), "softcap": ({"logit_softcap": 5.0}, False), "per token": ({"logit_softcap": 6.0}, True)}

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppg_fast.spec import KLEstimator, LossType, PolicyLossSpec
+from ppg_fast.losses import KLEstimator, LossType
+from ppg_fast.spec import PolicyLossSpec
 
 from .plan import WARP_SIZE, number_or_off, on_device, programs, row_shape, strides
 from .policy_term import importance_weight, policy_term
@@ -219,6 +220,7 @@ def policy_loss(
     ref_logprobs: Tensor | None,
     rollout_logprobs: Tensor | None,
     temperatures: Tensor | None,
+    nll_weights: Tensor | None,
     spec: PolicyLossSpec,
     entropy: bool,
     dlogits: Tensor | None,  # (B, L, V) out, may be the logits themselves

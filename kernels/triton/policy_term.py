@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ppg_fast import spec
-from ppg_fast.spec import KLEstimator, LossType
+from ppg_fast.losses import KLEstimator, LossType
 
 REINFORCE = tl.constexpr(int(LossType.REINFORCE))
 CISPO = tl.constexpr(int(LossType.CISPO))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from ppg_fast.config.defaults import AUTO, TRACKERS
 from ppg_fast.distributed import PARALLEL
-from ppg_fast.spec import BASELINES, REDUCTIONS, FullPlanning, require, require_number, require_one_of
+from ppg_fast.policy_classes import FullPlanning
+from ppg_fast.spec import BASELINES, REDUCTIONS, require, require_number, require_one_of
 
 if TYPE_CHECKING:
     from ppg_fast.config.train import TrainConfig

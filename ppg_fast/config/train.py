@@ -6,17 +6,9 @@ from typing import Any
 
 from ppg_fast.config.checks import as_json_text, check_each, check_together
 from ppg_fast.config.defaults import AUTO, TRACKERS
-from ppg_fast.spec import (
-    BASELINES,
-    CANDIDATES,
-    KL_ESTIMATORS,
-    LOSS_TYPES,
-    FullPlanning,
-    PolicyClass,
-    PolicyLossSpec,
-    policy_class,
-    policy_classes,
-)
+from ppg_fast.losses import KL_ESTIMATORS, LOSS_TYPES
+from ppg_fast.policy_classes import CANDIDATES, FullPlanning, PolicyClass, policy_class, policy_classes
+from ppg_fast.spec import BASELINES, PolicyLossSpec
 
 
 def _option(default: Any, help: str) -> Any:

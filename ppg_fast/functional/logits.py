@@ -17,7 +17,8 @@ from ppg_fast.functional.loss import (
 )
 from ppg_fast.functional.tokens import Tokens, asked_for, check_floats, chosen_backend
 from ppg_fast.ops.checks import check_labels
-from ppg_fast.spec import PolicyClass, PolicyLossSpec, fail
+from ppg_fast.policy_classes import PolicyClass
+from ppg_fast.spec import PolicyLossSpec, fail
 
 
 def _rows_of(logits: Tensor, labels: Tensor, inplace: bool = False) -> Tensor:
@@ -117,6 +118,8 @@ def policy_loss(
     spec: PolicyLossSpec | None = None,
     reduction: str = "token_mean",
     normalizer: float | Tensor | None = None,
+    nll_weights: Tensor | None = None,
+    nll_normalizer: float | Tensor | None = None,
     skip_zero_advantages: bool = False,
     score_norms: bool = False,
     inplace: bool = False,
@@ -146,6 +149,9 @@ def policy_loss(
             | "none".
         normalizer: a number or 0-d tensor in place of the reduction's outer denominator (active tokens, sequences, or
             1).
+        nll_weights: (...) weights of the likelihood: the loss gains sum of -nll_weights l / nll_normalizer, beside the
+            reduction (VAPO, arXiv:2504.05118). ``nll_normalizer``: a number or 0-d tensor; default: the active tokens
+            whose weight is not 0.
         skip_zero_advantages: rows of zero advantage cost what masked rows cost and their log-prob reads 0 (unless a KL
             or entropy term needs them); without it they are read once for their log-prob. The loss and its gradient are
             the same.
@@ -170,6 +176,7 @@ def policy_loss(
         "loss_mask": loss_mask, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
         "rollout_logprobs": rollout_logprobs,
         "cu_seqlens": cu_seqlens, "spec": spec, "reduction": reduction, "normalizer": normalizer,
+        "nll_weights": nll_weights, "nll_normalizer": nll_normalizer,
         "skip_zero_advantages": skip_zero_advantages, "score_norms": score_norms, "validate": validate,
     }  # fmt: skip
     if fuses(backend, spec, logits.dtype):

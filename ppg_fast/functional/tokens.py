@@ -8,18 +8,11 @@ from torch import Tensor
 
 from ppg_fast import backends, ops
 from ppg_fast.contract import Wanted
+from ppg_fast.losses import SEQUENCE_LEVEL
 from ppg_fast.ops.tracing import as_data, constant, transformed
 from ppg_fast.reference import consecutive_ids, group_sum
 from ppg_fast.rules import require_float32
-from ppg_fast.spec import (
-    IGNORE,
-    REDUCTIONS,
-    SEQUENCE_LEVEL,
-    PolicyLossSpec,
-    fail,
-    require,
-    require_one_of,
-)
+from ppg_fast.spec import IGNORE, REDUCTIONS, PolicyLossSpec, fail, require, require_one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -171,6 +164,21 @@ def reduction_weights(
     if reduction == "sequence_sum":
         return (1.0 / outer).expand(active.shape).contiguous()
     return 1.0 / (outer * lengths.clamp(min=1)[sequences])
+
+
+def likelihood_weights(
+    weights: Tensor | None, normalizer: float | Tensor | None, labels: Tensor, active: Tensor, validate: bool
+) -> Tensor | None:
+    """Weight of -l of each token in the reduced loss, float32 of the labels' shape, 0 where it is not ``active`` (of
+    any shape): ``weights`` over the number of active tokens whose weight is not 0, or over ``normalizer``."""
+    if weights is None:
+        require(normalizer is None, "nll_normalizer goes with nll_weights", normalizer)
+        return None
+    check_tensor("nll_weights", weights, labels.shape, labels.device)
+    normalizer = checked_normalizer("sum", normalizer, labels.device, validate)
+    weights = torch.where(active.view(labels.shape), weights.detach().float(), 0.0)
+    outer = (weights != 0).sum().clamp(min=1) if normalizer is None else normalizer
+    return weights / _scalar(outer, weights)
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:

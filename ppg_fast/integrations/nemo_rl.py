@@ -14,7 +14,8 @@ from ppg_fast.functional import policy_loss_from_logprobs
 from ppg_fast.integrations.host import require_host
 from ppg_fast.integrations.options import RUN, Option, check, check_unknown, hosts_own, obeyed, refused
 from ppg_fast.integrations.turns import Credit, inside, last_tokens, place_turn_rewards, turn_counts, turn_ids_of_mask
-from ppg_fast.spec import MAX_LOG_RATIO, PolicyClass, PolicyLossSpec, require
+from ppg_fast.policy_classes import PolicyClass
+from ppg_fast.spec import MAX_LOG_RATIO, PolicyLossSpec, require
 
 MINIMUM = "0.6"
 ADVANTAGES, TURN_REWARDS, LOSS = "advantages", "turn rewards", "loss"

@@ -16,7 +16,8 @@ from ppg_fast.functional import policy_loss_from_logprobs
 from ppg_fast.integrations.host import require_host
 from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
 from ppg_fast.integrations.turns import Credit, inside, stacked, turn_ids_of_mask
-from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
+from ppg_fast.policy_classes import PolicyClass
+from ppg_fast.spec import PolicyLossSpec, require
 
 MINIMUM = "0.8"
 ADVANTAGES, LOSS = "advantages", "loss"

@@ -16,7 +16,9 @@ from ppg_fast.functional import policy_loss_from_logprobs
 from ppg_fast.integrations.host import require_host
 from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
 from ppg_fast.integrations.turns import Credit, group_numbers, inside, last_tokens, turn_ids_of_mask
-from ppg_fast.spec import LOSS_TYPES, PolicyClass, PolicyLossSpec, require, require_one_of
+from ppg_fast.losses import LOSS_TYPES
+from ppg_fast.policy_classes import PolicyClass
+from ppg_fast.spec import PolicyLossSpec, require, require_one_of
 
 MINIMUM = "0.3"
 UTILS = "skyrl.backends.skyrl_train.utils"

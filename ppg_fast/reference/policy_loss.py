@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ppg_fast.reference.groups import group_sum
-from ppg_fast.reference.logprobs import token_logprobs
+from ppg_fast.reference.logprobs import log_sum_exps, token_logprobs
 from ppg_fast.reference.policy_term import importance_weight, policy_term, with_nan_gradient
 from ppg_fast.spec import PolicyLossSpec
 
@@ -36,6 +36,8 @@ def loss_from_logprobs(
     spec: PolicyLossSpec,
     # (N,) int64 and their number: who shares a ratio in a sequence-level loss
     groups: tuple[Tensor, int] | None = None,
+    nll_weights: Tensor | None = None,  # (N,) of -l, beside the reduction
+    lse: Tensor | None = None,  # (N,) log-sum-exp of the logits, for spec.z_coef
 ) -> Tensor:
     """Weighted loss of each token, (N,), differentiable in ``logprobs`` and ``entropy``; zero where not active."""
     dtype, detached = logprobs.dtype, logprobs.detach()
@@ -47,12 +49,13 @@ def loss_from_logprobs(
     old, ref = known(old_logprobs, detached), known(ref_logprobs, detached)
     rollout = None if rollout_logprobs is None else known(rollout_logprobs, detached)
     importance = importance_weight(old, rollout, spec)
-    if groups is not None:
-        old = grouped_old_logprobs(logprobs, old, active, *groups)
-    loss = policy_term(
-        logprobs, logprobs if entropy is None else entropy, old, ref, importance, known(advantages, detached), spec
-    )
+    if rollout is None or spec.nan_rollout == "one":
+        rollout = old if rollout is None else torch.where(rollout.isnan(), old, rollout)
+    divisor = old if groups is None else grouped_old_logprobs(logprobs, old, active, *groups)
+    H, Z = logprobs if entropy is None else entropy, logprobs if lse is None else lse
+    loss = policy_term(logprobs, H, Z, old, divisor, ref, rollout, importance, known(advantages, detached), spec)
     loss = loss if weights is None else loss * weights.to(dtype)
+    loss = loss if nll_weights is None else loss - known(nll_weights, detached) * logprobs
     return with_nan_gradient(torch.where(active, loss, 0.0), logprobs)
 
 
@@ -66,10 +69,13 @@ def policy_loss(
     rollout_logprobs: Tensor | None,
     spec: PolicyLossSpec,
     groups: tuple[Tensor, int] | None = None,
+    nll_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted loss, log-probability and entropy of each token, (N,) each, differentiable in ``logits``; masked tokens
     give zeros."""
     temperature = spec.temperature.flatten() if isinstance(spec.temperature, Tensor) else spec.temperature
     logprobs, entropy = token_logprobs(logits, labels, temperature, spec.logit_softcap)
+    lse = log_sum_exps(logits, labels, temperature, spec.logit_softcap) if spec.z_coef else None
     rows = advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs
-    return loss_from_logprobs(logprobs, entropy, labels >= 0, *rows, spec, groups), logprobs, entropy
+    loss = loss_from_logprobs(logprobs, entropy, labels >= 0, *rows, spec, groups, nll_weights, lse)
+    return loss, logprobs, entropy

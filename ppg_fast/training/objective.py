@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ppg_fast.dialogues.packing import PackedBatch, Sample, pack
 from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.policy_classes import FullPlanning, Lookahead, PolicyClass
 from ppg_fast.reference.turns import of_tokens
-from ppg_fast.spec import FullPlanning, Lookahead, PolicyClass, PolicyLossSpec
+from ppg_fast.spec import PolicyLossSpec
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,30 @@
 from its kink."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppg_fast import backends, ops, reference
 from ppg_fast.contract import PerRow
-from ppg_fast.spec import IGNORE, PolicyLossSpec
+from ppg_fast.losses import LOSS_NUMBERS, LossType
+from ppg_fast.losses import LOSSES as LOSS_TABLE
+from ppg_fast.spec import IGNORE, UNUSED, PolicyLossSpec
+
+
+def spec_of(loss_type: str, **numbers: Any) -> PolicyLossSpec:
+    """A spec of those of the numbers that its loss uses."""
+    unused = UNUSED.keys() - LOSS_TABLE[LossType(LOSS_NUMBERS[loss_type])].uses
+    return PolicyLossSpec(loss_type, **{name: value for name, value in numbers.items() if name not in unused})
+
 
 NUMBERS = {"clip_low": 0.15, "clip_high": 0.3, "temperature": 0.7}
 LOSSES = {
-    "reinforce": PolicyLossSpec("reinforce", **NUMBERS),
-    "ppo": PolicyLossSpec("ppo", **NUMBERS),
-    "ppo-dual-clip": PolicyLossSpec("ppo", dual_clip=1.4, **NUMBERS),
-    "cispo": PolicyLossSpec("cispo", **NUMBERS),
+    "reinforce": spec_of("reinforce", **NUMBERS),
+    "ppo": spec_of("ppo", **NUMBERS),
+    "ppo-dual-clip": spec_of("ppo", dual_clip=1.4, **NUMBERS),
+    "cispo": spec_of("cispo", **NUMBERS),
 }
 TERMS = {
     "plain": {},

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import oracle
 import torch
+from cases import spec_of
 
 import ppg_fast as ppg
-from ppg_fast.spec import KL_ESTIMATORS
+from ppg_fast.losses import KL_ESTIMATORS
 
 # relative error: [0] from logits, a few roundings to the dtype of the inputs; [1] from hidden states, whose logits a
 # GEMM has rounded
@@ -36,7 +37,7 @@ def random_spec(seed, loss_type, **fixed):
         "temperature": temperature,
         "kl_estimator": str(rng.choice(KL_ESTIMATORS)),
     }
-    return ppg.PolicyLossSpec(loss_type, **{**numbers, **fixed})
+    return spec_of(loss_type, **{**numbers, **fixed})
 
 
 def draw(seed, layout, loss_type, reduction="token_mean", fixed=(), **options):

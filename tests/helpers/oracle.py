@@ -174,7 +174,8 @@ def surrogate(batch, i, l, frozen):
     if spec.loss_type == "reinforce":
         return -A * l, -A
     if spec.loss_type == "cispo":
-        return -min(r0, 1 + spec.clip_high) * A * l, -min(r0, 1 + spec.clip_high) * A
+        w = min(max(r0, 1 - spec.clip_low), 1 + spec.clip_high)
+        return -w * A * l, -w * A
     r = r0 * math.exp(l - frozen[i])
     low, high = 1 - spec.clip_low, 1 + spec.clip_high
     gain = min(r * A, min(max(r, low), high) * A)

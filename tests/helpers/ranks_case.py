@@ -26,7 +26,8 @@ from ppg_fast.distributed import Ranks
 from ppg_fast.jobs import OfflineJob, PersonaJob, RunFolder
 from ppg_fast.models.causal_lm import distribute, make_model
 from ppg_fast.models.sharding import whole
-from ppg_fast.spec import FullPlanning, Lookahead, PolicyLossSpec
+from ppg_fast.policy_classes import FullPlanning, Lookahead
+from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training import checkpoint
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import TrainingState, optimise

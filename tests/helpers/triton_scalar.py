@@ -20,7 +20,8 @@ sys.modules["ppg_fast.kernels"] = importlib.util.module_from_spec(package)  # it
 
 from ppg_fast.kernels.policy_term import importance_weight, policy_term
 
-from ppg_fast.spec import NAN_ROLLOUT, KLEstimator, LossType
+from ppg_fast.losses import KLEstimator, LossType
+from ppg_fast.spec import NAN_ROLLOUT
 
 
 @triton.jit

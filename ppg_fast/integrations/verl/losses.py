@@ -10,7 +10,8 @@ from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss  # pyrigh
 from ppg_fast.functional import policy_loss_from_logprobs
 from ppg_fast.integrations.turns import inside, turn_ids_of_mask
 from ppg_fast.integrations.verl.options import check_actor
-from ppg_fast.spec import LOSS_TYPES, PolicyLossSpec, require
+from ppg_fast.losses import LOSS_TYPES
+from ppg_fast.spec import PolicyLossSpec, require
 
 CLIPPED = ("ppo", "gspo", "gspo_turn")  # the losses with a dual clip
 
