@@ -265,6 +265,7 @@ namespace cuda {
 int logprobs_fwd(const LogprobsFwdArgs&, void* stream);
 int logprobs_bwd(const LogprobsBwdArgs&, void* stream);
 int policy_loss(const PolicyLossArgs&, void* stream);
+int distillation(const DistillationArgs&, void* stream);
 int scale_rows(const ScaleRowsArgs&, void* stream);
 int partial_returns(const PartialReturnsArgs&, void* stream);
 int fused_policy_loss(const FusedLaunchArgs&, void* stream);

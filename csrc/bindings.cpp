@@ -121,7 +121,7 @@ void distillation(const Tensor& logits, const Tensor& teacher_logits, const Tens
   a.beta = float(numbers.at(3));
   a.divergence = floats(divergence, a.N, "divergence");
   a.dlogits = gradient_rows(dlogits, logits);
-  run(PPG_ON_CPU(distillation), nullptr, a, a.N, logits);
+  run(PPG_ON_CPU(distillation), PPG_ON_CUDA(distillation), a, a.N, logits);
 }
 
 // Under one scale, what has no gaps is cut into rows of equal length: a bias, or short rows, occupy the whole chip too.
