@@ -11,21 +11,21 @@ constexpr float LEAST_LOG2 =
 enum Divergence { FORWARD_KL, REVERSE_KL, JSD };
 
 // One side of a row: v = z, or tanh(z / softcap), and log2 p = (v - ref) k - log2_sum, at least LEAST_LOG2.
-template <bool CAP> struct Side {
+struct Side {
   float k, twice, ref = 0.f, log2_sum = 0.f;
   __device__ __forceinline__ Side(float logit_softcap, float temperature)
       : k(exponent_scale(logit_softcap, temperature)),
-        twice(CAP && logit_softcap != 0.f ? 2.f * LOG2E / logit_softcap : 0.f) {}
-  __device__ __forceinline__ float operator()(float z) const {
-    if constexpr (CAP)
-      if (twice != 0.f) return 1.f - 2.f * hw::rcp(1.f + hw::ex2(z * twice));
-    return z;
+        twice(logit_softcap != 0.f ? 2.f * LOG2E / logit_softcap : 0.f) {}
+  template <int M> __device__ __forceinline__ void cap(float (&z)[M]) const {
+    if (twice == 0.f) return;
+#pragma unroll
+    for (int i = 0; i < M; ++i) z[i] = 1.f - 2.f * hw::rcp(1.f + hw::ex2(z[i] * twice));
   }
   __device__ __forceinline__ float log2_prob(float v) const {
     const float l = (v - ref) * k - log2_sum;
     return l < LEAST_LOG2 ? LEAST_LOG2 : l;  // not fmaxf, which drops a NaN
   }
-  __device__ __forceinline__ float slope(float v) const { return CAP && twice != 0.f ? 1.f - v * v : 1.f; }
+  __device__ __forceinline__ float slope(float v) const { return twice != 0.f ? 1.f - v * v : 1.f; }
 };
 
 // log2(p / m) and log2(q / m) of m = beta q + (1 - beta) p from log2(p / q), by the larger of p and q.
@@ -67,16 +67,15 @@ __device__ __forceinline__ float slope_of(float log2_p, float log2_q, float mean
 
 // The statistics of a row by the whole CTA. `part`: an entry per warp.
 // Which thread adds an element depends on the element's index only: the same bits at any alignment.
-template <class E, bool CAP>
-__device__ __forceinline__ void measure(Side<CAP>& side, const typename E::raw* src, int V, float4* part) {
+template <class E>
+__device__ __forceinline__ void measure(Side& side, const typename E::raw* src, int V, float4* part) {
   const int tid = threadIdx.x, threads = blockDim.x, pad = offset16<E>(src);
   const View<false> plain(0.f, side.k);
   Stat stat;
   for (int e = tid * VEC<E>; e < V; e += threads * VEC<E>) {
     float z[VEC<E>];
     unpack16<E>(load_group<E>(src, pad, e, V), z);
-#pragma unroll
-    for (int i = 0; i < VEC<E>; ++i) z[i] = side(z[i]);
+    side.cap(z);
     if (e + VEC<E> <= V) add<false, PLAIN, true>(stat, z, plain, 0);
     else add<false, PLAIN, false>(stat, z, plain, V - e);
   }
@@ -89,22 +88,23 @@ __device__ __forceinline__ void measure(Side<CAP>& side, const typename E::raw* 
 }
 
 // A pair of rows whose statistics are known.
-template <class E, bool CAP> struct Pair {
+template <class E> struct Pair {
   using raw = typename E::raw;
-  Side<CAP> student, teacher;
+  Side student, teacher;
   const raw *x, *y;
   float beta;
 
   // Elements e .. e + VEC of both as v and log-probs; those outside of the row are nothing that counts.
-  __device__ __forceinline__ void load(int e, int V, float* v, float* log2_p, float* log2_q) const {
+  __device__ __forceinline__ void load(int e, int V, float (&v)[VEC<E>], float* log2_p, float* log2_q) const {
     float z[VEC<E>];
     unpack16<E>(load_group<E>(x, offset16<E>(x) + VEC<E>, e, V), v);
     unpack16<E>(load_group<E>(y, offset16<E>(y) + VEC<E>, e, V), z);
+    student.cap(v);
+    teacher.cap(z);
 #pragma unroll
     for (int i = 0; i < VEC<E>; ++i) {
-      v[i] = student(v[i]);
       log2_p[i] = student.log2_prob(v[i]);
-      log2_q[i] = teacher.log2_prob(teacher(z[i]));
+      log2_q[i] = teacher.log2_prob(z[i]);
     }
   }
 
@@ -141,7 +141,7 @@ template <class E, bool CAP> struct Pair {
   }
 };
 
-template <class E, bool CAP, Divergence KIND>
+template <class E, Divergence KIND>
 __global__ void __launch_bounds__(LARGE_THREADS) distillation_kernel(const __grid_constant__ DistillationArgs a) {
   const int V = (int)a.V, tid = threadIdx.x, threads = blockDim.x, warps = threads / 32;
   // an entry per warp each; there are barriers between a write and the next row's, so that none waits for readers
@@ -156,11 +156,11 @@ __global__ void __launch_bounds__(LARGE_THREADS) distillation_kernel(const __gri
       continue;
     }
     const float temperature = a.temperatures ? a.temperatures[n] : a.temperature;
-    Pair<E, CAP> rows{{a.logit_softcap, temperature},
-                      {a.teacher_softcap, temperature},
-                      row_at<E>(a.logits, n),
-                      row_at<E>(a.teacher_logits, n),
-                      a.beta};
+    Pair<E> rows{{a.logit_softcap, temperature},
+                 {a.teacher_softcap, temperature},
+                 row_at<E>(a.logits, n),
+                 row_at<E>(a.teacher_logits, n),
+                 a.beta};
     measure<E>(rows.student, rows.x, V, of_student);
     measure<E>(rows.teacher, rows.y, V, of_teacher);
     Added sums = rows.template add_up<KIND>(V);
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(LARGE_THREADS) distillation_kernel(const __gri
   }
 }
 
-template <class E, bool CAP> int launch_kind(const DistillationArgs& a, void* stream) {
+template <class E> int launch_distillation(const DistillationArgs& a, void* stream) {
   hw::Device d;
   if (const int error = hw::current_device(&d)) return error;
   const int64_t bytes = 2 * a.V * (int64_t)sizeof(typename E::raw);  // of both rows
@@ -191,14 +191,9 @@ template <class E, bool CAP> int launch_kind(const DistillationArgs& a, void* st
   const auto launch = [&](auto kernel) {
     return hw::launch(kernel, grid, threads, 0, 3 * threads / 32 * sizeof(float4), stream, a);
   };
-  if (a.beta == 0.f) return launch(distillation_kernel<E, CAP, FORWARD_KL>);
-  if (a.beta == 1.f) return launch(distillation_kernel<E, CAP, REVERSE_KL>);
-  return launch(distillation_kernel<E, CAP, JSD>);
-}
-
-template <class E> int launch_distillation(const DistillationArgs& a, void* stream) {
-  const bool cap = a.logit_softcap != 0.f || a.teacher_softcap != 0.f;
-  return cap ? launch_kind<E, true>(a, stream) : launch_kind<E, false>(a, stream);
+  if (a.beta == 0.f) return launch(distillation_kernel<E, FORWARD_KL>);
+  if (a.beta == 1.f) return launch(distillation_kernel<E, REVERSE_KL>);
+  return launch(distillation_kernel<E, JSD>);
 }
 
 }  // namespace
