@@ -34,7 +34,7 @@ class Problem:
     teacher_weight: Tensor  # (V, D')
 
     @property
-    def leaves(self) -> tuple[Tensor, ...]:
+    def leaves(self) -> tuple[Tensor, Tensor]:
         return self.hidden, self.weight
 
     @property
@@ -69,7 +69,8 @@ def make(case: Case, seed: int = 0, near: bool = True) -> Problem:
     labels = torch.randint(case.V, (case.N,), **options)
     turn = case.N // 8
     labels[torch.arange(case.N, device=case.device) % turn < turn - round(turn * case.active)] = IGNORE
-    return Problem(labels, *(side.requires_grad_(place < 2) for place, side in enumerate(sides)))
+    hidden, weight, *teacher = sides
+    return Problem(labels, hidden.requires_grad_(), weight.requires_grad_(), *teacher)
 
 
 def ours(case: Case) -> list[Provider]:

@@ -169,7 +169,7 @@ def linear_policy_loss(
     wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
     arguments = RowArguments(rows.tokens.labels, rows.per_row, rows.spec)
     first = needs_logprobs_first(spec, x.dtype) or reduction == "none"
-    taught, divergences = None, None
+    taught, with_teacher, divergences = None, arguments, None
     if teacher is not None:
         every = all_active(rows.tokens, rows.active, labels)
         taught = teacher_rows(teacher, x, weight, labels, every, rows.per_row.weights, turn_ids, validate)
