@@ -186,7 +186,10 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "policy_class_problems": problems_section,
     "policy_class_logs": logs_section,
     **real.SECTIONS,
-    **{op: _op_section(op) for op in ("policy_loss", "logprobs", "linear", "partial_returns", "host_time")},
+    **{
+        op: _op_section(op)
+        for op in ("policy_loss", "logprobs", "linear", "distillation", "partial_returns", "host_time")
+    },
 }
 
 

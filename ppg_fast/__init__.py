@@ -5,7 +5,11 @@ from hidden states.
 """
 
 from ppg_fast.functional import (
+    DistillationOutput,
     PolicyLossOutput,
+    Teacher,
+    TopKTeacher,
+    linear_distillation_loss,
     linear_partial_policy_loss,
     linear_policy_loss,
     linear_token_logprobs,
@@ -22,6 +26,7 @@ from ppg_fast.spec import PolicyLossSpec
 __version__ = "0.1.0"
 
 __all__ = [
+    "DistillationOutput",
     "FullPlanning",
     "Greedy",
     "Lookahead",
@@ -30,6 +35,9 @@ __all__ = [
     "PolicyLossSpec",
     "RewardMask",
     "Segment",
+    "Teacher",
+    "TopKTeacher",
+    "linear_distillation_loss",
     "linear_partial_policy_loss",
     "linear_policy_loss",
     "linear_token_logprobs",

@@ -14,13 +14,14 @@ from ppg_fast.functional.loss import (
     needs_logprobs_first,
     spec_and_temperatures,
 )
+from ppg_fast.functional.teacher import Teacher, TopKTeacher, all_active, teacher_rows
 from ppg_fast.functional.tokens import Tokens, asked_for, check_floats, chosen_backend
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.rules import require_integer
 from ppg_fast.spec import PolicyLossSpec, require
 
 
-def _head_of(
+def head_of(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -97,7 +98,7 @@ def linear_token_logprobs(
     Returns and raises: as `token_logprobs`. Gradients come back in the dtype of each input; d_weight is accumulated in
     float32.
     """
-    x, weight, bias, chunks = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
+    x, weight, bias, chunks = head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
     tokens = Tokens.of(labels, loss_mask, None, hidden.device, validate)
     spec, temperatures = spec_and_temperatures(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
@@ -131,6 +132,7 @@ def linear_policy_loss(
     nll_normalizer: float | Tensor | None = None,
     skip_zero_advantages: bool = False,
     score_norms: bool = False,
+    teacher: Teacher | TopKTeacher | None = None,
     validate: bool = False,
     backend: str | None = None,
 ) -> PolicyLossOutput:
@@ -149,11 +151,13 @@ def linear_policy_loss(
         max_active_rows: upper bound on the rows that are read. On a GPU it saves the one sync of the call, which then
             can be captured in a CUDA graph, and compute is spent on that many. Where more are active: ValueError on a
             CPU or with ``validate``, else loss and gradients are NaN.
+        teacher: adds the divergence from a teacher to the loss of each token, under the same reduction, in the same
+            pass over the chunks; "divergences" of the tokens are then among the metrics.
         the rest: as in `policy_loss`.
 
     Returns and raises: as `policy_loss`. Gradients come back in the dtype of each input.
     """
-    x, weight, bias, chunks = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
+    x, weight, bias, chunks = head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
     rows = LossRows.of(
         labels, advantages, hidden.device, loss_mask=loss_mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs, cu_seqlens=cu_seqlens, turn_ids=turn_ids, spec=spec, reduction=reduction,
@@ -162,16 +166,30 @@ def linear_policy_loss(
     )  # fmt: skip
     backend = chosen_backend(backend, hidden)
     wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
-    if needs_logprobs_first(spec, x.dtype) or reduction == "none":
+    arguments = RowArguments(rows.tokens.labels, rows.per_row, rows.spec)
+    first = needs_logprobs_first(spec, x.dtype) or reduction == "none"
+    taught, with_teacher, divergences = None, arguments, None
+    if teacher is not None:
+        every = all_active(rows.tokens, rows.active, labels)
+        taught = teacher_rows(teacher, x, weight, labels, every, rows.per_row.weights, turn_ids, validate)
+        # rows of zero advantage that are skipped for the policy's sake still have a teacher
+        with_teacher = arguments._replace(labels=torch.where(taught.coefs != 0, every.labels, rows.tokens.labels))
+    if first:
         scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
         logprobs, entropy, norms = ops.linear_token_logprobs(
             x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, *scale, wanted, chunks, backend
         )
         loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)
+    elif taught is not None and backend != "reference":
+        loss, logprobs, entropy, norms, divergences = ops.linear_distillation(
+            x, weight, bias, with_teacher, taught, True, wanted, chunks, backend
+        )
     else:
-        arguments = RowArguments(rows.tokens.labels, rows.per_row, rows.spec)
         loss, logprobs, entropy, norms = ops.linear_policy_loss(x, weight, bias, arguments, wanted, chunks, backend)
-    return rows.output(loss, logprobs, entropy, skip_zero_advantages, norms)
+    if taught is not None and divergences is None:
+        divergences = ops.linear_divergences(x, weight, bias, with_teacher, taught, wanted, chunks, backend)
+        loss = loss + taught.coefs * divergences
+    return rows.output(loss, logprobs, entropy, skip_zero_advantages, norms, divergences)
 
 
 def linear_partial_policy_loss(
@@ -189,12 +207,13 @@ def linear_partial_policy_loss(
     baseline: str = "none",
     group_ids: Tensor | None = None,
     turn_counts: Tensor | None = None,
+    teacher: Teacher | TopKTeacher | None = None,
     backend: str | None = None,
     **options: Unpack[LossOptions],
 ) -> PolicyLossOutput:
     """The partial policy gradient from hidden states: `partial_policy_loss` of logits = hidden @ weight.T + bias.
 
-    Memory, gradients, chunks and max_active_rows as in `linear_policy_loss`, arguments as in both.
+    Memory, gradients, chunks, max_active_rows and teacher as in `linear_policy_loss`, arguments as in both.
     """
     turns = rewards, turn_ids, policy_class, gamma, baseline, group_ids, turn_counts, backend
     options, advantages = credit_turns(options, labels, *turns)
@@ -207,6 +226,7 @@ def linear_partial_policy_loss(
         chunk_rows=chunk_rows,
         max_active_rows=max_active_rows,
         turn_ids=turn_ids,
+        teacher=teacher,
         backend=backend,
         **options,
     )

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ppg_fast import backends, reference
 from ppg_fast.contract import Chunks, RowArguments, TeacherRows, Wanted
-from ppg_fast.ops.checks import check_labels
+from ppg_fast.ops.checks import check_labels, check_named
 from ppg_fast.ops.divergences import Divergences
 from ppg_fast.ops.head import Head, check_bound, counted, gradients_like, loss_scale, partition, row_outputs
 from ppg_fast.ops.linear_policy_loss import row_kernel
@@ -64,7 +64,7 @@ def _losses_and_gradients(
     rows, teacher = _unpack(taught, tensors, numbers, choices)
     flags, (policy, *gradients), kernels = Wanted(*wanted[:4]), wanted[4:], backends.load(backend)
     (labels, per_row, spec), (chunk_rows, bound), trains = rows, Chunks.unpack(chunks), any(gradients)
-    check_labels(labels, weight.shape[0], flags.validate)
+    _check_values(rows, teacher, weight.shape[0], flags.validate)
     entropy = policy and (flags.entropy or spec.entropy_coef != 0)
     loss, *outputs = row_outputs(hidden, labels.numel(), entropy, policy and flags.score_norms)
     divergence, active = torch.zeros_like(loss), labels >= 0
@@ -103,6 +103,12 @@ def _losses_and_gradients(
             head.accumulate(chunk)
     head.sweep(parts.forward, lambda rows, logits: kernel(rows, logits, None), False)
     return loss + teacher.coefs * divergence, *outputs, divergence, *head.gradients()
+
+
+def _check_values(rows: RowArguments, teacher: TeacherRows, vocabulary: int, validate: bool) -> None:
+    check_labels(rows.labels, vocabulary, validate)
+    if teacher.ids is not None and (teacher.ids.is_cpu or validate):
+        check_named(teacher.ids, (rows.labels >= 0) & (teacher.coefs != 0), vocabulary)
 
 
 def _taught_first(rows: Tensor, has_teacher: Tensor) -> tuple[Tensor, int]:
@@ -272,7 +278,7 @@ def reference_divergences(
 ) -> Tensor:
     """The same by plain PyTorch: chunks of rows under activation checkpointing."""
     labels, spec, temperatures = rows.labels, rows.spec, rows.per_row.temperatures
-    check_labels(labels, weight.shape[0], wanted.validate)
+    _check_values(rows, teacher, weight.shape[0], wanted.validate)
     # a copy each chunk casts back, so that autograd adds the chunks' gradients up in float32
     dtype, weight, bias = hidden.dtype, weight.float(), None if bias is None else bias.float()
 

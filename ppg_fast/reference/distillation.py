@@ -59,6 +59,5 @@ def top_k_divergence(student: Tensor, teacher: Tensor, there: Tensor, beta: floa
     found = torch.where(there, found, 0.0).sum(-1)
     if not tail:
         return found
-    masses = (torch.where(there, logp.exp(), 0.0).sum(-1) for logp in (student, teacher))
-    rest = [(1 - mass).clamp(min=LEAST_TAIL).log() for mass in masses]
-    return found + divergence(*rest, beta)
+    s, t = (1 - torch.where(there, logp.exp(), 0.0).sum(-1) for logp in (student, teacher))
+    return found + divergence(s.clamp(min=LEAST_TAIL).log(), t.clamp(min=LEAST_TAIL).log(), beta)
