@@ -30,7 +30,8 @@ FUSED = (
     "csrc/cuda/policy_loss.cu",
     "tests/test_{}.py",
 )
-HOMES = {"policy_loss": EVERY, "logprobs": EVERY, "partial_returns": EVERY, "fused_policy_loss": FUSED}
+HOMES = dict.fromkeys(("policy_loss", "logprobs", "partial_returns", "distillation"), EVERY)
+HOMES["fused_policy_loss"] = FUSED
 PARTS = ("kernels/triton/plan.py", "csrc/cuda/plan.h")  # how rows are laid over a device
 
 

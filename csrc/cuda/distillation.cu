@@ -108,7 +108,8 @@ template <class E> struct Pair {
     }
   }
 
-  template <Divergence KIND> __device__ __forceinline__ Added add_up(int V) const {
+  // With `out`, which is aligned and may be x or y, the gradient of the forward KL as well: it needs no sum.
+  template <Divergence KIND> __device__ __forceinline__ Added add_up(int V, raw* out, float factor) const {
     Added sums;
     for (int e = threadIdx.x * VEC<E>; e < V; e += blockDim.x * VEC<E>) {
       float v[VEC<E>], log2_p[VEC<E>], log2_q[VEC<E>];
@@ -116,6 +117,8 @@ template <class E> struct Pair {
 #pragma unroll
       for (int i = 0; i < VEC<E>; ++i)
         if (e + i < V) add_term<KIND>(sums, log2_p[i], log2_q[i], beta);
+      if constexpr (KIND == FORWARD_KL)
+        if (out) store<KIND>(out, e, V, v, log2_p, log2_q, 0.f, factor);
     }
     return sums;
   }
@@ -125,18 +128,25 @@ template <class E> struct Pair {
   template <Divergence KIND>
   __device__ __forceinline__ void write_gradient(raw* out, int V, float mean, float factor) const {
     for (int e = (int)threadIdx.x * VEC<E> - offset16<E>(out); e < V; e += blockDim.x * VEC<E>) {
-      float v[VEC<E>], log2_p[VEC<E>], log2_q[VEC<E>], d[VEC<E>];
+      float v[VEC<E>], log2_p[VEC<E>], log2_q[VEC<E>];
       load(e, V, v, log2_p, log2_q);
+      store<KIND>(out, e, V, v, log2_p, log2_q, mean, factor);
+    }
+  }
+
+  template <Divergence KIND>
+  __device__ __forceinline__ void store(raw* out, int e, int V, const float* v, const float* log2_p,
+                                        const float* log2_q, float mean, float factor) const {
+    float d[VEC<E>];
+#pragma unroll
+    for (int i = 0; i < VEC<E>; ++i)
+      d[i] = factor * slope_of<KIND>(log2_p[i], log2_q[i], mean, beta) * student.slope(v[i]);
+    if (e >= 0 && e + VEC<E> <= V) {
+      hw::store16(out + e, pack16<E>(d));
+    } else {
 #pragma unroll
       for (int i = 0; i < VEC<E>; ++i)
-        d[i] = factor * slope_of<KIND>(log2_p[i], log2_q[i], mean, beta) * student.slope(v[i]);
-      if (e >= 0 && e + VEC<E> <= V) {
-        hw::store16(out + e, pack16<E>(d));
-      } else {
-#pragma unroll
-        for (int i = 0; i < VEC<E>; ++i)
-          if (e + i >= 0 && e + i < V) store1<E>(out + e + i, d[i]);
-      }
+        if (e + i >= 0 && e + i < V) store1<E>(out + e + i, d[i]);
     }
   }
 };
@@ -163,7 +173,10 @@ __global__ void __launch_bounds__(LARGE_THREADS) distillation_kernel(const __gri
                  a.beta};
     measure<E>(rows.student, rows.x, V, of_student);
     measure<E>(rows.teacher, rows.y, V, of_teacher);
-    Added sums = rows.template add_up<KIND>(V);
+    const float nats = KIND == FORWARD_KL ? 1.f : KIND == REVERSE_KL ? LN2 : LN2 * (1.f - a.beta);
+    const float factor = weight * nats / temperature;
+    const bool at_once = KIND == FORWARD_KL && out && offset16<E>(out) == 0;
+    Added sums = rows.template add_up<KIND>(V, at_once ? out : nullptr, factor);
     sums = {warp_sum(sums.divergence), warp_sum(sums.of_student)};
     if ((tid & 31) == 0) of_both[tid / 32] = make_float4(sums.divergence, sums.of_student, 0.f, 0.f);
     __syncthreads();  // also: both rows have been read
@@ -173,11 +186,9 @@ __global__ void __launch_bounds__(LARGE_THREADS) distillation_kernel(const __gri
       total.of_student += of_both[i].y;
     }
     if (tid == 0) a.divergence[n] = total.divergence * LN2;
-    if (out) {
-      const float nats = KIND == FORWARD_KL ? 1.f : KIND == REVERSE_KL ? LN2 : LN2 * (1.f - a.beta);
-      const float mean = KIND == JSD ? total.of_student : total.divergence;
-      rows.template write_gradient<KIND>(out, V, mean, weight * nats / temperature);
-    }
+    if (!out || at_once) continue;
+    const float mean = KIND == JSD ? total.of_student : total.divergence;
+    rows.template write_gradient<KIND>(out, V, mean, factor);
   }
 }
 
