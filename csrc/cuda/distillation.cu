@@ -111,6 +111,7 @@ template <class E> struct Pair {
   // With `out`, which is aligned and may be x or y, the gradient of the forward KL as well: it needs no sum.
   template <Divergence KIND> __device__ __forceinline__ Added add_up(int V, raw* out, float factor) const {
     Added sums;
+#pragma unroll 1  // more would spill registers
     for (int e = threadIdx.x * VEC<E>; e < V; e += blockDim.x * VEC<E>) {
       float v[VEC<E>], log2_p[VEC<E>], log2_q[VEC<E>];
       load(e, V, v, log2_p, log2_q);
@@ -127,6 +128,7 @@ template <class E> struct Pair {
   // elements that it writes.
   template <Divergence KIND>
   __device__ __forceinline__ void write_gradient(raw* out, int V, float mean, float factor) const {
+#pragma unroll 1  // more would spill registers
     for (int e = (int)threadIdx.x * VEC<E> - offset16<E>(out); e < V; e += blockDim.x * VEC<E>) {
       float v[VEC<E>], log2_p[VEC<E>], log2_q[VEC<E>];
       load(e, V, v, log2_p, log2_q);
@@ -152,7 +154,7 @@ template <class E> struct Pair {
 };
 
 template <class E, Divergence KIND>
-__global__ void __launch_bounds__(LARGE_THREADS) distillation_kernel(const __grid_constant__ DistillationArgs a) {
+__global__ void __launch_bounds__(LARGE_THREADS, 2) distillation_kernel(const __grid_constant__ DistillationArgs a) {
   const int V = (int)a.V, tid = threadIdx.x, threads = blockDim.x, warps = threads / 32;
   // an entry per warp each; there are barriers between a write and the next row's, so that none waits for readers
   float4 *const of_student = reinterpret_cast<float4*>(hw::smem()), *const of_teacher = of_student + warps,
