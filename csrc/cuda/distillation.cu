@@ -43,8 +43,7 @@ __device__ __forceinline__ OverMixture over_mixture(float ratio, float beta) {
 struct Added {
   float divergence = 0.f, of_student = 0.f;
 };
-template <Divergence KIND>
-__device__ __forceinline__ void add_term(Added& sums, float log2_p, float log2_q, float beta) {
+template <int KIND> __device__ __forceinline__ void add_term(Added& sums, float log2_p, float log2_q, float beta) {
   const float ratio = log2_p - log2_q;
   if constexpr (KIND == FORWARD_KL) sums.divergence -= hw::ex2(log2_q) * ratio;
   if constexpr (KIND == REVERSE_KL) sums.divergence += hw::ex2(log2_p) * ratio;
@@ -58,8 +57,7 @@ __device__ __forceinline__ void add_term(Added& sums, float log2_p, float log2_q
 
 // The gradient by the student's logit before its softcap and the factor of the row. `mean`: of log2(p / q), or
 // log2(p / m), under p; the logarithms are turned into nats by that factor.
-template <Divergence KIND>
-__device__ __forceinline__ float slope_of(float log2_p, float log2_q, float mean, float beta) {
+template <int KIND> __device__ __forceinline__ float slope_of(float log2_p, float log2_q, float mean, float beta) {
   if constexpr (KIND == FORWARD_KL) return hw::ex2(log2_p) - hw::ex2(log2_q);
   if constexpr (KIND == REVERSE_KL) return hw::ex2(log2_p) * (log2_p - log2_q - mean);
   return hw::ex2(log2_p) * (over_mixture(log2_p - log2_q, beta).student - mean);
@@ -109,7 +107,7 @@ template <class E> struct Pair {
   }
 
   // With `out`, which is aligned and may be x or y, the gradient of the forward KL as well: it needs no sum.
-  template <Divergence KIND> __device__ __forceinline__ Added add_up(int V, raw* out, float factor) const {
+  template <int KIND> __device__ __forceinline__ Added add_up(int V, raw* out, float factor) const {
     Added sums;
 #pragma unroll 1  // more would spill registers
     for (int e = threadIdx.x * VEC<E>; e < V; e += blockDim.x * VEC<E>) {
@@ -126,8 +124,7 @@ template <class E> struct Pair {
 
   // In vectors of the alignment of `out`, which may be x or y: of what is overwritten a thread then reads only the
   // elements that it writes.
-  template <Divergence KIND>
-  __device__ __forceinline__ void write_gradient(raw* out, int V, float mean, float factor) const {
+  template <int KIND> __device__ __forceinline__ void write_gradient(raw* out, int V, float mean, float factor) const {
 #pragma unroll 1  // more would spill registers
     for (int e = (int)threadIdx.x * VEC<E> - offset16<E>(out); e < V; e += blockDim.x * VEC<E>) {
       float v[VEC<E>], log2_p[VEC<E>], log2_q[VEC<E>];
@@ -136,7 +133,7 @@ template <class E> struct Pair {
     }
   }
 
-  template <Divergence KIND>
+  template <int KIND>
   __device__ __forceinline__ void store(raw* out, int e, int V, const float* v, const float* log2_p,
                                         const float* log2_q, float mean, float factor) const {
     float d[VEC<E>];
@@ -153,7 +150,7 @@ template <class E> struct Pair {
   }
 };
 
-template <class E, Divergence KIND>
+template <class E, int KIND>
 __global__ void __launch_bounds__(LARGE_THREADS, 2) distillation_kernel(const __grid_constant__ DistillationArgs a) {
   const int V = (int)a.V, tid = threadIdx.x, threads = blockDim.x, warps = threads / 32;
   // an entry per warp each; there are barriers between a write and the next row's, so that none waits for readers
