@@ -7,7 +7,8 @@ import torch
 from closeness import assert_as_good_as
 
 import ppg_fast as ppg
-from ppg_fast import backends
+from ppg_fast import backends, ops
+from ppg_fast.contract import Chunks, PerRow, RowArguments, TeacherRows
 
 N, D, E, V = 23, 16, 12, 209
 KINDS = {"forward_kl": ("forward_kl", None), "reverse_kl": ("reverse_kl", None), "jsd": ("jsd", 0.3)}
@@ -293,8 +294,8 @@ def test_a_bound_on_the_rows(backend, device):
 
 def test_only_rows_with_a_teacher_reach_its_head(monkeypatch):
     seen = []
-    logits = ppg.ops.head.Head.logits
-    monkeypatch.setattr(ppg.ops.head.Head, "logits", lambda self, rows: seen.append(rows.numel()) or logits(self, rows))
+    logits = ops.head.Head.logits
+    monkeypatch.setattr(ops.head.Head, "logits", lambda self, rows: seen.append(rows.numel()) or logits(self, rows))
     (hidden, weight, bias), taught, labels = inputs()
     weights = (torch.arange(N) % 5 == 0).float()
     advantages, options = policy_arguments(labels)
@@ -339,6 +340,20 @@ def test_teachers_of_the_wrong_shape():
     ):
         with pytest.raises(ValueError, match=rule):
             ppg.linear_distillation_loss(hidden, weight, labels, teacher(), backend="cpu")
+
+
+@pytest.mark.parametrize("op", ["linear_distillation_op", "linear_divergences_op"])
+def test_ops_are_well_formed(op):
+    student, taught, labels = inputs()
+    head = [t.nan_to_num().requires_grad_() for t in student]
+    teacher = TeacherRows(taught[0].nan_to_num(), *taught[1:], None, None, torch.rand(N), 0.3, 0.0, 0)
+    rows = RowArguments(labels, PerRow(torch.randn(N), *[None] * 5), ppg.PolicyLossSpec())
+    (tensors, few, top_k), (others, numbers, choices) = teacher.pack(), rows.pack()
+    flags = [True, False, True, False]
+    flags += [True, True, True, True] if op == "linear_distillation_op" else []
+    given = *head, tensors, others, [*few, *numbers], [top_k, *choices], flags, Chunks(8, None).pack(), "cpu"
+    checks = "test_schema", "test_faketensor", "test_autograd_registration"
+    torch.library.opcheck(getattr(ops, op), given, test_utils=checks)
 
 
 def test_compiled(backend, device):
