@@ -106,7 +106,7 @@ def check_values(rows: RowArguments, teacher: TeacherRows, vocabulary: int, vali
         check_named(teacher.ids, (rows.labels >= 0) & (teacher.coefs != 0), vocabulary)
 
 
-# ---- by plain PyTorch ---------------------------------------------------------------------------------------------------
+# ---- by plain PyTorch ------------------------------------------------------------------------------------------------
 def reference_divergences(
     hidden: Tensor,
     weight: Tensor,
