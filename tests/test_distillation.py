@@ -1,16 +1,15 @@
-"""Distillation from hidden states: every divergence against its formula in float64, alone and beside a policy loss."""
+"""Distillation from hidden states: every divergence against its formula in float64."""
 
 import math
 
 import pytest
 import torch
 from closeness import assert_as_good_as
+from distillation_case import KINDS, N, V, formula, inputs, ours, teacher_of, textbook
 
 import ppg_fast as ppg
 from ppg_fast import backends
 
-N, D, E, V = 23, 16, 12, 209
-KINDS = {"forward_kl": ("forward_kl", None), "reverse_kl": ("reverse_kl", None), "jsd": ("jsd", 0.3)}
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -22,73 +21,12 @@ def backend(request):
     return request.param
 
 
-def inputs(dtype=torch.float32, device="cpu"):
-    """Both heads and labels, NaN in masked rows: (hidden, weight, bias), the teacher's, labels."""
-    labels, rows = torch.randint(V, (N,)), torch.arange(N)
-    labels[rows % 4 == 3] = -100
-    heads = []
-    for width in (D, E):
-        hidden = torch.randn(N, width)
-        hidden[rows % 4 == 3] = torch.nan
-        head = hidden, torch.randn(V, width) * 3 / math.sqrt(width), torch.randn(V)
-        heads.append(tuple(t.to(device, dtype) for t in head))
-    return *heads, labels.to(device)
-
-
-def capped(z, softcap):
-    return softcap * torch.tanh(z / softcap) if softcap else z
-
-
-def formula(logits, teacher_logits, divergence, beta, k=0):
-    """D(q, p) of each row, written out; ``k``: of the teacher's k likeliest tokens and the rest as one."""
-    p, q = logits.softmax(-1), teacher_logits.softmax(-1)
-    if k:
-        ids = q.topk(k).indices
-        p, q = (torch.cat([x.gather(-1, ids), 1 - x.gather(-1, ids).sum(-1, keepdim=True)], -1) for x in (p, q))
-    kl = lambda a, b: (a * (a / b).log()).sum(-1)  # noqa: E731
-    if divergence == "forward_kl":
-        return kl(q, p)
-    if divergence == "reverse_kl":
-        return kl(p, q)
-    m = beta * q + (1 - beta) * p
-    return beta * kl(q, m) + (1 - beta) * kl(p, m)
-
-
-def textbook(student, taught, labels, dtype, kind, weights=1.0, temperature=1.0, caps=(0.0, 0.0), k=0):
-    """Loss, divergences and gradients of sum of weights D over the active rows in ``dtype``."""
-    leaves = [t.detach().to(dtype).requires_grad_() for t in student]
-    active = (labels != -100).nonzero().squeeze(1)
-    z = torch.nn.functional.linear(leaves[0][active], *leaves[1:])
-    y = torch.nn.functional.linear(taught[0][active].to(dtype), *(t.to(dtype) for t in taught[1:]))
-    t = temperature[active, None].to(dtype) if isinstance(temperature, torch.Tensor) else temperature
-    found = formula(capped(z, caps[0]) / t, capped(y, caps[1]) / t, *KINDS[kind], k)
-    w = weights[active].to(dtype) if isinstance(weights, torch.Tensor) else weights
-    each = torch.zeros(N, dtype=dtype, device=labels.device).index_put((active,), found)
-    loss = (w * found).sum()
-    grads = torch.autograd.grad(loss, leaves)
-    named = {"loss": loss, "divergences": each, "d_hidden": grads[0], "d_weight": grads[1], "d_bias": grads[2]}
-    return {name: value.detach().cpu() for name, value in named.items()}
-
-
-def ours(student, teacher, labels, **options):
-    hidden, weight, bias = (t.detach().requires_grad_() for t in student)
-    out = ppg.linear_distillation_loss(hidden, weight, labels, teacher, bias=bias, **options)
-    grads = torch.autograd.grad(out.loss, (hidden, weight, bias))
-    return {"loss": out.loss, "divergences": out.divergences} | dict(
-        zip(("d_hidden", "d_weight", "d_bias"), grads, strict=True)
-    )
-
-
-def teacher_of(taught, kind, **options):
-    divergence, beta = KINDS[kind]
-    return ppg.Teacher(*taught, divergence=divergence, beta=beta, **options)
-
-
 @pytest.mark.parametrize("chunk_rows", [5, 1000])
 @kinds
 def test_matches_the_formula(backend, device, kind, chunk_rows):
     student, taught, labels = inputs(device=device)
     weights, temperature = torch.rand(N, device=device) + 0.5, torch.linspace(0.6, 1.5, N, device=device)
+    weights[labels == -100] = torch.nan
     teacher = teacher_of(taught, kind, weights=weights, coef=0.7, logit_softcap=6.0)
     options = {"temperature": temperature, "logit_softcap": 5.0, "reduction": "sum", "chunk_rows": chunk_rows}
     actual = ours(student, teacher, labels, backend=backend, **options)
@@ -150,44 +88,6 @@ def test_all_of_the_vocabulary_is_the_whole(backend, device, kind):
         torch.testing.assert_close(named[name], whole[name], rtol=1e-4, atol=2e-6)
 
 
-def policy_arguments(labels):
-    advantages = torch.randn(N).where(torch.arange(N) % 4 != 2, torch.tensor(0.0)).to(labels.device)
-    old = -5 + torch.randn(N).to(labels.device)
-    return advantages, {"old_logprobs": old, "spec": ppg.PolicyLossSpec("ppo", temperature=0.8, logit_softcap=9.0)}
-
-
-@pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("case", ["forward_kl", "jsd", "top_k", "gspo", "none"])
-def test_beside_a_policy_loss_it_is_the_sum_of_the_two(backend, device, case, skip):
-    """A third of the tokens have no teacher, a quarter no advantage."""
-    student, taught, labels = inputs(device=device)
-    advantages, options = policy_arguments(labels)
-    weights = torch.rand(N, device=device).where(
-        torch.arange(N, device=device) % 3 != 1, torch.tensor(0.0, device=device)
-    )
-    teacher = teacher_of(taught, "jsd" if case == "jsd" else "forward_kl", weights=weights, coef=0.4,
-                         top_k=3 if case == "top_k" else 0)  # fmt: skip
-    if case == "gspo":
-        options["spec"] = ppg.PolicyLossSpec("gspo", temperature=0.8, logit_softcap=9.0)
-    scale = {"temperature": 0.8, "logit_softcap": 9.0}
-    common = {"reduction": "none" if case == "none" else "token_mean", "backend": backend, "chunk_rows": 5}
-    leaves = [t.detach().requires_grad_() for t in student]
-    hidden, weight, bias = leaves
-    skipped = {"skip_zero_advantages": skip, **options, **common}
-    both = ppg.linear_policy_loss(hidden, weight, labels, advantages, bias=bias, teacher=teacher, **skipped)
-    alone = ppg.linear_policy_loss(hidden, weight, labels, advantages, bias=bias, **skipped)
-    apart = ppg.linear_distillation_loss(hidden, weight, labels, teacher, bias=bias, **scale, **common)
-    torch.testing.assert_close(both.loss, alone.loss + apart.loss)
-    torch.testing.assert_close(both.metrics["divergences"], apart.divergences, rtol=0, atol=0)
-    read = torch.where(both.logprobs != 0, alone.logprobs, 0.0)
-    torch.testing.assert_close(torch.where(alone.logprobs != 0, both.logprobs, 0.0), read, rtol=0, atol=0)
-    upstream = torch.randn(both.loss.shape, device=device)
-    actual = torch.autograd.grad(both.loss, leaves, upstream)
-    expected = torch.autograd.grad(alone.loss + apart.loss, leaves, upstream)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
-
-
 def test_weights_of_turns_are_those_of_their_tokens(backend, device):
     student, taught, labels = inputs(device=device)
     turn_ids, cu = torch.arange(N, device=device) // 3 % 4 - 1, torch.tensor([0, 9, 9, N], device=device)
@@ -202,23 +102,6 @@ def test_weights_of_turns_are_those_of_their_tokens(backend, device):
     for name in by_turn:
         assert torch.equal(by_turn[name], by_token[name]), name
     assert (by_token["divergences"][weights == 0] == 0).all()
-
-
-def test_the_partial_policy_gradient_takes_a_teacher():
-    (hidden, weight, bias), taught, labels = inputs()
-    turn_ids = torch.arange(N) // 6
-    arguments = torch.randn(1, 4), turn_ids[None], "lookahead:2"
-    teacher = ppg.Teacher(taught[0][None], *taught[1:], turn_weights=torch.rand(1, 4))
-    both, alone = (
-        ppg.linear_partial_policy_loss(
-            hidden[None], weight, labels[None], *arguments, bias=bias, teacher=t, backend="cpu"
-        )
-        for t in (teacher, None)
-    )
-    apart = ppg.linear_distillation_loss(
-        hidden[None], weight, labels[None], teacher, bias=bias, turn_ids=turn_ids[None], backend="cpu"
-    )
-    torch.testing.assert_close(both.loss, alone.loss + apart.loss)
 
 
 @pytest.mark.parametrize("where", ["student", "teacher", "weight", "named"])
@@ -291,20 +174,6 @@ def test_a_bound_on_the_rows(backend, device):
         ours(student, teacher_of(taught, "jsd"), labels, backend=backend, max_active_rows=3, validate=True)
 
 
-def test_only_rows_with_a_teacher_reach_its_head(monkeypatch):
-    seen = []
-    logits = ppg.ops.head.Head.logits
-    monkeypatch.setattr(ppg.ops.head.Head, "logits", lambda self, rows: seen.append(rows.numel()) or logits(self, rows))
-    (hidden, weight, bias), taught, labels = inputs()
-    weights = (torch.arange(N) % 5 == 0).float()
-    advantages, options = policy_arguments(labels)
-    ppg.linear_policy_loss(
-        hidden.requires_grad_(), weight, labels, advantages, bias=bias, backend="cpu", chunk_rows=4, **options,
-        teacher=teacher_of(taught, "forward_kl", weights=weights),
-    )  # fmt: skip
-    assert sum(seen) == int(((labels >= 0) & (weights > 0)).sum())
-
-
 @kinds
 def test_the_bits_do_not_depend_on_the_threads(kind):
     results = []
@@ -339,24 +208,3 @@ def test_teachers_of_the_wrong_shape():
     ):
         with pytest.raises(ValueError, match=rule):
             ppg.linear_distillation_loss(hidden, weight, labels, teacher(), backend="cpu")
-
-
-def test_compiled(backend, device):
-    if backend == "reference":
-        pytest.skip("reference: plain PyTorch, no op")
-    (hidden, weight, bias), taught, labels = inputs(device=device)
-    advantages, options = policy_arguments(labels)
-    hidden, taught = hidden.nan_to_num().requires_grad_(), (taught[0].nan_to_num(), *taught[1:])
-
-    def loss(hidden):
-        teacher, found = ppg.Teacher(*taught, divergence="jsd"), []
-        for reduction in ("sum", "none"):
-            common = {"bias": bias, "backend": backend, "reduction": reduction}
-            mixed = ppg.linear_policy_loss(hidden, weight, labels, advantages, teacher=teacher, **common, **options)
-            found += [mixed.loss, ppg.linear_distillation_loss(hidden, weight, labels, teacher, **common).loss]
-        return sum(each.sum() for each in found)
-
-    found, plain = torch.compile(loss, backend="eager", fullgraph=True)(hidden), loss(hidden)
-    torch.testing.assert_close(found, plain)
-    actual, expected = (torch.autograd.grad(value, hidden)[0] for value in (found, plain))
-    torch.testing.assert_close(actual, expected)

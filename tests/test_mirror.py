@@ -8,7 +8,16 @@ import torch
 
 from ppg_fast import backends, contract, ops
 from ppg_fast.losses import KLEstimator, LossType
-from ppg_fast.spec import BASELINES, MAX_LOG_RATIO, NAN_ROLLOUT, REDUCTIONS, SPEC_CHOICES, SPEC_NUMBERS, PolicyLossSpec
+from ppg_fast.spec import (
+    BASELINES,
+    LEAST_LOGPROB,
+    MAX_LOG_RATIO,
+    NAN_ROLLOUT,
+    REDUCTIONS,
+    SPEC_CHOICES,
+    SPEC_NUMBERS,
+    PolicyLossSpec,
+)
 
 ROOT = Path(__file__).parents[1]
 EVERY = (
@@ -112,6 +121,16 @@ def test_what_is_packed_is_unpacked(policy_class, normalizer):
     rows = contract.RowArguments(torch.tensor(1), contract.PerRow(*map(torch.tensor, range(7))), spec)
     assert contract.RowArguments.unpack(*rows.pack()) == rows
     assert all(contract.Chunks.unpack(c.pack()) == c for c in (contract.Chunks(3, None), contract.Chunks(3, 7)))
+
+
+def test_a_teacher_is_unpacked_as_it_was_packed():
+    teacher = contract.TeacherRows(*map(torch.tensor, range(6)), 0.3, 7.0, 5)
+    tensors, numbers, top_k = teacher.pack()
+    assert contract.TeacherRows.unpack(tensors, numbers, top_k) == teacher
+
+
+def test_the_least_log_prob_is_one_number():
+    assert f"LEAST_LOGPROB = {LEAST_LOGPROB / 1e4:g}e4f;" in (ROOT / "csrc/cpu/distillation.cpp").read_text()
 
 
 def test_no_operator_takes_more_than_ten_arguments():

@@ -4,11 +4,13 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ppg_fast import reference
-from ppg_fast.contract import RowArguments, TeacherRows
+from ppg_fast.contract import Chunks, RowArguments, TeacherRows, Wanted
 from ppg_fast.ops.allocation import fresh
-from ppg_fast.ops.head import Head
+from ppg_fast.ops.checks import check_labels, check_named
+from ppg_fast.ops.head import Head, check_bound
 
 
 class Divergences:
@@ -95,3 +97,58 @@ def scaled(x: Tensor, temperature: Tensor | float, softcap: float) -> tuple[Tens
         return x / temperature, 1 / temperature
     t = torch.tanh(x / softcap)
     return softcap * t / temperature, (1 - t * t) / temperature
+
+
+def check_values(rows: RowArguments, teacher: TeacherRows, vocabulary: int, validate: bool) -> None:
+    """IndexError or ValueError that names the first value to break a rule; on a GPU only where asked for."""
+    check_labels(rows.labels, vocabulary, validate)
+    if teacher.ids is not None and (teacher.ids.is_cpu or validate):
+        check_named(teacher.ids, (rows.labels >= 0) & (teacher.coefs != 0), vocabulary)
+
+
+# ---- by plain PyTorch ------------------------------------------------------------------------------------------------
+def reference_divergences(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: RowArguments,
+    teacher: TeacherRows,
+    wanted: Wanted,
+    chunks: Chunks,
+) -> Tensor:
+    """The same by plain PyTorch: chunks of rows under activation checkpointing."""
+    labels, spec, temperatures = rows.labels, rows.spec, rows.per_row.temperatures
+    check_values(rows, teacher, weight.shape[0], wanted.validate)
+    # a copy each chunk casts back, so that autograd adds the chunks' gradients up in float32
+    dtype, weight, bias = hidden.dtype, weight.float(), None if bias is None else bias.float()
+
+    def of_chunk(x: Tensor, weight: Tensor, bias: Tensor | None, part: Tensor) -> Tensor:
+        logits = torch.nn.functional.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype)).float()
+        divisor = spec.temperature if temperatures is None else temperatures[part]
+        return _reference_chunk(logits, teacher, part, divisor, spec.logit_softcap)
+
+    divergence = torch.zeros(labels.numel(), device=hidden.device)
+    active = (labels >= 0).nonzero().squeeze(1)
+    check_bound(active.numel(), chunks.max_active)
+    for part in ((labels >= 0) & (teacher.coefs != 0)).nonzero().squeeze(1).split(chunks.rows):
+        found = checkpoint(of_chunk, hidden.index_select(0, part), weight, bias, part, use_reentrant=False)
+        divergence = divergence.index_put((part,), found)
+    return divergence
+
+
+def _reference_chunk(
+    logits: Tensor, teacher: TeacherRows, part: Tensor, divisor: Tensor | float, softcap: float
+) -> Tensor:
+    every, V = torch.arange(part.numel(), device=part.device), logits.shape[1]
+    ids, theirs = teacher.ids, teacher.logprobs
+    if teacher.hidden is not None and teacher.weight is not None:
+        z = torch.nn.functional.linear(teacher.hidden[part], teacher.weight, teacher.bias).float()
+        if not teacher.top_k:
+            return reference.distillation(logits, z, every, teacher.beta, divisor, softcap, teacher.softcap)
+        theirs, ids = reference.log_softmax(z, every, divisor, teacher.softcap).topk(teacher.top_k)
+    else:
+        assert ids is not None
+        assert theirs is not None
+        ids, theirs = ids[part], theirs[part]
+    ours = reference.log_softmax(logits, every, divisor, softcap).gather(1, ids.clamp(min=0))
+    return reference.top_k_divergence(ours, theirs, ids >= 0, teacher.beta, teacher.top_k < V)

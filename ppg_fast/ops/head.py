@@ -178,35 +178,32 @@ class Head:
         self.scale: Tensor | None = None
         self.buffer: Tensor | None = None
 
+    def logits(self, rows: Tensor) -> Tensor:
+        """The logits (1, n, V) of these rows, one chunk whatever their number; they live until the next ones."""
+        self.chunk_rows = max(self.chunk_rows, rows.numel())
+        return next(self.chunks(rows, ascending=False)).logits[None, : rows.numel()]
+
     def chunks(self, rows: Tensor, skip: Tensor | None = None, ascending: bool = True) -> Iterator[Chunk]:
         """The logits of each chunk of ``rows``; they live until the next one."""
-        whole = ascending and skip is None and rows.numel() == self.hidden.shape[0]
-        size = equal_chunks(rows.numel(), self.chunk_rows)
+        size, whole = equal_chunks(rows.numel(), self.chunk_rows), skip is None and rows.numel() == self.hidden.shape[0]
+        whole = whole and ascending
         for start in range(0, rows.numel(), size):
             chunk = rows[start : start + size]
             n, padded = chunk.numel(), -(-chunk.numel() // GEMM_ROWS) * GEMM_ROWS
             place = slice(start, start + n) if whole and n == padded else None
-            x = self._gathered(chunk) if place is None else self.hidden[place]
-            if skip is not None:  # what they hold may be NaN, which no zero gradient takes out of d_weight
-                x[:n].masked_fill_(skip[start : start + n, None], 0.0)
-            yield Chunk(chunk, x, self._product(x, min(size, rows.numel())), place, size >= rows.numel())
-
-    def logits(self, rows: Tensor) -> Tensor:
-        """The logits (1, n, V) of these rows; they live until the next ones."""
-        return self._product(self._gathered(rows), rows.numel())[None, : rows.numel()]
-
-    def _gathered(self, rows: Tensor) -> Tensor:
-        """The hidden states of these rows, zeros behind them."""
-        x = self.hidden.new_zeros(-(-rows.numel() // GEMM_ROWS) * GEMM_ROWS, self.hidden.shape[1])
-        torch.index_select(self.hidden, 0, rows, out=x[: rows.numel()])
-        return x
-
-    def _product(self, x: Tensor, rows: int) -> Tensor:
-        """x W^T + b in memory for ``rows`` rows at least."""
-        logits = self._logits(rows)[: x.shape[0]]
-        if self.bias is None:
-            return torch.mm(x, self.weight.t(), out=logits)
-        return torch.addmm(self.bias, x, self.weight.t(), out=logits)
+            if place is not None:
+                x = self.hidden[place]
+            else:
+                x = self.hidden.new_zeros(padded, self.hidden.shape[1])
+                torch.index_select(self.hidden, 0, chunk, out=x[:n])
+                if skip is not None:  # what they hold may be NaN, which no zero gradient takes out of d_weight
+                    x[:n].masked_fill_(skip[start : start + n, None], 0.0)
+            logits = self._logits(min(size, rows.numel()))[:padded]
+            if self.bias is None:
+                torch.mm(x, self.weight.t(), out=logits)
+            else:
+                torch.addmm(self.bias, x, self.weight.t(), out=logits)
+            yield Chunk(chunk, x, logits, place, size >= rows.numel())
 
     def _logits(self, rows: int) -> Tensor:
         """Memory of the logits of at least ``rows`` rows, (rows, V), the same one again."""

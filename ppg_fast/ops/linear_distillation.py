@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from ppg_fast import backends, reference
+from ppg_fast import backends
 from ppg_fast.contract import Chunks, RowArguments, TeacherRows, Wanted
-from ppg_fast.ops.checks import check_labels, check_named
-from ppg_fast.ops.divergences import Divergences
-from ppg_fast.ops.head import Head, check_bound, counted, gradients_like, loss_scale, partition, row_outputs
+from ppg_fast.ops.divergences import Divergences, check_values, reference_divergences
+from ppg_fast.ops.head import Head, counted, gradients_like, loss_scale, partition, row_outputs
 from ppg_fast.ops.linear_policy_loss import row_kernel
 from ppg_fast.ops.tracing import (
     as_operands,
@@ -64,7 +62,7 @@ def _losses_and_gradients(
     rows, teacher = _unpack(taught, tensors, numbers, choices)
     flags, (policy, *gradients), kernels = Wanted(*wanted[:4]), wanted[4:], backends.load(backend)
     (labels, per_row, spec), (chunk_rows, bound), trains = rows, Chunks.unpack(chunks), any(gradients)
-    _check_values(rows, teacher, weight.shape[0], flags.validate)
+    check_values(rows, teacher, weight.shape[0], flags.validate)
     entropy = policy and (flags.entropy or spec.entropy_coef != 0)
     loss, *outputs = row_outputs(hidden, labels.numel(), entropy, policy and flags.score_norms)
     divergence, active = torch.zeros_like(loss), labels >= 0
@@ -103,12 +101,6 @@ def _losses_and_gradients(
             head.accumulate(chunk)
     head.sweep(parts.forward, lambda rows, logits: kernel(rows, logits, None), False)
     return loss + teacher.coefs * divergence, *outputs, divergence, *head.gradients()
-
-
-def _check_values(rows: RowArguments, teacher: TeacherRows, vocabulary: int, validate: bool) -> None:
-    check_labels(rows.labels, vocabulary, validate)
-    if teacher.ids is not None and (teacher.ids.is_cpu or validate):
-        check_named(teacher.ids, (rows.labels >= 0) & (teacher.coefs != 0), vocabulary)
 
 
 def _taught_first(rows: Tensor, has_teacher: Tensor) -> tuple[Tensor, int]:
@@ -265,50 +257,3 @@ def linear_divergences(
     if call is linear_divergences_op:
         tensors, numbers = as_operands(tensors, numbers)
     return call(hidden, weight, bias, taught, tensors, numbers, choices, list(wanted), chunks.pack(), backend)
-
-
-def reference_divergences(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: RowArguments,
-    teacher: TeacherRows,
-    wanted: Wanted,
-    chunks: Chunks,
-) -> Tensor:
-    """The same by plain PyTorch: chunks of rows under activation checkpointing."""
-    labels, spec, temperatures = rows.labels, rows.spec, rows.per_row.temperatures
-    _check_values(rows, teacher, weight.shape[0], wanted.validate)
-    # a copy each chunk casts back, so that autograd adds the chunks' gradients up in float32
-    dtype, weight, bias = hidden.dtype, weight.float(), None if bias is None else bias.float()
-
-    def of_chunk(x: Tensor, weight: Tensor, bias: Tensor | None, part: Tensor) -> Tensor:
-        logits = torch.nn.functional.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype)).float()
-        divisor = spec.temperature if temperatures is None else temperatures[part]
-        return _reference_chunk(logits, teacher, part, divisor, spec.logit_softcap)
-
-    divergence = torch.zeros(labels.numel(), device=hidden.device)
-    active = (labels >= 0).nonzero().squeeze(1)
-    check_bound(active.numel(), chunks.max_active)
-    for part in ((labels >= 0) & (teacher.coefs != 0)).nonzero().squeeze(1).split(chunks.rows):
-        found = checkpoint(of_chunk, hidden.index_select(0, part), weight, bias, part, use_reentrant=False)
-        divergence = divergence.index_put((part,), found)
-    return divergence
-
-
-def _reference_chunk(
-    logits: Tensor, teacher: TeacherRows, part: Tensor, divisor: Tensor | float, softcap: float
-) -> Tensor:
-    every, V = torch.arange(part.numel(), device=part.device), logits.shape[1]
-    ids, theirs = teacher.ids, teacher.logprobs
-    if teacher.hidden is not None and teacher.weight is not None:
-        z = torch.nn.functional.linear(teacher.hidden[part], teacher.weight, teacher.bias).float()
-        if not teacher.top_k:
-            return reference.distillation(logits, z, every, teacher.beta, divisor, softcap, teacher.softcap)
-        theirs, ids = reference.log_softmax(z, every, divisor, teacher.softcap).topk(teacher.top_k)
-    else:
-        assert ids is not None
-        assert theirs is not None
-        ids, theirs = ids[part], theirs[part]
-    ours = reference.log_softmax(logits, every, divisor, softcap).gather(1, ids.clamp(min=0))
-    return reference.top_k_divergence(ours, theirs, ids >= 0, teacher.beta, teacher.top_k < V)
