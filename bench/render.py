@@ -195,7 +195,15 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     **real.SECTIONS,
     **{
         op: _op_section(op)
-        for op in ("policy_loss", "logprobs", "linear", "linear_frozen", "partial_returns", "host_time")
+        for op in (
+            "policy_loss",
+            "logprobs",
+            "linear",
+            "linear_frozen",
+            "distillation",
+            "partial_returns",
+            "host_time",
+        )
     },
 }
 

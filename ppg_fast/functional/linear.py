@@ -14,13 +14,14 @@ from ppg_fast.functional.loss import (
     needs_logprobs_first,
     spec_and_temperatures,
 )
-from ppg_fast.functional.tokens import Tokens, check_floats, chosen_backend
+from ppg_fast.functional.teacher import Teacher, TopKTeacher, all_active, teacher_rows
+from ppg_fast.functional.tokens import Tokens, asked_for, check_floats, chosen_backend
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.rules import require_integer
 from ppg_fast.spec import PolicyLossSpec, fail, require
 
 
-def _head_of(
+def head_of(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -92,11 +93,12 @@ def linear_token_logprobs(
     temperature: float | Tensor = 1.0,
     logit_softcap: float = 0.0,
     entropy: bool = False,
+    score_norms: bool = False,
     chunk_rows: int | None = None,
     validate: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each label (and entropy) from hidden states, without the logits.
+) -> Tensor | tuple[Tensor, ...]:
+    """Log-probability of each label (entropy and score norm, too) from hidden states, without the logits.
 
     As `token_logprobs` of logits = hidden @ weight.T + bias. Differentiable in hidden, weight and bias: the backward
     pass computes the logits of the rows that have a gradient once more, a chunk at a time (four GEMMs in all). Of a
@@ -106,25 +108,23 @@ def linear_token_logprobs(
     Args:
         hidden: (..., D) float32, bfloat16 or float16.
         weight: (V, D) in the dtype of hidden; ``bias``: (V,) or None.
-        labels, loss_mask, temperature, logit_softcap, entropy, validate, backend: as in `token_logprobs`.
+        labels, loss_mask, temperature, logit_softcap, entropy, score_norms, validate, backend: as in `token_logprobs`.
         chunk_rows: rows whose logits are alive at once; default from a memory budget.
         max_active_rows, logits_dtype: as in `linear_policy_loss`.
 
     Returns and raises: as `token_logprobs`. Gradients come back in the dtype of each input; d_weight is accumulated in
     float32.
     """
-    x, weight, bias, chunks = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows, logits_dtype)
+    x, weight, bias, chunks = head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows, logits_dtype)
     tokens = Tokens.of(labels, loss_mask, None, hidden.device, validate)
     spec, temperatures = spec_and_temperatures(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
     )
     backend = chosen_backend(backend, hidden)
-    wanted = Wanted(entropy, score_norms=False, gradient=True, validate=validate)
+    wanted = Wanted(entropy, score_norms, gradient=True, validate=validate)
     scale = float(spec.temperature), float(spec.logit_softcap)
-    logprobs, ent, _ = ops.linear_token_logprobs(
-        x, weight, bias, tokens.labels, temperatures, *scale, wanted, chunks, backend
-    )
-    return (logprobs.view(labels.shape), ent.view(labels.shape)) if entropy else logprobs.view(labels.shape)
+    given = x, weight, bias, tokens.labels, temperatures, *scale, wanted, chunks, backend
+    return asked_for(ops.linear_token_logprobs(*given), wanted, labels.shape)
 
 
 def linear_policy_loss(
@@ -150,6 +150,7 @@ def linear_policy_loss(
     nll_normalizer: float | Tensor | None = None,
     skip_zero_advantages: bool = False,
     score_norms: bool = False,
+    teacher: Teacher | TopKTeacher | None = None,
     validate: bool = False,
     backend: str | None = None,
 ) -> PolicyLossOutput:
@@ -171,11 +172,13 @@ def linear_policy_loss(
         logits_dtype: "float32" or the dtype of hidden and weight. Of 16-bit operands, float32 logits lose no digit; the
             gradient of a logit is rounded once, for the two products that follow, and not at all where they are in
             float32. Default: float32 on a CPU without products of that dtype, where it is faster; else that dtype.
+        teacher: adds the divergence from a teacher to the loss of each token, under the same reduction, in the same
+            pass over the chunks; "divergences" of the tokens are then among the metrics.
         the rest: as in `policy_loss`.
 
     Returns and raises: as `policy_loss`. Gradients come back in the dtype of each input.
     """
-    x, weight, bias, chunks = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows, logits_dtype)
+    x, weight, bias, chunks = head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows, logits_dtype)
     rows = LossRows.of(
         labels, advantages, hidden.device, loss_mask=loss_mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs, cu_seqlens=cu_seqlens, turn_ids=turn_ids, spec=spec, reduction=reduction,
@@ -184,17 +187,31 @@ def linear_policy_loss(
     )  # fmt: skip
     backend = chosen_backend(backend, hidden)
     wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
-    if needs_logprobs_first(spec, x.dtype) or reduction == "none":
+    arguments = RowArguments(rows.tokens.labels, rows.per_row, rows.spec)
+    first = needs_logprobs_first(spec, x.dtype) or reduction == "none"
+    taught, with_teacher, divergences = None, arguments, None
+    if teacher is not None:
+        every = all_active(rows.tokens, rows.active, labels)
+        taught = teacher_rows(teacher, x, weight, labels, every, rows.per_row.weights, turn_ids, validate)
+        # rows of zero advantage that are skipped for the policy's sake still have a teacher
+        with_teacher = arguments._replace(labels=torch.where(taught.coefs != 0, every.labels, rows.tokens.labels))
+    if first:
         scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
         wanted = wanted._replace(gradient=rows.spec.entropy_coef == 0)
         logprobs, entropy, norms = ops.linear_token_logprobs(
             x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, *scale, wanted, chunks, backend
         )
         loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)
+    elif taught is not None and backend != "reference":
+        loss, logprobs, entropy, norms, divergences = ops.linear_distillation(
+            x, weight, bias, with_teacher, taught, True, wanted, chunks, backend
+        )
     else:
-        arguments = RowArguments(rows.tokens.labels, rows.per_row, rows.spec)
         loss, logprobs, entropy, norms = ops.linear_policy_loss(x, weight, bias, arguments, wanted, chunks, backend)
-    return rows.output(loss, logprobs, entropy, skip_zero_advantages, norms)
+    if taught is not None and divergences is None:
+        divergences = ops.linear_divergences(x, weight, bias, with_teacher, taught, wanted, chunks, backend)
+        loss = loss + taught.coefs * divergences
+    return rows.output(loss, logprobs, entropy, skip_zero_advantages, norms, divergences)
 
 
 def linear_partial_policy_loss(
@@ -213,12 +230,13 @@ def linear_partial_policy_loss(
     baseline: str = "none",
     group_ids: Tensor | None = None,
     turn_counts: Tensor | None = None,
+    teacher: Teacher | TopKTeacher | None = None,
     backend: str | None = None,
     **options: Unpack[LossOptions],
 ) -> PolicyLossOutput:
     """The partial policy gradient from hidden states: `partial_policy_loss` of logits = hidden @ weight.T + bias.
 
-    Memory, gradients, chunks and max_active_rows as in `linear_policy_loss`, arguments as in both.
+    Memory, gradients, chunks, max_active_rows and teacher as in `linear_policy_loss`, arguments as in both.
     """
     turns = rewards, turn_ids, policy_class, gamma, baseline, group_ids, turn_counts, backend
     options, advantages = credit_turns(options, labels, *turns)
@@ -232,6 +250,7 @@ def linear_partial_policy_loss(
         max_active_rows=max_active_rows,
         logits_dtype=logits_dtype,
         turn_ids=turn_ids,
+        teacher=teacher,
         backend=backend,
         **options,
     )

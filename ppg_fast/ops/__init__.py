@@ -7,6 +7,12 @@ too.
 
 from ppg_fast.ops.checks import check_temperatures, mask_factor
 from ppg_fast.ops.head import default_chunk_rows
+from ppg_fast.ops.linear_distillation import (
+    linear_distillation,
+    linear_distillation_op,
+    linear_divergences,
+    linear_divergences_op,
+)
 from ppg_fast.ops.linear_policy_loss import linear_policy_loss, linear_policy_loss_op
 from ppg_fast.ops.linear_token_logprobs import linear_token_logprobs, linear_token_logprobs_op
 from ppg_fast.ops.partial_returns import partial_returns, partial_returns_op
@@ -20,6 +26,10 @@ __all__ = [
     "active_labels",
     "check_temperatures",
     "default_chunk_rows",
+    "linear_distillation",
+    "linear_distillation_op",
+    "linear_divergences",
+    "linear_divergences_op",
     "linear_policy_loss",
     "linear_policy_loss_op",
     "linear_token_logprobs",

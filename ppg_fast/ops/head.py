@@ -165,9 +165,15 @@ class Head:
         self.scale: Tensor | None = None
         self.buffer: Tensor | None = None
 
-    def chunks(self, rows: Tensor, skip: Tensor | None = None) -> Iterator[Chunk]:
+    def logits(self, rows: Tensor) -> Tensor:
+        """The logits (1, n, V) of these rows, one chunk whatever their number; they live until the next ones."""
+        self.chunk_rows = max(self.chunk_rows, rows.numel())
+        return next(self.chunks(rows, ascending=False)).logits[None, : rows.numel()]
+
+    def chunks(self, rows: Tensor, skip: Tensor | None = None, ascending: bool = True) -> Iterator[Chunk]:
         """The logits of each chunk of ``rows``; they live until the next one."""
         size, whole = equal_chunks(rows.numel(), self.chunk_rows), skip is None and rows.numel() == self.hidden.shape[0]
+        whole = whole and ascending
         for start in range(0, rows.numel(), size):
             chunk = rows[start : start + size]
             n, padded = chunk.numel(), -(-chunk.numel() // GEMM_ROWS) * GEMM_ROWS

@@ -5,6 +5,8 @@ three GEMMs (logits, d_hidden, d_weight; two where the head is frozen), FORWARD-
 through none.
 """
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -60,8 +62,21 @@ def _loss_and_gradients(
         weights = 1.0 if per_row.weights is None else per_row.weights
         per_row = per_row._replace(weights=parts.excess.expand(labels.numel()) + weights)
 
+    kernel = row_kernel(kernels, RowArguments(labels, per_row, spec), loss, logprob, entropy, norms)
+    trains = any(gradients)
+    head.sweep(parts.full, lambda rows, logits: kernel(rows, logits, logits if trains else None), trains, parts.skip)
+    head.sweep(parts.forward, lambda rows, logits: kernel(rows, logits, None), False)
+    return loss, logprob, entropy, norms, *head.gradients()
+
+
+def row_kernel(
+    kernels: ModuleType, arguments: RowArguments, loss: Tensor, logprob: Tensor, entropy: Tensor, norms: Tensor
+) -> Callable[[Tensor, Tensor, Tensor | None], None]:
+    """The policy loss of a chunk: (row numbers, logits (1, n, V), dlogits) to the rows of the outputs."""
+    labels, per_row, spec = arguments
+
     def kernel(rows: Tensor, logits: Tensor, dlogits: Tensor | None) -> None:
-        norm = torch.empty_like(loss[: rows.numel()]) if flags.score_norms else None
+        norm = torch.empty_like(loss[: rows.numel()]) if norms.numel() else None
         picked = labels[rows], *pick(per_row, rows)
         out = kernels.policy_loss(logits, *picked, spec, entropy.numel() > 0, dlogits, norm)
         loss[rows], logprob[rows] = out[0], out[1]
@@ -70,10 +85,7 @@ def _loss_and_gradients(
         if norm is not None:
             norms[rows] = norm
 
-    trains = any(gradients)
-    head.sweep(parts.full, lambda rows, logits: kernel(rows, logits, logits if trains else None), trains, parts.skip)
-    head.sweep(parts.forward, lambda rows, logits: kernel(rows, logits, None), False)
-    return loss, logprob, entropy, norms, *head.gradients()
+    return kernel
 
 
 linear_policy_loss_op = torch.library.custom_op("ppg_fast::linear_policy_loss", _loss_and_gradients, mutates_args=())
