@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ppg_fast import backends
 from ppg_fast.functional import partial_returns, policy_loss
-from ppg_fast.spec import Lookahead
+from ppg_fast.policy_classes import Lookahead
 
 from .problem import SPEC, Case, relative_error
 from .providers import Provider, Providers

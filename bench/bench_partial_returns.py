@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppg_fast import reference
 from ppg_fast.functional import partial_returns
-from ppg_fast.spec import FullPlanning, PolicyClass, Segment, policy_class
+from ppg_fast.policy_classes import FullPlanning, PolicyClass, Segment, policy_class
 
 from . import ceilings as limits
 from .problem import Case, relative_error

@@ -61,7 +61,8 @@ def make(case: Case) -> WholeStep:
 def _objective() -> Any:
     """Of both: returns over three turns, no baseline, PPO's surrogate on-policy, one mean over the assistant's
     tokens."""
-    from ppg_fast.spec import Lookahead, PolicyLossSpec
+    from ppg_fast.policy_classes import Lookahead
+    from ppg_fast.spec import PolicyLossSpec
     from ppg_fast.training.objective import Objective
 
     return Objective(Lookahead(3), baseline="none", spec=PolicyLossSpec("ppo"), reduction="token_mean")

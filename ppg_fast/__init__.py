@@ -9,23 +9,18 @@ from ppg_fast.functional import (
     linear_partial_policy_loss,
     linear_policy_loss,
     linear_token_logprobs,
+    linear_turn_regression_loss,
     partial_policy_loss,
     partial_returns,
     policy_loss,
     policy_loss_from_logprobs,
     token_logprobs,
     turn_advantages,
+    turn_regression_loss,
+    turn_regression_loss_from_logprobs,
 )
-from ppg_fast.spec import (
-    FullPlanning,
-    Greedy,
-    Lookahead,
-    PolicyClass,
-    PolicyLossSpec,
-    RewardMask,
-    Segment,
-    policy_class,
-)
+from ppg_fast.policy_classes import FullPlanning, Greedy, Lookahead, PolicyClass, RewardMask, Segment, policy_class
+from ppg_fast.spec import PolicyLossSpec
 
 __version__ = "0.1.0"
 
@@ -41,6 +36,7 @@ __all__ = [
     "linear_partial_policy_loss",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "linear_turn_regression_loss",
     "partial_policy_loss",
     "partial_returns",
     "policy_class",
@@ -48,4 +44,6 @@ __all__ = [
     "policy_loss_from_logprobs",
     "token_logprobs",
     "turn_advantages",
+    "turn_regression_loss",
+    "turn_regression_loss_from_logprobs",
 ]

@@ -21,14 +21,14 @@ nothing, where a value breaks a rule: the op then names it.
         are masked or have d_logprob = d_entropy = 0 are not read and get exact zeros. ``entropy`` is not read where
         ``d_entropy`` is None.
 
-    policy_loss(logits, labels, advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures, spec,
-            entropy: bool, dlogits, score_norm=None) -> loss, logprob, entropy
+    policy_loss(logits, labels, advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures,
+            nll_weights, spec, entropy: bool, dlogits, score_norm=None) -> loss, logprob, entropy
         Weighted loss, log-prob and entropy of each row; d(sum of losses) into dlogits where it is given, which may be
-        the logits. A row is SKIP where masked; FULL where dlogits is given and its advantage is not zero or the spec
-        has a KL or entropy term; else FORWARD-ONLY. SKIP rows are not read; SKIP and FORWARD-ONLY rows get exact zeros
-        in dlogits. NaN in a number that a row's loss is made of is NaN in its loss and, where the row is FULL, in its
-        whole gradient. Entropy is (0,) unless wanted or needed. The spec is of a token-level loss with a number as
-        temperature.
+        the logits. A row is SKIP where masked; FULL where dlogits is given and its advantage or its nll weight is not
+        zero or the spec needs every row; else FORWARD-ONLY. SKIP rows are not read; SKIP and FORWARD-ONLY rows get
+        exact zeros in dlogits. NaN in a number that a row's loss is made of is NaN in its loss and, where the row is
+        FULL, in its whole gradient. Entropy is (0,) unless wanted or needed. The spec is of a token-level loss with a
+        number as temperature.
 
     scale_rows(x, scale, out) -> None
         Writes row n of x (B, L, V) times scale[n], or all times the one of scale (1,), rounded once, into out, which
@@ -50,8 +50,8 @@ then counts as wanted. What else is returned or written has the same bits with a
         dialogue. Its weight is 1 / (outer inner): outer is the normalizer where given, else max(active rows, 1)
         for token_mean, max(sequences with an active row, 1) for sequence_mean and sequence_sum, else 1; inner
         is max(active rows of s, 1) for sequence_mean, else 1. SKIP: a row that is not active, or under
-        skip_zero_advantages one with A = 0 whose spec does not need every row; it was counted nevertheless. The
-        rest as in policy_loss. Log-probs and entropies, in the shape of the labels, have the bits of
+        skip_zero_advantages one with A = 0 and no nll weight whose spec does not need every row; it was counted
+        nevertheless. The rest as in policy_loss. Log-probs and entropies, in the shape of the labels, have the bits of
         logprobs_fwd. The loss is 0-d, summed in an order that does not depend on the schedule; of each token,
         not summed, for "none".
 

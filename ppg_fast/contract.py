@@ -26,6 +26,7 @@ class Columns(NamedTuple):
     ref_logprobs: Tensor | None
     rollout_logprobs: Tensor | None
     temperatures: Tensor | None
+    nll_weights: Tensor | None = None  # of -l beside the reduction, divided already
 
 
 class Turns(NamedTuple):
@@ -62,6 +63,13 @@ class PerRow(NamedTuple):
     ref_logprobs: Tensor | None
     rollout_logprobs: Tensor | None
     temperatures: Tensor | None  # None: the spec's number for all
+    nll_weights: Tensor | None = None  # of -l, beside the reduction
+
+    @property
+    def live(self) -> Tensor:
+        """(N,) bool: rows whose surrogate or likelihood has a gradient."""
+        live = self.advantages != 0
+        return live if self.nll_weights is None else live | (self.nll_weights != 0)
 
 
 class RowArguments(NamedTuple):

@@ -106,6 +106,7 @@ def policy_loss(
     ref_logprobs: Tensor | None,
     rollout_logprobs: Tensor | None,
     temperatures: Tensor | None,
+    nll_weights: Tensor | None,
     spec: PolicyLossSpec,
     entropy: bool,
     dlogits: Tensor | None,
@@ -116,7 +117,7 @@ def policy_loss(
     loss, logprob, ent = _new(logits, N), _new(logits, N), _new(logits, N if entropy else 0)
     if N == 0:
         return loss, logprob, ent
-    rows = [advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures]
+    rows = [advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures, nll_weights]
     outputs = loss, logprob, ent if entropy else None, dlogits, score_norm
     _lib.policy_loss.default(logits, labels, rows, spec.numbers, spec.choices, *outputs)
     return loss, logprob, ent

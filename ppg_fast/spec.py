@@ -1,54 +1,33 @@
-"""What a policy loss is and which future rewards a turn is credited for. No torch, no kernels: everything else imports
-this."""
+"""What a policy loss is. No torch, no kernels: everything else imports this."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import IntEnum
-from numbers import Number
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ppg_fast.losses import (
+    KL_ESTIMATORS,
+    KL_NUMBERS,
+    LOSS_NUMBERS,
+    LOSS_TYPES,
+    LOSSES,
+    PRESETS,
+    SHARED,
+    WITH_ROLLOUT,
+    KLEstimator,
+    LossType,
+)
 from ppg_fast.rules import fail as fail
-from ppg_fast.rules import require, require_float32, require_integer, require_one_of
+from ppg_fast.rules import require, require_float32, require_one_of
 from ppg_fast.rules import require_number as require_number
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE = -100  # the label of a token that takes no part
-
-
-class LossType(IntEnum):
-    """Per-token surrogate. The numbers are the wire format shared with Triton and C++."""
-
-    REINFORCE = 0  # -A l                                              Williams (1992)
-    PPO = 1  # -min(r A, clip(r, 1-low, 1+high) A)                     arXiv:1707.06347; clip-higher: arXiv:2503.14476
-    CISPO = 2  # -sg[min(r, 1+high)] A l                               arXiv:2506.13585
-    GSPO = 3  # as PPO with one ratio a sequence                       arXiv:2507.18071
-    GSPO_TURN = 4  # as PPO with one ratio a turn of a sequence
-
-
-class KLEstimator(IntEnum):
-    """Estimator of KL(policy, reference) from one token, d = ref - l.  Source: joschu.net/blog/kl-approx.html"""
-
-    K1 = 1  # -d
-    K2 = 2  # d^2 / 2
-    K3 = 3  # exp(d) - d - 1 with d = min(ref - l, MAX_LOG_RATIO)
-
-
-# A log ratio is at most this before it is exponentiated, in ratios, importance weights and k3, so that an outlier gives
-# a large number and not inf; beyond it, as of a torch.clamp, the derivative is 0. verl's number. Mirrored by
-# csrc/policy_term.h.
-MAX_LOG_RATIO = 20.0
-
-
-LOSS_TYPES = tuple(t.name.lower() for t in LossType)
-KL_ESTIMATORS = tuple(k.name.lower() for k in KLEstimator)
-LOSS_NUMBERS = {t.name.lower(): int(t) for t in LossType}
-KL_NUMBERS = {k.name.lower(): int(k) for k in KLEstimator}
-SEQUENCE_LEVEL = ("gspo", "gspo_turn")  # their ratio needs other rows, so they take two sweeps
+MAX_LOG_RATIO = 20.0  # nats, the default of max_log_ratio; verl's number
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "sum", "none")
 BASELINES = ("none", "leave_one_out", "group_mean", "group_std")  # in the order of csrc/args.h, like the reductions
 # what a NaN among the rollout log-probs of active tokens means, in the order of csrc/args.h
@@ -59,36 +38,81 @@ SPEC_NUMBERS = (
     "clip_low",
     "clip_high",
     "dual_clip",
+    "ratio_cap",
+    "tau_positive",
+    "tau_negative",
+    "log_ratio_coef",
     "kl_coef",
+    "kl_cap",
     "entropy_coef",
+    "z_coef",
+    "importance_floor",
     "importance_cap",
+    "max_log_ratio",
     "temperature",
     "logit_softcap",
 )
-SPEC_CHOICES = ("loss_type", "kl_estimator", "nan_rollout")
+SPEC_CHOICES = ("loss_type", "kl_estimator", "nan_rollout", "importance_mode")
+IMPORTANCE_MODES = ("truncate", "mask")  # in the order of csrc/args.h
+RATIO_REDUCTIONS = ("mean", "sum")
+# what a number is where a loss does not use it, which is also the only value it may be given there
+UNUSED = {
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "dual_clip": 0.0,
+    "ratio_cap": 0.0,
+    "tau_positive": 1.0,
+    "tau_negative": 1.05,
+    "k_positive": 2.0,
+    "lambda_positive": 3.0,
+    "k_negative": 3.0,
+    "lambda_negative": 2.0,
+}
+
+
+DEFAULT: Any = None  # of the loss: a number once the spec is made
 
 
 @dataclass(frozen=True)
 class PolicyLossSpec:
     """A policy loss: the surrogate and its numbers.
 
+    loss of a token = importance * value(loss_type) + log_ratio_coef (l - old)^2 + kl_coef KL - entropy_coef H
+    + z_coef lse^2
+
+    ``loss_type``: formulas, defaults of its numbers and sources are in `ppg_fast.losses.LOSSES` and docs/losses.md.
+    Numbers of the loss, None for its default, refused where it has no use for them: ``clip_low``, ``clip_high``, the
+    bounds of its clip or gate; ``dual_clip`` (> 1) of ppo and gspo, ``ratio_cap`` of dppo, off at 0; ``tau_positive``,
+    ``tau_negative`` of sapo; ``k_positive``, ``lambda_positive``, ``k_negative``, ``lambda_negative`` of vespo.
+
+    ``kl_coef`` is the weight of ``kl_estimator``(l, ref), which is kept within ``kl_cap`` (0: off), without slope
+    beyond; ``entropy_coef`` of the entropy bonus; ``log_ratio_coef`` of the squared log ratio; ``z_coef`` of the
+    squared log-sum-exp of the logits (after softcap and temperature).
+
+    The importance weight exp(old - rollout) is on where ``importance_cap`` or ``importance_floor`` is not 0;
+    ``importance_mode`` "truncate": it is kept within [floor, cap]; "mask": it is 0 outside of them.
+
+    ``ratio_reduction`` "sum": the ratio of gspo and gspo_turn is that of the whole sequence or turn, exp(sum of (l -
+    old)), in place of the geometric mean over its tokens. ``opsm_delta`` (0: off) drops what is off-policy and bad
+    (DeepSeek-V3.2, arXiv:2512.02556): the surrogate of a token with A < 0 is 0 where the mean over its sequence of
+    (b - l), b the rollout log-prob if given, else the old one, is above it; other terms and denominators stay.
+
     ``temperature`` is a number, or one per token as a tensor of the labels' shape; logits pass through the softcap
-    first and are divided by the temperature then. ``dual_clip`` (> 1), ``importance_cap`` and ``logit_softcap`` are off
-    at 0. ``kl_coef`` is the weight of ``kl_estimator``(l, ref), ``entropy_coef`` of the entropy bonus. Numbers in nats
-    or ratios. Log ratios (l - old, also the mean of gspo; old - rollout; ref - l in k3) count as at most 20 where they
-    are exponentiated, and have no slope beyond, so that an outlier keeps loss and gradient finite.
+    first and are divided by the temperature then. ``logit_softcap`` is off at 0. Numbers in nats or ratios. Log ratios
+    (l - old, also the mean of gspo; old - rollout; ref - l in k3) count as at most ``max_log_ratio`` where they are
+    exponentiated, and have no slope beyond, so that an outlier keeps loss and gradient finite.
 
     ``nan_rollout`` says what a NaN rollout log-prob of an active token is (samplers report none for a token that was
     forced on them): "keep", it stays NaN in the loss and the token's gradient; "error", a ValueError that counts them
-    and names the first row (on a GPU this reads the values: one sync); "one", its importance weight is 1; "drop", the
-    token is masked: neither loss nor gradient, and it is in no count of active tokens (a given normalizer is what it
-    was).
+    and names the first row (on a GPU this reads the values: one sync); "one", its importance weight is 1, ipo and
+    icepop compare with old, opsm_delta with l; "drop", the token is masked: neither loss nor gradient, and it is in no
+    count of active tokens (a given normalizer is what it was).
     """
 
     loss_type: str = "reinforce"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float = 0.0
+    clip_low: float = DEFAULT
+    clip_high: float = DEFAULT
+    dual_clip: float = DEFAULT
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
@@ -96,23 +120,60 @@ class PolicyLossSpec:
     temperature: float | Tensor = 1.0
     logit_softcap: float = 0.0
     nan_rollout: str = "keep"
+    ratio_cap: float = DEFAULT
+    tau_positive: float = DEFAULT
+    tau_negative: float = DEFAULT
+    log_ratio_coef: float = 0.0
+    kl_cap: float = 0.0
+    z_coef: float = 0.0
+    importance_floor: float = 0.0
+    importance_mode: str = "truncate"
+    max_log_ratio: float = MAX_LOG_RATIO
+    ratio_reduction: str = "mean"
+    opsm_delta: float = 0.0
+    k_positive: float = DEFAULT
+    lambda_positive: float = DEFAULT
+    k_negative: float = DEFAULT
+    lambda_negative: float = DEFAULT
 
     def __post_init__(self) -> None:
         require_one_of("loss_type", self.loss_type, LOSS_TYPES)
         require_one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         require_one_of("nan_rollout", self.nan_rollout, NAN_ROLLOUT)
-        self._number("clip_low", 0.0, 1.0)
-        self._number("clip_high", 0.0)
-        self._number("dual_clip", 0.0)
-        require(self.dual_clip == 0 or self.dual_clip > 1, "dual_clip must be 0 (off) or > 1", self.dual_clip)
-        self._number("kl_coef", 0.0)
+        require_one_of("importance_mode", self.importance_mode, IMPORTANCE_MODES)
+        require_one_of("ratio_reduction", self.ratio_reduction, RATIO_REDUCTIONS)
+        sums = self.ratio_reduction == "mean" or self.loss_type in ("gspo", "gspo_turn")
+        require(sums, f'ratio_reduction must be "mean" for loss_type {self.loss_type}: gspo, gspo_turn have it', "sum")
+        self._own_numbers()
+        terms = "kl_coef", "kl_cap", "log_ratio_coef", "z_coef", "importance_floor", "importance_cap", "opsm_delta"
+        for name in terms:
+            self._number(name, 0.0)
         self._number("entropy_coef", -math.inf)
-        self._number("importance_cap", 0.0)
         self._number("logit_softcap", 0.0)
+        self._number("max_log_ratio", 0.0, 80.0, open_low=True)  # its exponential fits float32
+        require(not self.kl_cap or bool(self.kl_coef), "kl_cap bounds a KL term and needs kl_coef > 0", self.kl_cap)
+        rule = f"importance_floor must be at most importance_cap, {self.importance_cap}"
+        require(not self.importance_cap or self.importance_floor <= self.importance_cap, rule, self.importance_floor)
+        rule = 'importance_mode "mask" needs importance_floor or importance_cap'
+        require(self.weighs_importance or self.importance_mode == "truncate", rule, self.importance_mode)
         # a tensor, and what else has a value a token, is for the ops to check
         t = self.temperature
         if isinstance(t, (int, float)) or not (hasattr(t, "requires_grad") or getattr(t, "shape", ())):
             self._number("temperature", 0.0, open_low=True)
+
+    def _own_numbers(self) -> None:
+        """The numbers of this loss: None becomes its default; ValueError for one that it has no use for."""
+        uses = LOSSES[LossType(LOSS_NUMBERS[self.loss_type])].uses
+        for name, unused in UNUSED.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, uses.get(name, unused))
+            positive = name.startswith(("tau", "lambda"))
+            self._number(name, 0.0, 1.0 if name == "clip_low" else math.inf, open_low=positive)
+            value = getattr(self, name)
+            if name not in uses and value != unused:
+                own = ", ".join(uses) or "no such number"
+                fail(f"{name} must be left out: loss_type {self.loss_type} does not use it (it has {own})", value)
+        require(not self.dual_clip or self.dual_clip > 1, "dual_clip must be 0 (off) or > 1", self.dual_clip)
 
     def _number(self, name: str, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
         value = getattr(self, name)
@@ -120,140 +181,53 @@ class PolicyLossSpec:
         if number is not value:
             object.__setattr__(self, name, number)
 
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> PolicyLossSpec:
+        """The spec that a trainer's users mean by ``name``, with ``changes``: "grpo", "dapo", "dr_grpo", "gspo",
+        "gmpo", "cispo", "ipo", "icepop", "dppo_tv", "dppo_kl", "sapo", "topr", "vespo". Numbers and sources, and the
+        reduction that goes with each: `ppg_fast.losses.PRESETS` and docs/losses.md."""
+        require_one_of("a preset", name, tuple(PRESETS))
+        return cls(**{**PRESETS[name].numbers, **changes})
+
     @property
     def needs_every_row(self) -> bool:
         """Whether a row of zero advantage still has a gradient."""
-        return self.kl_coef != 0 or self.entropy_coef != 0
+        return bool(self.kl_coef or self.entropy_coef or self.log_ratio_coef or self.z_coef)
+
+    @property
+    def weighs_importance(self) -> bool:
+        """Whether the importance weight against the sampler is on."""
+        return bool(self.importance_cap or self.importance_floor)
+
+    @property
+    def shared(self) -> str:
+        """Whose tokens' log-probs the loss of one of them needs: "" (its own), "turn" or "sequence"."""
+        return "sequence" if self.opsm_delta else SHARED.get(self.loss_type, "")
+
+    @property
+    def reads_rollout(self) -> bool:
+        """Whether rollout log-probs enter the loss."""
+        return self.weighs_importance or self.loss_type in WITH_ROLLOUT or bool(self.opsm_delta)
 
     @property
     def numbers(self) -> list[float]:
         """The numbers of a spec whose temperature is one, in the order of SPEC_NUMBERS: how kernels take them."""
-        clips = self.clip_low, self.clip_high, self.dual_clip
-        terms = self.kl_coef, self.entropy_coef, self.importance_cap
-        return [*clips, *terms, self.temperature, self.logit_softcap]  # type: ignore[list-item]
+        return [getattr(self, name) for name in SPEC_NUMBERS]
 
     @property
     def choices(self) -> list[int]:
         """The enums of a spec, in the order of SPEC_CHOICES."""
-        return [LOSS_NUMBERS[self.loss_type], KL_NUMBERS[self.kl_estimator], NAN_ROLLOUT.index(self.nan_rollout)]
+        return [
+            LOSS_NUMBERS[self.loss_type],
+            KL_NUMBERS[self.kl_estimator],
+            NAN_ROLLOUT.index(self.nan_rollout),
+            IMPORTANCE_MODES.index(self.importance_mode),
+        ]
 
     @classmethod
     def of(cls, numbers: Sequence[float], choices: Sequence[int]) -> PolicyLossSpec:
         """The spec that `numbers` and `choices` describe."""
         loss_type, kl_estimator = LossType(choices[0]).name.lower(), KLEstimator(choices[1]).name.lower()
         named = dict(zip(SPEC_NUMBERS, numbers, strict=True))
-        return cls(loss_type=loss_type, kl_estimator=kl_estimator, nan_rollout=NAN_ROLLOUT[choices[2]], **named)
-
-
-UNBOUNDED = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class PolicyClass:
-    """Which future rewards a turn is credited for, as a window.
-
-    R_t = sum over k in S_t of gamma^(k-t) r_k, and S_t = {t, ..., end_t - 1} where end_t is the smallest of t +
-    ``lookahead``, the end of t's segment and the end of the dialogue. ``str`` gives the name that `policy_class`
-    reads: greedy, lookahead:3, segment:4, full.  Source: arXiv:2603.06138
-    """
-
-    lookahead: int = field(default=UNBOUNDED, init=False)
-    segment_length: int = field(default=0, init=False)  # 0: segments, if any, are given by ids
-    segment_ids: Any = field(default=None, init=False)
-
-    def __str__(self) -> str:
-        return type(self).__name__.lower()
-
-
-@dataclass(frozen=True)
-class Greedy(PolicyClass):
-    """S_t = {t}: a turn is credited for its own reward."""
-
-    lookahead: int = field(default=1, init=False)
-
-
-@dataclass(frozen=True)
-class Lookahead(PolicyClass):
-    """S_t = {t, ..., t + k - 1}: k rewards, the turn's own included. k = 1 is greedy, k >= turns is full planning."""
-
-    k: int = 1
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "k", require_integer("K of Lookahead", self.k, 1))
-        object.__setattr__(self, "lookahead", min(self.k, UNBOUNDED))
-
-    def __str__(self) -> str:
-        return f"lookahead:{self.k}"
-
-
-@dataclass(frozen=True)
-class Segment(PolicyClass):
-    """S_t = {t, ..., last turn of t's segment}.
-
-    ``ids_or_length``: an integer >= 1 for segments of that many turns, or (B, T) integer ids, constant on contiguous
-        runs.
-    """
-
-    ids_or_length: Any = 1
-
-    def __post_init__(self) -> None:
-        require(self.ids_or_length is not None, "Segment needs a length or ids", None)
-        if isinstance(self.ids_or_length, (Number, str)) or getattr(self.ids_or_length, "shape", None) == ():
-            length = require_integer("the length of Segment", self.ids_or_length, 1)
-            object.__setattr__(self, "ids_or_length", length)
-            object.__setattr__(self, "segment_length", min(length, UNBOUNDED))
-        else:
-            object.__setattr__(self, "segment_ids", self.ids_or_length)
-
-    def __str__(self) -> str:
-        """segment:ids for ids, which no name could tell."""
-        return f"segment:{'ids' if self.segment_ids is not None else self.ids_or_length}"
-
-
-@dataclass(frozen=True)
-class FullPlanning(PolicyClass):
-    """S_t = {t, ..., n}: a turn is credited for every reward from its own to the end of the dialogue."""
-
-    def __str__(self) -> str:
-        return "full"
-
-
-@dataclass(frozen=True)
-class RewardMask(PolicyClass):
-    """S_t = {k : mask[t, k]}: any subset of the rewards. ``mask`` is a (T, T) boolean matrix, row t = the rewards
-    credited to turn t."""
-
-    mask: Any = None
-
-    def __post_init__(self) -> None:
-        require(self.mask is not None, "RewardMask needs a (T, T) boolean mask", None)
-
-    def __str__(self) -> str:
-        """mask, which is not enough to read it back."""
-        return "mask"
-
-
-# what auto chooses among
-CANDIDATES = (Greedy(), Lookahead(2), Lookahead(3), Lookahead(4), Lookahead(6), Segment(4), FullPlanning())
-
-
-def policy_classes(text: str) -> tuple[PolicyClass, ...]:
-    """The policy classes that ``text`` names, separated by commas, each once."""
-    return tuple(dict.fromkeys(policy_class(name) for name in text.split(",")))
-
-
-def policy_class(text: str | PolicyClass) -> PolicyClass:
-    """The policy class that ``text`` names: "greedy", "full", "lookahead:K" or "segment:LENGTH"."""
-    if isinstance(text, PolicyClass):
-        return text
-    require(isinstance(text, str), "a policy class is a PolicyClass or its name", text)
-    name, _, number = text.strip().lower().partition(":")
-    if name in ("greedy", "full") and not number:
-        return Greedy() if name == "greedy" else FullPlanning()
-    digits = number.removeprefix("-").isdecimal()
-    require(
-        name in ("lookahead", "segment") and digits,
-        'a policy class is "greedy", "full", "lookahead:K" or "segment:LENGTH"',
-        text,
-    )
-    return Lookahead(int(number)) if name == "lookahead" else Segment(int(number))
+        modes = {"nan_rollout": NAN_ROLLOUT[choices[2]], "importance_mode": IMPORTANCE_MODES[choices[3]]}
+        return cls(loss_type=loss_type, kl_estimator=kl_estimator, **modes, **named)

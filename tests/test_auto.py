@@ -9,8 +9,8 @@ import torch
 
 from ppg_fast.compare.tabular import TabularProblem, sampled_signals
 from ppg_fast.dialogues.packing import Sample, pack
+from ppg_fast.policy_classes import FullPlanning, Greedy, Lookahead, policy_class
 from ppg_fast.rollouts.problems import PROBLEMS
-from ppg_fast.spec import FullPlanning, Greedy, Lookahead, policy_class
 from ppg_fast.training.auto import Signals, WindowChooser, context_ids, measure_signals
 
 GROUP, DIALOGUES = 4, 32

@@ -11,8 +11,8 @@ import torch
 
 from ppg_fast.dialogues.packing import pack
 from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.policy_classes import CANDIDATES, FullPlanning, Greedy
 from ppg_fast.rollouts.problems import PROBLEMS
-from ppg_fast.spec import CANDIDATES, FullPlanning, Greedy
 from ppg_fast.training.auto import WindowChooser, context_ids, measure_signals
 
 

@@ -20,7 +20,7 @@ from ppg_fast.cli import main
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.jobs.persona import PersonaJob
 from ppg_fast.models import causal_lm as models
-from ppg_fast.spec import Greedy
+from ppg_fast.policy_classes import Greedy
 from ppg_fast.training import checkpoint
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import NotFinite, TrainingState, optimise

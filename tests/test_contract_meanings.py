@@ -8,7 +8,8 @@ import torch
 from contract_case import RELATIVE, Call, close, draw
 
 import ppg_fast as ppg
-from ppg_fast.spec import LOSS_TYPES, REDUCTIONS
+from ppg_fast.losses import LOSS_TYPES
+from ppg_fast.spec import REDUCTIONS
 
 PLAIN = {"kl_coef": 0.0, "entropy_coef": 0.0}  # no term that gives a row of zero advantage a gradient
 both_forms = pytest.mark.parametrize("linear", [False, True])

@@ -12,7 +12,7 @@ from ppg_fast.config import make_config
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.jobs import run_job
 from ppg_fast.models.causal_lm import PolicyModule, make_model
-from ppg_fast.spec import Greedy, Lookahead
+from ppg_fast.policy_classes import Greedy, Lookahead
 from ppg_fast.training.evaluation import of_rollouts, on_logged_prefix
 from ppg_fast.training.objective import Objective
 

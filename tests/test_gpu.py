@@ -13,8 +13,9 @@ from ppg_fast.bench.gpu import counts
 import ppg_fast as ppg
 from ppg_fast import backends, reference
 from ppg_fast.contract import Chunks, PerRow, RowArguments, Wanted
+from ppg_fast.losses import LOSS_TYPES
 from ppg_fast.ops.linear_policy_loss import _loss_and_gradients
-from ppg_fast.spec import LOSS_TYPES, REDUCTIONS
+from ppg_fast.spec import REDUCTIONS
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from ppg_fast import backends, contract, ops
+from ppg_fast.losses import KLEstimator, LossType
 from ppg_fast.spec import (
     BASELINES,
-    MAX_LOG_RATIO,
+    IMPORTANCE_MODES,
     NAN_ROLLOUT,
     REDUCTIONS,
     SPEC_CHOICES,
     SPEC_NUMBERS,
-    KLEstimator,
-    LossType,
     PolicyLossSpec,
 )
 
@@ -70,7 +69,7 @@ def test_backends_keep_the_contract(backend):
 
 
 def cpp_enum(name):
-    body = re.search(rf"enum class {name} : int {{(.*?)}}", (ROOT / "csrc/args.h").read_text())[1]
+    body = re.search(rf"enum class {name} : int {{(.*?)}}", (ROOT / "csrc/args.h").read_text(), re.DOTALL)[1]
     return {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", body)}
 
 
@@ -80,7 +79,13 @@ def test_enums_agree_with_cpp(enum):
 
 
 @pytest.mark.parametrize(
-    ("name", "names"), [("Baseline", BASELINES), ("Reduction", REDUCTIONS), ("NanRollout", NAN_ROLLOUT)]
+    ("name", "names"),
+    [
+        ("Baseline", BASELINES),
+        ("Reduction", REDUCTIONS),
+        ("NanRollout", NAN_ROLLOUT),
+        ("ImportanceMode", IMPORTANCE_MODES),
+    ],
 )
 def test_names_that_travel_by_their_place_agree_with_cpp(name, names):
     assert cpp_enum(name) == {text.upper(): place for place, text in enumerate(names)}
@@ -117,7 +122,7 @@ def test_what_is_packed_is_unpacked(policy_class, normalizer):
     spec = PolicyLossSpec("ppo", 0.1, 0.3, 2.0, 0.05, "k1", 0.02, 1.5, 0.7, 9.0, "one")
     given = contract.FusedArguments(columns, turns if policy_class else None, reduction, spec, True)
     assert contract.FusedArguments.unpack(*given.pack()) == given
-    rows = contract.RowArguments(torch.tensor(1), contract.PerRow(*map(torch.tensor, range(6))), spec)
+    rows = contract.RowArguments(torch.tensor(1), contract.PerRow(*map(torch.tensor, range(7))), spec)
     assert contract.RowArguments.unpack(*rows.pack()) == rows
     assert all(contract.Chunks.unpack(c.pack()) == c for c in (contract.Chunks(3, None), contract.Chunks(3, 7)))
 
@@ -131,7 +136,7 @@ def test_no_operator_takes_more_than_ten_arguments():
     assert [s.name for s in schemas if len(s.arguments) > 10] == []
 
 
-def test_the_bound_of_log_ratios_is_one_number():
-    assert f"MAX_LOG_RATIO = {MAX_LOG_RATIO:g}.f;" in (ROOT / "csrc/policy_term.h").read_text()
-    for home in ("kernels/triton/policy_term.py", "ppg_fast/reference/policy_term.py"):
-        assert not re.search(r"MAX_LOG_RATIO = [^\n]*\d", (ROOT / home).read_text()), home
+def test_a_number_of_the_spec_stands_in_no_mirror():
+    """The bound of log ratios and the width of sapo, which travel as numbers."""
+    for home in ("csrc/policy_term.h", "kernels/triton/policy_term.py", "ppg_fast/reference/policy_term.py"):
+        assert re.findall(r"\b(?:20|1\.05)(?:\.0?)?f?\b", (ROOT / home).read_text()) == [], home

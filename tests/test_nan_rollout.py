@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import ppg_fast as ppg
-from ppg_fast.spec import LOSS_TYPES, NAN_ROLLOUT, PolicyLossSpec
+from ppg_fast.losses import LOSS_TYPES
+from ppg_fast.spec import NAN_ROLLOUT, PolicyLossSpec
 
 V, N = 5, 6
 MASKED, FORCED = 4, (1, 3)  # rows: one that takes no part and holds NaN as well; those without a rollout log-prob

@@ -13,7 +13,8 @@ from chat_case import byte_tokenizer
 from ppg_fast.dialogues import ChatFormat, Dialogue, Message, encode_dialogue
 from ppg_fast.dialogues.packing import CONTEXT, Sample, cut_tokens, micro_batches, pack
 from ppg_fast.models.causal_lm import make_model, policy_loss, token_logprobs
-from ppg_fast.spec import FullPlanning, PolicyLossSpec
+from ppg_fast.policy_classes import FullPlanning
+from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training.auto import context_ids
 from ppg_fast.training.evaluation import turn_logprobs
 from ppg_fast.training.objective import Objective, credit, denominator, tokens_to_read

@@ -5,7 +5,7 @@ import torch
 
 import ppg_fast as ppg
 from ppg_fast.config import TrainConfig
-from ppg_fast.spec import CANDIDATES, policy_classes
+from ppg_fast.policy_classes import CANDIDATES, policy_classes
 
 NAMES = {
     "greedy": ppg.Greedy(),

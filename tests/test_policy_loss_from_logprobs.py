@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import spec_of
 
 import ppg_fast as ppg
-from ppg_fast.spec import LOSS_TYPES, REDUCTIONS
+from ppg_fast.losses import LOSS_TYPES
+from ppg_fast.spec import REDUCTIONS
 
 B, L, V = 3, 7, 29
 FULL = {"dual_clip": 1.4, "kl_coef": 0.13, "kl_estimator": "k2", "entropy_coef": 0.03, "importance_cap": 1.25}
@@ -30,7 +32,7 @@ def batch():
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_equals_the_loss_from_logits(batch, loss_type, reduction):
     logits, labels, advantages, options = batch
-    options |= {"spec": ppg.PolicyLossSpec(loss_type, clip_low=0.15, clip_high=0.3, **FULL), "reduction": reduction}
+    options |= {"spec": spec_of(loss_type, clip_low=0.15, clip_high=0.3, **FULL), "reduction": reduction}
     expected = ppg.policy_loss(logits, labels, advantages, **options)
     logprobs, entropy = ppg.token_logprobs(logits, labels, entropy=True)
     ours = ppg.policy_loss_from_logprobs(logprobs, advantages, entropy=entropy, **options)
@@ -70,7 +72,7 @@ def test_a_ratio_that_overflows_keeps_the_gradient_of_the_kernels(loss_type, adv
     logits, labels = torch.randn(1, 3, 5, requires_grad=True), torch.tensor([[0, 1, 2]])
     options = {
         "old_logprobs": torch.tensor([[-120.0, -1.5, -300.0]]),
-        "spec": ppg.PolicyLossSpec(loss_type, dual_clip=3.0),
+        "spec": spec_of(loss_type, dual_clip=3.0),
     }
     options["turn_ids"] = torch.tensor([[0, 1, 1]])
     advantages = torch.full((1, 3), advantage)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ppg_fast.compare.tabular import TabularProblem, estimate
+from ppg_fast.policy_classes import policy_class
 from ppg_fast.rollouts.problems import FACTS, PROBLEMS, Problem, ProblemDialogue, drawn, problem, problem_names, words
-from ppg_fast.spec import policy_class
 
 CLASSES = ("greedy", "lookahead:2", "lookahead:3", "lookahead:4", "segment:4", "full")
 GROUP = 8

@@ -19,8 +19,8 @@ from ppg_fast.cli import main
 from ppg_fast.config import OFFLINE, SECTIONS, TrainConfig, add_flags, make_config
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.jobs import PromptsJob, cards, curves, samples, trackers
+from ppg_fast.policy_classes import Greedy
 from ppg_fast.rollouts.rollout import Rollout
-from ppg_fast.spec import Greedy
 from ppg_fast.training.objective import Objective
 
 

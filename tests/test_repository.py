@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import ppg_fast as ppg
-from ppg_fast.spec import BASELINES, LOSS_TYPES, REDUCTIONS
+from ppg_fast.losses import LOSS_TYPES
+from ppg_fast.spec import BASELINES, REDUCTIONS
 
 ROOT = Path(__file__).parents[1]
 

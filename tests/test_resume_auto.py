@@ -15,7 +15,8 @@ from ppg_fast.cli import main
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.jobs.persona import PersonaJob
 from ppg_fast.models.causal_lm import make_model
-from ppg_fast.spec import FullPlanning, Greedy, Lookahead, PolicyLossSpec
+from ppg_fast.policy_classes import FullPlanning, Greedy, Lookahead
+from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training import checkpoint, optimisers
 from ppg_fast.training.auto import Signals, WindowChooser
 from ppg_fast.training.objective import Objective, Schedule

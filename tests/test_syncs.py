@@ -16,7 +16,8 @@ from ppg_fast.dialogues.packing import NOTHING, PackedBatch, Sample, pack
 from ppg_fast.distributed import Ranks
 from ppg_fast.models import varlen_attention
 from ppg_fast.models.causal_lm import PolicyModule, make_model, prepare
-from ppg_fast.spec import Greedy, PolicyLossSpec
+from ppg_fast.policy_classes import Greedy
+from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training.metrics import TokenMeans
 from ppg_fast.training.objective import Objective
 from ppg_fast.training.passes import Pass

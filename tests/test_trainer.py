@@ -14,7 +14,8 @@ from ppg_fast.dialogues.packing import Sample, cut_tokens, pack
 from ppg_fast.jobs.persona import PersonaJob
 from ppg_fast.models import causal_lm as models
 from ppg_fast.models.adaptation import StartingWeights
-from ppg_fast.spec import FullPlanning, Greedy, Lookahead, PolicyLossSpec
+from ppg_fast.policy_classes import FullPlanning, Greedy, Lookahead
+from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training import trainer
 from ppg_fast.training.metrics import reading
 from ppg_fast.training.objective import (

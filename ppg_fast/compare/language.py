@@ -18,8 +18,9 @@ from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.jobs.persona import demonstrate
 from ppg_fast.jobs.policy import Policy
 from ppg_fast.models.causal_lm import policy_loss, token_advantages, token_logprobs
+from ppg_fast.policy_classes import policy_class
 from ppg_fast.rollouts.problems import ProblemDialogue, problem, words
-from ppg_fast.spec import PolicyLossSpec, policy_class
+from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training.auto import Signals, context_ids, measure_signals
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import optimise

@@ -11,8 +11,8 @@ from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.packing import pack
 from ppg_fast.functional import partial_returns
 from ppg_fast.jobs.offline import OfflineJob
+from ppg_fast.policy_classes import PolicyClass, policy_class
 from ppg_fast.rewards.decomposition import DECOMPOSITIONS
-from ppg_fast.spec import PolicyClass, policy_class
 from ppg_fast.training.evaluation import turn_logprobs
 from ppg_fast.training.objective import Objective, require_nonnegative
 from ppg_fast.training.trainer import optimise

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ppg_fast.compare.results import MEASUREMENT, Run
+from ppg_fast.policy_classes import CANDIDATES, Lookahead, policy_class
 from ppg_fast.rollouts.problems import DRAWN, PROBLEMS, drawn, problem_names
-from ppg_fast.spec import CANDIDATES, Lookahead, policy_class, require, require_one_of
+from ppg_fast.spec import require, require_one_of
 
 AUTO, IMITATION = "auto", "imitation"  # in place of a policy class: chosen while training; every turn counts 1
 CLASSES = ",".join(str(c) for c in CANDIDATES if c != Lookahead(6)) + f",{AUTO}"  # six: half of a problem or more

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.policy_classes import PolicyClass
+from ppg_fast.policy_classes import policy_class as named_policy_class
 from ppg_fast.rollouts.problems import Problem
-from ppg_fast.spec import PolicyClass
-from ppg_fast.spec import policy_class as named_policy_class
 from ppg_fast.training.auto import Signals, measure_signals
 
 HONEST = 0  # index of the action

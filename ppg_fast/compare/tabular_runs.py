@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from ppg_fast.compare.tabular import TabularProblem, estimate, sampled_signals
+from ppg_fast.policy_classes import PolicyClass, policy_class
 from ppg_fast.rollouts.problems import problem
-from ppg_fast.spec import PolicyClass, policy_class
 from ppg_fast.training.auto import WindowChooser
 from ppg_fast.training.objective import Schedule
 

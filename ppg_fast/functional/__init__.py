@@ -4,16 +4,24 @@ from ppg_fast.functional.from_logprobs import policy_loss_from_logprobs
 from ppg_fast.functional.linear import linear_partial_policy_loss, linear_policy_loss, linear_token_logprobs
 from ppg_fast.functional.logits import PolicyLossOutput, partial_policy_loss, policy_loss, token_logprobs
 from ppg_fast.functional.returns import partial_returns, turn_advantages
+from ppg_fast.functional.turn_regression import (
+    linear_turn_regression_loss,
+    turn_regression_loss,
+    turn_regression_loss_from_logprobs,
+)
 
 __all__ = [
     "PolicyLossOutput",
     "linear_partial_policy_loss",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "linear_turn_regression_loss",
     "partial_policy_loss",
     "partial_returns",
     "policy_loss",
     "policy_loss_from_logprobs",
     "token_logprobs",
     "turn_advantages",
+    "turn_regression_loss",
+    "turn_regression_loss_from_logprobs",
 ]

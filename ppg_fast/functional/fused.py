@@ -24,8 +24,14 @@ from ppg_fast.functional.loss import (
 )
 from ppg_fast.functional.metrics import when_read
 from ppg_fast.functional.returns import checked_turns
-from ppg_fast.functional.tokens import advantages_per_token, check_tensor, check_tokens, checked_normalizer
-from ppg_fast.spec import PolicyLossSpec, fail, require
+from ppg_fast.functional.tokens import (
+    advantages_per_token,
+    check_tensor,
+    check_tokens,
+    checked_normalizer,
+    likelihood_weights,
+)
+from ppg_fast.spec import IGNORE, PolicyLossSpec, fail, require
 
 TURN_NAMES = ("rewards", "turn_ids", "policy_class", "gamma", "baseline", "group_ids", "turn_counts", "backend")
 TurnArguments = tuple[Any, ...]  # of credit_turns, by these names
@@ -59,7 +65,7 @@ def fused_policy_loss(
         check_tensor("rollout_logprobs", rollout, labels.shape, labels.device)
         mask = ops.mask_of_rollouts(spec, rollout, labels, options.get("loss_mask"), turn_ids)
         options = {**options, "loss_mask": mask}
-    columns = _columns(logits.shape[:2], labels, turn_ids, advantages, spec, options)
+    columns = _columns(logits.shape[:2], labels, turn_ids, advantages, spec, options, validate)
     if (factor := ops.mask_factor(columns.loss_mask, validate)) is not None:
         if given is None:
             columns = columns._replace(advantages=columns.advantages * factor)  # type: ignore[operator]
@@ -118,6 +124,7 @@ def _columns(
     advantages: Tensor | None,
     spec: PolicyLossSpec,
     options: LossOptions,
+    validate: bool,
 ) -> Columns:
     """Every argument per token as (B, L) or, flat, (L,), without a copy where its strides and dtype allow it."""
     if labels.dim() == 1:
@@ -147,4 +154,15 @@ def _columns(
         column("temperature", temperature_per_token(spec.temperature, labels))
         if isinstance(spec.temperature, Tensor)
         else None,
+        column("nll_weights", _likelihood_weights(labels, turn_ids, options, validate)),
     )
+
+
+def _likelihood_weights(labels: Tensor, turn_ids: Tensor | None, options: LossOptions, validate: bool) -> Tensor | None:
+    weights, normalizer = options.get("nll_weights"), options.get("nll_normalizer")
+    active = labels if weights is None else labels != IGNORE
+    if weights is not None and (mask := options.get("loss_mask")) is not None:
+        active = active & (mask != 0)
+    if weights is not None and turn_ids is not None:
+        active = active & (turn_ids >= 0)
+    return likelihood_weights(weights, normalizer, labels, active, validate)

@@ -15,8 +15,9 @@ from ppg_fast.functional.loss import (
     spec_and_temperatures,
 )
 from ppg_fast.functional.tokens import Tokens, check_floats, chosen_backend
+from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.rules import require_integer
-from ppg_fast.spec import PolicyClass, PolicyLossSpec, require
+from ppg_fast.spec import PolicyLossSpec, require
 
 
 def _head_of(
@@ -130,6 +131,8 @@ def linear_policy_loss(
     spec: PolicyLossSpec | None = None,
     reduction: str = "token_mean",
     normalizer: float | Tensor | None = None,
+    nll_weights: Tensor | None = None,
+    nll_normalizer: float | Tensor | None = None,
     skip_zero_advantages: bool = False,
     score_norms: bool = False,
     validate: bool = False,
@@ -158,7 +161,8 @@ def linear_policy_loss(
     rows = LossRows.of(
         labels, advantages, hidden.device, loss_mask=loss_mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs, cu_seqlens=cu_seqlens, turn_ids=turn_ids, spec=spec, reduction=reduction,
-        normalizer=normalizer, skip_zero_advantages=skip_zero_advantages, score_norms=score_norms, validate=validate,
+        normalizer=normalizer, nll_weights=nll_weights, nll_normalizer=nll_normalizer,
+        skip_zero_advantages=skip_zero_advantages, score_norms=score_norms, validate=validate,
     )  # fmt: skip
     backend = chosen_backend(backend, hidden)
     wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)

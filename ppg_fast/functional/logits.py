@@ -17,7 +17,8 @@ from ppg_fast.functional.loss import (
 )
 from ppg_fast.functional.tokens import Tokens, check_floats, chosen_backend
 from ppg_fast.ops.checks import check_labels
-from ppg_fast.spec import PolicyClass, PolicyLossSpec, fail
+from ppg_fast.policy_classes import PolicyClass
+from ppg_fast.spec import PolicyLossSpec, fail
 
 
 def _rows_of(logits: Tensor, labels: Tensor, inplace: bool = False) -> Tensor:
@@ -114,6 +115,8 @@ def policy_loss(
     spec: PolicyLossSpec | None = None,
     reduction: str = "token_mean",
     normalizer: float | Tensor | None = None,
+    nll_weights: Tensor | None = None,
+    nll_normalizer: float | Tensor | None = None,
     skip_zero_advantages: bool = False,
     score_norms: bool = False,
     inplace: bool = False,
@@ -138,11 +141,15 @@ def policy_loss(
             NaN, the token that a sampler did not draw, see ``spec.nan_rollout``.
         cu_seqlens: (S + 1,) int32 starting at 0: the sequences of packed (N,) or (1, N) labels. Without it, sequences
             are the rows of a (B, L) batch, or (N,) is one.
-        turn_ids: (...) integers, for loss_type "gspo_turn": tokens of one sequence and one id share a ratio.
+        turn_ids: (...) integers, for loss_type "gspo_turn" and "gmpo_turn": tokens of one sequence and one id share a
+            ratio.
         spec: the loss, default ``PolicyLossSpec()``; reduction: "token_mean" | "sequence_mean" | "sequence_sum" | "sum"
             | "none".
         normalizer: a number or 0-d tensor in place of the reduction's outer denominator (active tokens, sequences, or
             1).
+        nll_weights: (...) weights of the likelihood: the loss gains sum of -nll_weights l / nll_normalizer, beside the
+            reduction (VAPO, arXiv:2504.05118). ``nll_normalizer``: a number or 0-d tensor; default: the active tokens
+            whose weight is not 0.
         skip_zero_advantages: rows of zero advantage cost what masked rows cost and their log-prob reads 0 (unless a KL
             or entropy term needs them); without it they are read once for their log-prob. The loss and its gradient are
             the same.
@@ -167,6 +174,7 @@ def policy_loss(
         "loss_mask": loss_mask, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
         "rollout_logprobs": rollout_logprobs,
         "cu_seqlens": cu_seqlens, "spec": spec, "reduction": reduction, "normalizer": normalizer,
+        "nll_weights": nll_weights, "nll_normalizer": nll_normalizer,
         "skip_zero_advantages": skip_zero_advantages, "score_norms": score_norms, "validate": validate,
     }  # fmt: skip
     if fuses(backend, spec, logits.dtype):

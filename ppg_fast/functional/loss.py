@@ -17,14 +17,16 @@ from ppg_fast.functional.tokens import (
     Tokens,
     advantages_per_token,
     check_tensor,
+    likelihood_weights,
     ordered_sum,
     per_token,
     ratio_groups,
     readable,
     reduction_weights,
 )
+from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.rules import require_float32
-from ppg_fast.spec import SEQUENCE_LEVEL, PolicyClass, PolicyLossSpec, fail, require
+from ppg_fast.spec import PolicyLossSpec, fail, require
 
 DEFAULT_SPEC = PolicyLossSpec()
 SCORE_NORMS = "score_norms"  # among the metrics
@@ -56,6 +58,8 @@ class LossOptions(TypedDict, total=False):
     spec: PolicyLossSpec | None
     reduction: str
     normalizer: float | Tensor | None
+    nll_weights: Tensor | None
+    nll_normalizer: float | Tensor | None
     skip_zero_advantages: bool
     score_norms: bool
     validate: bool
@@ -70,6 +74,7 @@ class LossRows:
     per_row: PerRow
     spec: PolicyLossSpec  # with a number as temperature
     groups: tuple[Tensor, int] | None  # who shares a ratio
+    sequences: tuple[Tensor, int] | None  # where spec.opsm_delta looks at them
     reduction: str
     score_norms: bool  # wanted
 
@@ -88,6 +93,8 @@ class LossRows:
         spec: PolicyLossSpec | None = None,
         reduction: str = "token_mean",
         normalizer: float | Tensor | None = None,
+        nll_weights: Tensor | None = None,
+        nll_normalizer: float | Tensor | None = None,
         skip_zero_advantages: bool = False,
         score_norms: bool = False,
         validate: bool = False,
@@ -104,19 +111,32 @@ class LossRows:
         factor = ops.mask_factor(loss_mask, validate)
         flat_advantages = flat_advantages if factor is None else flat_advantages * factor
         old, ref = per_token("old_logprobs", old_logprobs, labels), per_token("ref_logprobs", ref_logprobs, labels)
-        per_row = PerRow(
-            flat_advantages, weights, old, ref, per_token("rollout_logprobs", rollout_logprobs, labels), temperatures
-        )
-        groups = ratio_groups(tokens, turn_ids, spec) if old_logprobs is not None else None
+        rollout = per_token("rollout_logprobs", rollout_logprobs, labels)
+        nll = likelihood_weights(nll_weights, nll_normalizer, labels, active, validate)
+        nll = None if nll is None else nll.reshape(-1)
+        per_row = PerRow(flat_advantages, weights, old, ref, rollout, temperatures, nll)
+        compared = old is not None or (rollout is not None and spec.loss_type == "vespo")
+        groups = ratio_groups(tokens, turn_ids, spec) if compared else None
+        compared = spec.opsm_delta and (old is not None or rollout is not None)
+        sequences = (tokens.sequences(), tokens.sequence_count) if compared else None
         if skip_zero_advantages and not spec.needs_every_row:
-            tokens = tokens.masked_where(_unread(flat_advantages, active, groups))
-        return LossRows(tokens, active, per_row, spec, groups, reduction, score_norms)
+            tokens = tokens.masked_where(_unread(per_row.live, active, sequences or groups))
+        return LossRows(tokens, active, per_row, spec, groups, sequences, reduction, score_norms)
 
     def loss_from_logprobs(self, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
         """Weighted loss of each row by plain PyTorch over differentiable log-probs: the second phase of a
         sequence-level loss."""
+        rule = "z_coef needs logits whose gradient is computed at once: float32 or bfloat16, and no log-probs alone"
+        require(not self.spec.z_coef, rule, self.spec.z_coef)
         return reference.loss_from_logprobs(
-            logprobs, entropy, self.tokens.labels >= 0, *self.per_row[:5], self.spec, self.groups
+            logprobs,
+            entropy,
+            self.tokens.labels >= 0,
+            *self.per_row[:5],
+            self.spec,
+            self.groups,
+            self.per_row.nll_weights,
+            sequences=self.sequences,
         )
 
     def output(
@@ -126,8 +146,9 @@ class LossRows:
         logprobs, entropy = logprobs.detach(), entropy.detach()
         metrics = partial(self.metrics, logprobs, entropy, self.tokens.labels >= 0)
         rows = {"logprobs": logprobs, "entropy": entropy, "labels": self.tokens.labels, **self.per_row._asdict()}
-        if skip_zero_advantages and self.groups is not None and not self.spec.needs_every_row:
-            skipped = self.per_row.advantages == 0  # read for the sake of their group's ratio, but skipped by contract
+        shares = self.groups is not None or self.sequences is not None
+        if skip_zero_advantages and shares and not self.spec.needs_every_row:
+            skipped = ~self.per_row.live  # read for the sake of their group's ratio, but skipped by contract
             logprobs, entropy = torch.where(skipped, 0.0, logprobs), torch.where(skipped, 0.0, entropy)
             norms = torch.where(skipped, 0.0, norms) if self.score_norms and norms is not None else None
         known = {SCORE_NORMS: norms.detach().view(self.tokens.shape)} if self.score_norms and norms is not None else {}
@@ -137,24 +158,26 @@ class LossRows:
 
     def metrics(self, logprobs: Tensor, entropy: Tensor, read: Tensor) -> dict[str, Tensor]:
         """Means over the tokens that were read: entropy, approx_kl(old, new), clip_fraction (_low + _high), kl(ref),
-        importance_weight."""
-        advantages, _, old, ref, rollout, _ = self.per_row
-        columns = {"entropy": entropy}
+        importance_weight, off_policy_dropped."""
+        advantages, _, old, ref, rollout, _, _ = self.per_row
+        columns, spec = {"entropy": entropy}, self.spec
+        divisor = old
         if old is not None:
-            log_ratio = logprobs - old
-            columns["approx_kl"] = reference.k3(log_ratio)
-            if self.groups is not None:
-                log_ratio = logprobs - reference.grouped_old_logprobs(logprobs, old, read, *self.groups)
-            ratio, spec = reference.ratio_of(log_ratio), self.spec
-            above, below = ratio > 1 + spec.clip_high, ratio < 1 - spec.clip_low
-            if spec.loss_type != "reinforce":
-                cispo = spec.loss_type == "cispo"
-                high, low = above if cispo else above & (advantages > 0), below & (advantages < 0) & (not cispo)
-                columns |= {"clip_fraction_low": low, "clip_fraction_high": high}
+            columns["approx_kl"] = reference.k3(logprobs - old, spec.max_log_ratio)
+            if self.groups is not None and spec.loss_type in ("gspo", "gspo_turn"):
+                divisor = reference.shared_divisor(logprobs, old, read, advantages, self.groups, spec)
+        clipped = reference.clipped(logprobs, divisor, rollout, advantages, spec)
+        if clipped is not None:
+            columns |= dict(zip(("clip_fraction_low", "clip_fraction_high"), clipped, strict=True))
+        if self.sequences is not None:
+            acted = old if rollout is None else rollout
+            assert acted is not None
+            kept = reference.kept_sequences(logprobs, acted, read, advantages, self.sequences, spec)
+            columns["off_policy_dropped"] = 1 - kept
         if ref is not None:
-            columns["kl"] = reference.k3(ref - logprobs)
-        if rollout is not None and self.spec.importance_cap:
-            weight = reference.importance_weight(logprobs if old is None else old, rollout, self.spec)
+            columns["kl"] = reference.k3(ref - logprobs, spec.max_log_ratio)
+        if rollout is not None and spec.weighs_importance:
+            weight = reference.importance_weight(logprobs if old is None else old, rollout, spec)
             columns["importance_weight"] = torch.as_tensor(weight).expand_as(entropy)
         stacked = torch.stack([values.float() for values in columns.values()])
         means = ordered_sum(torch.where(read, stacked, 0.0)) / read.sum().clamp(min=1)
@@ -165,9 +188,9 @@ class LossRows:
 
 
 def needs_logprobs_first(spec: PolicyLossSpec | None, dtype: torch.dtype) -> bool:
-    """Whether the gradient of the logits has to wait for the backward pass: a ratio over a sequence needs the log-probs
-    of other rows, and a float16 gradient the loss scale, since what is rounded before it is lost."""
-    return getattr(spec, "loss_type", None) in SEQUENCE_LEVEL or dtype == torch.float16
+    """Whether the gradient of the logits has to wait for the backward pass: a ratio or a mask over a sequence needs the
+    log-probs of other rows, and a float16 gradient the loss scale, since what is rounded before it is lost."""
+    return bool(getattr(spec, "shared", "")) or dtype == torch.float16
 
 
 def checked_spec(spec: PolicyLossSpec | None, ref_logprobs: Tensor | None) -> PolicyLossSpec:
@@ -178,6 +201,9 @@ def checked_spec(spec: PolicyLossSpec | None, ref_logprobs: Tensor | None) -> Po
         fail("spec must be a PolicyLossSpec", type(spec).__name__)
     if spec.kl_coef and ref_logprobs is None:
         fail("a KL term (kl_coef > 0) needs ref_logprobs", None)
+    if spec.z_coef and spec.shared:
+        what = "opsm_delta" if spec.opsm_delta else f"loss_type {spec.loss_type}"
+        fail(f"z_coef goes with a loss of one token, and {what} is of a {spec.shared}", spec.z_coef)
     return with_plain_temperature(spec)
 
 
@@ -208,10 +234,10 @@ def temperature_per_token(temperature: Tensor, labels: Tensor) -> Tensor:
     return temperature.to(labels.device).expand(labels.shape) if temperature.dim() == 0 else temperature
 
 
-def _unread(advantages: Tensor, active: Tensor, groups: tuple[Tensor, int] | None) -> Tensor:
+def _unread(live: Tensor, active: Tensor, groups: tuple[Tensor, int] | None) -> Tensor:
     """Rows that skip_zero_advantages leaves out: of zero advantage, and for a shared ratio none of the group has
     another."""
-    zero = (advantages == 0) | ~active
+    zero = ~(live & active)
     if groups is None:
         return zero
     return reference.group_sum((~zero).long(), *groups)[groups[0]] == 0

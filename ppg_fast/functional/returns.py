@@ -7,18 +7,9 @@ from ppg_fast import ops, reference
 from ppg_fast.contract import Turns
 from ppg_fast.functional.tokens import chosen_backend
 from ppg_fast.ops.checks import check_turn_counts
-from ppg_fast.spec import (
-    BASELINES,
-    STD_EPS,
-    PolicyClass,
-    RewardMask,
-    Segment,
-    fail,
-    require,
-    require_number,
-    require_one_of,
-)
-from ppg_fast.spec import policy_class as named_policy_class
+from ppg_fast.policy_classes import PolicyClass, RewardMask, Segment
+from ppg_fast.policy_classes import policy_class as named_policy_class
+from ppg_fast.spec import BASELINES, STD_EPS, fail, require, require_number, require_one_of
 
 
 def _check_turns(values: Tensor, name: str, turn_counts: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -7,18 +7,11 @@ import torch
 from torch import Tensor
 
 from ppg_fast import backends, ops
+from ppg_fast.losses import SHARED
 from ppg_fast.ops.tracing import as_data, constant, transformed
 from ppg_fast.reference import consecutive_ids, group_sum
 from ppg_fast.rules import require_float32
-from ppg_fast.spec import (
-    IGNORE,
-    REDUCTIONS,
-    SEQUENCE_LEVEL,
-    PolicyLossSpec,
-    fail,
-    require,
-    require_one_of,
-)
+from ppg_fast.spec import IGNORE, REDUCTIONS, PolicyLossSpec, fail, require, require_one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -164,6 +157,21 @@ def reduction_weights(
     return 1.0 / (outer * lengths.clamp(min=1)[sequences])
 
 
+def likelihood_weights(
+    weights: Tensor | None, normalizer: float | Tensor | None, labels: Tensor, active: Tensor, validate: bool
+) -> Tensor | None:
+    """Weight of -l of each token in the reduced loss, float32 of the labels' shape, 0 where it is not ``active`` (of
+    any shape): ``weights`` over the number of active tokens whose weight is not 0, or over ``normalizer``."""
+    if weights is None:
+        require(normalizer is None, "nll_normalizer goes with nll_weights", normalizer)
+        return None
+    check_tensor("nll_weights", weights, labels.shape, labels.device)
+    normalizer = checked_normalizer("sum", normalizer, labels.device, validate)
+    weights = torch.where(active.view(labels.shape), weights.detach().float(), 0.0)
+    outer = (weights != 0).sum().clamp(min=1) if normalizer is None else normalizer
+    return weights / _scalar(outer, weights)
+
+
 def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
     """A 0-d float32 on the device of ``like``, filled there: a copy from the host would wait for the device."""
     if isinstance(value, Tensor):
@@ -175,12 +183,12 @@ def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
 def ratio_groups(tokens: Tokens, turn_ids: Tensor | None, spec: PolicyLossSpec) -> tuple[Tensor, int] | None:
     """For a sequence-level loss, the group each token shares its ratio with, (N,) int64, and how many groups there may
     be."""
-    if spec.loss_type not in SEQUENCE_LEVEL:
+    if spec.loss_type not in SHARED:
         return None
     sequences = tokens.sequences()
-    if spec.loss_type == "gspo":
+    if SHARED[spec.loss_type] == "sequence":
         return sequences, tokens.sequence_count
-    require(turn_ids is not None, 'loss_type "gspo_turn" needs turn_ids', turn_ids)
+    require(turn_ids is not None, f'loss_type "{spec.loss_type}" needs turn_ids', turn_ids)
     assert turn_ids is not None
     check_tensor("turn_ids", turn_ids, tokens.shape, tokens.labels.device)
     require(not turn_ids.is_floating_point(), "turn_ids must be integers", turn_ids.dtype)

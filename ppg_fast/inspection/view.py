@@ -12,7 +12,8 @@ from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import CONTEXT, PackedBatch
 from ppg_fast.functional import partial_returns
 from ppg_fast.inspection.pieces import TokenTexts, runs
-from ppg_fast.spec import IGNORE, FullPlanning, Greedy, Lookahead, PolicyClass, Segment
+from ppg_fast.policy_classes import FullPlanning, Greedy, Lookahead, PolicyClass, Segment
+from ppg_fast.spec import IGNORE
 from ppg_fast.training.objective import Objective, credit, tokens_to_read
 
 BESIDE = (Greedy(), Lookahead(3), Segment(4), FullPlanning())  # classes beside the one that trains

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.policy_classes import PolicyClass, policy_class
 from ppg_fast.reference.turns import of_tokens
-from ppg_fast.spec import BASELINES, PolicyClass, policy_class, require, require_number, require_one_of
+from ppg_fast.spec import BASELINES, require, require_number, require_one_of
 
 
 @dataclass(frozen=True)

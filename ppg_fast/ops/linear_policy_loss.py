@@ -54,7 +54,7 @@ def _loss_and_gradients(
         hidden, labels.numel(), flags.entropy or spec.entropy_coef != 0, flags.score_norms
     )
     head = Head(hidden, weight, bias, chunk_rows, tuple(gradients), kernels)  # type: ignore[arg-type]
-    full = (labels >= 0) & ((per_row.advantages != 0) | spec.needs_every_row) & any(gradients)
+    full = (labels >= 0) & (per_row.live | spec.needs_every_row) & any(gradients)
     parts = partition(full, (labels >= 0) & ~full, bound, counted(labels, bound, flags.validate))
     if parts.excess is not None:  # by the weight NaN reaches the loss and all gradients
         weights = 1.0 if per_row.weights is None else per_row.weights

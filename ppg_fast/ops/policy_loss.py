@@ -189,7 +189,8 @@ def reference_policy_loss(
     """Weighted loss, log-prob, entropy and score norm ((0,) unless wanted) of float32 logits (N, V) by plain
     PyTorch."""
     temperature = spec.temperature if per_row.temperatures is None else per_row.temperatures
-    out = reference.policy_loss(logits, labels, *per_row[:5], replace(spec, temperature=temperature))
+    scaled = replace(spec, temperature=temperature)
+    out = reference.policy_loss(logits, labels, *per_row[:5], scaled, nll_weights=per_row.nll_weights)
     norms = (
         reference.score_norms(logits, labels, temperature, spec.logit_softcap) if score_norms else logits.new_empty(0)
     )

@@ -34,11 +34,26 @@ def score_norms(
     return torch.zeros(labels.shape, dtype=logits.dtype, device=logits.device).index_put((rows,), norms.clamp(min=0))
 
 
+def log_sum_exps(
+    logits: Tensor, labels: Tensor, temperature: Tensor | float = 1.0, logit_softcap: float = 0.0
+) -> Tensor:
+    """log sum_v exp(z_v) of each row, (N,), differentiable in the logits; zero where masked. Arguments as in
+    `token_logprobs`."""
+    rows = (labels >= 0).nonzero().squeeze(-1)
+    z = _capped(logits[rows], logit_softcap)
+    sums = (z / _of_rows(temperature, rows, z)).logsumexp(-1)
+    return torch.zeros(labels.shape, dtype=logits.dtype, device=logits.device).index_put((rows,), sums)
+
+
 def _log_softmax(logits: Tensor, rows: Tensor, temperature: Tensor | float, logit_softcap: float) -> Tensor:
-    z = logits[rows]
-    if logit_softcap:
-        z = logit_softcap * torch.tanh(z / logit_softcap)
+    z = _capped(logits[rows], logit_softcap)
     z = z - z.detach().amax(-1, keepdim=True)  # before a small temperature makes large numbers of it
-    return torch.log_softmax(
-        z / (temperature[rows, None].to(z.dtype) if isinstance(temperature, Tensor) else temperature), -1
-    )
+    return torch.log_softmax(z / _of_rows(temperature, rows, z), -1)
+
+
+def _capped(z: Tensor, logit_softcap: float) -> Tensor:
+    return logit_softcap * torch.tanh(z / logit_softcap) if logit_softcap else z
+
+
+def _of_rows(temperature: Tensor | float, rows: Tensor, like: Tensor) -> Tensor | float:
+    return temperature[rows, None].to(like.dtype) if isinstance(temperature, Tensor) else temperature

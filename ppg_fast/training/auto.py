@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from ppg_fast.dialogues.packing import CONTEXT, PackedBatch
-from ppg_fast.spec import CANDIDATES, PolicyClass, require
+from ppg_fast.policy_classes import CANDIDATES, PolicyClass
+from ppg_fast.spec import require
 
 
 @dataclass(frozen=True)

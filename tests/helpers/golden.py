@@ -23,14 +23,15 @@ FILE = Path(__file__).parents[1] / "golden/losses.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 B, L, V, D = 2, 4, 7, 3  # 8 tokens in two sequences, a vocabulary that is no multiple of a vector
 
-NUMBERS = {"clip_low": 0.15, "clip_high": 0.3, "temperature": 0.75}
+NUMBERS = {"temperature": 0.75}
+CLIP = {"clip_low": 0.15, "clip_high": 0.3}
 LOSSES = {
     "reinforce": {"loss_type": "reinforce"},
-    "ppo": {"loss_type": "ppo"},
-    "ppo-dual-clip": {"loss_type": "ppo", "dual_clip": 1.4},
-    "cispo": {"loss_type": "cispo"},
-    "gspo": {"loss_type": "gspo"},
-    "gspo_turn": {"loss_type": "gspo_turn"},
+    "ppo": {"loss_type": "ppo", **CLIP},
+    "ppo-dual-clip": {"loss_type": "ppo", "dual_clip": 1.4, **CLIP},
+    "cispo": {"loss_type": "cispo", "clip_high": 0.3},
+    "gspo": {"loss_type": "gspo", **CLIP},
+    "gspo_turn": {"loss_type": "gspo_turn", **CLIP},
 }
 TERMS = {  # every estimator, and the other terms once with each neighbour
     "alone": {},

@@ -17,7 +17,8 @@ from ppg_fast.dialogues.packing import Sample
 from ppg_fast.jobs.memory_estimate import estimate
 from ppg_fast.jobs.policy import adapted
 from ppg_fast.models.causal_lm import make_model, prepare
-from ppg_fast.spec import Greedy, PolicyLossSpec
+from ppg_fast.policy_classes import Greedy
+from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import TrainingState, optimise
 

@@ -26,7 +26,8 @@ from ppg_fast.distributed import Ranks
 from ppg_fast.jobs import OfflineJob, PersonaJob, RunFolder
 from ppg_fast.models.causal_lm import distribute, make_model
 from ppg_fast.models.sharding import whole
-from ppg_fast.spec import FullPlanning, Lookahead, PolicyLossSpec
+from ppg_fast.policy_classes import FullPlanning, Lookahead
+from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training import checkpoint
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import TrainingState, optimise
@@ -98,6 +99,9 @@ CASES = {  # between them every reduction
     "ppo, KL, entropy, 2 iterations": Case(objective=Objective(FullPlanning(), spec=PPO, num_iterations=2)),
     "gspo, 2 iterations": Case(
         objective=Objective(Lookahead(2), spec=PolicyLossSpec(loss_type="gspo"), num_iterations=2)
+    ),
+    "turn regression, 2 iterations": Case(
+        objective=Objective(Lookahead(2), reduction="sum", eta=0.5, num_iterations=2), max_tokens=12
     ),
     "importance cap, sequence_mean": Case(
         lambda step: dialogues(7, step, logprobs=True),

@@ -12,7 +12,8 @@ from ppg_fast.integrations.linear_head import linear_of
 from ppg_fast.integrations.transformers.alignment import CREDIT, TURNS, LabelledTokens
 from ppg_fast.integrations.transformers.head import LogitRule, hooked, output_head
 from ppg_fast.integrations.transformers.packing import check_packable
-from ppg_fast.spec import IGNORE, Greedy, PolicyLossSpec, require
+from ppg_fast.policy_classes import Greedy
+from ppg_fast.spec import IGNORE, PolicyLossSpec, require
 
 
 @dataclass

@@ -7,7 +7,8 @@ from transformers import TrainingArguments
 
 from ppg_fast.integrations.options import RUN, check, check_unknown, hosts_own, obeyed, refused
 from ppg_fast.integrations.trl.host import GRPOConfig
-from ppg_fast.spec import BASELINES, policy_class, require, require_number, require_one_of
+from ppg_fast.policy_classes import policy_class
+from ppg_fast.spec import BASELINES, require, require_number, require_one_of
 
 HEADS = ("ppg_fast", "trl")
 ADVANTAGES, LOSS, HEAD = "advantages", "loss", "head"

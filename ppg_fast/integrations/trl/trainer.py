@@ -14,8 +14,8 @@ from ppg_fast.integrations.trl.config import PPGConfig, check_options
 from ppg_fast.integrations.trl.head import add_fused_lm_head
 from ppg_fast.integrations.trl.host import GRPOTrainer, grpo_trainer
 from ppg_fast.integrations.turns import turn_ids_of_mask
-from ppg_fast.spec import PolicyClass
-from ppg_fast.spec import policy_class as named_policy_class
+from ppg_fast.policy_classes import PolicyClass
+from ppg_fast.policy_classes import policy_class as named_policy_class
 
 LOGPROBS = ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")
 

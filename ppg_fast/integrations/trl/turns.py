@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.integrations.turns import spread
-from ppg_fast.spec import PolicyClass, RewardMask, require
+from ppg_fast.policy_classes import PolicyClass, RewardMask
+from ppg_fast.spec import require
 
 Rewards = Sequence[float | None]  # of the turns of one rollout; None = not scored
 

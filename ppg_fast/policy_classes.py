@@ -1,0 +1,120 @@
+"""Which future rewards a turn is credited for. No torch, no kernels."""
+
+from dataclasses import dataclass, field
+from numbers import Number
+from typing import Any
+
+from ppg_fast.rules import require, require_integer
+
+UNBOUNDED = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class PolicyClass:
+    """Which future rewards a turn is credited for, as a window.
+
+    R_t = sum over k in S_t of gamma^(k-t) r_k, and S_t = {t, ..., end_t - 1} where end_t is the smallest of t +
+    ``lookahead``, the end of t's segment and the end of the dialogue. ``str`` gives the name that `policy_class`
+    reads: greedy, lookahead:3, segment:4, full.  Source: arXiv:2603.06138
+    """
+
+    lookahead: int = field(default=UNBOUNDED, init=False)
+    segment_length: int = field(default=0, init=False)  # 0: segments, if any, are given by ids
+    segment_ids: Any = field(default=None, init=False)
+
+    def __str__(self) -> str:
+        return type(self).__name__.lower()
+
+
+@dataclass(frozen=True)
+class Greedy(PolicyClass):
+    """S_t = {t}: a turn is credited for its own reward."""
+
+    lookahead: int = field(default=1, init=False)
+
+
+@dataclass(frozen=True)
+class Lookahead(PolicyClass):
+    """S_t = {t, ..., t + k - 1}: k rewards, the turn's own included. k = 1 is greedy, k >= turns is full planning."""
+
+    k: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "k", require_integer("K of Lookahead", self.k, 1))
+        object.__setattr__(self, "lookahead", min(self.k, UNBOUNDED))
+
+    def __str__(self) -> str:
+        return f"lookahead:{self.k}"
+
+
+@dataclass(frozen=True)
+class Segment(PolicyClass):
+    """S_t = {t, ..., last turn of t's segment}.
+
+    ``ids_or_length``: an integer >= 1 for segments of that many turns, or (B, T) integer ids, constant on contiguous
+        runs.
+    """
+
+    ids_or_length: Any = 1
+
+    def __post_init__(self) -> None:
+        require(self.ids_or_length is not None, "Segment needs a length or ids", None)
+        if isinstance(self.ids_or_length, (Number, str)) or getattr(self.ids_or_length, "shape", None) == ():
+            length = require_integer("the length of Segment", self.ids_or_length, 1)
+            object.__setattr__(self, "ids_or_length", length)
+            object.__setattr__(self, "segment_length", min(length, UNBOUNDED))
+        else:
+            object.__setattr__(self, "segment_ids", self.ids_or_length)
+
+    def __str__(self) -> str:
+        """segment:ids for ids, which no name could tell."""
+        return f"segment:{'ids' if self.segment_ids is not None else self.ids_or_length}"
+
+
+@dataclass(frozen=True)
+class FullPlanning(PolicyClass):
+    """S_t = {t, ..., n}: a turn is credited for every reward from its own to the end of the dialogue."""
+
+    def __str__(self) -> str:
+        return "full"
+
+
+@dataclass(frozen=True)
+class RewardMask(PolicyClass):
+    """S_t = {k : mask[t, k]}: any subset of the rewards. ``mask`` is a (T, T) boolean matrix, row t = the rewards
+    credited to turn t."""
+
+    mask: Any = None
+
+    def __post_init__(self) -> None:
+        require(self.mask is not None, "RewardMask needs a (T, T) boolean mask", None)
+
+    def __str__(self) -> str:
+        """mask, which is not enough to read it back."""
+        return "mask"
+
+
+# what auto chooses among
+CANDIDATES = (Greedy(), Lookahead(2), Lookahead(3), Lookahead(4), Lookahead(6), Segment(4), FullPlanning())
+
+
+def policy_classes(text: str) -> tuple[PolicyClass, ...]:
+    """The policy classes that ``text`` names, separated by commas, each once."""
+    return tuple(dict.fromkeys(policy_class(name) for name in text.split(",")))
+
+
+def policy_class(text: str | PolicyClass) -> PolicyClass:
+    """The policy class that ``text`` names: "greedy", "full", "lookahead:K" or "segment:LENGTH"."""
+    if isinstance(text, PolicyClass):
+        return text
+    require(isinstance(text, str), "a policy class is a PolicyClass or its name", text)
+    name, _, number = text.strip().lower().partition(":")
+    if name in ("greedy", "full") and not number:
+        return Greedy() if name == "greedy" else FullPlanning()
+    digits = number.removeprefix("-").isdecimal()
+    require(
+        name in ("lookahead", "segment") and digits,
+        'a policy class is "greedy", "full", "lookahead:K" or "segment:LENGTH"',
+        text,
+    )
+    return Lookahead(int(number)) if name == "lookahead" else Segment(int(number))
