@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import losses
 from .aims import aims_section
 from .chart import Bar, bars
 from .chat_templates import chat_templates_section
@@ -37,11 +38,13 @@ from .tables import (
 )  # fmt: skip
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+LOSSES = "docs/losses.md"
 DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/data.md",
     "docs/integrations.md",
     "docs/llama_cpp.md",
+    LOSSES,
     "docs/policy_classes.md",
     "docs/real.md",
     "README.md",
@@ -185,6 +188,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "policy_class_across": across_section,
     "policy_class_problems": problems_section,
     "policy_class_logs": logs_section,
+    **losses.SECTIONS,
     **real.SECTIONS,
     **{
         op: _op_section(op)
@@ -233,6 +237,8 @@ def expected(root: Path) -> dict[Path, str]:
     for op in ("policy_loss", "linear"):
         for device, file in of(results, op):
             found |= {root / FOLDER / name: svg for name, svg in _charts_of(op, device, file).items()}
+    if (root / LOSSES).exists():
+        found[root / FOLDER / losses.CHART] = losses.chart()
     return found
 
 
@@ -247,5 +253,5 @@ def write(root: Path) -> list[Path]:
 def report(folder: Path) -> str:
     """Every section that has results, for the terminal."""
     results = load(folder)
-    sections = ((name, SECTIONS[name](results)) for name in SECTIONS)
+    sections = ((name, SECTIONS[name](results)) for name in SECTIONS if name not in losses.SECTIONS)
     return "\n".join(f"## {name}\n\n{text}" for name, text in sections if text not in (NOT_MEASURED, ""))

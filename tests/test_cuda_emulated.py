@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import LOSSES, TERMS
 from emulator import build as emulator
 from emulator.cases import Case, columns, run, shortest_ring, strided
 
@@ -42,6 +43,9 @@ SPECS = (
     PolicyLossSpec("cispo", clip_high=0.23, kl_coef=0.13, kl_estimator="k2", importance_cap=1.07),
     PolicyLossSpec("reinforce", kl_coef=0.09, kl_estimator="k1", logit_softcap=12.0, temperature=1.4),
     PolicyLossSpec("cispo", clip_high=0.31, entropy_coef=0.05, logit_softcap=9.0),
+    PolicyLossSpec("ipo", clip_high=0.02, log_ratio_coef=0.04, importance_floor=0.9, temperature=0.9),
+    PolicyLossSpec("dppo_kl", clip_high=1e-3, ratio_cap=1.1, z_coef=2e-3, logit_softcap=11.0),
+    PolicyLossSpec("sapo", kl_coef=0.11, kl_estimator="k3_unbiased", kl_cap=0.3, max_log_ratio=0.15),
 )
 
 
@@ -85,6 +89,7 @@ def test_every_plan_agrees_with_the_reference(emulated, plan):
                 V, dtype, spec, shift, draw.choice((0, 3, 8)), out, on_policy=draw.random() < 0.3,
                 row_temperatures=draw.random() < 0.4,
                 entropy=draw.random() < 0.5, holes=holes, score_norm=draw.random() < 0.4,
+                likelihood=draw.random() < 0.3,
             )  # fmt: skip
             how = {"resident": draw.randrange(1, 4), "seed": draw.randrange(1 << 20), "mode": draw.randrange(3)}
             force(emulated, plan, case, draw.randrange(3), **how)
@@ -93,6 +98,15 @@ def test_every_plan_agrees_with_the_reference(emulated, plan):
             except (AssertionError, RuntimeError) as error:
                 raise AssertionError(f"{case}, {how}: {error}") from error
             assert emulated.take_stats().cluster == plan[0]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_and_term(emulated, loss):
+    for place, terms in enumerate(TERMS):
+        spec = replace(LOSSES[loss], **TERMS[terms])
+        case = Case(7 + 31 * (place % 2), torch.float32, spec, likelihood=place % 3 == 0)
+        force(emulated, ((0, 128), (1, 512))[place % 2], case)
+        run(emulated.ops, case)
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2], ids=("eager", "random", "late"))
@@ -349,7 +363,7 @@ def test_extreme_logits_stay_in_their_row(emulated):
         labels, adv, d = torch.full((5,), 5), torch.ones(5), torch.empty(1, 5, 64)
         out = [torch.empty(5) for _ in range(3)]
         spec = PolicyLossSpec(entropy_coef=0.1)
-        rows = [adv, *[None] * 5]
+        rows = [adv, *[None] * 6]
         emulated.ops.policy_loss(x[None], labels, rows, spec.numbers, spec.choices, *out, d, None)
         assert out[1].isnan().tolist() == [False, True, True, False, False]
         assert out[2].isnan().tolist() == [False, True, True, False, False]

@@ -24,9 +24,9 @@ WITH_CLUSTERS = ("3.8.0", "3.9.0")
 TARGETS = [("sm_90", "specialise"), ("few", "sm_80", "sm_100", "gfx942")]
 if os.environ.get("PPG_FAST_EVERY_TRITON"):  # make test-triton
     TARGETS[1:] = [(target,) for target in TARGETS[1][1:]]
-PER_ROW = 22  # accesses to what a row brings along and to the label's logit, of any width
+PER_ROW = 23  # accesses to what a row brings along and to the label's logit, of any width
 SUMMED = 2048  # losses that a program sums at a time, each thread its share
-SCALARS = 6  # exponentials once a row or block: ratio, importance weight, KL, the label's tanh, the rescale
+SCALARS = 9  # exponentials once a row or block: ratio, gate, importance weight, KL, the label's tanh, the rescale
 # bytes: for sm_100 ptxas may put up to four words that no column depends on aside, once before the loop over rows
 PARKED = 16
 SWEEPS = {"policy_loss_kernel": 2, "logprobs_fwd_kernel": 1, "logprobs_bwd_kernel": 1, "scale_rows_kernel": 0}

@@ -1,5 +1,6 @@
 """Sections of the help, the defaults of each kind of job, and the settings that rewards are made of."""
 
+TURN_REGRESSION = "turn_regression"  # a loss_type of the trainer: no loss of one row
 AUTO = "auto"  # in place of a policy class: one of the candidates, chosen while training
 TRACKERS = ("tensorboard", "wandb", "trackio")
 

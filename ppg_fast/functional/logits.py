@@ -144,7 +144,8 @@ def policy_loss(
             NaN, the token that a sampler did not draw, see ``spec.nan_rollout``.
         cu_seqlens: (S + 1,) int32 starting at 0: the sequences of packed (N,) or (1, N) labels. Without it, sequences
             are the rows of a (B, L) batch, or (N,) is one.
-        turn_ids: (...) integers, for loss_type "gspo_turn": tokens of one sequence and one id share a ratio.
+        turn_ids: (...) integers, for loss_type "gspo_turn" and "gmpo_turn": tokens of one sequence and one id share a
+            ratio.
         spec: the loss, default ``PolicyLossSpec()``; reduction: "token_mean" | "sequence_mean" | "sequence_sum" | "sum"
             | "none".
         normalizer: a number or 0-d tensor in place of the reduction's outer denominator (active tokens, sequences, or

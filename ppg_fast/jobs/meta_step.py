@@ -139,7 +139,7 @@ class Step:
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             count.note(tensor)
         with count.under("reference"):
-            self.reference = StartingWeights(self.model) if config.kl_coef else None
+            self.reference = StartingWeights(self.model) if config.keeps_start else None
         with count.under("optimizer"):
             self.optimizer = self._optimizer()
         with count.under("batch"):

@@ -167,7 +167,7 @@ def row_shares(
     """
     credited = turns_with_gradient(batch, advantages, spec)
     read = credited
-    if shared_ratios and spec.loss_type == "gspo":
+    if shared_ratios and spec.shared == "sequence":
         read = credited.any(1, keepdim=True).expand_as(credited)
     full, read = (int(of_tokens(turns, batch.turn_ids, batch.dialogue_ids).sum()) for turns in (credited, read))
     tokens = max(1, len(batch.tokens))

@@ -1,6 +1,6 @@
 """The forward and backward passes of a step: which dialogues each reads, and what is known of them before."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from ppg_fast.dialogues.packing import NOTHING, PackedBatch, micro_batches, pack
 from ppg_fast.distributed import Ranks
 from ppg_fast.models.adaptation import StartingWeights
 from ppg_fast.spec import PolicyLossSpec
-from ppg_fast.training.objective import Objective
+from ppg_fast.training.objective import Objective, turn_residuals
 
 
 @dataclass
@@ -48,7 +48,7 @@ def add_logprobs(
 ) -> None:
     """Fill in the log-probs that the objective compares with: old ones for several iterations, those of ``reference``
     where there is one."""
-    if objective.num_iterations > 1:
+    if objective.num_iterations > 1 and not objective.from_start:
         for one in passes:
             ranks.check()
             one.old_logprobs = _logprobs(module, one.batch, objective.spec, ranks)
@@ -57,6 +57,43 @@ def add_logprobs(
             for one in passes:
                 ranks.check()
                 one.ref_logprobs = _logprobs(module, one.batch, objective.spec, ranks)
+    if objective.from_start:
+        for one in passes:
+            one.old_logprobs, one.ref_logprobs = one.ref_logprobs, None
+
+
+def regress(
+    passes: Sequence[Pass],
+    module: nn.Module,
+    batch: PackedBatch,
+    returns: Tensor,
+    objective: Objective,
+    ranks: Ranks,
+    moved: bool,
+    check: Callable[[], None],
+) -> dict[str, float]:
+    """Give the passes over ``batch`` the advantages with which REINFORCE has the gradient of the regression on turns at
+    the weights as they are; its loss and the share of it that is explained.
+
+    Log ratios are those of whole turns and groups, so they are found before any pass has a gradient. Where the weights
+    have not ``moved`` from the old policy's, all of them are 0.
+    """
+    ratios = None
+    if moved:
+        ratios = torch.zeros(batch.rewards.shape, dtype=torch.float64)
+        for one in passes:
+            check()
+            logprobs = _logprobs(module, one.batch, objective.spec, ranks)
+            if one.dialogues and one.old_logprobs is not None:
+                ratios[one.dialogues] = one.batch.sum_of_turns(logprobs - one.old_logprobs).cpu()
+        ratios = torch.stack(ranks.gather(ratios)).sum(0)
+    found, before = (turn_residuals(batch, returns, objective, r) for r in (ratios, None))
+    advantages = (objective.scale * found.advantages(objective.eta)).float()
+    for one in passes:
+        if one.dialogues:
+            one.advantages = advantages[one.dialogues].to(one.advantages.device)
+    loss, at_old = float(found.loss()), float(before.loss())
+    return {"loss": loss, "explained": 1 - loss / at_old if at_old else 0.0}
 
 
 def _logprobs(module: nn.Module, batch: PackedBatch, spec: PolicyLossSpec, ranks: Ranks) -> Tensor:

@@ -164,21 +164,23 @@ def policy_loss_case(
     dtype: torch.dtype, V: int, softcap: float, entropy: bool, B: int = 2, L: int = 3, number: float = 0.5, at: int = 0,
     score_norm: bool = False,
 ) -> None:  # fmt: skip
-    """The heaviest policy loss over (B, L, V) logits.
+    """The heaviest policy loss over (B, L, V) logits, with every term, of z-loss and entropy one: with both, rows of
+    float32 in registers put ten words aside on sm_100, once a row.
 
     ``number`` stands in for every number of the spec, ``at`` shifts every per-row argument.
     """
     logits, labels = some_logits(dtype, B, L, V), torch.empty(B * L + at, dtype=torch.int64)[at:]
-    rows = [torch.empty(B * L + at)[at:] for _ in range(6)]
+    rows = [torch.empty(B * L + at)[at:] for _ in range(7)]
+    numbers = ("clip_low", "clip_high", "ratio_cap", "log_ratio_coef", "kl_coef", "kl_cap")
+    numbers += ("importance_floor", "importance_cap", "max_log_ratio")
     spec = PolicyLossSpec(
-        "ppo",
-        number,
-        number,
-        2 + number,
-        number,
-        "k3",
-        number if entropy else 0,
-        number,
+        "dppo_kl",
+        **dict.fromkeys(numbers, number),
+        kl_estimator="k3_unbiased",
+        entropy_coef=number if entropy else 0,
+        z_coef=0 if entropy else number,
+        importance_mode="mask",
+        nan_rollout="one",
         logit_softcap=softcap and softcap + number,
     )
     norm = (torch.empty(B * L + at)[at:],) if score_norm else ()
