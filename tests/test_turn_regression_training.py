@@ -29,8 +29,8 @@ def tiny(seed=0):
 
 
 def some_samples():
-    """Two groups of three and one dialogue by itself, of unequal lengths; one turn has no token, and the last turns have
-    no reward: what is said there is wrong from the second iteration on."""
+    """Two groups of three and one dialogue by itself, of unequal lengths; one turn has no token. The last turns have no
+    reward: what is said there is wrong from the second iteration on."""
     g, out = torch.Generator().manual_seed(1), []
     for i in range(7):
         n = [11, 8, 11, 8, 11, 8, 11][i]
