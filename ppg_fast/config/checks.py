@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ppg_fast.config.defaults import AUTO, TRACKERS, TURN_REGRESSION
 from ppg_fast.distributed import PARALLEL
+from ppg_fast.losses import SEQUENCE_LEVEL
 from ppg_fast.policy_classes import FullPlanning
 from ppg_fast.spec import BASELINES, REDUCTIONS, require, require_number, require_one_of
 
@@ -53,6 +54,7 @@ def check_each(config: TrainConfig) -> None:
     require_one_of("baseline", config.baseline, BASELINES)
     require_one_of("reduction", config.reduction, REDUCTIONS[:-1])
     require_one_of("dtype", config.dtype, ("float32", "bfloat16"))
+    require_one_of("logits_dtype", config.logits_dtype, ("", "float32"))
     for name in config.trackers:
         require_one_of("report_to", name, (*TRACKERS, "none"))
     require_one_of("parallel", config.parallel, PARALLEL)
@@ -69,6 +71,8 @@ def check_together(config: TrainConfig) -> None:
     )
     needs = "activation_offload must be off without activation_checkpointing"
     require(config.activation_checkpointing or not config.activation_offload, needs, config.activation_offload)
+    rule = f"z_coef must be 0 with loss_type {config.loss_type} (it goes with a loss of one token)"
+    require(not config.z_coef or config.loss_type not in SEQUENCE_LEVEL, rule, config.z_coef)
     require(
         not (config.data and config.prompts),
         "data (offline) and prompts (on-policy) exclude each other, got both",
