@@ -29,13 +29,15 @@ def tiny(seed=0):
 
 
 def some_samples():
-    """Two groups of three and one dialogue by itself; the last of a group is shorter, and one turn has no token."""
+    """Two groups of three and one dialogue by itself, of unequal lengths; one turn has no token. The last turns have no
+    reward: what is said there is wrong from the second iteration on."""
     g, out = torch.Generator().manual_seed(1), []
     for i in range(7):
         n = [11, 8, 11, 8, 11, 8, 11][i]
         tokens = torch.randint(2, V, (n,), generator=g).tolist()
         turns = TURNS[:n]
-        out.append(Sample(tokens, turns, torch.rand(max(turns) + 1 + (i == 1), generator=g).tolist(), i // 3))
+        rewards = torch.rand(max(turns) + 1 + (i == 1), generator=g).tolist()
+        out.append(Sample(tokens, turns, [*rewards[:2], *(0.0 for _ in rewards[2:])], i // 3))
     return out
 
 

@@ -55,6 +55,7 @@ def check_each(config: TrainConfig) -> None:
     require_one_of("baseline", config.baseline, BASELINES)
     require_one_of("reduction", config.reduction, REDUCTIONS[:-1])
     require_one_of("dtype", config.dtype, ("float32", "bfloat16"))
+    require_one_of("logits_dtype", config.logits_dtype, ("", "float32"))
     for name in config.trackers:
         require_one_of("report_to", name, (*TRACKERS, "none"))
     require_one_of("parallel", config.parallel, PARALLEL)

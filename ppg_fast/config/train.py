@@ -44,6 +44,7 @@ class TrainConfig:
     device: str = _option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     dtype: str = _option("float32", "float32 or bfloat16 weights")
     bf16: bool = _option(False, "compute in bfloat16 on the weights as they are; also where accelerate launch says so")
+    logits_dtype: str = _option("", "float32: logits of bfloat16 passes in float32; default: what the device does best")
     lora_rank: int = _option(0, "train low-rank adapters of this rank and freeze the rest, 0: off; wants --model")
     lora_alpha: int = _option(0, "the adapters are scaled by lora_alpha / lora_rank, 0: twice the rank")
     lora_dropout: float = _option(0.0, "of the adapters' input")

@@ -24,7 +24,7 @@ MAY_CHANGE = {  # a row of docs/training_runs.md each
 SAME_CONTENT = "data prompts model reward partner_prompt chat_template tools"
 # another address of the same model, which the setting with _model (or a checksum) knows
 ADDRESSES = "judge partner sampler"
-FIXED = """template_date chat_template_kwargs width layers vocab_size dtype bf16
+FIXED = """template_date chat_template_kwargs width layers vocab_size dtype bf16 logits_dtype
     lora_rank lora_alpha lora_dropout lora_target_modules freeze
     seed allow_negative_rewards policy_class candidates signals gamma baseline loss_type eta reduction
     num_iterations preset clip_low clip_high dual_clip ratio_cap tau_positive tau_negative ratio_reduction opsm_delta
