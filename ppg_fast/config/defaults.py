@@ -55,3 +55,10 @@ OF_PROMPTS = (
     *("reward", "judge", "judge_model", "judge_key", "judge_range", "judge_retries", "judge_tokens"),
     *("sampler", "sampler_model", "sampler_key", "sampler_refresh"),
 )
+
+# settings that are arguments of `PolicyLossSpec`
+LOSS_SETTINGS = (
+    *("loss_type", "clip_low", "clip_high", "dual_clip", "ratio_cap", "tau_positive", "tau_negative"),
+    *("ratio_reduction", "opsm_delta", "log_ratio_coef", "kl_coef", "kl_estimator", "kl_cap", "entropy_coef", "z_coef"),
+    *("temperature", "importance_cap", "importance_floor", "importance_mode"),
+)
