@@ -22,6 +22,7 @@ NAMES = (
     "policy_loss",
     "logprobs",
     "linear",
+    "linear_frozen",
     "distillation",
     "partial_returns",
     "host_time",

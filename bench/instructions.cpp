@@ -63,7 +63,10 @@ int main(int argc, char** argv) {
   } else if (kernel == "policy_loss") {
     PolicyLossArgs a{sweep};
     a.advantages = advantages.data();
-    a.term = {LossType::PPO, KLEstimator::K3, 0.2f, 0.2f, 0.f, 0.f, 0.f, 0.f};
+    a.term.loss_type = LossType::PPO;
+    a.term.kl_estimator = KLEstimator::K3;
+    a.term.clip_low = a.term.clip_high = 0.2f;
+    a.term.max_log_ratio = 20.f;
     a.loss = out.data();
     a.logprob = out.data() + N;
     a.entropy = out.data() + 2 * N;

@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import losses
 from .aims import aims_section
 from .chart import Bar, bars
 from .chat_templates import chat_templates_section
 from .gpu.predicted import prediction_section
 from .gpu.sections import gpu_section, summary_section
 from .linear_tables import active_section, contributions_section
+from .logits_dtype import logits_dtype_section
 from .policy_classes import across_section, logs_section, overview_section, problems_section
 from .real import sections as real
 from .result_file import FOLDER, load
@@ -37,11 +39,14 @@ from .tables import (
 )  # fmt: skip
 
 MARKED = re.compile(r"(<!-- bench:(\w+) -->\n)(.*?)(<!-- /bench -->)", re.DOTALL)
+LOSSES = "docs/losses.md"
 DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/data.md",
+    "docs/fused_loss.md",
     "docs/integrations.md",
     "docs/llama_cpp.md",
+    LOSSES,
     "docs/policy_classes.md",
     "docs/real.md",
     "README.md",
@@ -170,6 +175,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "summary": _summary_section,
     "linear_active": active_section,
     "contributions": contributions_section,
+    "logits_dtype": logits_dtype_section,
     "instructions": _instructions_section,
     "training_step": partial(steps_section, op="training_step"),
     "hosts": partial(steps_section, op="hosts"),
@@ -185,10 +191,19 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "policy_class_across": across_section,
     "policy_class_problems": problems_section,
     "policy_class_logs": logs_section,
+    **losses.SECTIONS,
     **real.SECTIONS,
     **{
         op: _op_section(op)
-        for op in ("policy_loss", "logprobs", "linear", "distillation", "partial_returns", "host_time")
+        for op in (
+            "policy_loss",
+            "logprobs",
+            "linear",
+            "linear_frozen",
+            "distillation",
+            "partial_returns",
+            "host_time",
+        )
     },
 }
 
@@ -233,6 +248,8 @@ def expected(root: Path) -> dict[Path, str]:
     for op in ("policy_loss", "linear"):
         for device, file in of(results, op):
             found |= {root / FOLDER / name: svg for name, svg in _charts_of(op, device, file).items()}
+    if (root / LOSSES).exists():
+        found[root / FOLDER / losses.CHART] = losses.chart()
     return found
 
 
@@ -247,5 +264,5 @@ def write(root: Path) -> list[Path]:
 def report(folder: Path) -> str:
     """Every section that has results, for the terminal."""
     results = load(folder)
-    sections = ((name, SECTIONS[name](results)) for name in SECTIONS)
+    sections = ((name, SECTIONS[name](results)) for name in SECTIONS if name not in losses.SECTIONS)
     return "\n".join(f"## {name}\n\n{text}" for name, text in sections if text not in (NOT_MEASURED, ""))

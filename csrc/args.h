@@ -14,7 +14,7 @@ enum class DType : int { F32 = 0, BF16 = 1, F16 = 2 };
 // clang-format off
 enum class LossType : int {
   REINFORCE = 0, PPO = 1, CISPO = 2, GSPO = 3, GSPO_TURN = 4, IPO = 5, ICEPOP = 6, DPPO_TV = 7, DPPO_KL = 8, SAPO = 9,
-  TOPR = 10
+  TOPR = 10, GMPO = 11, GMPO_TURN = 12, VESPO = 13
 };
 // clang-format on
 enum class KLEstimator : int { K1 = 1, K2 = 2, K3 = 3, K3_UNBIASED = 4, K3_PLUS = 5, ABS = 6 };
@@ -89,23 +89,34 @@ struct LogprobsBwdArgs : Sweep {
 struct TermArgs {
   LossType loss_type;
   KLEstimator kl_estimator;
-  float clip_low, clip_high, dual_clip, kl_coef, entropy_coef, importance_cap;
   NanRollout nan_rollout;
-  PPG_HD bool needs_every_row() const { return kl_coef != 0.f || entropy_coef != 0.f; }
+  ImportanceMode importance_mode;
+  float clip_low, clip_high, dual_clip, ratio_cap, tau_positive, tau_negative;
+  float log_ratio_coef, kl_coef, kl_cap, entropy_coef, z_coef;
+  float importance_floor, importance_cap, max_log_ratio;
+  PPG_HD bool needs_every_row() const {
+    return kl_coef != 0.f || entropy_coef != 0.f || log_ratio_coef != 0.f || z_coef != 0.f;
+  }
+  PPG_HD bool weighs_importance() const { return importance_floor != 0.f || importance_cap != 0.f; }
 };
 
 // One read of the logits, one write of dlogits. A row is
 //   SKIP          label < 0: not read, zeros out
-//   FULL          a gradient is wanted and advantage != 0 or a KL or entropy term is on
+//   FULL          a gradient is wanted and its advantage or nll weight is not 0, or a term is on that every row has
 //   FORWARD-ONLY  else: loss, log-prob and entropy; its gradient row is zero
 struct PolicyLossArgs : Sweep {
   const float *advantages, *weights;  // (N,); weights may be null: 1
   const float *old_logprobs, *ref_logprobs,
-      *rollout_logprobs;  // (N,) or null: on-policy, no reference, no sampler mismatch
+      *rollout_logprobs;     // (N,) or null: on-policy, no reference, no sampler mismatch
+  const float* nll_weights;  // (N,) of -logprob, beside `weights`, or null: 0
   TermArgs term;
   float *loss, *logprob, *entropy;  // (N,) out; loss already weighted; entropy may be null unless entropy_coef != 0
   float* score_norm;  // (N,) out or null, then entropy is not: |d logprob / d z|^2 = sum p^2 - 2 p_label + 1
   Rows dlogits;       // data null: no gradient wanted; may be the logits themselves
+  // Whether row n has a gradient, if one is wanted and it is not masked.
+  PPG_HD bool live(int64_t n) const {
+    return advantages[n] != 0.f || (nll_weights && nll_weights[n] != 0.f) || term.needs_every_row();
+  }
 };
 
 // How far a teacher's distribution q is from the student's p, by `beta`: 0 KL(q, p), 1 KL(p, q), between beta KL(q, m)
@@ -225,7 +236,8 @@ struct FusedPolicyLossArgs {
   int64_t V;
   DType dtype;
   float temperature, logit_softcap;
-  Column advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures;  // float32 or null
+  Column advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures,
+      nll_weights;               // float32 or null
   const float* turn_advantages;  // (S, T), in place of `advantages` where given
   int64_t T;
   TermArgs term;
@@ -265,6 +277,7 @@ namespace cuda {
 int logprobs_fwd(const LogprobsFwdArgs&, void* stream);
 int logprobs_bwd(const LogprobsBwdArgs&, void* stream);
 int policy_loss(const PolicyLossArgs&, void* stream);
+int distillation(const DistillationArgs&, void* stream);
 int scale_rows(const ScaleRowsArgs&, void* stream);
 int partial_returns(const PartialReturnsArgs&, void* stream);
 int fused_policy_loss(const FusedLaunchArgs&, void* stream);

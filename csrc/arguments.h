@@ -22,9 +22,26 @@ inline Sweep sweep_of(const Tensor& logits, const Tensor& labels, const Optional
 // The spec, which begins at these places of its lists.
 inline TermArgs term_of(const double* numbers, const int64_t* choices) {
   using namespace wire;
-  return {LossType(choices[LOSS_TYPE]), KLEstimator(choices[KL_ESTIMATOR]), float(numbers[CLIP_LOW]),
-          float(numbers[CLIP_HIGH]),    float(numbers[DUAL_CLIP]),          float(numbers[KL_COEF]),
-          float(numbers[ENTROPY_COEF]), float(numbers[IMPORTANCE_CAP]),     NanRollout(choices[NAN_ROLLOUT])};
+  TermArgs a{};
+  a.loss_type = LossType(choices[LOSS_TYPE]);
+  a.kl_estimator = KLEstimator(choices[KL_ESTIMATOR]);
+  a.nan_rollout = NanRollout(choices[NAN_ROLLOUT]);
+  a.importance_mode = ImportanceMode(choices[IMPORTANCE_MODE]);
+  a.clip_low = float(numbers[CLIP_LOW]);
+  a.clip_high = float(numbers[CLIP_HIGH]);
+  a.dual_clip = float(numbers[DUAL_CLIP]);
+  a.ratio_cap = float(numbers[RATIO_CAP]);
+  a.tau_positive = float(numbers[TAU_POSITIVE]);
+  a.tau_negative = float(numbers[TAU_NEGATIVE]);
+  a.log_ratio_coef = float(numbers[LOG_RATIO_COEF]);
+  a.kl_coef = float(numbers[KL_COEF]);
+  a.kl_cap = float(numbers[KL_CAP]);
+  a.entropy_coef = float(numbers[ENTROPY_COEF]);
+  a.z_coef = float(numbers[Z_COEF]);
+  a.importance_floor = float(numbers[IMPORTANCE_FLOOR]);
+  a.importance_cap = float(numbers[IMPORTANCE_CAP]);
+  a.max_log_ratio = float(numbers[MAX_LOG_RATIO]);
+  return a;
 }
 
 inline TokenArgs tokens_of(const Tensor& logits, const Tensors& tensors, int64_t sequences) {
@@ -91,6 +108,7 @@ inline FusedPolicyLossArgs fused_of(const Tensor& logits, const TokenArgs& token
   a.ref_logprobs = floats_at(REF_LOGPROBS, "ref_logprobs");
   a.rollout_logprobs = floats_at(ROLLOUT_LOGPROBS, "rollout_logprobs");
   a.temperatures = floats_at(TEMPERATURES, "temperatures");
+  a.nll_weights = floats_at(NLL_WEIGHTS, "nll_weights");
   a.term = term_of(spec, choices.data() + SPEC_CHOICES);
   a.reduction = Reduction(choices.at(REDUCTION));
   a.skip_zero_advantages = choices.at(SKIP_ZERO_ADVANTAGES);

@@ -92,12 +92,16 @@ void policy_loss(const Tensor& logits, const Tensor& labels, const Tensors& rows
                  const Choices& choices, const Tensor& loss, const Tensor& logprob, const Optional& entropy,
                  const Optional& dlogits, const Optional& score_norm) {
   using namespace wire;
-  PolicyLossArgs a{sweep_of(logits, labels, rows.at(TEMPERATURES), numbers.at(TEMPERATURE), numbers.at(LOGIT_SOFTCAP))};
+  STD_TORCH_CHECK(
+      rows.size() == NLL_WEIGHTS + 1 && numbers.size() == LOGIT_SOFTCAP + 1 && choices.size() == IMPORTANCE_MODE + 1,
+      "the lists must be as long as args.h says");
+  PolicyLossArgs a{sweep_of(logits, labels, rows[TEMPERATURES], numbers[TEMPERATURE], numbers[LOGIT_SOFTCAP])};
   a.advantages = floats(rows[ADVANTAGES], a.N, "advantages");
   a.weights = floats(rows[WEIGHTS], a.N, "weights");
   a.old_logprobs = floats(rows[OLD_LOGPROBS], a.N, "old_logprobs");
   a.ref_logprobs = floats(rows[REF_LOGPROBS], a.N, "ref_logprobs");
   a.rollout_logprobs = floats(rows[ROLLOUT_LOGPROBS], a.N, "rollout_logprobs");
+  a.nll_weights = floats(rows[NLL_WEIGHTS], a.N, "nll_weights");
   a.term = term_of(numbers.data(), choices.data());
   a.loss = floats(loss, a.N, "loss");
   a.logprob = floats(logprob, a.N, "logprob");
@@ -121,7 +125,7 @@ void distillation(const Tensor& logits, const Tensor& teacher_logits, const Tens
   a.beta = float(numbers.at(3));
   a.divergence = floats(divergence, a.N, "divergence");
   a.dlogits = gradient_rows(dlogits, logits);
-  run(PPG_ON_CPU(distillation), nullptr, a, a.N, logits);
+  run(PPG_ON_CPU(distillation), PPG_ON_CUDA(distillation), a, a.N, logits);
 }
 
 // Under one scale, what has no gaps is cut into rows of equal length: a bias, or short rows, occupy the whole chip too.

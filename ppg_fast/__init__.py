@@ -13,12 +13,15 @@ from ppg_fast.functional import (
     linear_partial_policy_loss,
     linear_policy_loss,
     linear_token_logprobs,
+    linear_turn_regression_loss,
     partial_policy_loss,
     partial_returns,
     policy_loss,
     policy_loss_from_logprobs,
     token_logprobs,
     turn_advantages,
+    turn_regression_loss,
+    turn_regression_loss_from_logprobs,
 )
 from ppg_fast.policy_classes import FullPlanning, Greedy, Lookahead, PolicyClass, RewardMask, Segment, policy_class
 from ppg_fast.spec import PolicyLossSpec
@@ -41,6 +44,7 @@ __all__ = [
     "linear_partial_policy_loss",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "linear_turn_regression_loss",
     "partial_policy_loss",
     "partial_returns",
     "policy_class",
@@ -48,4 +52,6 @@ __all__ = [
     "policy_loss_from_logprobs",
     "token_logprobs",
     "turn_advantages",
+    "turn_regression_loss",
+    "turn_regression_loss_from_logprobs",
 ]

@@ -79,7 +79,7 @@ from types import ModuleType
 import torch
 
 NAMES = ("cpu", "triton", "cuda")
-CONTRACT = ("partial_returns", "logprobs_fwd", "logprobs_bwd", "policy_loss", "scale_rows")
+CONTRACT = ("partial_returns", "logprobs_fwd", "logprobs_bwd", "policy_loss", "distillation", "scale_rows")
 MODULES = {
     "cpu": "ppg_fast.native",
     "cuda": "ppg_fast.native",

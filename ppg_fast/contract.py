@@ -114,20 +114,21 @@ class TeacherRows(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """How many rows of a linear head have their logits in memory at once."""
+    """How many rows of a linear head have their logits in memory at once, and in what precision."""
 
     rows: int
     max_active: int | None  # the caller's bound on the rows that are read
+    float32: bool = False  # the logits, whatever the dtype of hidden states and weight; else that dtype
 
     def pack(self) -> list[int]:
-        """The two as integers, -1 for no bound."""
-        return [self.rows, -1 if self.max_active is None else self.max_active]
+        """The three as integers, -1 for no bound."""
+        return [self.rows, -1 if self.max_active is None else self.max_active, int(self.float32)]
 
     @classmethod
     def unpack(cls, sizes: Sequence[int]) -> Chunks:
         """What `pack` packed."""
-        rows, bound = sizes
-        return cls(rows, None if bound < 0 else bound)
+        rows, bound, float32 = sizes
+        return cls(rows, None if bound < 0 else bound, bool(float32))
 
 
 class Wanted(NamedTuple):

@@ -18,6 +18,9 @@ class LossType(IntEnum):
     DPPO_KL = 8
     SAPO = 9
     TOPR = 10
+    GMPO = 11
+    GMPO_TURN = 12
+    VESPO = 13
 
 
 class KLEstimator(IntEnum):
@@ -55,6 +58,14 @@ _PPO = Loss(
     "TRL, verl, OpenRLHF, SkyRL, NeMo-RL, AReaL, slime",
     "arXiv:1707.06347; clip-higher arXiv:2503.14476; dual clip arXiv:1912.09729",
 )
+_GMPO = Loss(
+    {"clip_low": 0.4, "clip_high": 0.4},
+    "-r A with r = exp(mean over the sequence of x), x = l - old: min(x, high) where A > 0, max(x, -low) where A < 0",
+    "r, 0 where x is clipped",
+    "outliers of single tokens in the ratio of a sequence",
+    "verl (geo_mean)",
+    "arXiv:2507.20673",
+)
 LOSSES: dict[LossType, Loss] = {
     LossType.REINFORCE: Loss({}, "-A l", "1", "nothing: the data are the policy's own", "all", "Williams (1992)"),
     LossType.PPO: _PPO,
@@ -76,7 +87,18 @@ LOSSES: dict[LossType, Loss] = {
         value="as ppo with r = exp(mean of l - old over the turn)",
         corrects="noise of ratios of single tokens, in dialogues",
         users="AgileRL",
-        source="arXiv:2512.17008",
+        source="arXiv:2512.17008, by the sum (ratio_reduction)",
+    ),
+    LossType.GMPO: _GMPO,
+    LossType.GMPO_TURN: _GMPO._replace(value="as gmpo, over the turn", users="none", source="as gmpo"),
+    LossType.VESPO: Loss(
+        {"k_positive": 2.0, "lambda_positive": 3.0, "k_negative": 3.0, "lambda_negative": 2.0},
+        "-sg[phi] A l, phi = exp(lambda (1 - w) + k log w), w = exp(sum over the sequence of (l - old)) times the "
+        "product of its importance weights; k and lambda by the sign of A",
+        "phi",
+        "stale sequences: the weight is 1 at w = 1 and fades on both sides",
+        "TRL",
+        "arXiv:2602.10693; TRL 1.16, get_gamma_weights",
     ),
     LossType.IPO: Loss(
         {"clip_low": 0.1, "clip_high": 0.1},
@@ -131,7 +153,10 @@ LOSS_TYPES = tuple(t.name.lower() for t in LossType)
 KL_ESTIMATORS = tuple(k.name.lower() for k in KLEstimator)
 LOSS_NUMBERS = {t.name.lower(): int(t) for t in LossType}
 KL_NUMBERS = {k.name.lower(): int(k) for k in KLEstimator}
-SEQUENCE_LEVEL = ("gspo", "gspo_turn")  # their ratio needs other rows, so they take two sweeps
+# their ratio needs other rows, so they take two sweeps: whose tokens share it
+SHARED = {"gspo": "sequence", "gspo_turn": "turn", "gmpo": "sequence", "gmpo_turn": "turn", "vespo": "sequence"}
+SEQUENCE_LEVEL = tuple(SHARED)
+CLIPPED_BEFORE = ("gmpo", "gmpo_turn")  # each token's log ratio is clipped, and then their mean is taken
 GATED = ("ipo", "icepop", "dppo_tv", "dppo_kl")  # their weight is 0 outside of their bounds
 WITH_ROLLOUT = ("ipo", "icepop")  # they compare the policy with the sampler's log-probs where there are any
 
@@ -155,6 +180,8 @@ PRESETS: dict[str, Preset] = {
         {"loss_type": "gspo", "clip_low": 3e-4, "clip_high": 4e-4}, "sequence_mean", "arXiv:2507.18071, section 5.1"
     ),
     "cispo": Preset({"loss_type": "cispo", "clip_high": 4.0}, "token_mean", "arXiv:2510.13786; TRL's epsilon_high 5"),
+    "gmpo": Preset({"loss_type": "gmpo"}, "sequence_mean", "arXiv:2507.20673: exp(-0.4) to exp(0.4)"),
+    "vespo": Preset({"loss_type": "vespo"}, "token_mean", "TRL 1.16, GRPOConfig"),
     "ipo": Preset({"loss_type": "ipo", "log_ratio_coef": 1e-3}, "token_mean", "prime-rl, IPOLossConfig"),
     "icepop": Preset({"loss_type": "icepop"}, "token_mean", "arXiv:2510.18855: 0.5 to 5"),
     "dppo_tv": Preset({"loss_type": "dppo_tv", "ratio_cap": 20.0}, "token_mean", "arXiv:2602.04879; verl 0.9"),

@@ -97,12 +97,6 @@ def logprobs_bwd(
     _lib.logprobs_bwd.default(logits, labels, lse, entropy, d_logprob, d_entropy, *scale, dlogits)
 
 
-def _built_for(spec: PolicyLossSpec, nll_weights: Tensor | None) -> None:
-    new = spec.log_ratio_coef, spec.z_coef, spec.importance_floor, spec.kl_cap, spec.max_log_ratio - 20
-    if spec.choices[0] > 4 or spec.choices[1] > 3 or spec.choices[3] or any(new) or nll_weights is not None:
-        raise NotImplementedError(f"the kernels of this backend do not know loss_type {spec.loss_type} yet")
-
-
 def policy_loss(
     logits: Tensor,
     labels: Tensor,
@@ -118,7 +112,6 @@ def policy_loss(
     dlogits: Tensor | None,
     score_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _built_for(spec, nll_weights)
     N = labels.numel()
     entropy = entropy or spec.entropy_coef != 0 or score_norm is not None
     loss, logprob, ent = _new(logits, N), _new(logits, N), _new(logits, N if entropy else 0)
@@ -141,7 +134,6 @@ def fused_policy_loss(
     dlogits: Tensor | None,
     score_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    _built_for(spec, columns.nll_weights)
     shape, summed, gpu = columns.labels.shape, reduction.kind != "none", on_gpu(logits)
     entropy = entropy or spec.entropy_coef != 0 or score_norm is not None
     new = (columns.advantages if turns is None else turns.rewards).new_empty  # type: ignore[union-attr]  # float32

@@ -14,6 +14,7 @@ from ppg_fast.losses import (
     LOSS_TYPES,
     LOSSES,
     PRESETS,
+    SHARED,
     WITH_ROLLOUT,
     KLEstimator,
     LossType,
@@ -58,6 +59,7 @@ SPEC_NUMBERS = (
 )
 SPEC_CHOICES = ("loss_type", "kl_estimator", "nan_rollout", "importance_mode")
 IMPORTANCE_MODES = ("truncate", "mask")  # in the order of csrc/args.h
+RATIO_REDUCTIONS = ("mean", "sum")
 # what a number is where a loss does not use it, which is also the only value it may be given there
 UNUSED = {
     "clip_low": 0.2,
@@ -66,6 +68,10 @@ UNUSED = {
     "ratio_cap": 0.0,
     "tau_positive": 1.0,
     "tau_negative": 1.05,
+    "k_positive": 2.0,
+    "lambda_positive": 3.0,
+    "k_negative": 3.0,
+    "lambda_negative": 2.0,
 }
 
 
@@ -82,7 +88,7 @@ class PolicyLossSpec:
     ``loss_type``: formulas, defaults of its numbers and sources are in `ppg_fast.losses.LOSSES` and docs/losses.md.
     Numbers of the loss, None for its default, refused where it has no use for them: ``clip_low``, ``clip_high``, the
     bounds of its clip or gate; ``dual_clip`` (> 1) of ppo and gspo, ``ratio_cap`` of dppo, off at 0; ``tau_positive``,
-    ``tau_negative`` of sapo.
+    ``tau_negative`` of sapo; ``k_positive``, ``lambda_positive``, ``k_negative``, ``lambda_negative`` of vespo.
 
     ``kl_coef`` is the weight of ``kl_estimator``(l, ref), which is kept within ``kl_cap`` (0: off), without slope
     beyond; ``entropy_coef`` of the entropy bonus; ``log_ratio_coef`` of the squared log ratio; ``z_coef`` of the
@@ -91,6 +97,11 @@ class PolicyLossSpec:
     The importance weight exp(old - rollout) is on where ``importance_cap`` or ``importance_floor`` is not 0;
     ``importance_mode`` "truncate": it is kept within [floor, cap]; "mask": it is 0 outside of them.
 
+    ``ratio_reduction`` "sum": the ratio of gspo and gspo_turn is that of the whole sequence or turn, exp(sum of (l -
+    old)), in place of the geometric mean over its tokens. ``opsm_delta`` (0: off) drops what is off-policy and bad
+    (DeepSeek-V3.2, arXiv:2512.02556): the surrogate of a token with A < 0 is 0 where the mean over its sequence of
+    (b - l), b the rollout log-prob if given, else the old one, is above it; other terms and denominators stay.
+
     ``temperature`` is a number, or one per token as a tensor of the labels' shape; logits pass through the softcap
     first and are divided by the temperature then. ``logit_softcap`` is off at 0. Numbers in nats or ratios. Log ratios
     (l - old, also the mean of gspo; old - rollout; ref - l in k3) count as at most ``max_log_ratio`` where they are
@@ -98,9 +109,9 @@ class PolicyLossSpec:
 
     ``nan_rollout`` says what a NaN rollout log-prob of an active token is (samplers report none for a token that was
     forced on them): "keep", it stays NaN in the loss and the token's gradient; "error", a ValueError that counts them
-    and names the first row (on a GPU this reads the values: one sync); "one", its importance weight is 1, and ipo and
-    icepop compare with old; "drop", the token is masked: neither loss nor gradient, and it is in no count of active
-    tokens (a given normalizer is what it was).
+    and names the first row (on a GPU this reads the values: one sync); "one", its importance weight is 1, ipo and
+    icepop compare with old, opsm_delta with l; "drop", the token is masked: neither loss nor gradient, and it is in no
+    count of active tokens (a given normalizer is what it was).
     """
 
     loss_type: str = "reinforce"
@@ -123,14 +134,24 @@ class PolicyLossSpec:
     importance_floor: float = 0.0
     importance_mode: str = "truncate"
     max_log_ratio: float = MAX_LOG_RATIO
+    ratio_reduction: str = "mean"
+    opsm_delta: float = 0.0
+    k_positive: float = DEFAULT
+    lambda_positive: float = DEFAULT
+    k_negative: float = DEFAULT
+    lambda_negative: float = DEFAULT
 
     def __post_init__(self) -> None:
         require_one_of("loss_type", self.loss_type, LOSS_TYPES)
         require_one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         require_one_of("nan_rollout", self.nan_rollout, NAN_ROLLOUT)
         require_one_of("importance_mode", self.importance_mode, IMPORTANCE_MODES)
+        require_one_of("ratio_reduction", self.ratio_reduction, RATIO_REDUCTIONS)
+        sums = self.ratio_reduction == "mean" or self.loss_type in ("gspo", "gspo_turn")
+        require(sums, f'ratio_reduction must be "mean" for loss_type {self.loss_type}: gspo, gspo_turn have it', "sum")
         self._own_numbers()
-        for name in ("kl_coef", "kl_cap", "log_ratio_coef", "z_coef", "importance_floor", "importance_cap"):
+        terms = "kl_coef", "kl_cap", "log_ratio_coef", "z_coef", "importance_floor", "importance_cap", "opsm_delta"
+        for name in terms:
             self._number(name, 0.0)
         self._number("entropy_coef", -math.inf)
         self._number("logit_softcap", 0.0)
@@ -151,7 +172,8 @@ class PolicyLossSpec:
         for name, unused in UNUSED.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, uses.get(name, unused))
-            self._number(name, 0.0, 1.0 if name == "clip_low" else math.inf, open_low=name.startswith("tau"))
+            positive = name.startswith(("tau", "lambda"))
+            self._number(name, 0.0, 1.0 if name == "clip_low" else math.inf, open_low=positive)
             value = getattr(self, name)
             if name not in uses and value != unused:
                 own = ", ".join(uses) or "no such number"
@@ -167,8 +189,8 @@ class PolicyLossSpec:
     @classmethod
     def preset(cls, name: str, **changes: Any) -> PolicyLossSpec:
         """The spec that a trainer's users mean by ``name``, with ``changes``: "grpo", "dapo", "dr_grpo", "gspo",
-        "cispo", "ipo", "icepop", "dppo_tv", "dppo_kl", "sapo", "topr". Numbers and sources, and the reduction that
-        goes with each: `ppg_fast.losses.PRESETS` and docs/losses.md."""
+        "gmpo", "cispo", "ipo", "icepop", "dppo_tv", "dppo_kl", "sapo", "topr", "vespo". Numbers and sources, and the
+        reduction that goes with each: `ppg_fast.losses.PRESETS` and docs/losses.md."""
         require_one_of("a preset", name, tuple(PRESETS))
         return cls(**{**PRESETS[name].numbers, **changes})
 
@@ -183,9 +205,14 @@ class PolicyLossSpec:
         return bool(self.importance_cap or self.importance_floor)
 
     @property
+    def shared(self) -> str:
+        """Whose tokens' log-probs the loss of one of them needs: "" (its own), "turn" or "sequence"."""
+        return "sequence" if self.opsm_delta else SHARED.get(self.loss_type, "")
+
+    @property
     def reads_rollout(self) -> bool:
         """Whether rollout log-probs enter the loss."""
-        return self.weighs_importance or self.loss_type in WITH_ROLLOUT
+        return self.weighs_importance or self.loss_type in WITH_ROLLOUT or bool(self.opsm_delta)
 
     @property
     def numbers(self) -> list[float]:

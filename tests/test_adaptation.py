@@ -14,6 +14,7 @@ pytest.importorskip("peft")
 from ppg_fast.cli import main
 from ppg_fast.dialogues.packing import Sample, pack
 from ppg_fast.models import causal_lm as models
+from ppg_fast.models import freed_memory
 from ppg_fast.models.adaptation import (
     StartingWeights,
     add_lora,
@@ -160,6 +161,20 @@ def test_checkpointing_keeps_less_and_the_gradient_to_the_bit(lora):
     assert all(torch.equal(full[n], found[n]) and torch.equal(full[n], third[n]) for n in full)
     assert bytes_of_all < bytes_of_third < bytes_kept
     assert bytes_of_all < bytes_kept / 3
+
+
+def test_freed_memory_is_given_back_once_a_layer_in_both_passes(monkeypatch):
+    model = tiny(layers=3)
+    checkpoint_activations(model)
+    before, trims = gradients(model), []
+    monkeypatch.setattr(freed_memory, "_trim", lambda: lambda pad: trims.append(pad) or 1)
+    freed_memory.give_back_freed_memory(model)
+    after = gradients(model)
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert trims == [0] * 6  # after each forward pass, and once the layer above has ended its backward pass
+    monkeypatch.setattr(freed_memory, "_trim", lambda: None)  # another allocator
+    freed_memory.give_back_freed_memory(other := tiny())
+    assert not any(layer._forward_hooks for layer in other.modules())
 
 
 def test_options_of_checkpointing_reach_the_switch_or_are_refused():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import LOSSES, TERMS
 from emulator import build as emulator
 from emulator.cases import Case, columns, run, shortest_ring, strided
 
@@ -42,6 +43,9 @@ SPECS = (
     PolicyLossSpec("cispo", clip_high=0.23, kl_coef=0.13, kl_estimator="k2", importance_cap=1.07),
     PolicyLossSpec("reinforce", kl_coef=0.09, kl_estimator="k1", logit_softcap=12.0, temperature=1.4),
     PolicyLossSpec("cispo", clip_high=0.31, entropy_coef=0.05, logit_softcap=9.0),
+    PolicyLossSpec("ipo", clip_high=0.02, log_ratio_coef=0.04, importance_floor=0.9, temperature=0.9),
+    PolicyLossSpec("dppo_kl", clip_high=1e-3, ratio_cap=1.1, z_coef=2e-3, logit_softcap=11.0),
+    PolicyLossSpec("sapo", kl_coef=0.11, kl_estimator="k3_unbiased", kl_cap=0.3, max_log_ratio=0.15),
 )
 
 
@@ -85,6 +89,7 @@ def test_every_plan_agrees_with_the_reference(emulated, plan):
                 V, dtype, spec, shift, draw.choice((0, 3, 8)), out, on_policy=draw.random() < 0.3,
                 row_temperatures=draw.random() < 0.4,
                 entropy=draw.random() < 0.5, holes=holes, score_norm=draw.random() < 0.4,
+                likelihood=draw.random() < 0.3,
             )  # fmt: skip
             how = {"resident": draw.randrange(1, 4), "seed": draw.randrange(1 << 20), "mode": draw.randrange(3)}
             force(emulated, plan, case, draw.randrange(3), **how)
@@ -93,6 +98,15 @@ def test_every_plan_agrees_with_the_reference(emulated, plan):
             except (AssertionError, RuntimeError) as error:
                 raise AssertionError(f"{case}, {how}: {error}") from error
             assert emulated.take_stats().cluster == plan[0]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_and_term(emulated, loss):
+    for place, terms in enumerate(TERMS):
+        spec = replace(LOSSES[loss], **TERMS[terms])
+        case = Case(7 + 31 * (place % 2), torch.float32, spec, likelihood=place % 3 == 0)
+        force(emulated, ((0, 128), (1, 512))[place % 2], case)
+        run(emulated.ops, case)
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2], ids=("eager", "random", "late"))
@@ -277,6 +291,44 @@ def test_a_weight_is_cast_by_wide_accesses(emulated):
             emulated.ops.scale_rows(torch.empty(1, 2, 8, dtype=torch.bfloat16), torch.ones(1), bad)
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.4])
+def test_distillation_at_any_alignment(emulated, beta):
+    """The same bits wherever rows begin and the gradient goes, by wide accesses where they are aligned; nothing beside
+    the rows is touched."""
+    for dtype, V in ((torch.bfloat16, 5003), (torch.float32, 9000)):
+        draw = torch.Generator().manual_seed(V)
+        logits, teacher = (torch.randn(2, 3, V, generator=draw).to(dtype) for _ in range(2))
+        labels, bits = torch.tensor([0, -1, 2, 3, 4, 5]), []
+        for shift, of_teacher, gap, out in ((0, 0, 0, 0), (0, 5, 3, 0), (3, 0, 8, 1), (1, 2, 5, None)):
+            x, memory = strided(Case(V, dtype, gap=gap), shift)
+            y, _ = strided(Case(V, dtype, gap=gap), of_teacher)
+            x.copy_(logits), y.copy_(teacher)
+            into, memory = (x, memory) if out is None else strided(Case(V, dtype, gap=gap), out)
+            between, divergence = memory.clone(), torch.empty(6)
+            emulated.take_stats()
+            emulated.ops.distillation(x, y, labels, None, None, [0.7, 0.0, 30.0, beta], divergence, into)
+            stats = emulated.take_stats()
+            bits.append((divergence, into.clone()))
+            between.as_strided(into.shape, into.stride(), into.storage_offset()).copy_(into)
+            assert torch.equal(memory, between)
+            if (shift, of_teacher, out) == (0, 0, 0) and V % 8 == 0:
+                vectors = V * dtype.itemsize // 16
+                sweeps = 2 if beta == 0 else 3
+                assert (stats.vector_loads, stats.vector_stores) == (5 * 2 * sweeps * vectors, 6 * vectors)
+        for divergence, gradient in bits[1:]:
+            assert torch.equal(divergence, bits[0][0])
+            assert torch.equal(gradient, bits[0][1])
+
+
+def test_distillation_reads_no_row_that_does_not_count(emulated):
+    x, weights = torch.full((1, 4, 4096), torch.nan), torch.tensor([0.0, 1.0, -0.0, 1.0])
+    divergence, labels = torch.full((4,), torch.nan), torch.tensor([3, -1, 4, -100])
+    emulated.ops.distillation(x, x.clone(), labels, weights, None, [1.0, 0.0, 0.0, 0.5], divergence, x)
+    assert emulated.take_stats().vector_loads == 0
+    assert not divergence.any()
+    assert not x.view(torch.uint8).any()
+
+
 WINDOWS = (
     (1, 1, 1, 0, False),
     (3, 7, 3, 0, False),
@@ -311,7 +363,7 @@ def test_extreme_logits_stay_in_their_row(emulated):
         labels, adv, d = torch.full((5,), 5), torch.ones(5), torch.empty(1, 5, 64)
         out = [torch.empty(5) for _ in range(3)]
         spec = PolicyLossSpec(entropy_coef=0.1)
-        rows = [adv, *[None] * 5]
+        rows = [adv, *[None] * 6]
         emulated.ops.policy_loss(x[None], labels, rows, spec.numbers, spec.choices, *out, d, None)
         assert out[1].isnan().tolist() == [False, True, True, False, False]
         assert out[2].isnan().tolist() == [False, True, True, False, False]

@@ -122,6 +122,9 @@ class ClippedPGLossConfig(BaseModel, extra="allow"):  # of NeMo-RL 0.6
     ratio_clip_max: float = 0.15
     ratio_clip_c: float | None = None
     reference_policy_kl_penalty: float = 0.0  # NeMo-RL: 0.01
+    reference_policy_kl_type: str = "k3"
+    kl_input_clamp_value: float | None = 20.0
+    kl_output_clamp_value: float | None = 10.0
     use_kl_in_reward: bool = False
     use_importance_sampling_correction: bool = False
     truncated_importance_sampling_type: str | None = None
@@ -166,9 +169,8 @@ def master(path=None, value=None, **loss):
 
 REFUSED = {
     "loss": {
-        "loss_fn.truncated_importance_sampling_type": "icepop", "loss_fn.truncated_importance_sampling_ratio_min": 0.5,
-        "loss_fn.use_on_policy_kl_approximation": True, "loss_fn.positive_example_nll_weight": 0.1,
-        "loss_fn.reference_policy_kl_penalty": 0.01, "loss_fn.later": True, "on_policy_distillation.enabled": True,
+        "loss_fn.truncated_importance_sampling_type": "seq-mask-tis", "loss_fn.later": True,
+        "on_policy_distillation.enabled": True,
     },
     "advantages": {
         "grpo.adv_estimator.name": "gdpo", "grpo.normalize_rewards": False, "grpo.use_leave_one_out_baseline": False,
@@ -210,7 +212,14 @@ def test_every_row_that_refuses_has_a_case(nemo):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"use_cispo": True}, "loss_fn.ratio_clip_min .* at least 1 for use_cispo .*got 0.1"),
+        (
+            {"reference_policy_kl_penalty": 0.01, "reference_policy_kl_type": "k2"},
+            "loss_fn.reference_policy_kl_type of NeMo-RL must be k3 .*got 'k2'",
+        ),
+        (
+            {"reference_policy_kl_penalty": 0.01, "kl_output_clamp_value": 30.0},
+            "loss_fn.kl_output_clamp_value of NeMo-RL must be smaller than kl_input_clamp_value, .*got 30.0",
+        ),
         ({"disable_ppo_ratio": True, "ratio_clip_c": 3.0}, "loss_fn.ratio_clip_c .* null for reinforce .*got 3.0"),
         ({"use_importance_sampling_correction": True}, "truncated_importance_sampling_ratio .* number .*got None"),
         (
@@ -230,15 +239,21 @@ def test_a_spec_or_a_config(nemo):
 
 
 TIS = {"truncated_importance_sampling_type": "tis", "truncated_importance_sampling_ratio": 1.1}
+ICEPOP = {**TIS, "truncated_importance_sampling_type": "icepop", "truncated_importance_sampling_ratio_min": 0.9}
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"ratio_clip_c": 1.3}, {"disable_ppo_ratio": True}, {"use_cispo": True, "ratio_clip_min": 1.0},
+        {}, {"ratio_clip_c": 1.3}, {"disable_ppo_ratio": True}, {"use_cispo": True},
         {"sequence_level_importance_ratios": True, "token_level_loss": False}, {"token_level_loss": False},
         {"use_importance_sampling_correction": True, **TIS}, {"force_on_policy_ratio": True},
         {"force_on_policy_ratio": True, "use_importance_sampling_correction": True, **TIS},
+        {"use_importance_sampling_correction": True, **TIS, "truncated_importance_sampling_ratio_min": 0.9},
+        {"use_importance_sampling_correction": True, **ICEPOP}, {"reference_policy_kl_penalty": 0.3},
+        {"reference_policy_kl_penalty": 0.3, "kl_output_clamp_value": 0.01, "token_level_loss": False},
+        {"reference_policy_kl_penalty": 0.3, "use_on_policy_kl_approximation": True},
+        {"positive_example_nll_weight": 0.7},
     ],
     ids=lambda options: "+".join(options) or "defaults",
 )  # fmt: skip
@@ -251,7 +266,8 @@ def test_nemo_rls_own_loss_from_its_own_options(nemo, batch, options):
     data = {
         "token_mask": batch.mask.float(), "sample_mask": torch.ones(4), "advantages": advantages,
         "prev_logprobs": torch.zeros_like(batch.old) if o.force_on_policy_ratio else batch.old,
-        "generation_logprobs": batch.rollout,
+        "generation_logprobs": batch.rollout, "reference_policy_logprobs": batch.ref,
+        "rewards": torch.tensor([1.0, -1.0, 0.0, 0.5]),
     }  # fmt: skip
     tokens = batch.mask[:, 1:].sum()
     loss, _ = loss_fn(current, data, torch.tensor(4.0), tokens.float())
@@ -267,9 +283,20 @@ def test_nemo_rls_own_loss_from_its_own_options(nemo, batch, options):
     if o.ratio_clip_c is not None:
         term = torch.where(A < 0, torch.minimum(term, -A * o.ratio_clip_c), term)
     if o.use_importance_sampling_correction:
-        term = term * (prev - generation).exp().clamp(max=1.1)
+        weight, least = (prev - generation).exp(), o.truncated_importance_sampling_ratio_min or 0.0
+        masked_out = (weight < least) | (weight > 1.1)
+        is_mask = o.truncated_importance_sampling_type == "icepop"
+        term = term * (weight.masked_fill(masked_out, 0.0) if is_mask else weight.clamp(least, 1.1))
+    if o.reference_policy_kl_penalty:
+        r = (current - (generation if o.use_on_policy_kl_approximation else current.detach())).exp()
+        d = (batch.ref[:, 1:] - current).clamp(-o.kl_input_clamp_value, o.kl_input_clamp_value)
+        kl = (r * (d.exp() - 1 - d)).clamp(-o.kl_output_clamp_value, o.kl_output_clamp_value)
+        term = term + o.reference_policy_kl_penalty * kl
     masked = term * mask
     naive = masked.sum() / tokens if o.token_level_loss else (masked.sum(1) / mask.sum(1)).mean()
+    if o.positive_example_nll_weight:
+        right = mask * (data["rewards"] > 0)[:, None]
+        naive = naive - o.positive_example_nll_weight * (right * current).sum() / right.sum()
     torch.testing.assert_close(loss, naive, rtol=1e-5, atol=1e-6)
     gradients = [torch.autograd.grad(value, batch.logits, retain_graph=True)[0] for value in (loss, naive)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

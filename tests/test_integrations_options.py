@@ -121,8 +121,7 @@ REFUSED_ALGORITHM = {
 }  # fmt: skip
 REFUSED_ACTOR = {
     "policy_loss.clip_cov_ratio": 0.1, "policy_loss.kl_cov_ratio": 0.1, "policy_loss.clip_cov_lb": 0.0,
-    "policy_loss.clip_cov_ub": 1.0, "policy_loss.ppo_kl_coef": 1.0, "policy_loss.dro_beta": 0.5, "tau_pos": 2.0,
-    "tau_neg": 2.0,
+    "policy_loss.clip_cov_ub": 1.0, "policy_loss.ppo_kl_coef": 1.0, "policy_loss.dro_beta": 0.5,
 }  # fmt: skip
 
 
@@ -146,7 +145,7 @@ def test_verls_actor_is_checked(name):
     value = REFUSED_ACTOR[name]
     config = ActorConfig(**{first: PolicyLossConfig(**{rest: value}) if rest else value})
     with pytest.raises(ValueError, match=rf"^{name} of verl's actor must be .*got {re.escape(repr(value))}$"):
-        VERL.check_actor(config, "ppo")
+        VERL.check_actor(config)
 
 
 def test_verls_options_that_we_honour_pass():
@@ -154,9 +153,8 @@ def test_verls_options_that_we_honour_pass():
     given = {"ppg": {"gamma": 0.9}, "rollout_correction": correction, "use_kl_in_reward": True}
     for config in (ALGORITHM, {**ALGORITHM, **given}, {**ALGORITHM, "rollout_correction": {"rollout_rs": None}}):
         VERL.check_algorithm(config, AlgoConfig)
-    VERL.check_actor(ActorConfig(clip_ratio_low=0.1, entropy_coeff=0.1, use_kl_loss=True, loss_scale_factor=5), "ppo")
-    VERL.check_actor(ActorConfig(clip_ratio_low=1.0), "cispo")
-    VERL.check_actor(ActorConfig(clip_ratio=1.0, clip_ratio_low=None), "cispo")
+    VERL.check_actor(ActorConfig(clip_ratio_low=0.1, entropy_coeff=0.1, use_kl_loss=True, loss_scale_factor=5))
+    VERL.check_actor(ActorConfig(tau_pos=2.0))
 
 
 def test_verls_functions_walk_the_tables(monkeypatch, request):
@@ -192,27 +190,20 @@ def test_verls_functions_walk_the_tables(monkeypatch, request):
     actor.get, actor.global_batch_info = lambda name, default: getattr(actor, name, default), {}
     loss, _ = registered["ppg"](row, row, advantages, row, "token-sum", actor)
     assert loss == -4.0
-    actor.tau_pos = 2.0
-    with pytest.raises(ValueError, match=r"^tau_pos of verl's actor must be 1.0 .*, got 2.0$"):
+    actor.policy_loss = PolicyLossConfig(dro_beta=2.0)
+    with pytest.raises(ValueError, match=r"^policy_loss.dro_beta of verl's actor must be None .*, got 2.0$"):
         registered["ppg"](row, row, advantages, row, "token-sum", actor)
 
 
 def test_verls_options_that_nobody_knows():
     with pytest.raises(ValueError, match=r"^later is an option of verl's actor .* its default 0, got 3$"):
-        VERL.check_actor(ActorConfig(later=3), "ppo")
+        VERL.check_actor(ActorConfig(later=3))
     with pytest.raises(
         ValueError, match=r"^turn_weights is an option of verl's algorithm .*, or be off, got 'linear'$"
     ):
         VERL.check_algorithm({**ALGORITHM, "turn_weights": "linear"}, AlgoConfig)
     with pytest.raises(ValueError, match=r"^policy_loss.later is an option of verl's actor"):
-        VERL.check_actor(ActorConfig(policy_loss=dataclass_of("Later", {**POLICY_LOSS, "later": 0})(later=1)), "ppo")
-
-
-def test_verls_cispo_has_no_lower_clip():
-    with pytest.raises(
-        ValueError, match=r"^clip_ratio_low of verl's actor must be at least 1 for ppg_cispo .*got 0.2$"
-    ):
-        VERL.check_actor(ActorConfig(), "cispo")
+        VERL.check_actor(ActorConfig(policy_loss=dataclass_of("Later", {**POLICY_LOSS, "later": 0})(later=1)))
 
 
 def test_every_row_of_verl_that_refuses_has_a_case():

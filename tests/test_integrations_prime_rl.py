@@ -73,14 +73,9 @@ def prime(monkeypatch):
 
 @pytest.mark.parametrize("loss_type", ["ppo", "reinforce", "cispo", "gspo", "gspo_turn"])
 def test_prime_rl_sums_a_sample_and_the_trainer_divides(batch, prime, loss_type):
-    kwargs = {
-        "loss_type": loss_type,
-        "clip_low": 0.1,
-        "clip_high": 0.15,
-        "dual_clip": 0.0 if loss_type in ("cispo", "reinforce") else 1.3,
-        "kl_coef": 0.2,
-        "kl_estimator": "k2",
-    }
+    kwargs = {"loss_type": loss_type, "kl_coef": 0.2, "kl_estimator": "k2"}
+    kwargs |= {} if loss_type == "reinforce" else {"clip_low": 0.1, "clip_high": 0.15}
+    kwargs |= {} if loss_type in ("cispo", "reinforce") else {"dual_clip": 1.3}
     logprobs, scale = own_logprobs(batch), batch.mask.sum()
     columns = zip(logprobs, batch.old, batch.ref, batch.advantages, batch.mask.bool(), strict=True)
     outputs = [prime.ppg_loss(LossInputs(*sample), **kwargs) for sample in columns]
@@ -101,13 +96,13 @@ def test_prime_rl_weights_and_errors(batch, prime):
     torch.testing.assert_close(halved, whole / 2)
     with pytest.raises(ValueError, match="KL term"):
         prime.ppg_loss(inputs(), kl_coef=0.1)
-    with pytest.raises(ValueError, match=r"kwargs of .*trainer.loss must be among loss_type, .*got {'clip': 0.1}"):
+    with pytest.raises(ValueError, match=r"kwargs of .*trainer.loss must be among preset, .*got {'clip': 0.1}"):
         prime.ppg_loss(inputs(), clip=0.1)
-    with pytest.raises(ValueError, match=r"dual_clip must be 0 for loss_type cispo .*got 3.0"):
+    with pytest.raises(ValueError, match=r"dual_clip must be left out: loss_type cispo does not use it .*got 3.0"):
         prime.ppg_loss(inputs(), loss_type="cispo", dual_clip=3.0)
-    for name in ("dppo_mask_low", "dppo_mask_high", "ipo_threshold", "adv_tau", "kl_tau"):
-        with pytest.raises(ValueError, match=rf"^{name} of prime-rl's trainer.loss must be absent \(.*\), got 0.5$"):
-            prime.ppg_loss(inputs(), **{name: 0.5})
+    with pytest.raises(ValueError, match=r"^clip_low of prime-rl's trainer.loss must be given once, got {'clip_low'"):
+        prime.ppg_loss(inputs(), clip_low=0.1, ipo_threshold=0.2)
+    assert prime.loss_spec(preset="ipo", kl_tau=0.0) == ppg.PolicyLossSpec("ipo")
 
 
 def test_prime_rl_credits_turns(prime):

@@ -23,8 +23,9 @@ UTILS = "skyrl.backends.skyrl_train.utils"
 
 @dataclass
 class CISPOConfig:
-    cispo_eps_clip_low: float = 0.0
-    cispo_eps_clip_high: float = 5.0
+    cispo_eps_clip_low: float = 0.1
+    cispo_eps_clip_high: float = 0.15
+    cispo_anchor: str = "old"
 
 
 @dataclass
@@ -141,7 +142,8 @@ def test_skyrl_sums_what_the_advantages_have_scaled(batch, sky, loss_type):
     scaled = batch.advantages / batch.mask.sum()  # SkyRL's loss_reduction token_mean
     arguments = (own_logprobs(batch), batch.old, scaled, AlgorithmConfig(), batch.mask.float())
     loss, metrics = registries["loss"]["ppg"](*arguments, rollout_logprobs=batch.rollout)
-    same(loss, batch, truth(batch, ppg.PolicyLossSpec(loss_type, clip_low=0.1, clip_high=0.15)))
+    numbers = {} if loss_type == "reinforce" else {"clip_low": 0.1, "clip_high": 0.15}
+    same(loss, batch, truth(batch, ppg.PolicyLossSpec(loss_type, **numbers)))
     assert {"clip_ratio", "corrected"} <= set(metrics)
     capped = (
         own_logprobs(batch),
@@ -151,7 +153,7 @@ def test_skyrl_sums_what_the_advantages_have_scaled(batch, sky, loss_type):
         batch.mask.float(),
         batch.rollout,
     )
-    corrected = ppg.PolicyLossSpec(loss_type, clip_low=0.1, clip_high=0.15, importance_cap=1.1)
+    corrected = ppg.PolicyLossSpec(loss_type, importance_cap=1.1, **numbers)
     same(registries["loss"]["ppg"](*capped)[0], batch, truth(batch, corrected))
     assert registries["loss"]["ppg"].__name__ == "ppg_policy_loss"
 
@@ -159,10 +161,8 @@ def test_skyrl_sums_what_the_advantages_have_scaled(batch, sky, loss_type):
 REFUSED = {
     "advantages": {"gamma": 0.9, "lambd": 0.95, "grpo_norm_by_std": False, "later": 0.25},
     "loss": {
-        "clip_ratio_c": 2.0, "cispo.cispo_eps_clip_low": 0.5, "cispo.cispo_eps_clip_high": 2.0, "sapo.tau_pos": 2.0,
-        "sapo.tau_neg": 2.0, "clip_cov.clip_ratio": 0.1, "clip_cov.clip_cov_lb": 0.0, "clip_cov.clip_cov_ub": 1.0,
-        "kl_cov.kl_cov_frac": 0.1, "kl_cov.ppo_kl_coef": 0.5, "dppo.dppo_type": "binary_kl", "dppo.delta_low": 0.1,
-        "dppo.delta_high": 0.1, "later": 0.25,
+        "clip_ratio_c": 2.0, "cispo.cispo_anchor": "sampler", "clip_cov.clip_ratio": 0.1, "clip_cov.clip_cov_lb": 0.0,
+        "clip_cov.clip_cov_ub": 1.0, "kl_cov.kl_cov_frac": 0.1, "kl_cov.ppo_kl_coef": 0.5, "later": 0.25,
     },
 }  # fmt: skip
 

@@ -88,8 +88,16 @@ def test_slime_without_rewards_of_turns_is_rloo(slime):
 
 
 @pytest.mark.parametrize("old", ["log_probs", "rollout_log_probs", None])
-@pytest.mark.parametrize(("padding", "use_tis"), [(0, False), (3, True)])
-def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, use_tis):
+@pytest.mark.parametrize(
+    ("padding", "options"),
+    [
+        (0, {}), (3, {"use_tis": True}), (0, {"use_tis": True, "tis_clip_low": 0.9}),
+        (0, {"use_tis": True, "tis_clip_low": 0.9, "custom_tis_function_path": slime_options.ICEPOP}),
+        (0, {"use_opsm": True, "opsm_delta": 0.05}), (0, {"use_unbiased_kl": True}),
+        (0, {"use_unbiased_kl": True, "kl_loss_type": "k3"}),
+    ],
+)  # fmt: skip
+def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, options):
     """Naive PyTorch in the order of slime's own loss: temperature, log-probs, entropy, clipped ratio, KL, its
     reducer."""
     module, _ = slime
@@ -98,7 +106,7 @@ def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, use_
     tokens = [torch.randint(V, (n,)) for n in totals]
     masks = [torch.tensor(m) for m in ([1, 0, 1, 1], [1, 1, 0, 0, 1, 1, 0], [0, 0])]
     logits = torch.randn(1, sum(totals) + padding, V, requires_grad=True)
-    args = slime_args(use_rollout_logprobs=old == "rollout_log_probs", use_tis=use_tis)
+    args = slime_args(use_rollout_logprobs=old == "rollout_log_probs", **options)
 
     def per_token():
         return [-torch.rand(n) - 1.5 for n in responses]
@@ -128,10 +136,20 @@ def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, use_
     ratio, A = (logprobs - before).exp(), torch.cat(batch["advantages"])
     surrogate = -torch.minimum(ratio * A, ratio.clamp(0.9, 1.15) * A)
     surrogate = torch.where(A < 0, torch.minimum(surrogate, -1.3 * A), surrogate)
-    if use_tis:
-        surrogate = surrogate * (before - torch.cat(batch["rollout_log_probs"])).exp().clamp(max=1.2)
+    if options.get("use_opsm"):
+        drift = [((o - l).detach() * m).sum() / m.sum().clamp(min=1) for o, l, m in zip(
+            before.split(responses), logprobs.split(responses), masks, strict=True)]  # fmt: skip
+        dropped = torch.cat([d.expand(n) for d, n in zip(drift, responses, strict=True)]) > 0.05
+        assert not old or 0 < (dropped & (A < 0)).sum() < len(A)
+        surrogate = surrogate.masked_fill(dropped & (A < 0), 0.0)
+    if args.use_tis:
+        weight, least = (before - torch.cat(batch["rollout_log_probs"])).exp(), options.get("tis_clip_low", 0.0)
+        kept = weight * ((weight >= least) & (weight <= 1.2))
+        surrogate = surrogate * (kept if "custom_tis_function_path" in options else weight.clamp(least, 1.2))
     delta = torch.cat(batch["ref_log_probs"]) - logprobs
-    naive = reduce(surrogate) - 0.05 * reduce(entropy) + 0.2 * reduce(delta.exp() - delta - 1)
+    kl = (delta.exp() - delta - 1) * (ratio if options.get("use_unbiased_kl") else 1.0)
+    kl = kl if args.kl_loss_type == "k3" else kl.clamp(-10, 10)
+    naive = reduce(surrogate) - 0.05 * reduce(entropy) + 0.2 * reduce(kl)
     torch.testing.assert_close(loss, naive, rtol=1e-5, atol=1e-6)
     gradients = [torch.autograd.grad(value, logits)[0] for value in (loss, naive)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
@@ -140,7 +158,7 @@ def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, use_
 
 
 BOUNDS = {  # what the losses have no place for
-    "gspo": {}, "gspo_turn": {}, "cispo": {"eps_clip": 1.0, "eps_clip_c": None}, "reinforce": {"eps_clip_c": None},
+    "gspo": {}, "gspo_turn": {}, "cispo": {"eps_clip_c": None}, "reinforce": {"eps_clip_c": None},
 }  # fmt: skip
 
 
@@ -186,7 +204,7 @@ def test_slimes_estimator_chooses_the_loss(slime, estimator):
         "log_probs": [-2.5 - torch.rand(n) for n in responses],
         "advantages": [torch.full((4,), 1.5), torch.full((7,), -0.75)],  # one number a response, as slime's own
     }  # fmt: skip
-    only = {"entropy_coef": 0.0, "use_kl_loss": False, "eps_clip": 1.0, "eps_clip_high": 0.2, "eps_clip_c": None}
+    only = {"entropy_coef": 0.0, "use_kl_loss": False, "eps_clip": 0.25, "eps_clip_high": 0.2, "eps_clip_c": None}
     args = slime_args(advantage_estimator=estimator, **only)
     loss, _ = module.ppg_loss(args, batch, logits, lambda x: (x * torch.cat(masks)).sum())
     naive = 0
@@ -196,9 +214,9 @@ def test_slimes_estimator_chooses_the_loss(slime, estimator):
         difference = l - old
         if estimator == "gspo":
             ratio = ((difference * mask).sum() / mask.sum()).exp()
-            per_token = torch.maximum(-ratio * A, -ratio.clamp(0.0, 1.2) * A)
+            per_token = torch.maximum(-ratio * A, -ratio.clamp(0.75, 1.2) * A)
         else:
-            per_token = -difference.exp().clamp(0.0, 1.2).detach() * A * l
+            per_token = -difference.exp().clamp(0.75, 1.2).detach() * A * l
         naive = naive + (per_token * mask).sum()
     torch.testing.assert_close(loss, naive)
     torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, naive)))
@@ -211,8 +229,8 @@ REFUSED = {
         "compute_advantages_and_returns": False, "ppg_polcy_class": "greedy",
     },
     "loss": {
-        "kl_loss_type": "abs", "tis_clip_low": 0.5, "custom_tis_function_path": "mis.py:weights",
-        "custom_pg_loss_reducer_function_path": "a.b", "use_opsm": True, "use_unbiased_kl": True,
+        "kl_loss_type": "abs", "custom_tis_function_path": "mis.py:weights",
+        "custom_pg_loss_reducer_function_path": "a.b",
         "get_mismatch_metrics": True, "true_on_policy_mode": True, "rollout_top_p": 0.9, "use_icepop": True,
     },
 }  # fmt: skip
@@ -278,7 +296,10 @@ def test_an_option_of_a_later_slime_is_found_by_its_own_parser(slime, monkeypatc
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"ppg_loss_type": "cispo", "eps_clip_c": None}, "eps_clip of slime must be at least 1 for cispo .*got 0.1"),
+        ({"use_unbiased_kl": True, "kl_loss_type": "k2"}, "use_unbiased_kl of slime needs kl_loss_type k3 .*got 'k2'"),
+        ({"use_opsm": True, "use_tis": True}, "use_opsm of slime must be False with use_tis .*got True"),
+        ({"use_opsm": True, "opsm_delta": 0.0}, "opsm_delta of slime must be > 0 with use_opsm, got 0.0"),
+        ({"ppg_tau_positive": 2.0}, "tau_positive must be left out: loss_type ppo does not use it .*got 2.0"),
         ({"ppg_loss_type": "reinforce"}, "eps_clip_c of slime must be None for reinforce .*got 1.3"),
         ({"ppg_loss_type": "ppo", "advantage_estimator": "gspo"}, "ppg_loss_type must be gspo, .*got 'ppo'"),
     ],

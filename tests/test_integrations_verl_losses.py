@@ -76,10 +76,20 @@ def test_ppg_is_vanilla(batch, mode, info):
         assert abs(metrics["actor/pg_clipfrac"] - their_metrics["actor/pg_clipfrac"]) < 1e-6
 
 
-def test_ppg_cispo_is_cispo_without_its_lower_clip(batch):
-    config = actor(clip_ratio_low=1.0)
-    (loss, grad, _), (expected, expected_grad, _) = both(batch, "ppg_cispo", "cispo", config, "token-mean")
-    torch.testing.assert_close((loss, grad), (expected, expected_grad), rtol=1e-5, atol=1e-6)
+LOWER = {"cispo": {}, "sapo": {"tau_pos": 1.5, "tau_neg": 2.0}, "dppo_tv": {}, "dppo_kl": {"clip_ratio_low": 0.02}}
+
+
+@pytest.mark.parametrize("name", LOWER)
+def test_ppg_losses_of_one_token_are_verls(batch, name):
+    """Of dppo the clip fraction too; sapo's mode is fixed in verl."""
+    config = actor(**LOWER[name])
+    batch.old = batch.old.clamp(max=-1e-3)  # of a probability, whose complement dppo_kl takes
+    for weights in (None, batch.weights):
+        (loss, grad, ours), (expected, expected_grad, theirs) = both(
+            batch, f"ppg_{name}", name, config, "seq-mean-token-mean", weights
+        )
+        torch.testing.assert_close((loss, grad), (expected, expected_grad), rtol=1e-5, atol=1e-6)
+        assert ours.get("actor/pg_clipfrac", 0.0) == pytest.approx(theirs["actor/pg_clipfrac"], abs=1e-6)
 
 
 def test_ppg_gspo_is_gspo(batch):

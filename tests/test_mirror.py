@@ -10,8 +10,8 @@ from ppg_fast import backends, contract, ops
 from ppg_fast.losses import KLEstimator, LossType
 from ppg_fast.spec import (
     BASELINES,
+    IMPORTANCE_MODES,
     LEAST_LOGPROB,
-    MAX_LOG_RATIO,
     NAN_ROLLOUT,
     REDUCTIONS,
     SPEC_CHOICES,
@@ -39,7 +39,8 @@ FUSED = (
     "csrc/cuda/policy_loss.cu",
     "tests/test_{}.py",
 )
-HOMES = {"policy_loss": EVERY, "logprobs": EVERY, "partial_returns": EVERY, "fused_policy_loss": FUSED}
+HOMES = dict.fromkeys(("policy_loss", "logprobs", "partial_returns", "distillation"), EVERY)
+HOMES["fused_policy_loss"] = FUSED
 PARTS = ("kernels/triton/plan.py", "csrc/cuda/plan.h")  # how rows are laid over a device
 
 
@@ -80,7 +81,13 @@ def test_enums_agree_with_cpp(enum):
 
 
 @pytest.mark.parametrize(
-    ("name", "names"), [("Baseline", BASELINES), ("Reduction", REDUCTIONS), ("NanRollout", NAN_ROLLOUT)]
+    ("name", "names"),
+    [
+        ("Baseline", BASELINES),
+        ("Reduction", REDUCTIONS),
+        ("NanRollout", NAN_ROLLOUT),
+        ("ImportanceMode", IMPORTANCE_MODES),
+    ],
 )
 def test_names_that_travel_by_their_place_agree_with_cpp(name, names):
     assert cpp_enum(name) == {text.upper(): place for place, text in enumerate(names)}
@@ -128,8 +135,9 @@ def test_a_teacher_is_unpacked_as_it_was_packed():
     assert contract.TeacherRows.unpack(tensors, numbers, top_k) == teacher
 
 
-def test_the_least_log_prob_is_one_number():
-    assert f"LEAST_LOGPROB = {LEAST_LOGPROB / 1e4:g}e4f;" in (ROOT / "csrc/cpu/distillation.cpp").read_text()
+@pytest.mark.parametrize("source", ["cpu/distillation.cpp", "cuda/distillation.cu"])
+def test_the_least_log_prob_is_one_number(source):
+    assert f"LEAST_LOGPROB = {LEAST_LOGPROB / 1e4:g}e4f;" in (ROOT / "csrc" / source).read_text()
 
 
 def test_no_operator_takes_more_than_ten_arguments():
@@ -141,7 +149,7 @@ def test_no_operator_takes_more_than_ten_arguments():
     assert [s.name for s in schemas if len(s.arguments) > 10] == []
 
 
-def test_the_bound_of_log_ratios_is_one_number():
-    assert f"MAX_LOG_RATIO = {MAX_LOG_RATIO:g}.f;" in (ROOT / "csrc/policy_term.h").read_text()
-    for home in ("kernels/triton/policy_term.py", "ppg_fast/reference/policy_term.py"):
-        assert not re.search(r"MAX_LOG_RATIO = [^\n]*\d", (ROOT / home).read_text()), home
+def test_a_number_of_the_spec_stands_in_no_mirror():
+    """The bound of log ratios and the width of sapo, which travel as numbers."""
+    for home in ("csrc/policy_term.h", "kernels/triton/policy_term.py", "ppg_fast/reference/policy_term.py"):
+        assert re.findall(r"\b(?:20|1\.05)(?:\.0?)?f?\b", (ROOT / home).read_text()) == [], home

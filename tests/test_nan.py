@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ppg_fast as ppg
 from ppg_fast import backends, reference
-from ppg_fast.losses import LOSS_TYPES
+from ppg_fast.losses import LOSS_TYPES, WITH_ROLLOUT
 from ppg_fast.spec import PolicyLossSpec
 
 # not every NaN has the same bits: PyTorch's, the one that x86 makes, the one that CUDA makes
@@ -23,13 +23,14 @@ NANS = {"torch": 0x7FC00000, "x86": -0x400000, "cuda": 0x7FFFFFFF}
 KINDS = ((torch.float32, "x86"), (torch.bfloat16, "cuda"))  # the C++ code rounds to bfloat16 itself
 # which terms to try each number with
 NUMBERS = {
-    "logits": ("plain", "everything"),
+    "logits": ("plain", "everything", "z-loss"),
     "temperatures": ("plain", "softcap"),
     "advantages": ("plain", "entropy"),
     "weights": ("plain", "entropy"),
-    "old_logprobs": ("plain", "importance"),
-    "ref_logprobs": ("plain", "k1", "k2", "k3"),
-    "rollout_logprobs": ("plain", "importance"),
+    "old_logprobs": ("plain", "importance", "log-ratio", "k3_unbiased"),
+    "ref_logprobs": ("plain", "k1", "k2", "k3", "k3_unbiased", "k3_plus", "abs"),
+    "rollout_logprobs": ("plain", "importance", "importance-mask"),
+    "nll_weights": ("plain", "k1"),
 }
 RATIOS = (0.6, 0.95, 1.05, 1.65)  # on every side of the clip
 BAD, IDLE, CLEAN = (
@@ -57,6 +58,7 @@ def a_case(spec: PolicyLossSpec, dtype: torch.dtype, device: str, V: int = 35) -
         "ref_logprobs": logprobs - log_ratio.roll(1),
         "rollout_logprobs": old - log_ratio.roll(2),
         "temperatures": temperatures,
+        "nll_weights": torch.linspace(0.4, 0.1, 10) * (torch.arange(10) % 4 > 0) * (torch.arange(10) != IDLE),
     }
     moved = {name: column.to(device) for name, column in columns.items()}
     return Case(logits.to(device, dtype), labels.to(device), **moved, spec=spec)
@@ -74,10 +76,11 @@ def clean(spec: PolicyLossSpec, dtype: torch.dtype, device: str, backend: str) -
 
 def reads(spec: PolicyLossSpec, number: str) -> bool:
     """Whether a loss is made of the number, from the formulas."""
-    importance = spec.importance_cap != 0
+    importance = spec.weighs_importance
+    unbiased = spec.kl_coef != 0 and spec.kl_estimator == "k3_unbiased"
     return {
-        "old_logprobs": spec.loss_type != "reinforce" or importance,
-        "rollout_logprobs": importance,
+        "old_logprobs": spec.loss_type != "reinforce" or importance or spec.log_ratio_coef != 0 or unbiased,
+        "rollout_logprobs": importance or spec.loss_type in WITH_ROLLOUT,
         "ref_logprobs": spec.kl_coef != 0,
     }.get(number, True)
 
@@ -101,7 +104,7 @@ def test_a_nan_stays_in_its_row_and_stays_nan(backend, device, loss, number):
             assert all(torch.equal(out[key][CLEAN], expected[key][CLEAN]) for key in out), where
             if backend != "reference":  # FORWARD-ONLY unless a term needs every row
                 idle = out["dlogits"][IDLE]
-                full = spec.needs_every_row or number == "advantages"
+                full = spec.needs_every_row or number in ("advantages", "nll_weights")
                 assert idle.isnan().all() if full else (idle == 0).all(), where
 
 

@@ -1,10 +1,11 @@
 """The fused row kernel on every backend: numerics, zero rows, memory, independence, and the op around it."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
-from cases import LOSSES, TERMS, make_case, run
+from cases import LOSSES, PAIRS, TERMS, make_case, run
 from closeness import assert_as_good_as
 
 import ppg_fast as ppg
@@ -23,10 +24,16 @@ def assert_matches(case, backend):
     return actual
 
 
-@pytest.mark.parametrize("terms", TERMS)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "terms"), PAIRS)
 def test_every_loss_and_term(backend, device, loss, terms):
     assert_matches(make_case((1, 9, 515), replace(LOSSES[loss], **TERMS[terms]), device=device), backend)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_with_every_term(loss):
+    for terms, dtype in product(TERMS, DTYPES.values()):
+        spec = replace(LOSSES[loss], **TERMS[terms])
+        assert_matches(make_case((1, 12, 99), spec, dtype, likelihood=True), "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -35,7 +42,10 @@ def test_every_loss_and_term(backend, device, loss, terms):
 def test_every_dtype_and_shape(backend, device, shape, dtype, layout):
     spec = replace(LOSSES["ppo"], **TERMS["everything"])
     assert_matches(
-        make_case(SHAPES[shape], spec, DTYPES[dtype], device, strided=layout == "strided", per_token=True), backend
+        make_case(
+            SHAPES[shape], spec, DTYPES[dtype], device, strided=layout == "strided", per_token=True, likelihood=True
+        ),
+        backend,
     )
 
 

@@ -98,13 +98,14 @@ def _transformers_step(problem: Any) -> Callable[[], Any]:
     return step
 
 
-def _problem(what: str, share: float) -> Any:
+def _problem(what: str, share: float, name: str) -> Any:
     import torch
     from ppg_fast.bench.problem import Case
     from ppg_fast.bench.whole_step import WholeStep
     from transformers import AutoModelForCausalLM
 
     from ppg_fast.models.adaptation import add_lora, checkpoint_activations
+    from ppg_fast.models.freed_memory import give_back_freed_memory
 
     torch.set_num_threads(1)
     model: Any = AutoModelForCausalLM.from_pretrained(models.folder(models.GEMMA3), dtype=torch.float32).train()
@@ -114,6 +115,8 @@ def _problem(what: str, share: float) -> Any:
         add_lora(model, rank)
     if recomputed:
         checkpoint_activations(model)
+        if name == "ppg_fast":  # as ppg-fast train does
+            give_back_freed_memory(model)
     size = model.config.get_text_config()
     case = Case("training_step", TOKENS, size.vocab_size, size.hidden_size, device="cpu", dtype="float32")
     chosen = [p for p in model.parameters() if p.requires_grad]
@@ -135,7 +138,7 @@ def one(what: str, share: float, name: str) -> dict[str, Any]:
     import torch
     from ppg_fast.bench import memory
 
-    problem = _problem(what, share)
+    problem = _problem(what, share, name)
     step = _step(name, problem)
     every = list(problem.model.parameters())
     trained = [p for p in every if p.requires_grad]

@@ -75,15 +75,16 @@ bool FusedRows::look_up(const FusedPolicyLossArgs& a, const Ints& turn_counts) {
   weights.assign(t.N, 1.f / outer);
   if (a.reduction == Reduction::SEQUENCE_MEAN)
     for (int64_t n = 0; n < t.N; ++n) weights[n] = 1.f / (outer * float(std::max<int64_t>(active[sequences[n]], 1)));
-  if (a.skip_zero_advantages && !a.term.needs_every_row())
+  rows.term = a.term;
+  rows.nll_weights = gather(a.nll_weights, t, nll_weights);
+  if (a.skip_zero_advantages)
     for (int64_t n = 0; n < t.N; ++n)
-      if (rows.advantages[n] == 0.f) labels[n] = IGNORE;
+      if (!rows.live(n)) labels[n] = IGNORE;
   static_cast<Sweep&>(rows) = {a.logits, labels.data(), temps, t.N, a.V, a.dtype, a.temperature, a.logit_softcap};
   rows.weights = weights.data();
   rows.old_logprobs = gather(a.old_logprobs, t, old_logprobs);
   rows.ref_logprobs = gather(a.ref_logprobs, t, ref_logprobs);
   rows.rollout_logprobs = gather(a.rollout_logprobs, t, rollout_logprobs);
-  rows.term = a.term;
   if (!a.loss) losses.resize(t.N);
   rows.loss = a.loss ? a.loss : losses.data();
   rows.logprob = a.logprob;

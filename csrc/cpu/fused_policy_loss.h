@@ -18,7 +18,8 @@ class FusedRows {
   const float* gather(const Column& column, const TokenArgs& tokens, std::vector<float>& memory);
   PolicyLossArgs rows;
   std::vector<int64_t> labels, sequences;
-  std::vector<float> losses, advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures;
+  std::vector<float> losses, advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures,
+      nll_weights;
 };
 
 }  // namespace ppg::cpu

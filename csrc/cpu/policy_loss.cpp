@@ -67,16 +67,20 @@ PPG_INLINE Slope finish_row(const PolicyLossArgs& a, int64_t n, const Stats& sta
                             float x_label) {
   const double mean = ENT ? stats.dot / stats.sum * view.nats : 0.0;
   const float logprob = logprob_of(stats, view, x_label), entropy = ENT ? entropy_of(stats, view) : 0.f;
+  const float lse = a.term.z_coef != 0.f ? lse_of(stats, view) : 0.f;
   const float old_logprob = a.old_logprobs ? a.old_logprobs[n] : logprob,
               ref_logprob = a.ref_logprobs ? a.ref_logprobs[n] : logprob;
-  const float importance = importance_weight(a.term, old_logprob, a.rollout_logprobs, n);
-  const Term term = policy_term(a.term, logprob, entropy, old_logprob, ref_logprob, importance, a.advantages[n]);
+  const float* const rollout = a.rollout_logprobs ? a.rollout_logprobs + n : nullptr;
+  const Term term = policy_term(a.term, logprob, entropy, lse, old_logprob, ref_logprob, rollout, a.advantages[n]);
   const float weight = a.weights ? a.weights[n] : 1.f, temperature = a.temperatures ? a.temperatures[n] : a.temperature;
-  a.loss[n] = weight * term.loss;
+  float loss = weight * term.loss;
+  double g = double(weight) * term.d_logprob / temperature;
+  if (a.nll_weights) add_likelihood(a.nll_weights[n], temperature, logprob, loss, g);
+  const double h = double(weight) * term.d_entropy / temperature, b = double(weight) * term.d_lse / temperature;
+  a.loss[n] = loss;
   a.logprob[n] = logprob;
   if (ENT) a.entropy[n] = entropy;
-  const double g = double(weight) * term.d_logprob / temperature, h = double(weight) * term.d_entropy / temperature;
-  return {plain_nan(float((h * mean - g) / stats.sum)), plain_nan(float(-h * view.nats / stats.sum)),
+  return {plain_nan(float((h * mean - g + b) / stats.sum)), plain_nan(float(-h * view.nats / stats.sum)),
           plain_nan(float(g))};
 }
 
@@ -105,7 +109,7 @@ template <class E, bool CAP, Sums SUMS> void policy_loss_rows(const PolicyLossAr
       if (a.dlogits.data) zero_row<E>(a.dlogits, n, a.V);
       continue;
     }
-    const bool full = a.dlogits.data && (a.advantages[n] != 0.f || a.term.needs_every_row());
+    const bool full = a.dlogits.data && a.live(n);
     const auto* x = static_cast<const typename E::raw*>(a.logits.data) + a.logits.offset(n);
     auto* out = a.dlogits.data ? static_cast<typename E::raw*>(a.dlogits.data) + a.dlogits.offset(n) : nullptr;
     const View<CAP> view(a, n);

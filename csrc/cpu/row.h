@@ -152,6 +152,10 @@ PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>&
 template <bool CAP> PPG_INLINE float logprob_of(const Stats& s, const View<CAP>& view, float x_label) {
   return float((double(view(x_label)) - s.max) * view.nats - std::log(s.sum));
 }
+// log sum exp of the logits after softcap and temperature, in nats.
+template <bool CAP> PPG_INLINE float lse_of(const Stats& s, const View<CAP>& view) {
+  return float(s.max * view.nats + std::log(s.sum));
+}
 template <bool CAP> PPG_INLINE float entropy_of(const Stats& s, const View<CAP>& view) {
   return float(std::log(s.sum) - s.dot / s.sum * view.nats);
 }

@@ -19,8 +19,8 @@ template <class E, int SUMS> int launch_sweep(const SweepArgs& a, const hw::Devi
 
 struct alignas(16) Row {
   int label;  // negative: SKIP; V: out of range
-  float advantage, weight, old_logprob, ref_logprob, rollout_logprob;
-  float scale, k;  // of its gradient, weight / temperature; of its exponents, see View
+  float advantage, weight, nll_weight, old_logprob, ref_logprob, rollout_logprob;
+  float k;  // scale of its exponents, see View
 };
 enum Kind { SKIP, FORWARD, FULL };
 
@@ -65,6 +65,10 @@ __device__ __forceinline__ float outer(const FusedPolicyLossArgs& a, const int* 
   return (float)max(count, 1);
 }
 
+// Whether a row has a gradient, if one is wanted and it is not masked.
+__device__ __forceinline__ bool live(const FusedPolicyLossArgs& a, const Row& r) {
+  return r.advantage != 0.f || r.nll_weight != 0.f || a.term.needs_every_row();
+}
 // The scalars of row n; SKIP for a row beyond the last.
 __device__ __forceinline__ Row look_up(const FusedPolicyLossArgs& a, int64_t n, float denominator) {
   Row r{-1, 0.f, 1.f, 0.f, 0.f, 0.f, 0.f, 1.f};
@@ -76,8 +80,8 @@ __device__ __forceinline__ Row look_up(const FusedPolicyLossArgs& a, int64_t n, 
   if (a.old_logprobs.data) r.old_logprob = a.old_logprobs.number(b, l);
   if (a.ref_logprobs.data) r.ref_logprob = a.ref_logprobs.number(b, l);
   if (a.rollout_logprobs.data) r.rollout_logprob = a.rollout_logprobs.number(b, l);
-  const float temperature = a.temperatures.data ? a.temperatures.number(b, l) : a.temperature;
-  r.k = exponent_scale(a.logit_softcap, temperature);
+  if (a.nll_weights.data) r.nll_weight = a.nll_weights.number(b, l);
+  r.k = exponent_scale(a.logit_softcap, a.temperatures.data ? a.temperatures.number(b, l) : a.temperature);
   const bool by_sequence = a.reduction == Reduction::SEQUENCE_MEAN;
   const int64_t s = by_sequence || a.turn_advantages ? sequence_of(a.tokens, n) : 0;
   if (a.turn_advantages) {
@@ -86,37 +90,46 @@ __device__ __forceinline__ Row look_up(const FusedPolicyLossArgs& a, int64_t n, 
   }
   if (a.weights.data) r.weight = a.weights.number(b, l);
   else r.weight = 1.f / (by_sequence ? denominator * (float)max(active_tokens(a, s), int64_t(1)) : denominator);
-  r.scale = r.weight / temperature;
-  if (a.skip_zero_advantages && r.advantage == 0.f && !a.term.needs_every_row()) r.label = -1;
+  if (a.skip_zero_advantages && !live(a, r)) r.label = -1;
   return r;
 }
 __device__ __forceinline__ Kind row_kind(const FusedPolicyLossArgs& a, const Row& r) {
   if (r.label < 0) return SKIP;
-  return a.dlogits.data && (r.advantage != 0.f || a.term.needs_every_row()) ? FULL : FORWARD;
+  return a.dlogits.data && live(a, r) ? FULL : FORWARD;
+}
+// Not among what `look_up` keeps, which fills the shared memory that the ring leaves. For a row that there is.
+__device__ __forceinline__ float temperature_of(const FusedPolicyLossArgs& a, int64_t n) {
+  if (!a.temperatures.data) return a.temperature;
+  const int64_t b = (unsigned)n / (unsigned)a.tokens.length;
+  return a.temperatures.number(b, n - b * a.tokens.length);
 }
 
 struct Finished {  // a row: what is written of it, and the slope of its gradient
   float loss, logprob, entropy, score_norm, ref, sum;
   Slope slope;
 };
-template <int SUMS> __device__ __forceinline__ Finished finish_row(const SweepArgs& a, const Row& row, const Stat& s) {
+template <int SUMS>
+__device__ __forceinline__ Finished finish_row(const SweepArgs& a, const Row& row, float temperature, const Stat& s) {
   const float per = 1.f / s.sum, log_sum = log2f(s.sum), mean = s.dot * per;
   const float label =
       row.label < a.V ? s.label : hw::bits_to_float(NAN_BITS);  // a label out of range makes its row NaN
   // in nats at once: in units of log 2 the distance of a logit of finfo.min would be infinite
   const float logprob = (label - s.ref) * (row.k * LN2) - log_sum * LN2, entropy = (log_sum - mean) * LN2;
+  const float lse = s.ref * (row.k * LN2) + log_sum * LN2;
   const float old_logprob = a.old_logprobs.data ? row.old_logprob : logprob,
               ref_logprob = a.ref_logprobs.data ? row.ref_logprob : logprob;
-  const float rollout = row.rollout_logprob;
-  const float importance = a.rollout_logprobs.data ? importance_weight(a.term, old_logprob, &rollout, 0) : 1.f;
-  const Term term = policy_term(a.term, logprob, entropy, old_logprob, ref_logprob, importance, row.advantage);
-  const float g = row.scale * term.d_logprob, h = row.scale * term.d_entropy * LN2;
+  const float* const rollout = a.rollout_logprobs.data ? &row.rollout_logprob : nullptr;
+  const Term term = policy_term(a.term, logprob, entropy, lse, old_logprob, ref_logprob, rollout, row.advantage);
+  const float scale = row.weight / temperature, h = scale * term.d_entropy * LN2;
+  float loss = row.weight * term.loss, g = scale * term.d_logprob;
+  if (a.nll_weights.data) add_likelihood(row.nll_weight, temperature, logprob, loss, g);
   float norm = 0.f;
   if constexpr (SUMS == SCORE_NORM) {
     norm = fmaf(s.square * per, per, fmaf(hw::ex2((label - s.ref) * row.k), -2.f * per, 1.f));
     if (norm < 0.f) norm = 0.f;  // NaN stays NaN
   }
-  return {row.weight * term.loss, logprob, entropy, norm, s.ref, s.sum, {s.ref, (h * mean - g) * per, -h * per, g}};
+  const float c0 = (h * mean - g + scale * term.d_lse) * per;
+  return {loss, logprob, entropy, norm, s.ref, s.sum, {s.ref, c0, -h * per, g}};
 }
 template <int SUMS> __device__ __forceinline__ void write_row(const SweepArgs& a, int64_t n, const Finished& f) {
   if (a.loss) a.loss[n] = f.loss;

@@ -85,6 +85,7 @@ int policy_loss(const PolicyLossArgs& args, void* stream) {
   a.old_logprobs = column(args.old_logprobs, length);
   a.ref_logprobs = column(args.ref_logprobs, length);
   a.rollout_logprobs = column(args.rollout_logprobs, length);
+  a.nll_weights = column(args.nll_weights, length);
   a.term = args.term;
   a.loss = args.loss;
   a.logprob = args.logprob;

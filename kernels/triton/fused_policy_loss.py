@@ -45,7 +45,7 @@ def fused_policy_loss(
     with on_device(logits):
         credited = credit(logits, columns, turns, reduction)
         sweep(
-            logits, credited.pop("labels"), credited.pop("advantages"), None, *columns[4:8], spec, losses, logprobs,
+            logits, credited.pop("labels"), credited.pop("advantages"), None, *columns[4:], spec, losses, logprobs,
             entropies, dlogits,
             normalizer=reduction.normalizer, kind=REDUCTIONS[reduction.kind].value, sequence_count=reduction.sequences,
             total=total,

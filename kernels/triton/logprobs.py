@@ -101,7 +101,7 @@ def logprobs_bwd_kernel(
         for start in range(0, V, BLOCK_V):
             at = start + cols
             x = tl.load(row + at, mask=at < V, other=float("-inf"))
-            dz = block_gradient(x, at, label, m, log2_s, entropy_, g, h, factor, logit_softcap)
+            dz = block_gradient(x, at, label, m, log2_s, entropy_, g, g, h, factor, logit_softcap)
             tl.store(d_row + at, dz.to(dlogits.dtype.element_ty), mask=at < V)
     else:
         zero_row(d_row, V, BLOCK_V)

@@ -158,6 +158,12 @@ def logprob_of(z_label, m, s, factor):
 
 
 @triton.jit
+def log_sum_exp_of(m, s, factor):
+    """log of the sum of exp(z / temperature) in nats from the statistics of a row."""
+    return m * (factor * LN2) + tl.log2(s) * LN2
+
+
+@triton.jit
 def entropy_of(s, sd):
     """H = -sum p log p in nats from the statistics of a row; p = 2^d / s."""
     return (tl.log2(s) - sd / s) * LN2
@@ -172,17 +178,17 @@ def score_norm_of(z_label, m, s, ss, factor):
 
 
 @triton.jit
-def block_gradient(x, cols, label, m, log2_s, entropy, g, h, factor, logit_softcap):
-    """g (1[v = label] - p) - h p (log p + H) through the softcap, for the columns ``cols``; p = 2^((z - m) factor) / s.
+def block_gradient(x, cols, label, m, log2_s, entropy, g, pull, h, factor, logit_softcap):
+    """g 1[v = label] - p pull - h p (log p + H) through the softcap, for the columns ``cols``; p = 2^((z - m) factor) /
+    s. ``pull`` is g, minus the derivative in the log-sum-exp where that has one.
 
-    ``g`` and ``h`` are already divided by the temperature; ``h`` None: no entropy term. The label's column is found by
+    All are already divided by the temperature; ``h`` None: no entropy term. The label's column is found by
     comparison, since a separate store to it would race with those of the row.
     """
     z = softcapped(x, logit_softcap)
     log2_p = (z - m) * factor - log2_s
-    pull = g
     if h is not None:
-        pull = g + h * (tl.maximum(log2_p, FAR) * LN2 + entropy)
+        pull = pull + h * (tl.maximum(log2_p, FAR) * LN2 + entropy)
     dz = tl.where(cols == label, g, 0.0) - tl.exp2(log2_p) * pull
     if logit_softcap is not None:
         t = z / logit_softcap

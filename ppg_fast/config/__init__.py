@@ -2,7 +2,7 @@
 
 from ppg_fast.config.defaults import AUTO, OF_PROMPTS, OFFLINE, PROMPTS, REWARD_SETTINGS, SECTIONS, TRACKERS
 from ppg_fast.config.flags import Parser, add_flags
-from ppg_fast.config.sources import DEFAULTS, make_config, read_yaml, write_yaml
+from ppg_fast.config.sources import DEFAULTS, as_now, make_config, read_yaml, write_yaml
 from ppg_fast.config.train import TrainConfig
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Parser",
     "TrainConfig",
     "add_flags",
+    "as_now",
     "make_config",
     "read_yaml",
     "write_yaml",

@@ -8,8 +8,9 @@ import re
 import shlex
 from typing import TYPE_CHECKING
 
-from ppg_fast.config.defaults import AUTO, TRACKERS
+from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, TRACKERS, TURN_REGRESSION
 from ppg_fast.distributed import PARALLEL
+from ppg_fast.losses import SEQUENCE_LEVEL
 from ppg_fast.policy_classes import FullPlanning
 from ppg_fast.spec import BASELINES, REDUCTIONS, require, require_number, require_one_of
 
@@ -41,18 +42,20 @@ def check_each(config: TrainConfig) -> None:
         shlex.split(config.sampler_refresh or "")
     except ValueError as error:
         raise ValueError(f"sampler_refresh must be a command ({error}), got {config.sampler_refresh!r}") from error
-    for name in ("learning_rate", "imitation_learning_rate", "max_grad_norm", "temperature"):
+    for name in ("learning_rate", "imitation_learning_rate", "max_grad_norm", "temperature", "eta"):
         require_number(name, getattr(config, name), 0.0, open_low=True)
     for name in ("gamma", "final_learning_rate", "teacher_skill"):
         require_number(name, getattr(config, name), 0.0, 1.0)
     for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
         require_number(name, getattr(config, name), 0.0, 1.0)
     require_number("weight_decay", config.weight_decay, 0.0)
+    require_number("nll_coef", config.nll_coef, 0.0)
     _require_date("template_date", config.template_date)
     _require_object("chat_template_kwargs", config.chat_template_kwargs)
     require_one_of("baseline", config.baseline, BASELINES)
     require_one_of("reduction", config.reduction, REDUCTIONS[:-1])
     require_one_of("dtype", config.dtype, ("float32", "bfloat16"))
+    require_one_of("logits_dtype", config.logits_dtype, ("", "float32"))
     for name in config.trackers:
         require_one_of("report_to", name, (*TRACKERS, "none"))
     require_one_of("parallel", config.parallel, PARALLEL)
@@ -69,6 +72,8 @@ def check_together(config: TrainConfig) -> None:
     )
     needs = "activation_offload must be off without activation_checkpointing"
     require(config.activation_checkpointing or not config.activation_offload, needs, config.activation_offload)
+    rule = f"z_coef must be 0 with loss_type {config.loss_type} (it goes with a loss of one token)"
+    require(not config.z_coef or config.loss_type not in SEQUENCE_LEVEL, rule, config.z_coef)
     require(
         not (config.data and config.prompts),
         "data (offline) and prompts (on-policy) exclude each other, got both",
@@ -81,12 +86,27 @@ def check_together(config: TrainConfig) -> None:
         what = "policy_class auto needs" if config.policy_class == AUTO else "signals need"
         require(not config.data, f"{what} rollouts of the policy itself, so there must be no data", config.data)
         require(FullPlanning() in config.candidate_classes(), "candidates must include full", config.candidates)
-    if config.data and not config.allow_negative_rewards:
+    _check_regression(config)
+    if config.data and not config.allow_negative_rewards and not config.regresses:
         rule = (
             "baseline must be none with data (a baseline makes weights negative and voids the bound; "
             "allow_negative_rewards permits it)"
         )
         require(config.baseline == "none", rule, config.baseline)
+
+
+def _check_regression(config: TrainConfig) -> None:
+    """ValueError for a setting that a regression on turns does not use, and for its own without it."""
+    if not config.regresses:
+        usual = type(config).eta
+        require(config.eta == usual, f"eta must be {usual} without loss_type {TURN_REGRESSION}", config.eta)
+        return
+    of_it = f"with loss_type {TURN_REGRESSION}"
+    require_one_of(f"baseline {of_it}", config.baseline, ("none", "leave_one_out"))
+    for name in ("reduction", *sorted({*LOSS_SETTINGS, "nll_coef"} - {"loss_type", "temperature"})):
+        value, usual = getattr(config, name), getattr(type(config), name)
+        allowed = "left out" if usual is None else usual
+        require(value == usual, f"{name} must be {allowed} {of_it}, which does not use it", value)
 
 
 def as_json_text(value: object) -> str:

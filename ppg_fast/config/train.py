@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppg_fast.config.checks import as_json_text, check_each, check_together
-from ppg_fast.config.defaults import AUTO, TRACKERS
-from ppg_fast.losses import KL_ESTIMATORS, LOSS_TYPES
+from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, TRACKERS, TURN_REGRESSION
+from ppg_fast.losses import KL_ESTIMATORS, LOSS_TYPES, PRESETS
 from ppg_fast.policy_classes import CANDIDATES, FullPlanning, PolicyClass, policy_class, policy_classes
-from ppg_fast.spec import BASELINES, PolicyLossSpec
+from ppg_fast.spec import BASELINES, PolicyLossSpec, require, require_one_of
+
+OF_PRESET: Any = None  # a loss_type once the config is made
 
 
 def _option(default: Any, help: str) -> Any:
@@ -42,6 +44,7 @@ class TrainConfig:
     device: str = _option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     dtype: str = _option("float32", "float32 or bfloat16 weights")
     bf16: bool = _option(False, "compute in bfloat16 on the weights as they are; also where accelerate launch says so")
+    logits_dtype: str = _option("", "float32: logits of bfloat16 passes in float32; default: what the device does best")
     lora_rank: int = _option(0, "train low-rank adapters of this rank and freeze the rest, 0: off; wants --model")
     lora_alpha: int = _option(0, "the adapters are scaled by lora_alpha / lora_rank, 0: twice the rank")
     lora_dropout: float = _option(0.0, "of the adapters' input")
@@ -78,15 +81,42 @@ class TrainConfig:
     baseline: str = _option(
         "leave_one_out", f"subtracted from the windowed return at the same turn: {', '.join(BASELINES)}"
     )
-    loss_type: str = _option("reinforce", ", ".join(LOSS_TYPES))
+    preset: str | None = _option(
+        None, f"numbers of a loss that people train with, which other flags change: {', '.join(PRESETS)}"
+    )
+    loss_type: str = _option(
+        OF_PRESET,
+        f"{', '.join((*LOSS_TYPES, TURN_REGRESSION))} (docs/losses.md); default: the preset's, else reinforce",
+    )
+    eta: float = _option(1.0, "how far turn_regression lets the policy move: old exp(eta return) is its optimum")
     reduction: str = _option("sequence_sum", "of token losses; sequence_sum is the exact gradient")
     num_iterations: int = _option(1, "updates on each batch; more than 1 wants a clipped loss_type")
-    clip_low: float = _option(0.2, "ratios are clipped below 1 - clip_low")
-    clip_high: float = _option(0.2, "ratios are clipped above 1 + clip_high")
+    clip_low: float | None = _option(
+        None, "lower bound of the ratio, 1 - clip_low, or of the gate; default: the loss's"
+    )
+    clip_high: float | None = _option(
+        None, "upper bound of the ratio, 1 + clip_high, or of the gate; default: the loss's"
+    )
+    dual_clip: float | None = _option(
+        None, "ppo, gspo: most that a ratio counts where the advantage is negative, 0: off"
+    )
+    ratio_cap: float | None = _option(None, "dppo: most that a ratio counts, 0: off; default: the preset's, else off")
+    tau_positive: float | None = _option(None, "sapo: how fast the weight fades, positive advantages; default: 1.0")
+    tau_negative: float | None = _option(None, "sapo: how fast the weight fades, negative advantages; default: 1.05")
+    ratio_reduction: str = _option("mean", "gspo: ratios of a sequence or turn by the mean or sum of the log ratios")
+    opsm_delta: float = _option(0.0, "drops sequences with A < 0 further off-policy than this, nats a token, 0: off")
+    log_ratio_coef: float | None = _option(None, "weight of the squared log ratio; default: the preset's, else 0")
+    z_coef: float = _option(0.0, "weight of the squared log-sum-exp of the logits (z-loss)")
     kl_coef: float = _option(0.0, "weight of the KL divergence to the weights at the start of this phase")
     kl_estimator: str = _option("k3", ", ".join(KL_ESTIMATORS))
+    kl_cap: float = _option(0.0, "most that its estimate counts, without a gradient beyond, 0: off")
     entropy_coef: float = _option(0.0, "weight of the entropy bonus")
+    nll_coef: float = _option(
+        0.0, "weight of the mean negative log-likelihood of turns whose return is positive (VAPO)"
+    )
     importance_cap: float = _option(0.0, "truncated importance weight against the sampler, 0: off")
+    importance_floor: float = _option(0.0, "its lower bound")
+    importance_mode: str = _option("truncate", "truncate: kept within its bounds; mask: 0 outside of them")
 
     max_steps: int = _option(80, "policy-gradient steps")
     num_prompts: int = _option(8, "dialogue openings a step on-policy; dialogues a step offline")
@@ -189,14 +219,26 @@ class TrainConfig:
         check_each(self)
         if self.policy_class != AUTO:
             object.__setattr__(self, "policy_class", str(self.chosen_class()))  # as it prints everywhere
-        self.loss_spec()
+        if self.loss_type is OF_PRESET:
+            object.__setattr__(self, "loss_type", self._of_preset().get("loss_type", "reinforce"))
         check_together(self)
+        self.loss_spec()
 
     @property
     def trackers(self) -> list[str]:
         """The trackers that ``report_to`` names, each once."""
         names = [name.strip() for name in self.report_to.split(",")]
         return [name for name in dict.fromkeys(names) if name not in ("", "none")]
+
+    @property
+    def regresses(self) -> bool:
+        """Whether the loss is a regression on turns."""
+        return self.loss_type == TURN_REGRESSION
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the weights at the start are compared with, and so kept."""
+        return self.kl_coef != 0 or (self.regresses and self.data is not None)
 
     def chosen_class(self) -> PolicyClass:
         """The policy class of the first step: full planning where auto chooses."""
@@ -206,16 +248,19 @@ class TrainConfig:
         """Classes whose signals a step measures: what auto chooses among, and ``signals`` logs."""
         return policy_classes(self.candidates) if self.policy_class == AUTO or self.signals else ()
 
+    def _of_preset(self) -> dict[str, Any]:
+        """The numbers of the preset; none without one."""
+        if self.preset is None:
+            return {}
+        require_one_of("preset", self.preset, tuple(PRESETS))
+        return PRESETS[self.preset].numbers
+
     def loss_spec(self) -> PolicyLossSpec:
-        """The policy loss."""
-        names = (
-            "loss_type",
-            "clip_low",
-            "clip_high",
-            "kl_coef",
-            "kl_estimator",
-            "entropy_coef",
-            "importance_cap",
-            "temperature",
-        )
-        return PolicyLossSpec(**{name: getattr(self, name) for name in names})
+        """The policy loss: what is set, else the preset's, else the loss's own."""
+        numbers = self._of_preset()
+        rule = f"loss_type must be {numbers.get('loss_type')} with preset {self.preset}, or left out"
+        require(self.loss_type == numbers.get("loss_type", self.loss_type), rule, self.loss_type)
+        given = {name: getattr(self, name) for name in LOSS_SETTINGS}
+        if self.regresses:
+            given["loss_type"] = "reinforce"  # what a step of it is
+        return PolicyLossSpec(**{**numbers, **{name: value for name, value in given.items() if value is not None}})

@@ -12,7 +12,7 @@ from itertools import pairwise, takewhile
 import torch
 from torch import Tensor
 
-from ppg_fast.reference.turns import turn_mask
+from ppg_fast.reference.turns import sum_of_turns, turn_mask
 from ppg_fast.rules import FLOAT32_MAX
 from ppg_fast.spec import IGNORE, require
 
@@ -84,6 +84,11 @@ class PackedBatch:
         lengths = torch.diff(self.cu_seqlens).long()
         rows = torch.arange(len(lengths), device=lengths.device)
         return rows.repeat_interleave(lengths, output_size=len(self.tokens))
+
+    def sum_of_turns(self, values: Tensor) -> Tensor:
+        """(S, T) float64: the sum of ``values`` (N,) over the tokens of each turn."""
+        S, T = self.rewards.shape
+        return sum_of_turns(values, self.labels >= 0, self.turn_ids, self.dialogue_ids, (S, T))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch on ``device``."""

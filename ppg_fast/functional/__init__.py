@@ -6,6 +6,11 @@ from ppg_fast.functional.linear import linear_partial_policy_loss, linear_policy
 from ppg_fast.functional.logits import PolicyLossOutput, partial_policy_loss, policy_loss, token_logprobs
 from ppg_fast.functional.returns import partial_returns, turn_advantages
 from ppg_fast.functional.teacher import Teacher, TopKTeacher
+from ppg_fast.functional.turn_regression import (
+    linear_turn_regression_loss,
+    turn_regression_loss,
+    turn_regression_loss_from_logprobs,
+)
 
 __all__ = [
     "DistillationOutput",
@@ -16,10 +21,13 @@ __all__ = [
     "linear_partial_policy_loss",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "linear_turn_regression_loss",
     "partial_policy_loss",
     "partial_returns",
     "policy_loss",
     "policy_loss_from_logprobs",
     "token_logprobs",
     "turn_advantages",
+    "turn_regression_loss",
+    "turn_regression_loss_from_logprobs",
 ]

@@ -34,6 +34,7 @@ def linear_distillation_loss(
     bias: Tensor | None = None,
     chunk_rows: int | None = None,
     max_active_rows: int | None = None,
+    logits_dtype: torch.dtype | str | None = None,
     loss_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     turn_ids: Tensor | None = None,
@@ -52,7 +53,7 @@ def linear_distillation_loss(
     logits is alive. Reduction "none" and float16 inputs compute the logits twice.
 
     Args:
-        hidden, weight, bias, chunk_rows, max_active_rows: as in `linear_policy_loss`.
+        hidden, weight, bias, chunk_rows, max_active_rows, logits_dtype: as in `linear_policy_loss`.
         labels, loss_mask: which tokens take part, as in `linear_policy_loss`; which tokens they are does not matter.
         teacher: `Teacher` or `TopKTeacher`.
         cu_seqlens, reduction, normalizer, validate, backend: as in `policy_loss`; ``turn_ids`` for turn_weights.
@@ -61,7 +62,7 @@ def linear_distillation_loss(
     Returns: `DistillationOutput`; differentiable in hidden, weight and bias, gradients in the dtype of each.
     Raises: ValueError for wrong shapes, dtypes, devices or numbers.
     """
-    x, weight, bias, chunks = head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
+    x, weight, bias, chunks = head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows, logits_dtype)
     tokens = Tokens.of(labels, loss_mask, cu_seqlens, hidden.device, validate)
     spec, temperatures = spec_and_temperatures(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate

@@ -27,7 +27,7 @@ def policy_loss_from_logprobs(
             hold is not used.
         advantages: (...), or (B,) for a (B, L) batch.
         entropy: (...) of the same distributions, for ``spec.entropy_coef``.
-        turn_ids: (...) integers, for loss_type "gspo_turn".
+        turn_ids: (...) integers, for loss_type "gspo_turn" and "gmpo_turn".
         **options: as in `policy_loss`; ``skip_zero_advantages`` changes no cost here, and ``spec.temperature`` and
             ``logit_softcap`` have no effect.
 

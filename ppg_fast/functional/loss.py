@@ -24,7 +24,6 @@ from ppg_fast.functional.tokens import (
     readable,
     reduction_weights,
 )
-from ppg_fast.losses import SEQUENCE_LEVEL
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.rules import require_float32
 from ppg_fast.spec import PolicyLossSpec, fail, require
@@ -76,6 +75,7 @@ class LossRows:
     per_row: PerRow
     spec: PolicyLossSpec  # with a number as temperature
     groups: tuple[Tensor, int] | None  # who shares a ratio
+    sequences: tuple[Tensor, int] | None  # where spec.opsm_delta looks at them
     reduction: str
     score_norms: bool  # wanted
 
@@ -116,10 +116,13 @@ class LossRows:
         nll = likelihood_weights(nll_weights, nll_normalizer, labels, active, validate)
         nll = None if nll is None else nll.reshape(-1)
         per_row = PerRow(flat_advantages, weights, old, ref, rollout, temperatures, nll)
-        groups = ratio_groups(tokens, turn_ids, spec) if old_logprobs is not None else None
+        compared = old is not None or (rollout is not None and spec.loss_type == "vespo")
+        groups = ratio_groups(tokens, turn_ids, spec) if compared else None
+        compared = spec.opsm_delta and (old is not None or rollout is not None)
+        sequences = (tokens.sequences(), tokens.sequence_count) if compared else None
         if skip_zero_advantages and not spec.needs_every_row:
-            tokens = tokens.masked_where(_unread(per_row.live, active, groups))
-        return LossRows(tokens, active, per_row, spec, groups, reduction, score_norms)
+            tokens = tokens.masked_where(_unread(per_row.live, active, sequences or groups))
+        return LossRows(tokens, active, per_row, spec, groups, sequences, reduction, score_norms)
 
     def loss_from_logprobs(self, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
         """Weighted loss of each row by plain PyTorch over differentiable log-probs: the second phase of a
@@ -134,6 +137,7 @@ class LossRows:
             self.spec,
             self.groups,
             self.per_row.nll_weights,
+            sequences=self.sequences,
         )
 
     def output(
@@ -149,7 +153,8 @@ class LossRows:
         logprobs, entropy = logprobs.detach(), entropy.detach()
         metrics = partial(self.metrics, logprobs, entropy, self.tokens.labels >= 0)
         rows = {"logprobs": logprobs, "entropy": entropy, "labels": self.tokens.labels, **self.per_row._asdict()}
-        if skip_zero_advantages and self.groups is not None and not self.spec.needs_every_row:
+        shares = self.groups is not None or self.sequences is not None
+        if skip_zero_advantages and shares and not self.spec.needs_every_row:
             skipped = ~self.per_row.live  # read for the sake of their group's ratio, but skipped by contract
             logprobs, entropy = torch.where(skipped, 0.0, logprobs), torch.where(skipped, 0.0, entropy)
             norms = torch.where(skipped, 0.0, norms) if self.score_norms and norms is not None else None
@@ -162,17 +167,22 @@ class LossRows:
 
     def metrics(self, logprobs: Tensor, entropy: Tensor, read: Tensor) -> dict[str, Tensor]:
         """Means over the tokens that were read: entropy, approx_kl(old, new), clip_fraction (_low + _high), kl(ref),
-        importance_weight."""
+        importance_weight, off_policy_dropped."""
         advantages, _, old, ref, rollout, _, _ = self.per_row
         columns, spec = {"entropy": entropy}, self.spec
         divisor = old
         if old is not None:
             columns["approx_kl"] = reference.k3(logprobs - old, spec.max_log_ratio)
-            if self.groups is not None:
-                divisor = reference.grouped_old_logprobs(logprobs, old, read, *self.groups)
+            if self.groups is not None and spec.loss_type in ("gspo", "gspo_turn"):
+                divisor = reference.shared_divisor(logprobs, old, read, advantages, self.groups, spec)
         clipped = reference.clipped(logprobs, divisor, rollout, advantages, spec)
         if clipped is not None:
             columns |= dict(zip(("clip_fraction_low", "clip_fraction_high"), clipped, strict=True))
+        if self.sequences is not None:
+            acted = old if rollout is None else rollout
+            assert acted is not None
+            kept = reference.kept_sequences(logprobs, acted, read, advantages, self.sequences, spec)
+            columns["off_policy_dropped"] = 1 - kept
         if ref is not None:
             columns["kl"] = reference.k3(ref - logprobs, spec.max_log_ratio)
         if rollout is not None and spec.weighs_importance:
@@ -187,9 +197,9 @@ class LossRows:
 
 
 def needs_logprobs_first(spec: PolicyLossSpec | None, dtype: torch.dtype) -> bool:
-    """Whether the gradient of the logits has to wait for the backward pass: a ratio over a sequence needs the log-probs
-    of other rows, and a float16 gradient the loss scale, since what is rounded before it is lost."""
-    return getattr(spec, "loss_type", None) in SEQUENCE_LEVEL or dtype == torch.float16
+    """Whether the gradient of the logits has to wait for the backward pass: a ratio or a mask over a sequence needs the
+    log-probs of other rows, and a float16 gradient the loss scale, since what is rounded before it is lost."""
+    return bool(getattr(spec, "shared", "")) or dtype == torch.float16
 
 
 def checked_spec(spec: PolicyLossSpec | None, ref_logprobs: Tensor | None) -> PolicyLossSpec:
@@ -200,8 +210,9 @@ def checked_spec(spec: PolicyLossSpec | None, ref_logprobs: Tensor | None) -> Po
         fail("spec must be a PolicyLossSpec", type(spec).__name__)
     if spec.kl_coef and ref_logprobs is None:
         fail("a KL term (kl_coef > 0) needs ref_logprobs", None)
-    if spec.z_coef and spec.loss_type in SEQUENCE_LEVEL:
-        fail(f"z_coef goes with a loss of one token, and loss_type {spec.loss_type} is of a sequence", spec.z_coef)
+    if spec.z_coef and spec.shared:
+        what = "opsm_delta" if spec.opsm_delta else f"loss_type {spec.loss_type}"
+        fail(f"z_coef goes with a loss of one token, and {what} is of a {spec.shared}", spec.z_coef)
     return with_plain_temperature(spec)
 
 

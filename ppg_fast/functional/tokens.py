@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ppg_fast import backends, ops
-from ppg_fast.losses import SEQUENCE_LEVEL
+from ppg_fast.contract import Wanted
+from ppg_fast.losses import SHARED
 from ppg_fast.ops.tracing import as_data, constant, transformed
 from ppg_fast.reference import consecutive_ids, group_sum
 from ppg_fast.rules import require_float32
@@ -111,6 +112,14 @@ class Tokens:
         return replace(self, labels=torch.where(condition, IGNORE, self.labels))
 
 
+def asked_for(outputs: tuple[Tensor, Tensor, Tensor], wanted: Wanted, shape: torch.Size) -> Tensor | tuple[Tensor, ...]:
+    """Log-probs in the shape of the labels; a tuple where entropy, score norms (without a gradient) or both are wanted,
+    too."""
+    logprobs, entropy, norms = outputs
+    more = [entropy] * wanted.entropy + [norms.detach()] * wanted.score_norms
+    return (logprobs.view(shape), *(values.view(shape) for values in more)) if more else logprobs.view(shape)
+
+
 def advantages_per_token(advantages: Tensor, labels: Tensor) -> Tensor:
     """Advantages of the labels' shape, from that or from (B,) for a (B, L) batch, which is not copied."""
     if not isinstance(advantages, Tensor):
@@ -183,12 +192,12 @@ def _scalar(value: float | Tensor, like: Tensor) -> Tensor:
 def ratio_groups(tokens: Tokens, turn_ids: Tensor | None, spec: PolicyLossSpec) -> tuple[Tensor, int] | None:
     """For a sequence-level loss, the group each token shares its ratio with, (N,) int64, and how many groups there may
     be."""
-    if spec.loss_type not in SEQUENCE_LEVEL:
+    if spec.loss_type not in SHARED:
         return None
     sequences = tokens.sequences()
-    if spec.loss_type == "gspo":
+    if SHARED[spec.loss_type] == "sequence":
         return sequences, tokens.sequence_count
-    require(turn_ids is not None, 'loss_type "gspo_turn" needs turn_ids', turn_ids)
+    require(turn_ids is not None, f'loss_type "{spec.loss_type}" needs turn_ids', turn_ids)
     assert turn_ids is not None
     check_tensor("turn_ids", turn_ids, tokens.shape, tokens.labels.device)
     require(not turn_ids.is_floating_point(), "turn_ids must be integers", turn_ids.dtype)

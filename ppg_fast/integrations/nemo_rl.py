@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppg_fast.functional import policy_loss_from_logprobs
 from ppg_fast.integrations.host import require_host
-from ppg_fast.integrations.options import RUN, Option, check, check_unknown, hosts_own, obeyed, refused
+from ppg_fast.integrations.options import RUN, Option, check, check_unknown, hosts_own, obeyed, own_numbers, refused
 from ppg_fast.integrations.turns import Credit, inside, last_tokens, place_turn_rewards, turn_counts, turn_ids_of_mask
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.spec import MAX_LOG_RATIO, PolicyLossSpec, require
@@ -49,22 +49,22 @@ OPTIONS = (  # of the master configuration
     obeyed(LOSS, "loss_fn.disable_ppo_ratio loss_fn.sequence_level_importance_ratios loss_fn.use_cispo",
            "loss_type reinforce, gspo, cispo; else ppo"),
     obeyed(LOSS, "loss_fn.ratio_clip_min loss_fn.ratio_clip_max",
-           "clip_low and clip_high; cispo has no lower clip and needs ratio_clip_min >= 1"),
+           "clip_low and clip_high, of cispo too"),
     obeyed(LOSS, "loss_fn.ratio_clip_c", "dual_clip of ppo and gspo"),
     obeyed(LOSS, "loss_fn.force_on_policy_ratio", "prev_logprobs, then zeros, are not read"),
     obeyed(LOSS, "loss_fn.use_importance_sampling_correction loss_fn.truncated_importance_sampling_ratio",
            "importance_cap, weights of single tokens"),
-    obeyed(LOSS, "loss_fn.truncated_importance_sampling_type", "importance_cap", lambda kind: kind in (None, "tis"),
-           "null or tis"),
-    refused(LOSS, "loss_fn.truncated_importance_sampling_ratio_min", (None, 0.0), "our weights have no lower bound"),
+    obeyed(LOSS, "loss_fn.truncated_importance_sampling_type", "importance_mode truncate or mask",
+           lambda kind: kind in (None, "tis", "icepop"), "null, tis or icepop"),
+    obeyed(LOSS, "loss_fn.truncated_importance_sampling_ratio_min", "importance_floor"),
     hosts_own(LOSS, "loss_fn.use_kl_in_reward", "takes the KL out of the loss, for its own estimators"),
-    Option("loss_fn.reference_policy_kl_penalty", LOSS, "refused", "its KL has clamps and a gradient of the sampling, "
-           "ours has neither: give PPGLossFn a spec with kl_coef", must="0, or use_kl_in_reward is on"),
-    hosts_own(LOSS, "loss_fn.reference_policy_kl_type loss_fn.kl_input_clamp_value loss_fn.kl_output_clamp_value",
-              "of its KL"),
-    refused(LOSS, "loss_fn.use_on_policy_kl_approximation", False, "of its KL"),
+    obeyed(LOSS, "loss_fn.reference_policy_kl_penalty", "kl_coef of k3_unbiased against its own sampling weight"),
+    Option("loss_fn.reference_policy_kl_type", LOSS, "obeyed", "kl_estimator", must="k3 where there is a penalty"),
+    Option("loss_fn.kl_input_clamp_value loss_fn.kl_output_clamp_value", LOSS, "obeyed", "max_log_ratio and kl_cap of "
+           "the KL", must="the second smaller, or both null, where there is a penalty"),
+    obeyed(LOSS, "loss_fn.use_on_policy_kl_approximation", "its sampling weight is exp(l - generation_logprobs)"),
     refused(LOSS, "on_policy_distillation.enabled", False, "no log-probs of a teacher are read"),
-    refused(LOSS, "loss_fn.positive_example_nll_weight", 0.0, "there is no likelihood term"),
+    obeyed(LOSS, "loss_fn.positive_example_nll_weight", "nll_weights on the tokens of sequences with a reward > 0"),
 )  # fmt: skip
 
 
@@ -83,24 +83,42 @@ def loss_spec(config: Any) -> PolicyLossSpec:
         "cispo": given.use_cispo,
     }
     loss_type = next((name for name, chosen in switches.items() if chosen), "ppo")
-    penalty = given.reference_policy_kl_penalty
-    rule = "loss_fn.reference_policy_kl_penalty of NeMo-RL must be 0 (for our KL give PPGLossFn a spec with kl_coef)"
-    require(penalty == 0 or given.use_kl_in_reward, rule, penalty)
     rule = f"loss_fn.ratio_clip_c of NeMo-RL must be null for {loss_type} (it has no dual clip)"
     require(given.ratio_clip_c is None or loss_type in ("ppo", "gspo"), rule, given.ratio_clip_c)
-    rule = "loss_fn.ratio_clip_min of NeMo-RL must be at least 1 for use_cispo (it has no lower clip)"
-    require(loss_type != "cispo" or given.ratio_clip_min >= 1, rule, given.ratio_clip_min)
-    cap = given.truncated_importance_sampling_ratio
-    if given.use_importance_sampling_correction:
-        rule = "loss_fn.truncated_importance_sampling_ratio of NeMo-RL must be a number (importance weights have a cap)"
-        require(cap is not None, rule, cap)
-        rule = "loss_fn.use_importance_sampling_correction of NeMo-RL must be False with"
-        require(loss_type != "gspo", f"{rule} sequence_level_importance_ratios (our weights are of tokens)", True)
-    return PolicyLossSpec(
-        loss_type, clip_low=min(given.ratio_clip_min, 1.0), clip_high=given.ratio_clip_max,
-        dual_clip=given.ratio_clip_c or 0.0,
-        importance_cap=float(cap) if given.use_importance_sampling_correction else 0.0,
-    )  # fmt: skip
+    bounds = {"clip_low": given.ratio_clip_min, "clip_high": given.ratio_clip_max}
+    own = own_numbers(loss_type, **bounds, dual_clip=given.ratio_clip_c or 0.0)
+    return PolicyLossSpec(loss_type, **own, **_importance_weight(given, loss_type))
+
+
+def _importance_weight(given: Any, loss_type: str) -> dict[str, Any]:
+    if not given.use_importance_sampling_correction:
+        return {}
+    cap, kind = given.truncated_importance_sampling_ratio, given.truncated_importance_sampling_type
+    rule = "loss_fn.truncated_importance_sampling_ratio of NeMo-RL must be a number (importance weights have a cap)"
+    require(cap is not None, rule, cap)
+    rule = "loss_fn.use_importance_sampling_correction of NeMo-RL must be False with"
+    require(loss_type != "gspo", f"{rule} sequence_level_importance_ratios (our weights are of tokens)", True)
+    floor = given.truncated_importance_sampling_ratio_min if kind else None
+    mode = "mask" if kind == "icepop" else "truncate"
+    return {"importance_cap": float(cap), "importance_floor": float(floor or 0.0), "importance_mode": mode}
+
+
+def kl_spec(config: Any) -> PolicyLossSpec | None:
+    """The KL term of ``loss_fn``, or None: k3 times a weight of the sampling through which its gradient flows too.
+
+    A loss of its own, without a surrogate: the weight divides by the policy as it is, not by that of the ratio.
+    ValueError for what it cannot honour.
+    """
+    given = config.loss_fn
+    if not given.reference_policy_kl_penalty or given.use_kl_in_reward:
+        return None
+    kind, inner, outer = given.reference_policy_kl_type, given.kl_input_clamp_value, given.kl_output_clamp_value
+    rule = "loss_fn.reference_policy_kl_type of NeMo-RL must be k3 (or give PPGLossFn a spec with kl_estimator)"
+    require(kind == "k3", rule, kind)
+    rule = "loss_fn.kl_output_clamp_value of NeMo-RL must be smaller than kl_input_clamp_value, or both null"
+    require((inner is None) == (outer is None) and (inner is None or outer < inner), rule, outer)
+    bounds = {} if inner is None else {"max_log_ratio": inner, "kl_cap": outer}
+    return PolicyLossSpec(kl_coef=given.reference_policy_kl_penalty, kl_estimator="k3_unbiased", **bounds)
 
 
 class PPGLossFn:
@@ -128,9 +146,13 @@ class PPGLossFn:
         require(spec is None or config is None, "PPGLossFn takes a spec or NeMo-RL's config, not both", spec)
         self.spec = PolicyLossSpec("ppo") if spec is None else spec
         self.token_level, self.on_policy = token_level, False
+        self.kl: PolicyLossSpec | None = None
+        self.kl_on_policy, self.nll_weight = False, 0.0
         if config is not None:
-            self.spec, self.token_level = loss_spec(config), config.loss_fn.token_level_loss
+            self.spec, self.kl, self.token_level = loss_spec(config), kl_spec(config), config.loss_fn.token_level_loss
             self.on_policy = config.loss_fn.force_on_policy_ratio
+            self.kl_on_policy = config.loss_fn.use_on_policy_kl_approximation
+            self.nll_weight = config.loss_fn.positive_example_nll_weight
         levels = interfaces.LossType
         self.loss_type = levels.TOKEN_LEVEL if self.token_level else levels.SEQUENCE_LEVEL
         self.input_type = interfaces.LossInputType.LOGPROB
@@ -144,7 +166,8 @@ class PPGLossFn:
         Args:
             next_token_logprobs: (B, S - 1) differentiable, position i holding the log-prob of token i + 1.
             data: token_mask, advantages, prev_logprobs, generation_logprobs (B, S), sample_mask (B,);
-                reference_policy_logprobs (B, S) where the spec has a KL term.
+                reference_policy_logprobs (B, S) where there is a KL term; rewards (B,) where the configuration has
+                positive_example_nll_weight.
             global_valid_seqs, global_valid_toks: 0-d, the denominators over all ranks and micro-batches.
 
         Returns: 0-d loss, already divided, and metrics by name.
@@ -152,7 +175,8 @@ class PPGLossFn:
         keep = data.get("curr_logprobs_keep_mask")  # next-token frame: tokens that top-k or top-p filtering left
         mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None] * (1 if keep is None else keep)
         rule = "a KL term (kl_coef) needs sampling without top-k and top-p: log-probs are those of the filtered tokens"
-        require(not self.spec.kl_coef or data.get("curr_logprobs_unfiltered") is None, rule, self.spec.kl_coef)
+        coef = self.spec.kl_coef or (self.kl.kl_coef if self.kl else 0.0)
+        require(not coef or data.get("curr_logprobs_unfiltered") is None, rule, coef)
         rollout = data["generation_logprobs"][:, 1:]
         old = next_token_logprobs.detach() if self.on_policy else data["prev_logprobs"][:, 1:]
         rule = "prev_logprobs are zeros, as under loss_fn.force_on_policy_ratio: give PPGLossFn NeMo-RL's config; sum"
@@ -161,20 +185,37 @@ class PPGLossFn:
         tokens, normalizer = (
             torch.as_tensor(n, device=mask.device).reshape(()).float() for n in (global_valid_toks, denominator)
         )
+        ref = data["reference_policy_logprobs"][:, 1:] if coef else None
+        shared: dict[str, Any] = {
+            "loss_mask": mask, "ref_logprobs": ref, "normalizer": normalizer.clamp(min=1),
+            "reduction": "token_mean" if self.token_level else "sequence_mean",
+        }  # fmt: skip
+        advantages = data["advantages"][:, 1:]
         out = policy_loss_from_logprobs(
-            next_token_logprobs, data["advantages"][:, 1:], loss_mask=mask, old_logprobs=old, rollout_logprobs=rollout,
-            ref_logprobs=data["reference_policy_logprobs"][:, 1:] if self.spec.kl_coef else None,
-            turn_ids=turn_ids_of_mask(mask) if self.spec.loss_type == "gspo_turn" else None, spec=self.spec,
-            reduction="token_mean" if self.token_level else "sequence_mean", normalizer=normalizer.clamp(min=1),
+            next_token_logprobs, advantages, old_logprobs=old, rollout_logprobs=rollout, spec=self.spec,
+            turn_ids=turn_ids_of_mask(mask) if self.spec.loss_type == "gspo_turn" else None,
+            nll_weights=self._likelihood(data, mask), **shared,
         )  # fmt: skip
+        loss = out.loss
+        if self.kl:
+            sampled = rollout if self.kl_on_policy else next_token_logprobs.detach()
+            zero = torch.zeros_like(advantages)
+            kl = policy_loss_from_logprobs(next_token_logprobs, zero, old_logprobs=sampled, spec=self.kl, **shared)
+            loss = loss + kl.loss
         # grpo_train reads this name, and sums metrics over micro-batches: hence the global denominator
         mismatch = inside((rollout - old).abs().clamp(max=MAX_LOG_RATIO).exp(), mask).sum() / tokens.clamp(min=1)
         metrics = {
-            "loss": out.loss.detach(),
+            "loss": loss.detach(),
             "token_mult_prob_error": mismatch,
             "num_valid_samples": data["sample_mask"].sum(),
         }
-        return out.loss, {name: float(value) for name, value in metrics.items()}
+        return loss, {name: float(value) for name, value in metrics.items()}
+
+    def _likelihood(self, data: Any, mask: Tensor) -> Tensor | None:
+        """Weights of the likelihood: of the tokens of sequences with a reward > 0, over their number here."""
+        if not self.nll_weight or "rewards" not in data:
+            return None
+        return torch.where(data["rewards"][:, None] > 0, mask * self.nll_weight, 0.0)
 
 
 class PPGAdvantageEstimator:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
-from ppg_fast.spec import require
+from ppg_fast.losses import LOSS_NUMBERS, LOSSES, LossType
+from ppg_fast.spec import require, require_one_of
 
 _ABSENT = object()
 RUN = "the run"  # the part of options that have no effect on the loss of a batch
@@ -47,6 +48,17 @@ def refused(part: str, names: str, only: Any, note: str) -> Option:
     values = only if isinstance(only, tuple) else (only,)
     must = " or ".join(map(repr, values)) or "absent"
     return Option(names, part, "refused", note, lambda value: value in values, must)
+
+
+def own_numbers(loss_type: str, **numbers: Any) -> dict[str, Any]:
+    """Those of ``numbers`` that a loss of this type uses, as arguments of `PolicyLossSpec`: a host has one list of them
+    for all of its losses. A lower bound of a ratio is at most 1, since no ratio is below 0."""
+    require_one_of("loss_type", loss_type, tuple(LOSS_NUMBERS))
+    uses = LOSSES[LossType(LOSS_NUMBERS[loss_type])].uses
+    found = {name: number for name, number in numbers.items() if name in uses}
+    if "clip_low" in found and loss_type != "dppo_kl":  # whose bound is a divergence
+        found["clip_low"] = min(float(found["clip_low"]), 1.0)
+    return found
 
 
 def check(host: str, table: Sequence[Option], config: Any, part: str) -> None:

@@ -3,7 +3,7 @@
     [trainer.loss]
     type = "custom"
     import_path = "ppg_fast.integrations.prime_rl.ppg_loss"
-    kwargs = { loss_type = "ppo", clip_low = 0.2, clip_high = 0.28 }
+    kwargs = { loss_type = "dppo_tv", kl_tau = 1e-3 }          # prime-rl's own default
 
 `OPTIONS` lists what becomes of prime-rl's options.
 """
@@ -22,52 +22,63 @@ from ppg_fast.spec import PolicyLossSpec, require
 MINIMUM = "0.8"
 ADVANTAGES, LOSS = "advantages", "loss"
 OPTIONS = (  # of trainer.loss.kwargs, and of the algorithm's configuration in the orchestrator
-    obeyed(LOSS, "loss_type clip_low clip_high dual_clip kl_coef kl_estimator", "as in `PolicyLossSpec`"),
-    refused(LOSS, "dppo_mask_low dppo_mask_high ipo_threshold", (), "of its other losses: set clip_low, clip_high"),
-    refused(LOSS, "adv_tau", (), "of its other losses: scale the rewards"),
-    refused(LOSS, "kl_tau", (), "of its other losses, a KL to the sampler: kl_coef is one to a reference"),
+    obeyed(LOSS, "preset loss_type clip_low clip_high dual_clip ratio_cap tau_positive tau_negative log_ratio_coef "
+           "kl_coef kl_estimator kl_cap max_log_ratio", "as in `PolicyLossSpec`; default: ppo"),
+    obeyed(LOSS, "dppo_mask_low dppo_mask_high", "clip_low and clip_high"),
+    obeyed(LOSS, "ipo_threshold", "clip_low and clip_high, both"),
+    obeyed(LOSS, "kl_tau", "log_ratio_coef: its square of the log ratio to the sampler"),
+    obeyed(LOSS, "adv_tau", "a factor of the advantages"),
     hosts_own(LOSS, "loss_weights", "factors of tokens: those of the rl component, which our loss takes"),
     hosts_own(LOSS, "temperature", "in the log-probs we are given"),
     obeyed(ADVANTAGES, "type sampling", "an Algorithm of your own whose score_group calls `credit_group`"),
     refused(ADVANTAGES, "action_loss_type", "rl", "our loss is that of the rl component"),
     refused(ADVANTAGES, "length_penalty", None, "credit_group has none: put it into the rewards of turns"),
     hosts_own(ADVANTAGES, "filter_zero_advantages", "drops tokens that have no gradient"),
-)
+)  # fmt: skip
+ITS_NAMES = {  # numbers of prime-rl's own losses as ours
+    "dppo_mask_low": ("clip_low",),
+    "dppo_mask_high": ("clip_high",),
+    "ipo_threshold": ("clip_low", "clip_high"),
+    "kl_tau": ("log_ratio_coef",),
+}
 
 
-def ppg_loss(
-    inputs: Any,
-    loss_type: str = "ppo",
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float = 0.0,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
-    **others: Any,
-) -> Any:
+def loss_spec(**kwargs: Any) -> PolicyLossSpec:
+    """The loss that ``kwargs`` of prime-rl's trainer.loss ask for: arguments of `PolicyLossSpec`, a ``preset`` that
+    they change, and the names that prime-rl's own losses have for them. ValueError for another option, and for one
+    given under two names."""
+    known = [
+        name for option in OPTIONS if option.part == LOSS and option.fate == "obeyed" for name in option.names.split()
+    ]
+    unknown = {name: value for name, value in kwargs.items() if name not in known}
+    require(not unknown, f"kwargs of prime-rl's trainer.loss must be among {', '.join(known)}", unknown)
+    given: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        for ours in ITS_NAMES.get(name, (name,)):
+            require(ours not in given, f"{ours} of prime-rl's trainer.loss must be given once", kwargs)
+            given[ours] = value
+    preset = given.pop("preset", None)
+    return PolicyLossSpec(**{"loss_type": "ppo", **given}) if preset is None else PolicyLossSpec.preset(preset, **given)
+
+
+def ppg_loss(inputs: Any, adv_tau: float = 1.0, **kwargs: Any) -> Any:
     """The policy loss of one sample, summed: prime-rl divides by its global number of tokens.
 
     Args:
         inputs: LossInputs with trainer_logprobs (differentiable), inference_logprobs, ref_logprobs or None, advantages,
             loss_mask and loss_weights or None, each (seq,), own alignment. The sampler's log-probs are the old ones, so
             the ratio covers the mismatch between sampler and trainer too.
-        loss_type, clip_low, clip_high, dual_clip, kl_coef, kl_estimator: as in `PolicyLossSpec`; ``kwargs`` of the
-            configuration.
-        others: none; every other option is refused.
+        adv_tau: a factor of the advantages; kwargs: see `loss_spec`.
 
     Returns: LossOutputs with the sum as loss and metrics by name.
     Raises: ValueError for a KL term where the algorithm scores no ref_logprobs, and for other options.
     """
-    check("prime-rl's trainer.loss", OPTIONS, others, LOSS)
-    known = ", ".join(OPTIONS[0].names.split())
-    require(not others, f"kwargs of prime-rl's trainer.loss must be among {known}", others)
-    rule = f"dual_clip must be 0 for loss_type {loss_type} (it has no dual clip)"
-    require(not dual_clip or loss_type not in ("cispo", "reinforce"), rule, dual_clip)
-    spec = PolicyLossSpec(loss_type, clip_low, clip_high, dual_clip, kl_coef, kl_estimator)
-    turn_ids = turn_ids_of_mask(inputs.loss_mask[None])[0] if loss_type == "gspo_turn" else None
+    spec = loss_spec(**kwargs)
+    turn_ids = turn_ids_of_mask(inputs.loss_mask[None])[0] if spec.loss_type == "gspo_turn" else None
     out = policy_loss_from_logprobs(
-        inputs.trainer_logprobs, inputs.advantages, loss_mask=inputs.loss_mask, old_logprobs=inputs.inference_logprobs,
-        ref_logprobs=inputs.ref_logprobs, turn_ids=turn_ids, spec=spec, reduction="none",
+        inputs.trainer_logprobs, adv_tau * inputs.advantages, loss_mask=inputs.loss_mask,
+        old_logprobs=inputs.inference_logprobs, ref_logprobs=inputs.ref_logprobs, turn_ids=turn_ids, spec=spec,
+        reduction="none",
     )  # fmt: skip
     weights = inputs.loss_weights
     loss = out.loss if weights is None else out.loss * inside(weights, inputs.loss_mask)

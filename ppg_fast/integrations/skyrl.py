@@ -14,15 +14,16 @@ from torch import Tensor
 
 from ppg_fast.functional import policy_loss_from_logprobs
 from ppg_fast.integrations.host import require_host
-from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, refused
+from ppg_fast.integrations.options import check, check_unknown, hosts_own, obeyed, own_numbers, refused
 from ppg_fast.integrations.turns import Credit, group_numbers, inside, last_tokens, turn_ids_of_mask
 from ppg_fast.losses import LOSS_TYPES
 from ppg_fast.policy_classes import PolicyClass
-from ppg_fast.spec import PolicyLossSpec, require, require_one_of
+from ppg_fast.spec import PolicyLossSpec, fail, require, require_one_of
 
 MINIMUM = "0.3"
 UTILS = "skyrl.backends.skyrl_train.utils"
 ADVANTAGES, LOSS, TRAINER = "advantages", "loss", "trainer"
+DPPO = {"dppo_tv": "binary_tv", "dppo_kl": "binary_kl"}
 OPTIONS = (  # of trainer.algorithm; the last row is of the whole configuration
     obeyed(ADVANTAGES, "advantage_estimator", "the name given to `register`, which has the policy class and baseline"),
     refused(ADVANTAGES, "gamma", 1.0, "give register(gamma=...), a discount per turn"),
@@ -34,7 +35,14 @@ OPTIONS = (  # of trainer.algorithm; the last row is of the whole configuration
               "before us, by rewards of dialogues"),
     hosts_own(ADVANTAGES, "value_clip value_head_prefix", "of a critic"),
     obeyed(LOSS, "policy_loss_type", "the name given to `register`, which has the loss type"),
-    obeyed(LOSS, "eps_clip_low eps_clip_high", "clip_low and clip_high; cispo has no lower clip, reinforce none"),
+    obeyed(LOSS, "eps_clip_low eps_clip_high", "clip_low and clip_high, in icepop (SkyRL's rollout_is) of the gate; "
+           "reinforce and sapo have none"),
+    obeyed(LOSS, "cispo.cispo_eps_clip_low cispo.cispo_eps_clip_high", "clip_low and clip_high of cispo"),
+    obeyed(LOSS, "cispo.cispo_anchor", "rollout: the sampler's log-probs are the old ones of cispo",
+           lambda anchor: anchor in ("old", "rollout"), "old or rollout"),
+    obeyed(LOSS, "sapo.tau_pos sapo.tau_neg", "tau_positive and tau_negative of sapo"),
+    obeyed(LOSS, "dppo.delta_low dppo.delta_high", "clip_low and clip_high of dppo_tv and dppo_kl"),
+    obeyed(LOSS, "dppo.dppo_type", "binary_tv with loss type dppo_tv, binary_kl with dppo_kl"),
     obeyed(LOSS, "off_policy_correction", "by SkyRL's own function, on the loss of each token"),
     hosts_own(LOSS, "use_tis tis_imp_ratio_cap", "become off_policy_correction before we see them"),
     hosts_own(LOSS, "loss_reduction max_seq_len", "scales the advantages: our loss is a sum"),
@@ -42,17 +50,11 @@ OPTIONS = (  # of trainer.algorithm; the last row is of the whole configuration
               "terms that SkyRL adds"),
     hosts_own(LOSS, "temperature", "in the log-probs we are given"),
     refused(LOSS, "clip_ratio_c", 3.0, "belongs to policy_loss_type dual_clip: there is no dual clip here"),
-    refused(LOSS, "cispo.cispo_eps_clip_low", 0.0, "loss type cispo of register has no lower clip"),
-    refused(LOSS, "cispo.cispo_eps_clip_high", 5.0, "loss type cispo of register takes eps_clip_high"),
-    refused(LOSS, "sapo.tau_pos", 1.0, "belongs to policy_loss_type sapo"),
-    refused(LOSS, "sapo.tau_neg", 1.05, "belongs to policy_loss_type sapo"),
     refused(LOSS, "clip_cov.clip_ratio", 0.0002, "belongs to policy_loss_type clip_cov"),
     refused(LOSS, "clip_cov.clip_cov_lb", 1.0, "belongs to policy_loss_type clip_cov"),
     refused(LOSS, "clip_cov.clip_cov_ub", 5.0, "belongs to policy_loss_type clip_cov"),
     refused(LOSS, "kl_cov.kl_cov_frac", 0.2, "belongs to policy_loss_type kl_cov"),
     refused(LOSS, "kl_cov.ppo_kl_coef", 1.0, "belongs to policy_loss_type kl_cov"),
-    refused(LOSS, "dppo.dppo_type", "binary_tv", "belongs to policy_loss_type dppo"),
-    refused(LOSS, "dppo.delta_low dppo.delta_high", 0.2, "belongs to policy_loss_type dppo"),
     refused(TRAINER, "generator.step_wise_trajectories", False, "the row of a step has no rewards of other steps"),
 )  # fmt: skip
 
@@ -84,6 +86,37 @@ def advantages(
     return credit.of_tokens(token_level_rewards, turn_ids, group_numbers(index, turn_ids.device))
 
 
+def loss_spec(loss_type: str, config: Any) -> PolicyLossSpec:
+    """The loss that SkyRL's algorithm configuration asks for; ValueError for what it cannot honour, see `OPTIONS`."""
+    _check_options(config, LOSS)
+    low, high = config.eps_clip_low, config.eps_clip_high
+    if loss_type == "cispo":
+        low, high = config.cispo.cispo_eps_clip_low, config.cispo.cispo_eps_clip_high
+    if loss_type in DPPO:
+        rule = f"dppo.dppo_type of SkyRL must be {DPPO[loss_type]} for loss type {loss_type} of register"
+        require(config.dppo.dppo_type == DPPO[loss_type], rule, config.dppo.dppo_type)
+        low, high = config.dppo.delta_low, config.dppo.delta_high
+    numbers = {"clip_low": float(low), "clip_high": float(high)}
+    if loss_type == "sapo":
+        numbers |= {"tau_positive": config.sapo.tau_pos, "tau_negative": config.sapo.tau_neg}
+    return PolicyLossSpec(loss_type, **own_numbers(loss_type, **numbers))
+
+
+def _behaviour(loss_type: str, old: Tensor, rollout: Tensor | None, config: Any) -> Tensor:
+    """The log-probs under the ratio: of the sampler where SkyRL's loss of this type is anchored there, else ``old``."""
+    if loss_type in DPPO:
+        return old if rollout is None else rollout
+    anchored = loss_type == "cispo" and getattr(config.cispo, "cispo_anchor", "old") == "rollout"
+    if not anchored and loss_type != "icepop":
+        return old
+    if rollout is None:
+        fail(f"loss type {loss_type}, anchored at the sampler, needs rollout_logprobs", None)
+    correction = getattr(config.off_policy_correction, "tis_ratio_type", None)
+    rule = f"off_policy_correction.tis_ratio_type of SkyRL must be None for {loss_type} (its ratio corrects already)"
+    require(correction is None, rule, correction)
+    return rollout
+
+
 def policy_loss(
     loss_type: str,
     log_probs: Tensor,
@@ -98,20 +131,19 @@ def policy_loss(
     Args:
         log_probs: (B, L) differentiable; old_log_probs, advantages (scaled by SkyRL), loss_mask, rollout_logprobs: (B,
             L) or None.
-        config: SkyRL's algorithm configuration: eps_clip_low, eps_clip_high, off_policy_correction.
+        config: SkyRL's algorithm configuration, see `loss_spec` and off_policy_correction.
 
     Returns: 0-d loss and metrics by name. The off-policy correction is SkyRL's own, on the loss of each token.
     Raises: ValueError for an option that `OPTIONS` refuses.
     """
-    _check_options(config, LOSS)
-    spec = PolicyLossSpec(loss_type, clip_low=float(config.eps_clip_low), clip_high=float(config.eps_clip_high))
+    spec, behaviour = loss_spec(loss_type, config), _behaviour(loss_type, old_log_probs, rollout_logprobs, config)
     require(loss_type != "gspo_turn" or loss_mask is not None, 'loss_type "gspo_turn" needs a loss_mask', loss_mask)
     turn_ids = turn_ids_of_mask(loss_mask) if loss_type == "gspo_turn" and loss_mask is not None else None
     out = policy_loss_from_logprobs(
         log_probs,
         advantages,
         loss_mask=loss_mask,
-        old_logprobs=old_log_probs,
+        old_logprobs=behaviour,
         turn_ids=turn_ids,
         spec=spec,
         reduction="none",

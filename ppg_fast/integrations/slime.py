@@ -5,7 +5,8 @@
     --loss-type custom_loss --custom-loss-function-path ppg_fast.integrations.slime.ppg_loss        optional
 
 Options, set by --custom-config-path: ppg_policy_class ("full"), ppg_gamma (1.0), ppg_baseline ("leave_one_out") and
-ppg_loss_type, by default the loss of --advantage-estimator: "ppo" for grpo, "gspo", "cispo".
+ppg_loss_type, by default the loss of --advantage-estimator: "ppo" for grpo, "gspo", "cispo"; ppg_tau_positive,
+ppg_tau_negative and ppg_log_ratio_coef for what slime has no option for.
 
 A baseline needs its whole group, and slime distributes the samples of a group over ranks: so the first function, in the
 rollout manager, computes it. `slime_options.OPTIONS` lists what becomes of slime's options.
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from ppg_fast.functional import policy_loss
 from ppg_fast.integrations.host import require_host
-from ppg_fast.integrations.slime_options import ADVANTAGES, ESTIMATORS, KL_TYPES, LOSS, check_options
+from ppg_fast.integrations.options import own_numbers
+from ppg_fast.integrations.slime_options import ADVANTAGES, ESTIMATORS, KL_CAP, KL_TYPES, LOSS, check_options
 from ppg_fast.integrations.turns import (
     Credit,
     group_numbers,
@@ -111,23 +113,48 @@ def loss_spec(args: Any) -> PolicyLossSpec:
     named = ESTIMATORS.get(estimator, loss_type)
     rule = f"ppg_loss_type must be {named}, the loss of slime's advantage_estimator {estimator} (or choose grpo there)"
     require(estimator == "grpo" or loss_type == named, rule, loss_type)
-    dual_clip = getattr(args, "eps_clip_c", None) or 0.0
+    most = getattr(args, "eps_clip_c", None) or 0.0
+    high = args.eps_clip if args.eps_clip_high is None else args.eps_clip_high
+    own = own_numbers(loss_type, clip_low=args.eps_clip, clip_high=high, dual_clip=most, ratio_cap=most)
     rule = f"eps_clip_c of slime must be None for {loss_type} (it has no dual clip)"
-    require(not dual_clip or loss_type not in ("cispo", "reinforce"), rule, dual_clip)
-    rule = "eps_clip of slime must be at least 1 for cispo (it has no lower clip)"
-    require(loss_type != "cispo" or args.eps_clip >= 1, rule, args.eps_clip)
-    kl = args.kl_loss_type if getattr(args, "use_kl_loss", False) else None
+    require(not most or "dual_clip" in own or "ratio_cap" in own, rule, most)
+    given = {name: getattr(args, f"ppg_{name}", None) for name in ("tau_positive", "tau_negative", "log_ratio_coef")}
+    own |= {name: value for name, value in given.items() if value is not None}
+    terms = {**_kl_term(args), **_importance_weight(args), "opsm_delta": _opsm_delta(args)}
     return PolicyLossSpec(
-        loss_type,
-        clip_low=min(args.eps_clip, 1.0),  # a ratio is never below 0
-        clip_high=args.eps_clip if args.eps_clip_high is None else args.eps_clip_high,
-        dual_clip=dual_clip,
-        kl_coef=float(args.kl_loss_coef) if kl else 0.0,
-        kl_estimator=KL_TYPES.get(kl or "", "k3"),
-        entropy_coef=args.entropy_coef,
-        importance_cap=args.tis_clip if getattr(args, "use_tis", False) else 0.0,
-        temperature=args.rollout_temperature,
+        loss_type, **own, **terms, entropy_coef=args.entropy_coef, temperature=args.rollout_temperature
     )
+
+
+def _kl_term(args: Any) -> dict[str, Any]:
+    if not getattr(args, "use_kl_loss", False) or not args.kl_loss_coef:
+        return {}
+    estimator = KL_TYPES[args.kl_loss_type]
+    if getattr(args, "use_unbiased_kl", False):
+        rule = "use_unbiased_kl of slime needs kl_loss_type k3 or low_var_kl (or --loss-type policy_loss)"
+        require(estimator == "k3", rule, args.kl_loss_type)
+        estimator = "k3_unbiased"
+    cap = KL_CAP if args.kl_loss_type == "low_var_kl" else 0.0
+    return {"kl_coef": float(args.kl_loss_coef), "kl_estimator": estimator, "kl_cap": cap}
+
+
+def _opsm_delta(args: Any) -> float:
+    """The threshold of off-policy sequence masking; slime measures from the old log-probs, ours from those of the
+    sampler where it has them."""
+    if not getattr(args, "use_opsm", False):
+        return 0.0
+    rule = "use_opsm of slime must be False with use_tis (or --loss-type policy_loss)"
+    require(not getattr(args, "use_tis", False), rule, True)
+    require(args.opsm_delta > 0, "opsm_delta of slime must be > 0 with use_opsm", args.opsm_delta)
+    return float(args.opsm_delta)
+
+
+def _importance_weight(args: Any) -> dict[str, Any]:
+    if not getattr(args, "use_tis", False):
+        return {}
+    mode = "mask" if getattr(args, "custom_tis_function_path", None) else "truncate"
+    low = getattr(args, "tis_clip_low", None) or 0.0
+    return {"importance_cap": args.tis_clip, "importance_floor": low, "importance_mode": mode}
 
 
 def ppg_loss(
@@ -151,6 +178,8 @@ def ppg_loss(
         sizes == (1, 1), "ppg_loss needs tensor and context parallel sizes of 1 (else --loss-type policy_loss)", sizes
     )
     spec, old = loss_spec(args), batch.get("rollout_log_probs" if args.use_rollout_logprobs else "log_probs")
+    # off-policy sequence masking measures from the old ones
+    rollout = batch.get("rollout_log_probs") if spec.reads_rollout and not spec.opsm_delta else None
     T, device, ends = logits.shape[1], logits.device, torch.as_tensor(batch["total_lengths"]).cumsum(0).tolist()
     responses = batch["response_lengths"]
     rows = torch.cat(
@@ -171,7 +200,7 @@ def ppg_loss(
         reduction="none",
         old_logprobs=placed(old) if old else None,
         ref_logprobs=placed(batch["ref_log_probs"]) if spec.kl_coef else None,
-        rollout_logprobs=placed(batch["rollout_log_probs"]) if spec.importance_cap else None,
+        rollout_logprobs=placed(rollout) if rollout else None,
         cu_seqlens=torch.tensor([0, *ends, *([T] if ends[-1] < T else [])], dtype=torch.int32, device=device),
         turn_ids=placed(turn_ids, -1, torch.int64) if spec.loss_type == "gspo_turn" else None,
     )  # fmt: skip

@@ -12,6 +12,8 @@ from typing import Any
 from ppg_fast.integrations.options import RUN, check, check_unknown, hosts_own, obeyed, refused
 
 KL_TYPES = {"k1": "k1", "k2": "k2", "k3": "k3", "low_var_kl": "k3"}
+KL_CAP = 10.0  # nats, of low_var_kl
+ICEPOP = "slime.backends.megatron_utils.loss.icepop_function"  # its weights are 0 outside of the bounds
 ESTIMATORS = {"grpo": "ppo", "gspo": "gspo", "cispo": "cispo"}  # the losses that slime chooses by its estimator
 ADVANTAGES, LOSS = "advantages", "loss"
 OPTIONS = (
@@ -33,21 +35,26 @@ OPTIONS = (
     hosts_own(ADVANTAGES, "allgather_cp", "slices our advantages as its log-probs"),
     obeyed(LOSS, "loss_type custom_loss_function_path", "`custom_loss` and `ppg_loss`"),
     obeyed(LOSS, "ppg_loss_type", "default: ppo, gspo or cispo by advantage_estimator"),
-    obeyed(LOSS, "eps_clip eps_clip_high", "clip_low and clip_high; cispo has no lower clip and needs eps_clip >= 1"),
-    obeyed(LOSS, "eps_clip_c", "dual_clip, for ppo, gspo and gspo_turn"),
+    obeyed(LOSS, "ppg_tau_positive ppg_tau_negative ppg_log_ratio_coef", "numbers of `PolicyLossSpec`"),
+    obeyed(LOSS, "eps_clip eps_clip_high", "clip_low and clip_high: the bounds; reinforce and sapo have none"),
+    obeyed(LOSS, "eps_clip_c", "dual_clip of ppo, gspo and gspo_turn, ratio_cap of dppo"),
     obeyed(LOSS, "use_kl_loss kl_loss_coef", "kl_coef"),
-    obeyed(LOSS, "kl_loss_type", "kl_estimator", lambda kind: kind in KL_TYPES, "k1, k2, k3 or low_var_kl"),
+    obeyed(LOSS, "kl_loss_type", "kl_estimator; low_var_kl is k3 with a kl_cap of 10", lambda kind: kind in KL_TYPES,
+           "k1, k2, k3 or low_var_kl"),
+    obeyed(LOSS, "use_unbiased_kl", "kl_estimator k3_unbiased, with k3 or low_var_kl"),
     obeyed(LOSS, "entropy_coef", "of the logits at rollout_temperature"),
     obeyed(LOSS, "rollout_temperature", "temperature"),
     obeyed(LOSS, "use_rollout_logprobs", "the sampler's log-probs are the old ones"),
-    obeyed(LOSS, "use_tis tis_clip", "importance_cap"),
+    obeyed(LOSS, "use_tis tis_clip tis_clip_low", "importance_cap and importance_floor"),
+    obeyed(LOSS, "custom_tis_function_path", "importance_mode mask",
+           lambda path: path in (None, ICEPOP), f"None or {ICEPOP}"),
     hosts_own(LOSS, "calculate_per_token_loss global_batch_size", "divides: our loss goes through its reducer"),
-    refused(LOSS, "tis_clip_low", (None, 0), "our weights have no lower bound: --loss-type policy_loss has one"),
-    refused(LOSS, "custom_tis_function_path custom_pg_loss_reducer_function_path", None, "use --loss-type policy_loss"),
-    refused(LOSS, "use_opsm use_unbiased_kl get_mismatch_metrics", False, "use --loss-type policy_loss"),
+    refused(LOSS, "custom_pg_loss_reducer_function_path", None, "use --loss-type policy_loss"),
+    obeyed(LOSS, "use_opsm opsm_delta", "opsm_delta; not together with use_tis"),
+    refused(LOSS, "get_mismatch_metrics", False, "use --loss-type policy_loss"),
     refused(LOSS, "true_on_policy_mode", False, "our log-probs are not the sampler's bit for bit"),
     refused(LOSS, "rollout_top_p", 1.0, "our log-probs are of the whole vocabulary: use --loss-type policy_loss"),
-    hosts_own(LOSS, "log_probs_chunk_size recompute_loss_function use_rollout_entropy opsm_delta value_clip "
+    hosts_own(LOSS, "log_probs_chunk_size recompute_loss_function use_rollout_entropy value_clip "
               "keep_old_actor ref_update_interval use_routing_replay use_rollout_routing_replay "
               "num_critic_only_steps enable_mtp_training", "memory, models and metrics: no part of this loss"),
     refused(ADVANTAGES, "custom_convert_samples_to_train_data_path", None, "it takes the place of reward_post_process"),

@@ -35,7 +35,7 @@ class OfflineJob(Job):
         self.dialogues, self.samples = keep_readable(
             dialogues, self._encode, config.strict, str(config.data), "dialogues"
         )
-        if not config.allow_negative_rewards:
+        if not (config.allow_negative_rewards or config.regresses):
             require_nonnegative(self.samples, [d.id for d in self.dialogues])
         warn_if_hardly_credited(self.samples, self.objective)
         warn_if_equal(self.samples, self.objective)
@@ -46,8 +46,9 @@ class OfflineJob(Job):
         return encode_within(self.policy.chat, dialogue, self.config.max_dialogue_tokens, self.policy.positions)
 
     def source(self) -> str:
-        """The file."""
-        return f"on the logged dialogues of `{Path(str(self.config.data)).name}` by reward-weighted likelihood"
+        """The file, and the method."""
+        method = "regression on turns" if self.config.regresses else "reward-weighted likelihood"
+        return f"on the logged dialogues of `{Path(str(self.config.data)).name}` by {method}"
 
     def data_read(self) -> Iterable[object]:
         """Every dialogue as it was logged, and what makes tokens of it: not the tokens, which may hold a date."""
@@ -63,9 +64,15 @@ class OfflineJob(Job):
         progress.say(text + cut)
 
     def collect(self, step: int) -> list[Sample]:
-        """Dialogues drawn without replacement within a step."""
-        count = min(self.config.num_prompts, len(self.seen))
-        return [self.samples[i] for i in self.policy.rng.sample(self.seen, count)]
+        """Dialogues drawn without replacement within a step; openings with all of theirs where a group is compared."""
+        drawn = [[i] for i in self.seen]
+        if self.config.baseline != "none":
+            groups: dict[int, list[int]] = {}
+            for i in self.seen:
+                groups.setdefault(self.samples[i].group_id, []).append(i)
+            drawn = list(groups.values())
+        count = min(self.config.num_prompts, len(drawn))
+        return [self.samples[i] for group in self.policy.rng.sample(drawn, count) for i in group]
 
     def measure(self, when: str) -> Evaluation:
         """Log-probs of the logged answers, each on its logged prefix, by turn; ``when``: the policy's own answers in

@@ -19,6 +19,7 @@ from ppg_fast.distributed import Ranks
 from ppg_fast.endpoint import Usage
 from ppg_fast.models.adaptation import add_lora, checkpoint_activations, freeze
 from ppg_fast.models.causal_lm import check_vocabulary, distribute, load_model, make_model
+from ppg_fast.models.freed_memory import give_back_freed_memory
 from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.generation import EndpointSampler
 from ppg_fast.rollouts.rollout import Read, Rollout, StepAll, collect_groups, step_each
@@ -58,7 +59,7 @@ class Policy:
         self.parameters = [
             sum(p.numel() for p in self.model.parameters() if p.requires_grad or not only) for only in (False, True)
         ]
-        self.module = distribute(self.model, self.ranks)
+        self.module = distribute(self.model, self.ranks, config.logits_dtype or None)
         if self.ranks.rank:  # weights began alike; what dropout and environments draw must not
             set_seed((config.seed + self.ranks.rank) % 2**32)
         self.chat = chat_of(config, self.tokenizer, self.model.generation_config)
@@ -188,10 +189,13 @@ def objective_of(config: TrainConfig) -> Objective:
         config.gamma,
         config.baseline,
         config.loss_spec(),
-        config.reduction,
+        "sum" if config.regresses else config.reduction,
         config.num_iterations,
         candidates=config.candidate_classes(),
         auto=config.policy_class == AUTO,
+        eta=config.eta if config.regresses else 0.0,
+        from_start=config.regresses and config.keeps_start,
+        nll_coef=config.nll_coef,
     )
 
 
@@ -203,6 +207,7 @@ def adapted(model: Any, config: TrainConfig) -> Any:
         freeze(model, config.freeze)
     if config.activation_checkpointing:
         checkpoint_activations(model, config.activation_checkpointing_every_n_layers, config.activation_offload)
+        give_back_freed_memory(model)
     return model
 
 

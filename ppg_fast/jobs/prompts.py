@@ -195,7 +195,7 @@ class PromptsJob(Job):
                 "a sampler endpoint wants temperature 1, where all servers mean the same by a log-prob, got "
                 f"{config.temperature}"
             )
-        if not config.sampler_refresh and not config.importance_cap:
+        if not config.sampler_refresh and not config.loss_spec().weighs_importance:
             rule = (
                 "a sampler endpoint that keeps its first weights wants importance_cap > 0 (or sampler_refresh, "
                 "which reloads them)"

@@ -17,12 +17,13 @@ class Divergences:
     """A teacher over chunks of rows: its head, or the tokens that it named. ``rows``: labels, temperature and softcap
     of the student."""
 
-    def __init__(self, teacher: TeacherRows, rows: RowArguments, kernels: ModuleType) -> None:
+    def __init__(self, teacher: TeacherRows, rows: RowArguments, kernels: ModuleType, float32: bool) -> None:
         self.teacher, self.labels, self.kernels = teacher, rows.labels, kernels
         self.temperatures, self.spec = rows.per_row.temperatures, rows.spec
         self.head = None
         if teacher.hidden is not None and teacher.weight is not None:
-            self.head = Head(teacher.hidden, teacher.weight, teacher.bias, 0, (False, False, False), kernels)
+            given = teacher.hidden, teacher.weight, teacher.bias, 0, (False, False, False), kernels, float32
+            self.head = Head(*given)
 
     def __call__(self, rows: Tensor, logits: Tensor, gradient: str) -> tuple[Tensor, Tensor | None]:
         """Divergence (n,), not weighted, of ``logits`` (1, n, V), and where the gradient is: in their place for

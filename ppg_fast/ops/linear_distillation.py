@@ -61,7 +61,7 @@ def _losses_and_gradients(
     """
     rows, teacher = _unpack(taught, tensors, numbers, choices)
     flags, (policy, *gradients), kernels = Wanted(*wanted[:4]), wanted[4:], backends.load(backend)
-    (labels, per_row, spec), (chunk_rows, bound), trains = rows, Chunks.unpack(chunks), any(gradients)
+    (labels, per_row, spec), (chunk_rows, bound, float32), trains = rows, Chunks.unpack(chunks), any(gradients)
     check_values(rows, teacher, weight.shape[0], flags.validate)
     entropy = policy and (flags.entropy or spec.entropy_coef != 0)
     loss, *outputs = row_outputs(hidden, labels.numel(), entropy, policy and flags.score_norms)
@@ -76,12 +76,12 @@ def _losses_and_gradients(
         excess = parts.excess.expand(labels.numel())
         teacher = teacher._replace(coefs=teacher.coefs + excess)
         per_row = per_row._replace(weights=excess + (1.0 if per_row.weights is None else per_row.weights))
-    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients), kernels)  # type: ignore[arg-type]
+    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients), kernels, float32)  # type: ignore[arg-type]
     if hidden.dtype == torch.float16 and trains:
         temperatures = spec.temperature if per_row.temperatures is None else per_row.temperatures
         head.scale = loss_scale(has_teacher, teacher.coefs, None, temperatures)
         teacher = teacher._replace(coefs=teacher.coefs * head.scale)
-    divergences = Divergences(teacher, rows._replace(per_row=per_row), kernels)
+    divergences = Divergences(teacher, rows._replace(per_row=per_row), kernels, float32)
     kernel = row_kernel(kernels, RowArguments(labels, per_row, spec), loss, *outputs)
 
     order, taught_rows = _taught_first(parts.full, has_teacher) if counting else (parts.full, parts.full.numel())

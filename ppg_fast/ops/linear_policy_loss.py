@@ -50,12 +50,12 @@ def _loss_and_gradients(
     ``choices`` are `RowArguments`, ``wanted`` is `Wanted`, ``chunks`` `Chunks`; ``gradients``: of the three inputs.
     """
     labels, per_row, spec = RowArguments.unpack(*from_operands(tensors, numbers), choices)
-    flags, (chunk_rows, bound), kernels = Wanted(*wanted), Chunks.unpack(chunks), backends.load(backend)
+    flags, (chunk_rows, bound, float32), kernels = Wanted(*wanted), Chunks.unpack(chunks), backends.load(backend)
     check_labels(labels, weight.shape[0], flags.validate)
     loss, logprob, entropy, norms = row_outputs(
         hidden, labels.numel(), flags.entropy or spec.entropy_coef != 0, flags.score_norms
     )
-    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients), kernels)  # type: ignore[arg-type]
+    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients), kernels, float32)  # type: ignore[arg-type]
     full = (labels >= 0) & (per_row.live | spec.needs_every_row) & any(gradients)
     parts = partition(full, (labels >= 0) & ~full, bound, counted(labels, bound, flags.validate))
     if parts.excess is not None:  # by the weight NaN reaches the loss and all gradients
@@ -169,13 +169,14 @@ def reference_linear(
     labels, per_row, spec = rows
     check_labels(labels, weight.shape[0], wanted.validate)
     # a copy each chunk casts back, so that autograd adds the chunks' gradients up in float32
-    dtype, weight, bias = hidden.dtype, weight.float(), None if bias is None else bias.float()
+    dtype = torch.float32 if chunks.float32 else hidden.dtype
+    weight, bias = weight.float(), None if bias is None else bias.float()
 
     def chunk_loss(
         x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *columns: Tensor | None
     ) -> tuple[Tensor, ...]:
         head = weight.to(dtype), None if bias is None else bias.to(dtype)
-        logits = torch.nn.functional.linear(x, *head).float()
+        logits = torch.nn.functional.linear(x.to(dtype), *head).float()
         row = PerRow(*columns)  # type: ignore[arg-type]
         return reference_policy_loss(logits, labels, row, spec, wanted.score_norms)[: len(outputs)]
 

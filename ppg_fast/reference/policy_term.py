@@ -4,7 +4,7 @@ csrc/policy_term.h."""
 import torch
 from torch import Tensor
 
-from ppg_fast.losses import GATED, WITH_ROLLOUT
+from ppg_fast.losses import CLIPPED_BEFORE, GATED, WITH_ROLLOUT
 from ppg_fast.spec import PolicyLossSpec
 
 LEAST = 1e-8  # added to 1 - p in dppo_kl, as verl does
@@ -63,6 +63,11 @@ def outside(
     return (advantages <= 0) & (moved < 0) & (kl > low), (advantages > 0) & (moved > 0) & (kl > high)
 
 
+def clipped_before(log_ratios: Tensor, advantages: Tensor, spec: PolicyLossSpec) -> tuple[Tensor, Tensor]:
+    """Tokens whose log ratio gmpo raises to -clip_low and lowers to clip_high before the mean, (N,) bool each."""
+    return (advantages < 0) & (log_ratios < -spec.clip_low), (advantages > 0) & (log_ratios > spec.clip_high)
+
+
 def clipped(
     logprobs: Tensor,
     divisor: Tensor | None,
@@ -71,14 +76,16 @@ def clipped(
     spec: PolicyLossSpec,
 ) -> tuple[Tensor, Tensor] | None:
     """Tokens whose weight a bound has changed, below and above, (N,) bool each; None where the loss has no bounds or no
-    log-probs to compare with. ``divisor``: under the ratio, as in `policy_term`."""
+    log-probs to compare with. ``divisor``: under the ratio, as in `policy_term`, of gmpo the old log-probs."""
     kind = spec.loss_type
     against = rollout_logprobs if kind in WITH_ROLLOUT and rollout_logprobs is not None else divisor
-    if against is None or kind in ("reinforce", "sapo"):
+    if against is None or kind in ("reinforce", "sapo", "vespo"):
         return None
     old = against if divisor is None else divisor
     if kind in GATED:
         return outside(logprobs, old, against, advantages, spec)
+    if kind in CLIPPED_BEFORE:
+        return clipped_before(logprobs - old, advantages, spec)
     ratio = ratio_of(logprobs - old, spec.max_log_ratio)
     low, high = ratio < 1 - spec.clip_low, ratio > 1 + spec.clip_high
     if kind == "cispo":
@@ -103,10 +110,12 @@ def surrogate(
 ) -> Tensor:
     """The value of each token by ``spec.loss_type``, (N,): the table `ppg_fast.losses.LOSSES`."""
     kind, A = spec.loss_type, advantages
-    if kind == "reinforce":
+    if kind in ("reinforce", "vespo"):  # vespo's weight comes with the importance weight
         return -A * logprobs
     log_ratio = logprobs - old_logprobs
     ratio = ratio_of(log_ratio, spec.max_log_ratio)
+    if kind in CLIPPED_BEFORE:
+        return -ratio * A
     clipped = ratio.clamp(1 - spec.clip_low, 1 + spec.clip_high)
     if kind == "cispo":
         return -clipped.detach() * A * logprobs

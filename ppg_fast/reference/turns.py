@@ -1,7 +1,10 @@
-"""Where turns are: which (dialogue, turn) pairs exist, and what a turn's value is to each of its tokens."""
+"""Where turns are: which (dialogue, turn) pairs exist, what a turn's value is to each of its tokens, and the sum of
+theirs."""
 
 import torch
 from torch import Tensor
+
+from ppg_fast.reference.groups import group_sum
 
 
 def turn_mask(turn_counts: Tensor, turns: int) -> Tensor:
@@ -17,3 +20,17 @@ def of_tokens(values: Tensor, turn_ids: Tensor, dialogue_ids: Tensor) -> Tensor:
     """
     padded = torch.nn.functional.pad(values, (0, 1))  # column T: no turn, no value
     return padded[dialogue_ids, torch.where(turn_ids < 0, values.shape[1], turn_ids)]
+
+
+def sum_of_turns(
+    values: Tensor, active: Tensor, turn_ids: Tensor, dialogue_ids: Tensor, shape: tuple[int, int]
+) -> Tensor:
+    """(S, T) float64 = ``shape``: the sum of ``values`` (N,) over the active tokens of each turn; what others hold is
+    not used. Differentiable in the values.
+
+    ``active`` (N,) bool; ``turn_ids`` and ``dialogue_ids`` (N,) int64, turn ids of active tokens in [0, T).
+    """
+    S, T = shape
+    nowhere = S * T  # a place beyond all turns, for tokens that are not active
+    at = torch.where(active, dialogue_ids * T + turn_ids, nowhere)
+    return group_sum(torch.where(active, values, 0.0).double(), at, nowhere + 1)[:nowhere].view(S, T)

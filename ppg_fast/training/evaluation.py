@@ -59,10 +59,7 @@ def turn_logprobs(
                 logprobs[at] = module(batch.part(dialogues).to(device), None, PolicyLossSpec()).double().cpu()
     finally:
         module.train(was_training)
-    active, shape = batch.labels >= 0, batch.rewards.shape
-    turn = (batch.dialogue_ids * shape[1] + batch.turn_ids)[active]
-    sums = torch.zeros(shape.numel(), dtype=torch.float64).index_add_(0, turn, logprobs[active])
-    return sums.view(shape), turn.bincount(minlength=shape.numel()).view(shape)
+    return batch.sum_of_turns(logprobs), batch.sum_of_turns(torch.ones_like(logprobs)).long()
 
 
 def of_rollouts(samples: Sequence[Sample], objective: Objective) -> dict[str, float]:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ppg_fast import reference
 from ppg_fast.dialogues.packing import PackedBatch, Sample, pack
 from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.policy_classes import FullPlanning, Lookahead, PolicyClass
+from ppg_fast.reference import Residuals
 from ppg_fast.reference.turns import of_tokens
-from ppg_fast.spec import PolicyLossSpec
+from ppg_fast.spec import PolicyLossSpec, require
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,13 @@ class Objective:
 
     ``candidates``: classes whose signals `ppg_fast.training.auto` measures at every step; ``auto``: it chooses one of
     them for the next, in place of ``policy_class``. ``scale``: what the advantages are multiplied with then.
+
+    ``eta`` > 0: regression on turns (`ppg.turn_regression_loss`) in place of ``spec`` and ``reduction``: of pairs, or
+    with baseline "none" of turns by themselves. Its old policy is that of the step's start, or ``from_start`` of the
+    training's: dialogues of a log are all of one policy.
+
+    ``nll_coef``: the loss gains this times the mean of -l over the tokens of turns whose windowed return is positive
+    (VAPO, arXiv:2504.05118).
     """
 
     policy_class: PolicyClass = field(default_factory=lambda: Lookahead(3))
@@ -32,6 +41,18 @@ class Objective:
     candidates: tuple[PolicyClass, ...] = ()
     auto: bool = False
     scale: float = 1.0
+    eta: float = 0.0
+    from_start: bool = False
+    nll_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        """ValueError for a regression over another loss."""
+        if self.eta:
+            rule = "a regression on turns (eta > 0) goes with"
+            require(self.baseline in ("none", "leave_one_out"), f"{rule} baseline leave_one_out or none", self.baseline)
+            require(self.reduction == "sum", f"{rule} reduction sum, its denominator is its own", self.reduction)
+            plain = self.spec == PolicyLossSpec(temperature=self.spec.temperature)
+            require(plain, f"{rule} the default spec, its distance to the old policy is eta", self.spec)
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,23 @@ def credit(batch: PackedBatch, objective: Objective) -> tuple[Tensor, Tensor]:
     return returns, advantages * objective.scale
 
 
+def turn_residuals(batch: PackedBatch, returns: Tensor, objective: Objective, log_ratios: Tensor | None) -> Residuals:
+    """What a regression on the turns of a whole batch has left to explain; ``log_ratios`` (S, T) float64, None: 0."""
+    groups = None if objective.baseline == "none" else batch.group_ids
+    there = batch.sum_of_turns(torch.ones(len(batch.tokens))) > 0  # one that is read in part has turns without tokens
+    ratios = torch.zeros_like(returns) if log_ratios is None else log_ratios
+    return reference.turn_residuals(ratios, returns, there, groups, objective.eta)
+
+
+def likelihood(batch: PackedBatch, returns: Tensor, objective: Objective) -> Tensor | None:
+    """(S, T) float32: the weight of -l of each turn's tokens, over their number in the batch; None without the term."""
+    if not objective.nll_coef:
+        return None
+    chosen = (batch.turn_mask & (returns > 0)).float()
+    tokens = (chosen * batch.sum_of_turns(torch.ones(len(batch.tokens)))).sum().clamp(min=1)
+    return objective.nll_coef * chosen / tokens.float()
+
+
 def turns_with_gradient(batch: PackedBatch, advantages: Tensor, spec: PolicyLossSpec) -> Tensor:
     """(S, T) bool: turns whose advantage is not zero; with a KL or entropy term all of them."""
     return batch.turn_mask if spec.needs_every_row else advantages != 0
@@ -87,13 +125,16 @@ def tokens_to_read(batch: PackedBatch, advantages: Tensor, objective: Objective)
     A dialogue ends with its last turn whose advantage is not zero, and is left out where it has none: what follows has
     no gradient. With a KL or entropy term every assistant token has one; where a dialogue's tokens share a ratio (gspo)
     or a mean (sequence_mean), a dialogue with a gradient is read up to its last turn; with candidates every dialogue
-    is, since other classes may have an advantage there. The denominator stays that of the whole batch.
+    is, since other classes may have an advantage there, and for a regression whose log ratios are not all 0. The
+    denominator stays that of the whole batch.
     """
     spec = objective.spec
     credited = turns_with_gradient(batch, advantages, spec)
-    if objective.reduction == "sequence_mean" or (spec.loss_type == "gspo" and objective.num_iterations > 1):
+    if objective.reduction == "sequence_mean" or (
+        spec.shared == "sequence" and (objective.num_iterations > 1 or spec.opsm_delta)
+    ):
         credited = credited.any(1, keepdim=True).expand_as(credited)
-    if objective.candidates:
+    if objective.candidates or (objective.eta and (objective.num_iterations > 1 or objective.from_start)):
         credited = batch.turn_mask
     dialogue_ids = batch.dialogue_ids
     read = of_tokens(credited, batch.turn_ids, dialogue_ids)

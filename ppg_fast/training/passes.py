@@ -1,6 +1,6 @@
 """The forward and backward passes of a step: which dialogues each reads, and what is known of them before."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from ppg_fast.dialogues.packing import NOTHING, PackedBatch, micro_batches, pack
 from ppg_fast.distributed import Ranks
 from ppg_fast.models.adaptation import StartingWeights
+from ppg_fast.reference.turns import of_tokens
 from ppg_fast.spec import PolicyLossSpec
-from ppg_fast.training.objective import Objective
+from ppg_fast.training.objective import Objective, turn_residuals
 
 
 @dataclass
@@ -22,12 +23,20 @@ class Pass:
     advantages: Tensor  # (S, T) float32
     old_logprobs: Tensor | None = None  # (N,) under the weights before the first of several iterations
     ref_logprobs: Tensor | None = None  # (N,) under the reference of a KL term
+    nll_weights: Tensor | None = None  # (N,) of the likelihood of each label
 
 
 def make_passes(
-    batch: PackedBatch, advantages: Tensor, lengths: Tensor, max_tokens: int, device: torch.device, ranks: Ranks
+    batch: PackedBatch,
+    advantages: Tensor,
+    lengths: Tensor,
+    max_tokens: int,
+    device: torch.device,
+    ranks: Ranks,
+    likelihood: Tensor | None = None,
 ) -> list[Pass]:
     """This rank's passes over the first ``lengths`` (S,) tokens of each dialogue, of at most ``max_tokens`` each.
+    ``likelihood``: (S, T), the weight of -l of each turn's tokens.
 
     There are as many as any rank has, at least one: those of a rank with less work are dummies without a gradient.
     """
@@ -37,7 +46,11 @@ def make_passes(
     passes = []
     for indices in micro_batches([sizes[dialogue] for dialogue in mine], max_tokens):
         chosen = [mine[i] for i in indices]
-        passes.append(Pass(chosen, batch.part(chosen, lengths).to(device), advantages[chosen].to(device)))
+        part = batch.part(chosen, lengths)
+        weights = None if likelihood is None else of_tokens(likelihood[chosen], part.turn_ids, part.dialogue_ids)
+        one = Pass(chosen, part.to(device), advantages[chosen].to(device))
+        one.nll_weights = None if weights is None else weights.to(device)
+        passes.append(one)
     lacking = max(1, ranks.largest(len(passes))) - len(passes)
     dummy = Pass([], pack([NOTHING]).to(device), torch.zeros(1, 1, device=device))
     return passes + [dummy] * lacking
@@ -48,7 +61,7 @@ def add_logprobs(
 ) -> None:
     """Fill in the log-probs that the objective compares with: old ones for several iterations, those of ``reference``
     where there is one."""
-    if objective.num_iterations > 1:
+    if objective.num_iterations > 1 and not objective.from_start:
         for one in passes:
             ranks.check()
             one.old_logprobs = _logprobs(module, one.batch, objective.spec, ranks)
@@ -57,6 +70,43 @@ def add_logprobs(
             for one in passes:
                 ranks.check()
                 one.ref_logprobs = _logprobs(module, one.batch, objective.spec, ranks)
+    if objective.from_start:
+        for one in passes:
+            one.old_logprobs, one.ref_logprobs = one.ref_logprobs, None
+
+
+def regress(
+    passes: Sequence[Pass],
+    module: nn.Module,
+    batch: PackedBatch,
+    returns: Tensor,
+    objective: Objective,
+    ranks: Ranks,
+    moved: bool,
+    check: Callable[[], None],
+) -> dict[str, float]:
+    """Give the passes over ``batch`` the advantages with which REINFORCE has the gradient of the regression on turns at
+    the weights as they are; its loss and the share of it that is explained.
+
+    Log ratios are those of whole turns and groups, so they are found before any pass has a gradient. Where the weights
+    have not ``moved`` from the old policy's, all of them are 0.
+    """
+    ratios = None
+    if moved:
+        ratios = torch.zeros(batch.rewards.shape, dtype=torch.float64)
+        for one in passes:
+            check()
+            logprobs = _logprobs(module, one.batch, objective.spec, ranks)
+            if one.dialogues and one.old_logprobs is not None:
+                ratios[one.dialogues] = one.batch.sum_of_turns(logprobs - one.old_logprobs).cpu()
+        ratios = torch.stack(ranks.gather(ratios)).sum(0)
+    found, before = (turn_residuals(batch, returns, objective, r) for r in (ratios, None))
+    advantages = (objective.scale * found.advantages(objective.eta)).float()
+    for one in passes:
+        if one.dialogues:
+            one.advantages = advantages[one.dialogues].to(one.advantages.device)
+    loss, at_old = float(found.loss()), float(before.loss())
+    return {"loss": loss, "explained": 1 - loss / at_old if at_old else 0.0}
 
 
 def _logprobs(module: nn.Module, batch: PackedBatch, spec: PolicyLossSpec, ranks: Ranks) -> Tensor:

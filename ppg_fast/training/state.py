@@ -60,7 +60,7 @@ class SkippedSteps:
 @dataclass
 class TrainingState:
     """What steps change, but for the sources of randomness. ``reference``: the weights at the start, where a KL term
-    wants them.
+    or a regression wants them.
 
     ``chooser``: what has been seen of the policy classes, where the objective has candidates. A field is saved and
     loaded by its own ``state_dict`` and ``load_state_dict`` where it has them, as a plain value where not.
@@ -89,7 +89,7 @@ class TrainingState:
         return cls(
             model,
             optimizer,
-            reference=StartingWeights(model) if objective.spec.kl_coef else None,
+            reference=StartingWeights(model) if objective.spec.kl_coef or objective.from_start else None,
             chooser=WindowChooser(objective.candidates, fixed=fixed) if objective.candidates else None,
         )
 

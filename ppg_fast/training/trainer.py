@@ -21,9 +21,9 @@ from ppg_fast.models.adaptation import StartingWeights
 from ppg_fast.models.causal_lm import PolicyModule
 from ppg_fast.models.sharding import whole
 from ppg_fast.training.metrics import TokenMeans, describe, peak_memory_mb, reading
-from ppg_fast.training.objective import Objective, Schedule, credit, denominator, tokens_to_read
+from ppg_fast.training.objective import Objective, Schedule, credit, denominator, likelihood, tokens_to_read
 from ppg_fast.training.optimisers import set_learning_rate
-from ppg_fast.training.passes import Pass, add_logprobs, make_passes
+from ppg_fast.training.passes import Pass, add_logprobs, make_passes, regress
 from ppg_fast.training.signals import SignalTokens
 from ppg_fast.training.state import NotFinite, TrainingState
 
@@ -96,28 +96,38 @@ def update(
     module = ranks.module(model) or PolicyModule(model, torch.bfloat16 if schedule.bf16 else None)
     batch = pack(samples)
     returns, advantages = credit(batch, objective)
-    lengths = tokens_to_read(batch, advantages, objective)
-    passes = make_passes(batch, advantages, lengths, schedule.max_tokens, model.device, ranks)
+    weights = likelihood(batch, returns, objective)
+    live = (
+        advantages if weights is None else advantages.where(advantages != 0, weights)
+    )  # not 0 where there is a gradient
+    lengths = tokens_to_read(batch, live, objective)
+    passes = make_passes(batch, advantages, lengths, schedule.max_tokens, model.device, ranks, weights)
     ranks.check()
     add_logprobs(passes, module, objective, reference, ranks)
     signals = SignalTokens(batch, objective) if objective.candidates else None
     normalizer, means, norm = denominator(batch, objective.reduction), TokenMeans(), 0.0
+    regression: dict[str, float] = {}
     for iteration in range(objective.num_iterations):
         optimizer.zero_grad(set_to_none=True)
         # only before the weights move may a signal end the step: between two iterations it is neither taken nor not
         check = ranks.check if iteration == 0 else lambda: None
+        if objective.eta:
+            moved = iteration > 0 or objective.from_start
+            regression = regress(passes, module, batch, returns, objective, ranks, moved, check)
         means = backward(module, passes, objective, normalizer, ranks, None if iteration else signals, check)
         norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)))
         if not (math.isfinite(norm) and math.isfinite(means.loss)):
+            regression = {}  # the loss that is not finite is what the metrics say
             break
         if norm > 0:
             optimizer.step()
     shared_ratios = objective.num_iterations > 1
     return {
         **means.means(),
+        **regression,
         "grad_norm": norm,
-        **reading(batch, advantages, objective.spec, lengths),
-        **describe(samples, batch, returns, advantages, objective.spec, shared_ratios),
+        **reading(batch, live, objective.spec, lengths),
+        **describe(samples, batch, returns, advantages, objective.spec, shared_ratios, live),
         **({"signals": signals.measure(ranks)} if signals else {}),
     }
 
@@ -143,7 +153,9 @@ def backward(
                 objective.spec,
                 old_logprobs=one.old_logprobs,
                 ref_logprobs=one.ref_logprobs,
-                rollout_logprobs=one.batch.rollout_logprobs if objective.spec.importance_cap else None,
+                rollout_logprobs=one.batch.rollout_logprobs if objective.spec.reads_rollout else None,
+                nll_weights=one.nll_weights,
+                nll_normalizer=None if one.nll_weights is None else 1.0,
                 reduction=objective.reduction,
                 normalizer=normalizer,
                 skip_zero_advantages=not objective.candidates,  # other classes may have an advantage there

@@ -31,12 +31,15 @@ def random_spec(seed, loss_type, **fixed):
     temperature = torch.tensor(rng.uniform(0.6, 1.4, 24), dtype=torch.float32) if on[0] else 0.8
     terms = {"dual_clip": 1.4, "kl_coef": 0.13, "entropy_coef": 0.03, "importance_cap": 1.25, "logit_softcap": 3.0}
     numbers = {name: value if here else 0.0 for (name, value), here in zip(terms.items(), on[1:], strict=True)}
-    numbers |= {
-        "clip_low": 0.15,
-        "clip_high": 0.3,
-        "temperature": temperature,
-        "kl_estimator": str(rng.choice(KL_ESTIMATORS)),
-    }
+    bounds = (0.02, 0.01) if loss_type == "dppo_kl" else (0.15, 0.3)
+    numbers |= dict(zip(("clip_low", "clip_high"), bounds, strict=True))
+    numbers |= {"temperature": temperature, "kl_estimator": str(rng.choice(KL_ESTIMATORS))}
+    numbers |= {"ratio_cap": 1.2, "tau_positive": 1.3, "tau_negative": 1.7}
+    on = rng.random(4) < 0.4
+    numbers |= {"log_ratio_coef": 0.05 * on[0], "importance_floor": 0.8 * on[1], "kl_cap": 0.1 * on[2]}
+    numbers["kl_cap"] *= numbers["kl_coef"] != 0
+    if on[3] and (numbers["importance_cap"] or numbers["importance_floor"]):
+        numbers["importance_mode"] = "mask"
     return spec_of(loss_type, **{**numbers, **fixed})
 
 
@@ -79,6 +82,7 @@ class Call:
             self.place(np.where(batch.active, batch.advantages, np.nan)),
         )
         known = {"old_logprobs": batch.old, "ref_logprobs": batch.ref, "rollout_logprobs": batch.rollout}
+        known["nll_weights"] = batch.nll
         cu = oracle.LAYOUTS[case.layout][1]
         self.options = {
             name: None if v is None else self.place(np.where(batch.active, v, np.nan)) for name, v in known.items()

@@ -100,6 +100,9 @@ CASES = {  # between them every reduction
     "gspo, 2 iterations": Case(
         objective=Objective(Lookahead(2), spec=PolicyLossSpec(loss_type="gspo"), num_iterations=2)
     ),
+    "turn regression, 2 iterations": Case(
+        objective=Objective(Lookahead(2), reduction="sum", eta=0.5, num_iterations=2), max_tokens=12
+    ),
     "importance cap, sequence_mean": Case(
         lambda step: dialogues(7, step, logprobs=True),
         Objective(spec=PolicyLossSpec(importance_cap=2.0), reduction="sequence_mean"),

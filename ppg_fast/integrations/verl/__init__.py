@@ -5,7 +5,7 @@ it. Then the configuration may say
 
     algorithm.adv_estimator                            ppg_greedy | ppg_lookahead | ppg_segment | ppg_full
     +algorithm.ppg.lookahead, .segment_length, .gamma, .baseline
-    actor_rollout_ref.actor.policy_loss.loss_mode      ppg | ppg_reinforce | ppg_cispo | ppg_gspo | ppg_gspo_turn
+    actor_rollout_ref.actor.policy_loss.loss_mode      ppg | ppg_NAME, a loss of docs/losses.md
     actor_rollout_ref.model.fused_kernel_options.impl_backend   ppg       (with use_fused_kernels)
 
 Rewards of turns reach verl through `ppg_fast.integrations.verl.rewards`.

@@ -8,24 +8,26 @@ from torch import Tensor
 from verl.trainer.ppo.core_algos import agg_loss, register_policy_loss  # pyright: ignore[reportMissingImports]
 
 from ppg_fast.functional import policy_loss_from_logprobs
+from ppg_fast.integrations.options import own_numbers
 from ppg_fast.integrations.turns import inside, turn_ids_of_mask
 from ppg_fast.integrations.verl.options import check_actor
 from ppg_fast.losses import LOSS_TYPES
 from ppg_fast.spec import PolicyLossSpec, require
 
-CLIPPED = ("ppo", "gspo", "gspo_turn")  # the losses with a dual clip
-
 
 def loss_spec(loss_type: str, config: Any) -> PolicyLossSpec:
-    """The loss that verl's actor configuration asks for: clip_ratio_low and clip_ratio_high, else clip_ratio;
-    clip_ratio_c as dual clip. ValueError for an option that it cannot honour."""
+    """The loss that verl's actor configuration asks for: clip_ratio_low and clip_ratio_high, else clip_ratio, as
+    bounds; clip_ratio_c as dual clip, in dppo as cap of the ratio; tau_pos, tau_neg. ValueError for what it cannot
+    honour."""
     require(config is not None, "verl's policy losses need the actor's config", config)
-    check_actor(config, loss_type)
+    check_actor(config)
     low, high = (
         config.clip_ratio if bound is None else bound for bound in (config.clip_ratio_low, config.clip_ratio_high)
     )
-    dual_clip = float(config.get("clip_ratio_c", 3.0) or 0.0) if loss_type in CLIPPED else 0.0
-    return PolicyLossSpec(loss_type, clip_low=min(float(low), 1.0), clip_high=float(high), dual_clip=dual_clip)
+    most = float(config.get("clip_ratio_c", 3.0) or 0.0)
+    taus = {"tau_positive": config.get("tau_pos", 1.0), "tau_negative": config.get("tau_neg", 1.05)}
+    numbers = own_numbers(loss_type, clip_low=low, clip_high=high, dual_clip=most, ratio_cap=most, **taus)
+    return PolicyLossSpec(loss_type, **numbers)
 
 
 def policy_loss(

@@ -4,7 +4,6 @@ losses."""
 from typing import Any
 
 from ppg_fast.integrations.options import RUN, check, check_unknown, hosts_own, obeyed, refused
-from ppg_fast.spec import require
 
 ADVANTAGES, LOSS, HEAD = "advantages", "loss", "head"
 PPG = ("lookahead", "segment_length", "gamma", "baseline")
@@ -26,8 +25,9 @@ ALGORITHM = (
 ACTOR = (
     obeyed(LOSS, "policy_loss.loss_mode", "`ppg`, `ppg_*`"),
     obeyed(LOSS, "clip_ratio clip_ratio_low clip_ratio_high",
-           "clip_low, clip_high; cispo has no lower clip and needs clip_ratio_low >= 1; reinforce has none"),
-    obeyed(LOSS, "clip_ratio_c", "dual_clip of ppo, gspo and gspo_turn; cispo and reinforce have none, as in verl"),
+           "clip_low, clip_high: the bounds of the loss; reinforce and sapo have none"),
+    obeyed(LOSS, "clip_ratio_c", "dual_clip of ppo, gspo and gspo_turn, ratio_cap of dppo; others have none"),
+    obeyed(LOSS, "tau_pos tau_neg", "tau_positive and tau_negative of sapo; its loss_agg_mode is the one given"),
     hosts_own(LOSS, "loss_agg_mode loss_scale_factor global_batch_info", "verl's agg_loss divides our loss of tokens"),
     hosts_own(LOSS, "entropy_coeff calculate_entropy use_kl_loss kl_loss_coef kl_loss_type", "terms that verl adds"),
     hosts_own(LOSS, "policy_loss.rollout_correction", "rejection is in the mask, weights are factors of each token"),
@@ -37,10 +37,10 @@ ACTOR = (
     refused(LOSS, "policy_loss.clip_cov_ub", 5.0, "belongs to loss_mode clip_cov"),
     refused(LOSS, "policy_loss.ppo_kl_coef", 0.1, "belongs to loss_mode kl_cov"),
     refused(LOSS, "policy_loss.dro_beta", None, "belongs to loss_mode dro"),
-    refused(LOSS, "tau_pos", 1.0, "belongs to loss_mode sapo"),
-    refused(LOSS, "tau_neg", 1.05, "belongs to loss_mode sapo"),
     obeyed(HEAD, "use_fused_kernels", "with `model.fused_kernel_options.impl_backend=ppg`"),
-    hosts_own(HEAD, "calculate_sum_pi_squared", "needs logits: verl refuses it with fused kernels"),
+    obeyed(HEAD, "calculate_sum_pi_squared",
+           "in the same sweep with `impl_backend=ppg` under FSDP, for verl's optimal token baselines; verl refuses it "
+           "with other fused kernels"),
     hosts_own(
         RUN,
         "strategy rollout_n ppo_mini_batch_size ppo_micro_batch_size ppo_micro_batch_size_per_gpu "
@@ -63,11 +63,8 @@ def check_algorithm(config: Any, defaults: Any = None) -> None:
     check_unknown("verl's algorithm", ALGORITHM, config, defaults if defaults is not None else dict)
 
 
-def check_actor(config: Any, loss_type: str) -> None:
-    """Raise ValueError for the first option of ``actor_rollout_ref.actor`` that this loss cannot honour, or does not
+def check_actor(config: Any) -> None:
+    """Raise ValueError for the first option of ``actor_rollout_ref.actor`` that our losses cannot honour, or do not
     know."""
     check("verl's actor", ACTOR, config, LOSS)
     check_unknown("verl's actor", ACTOR, config)
-    low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
-    rule = "clip_ratio_low of verl's actor must be at least 1 for ppg_cispo (it has no lower clip)"
-    require(loss_type != "cispo" or low >= 1, rule, low)

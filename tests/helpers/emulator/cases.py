@@ -21,6 +21,7 @@ from torch import Tensor
 
 import ppg_fast as ppg
 from ppg_fast import reference
+from ppg_fast.contract import PerRow
 from ppg_fast.spec import PolicyLossSpec
 
 GUARD = 7.75  # what lies between the rows and must still be there afterwards
@@ -43,6 +44,7 @@ class Case:
     entropy: bool = True
     score_norm: bool = False
     holes: bool = False  # -inf logits
+    likelihood: bool = False  # weights of -l beside the reduction, which make row 3 FULL
     rows: tuple[int, ...] = (0, 1, 2, 3, 4, 5)  # which of the six; data belong to the row, not to its place
 
     @property
@@ -92,12 +94,12 @@ def columns(case: Case) -> dict[str, Tensor]:
         if case.holes:
             logits[torch.rand(case.V, generator=draw) < 0.3] = -torch.inf
         label = int(torch.randint(case.V, (1,), generator=draw))
-        logits[label] = 1.25
-        u = torch.rand(5, generator=draw)
+        logits[label] = logits.max() if row % 2 else 1.25  # likely, so that its probability can move by a bound
+        u = torch.rand(6, generator=draw)
         advantage = 0.0 if row == 3 else float(u[0] * 3 - 1.5)
         rows.append((logits, -100 if row == 1 else label, advantage, *u[1:].tolist()))
     logits, labels, *floats = zip(*rows, strict=True)
-    names = ("advantages", "weights", "old", "ref", "temperatures")
+    names = ("advantages", "weights", "old", "ref", "temperatures", "nll")
     columns = {name: torch.tensor(values) for name, values in zip(names, floats, strict=True)}
     columns["weights"] += 0.5
     columns["temperatures"] = 0.7 + 0.6 * columns["temperatures"]
@@ -124,19 +126,22 @@ def run(ops, case: Case) -> Result:
     side = torch.tensor([0.5, -0.1])[torch.tensor(case.rows) % 2]
     old = None if case.on_policy else (logprob + side * (1 + c["old"])).float()
     ref = (logprob + 0.3 - c["ref"]).float() if spec.kl_coef else None
-    rollout = old + 0.4 * c["ref"] - 0.2 if spec.importance_cap and old is not None else None
+    rollout = old + 0.4 * c["ref"] - 0.2 if spec.reads_rollout and old is not None else None
+    nll = c["nll"] * (torch.tensor(case.rows) != 2) if case.likelihood else None
     given = (old, ref, rollout)
-    truth = reference.policy_loss(truth_in, c["labels"], c["advantages"], c["weights"], *given, truth_spec)
+    truth = reference.policy_loss(
+        truth_in, c["labels"], c["advantages"], c["weights"], *given, truth_spec, nll_weights=nll
+    )
     (gradient,) = torch.autograd.grad(truth[0].sum(), truth_in)
-    live = (c["labels"] >= 0) & ((c["advantages"] != 0) | spec.needs_every_row)
+    rows = PerRow(c["advantages"], c["weights"], *given, temperatures, nll)
+    live = (c["labels"] >= 0) & (rows.live | spec.needs_every_row)
     gradient = torch.where(live[:, None], gradient, 0.0)
 
     got = [torch.full((N,), torch.nan) for _ in range(3)]
     entropy = case.entropy or spec.entropy_coef != 0 or case.score_norm
     norm = torch.full((N,), torch.nan) if case.score_norm else None
-    rows = [c["advantages"], c["weights"], *given, temperatures]
     outputs = got[0], got[1], got[2] if entropy else None, dlogits, norm
-    ops.policy_loss(x, c["labels"], rows, spec.numbers, spec.choices, *outputs)
+    ops.policy_loss(x, c["labels"], list(rows), spec.numbers, spec.choices, *outputs)
     result = Result(*got, dlogits.reshape(N, case.V).clone(), norm)
     if norm is not None:
         norms = reference.score_norms(truth_in, c["labels"], truth_spec.temperature, spec.logit_softcap)

@@ -31,6 +31,14 @@ struct Buffer {  // `count` elements that begin `shift` elements behind a 256-by
   ~Buffer() { std::free(base); }
 };
 
+TermArgs term(LossType loss_type, bool entropy) {
+  TermArgs a{};
+  a.loss_type = loss_type, a.kl_estimator = KLEstimator::K3;
+  a.clip_low = 0.2f, a.clip_high = 0.3f, a.max_log_ratio = 20.f;
+  a.entropy_coef = entropy ? 0.1f : 0.f, a.z_coef = 1e-3f;
+  return a;
+}
+
 // From rewards and logits to loss and gradient; every column is of exact size, 16-bit masks and 32-bit ids among them.
 void run_fused(const Rows& logits, const Rows& dlogits, int64_t V, DType dtype, bool cap, bool entropy) {
   constexpr int64_t S = 2, L = 3, T = 5, N = S * L;
@@ -62,7 +70,8 @@ void run_fused(const Rows& logits, const Rows& dlogits, int64_t V, DType dtype, 
   a.tokens = c.tokens, a.logits = logits, a.dlogits = dlogits, a.V = V, a.dtype = dtype;
   a.temperature = 1.1f, a.logit_softcap = cap ? 9.f : 0.f, a.old_logprobs = column(old, true);
   a.turn_advantages = c.advantages, a.T = T;
-  a.term = {LossType::CISPO, KLEstimator::K3, 0.2f, 0.3f, 0.f, 0.f, entropy ? 0.1f : 0.f, 0.f};
+  a.term = term(LossType::CISPO, entropy);
+  if (round % 2) a.nll_weights = column(old, true);
   a.reduction = means ? Reduction(1 + round % 2) : Reduction::TOKEN_MEAN, a.skip_zero_advantages = round % 5 == 0;
   a.counts = c.counts, a.counted = c.counted, a.slices = c.slices;
   a.loss = loss.data(), a.logprob = logprob.data(), a.entropy = entropy ? ent.data() : nullptr;
@@ -90,13 +99,22 @@ void run(int64_t V, DType dtype, int shift, int gap, int out_shift, bool cap, bo
 
   PolicyLossArgs a{sweep};
   a.advantages = advantages.data(), a.weights = ones.data(), a.old_logprobs = logprob.data();
-  a.term = {LossType::PPO, KLEstimator::K3, 0.2f, 0.3f, 0.f, 0.f, entropy ? 0.1f : 0.f, 0.f};
+  a.term = term(LossType::PPO, entropy);
   a.loss = loss.data(), a.logprob = again.data(), a.entropy = entropy ? ent.data() : nullptr;
   a.dlogits = out;
   expect(cuda::policy_loss(a, nullptr), "policy_loss");
   for (int n = 0; n < N; ++n)
     if (!std::isfinite(loss[n]) || logprob[n] != again[n])
       ++failures, std::printf("row %d: loss %g, log-probs %g %g\n", n, loss[n], logprob[n], again[n]);
+
+  Buffer teacher(count, (shift + 3) % 8, size);
+  DistillationArgs d{sweep};
+  d.teacher_logits = {teacher.data, L, batch, stride}, d.weights = entropy ? advantages.data() : nullptr;
+  d.beta = float(launches % 3) / 2, d.teacher_softcap = entropy ? 5.f : 0.f;
+  d.divergence = loss.data(), d.dlogits = launches % 4 ? out : d.teacher_logits;
+  expect(cuda::distillation(d, nullptr), "distillation");
+  for (int n = 0; n < N; ++n)
+    if (!std::isfinite(loss[n])) ++failures, std::printf("row %d: divergence %g\n", n, loss[n]);
 
   run_fused(in, out, V, dtype, cap, entropy);
   LogprobsBwdArgs b{sweep};
