@@ -8,7 +8,7 @@ import re
 import shlex
 from typing import TYPE_CHECKING
 
-from ppg_fast.config.defaults import AUTO, TRACKERS, TURN_REGRESSION
+from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, TRACKERS, TURN_REGRESSION
 from ppg_fast.distributed import PARALLEL
 from ppg_fast.losses import SEQUENCE_LEVEL
 from ppg_fast.policy_classes import FullPlanning
@@ -102,9 +102,10 @@ def _check_regression(config: TrainConfig) -> None:
         return
     of_it = f"with loss_type {TURN_REGRESSION}"
     require_one_of(f"baseline {of_it}", config.baseline, ("none", "leave_one_out"))
-    for name in ("reduction", "clip_low", "clip_high", "kl_coef", "kl_estimator", "entropy_coef", "importance_cap"):
+    for name in ("reduction", *(name for name in LOSS_SETTINGS if name not in ("loss_type", "temperature"))):
         value, usual = getattr(config, name), getattr(type(config), name)
-        require(value == usual, f"{name} must be {usual} {of_it}, which does not use it", value)
+        wanted = "left out" if usual is None else usual
+        require(value == usual, f"{name} must be {wanted} {of_it}, which does not use it", value)
 
 
 def as_json_text(value: object) -> str:

@@ -5,16 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppg_fast.config.checks import as_json_text, check_each, check_together
-from ppg_fast.config.defaults import AUTO, TRACKERS, TURN_REGRESSION
+from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, TRACKERS, TURN_REGRESSION
 from ppg_fast.losses import KL_ESTIMATORS, LOSS_TYPES, PRESETS
 from ppg_fast.policy_classes import CANDIDATES, FullPlanning, PolicyClass, policy_class, policy_classes
 from ppg_fast.spec import BASELINES, PolicyLossSpec, require, require_one_of
 
-LOSS_SETTINGS = (  # arguments of `PolicyLossSpec`
-    *("loss_type", "clip_low", "clip_high", "dual_clip", "ratio_cap", "tau_positive", "tau_negative", "log_ratio_coef"),
-    *("kl_coef", "kl_estimator", "kl_cap", "entropy_coef", "z_coef", "temperature"),
-    *("importance_cap", "importance_floor", "importance_mode", "ratio_reduction", "opsm_delta"),
-)
 OF_PRESET: Any = None  # a loss_type once the config is made
 
 
