@@ -1,10 +1,13 @@
 """The loss of `ppg-fast train`: presets, numbers of a loss, and runs that began before there were either."""
 
+import dataclasses
+
 import pytest
 
 from ppg_fast.config import TrainConfig, as_now, make_config, read_yaml, write_yaml
+from ppg_fast.config.defaults import LOSS_SETTINGS
 from ppg_fast.losses import PRESETS
-from ppg_fast.spec import PolicyLossSpec
+from ppg_fast.spec import UNUSED, PolicyLossSpec
 
 pytest.importorskip("transformers")
 from ppg_fast.jobs import changes
@@ -26,6 +29,12 @@ def test_flags_change_a_preset():
     assert config.loss_spec() == PolicyLossSpec.preset("dapo", clip_high=0.3, dual_clip=3.0, kl_coef=0.1)
     assert make_config({"preset": "ipo"}, {"log_ratio_coef": "0"}).loss_spec() == PolicyLossSpec("ipo")
     assert TrainConfig(preset="sapo", tau_negative=2.0).loss_spec() == PolicyLossSpec("sapo", tau_negative=2.0)
+
+
+def test_every_number_of_a_loss_is_a_setting():
+    """And what is none: with the softcap of a head, NaN of a sampler and where exponentials end."""
+    fields = {field.name for field in dataclasses.fields(PolicyLossSpec)}
+    assert fields - set(LOSS_SETTINGS) == {"logit_softcap", "nan_rollout", "max_log_ratio"}
 
 
 def test_without_anything_the_loss_is_the_plain_one():
@@ -61,11 +70,11 @@ def test_settings_that_do_not_go_together_are_one_line(given, words):
 
 def of_an_old_run(tmp_path, **loss):
     """What a run wrote before a loss had numbers of its own: every number, whether its loss used it or not."""
-    new = "preset dual_clip ratio_cap tau_positive tau_negative log_ratio_coef z_coef kl_cap importance_floor"
+    new = "preset eta nll_coef kl_cap importance_floor z_coef " + " ".join(UNUSED)
     write_yaml(tmp_path / "config.yaml", TrainConfig())
     lines = (tmp_path / "config.yaml").read_text().splitlines()
     given = {"clip_low": 0.2, "clip_high": 0.2, **loss}
-    gone = [*new.split(), "importance_mode", *given]
+    gone = [*new.split(), "log_ratio_coef", "ratio_reduction", "opsm_delta", "importance_mode", *given]
     lines = [line for line in lines if line.split(":")[0] not in gone] + [f"{k}: {v}" for k, v in given.items()]
     (tmp_path / "config.yaml").write_text("\n".join(lines))
     return tmp_path / "config.yaml"

@@ -56,7 +56,7 @@ class Phase:
         step, name = metrics["step"], "return" if key == "reward" else key
         speed, memory = metrics["perf/tokens_per_second"], metrics["perf/peak_memory_mb"]
         status = f"{name} {metrics[key]:.3f}  {speed:,.0f} tokens/s  peak {memory:,.0f} MB"
-        if not metrics["active_turns"]:
+        if not metrics["active_turns"] and not metrics["loss"]:  # a KL term or a likelihood may teach something yet
             self.progress.say(f"step {step}: no turn has an advantage, so the loss is zero and nothing was learned")
         if "auto/reason" in metrics:
             self.progress.say(f"step {step}: {metrics['auto/reason']}")
