@@ -55,6 +55,22 @@ def test_beside_a_policy_loss_it_is_the_sum_of_the_two(backend, device, case, sk
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("logits_dtype", ["float32", "bfloat16"])
+def test_beside_a_policy_loss_in_16_bits(backend, device, logits_dtype):
+    student, taught, labels = inputs(torch.bfloat16, device)
+    advantages, options = policy_arguments(labels)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in student]
+        teacher = teacher_of([t.to(dtype) for t in taught], "jsd", coef=0.5)
+        own = {"logits_dtype": logits_dtype if dtype == torch.bfloat16 else "float32", "backend": backend}
+        common = {"bias": leaves[2], "chunk_rows": 7, "reduction": "sum", **own, **options}
+        out = ppg.linear_policy_loss(*leaves[:2], labels, advantages, teacher=teacher, **common)
+        found.append((out.loss.detach(), *torch.autograd.grad(out.loss, leaves)))
+    for actual, expected in zip(*found, strict=True):
+        assert (actual.float() - expected).norm() / expected.norm() < (0.01 if logits_dtype == "float32" else 0.1)
+
+
 def test_the_partial_policy_gradient_takes_a_teacher():
     (hidden, weight, bias), taught, labels = inputs()
     turn_ids = torch.arange(N) // 6
