@@ -135,8 +135,9 @@ def test_a_teacher_is_unpacked_as_it_was_packed():
     assert contract.TeacherRows.unpack(tensors, numbers, top_k) == teacher
 
 
-def test_the_least_log_prob_is_one_number():
-    assert f"LEAST_LOGPROB = {LEAST_LOGPROB / 1e4:g}e4f;" in (ROOT / "csrc/cpu/distillation.cpp").read_text()
+@pytest.mark.parametrize("source", ["cpu/distillation.cpp", "cuda/distillation.cu"])
+def test_the_least_log_prob_is_one_number(source):
+    assert f"LEAST_LOGPROB = {LEAST_LOGPROB / 1e4:g}e4f;" in (ROOT / "csrc" / source).read_text()
 
 
 def test_no_operator_takes_more_than_ten_arguments():

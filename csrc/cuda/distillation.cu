@@ -5,8 +5,9 @@
 namespace ppg {
 namespace {
 
-constexpr float LEAST_LOG2 =
-    -1e4f * LOG2E;  // LEAST_LOGPROB of ppg_fast/spec.py, in units of log 2 as all log-probs here
+constexpr float LEAST_LOGPROB = -1e4f;               // as in ppg_fast/spec.py
+constexpr float LEAST_LOG2 = LEAST_LOGPROB * LOG2E;  // log-probs are in units of log 2 here
+- 1e4f * LOG2E;  // LEAST_LOGPROB of ppg_fast/spec.py, in units of log 2 as all log-probs here
 
 enum Divergence { FORWARD_KL, REVERSE_KL, JSD };
 

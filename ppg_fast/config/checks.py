@@ -49,6 +49,7 @@ def check_each(config: TrainConfig) -> None:
     for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
         require_number(name, getattr(config, name), 0.0, 1.0)
     require_number("weight_decay", config.weight_decay, 0.0)
+    require_number("nll_coef", config.nll_coef, 0.0)
     _require_date("template_date", config.template_date)
     _require_object("chat_template_kwargs", config.chat_template_kwargs)
     require_one_of("baseline", config.baseline, BASELINES)
@@ -102,10 +103,10 @@ def _check_regression(config: TrainConfig) -> None:
         return
     of_it = f"with loss_type {TURN_REGRESSION}"
     require_one_of(f"baseline {of_it}", config.baseline, ("none", "leave_one_out"))
-    for name in ("reduction", *(name for name in LOSS_SETTINGS if name not in ("loss_type", "temperature"))):
+    for name in ("reduction", *sorted({*LOSS_SETTINGS, "nll_coef"} - {"loss_type", "temperature"})):
         value, usual = getattr(config, name), getattr(type(config), name)
-        wanted = "left out" if usual is None else usual
-        require(value == usual, f"{name} must be {wanted} {of_it}, which does not use it", value)
+        allowed = "left out" if usual is None else usual
+        require(value == usual, f"{name} must be {allowed} {of_it}, which does not use it", value)
 
 
 def as_json_text(value: object) -> str:

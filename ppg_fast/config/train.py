@@ -103,17 +103,20 @@ class TrainConfig:
     ratio_cap: float | None = _option(None, "dppo: most that a ratio counts, 0: off; default: the preset's, else off")
     tau_positive: float | None = _option(None, "sapo: how fast the weight fades, positive advantages; default: 1.0")
     tau_negative: float | None = _option(None, "sapo: how fast the weight fades, negative advantages; default: 1.05")
+    ratio_reduction: str = _option("mean", "gspo: ratios of a sequence or turn by the mean or sum of the log ratios")
+    opsm_delta: float = _option(0.0, "drops sequences with A < 0 further off-policy than this, nats a token, 0: off")
     log_ratio_coef: float | None = _option(None, "weight of the squared log ratio; default: the preset's, else 0")
     z_coef: float = _option(0.0, "weight of the squared log-sum-exp of the logits (z-loss)")
     kl_coef: float = _option(0.0, "weight of the KL divergence to the weights at the start of this phase")
     kl_estimator: str = _option("k3", ", ".join(KL_ESTIMATORS))
     kl_cap: float = _option(0.0, "most that its estimate counts, without a gradient beyond, 0: off")
     entropy_coef: float = _option(0.0, "weight of the entropy bonus")
+    nll_coef: float = _option(
+        0.0, "weight of the mean negative log-likelihood of turns whose return is positive (VAPO)"
+    )
     importance_cap: float = _option(0.0, "truncated importance weight against the sampler, 0: off")
     importance_floor: float = _option(0.0, "its lower bound")
     importance_mode: str = _option("truncate", "truncate: kept within its bounds; mask: 0 outside of them")
-    ratio_reduction: str = _option("mean", "gspo: the ratio by the mean or the sum of its tokens' log ratios")
-    opsm_delta: float = _option(0.0, "drop dialogues of negative advantage that moved further, nats a token; 0: off")
 
     max_steps: int = _option(80, "policy-gradient steps")
     num_prompts: int = _option(8, "dialogue openings a step on-policy; dialogues a step offline")

@@ -195,6 +195,7 @@ def objective_of(config: TrainConfig) -> Objective:
         auto=config.policy_class == AUTO,
         eta=config.eta if config.regresses else 0.0,
         from_start=config.regresses and config.keeps_start,
+        nll_coef=config.nll_coef,
     )
 
 
