@@ -10,7 +10,8 @@ from ppg_fast import reference
 from ppg_fast.contract import Chunks, RowArguments, TeacherRows, Wanted
 from ppg_fast.ops.allocation import fresh
 from ppg_fast.ops.checks import check_labels, check_named
-from ppg_fast.ops.head import Head, check_bound
+from ppg_fast.ops.head import Head
+from ppg_fast.ops.rows import check_bound
 
 
 class Divergences:
