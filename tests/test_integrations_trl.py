@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="trl is not installed")
+trl = pytest.importorskip("trl", reason="trl is not installed")
 import pandas
 from datasets import Dataset
 from host_case import found_is
@@ -42,6 +42,7 @@ from ppg_fast.integrations.trl import (
     turns,
 )
 from ppg_fast.integrations.turns import turn_ids_of_mask
+from ppg_fast.reference.policy_loss import kept_sequences, vespo_weight
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -585,3 +586,26 @@ def test_a_trainer_that_does_not_call_the_hooks_is_loud(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path, RecordedPPG, make_model(), ScriptedRollouts(1))
     with pytest.raises(RuntimeError, match="no longer calls _calculate_rewards"):
         PPGTrainer._generate_and_score_completions(trainer, [])
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+def test_masks_and_weights_of_sequences_are_those_of_trl(unknown):
+    """`opsm_delta` and vespo against TRL's own functions, also where the sampler does not know a token's log-prob."""
+    g = torch.Generator().manual_seed(5)
+    mask = torch.rand(6, 9, generator=g) < 0.8
+    old = -torch.rand(6, 9, generator=g)
+    l, A = old + 0.3 * torch.randn(6, 9, generator=g), torch.randn(6, 1, generator=g)
+    weights = torch.where(mask, torch.rand(6, 9, generator=g) + 0.5, 1.0)
+    acted = old.masked_fill(torch.arange(9) == 3, torch.nan) if unknown else old
+    dropped = ppg.PolicyLossSpec("ppo", opsm_delta=0.02, nan_rollout="one")
+    rows = torch.arange(6).repeat_interleave(9), 6
+    flat = [t.flatten() for t in (mask, A.expand(6, 9))]
+    ours = kept_sequences(l.flatten(), acted.flatten(), *flat, rows, dropped).view(6, 9)
+    theirs = trl.GRPOTrainer.get_off_policy_mask(A, l, acted, mask.float(), 0.02)
+    assert torch.equal(ours, theirs.expand(6, 9))
+    assert 0 < (ours == 0).sum() < ours.numel()
+    for importance in (None, weights):
+        own = 1.0 if importance is None else importance.flatten()
+        ours = vespo_weight(l.flatten(), old.flatten(), own, *flat, rows, ppg.PolicyLossSpec("vespo")).view(6, 9)
+        theirs = trl.GRPOTrainer.get_gamma_weights(A, l - old, mask.float(), importance)
+        torch.testing.assert_close(ours, theirs.expand(6, 9))

@@ -200,7 +200,7 @@ def vespo_weight(batch, i, frozen):
     """exp(lambda (1 - w) + k log w), w the ratio of the whole sequence with its importance weights."""
     peers, spec = peers_of(batch, i), batch.spec
     log_w = math.fsum(frozen[j] - batch.old[j] for j in peers) if batch.old is not None else 0.0
-    log_w += math.fsum(math.log(importance(batch, j, frozen)) for j in peers)
+    log_w += math.fsum(math.log(max(importance(batch, j, frozen), 1e-8)) for j in peers)
     log_w = min(max(log_w, math.log(1e-8)), spec.max_log_ratio)
     side = "positive" if batch.advantages[i] >= 0 else "negative"
     k, scale = getattr(spec, f"k_{side}"), getattr(spec, f"lambda_{side}")
