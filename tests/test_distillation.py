@@ -57,6 +57,20 @@ def test_low_precision(backend, device, kind, dtype):
         assert actual[name].dtype == dtype
 
 
+@kinds
+def test_float32_logits_of_16_bits(backend, device, kind):
+    """No logit of either side is rounded: the divergences are those of the same numbers in float32."""
+    student, taught, labels = inputs(torch.bfloat16, device)
+    exact = [tuple(t.float() for t in head) for head in (student, taught)]
+    options = {"chunk_rows": 7, "backend": backend}
+    actual = ours(student, teacher_of(taught, kind), labels, logits_dtype="float32", **options)
+    expected = ours(exact[0], teacher_of(exact[1], kind), labels, **options)
+    torch.testing.assert_close(actual["divergences"], expected["divergences"], rtol=1e-5, atol=1e-6)
+    for name in ("d_hidden", "d_weight", "d_bias"):
+        difference = (actual[name].float() - expected[name]).norm() / expected[name].norm()
+        assert difference < 4 * torch.finfo(torch.bfloat16).eps, (name, difference)
+
+
 @pytest.mark.parametrize("k", [1, 7])
 @kinds
 def test_top_k_counts_the_rest_as_one(backend, device, kind, k):

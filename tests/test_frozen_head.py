@@ -16,7 +16,6 @@ from ppg_fast.ops import head as head_ops
 
 logprob_ops = importlib.import_module("ppg_fast.ops.linear_token_logprobs")
 GSPO = replace(LOSSES["ppo"], loss_type="gspo", temperature=0.7)
-FUSED = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
 @pytest.fixture
@@ -80,8 +79,7 @@ def test_no_gradient_no_second_product(products):
     assert products["gradient"] == 0
 
 
-@FUSED
-@pytest.mark.parametrize("softcap", [0.0, 4.0])
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, 4.0), (torch.bfloat16, 0.0)], ids=str)
 def test_the_same_bits_with_and_without_a_gradient(backend, device, dtype, softcap):
     head, labels, *_ = frozen(dtype, device)
     options = {"logit_softcap": softcap, "temperature": 0.7, "entropy": True, "backend": backend}
@@ -92,8 +90,7 @@ def test_the_same_bits_with_and_without_a_gradient(backend, device, dtype, softc
         assert all(torch.equal(a, b) for a, b in zip(found, quiet, strict=True))
 
 
-@pytest.mark.parametrize("chunk_rows", [5, 16, 1000])
-@pytest.mark.parametrize("loss", ["gspo", "ppo"])
+@pytest.mark.parametrize(("loss", "chunk_rows"), [("gspo", 5), ("ppo", 1000)])
 def test_the_gradient_is_as_good_as_the_textbooks(backend, device, loss, chunk_rows):
     head, labels, advantages, arguments = frozen(torch.float32, device)
     spec = replace(LOSSES["ppo"], loss_type=loss, kl_coef=0.1, temperature=0.7, logit_softcap=4.0)
@@ -109,7 +106,7 @@ def test_the_gradient_is_as_good_as_the_textbooks(backend, device, loss, chunk_r
     assert (actual[labels == -100] == 0).all()
 
 
-@FUSED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_error_is_that_of_a_head_that_trains(device, dtype):
     """Against float64: the product of 16 bits is rounded once more where it is scaled, and never overflows."""
     torch.manual_seed(0)
@@ -186,7 +183,7 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(logprob_ops, "counted", lambda labels, bound, validate: bound is None or validate)
 
 
-@pytest.mark.parametrize("bound", [18, N, 4 * N])
+@pytest.mark.parametrize("bound", [18, 4 * N])
 def test_bounded_rows_give_the_same(backend, device, as_on_a_gpu, bound):
     head, labels, advantages, arguments = frozen(torch.float32, device)
     options = {"spec": GSPO, "chunk_rows": 7, "backend": backend}
@@ -195,6 +192,10 @@ def test_bounded_rows_give_the_same(backend, device, as_on_a_gpu, bound):
         for most in (None, bound)
     )
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    if backend != "reference":
+        logprobs = logprobs_of(head, labels, max_active_rows=bound, backend=backend)
+        (d_hidden,) = torch.autograd.grad(logprobs, head[0], torch.where(labels == -100, torch.nan, 1.0))
+        assert d_hidden.isfinite().all(), "masked rows hold anything"
     if backend != "reference" and bound == 18:
         logprobs = logprobs_of(head, labels, max_active_rows=17, backend=backend)
         (d_hidden,) = torch.autograd.grad(logprobs.sum(), head[0])

@@ -67,7 +67,7 @@ def test_the_weights_are_those_of_turns_with_a_positive_return():
 
 def test_the_setting():
     assert objective_of(TrainConfig(nll_coef=0.1)).nll_coef == 0.1
-    with pytest.raises(ValueError, match=r"^nll_coef must be a finite number >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"^nll_coef must be a finite number >= 0.0, got -1"):
         TrainConfig(nll_coef=-1.0)
     with pytest.raises(ValueError, match=r"^nll_coef must be 0.0 with loss_type turn_regression, .*got 0.1$"):
         TrainConfig(loss_type="turn_regression", nll_coef=0.1, baseline="none")

@@ -122,6 +122,7 @@ REFUSED = {
     "baseline with loss_type turn_regression must be": {"baseline": "group_std"},
     "reduction must be sequence_sum": {"reduction": "sum"},
     "clip_high must be left out": {"clip_high": 0.3},
+    "opsm_delta must be 0.0": {"opsm_delta": 0.1},
     "kl_coef must be 0.0": {"kl_coef": 0.1},
     "eta must be a finite number > 0": {"eta": 0.0},
     "eta must be 1.0 without": {"loss_type": "ppo", "eta": 0.5},

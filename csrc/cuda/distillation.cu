@@ -1,5 +1,6 @@
 // How far a teacher's row is from the student's, and the gradient by the student's logits: one CTA a pair of rows,
-// which are read for their statistics, for the divergence and for the gradient; after the first time from L1 or L2.
+// which are read for their statistics, for the divergence and, unless that is the forward KL of aligned rows, for the
+// gradient; after the first time from L1 or L2.
 #include "row.cuh"
 
 namespace ppg {
@@ -7,7 +8,6 @@ namespace {
 
 constexpr float LEAST_LOGPROB = -1e4f;               // as in ppg_fast/spec.py
 constexpr float LEAST_LOG2 = LEAST_LOGPROB * LOG2E;  // log-probs are in units of log 2 here
-- 1e4f * LOG2E;  // LEAST_LOGPROB of ppg_fast/spec.py, in units of log 2 as all log-probs here
 
 enum Divergence { FORWARD_KL, REVERSE_KL, JSD };
 

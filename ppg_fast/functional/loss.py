@@ -127,18 +127,10 @@ class LossRows:
     def loss_from_logprobs(self, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
         """Weighted loss of each row by plain PyTorch over differentiable log-probs: the second phase of a
         sequence-level loss."""
-        rule = "z_coef needs logits whose gradient is computed at once: float32 or bfloat16, and no log-probs alone"
+        rule = "z_coef needs float32 or bfloat16 logits, or hidden states and a reduction other than none"
         require(not self.spec.z_coef, rule, self.spec.z_coef)
-        return reference.loss_from_logprobs(
-            logprobs,
-            entropy,
-            self.tokens.labels >= 0,
-            *self.per_row[:5],
-            self.spec,
-            self.groups,
-            self.per_row.nll_weights,
-            sequences=self.sequences,
-        )
+        given = logprobs, entropy, self.tokens.labels >= 0, *self.per_row[:5], self.spec, self.groups
+        return reference.loss_from_logprobs(*given, self.per_row.nll_weights, sequences=self.sequences)
 
     def output(
         self,

@@ -162,21 +162,15 @@ def policy_loss(
     advantages: Tensor,
     spec: PolicyLossSpec,
     *,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    rollout_logprobs: Tensor | None = None,
     reduction: str = "sequence_sum",
-    normalizer: float | Tensor | None = None,
     skip_zero_advantages: bool = True,
-    score_norms: bool = False,
-    logits_dtype: str | None = None,
-    backend: str | None = None,
+    **options: Any,
 ) -> PolicyLossOutput:
     """The policy loss of a packed batch from hidden states through the model's own head; the (N, V) logits never exist.
 
     ``advantages`` (S, T) float32, one a turn, as is what `turn_advantages` returns; every token of a turn gets its
     turn's. The log-probs (N,) are those of ``batch.labels``. Turns of advantage zero cost what context costs, unless
-    ``skip_zero_advantages`` is off. The rest as `ppg.policy_loss`.
+    ``skip_zero_advantages`` is off. ``options``: per-token values (N,) and the rest as `ppg.linear_policy_loss`.
     """
     hidden, head = _hidden_and_head(model, batch)
     return linear_policy_loss(
@@ -185,18 +179,12 @@ def policy_loss(
         batch.labels,
         token_advantages(batch, advantages),
         bias=head.bias,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
         cu_seqlens=batch.cu_seqlens,
         turn_ids=batch.turn_ids,
         spec=head.fold_spec(spec),
         reduction=reduction,
-        normalizer=normalizer,
         skip_zero_advantages=skip_zero_advantages,
-        score_norms=score_norms,
-        logits_dtype=logits_dtype,
-        backend=backend,
+        **options,
     )
 
 

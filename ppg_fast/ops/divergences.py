@@ -10,7 +10,8 @@ from ppg_fast import reference
 from ppg_fast.contract import Chunks, RowArguments, TeacherRows, Wanted
 from ppg_fast.ops.allocation import fresh
 from ppg_fast.ops.checks import check_labels, check_named
-from ppg_fast.ops.head import Head, check_bound
+from ppg_fast.ops.head import Head
+from ppg_fast.ops.rows import check_bound
 
 
 class Divergences:
@@ -121,12 +122,13 @@ def reference_divergences(
     labels, spec, temperatures = rows.labels, rows.spec, rows.per_row.temperatures
     check_values(rows, teacher, weight.shape[0], wanted.validate)
     # a copy each chunk casts back, so that autograd adds the chunks' gradients up in float32
-    dtype, weight, bias = hidden.dtype, weight.float(), None if bias is None else bias.float()
+    dtype = torch.float32 if chunks.float32 else hidden.dtype
+    weight, bias = weight.float(), None if bias is None else bias.float()
 
     def of_chunk(x: Tensor, weight: Tensor, bias: Tensor | None, part: Tensor) -> Tensor:
-        logits = torch.nn.functional.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype)).float()
+        logits = _logits(x, weight, bias, dtype)
         divisor = spec.temperature if temperatures is None else temperatures[part]
-        return _reference_chunk(logits, teacher, part, divisor, spec.logit_softcap)
+        return _reference_chunk(logits, teacher, part, divisor, spec.logit_softcap, dtype)
 
     divergence = torch.zeros(labels.numel(), device=hidden.device)
     active = (labels >= 0).nonzero().squeeze(1)
@@ -137,13 +139,17 @@ def reference_divergences(
     return divergence
 
 
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).float()
+
+
 def _reference_chunk(
-    logits: Tensor, teacher: TeacherRows, part: Tensor, divisor: Tensor | float, softcap: float
+    logits: Tensor, teacher: TeacherRows, part: Tensor, divisor: Tensor | float, softcap: float, dtype: torch.dtype
 ) -> Tensor:
     every, V = torch.arange(part.numel(), device=part.device), logits.shape[1]
     ids, theirs = teacher.ids, teacher.logprobs
     if teacher.hidden is not None and teacher.weight is not None:
-        z = torch.nn.functional.linear(teacher.hidden[part], teacher.weight, teacher.bias).float()
+        z = _logits(teacher.hidden[part], teacher.weight, teacher.bias, dtype)
         if not teacher.top_k:
             return reference.distillation(logits, z, every, teacher.beta, divisor, softcap, teacher.softcap)
         theirs, ids = reference.log_softmax(z, every, divisor, teacher.softcap).topk(teacher.top_k)

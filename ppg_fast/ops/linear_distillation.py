@@ -12,8 +12,9 @@ from torch import Tensor
 from ppg_fast import backends
 from ppg_fast.contract import Chunks, RowArguments, TeacherRows, Wanted
 from ppg_fast.ops.divergences import Divergences, check_values, reference_divergences
-from ppg_fast.ops.head import Head, counted, gradients_like, loss_scale, partition, row_outputs
+from ppg_fast.ops.head import Head, gradients_like, loss_scale, row_outputs
 from ppg_fast.ops.linear_policy_loss import row_kernel
+from ppg_fast.ops.rows import counted, partition
 from ppg_fast.ops.tracing import (
     as_operands,
     differentiable,

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from ppg_fast import backends
 from ppg_fast.contract import Chunks, PerRow, RowArguments, Wanted
 from ppg_fast.ops.checks import check_labels
-from ppg_fast.ops.head import Head, check_bound, counted, gradients_like, partition, pick, row_outputs
+from ppg_fast.ops.head import Head, gradients_like, row_outputs
 from ppg_fast.ops.policy_loss import reference_policy_loss
+from ppg_fast.ops.rows import check_bound, counted, partition, pick
 from ppg_fast.ops.tracing import (
     as_operands,
     differentiable,

@@ -12,8 +12,9 @@ from torch import Tensor
 from ppg_fast import backends
 from ppg_fast.contract import Chunks, PerRow, RowArguments, Wanted
 from ppg_fast.ops.checks import check_labels
-from ppg_fast.ops.head import Head, counted, gradients_like, loss_scale, partition, pick, row_outputs
+from ppg_fast.ops.head import Head, gradients_like, loss_scale, row_outputs
 from ppg_fast.ops.linear_policy_loss import reference_linear
+from ppg_fast.ops.rows import counted, partition, pick
 from ppg_fast.ops.tracing import as_data, constant, differentiable, first_order, needs_grad, times, traced
 from ppg_fast.spec import PolicyLossSpec
 

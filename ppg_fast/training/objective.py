@@ -114,6 +114,12 @@ def likelihood(batch: PackedBatch, returns: Tensor, objective: Objective) -> Ten
     return objective.nll_coef * chosen / tokens.float()
 
 
+def live_turns(batch: PackedBatch, returns: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
+    """(S, T): the advantage of each turn or, where that is 0, the weight of its likelihood."""
+    weights = likelihood(batch, returns, objective)
+    return advantages if weights is None else advantages.where(advantages != 0, weights)
+
+
 def turns_with_gradient(batch: PackedBatch, advantages: Tensor, spec: PolicyLossSpec) -> Tensor:
     """(S, T) bool: turns whose advantage is not zero; with a KL or entropy term all of them."""
     return batch.turn_mask if spec.needs_every_row else advantages != 0

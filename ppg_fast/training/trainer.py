@@ -21,7 +21,7 @@ from ppg_fast.models.adaptation import StartingWeights
 from ppg_fast.models.causal_lm import PolicyModule
 from ppg_fast.models.sharding import whole
 from ppg_fast.training.metrics import TokenMeans, describe, peak_memory_mb, reading
-from ppg_fast.training.objective import Objective, Schedule, credit, denominator, likelihood, tokens_to_read
+from ppg_fast.training.objective import Objective, Schedule, credit, denominator, likelihood, live_turns, tokens_to_read
 from ppg_fast.training.optimisers import set_learning_rate
 from ppg_fast.training.passes import Pass, add_logprobs, make_passes, regress
 from ppg_fast.training.signals import SignalTokens
@@ -97,9 +97,7 @@ def update(
     batch = pack(samples)
     returns, advantages = credit(batch, objective)
     weights = likelihood(batch, returns, objective)
-    live = (
-        advantages if weights is None else advantages.where(advantages != 0, weights)
-    )  # not 0 where there is a gradient
+    live = live_turns(batch, returns, advantages, objective)
     lengths = tokens_to_read(batch, live, objective)
     passes = make_passes(batch, advantages, lengths, schedule.max_tokens, model.device, ranks, weights)
     ranks.check()
