@@ -9,7 +9,7 @@ from torch import Tensor
 from ppg_fast.losses import CLIPPED_BEFORE
 from ppg_fast.reference.groups import group_sum
 from ppg_fast.reference.logprobs import log_sum_exps, token_logprobs
-from ppg_fast.reference.policy_term import clipped_before, importance_weight, policy_term, with_nan_gradient
+from ppg_fast.reference.policy_term import clipped_before, importance_weight, one_of, policy_term, with_nan_gradient
 from ppg_fast.spec import PolicyLossSpec
 
 LEAST_LOG_RATIO = math.log(1e-8)  # of vespo's sums, as in TRL
@@ -64,8 +64,8 @@ def vespo_weight(
     if isinstance(importance, Tensor):
         log_ratios = log_ratios + importance.log().clamp(LEAST_LOG_RATIO, most)
     log_w = _mean_of_groups(log_ratios, active, *groups, kind="sum").clamp(LEAST_LOG_RATIO, most)
-    k = torch.where(advantages >= 0, spec.k_positive, spec.k_negative).to(log_w.dtype)
-    scale = torch.where(advantages >= 0, spec.lambda_positive, spec.lambda_negative).to(log_w.dtype)
+    k = one_of((spec.k_positive, spec.k_negative), advantages >= 0, log_w)
+    scale = one_of((spec.lambda_positive, spec.lambda_negative), advantages >= 0, log_w)
     return torch.exp(scale + k * log_w - scale * log_w.exp())
 
 

@@ -21,6 +21,12 @@ def k3(delta: Tensor, most: float) -> Tensor:
     return torch.expm1(delta) - delta
 
 
+def one_of(numbers: tuple[float, float], first: Tensor, like: Tensor) -> Tensor:
+    """The first number where ``first`` (N,), else the second, (N,) in the dtype of ``like`` (N,): `torch.where` of two
+    numbers rounds them to float32."""
+    return torch.full_like(like, numbers[1]).masked_fill(first, numbers[0])
+
+
 def with_nan_gradient(loss: Tensor, logprobs: Tensor) -> Tensor:
     """``loss`` (N,) with the derivative NaN in ``logprobs`` (N,) where it is NaN, also where a clip has no slope."""
     is_nan = loss.isnan()
@@ -122,7 +128,7 @@ def surrogate(
     if kind == "topr":
         return -torch.where(A > 0, 1.0 + 0.0 * clipped, clipped).detach() * A * logprobs
     if kind == "sapo":
-        tau = torch.where(A > 0, spec.tau_positive, spec.tau_negative).to(A.dtype)
+        tau = one_of((spec.tau_positive, spec.tau_negative), A > 0, A)
         return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * A
     if kind in WITH_ROLLOUT:
         return -gate(logprobs, old_logprobs, rollout_logprobs, A, spec) * ratio * A
