@@ -76,6 +76,16 @@ def _linear(time: Time, file: dict[str, Any]) -> list[Row]:
     return rows
 
 
+def _frozen(time: Time, file: dict[str, Any]) -> list[Row]:
+    whole = {"dtype": "float32", "active": 1.0}
+    bare = time("two bare GEMMs", **whole)
+    rows: list[Row] = [
+        (f"frozen head, {kind or 'one pass'} / two bare GEMMs", 1.1, quotient(time(f"{OURS}{kind}", **whole), bare))
+        for kind in ("", ", reduction none", ", log-probs")
+    ]
+    return [*rows, ("its peak of memory / the leanest other's", 1.0, _leanest(file, whole))]
+
+
 def _leanest(file: dict[str, Any], case: dict[str, Any]) -> float | None:
     def peak(entry: Entry) -> int | None:
         return entry["extra_info"].get("peak_extra_bytes")
@@ -118,6 +128,7 @@ def aims_section(results: Results) -> str:
     for op, make in makers.items():
         rows += [row for device, file in of(results, op) if device == "cpu" for row in make(_times(file))]
     rows += [row for device, file in of(results, "linear") if device == "cpu" for row in _linear(_times(file), file)]
+    rows += [r for device, file in of(results, "linear_frozen") if device == "cpu" for r in _frozen(_times(file), file)]
     lines = [
         (what, f"{bar:.2f}", f"{got:.2f}", "yes" if got <= bar else "**no**")
         for what, bar, got in rows

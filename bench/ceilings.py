@@ -45,28 +45,34 @@ def read(problem: Problem) -> list[Contestant]:
 
 
 def bare_products(problem: Problem, case: Case) -> list[Contestant]:
-    """The matrix products that the rows with a gradient cannot do without: logits, d_hidden, d_weight, into memory that
-    is there."""
+    """The matrix products that the rows with a gradient cannot do without: logits, d_hidden and, unless the head is
+    frozen, d_weight, into memory that is there."""
+    trains = problem.leaves[1].requires_grad
     hidden, weight = (t.detach() for t in problem.leaves)
     rows = (problem.mask & (problem.advantages != 0)).nonzero().squeeze(1)
     x = hidden[rows]
     n = min(len(rows), CHUNK_ROWS)
     logits = torch.empty(n, case.V, dtype=x.dtype, device=x.device).normal_()
-    d_hidden, d_weight = torch.empty(n, case.D, dtype=x.dtype, device=x.device), torch.zeros_like(weight)
+    d_hidden, d_weight = (
+        torch.empty(n, case.D, dtype=x.dtype, device=x.device),
+        torch.zeros_like(weight if trains else weight[:0]),
+    )
 
     def one(chunk: Tensor, z: Tensor) -> None:
         torch.mm(chunk, weight.t(), out=z)
         torch.mm(z, weight, out=d_hidden[: len(chunk)])
+        if not trains:
+            return
         if len(rows) <= CHUNK_ROWS:
             torch.mm(z.t(), chunk, out=d_weight)
         else:
             d_weight.addmm_(z.t(), chunk)
 
-    def three() -> None:
+    def products() -> None:
         for chunk in x.split(CHUNK_ROWS):
             one(chunk, logits[: len(chunk)])
 
-    return [_ceiling("three bare GEMMs", three)]
+    return [_ceiling(f"{'three' if trains else 'two'} bare GEMMs", products)]
 
 
 def copy_of(values: Tensor) -> list[Contestant]:

@@ -18,7 +18,17 @@ from .timing import Contestant, Pace, cache_bytes, interleave, stats
 
 # A bench_X.py has cases, make, participants and checker; it may have settings, ceilings with ceiling_of, work, facts
 # and a clock.
-NAMES = ("policy_loss", "logprobs", "linear", "partial_returns", "host_time", "training_step", "hosts")
+NAMES = (
+    "policy_loss",
+    "logprobs",
+    "linear",
+    "linear_frozen",
+    "distillation",
+    "partial_returns",
+    "host_time",
+    "training_step",
+    "hosts",
+)
 OPS: dict[str, ModuleType] = {name: importlib.import_module(f".bench_{name}", __package__) for name in NAMES}
 PACES = {
     "quick": Pace(rounds=2, budget=0.5),

@@ -6,13 +6,14 @@ from xml.sax.saxutils import escape
 import torch
 
 from ppg_fast.losses import LOSSES, PRESETS, SEQUENCE_LEVEL, LossType
-from ppg_fast.reference.policy_term import surrogate
+from ppg_fast.reference import loss_from_logprobs
 from ppg_fast.spec import PolicyLossSpec
 
 from .tables import Results, table
 
 CHART = "losses.weights.svg"
-DRAWN = [kind for kind in LossType if kind.name.lower() not in SEQUENCE_LEVEL]  # those weigh as ppo
+AS_OTHERS = ("gspo", "gspo_turn", "gmpo_turn")  # they weigh as ppo and gmpo
+DRAWN = [kind for kind in LossType if kind.name.lower() not in AS_OTHERS]
 OLD = (0.3, 0.02)  # probabilities of the token that acted: a likely one, a rare one
 MOST = 3.0  # the highest weight that is drawn
 WIDTH, HEIGHT, LEFT, TOP, GAP, COLUMNS = 200, 130, 40, 64, 46, 3
@@ -83,8 +84,10 @@ def weights(kind: LossType, ratios: list[float], advantage: float, old: float) -
     at = torch.tensor(ratios, dtype=torch.float64)
     before = torch.full_like(at, old).log()
     l = (before + at.log()).requires_grad_()
-    spec = PolicyLossSpec(kind.name.lower())
-    value = surrogate(l, before, before, torch.full_like(at, advantage), spec)
+    spec, alone = PolicyLossSpec(kind.name.lower()), (torch.arange(len(at)), len(at))  # a sequence of one token each
+    A, active = torch.full_like(at, advantage), torch.ones(len(at), dtype=torch.bool)
+    shared = alone if kind.name.lower() in SEQUENCE_LEVEL else None
+    value = loss_from_logprobs(l, None, active, A, None, before, None, None, spec, shared)
     (slope,) = torch.autograd.grad(value.sum(), l)
     return (-slope / advantage).masked_fill(at * old > 1, torch.nan).tolist()
 

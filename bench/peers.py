@@ -16,7 +16,7 @@ from .problem import SPEC, Case, Problem, ppo
 from .providers import Provider, Unavailable
 
 
-def _load(module: str, package: str) -> Any:
+def load(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -36,7 +36,7 @@ def liger_triton(case: Case, interpreted: bool = False) -> Provider:
     """Liger GRPO (Triton)."""
     if not interpreted:
         _needs_cuda(case, "the Triton kernel")
-    grpo = _load("liger_kernel.transformers.grpo_loss", "liger-kernel")
+    grpo = load("liger_kernel.transformers.grpo_loss", "liger-kernel")
     if case.zero:
         raise Unavailable("takes one advantage a sequence, and here the turns of a dialogue differ")
 
@@ -57,7 +57,7 @@ def liger_triton(case: Case, interpreted: bool = False) -> Provider:
 def quack(case: Case) -> Provider:
     """quack cross-entropy."""
     _needs_cuda(case, "quack")
-    module = _load("quack.cross_entropy", "quack-kernels")
+    module = load("quack.cross_entropy", "quack-kernels")
 
     def compute(p: Problem) -> Tensor:
         return ppo(-module.cross_entropy(p.logits, p.labels, reduction="none", ignore_index=-100), p)
@@ -68,7 +68,7 @@ def quack(case: Case) -> Provider:
 def flash_attention(case: Case) -> Provider:
     """flash-attention cross-entropy."""
     _needs_cuda(case, "the Triton kernel")
-    module = _load("flash_attn.ops.triton.cross_entropy", "flash-attn")
+    module = load("flash_attn.ops.triton.cross_entropy", "flash-attn")
 
     def compute(p: Problem) -> Tensor:
         """As verl calls it, the gradient in place."""
@@ -79,7 +79,7 @@ def flash_attention(case: Case) -> Provider:
 
 def trl_selective(case: Case) -> Provider:
     """TRL selective_log_softmax."""
-    utils = _load("trl.trainer.utils", "trl")
+    utils = load("trl.trainer.utils", "trl")
     if case.op == "policy_loss":
         return Provider(
             "TRL selective_log_softmax", lambda p: ppo(utils.selective_log_softmax(p.logits, p.labels.clamp(min=0)), p)
@@ -90,7 +90,7 @@ def trl_selective(case: Case) -> Provider:
 def liger_selective(case: Case) -> Provider:
     """Liger fused_selective_log_softmax (Triton)."""
     _needs_cuda(case, "the Triton kernel")
-    ops = _load("liger_kernel.ops.grpo_loss", "liger-kernel")
+    ops = load("liger_kernel.ops.grpo_loss", "liger-kernel")
 
     def compute(p: Problem) -> Tensor:
         assert p.base is not None
@@ -102,7 +102,7 @@ def liger_selective(case: Case) -> Provider:
 # ---- from hidden states ----------------------------------------------------------------------------------------------
 def trl_head(case: Case) -> Provider:
     """TRL head."""
-    kernels, utils = _load("trl.kernels", "trl"), _load("trl.trainer.utils", "trl")
+    kernels, utils = load("trl.kernels", "trl"), load("trl.trainer.utils", "trl")
     width = utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
     def compute(p: Problem) -> Tensor:
@@ -121,7 +121,7 @@ def trl_head(case: Case) -> Provider:
 
 
 def _liger_chunked(case: Case, is_compiled: bool) -> Callable[[Problem], Tensor]:
-    chunked = _load("liger_kernel.chunked_loss", "liger-kernel")
+    chunked = load("liger_kernel.chunked_loss", "liger-kernel")
     if case.zero:
         raise Unavailable("takes one advantage a sequence, and here the turns of a dialogue differ")
     loss = chunked.LigerFusedLinearGRPOLoss(
@@ -171,7 +171,7 @@ def torch_chunked(case: Case) -> Provider:
 
 def cut_cross_entropy(case: Case) -> Provider:
     """cut-cross-entropy."""
-    cce = _load("cut_cross_entropy", "cut-cross-entropy")
+    cce = load("cut_cross_entropy", "cut-cross-entropy")
     impl = "cce" if case.device == "cuda" else "torch_compile"
 
     def compute(p: Problem) -> Tensor:

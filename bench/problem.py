@@ -11,6 +11,7 @@ from torch import Tensor
 from ppg_fast.spec import IGNORE, PolicyLossSpec
 
 SPEC = PolicyLossSpec("ppo")  # the loss that every peer can compute: clipped surrogate, one mean over the active tokens
+FROZEN = "frozen head"  # a variant: the weight requires no gradient
 TURNS = 8  # of a dialogue; the policy's tokens are the last of each turn
 WHOLE_TRUTH = 4e10  # multiply-adds up to which every row is computed in float64, about a second
 
@@ -77,7 +78,7 @@ class Problem:
 
     @property
     def leaves(self) -> tuple[Any, ...]:
-        """What the gradient is wanted of."""
+        """What the gradient is wanted of, where it requires one."""
         if self.logits is not None:
             return (self.logits,)
         assert self.hidden is not None
@@ -149,7 +150,7 @@ def make_problem(case: Case, seed: int = 0, near: bool = True) -> Problem:
         problem.hidden = torch.randn(case.N, case.D, dtype=case.torch_dtype, **options).requires_grad_()
         problem.weight = (
             torch.randn(case.V, case.D, dtype=case.torch_dtype, **options).mul_(3 / math.sqrt(case.D))
-        ).requires_grad_()
+        ).requires_grad_(case.variant != FROZEN)
     else:
         problem.base = torch.randn(case.N + 1, case.V, dtype=case.torch_dtype, **options).mul_(3).requires_grad_()
         problem.logits = problem.base.detach()[: case.N].requires_grad_()
@@ -189,13 +190,14 @@ class Truth:
     d_rows: Tensor
     d_weight: Tensor | None
     logprobs: Tensor
+    from_hidden: bool
 
     def errors(self, loss: Tensor, gradients: tuple[Tensor, ...]) -> dict[str, float]:
         """Largest error of each piece, relative to the largest element of that piece."""
-        pieces = {"d_logits" if len(gradients) == 1 else "d_hidden": (gradients[0][self.rows], self.d_rows)}
+        pieces = {"d_hidden" if self.from_hidden else "d_logits": (gradients[0][self.rows], self.d_rows)}
         if self.loss is not None:
             pieces["loss"] = (loss, self.loss)
-        if self.d_weight is not None:
+        if self.d_weight is not None and len(gradients) > 1:
             pieces["d_weight"] = (gradients[1][self.columns], self.d_weight)
         return {
             name: relative_error(*pair, self.loss_scale if name == "loss" else None) for name, pair in pieces.items()
@@ -247,4 +249,5 @@ def make_truth(problem: Problem, count: int = 8, budget: float = WHOLE_TRUTH) ->
     if d_weight is not None:
         for chunk, d in weights:
             d_weight += d.t() @ problem.leaves[0].detach()[chunk].double()
-    return Truth(rows, columns, loss if whole else None, scale, d_rows, d_weight if whole else None, logprobs)
+    pieces = loss if whole else None, scale, d_rows, d_weight if whole else None
+    return Truth(rows, columns, *pieces, logprobs, from_hidden=problem.logits is None)

@@ -43,7 +43,7 @@ class Provider:
         if self.forward_only:
             with torch.no_grad():
                 return self.compute(problem)
-        leaves = self.leaves(problem)
+        leaves = [leaf for leaf in self.leaves(problem) if leaf.requires_grad]
         loss = self.compute(problem)
         return loss.detach(), torch.autograd.grad(loss, leaves)
 

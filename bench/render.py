@@ -14,6 +14,7 @@ from .chat_templates import chat_templates_section
 from .gpu.predicted import prediction_section
 from .gpu.sections import gpu_section, summary_section
 from .linear_tables import active_section, contributions_section
+from .logits_dtype import logits_dtype_section
 from .policy_classes import across_section, logs_section, overview_section, problems_section
 from .real import sections as real
 from .result_file import FOLDER, load
@@ -42,6 +43,7 @@ LOSSES = "docs/losses.md"
 DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/data.md",
+    "docs/fused_loss.md",
     "docs/integrations.md",
     "docs/llama_cpp.md",
     LOSSES,
@@ -173,6 +175,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "summary": _summary_section,
     "linear_active": active_section,
     "contributions": contributions_section,
+    "logits_dtype": logits_dtype_section,
     "instructions": _instructions_section,
     "training_step": partial(steps_section, op="training_step"),
     "hosts": partial(steps_section, op="hosts"),
@@ -190,7 +193,18 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "policy_class_logs": logs_section,
     **losses.SECTIONS,
     **real.SECTIONS,
-    **{op: _op_section(op) for op in ("policy_loss", "logprobs", "linear", "partial_returns", "host_time")},
+    **{
+        op: _op_section(op)
+        for op in (
+            "policy_loss",
+            "logprobs",
+            "linear",
+            "linear_frozen",
+            "distillation",
+            "partial_returns",
+            "host_time",
+        )
+    },
 }
 
 

@@ -24,7 +24,9 @@ def planned(plan: dict[str, Any], op: str) -> list[Case]:
 
 def wants_memory(case: Case) -> bool:
     """Peaks are taken where every row is active, and inside hosts; they do not depend on the number of threads."""
-    whole = case.op in ("policy_loss", "linear", "training_step") and case.active == 1 and not case.zero
+    whole = (
+        case.op in ("policy_loss", "linear", "linear_frozen", "training_step") and case.active == 1 and not case.zero
+    )
     return case.op == "hosts" or whole
 
 

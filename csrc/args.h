@@ -119,6 +119,16 @@ struct PolicyLossArgs : Sweep {
   }
 };
 
+// How far a teacher's distribution q is from the student's p, by `beta`: 0 KL(q, p), 1 KL(p, q), between beta KL(q, m)
+// + (1 - beta) KL(p, m). Rows that are masked or have weight 0 are not read, of neither side, and get zeros.
+struct DistillationArgs : Sweep {
+  Rows teacher_logits;
+  const float* weights;  // (N,) or null: 1
+  float beta, teacher_softcap;
+  float* divergence;  // (N,) out, not weighted
+  Rows dlogits;       // data null: no gradient wanted; may be the logits or the teacher's
+};
+
 // out = x times scale[n] in row n, rounded once. In place, rows whose scale is 1 are not touched.
 struct ScaleRowsArgs {
   Rows x, out;         // out may be x itself
@@ -254,6 +264,7 @@ namespace cpu {  // rows first .. last - 1 only, so that the caller shares them 
 void logprobs_fwd(const LogprobsFwdArgs&, int64_t first, int64_t last);
 void logprobs_bwd(const LogprobsBwdArgs&, int64_t first, int64_t last);
 void policy_loss(const PolicyLossArgs&, int64_t first, int64_t last);
+void distillation(const DistillationArgs&, int64_t first, int64_t last);
 void scale_rows(const ScaleRowsArgs&, int64_t first, int64_t last);
 void partial_returns(const PartialReturnsArgs&, int64_t first, int64_t last);
 void credit(const CreditArgs&);  // all turns at once; of the tokens only the number of sequences is read
@@ -266,6 +277,7 @@ namespace cuda {
 int logprobs_fwd(const LogprobsFwdArgs&, void* stream);
 int logprobs_bwd(const LogprobsBwdArgs&, void* stream);
 int policy_loss(const PolicyLossArgs&, void* stream);
+int distillation(const DistillationArgs&, void* stream);
 int scale_rows(const ScaleRowsArgs&, void* stream);
 int partial_returns(const PartialReturnsArgs&, void* stream);
 int fused_policy_loss(const FusedLaunchArgs&, void* stream);

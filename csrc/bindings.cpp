@@ -112,6 +112,22 @@ void policy_loss(const Tensor& logits, const Tensor& labels, const Tensors& rows
   run(PPG_ON_CPU(policy_loss), PPG_ON_CUDA(policy_loss), a, a.N, logits);
 }
 
+// `numbers`: temperature, softcap, the teacher's softcap, beta.
+void distillation(const Tensor& logits, const Tensor& teacher_logits, const Tensor& labels, const Optional& weights,
+                  const Optional& temperatures, const Numbers& numbers, const Tensor& divergence,
+                  const Optional& dlogits) {
+  DistillationArgs a{sweep_of(logits, labels, temperatures, numbers.at(0), numbers.at(1))};
+  STD_TORCH_CHECK(teacher_logits.numel() == logits.numel() && teacher_logits.scalar_type() == logits.scalar_type(),
+                  "teacher_logits must be like logits");
+  a.teacher_logits = rows_of(teacher_logits, "teacher_logits");
+  a.weights = floats(weights, a.N, "weights");
+  a.teacher_softcap = float(numbers.at(2));
+  a.beta = float(numbers.at(3));
+  a.divergence = floats(divergence, a.N, "divergence");
+  a.dlogits = gradient_rows(dlogits, logits);
+  run(PPG_ON_CPU(distillation), PPG_ON_CUDA(distillation), a, a.N, logits);
+}
+
 // Under one scale, what has no gaps is cut into rows of equal length: a bias, or short rows, occupy the whole chip too.
 void scale_rows(const Tensor& x, const Tensor& scale, const Tensor& out) {
   constexpr int64_t LENGTH = 16384;
@@ -253,6 +269,7 @@ bool use_isa(std::string name) {
   m.impl("logprobs_fwd", TORCH_BOX(&logprobs_fwd));           \
   m.impl("logprobs_bwd", TORCH_BOX(&logprobs_bwd));           \
   m.impl("policy_loss", TORCH_BOX(&policy_loss));             \
+  m.impl("distillation", TORCH_BOX(&distillation));           \
   m.impl("scale_rows", TORCH_BOX(&scale_rows));               \
   m.impl("fused_policy_loss", TORCH_BOX(&fused_policy_loss)); \
   m.impl("partial_returns", TORCH_BOX(&partial_returns))

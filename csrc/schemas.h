@@ -13,6 +13,8 @@ constexpr const char* kSchemas[] = {
     "Tensor(b!) logprob, Tensor(c!)? entropy, Tensor(d!)? dlogits, Tensor(e!)? score_norm) -> ()",
     "fused_policy_loss(Tensor logits, Tensor?[] tensors, float[] numbers, int[] choices, Tensor? counts, int counted, "
     "Tensor?[] outputs) -> bool",
+    "distillation(Tensor logits, Tensor teacher_logits, Tensor labels, Tensor? weights, Tensor? temperatures, "
+    "float[] numbers, Tensor(a!) divergence, Tensor(b!)? dlogits) -> ()",
     "scale_rows(Tensor x, Tensor scale, Tensor(a!) out) -> ()",
     "partial_returns(Tensor rewards, Tensor? segment_ids, Tensor? turn_counts, int lookahead, int segment_length, "
     "float gamma, Tensor(a!) returns) -> bool",

@@ -5,7 +5,11 @@ from hidden states.
 """
 
 from ppg_fast.functional import (
+    DistillationOutput,
     PolicyLossOutput,
+    Teacher,
+    TopKTeacher,
+    linear_distillation_loss,
     linear_partial_policy_loss,
     linear_policy_loss,
     linear_token_logprobs,
@@ -25,6 +29,7 @@ from ppg_fast.spec import PolicyLossSpec
 __version__ = "0.1.0"
 
 __all__ = [
+    "DistillationOutput",
     "FullPlanning",
     "Greedy",
     "Lookahead",
@@ -33,6 +38,9 @@ __all__ = [
     "PolicyLossSpec",
     "RewardMask",
     "Segment",
+    "Teacher",
+    "TopKTeacher",
+    "linear_distillation_loss",
     "linear_partial_policy_loss",
     "linear_policy_loss",
     "linear_token_logprobs",

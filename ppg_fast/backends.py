@@ -30,6 +30,20 @@ nothing, where a value breaks a rule: the op then names it.
         FULL, in its whole gradient. Entropy is (0,) unless wanted or needed. The spec is of a token-level loss with a
         number as temperature.
 
+    distillation(logits, teacher_logits, labels, weights, temperatures, temperature, logit_softcap, teacher_softcap,
+            beta: float, dlogits) -> divergence
+        How far q = softmax(teacher's z) is from p = softmax(student's z) in each row, in nats, unweighted: beta 0 the
+        forward KL(q, p), 1 the reverse KL(p, q), between beta KL(q, m) + (1 - beta) KL(p, m) with m = beta q + (1 -
+        beta) p. teacher_logits (B, L, V) are of the dtype of the logits, with strides of their own; both are taken at
+        the same temperature, each under its own softcap (0: none). Into dlogits, where given, weights[n] (None: 1)
+        times the gradient of the divergence by the student's logits, through temperature and softcap; by z it is p - q;
+        p (log(p / q) - KL(p, q)); (1 - beta) p (log(p / m) - KL(p, m)). dlogits may be the logits or the teacher's:
+        every element is read before it is written. Rows that are masked or have weight 0 are not read, of neither
+        side, and get 0 and exact zeros. A log-prob counts as at least LEAST_LOGPROB, so that a token that both exclude
+        (-inf) adds 0. NaN in a logit of either side, or in the weight for the gradient alone, is NaN in the divergence
+        and the whole gradient of its row. A divergence near 0 is a sum of small terms, not a difference of sums: its
+        error is that of the log-probs. Labels only mask.
+
     scale_rows(x, scale, out) -> None
         Writes row n of x (B, L, V) times scale[n], or all times the one of scale (1,), rounded once, into out, which
         may be x, then rows whose scale is 1 are not touched, or hold 16 bits where x is float32. Both have unit stride
@@ -65,7 +79,7 @@ from types import ModuleType
 import torch
 
 NAMES = ("cpu", "triton", "cuda")
-CONTRACT = ("partial_returns", "logprobs_fwd", "logprobs_bwd", "policy_loss", "scale_rows")
+CONTRACT = ("partial_returns", "logprobs_fwd", "logprobs_bwd", "policy_loss", "distillation", "scale_rows")
 MODULES = {
     "cpu": "ppg_fast.native",
     "cuda": "ppg_fast.native",

@@ -90,21 +90,45 @@ class RowArguments(NamedTuple):
         return cls(labels, PerRow(*per_row), PolicyLossSpec.of(numbers, choices))  # type: ignore[arg-type]
 
 
+class TeacherRows(NamedTuple):
+    """What the divergence of each row is measured from: a teacher's hidden states and head, or its k tokens."""
+
+    hidden: Tensor | None  # (N, D')
+    weight: Tensor | None  # (V, D')
+    bias: Tensor | None  # (V,)
+    ids: Tensor | None  # (N, k) int64, negative: none
+    logprobs: Tensor | None  # (N, k) float32
+    coefs: Tensor  # (N,) float32, of the divergence in the loss; rows where it is 0 are not read
+    beta: float
+    softcap: float
+    top_k: int  # of the teacher's tokens are told apart; 0: all
+
+    def pack(self) -> tuple[list[Tensor | None], list[float], int]:
+        """Tensors, the coefficients last; numbers; the count."""
+        return [*self[:6]], [self.beta, self.softcap], self.top_k
+
+    @classmethod
+    def unpack(cls, tensors: Sequence[Tensor | None], numbers: Sequence[float], top_k: int) -> TeacherRows:
+        """What `pack` packed."""
+        return cls(*tensors, *numbers, top_k)  # type: ignore[arg-type,call-arg]
+
+
 class Chunks(NamedTuple):
-    """How many rows of a linear head have their logits in memory at once."""
+    """How many rows of a linear head have their logits in memory at once, and in what precision."""
 
     rows: int
     max_active: int | None  # the caller's bound on the rows that are read
+    float32: bool = False  # the logits, whatever the dtype of hidden states and weight; else that dtype
 
     def pack(self) -> list[int]:
-        """The two as integers, -1 for no bound."""
-        return [self.rows, -1 if self.max_active is None else self.max_active]
+        """The three as integers, -1 for no bound."""
+        return [self.rows, -1 if self.max_active is None else self.max_active, int(self.float32)]
 
     @classmethod
     def unpack(cls, sizes: Sequence[int]) -> Chunks:
         """What `pack` packed."""
-        rows, bound = sizes
-        return cls(rows, None if bound < 0 else bound)
+        rows, bound, float32 = sizes
+        return cls(rows, None if bound < 0 else bound, bool(float32))
 
 
 class Wanted(NamedTuple):

@@ -165,6 +165,23 @@ def _counts(rows: int, reduction: Reduction) -> tuple[int, int]:
     return 0, 1
 
 
+def distillation(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    logit_softcap: float,
+    teacher_softcap: float,
+    beta: float,
+    dlogits: Tensor | None,
+) -> Tensor:
+    divergence, numbers = _new(logits, labels.numel()), [temperature, logit_softcap, teacher_softcap, beta]
+    _lib.distillation.default(logits, teacher_logits, labels, weights, temperatures, numbers, divergence, dlogits)
+    return divergence
+
+
 def scale_rows(x: Tensor, scale: Tensor, out: Tensor) -> None:
     _lib.scale_rows.default(x, scale, out)
 

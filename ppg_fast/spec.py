@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 IGNORE = -100  # the label of a token that takes no part
 MAX_LOG_RATIO = 20.0  # nats, the default of max_log_ratio; verl's number
+# In a divergence a log-prob counts as at least this, in nats, so that a token that one of two distributions excludes
+# gives a large number and not inf, and 0 where both do; and what a top-k teacher leaves to all other tokens as one
+# counts as at least this, the last digit of a float32 near 1. Mirrored by csrc/cpu/distillation.cpp.
+LEAST_LOGPROB, LEAST_TAIL = -1e4, 2.0**-23
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "sum", "none")
 BASELINES = ("none", "leave_one_out", "group_mean", "group_std")  # in the order of csrc/args.h, like the reductions
 # what a NaN among the rollout log-probs of active tokens means, in the order of csrc/args.h

@@ -1,7 +1,6 @@
 """What a call refuses in one line, and what it gives for nothing: numbers, masks, memory, derivatives, empty shapes."""
 
 import itertools
-import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 import torch._dynamo.testing
 
 import ppg_fast as ppg
-from ppg_fast.ops import head
 
 V, D = 7, 4
 X, HIDDEN, WEIGHT = torch.randn(2, 3, V), torch.randn(2, 3, D), torch.randn(V, D)
@@ -183,18 +181,3 @@ def test_a_number_that_changes_breaks_no_graph(name, dynamic):
     for number in (0.5 + i / 16 for i in range(10)):
         assert torch.equal(compiled(X, number), call(X, number))
     assert counter.frame_count <= 3  # of ten: the first value, those that change, 1
-
-
-def test_a_cpu_without_16_bit_products_is_told_once(monkeypatch):
-    monkeypatch.setattr(head, "has_products", lambda dtype: dtype == torch.float32)
-    head.warn_without_products.cache_clear()
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        for _ in range(2):
-            ppg.linear_token_logprobs(HIDDEN.bfloat16(), WEIGHT.bfloat16(), LABELS)
-    (one,) = told
-    assert "no bfloat16 matrix products" in str(one.message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ppg.linear_token_logprobs(HIDDEN, WEIGHT, LABELS)
-    head.warn_without_products.cache_clear()

@@ -291,6 +291,44 @@ def test_a_weight_is_cast_by_wide_accesses(emulated):
             emulated.ops.scale_rows(torch.empty(1, 2, 8, dtype=torch.bfloat16), torch.ones(1), bad)
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.4])
+def test_distillation_at_any_alignment(emulated, beta):
+    """The same bits wherever rows begin and the gradient goes, by wide accesses where they are aligned; nothing beside
+    the rows is touched."""
+    for dtype, V in ((torch.bfloat16, 5003), (torch.float32, 9000)):
+        draw = torch.Generator().manual_seed(V)
+        logits, teacher = (torch.randn(2, 3, V, generator=draw).to(dtype) for _ in range(2))
+        labels, bits = torch.tensor([0, -1, 2, 3, 4, 5]), []
+        for shift, of_teacher, gap, out in ((0, 0, 0, 0), (0, 5, 3, 0), (3, 0, 8, 1), (1, 2, 5, None)):
+            x, memory = strided(Case(V, dtype, gap=gap), shift)
+            y, _ = strided(Case(V, dtype, gap=gap), of_teacher)
+            x.copy_(logits), y.copy_(teacher)
+            into, memory = (x, memory) if out is None else strided(Case(V, dtype, gap=gap), out)
+            between, divergence = memory.clone(), torch.empty(6)
+            emulated.take_stats()
+            emulated.ops.distillation(x, y, labels, None, None, [0.7, 0.0, 30.0, beta], divergence, into)
+            stats = emulated.take_stats()
+            bits.append((divergence, into.clone()))
+            between.as_strided(into.shape, into.stride(), into.storage_offset()).copy_(into)
+            assert torch.equal(memory, between)
+            if (shift, of_teacher, out) == (0, 0, 0) and V % 8 == 0:
+                vectors = V * dtype.itemsize // 16
+                sweeps = 2 if beta == 0 else 3
+                assert (stats.vector_loads, stats.vector_stores) == (5 * 2 * sweeps * vectors, 6 * vectors)
+        for divergence, gradient in bits[1:]:
+            assert torch.equal(divergence, bits[0][0])
+            assert torch.equal(gradient, bits[0][1])
+
+
+def test_distillation_reads_no_row_that_does_not_count(emulated):
+    x, weights = torch.full((1, 4, 4096), torch.nan), torch.tensor([0.0, 1.0, -0.0, 1.0])
+    divergence, labels = torch.full((4,), torch.nan), torch.tensor([3, -1, 4, -100])
+    emulated.ops.distillation(x, x.clone(), labels, weights, None, [1.0, 0.0, 0.0, 0.5], divergence, x)
+    assert emulated.take_stats().vector_loads == 0
+    assert not divergence.any()
+    assert not x.view(torch.uint8).any()
+
+
 WINDOWS = (
     (1, 1, 1, 0, False),
     (3, 7, 3, 0, False),

@@ -7,6 +7,7 @@ import torch
 import ppg_fast as ppg
 from ppg_fast import native
 from ppg_fast.ops import head as head_ops
+from ppg_fast.ops import products
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N, D = 40, 16
@@ -33,8 +34,8 @@ def test_rows_of_logits_begin_cache_lines(V):
         for chunk in head.chunks(torch.arange(N)):
             assert chunk.logits.shape[1] == V
             stride = chunk.logits.stride(0)
-            assert stride * dtype.itemsize % head_ops.LINE == 0
-            assert 0 <= stride - V < head_ops.LINE // dtype.itemsize
+            assert stride % head_ops.LINE == 0
+            assert 0 <= stride - V < head_ops.LINE
             assert chunk.logits.stride(1) == 1
 
 
@@ -60,20 +61,28 @@ def test_the_budget_holds_the_padded_rows():
     for V, size in ((50257, 2), (151669, 2), (128257, 4), (151936, 2)):
         for device, budget in head_ops.CHUNK_BYTES.items():
             rows = head_ops.default_chunk_rows(V, size, device)
-            taken = rows * head_ops.row_stride(V, size) * size
-            assert taken <= budget or rows == head_ops.MIN_CHUNK_ROWS
+            row_bytes = head_ops.row_stride(V) * size
+            assert rows * row_bytes <= budget or rows == head_ops.MIN_CHUNK_ROWS
             assert rows % head_ops.GEMM_ROWS == 0
+        frozen = head_ops.default_chunk_rows(V, size, "cpu", frozen=True)
+        assert frozen * row_bytes <= head_ops.FROZEN_CHUNK_BYTES or frozen == head_ops.MIN_FROZEN_ROWS
+        assert head_ops.default_chunk_rows(V, size, "cuda", frozen=True) == rows, "the last of the devices"
+    wide = [head_ops.default_chunk_rows(262144, 4, "cpu", frozen) for frozen in (False, True)]
+    assert wide == [head_ops.MIN_CHUNK_ROWS, head_ops.MIN_FROZEN_ROWS]
 
 
+@pytest.mark.parametrize("has_products", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_product_has_no_float32_copy(dtype, monkeypatch):
+def test_one_product_has_no_float32_copy(dtype, has_products, monkeypatch):
     """And is the same as before, to the bit where the sum of chunks is one product."""
+    monkeypatch.setattr(products, "has_products", lambda dtype: has_products or dtype == torch.float32)
     made, fresh = [], head_ops.fresh
     monkeypatch.setattr(head_ops, "fresh", lambda *of: made.append(fresh(*of)) or made[-1])
     V = 4099
     whole = call(dtype, V)
     heads = [t for t in made if t.shape == (V, D)]
-    kept_in_32_bits = dtype == torch.float16  # whose range the product may leave before the loss scale is taken back
+    # float16 by products of its own, whose range they may leave before the loss scale is taken back
+    kept_in_32_bits = dtype == torch.float16 and has_products
     assert [t.dtype for t in heads] == ([torch.float32, dtype] if kept_in_32_bits else [dtype])
     assert whole[3].data_ptr() == heads[-1].data_ptr(), "the caller has that memory, no copy"
     made.clear()

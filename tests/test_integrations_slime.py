@@ -93,7 +93,8 @@ def test_slime_without_rewards_of_turns_is_rloo(slime):
     [
         (0, {}), (3, {"use_tis": True}), (0, {"use_tis": True, "tis_clip_low": 0.9}),
         (0, {"use_tis": True, "tis_clip_low": 0.9, "custom_tis_function_path": slime_options.ICEPOP}),
-        (0, {"use_unbiased_kl": True}), (0, {"use_unbiased_kl": True, "kl_loss_type": "k3"}),
+        (0, {"use_opsm": True, "opsm_delta": 0.05}), (0, {"use_unbiased_kl": True}),
+        (0, {"use_unbiased_kl": True, "kl_loss_type": "k3"}),
     ],
 )  # fmt: skip
 def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, options):
@@ -135,6 +136,12 @@ def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, opti
     ratio, A = (logprobs - before).exp(), torch.cat(batch["advantages"])
     surrogate = -torch.minimum(ratio * A, ratio.clamp(0.9, 1.15) * A)
     surrogate = torch.where(A < 0, torch.minimum(surrogate, -1.3 * A), surrogate)
+    if options.get("use_opsm"):
+        drift = [((o - l).detach() * m).sum() / m.sum().clamp(min=1) for o, l, m in zip(
+            before.split(responses), logprobs.split(responses), masks, strict=True)]  # fmt: skip
+        dropped = torch.cat([d.expand(n) for d, n in zip(drift, responses, strict=True)]) > 0.05
+        assert not old or 0 < (dropped & (A < 0)).sum() < len(A)
+        surrogate = surrogate.masked_fill(dropped & (A < 0), 0.0)
     if args.use_tis:
         weight, least = (before - torch.cat(batch["rollout_log_probs"])).exp(), options.get("tis_clip_low", 0.0)
         kept = weight * ((weight >= least) & (weight <= 1.2))
@@ -223,7 +230,7 @@ REFUSED = {
     },
     "loss": {
         "kl_loss_type": "abs", "custom_tis_function_path": "mis.py:weights",
-        "custom_pg_loss_reducer_function_path": "a.b", "use_opsm": True,
+        "custom_pg_loss_reducer_function_path": "a.b",
         "get_mismatch_metrics": True, "true_on_policy_mode": True, "rollout_top_p": 0.9, "use_icepop": True,
     },
 }  # fmt: skip
@@ -290,6 +297,8 @@ def test_an_option_of_a_later_slime_is_found_by_its_own_parser(slime, monkeypatc
     ("fields", "words"),
     [
         ({"use_unbiased_kl": True, "kl_loss_type": "k2"}, "use_unbiased_kl of slime needs kl_loss_type k3 .*got 'k2'"),
+        ({"use_opsm": True, "use_tis": True}, "use_opsm of slime must be False with use_tis .*got True"),
+        ({"use_opsm": True, "opsm_delta": 0.0}, "opsm_delta of slime must be > 0 with use_opsm, got 0.0"),
         ({"ppg_tau_positive": 2.0}, "tau_positive must be left out: loss_type ppo does not use it .*got 2.0"),
         ({"ppg_loss_type": "reinforce"}, "eps_clip_c of slime must be None for reinforce .*got 1.3"),
         ({"ppg_loss_type": "ppo", "advantage_estimator": "gspo"}, "ppg_loss_type must be gspo, .*got 'ppo'"),

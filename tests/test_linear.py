@@ -199,6 +199,7 @@ def test_ops_are_well_formed(backend, device, bias):
     flags = list(Wanted(entropy=True, score_norms=False, gradient=True, validate=False))
     arguments = (*head, *rows.pack(), flags, gradients, Chunks(8, None).pack(), backend)
     torch.library.opcheck(ops.linear_policy_loss_op, arguments)
+    flags = list(Wanted(entropy=True, score_norms=False, gradient=False, validate=False))
     scored = (*head, labels, None, [0.7, 3.0], flags, Chunks(8, 20).pack(), backend)
     torch.library.opcheck(ops.linear_token_logprobs_op, scored)
 
@@ -296,8 +297,9 @@ def test_one_sync_or_none(as_on_a_gpu, monkeypatch, bound, expected):
     with Watch():
         loss_ops._loss_and_gradients(hidden, weight, bias, *rows.pack(), flags, [True] * 3, chunks, "cpu")
     assert len(looked) == expected
+    flags = list(Wanted(entropy=True, score_norms=False, gradient=False, validate=False))
     with Watch():
-        _, lse, entropy, _ = logprob_ops._logprobs(hidden, weight, bias, labels, None, scale, flags, chunks, "cpu")
+        _, lse, entropy, *_ = logprob_ops._logprobs(hidden, weight, bias, labels, None, scale, flags, chunks, "cpu")
     assert len(looked) == 2 * expected
     with Watch():
         of_rows = [labels, lse, entropy, advantages, None, None]

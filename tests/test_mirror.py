@@ -11,6 +11,7 @@ from ppg_fast.losses import KLEstimator, LossType
 from ppg_fast.spec import (
     BASELINES,
     IMPORTANCE_MODES,
+    LEAST_LOGPROB,
     NAN_ROLLOUT,
     REDUCTIONS,
     SPEC_CHOICES,
@@ -38,7 +39,8 @@ FUSED = (
     "csrc/cuda/policy_loss.cu",
     "tests/test_{}.py",
 )
-HOMES = {"policy_loss": EVERY, "logprobs": EVERY, "partial_returns": EVERY, "fused_policy_loss": FUSED}
+HOMES = dict.fromkeys(("policy_loss", "logprobs", "partial_returns", "distillation"), EVERY)
+HOMES["fused_policy_loss"] = FUSED
 PARTS = ("kernels/triton/plan.py", "csrc/cuda/plan.h")  # how rows are laid over a device
 
 
@@ -125,6 +127,17 @@ def test_what_is_packed_is_unpacked(policy_class, normalizer):
     rows = contract.RowArguments(torch.tensor(1), contract.PerRow(*map(torch.tensor, range(7))), spec)
     assert contract.RowArguments.unpack(*rows.pack()) == rows
     assert all(contract.Chunks.unpack(c.pack()) == c for c in (contract.Chunks(3, None), contract.Chunks(3, 7)))
+
+
+def test_a_teacher_is_unpacked_as_it_was_packed():
+    teacher = contract.TeacherRows(*map(torch.tensor, range(6)), 0.3, 7.0, 5)
+    tensors, numbers, top_k = teacher.pack()
+    assert contract.TeacherRows.unpack(tensors, numbers, top_k) == teacher
+
+
+@pytest.mark.parametrize("source", ["cpu/distillation.cpp", "cuda/distillation.cu"])
+def test_the_least_log_prob_is_one_number(source):
+    assert f"LEAST_LOGPROB = {LEAST_LOGPROB / 1e4:g}e4f;" in (ROOT / "csrc" / source).read_text()
 
 
 def test_no_operator_takes_more_than_ten_arguments():

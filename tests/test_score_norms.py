@@ -174,6 +174,31 @@ def test_from_rewards(linear, backend, device):
     torch.testing.assert_close(norms, torch.where(turns < 0, 0.0, p.square().sum(-1)).float(), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_beside_log_probs(linear, backend, device):
+    """The last of the tuple, with the bits of a loss, no gradient, and changing none of the others."""
+    hidden, weight = torch.randn(2, 6, 8, device=device), torch.randn(300, 8, device=device)
+    logits, labels = hidden @ weight.T, torch.randint(300, (2, 6), device=device)
+    mask = torch.tensor([[1, 1, 0, 1, 1, 0], [0, 1, 1, 1, 1, 1]], device=device)
+    rows = (hidden.requires_grad_(), weight) if linear else (logits.requires_grad_(),)
+    function = ppg.linear_token_logprobs if linear else ppg.token_logprobs
+    options = {"loss_mask": mask, "temperature": 0.7, "backend": backend}
+    logprobs, entropy, norms = function(*rows, labels, entropy=True, score_norms=True, **options)
+    pair = function(*rows, labels, score_norms=True, **options)
+    assert torch.equal(pair[0], logprobs)
+    assert torch.equal(pair[1], norms)
+    assert torch.equal(function(*rows, labels, entropy=True, **options)[1], entropy)
+    assert not norms.requires_grad
+    assert logprobs.requires_grad
+    spec = ppg.PolicyLossSpec("reinforce", temperature=0.7)
+    loss = (ppg.linear_policy_loss if linear else ppg.policy_loss)(
+        *rows, labels, torch.ones(2, 6, device=device), spec=spec, loss_mask=mask, score_norms=True, backend=backend
+    )
+    assert torch.equal(norms, loss.metrics["score_norms"])
+    want = reference.score_norms(logits.flatten(0, 1).double(), labels.masked_fill(mask == 0, -1).flatten(), 0.7)
+    torch.testing.assert_close(norms.flatten().double(), want, rtol=1e-5, atol=5e-6)
+
+
 @pytest.mark.parametrize("loss_type", ["ppo", "gspo"])
 @pytest.mark.parametrize("linear", [False, True])
 def test_compiles_whole(linear, loss_type, backend, device):

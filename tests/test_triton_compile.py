@@ -30,6 +30,9 @@ SCALARS = 9  # exponentials once a row or block: ratio, gate, importance weight,
 # bytes: for sm_100 ptxas may put up to four words that no column depends on aside, once before the loop over rows
 PARKED = 16
 SWEEPS = {"policy_loss_kernel": 2, "logprobs_fwd_kernel": 1, "logprobs_bwd_kernel": 1, "scale_rows_kernel": 0}
+# of two rows: each once for its sum; then p and q, or p twice, or 2^-|log2(p / q)| as well, twice as is p
+SWEEPS["distillation_kernel"] = 4
+JSD, OF_JSD = 2, 7
 SMALL = {"partial_returns_kernel", "credit_kernel"}  # no logits
 
 
@@ -83,6 +86,8 @@ def check_code(version: str, target: str, kernels: list[dict[str, Any]], few: bo
             continue
         assert k["at_once"] * k["threads"] >= 512, f"plan.programs counts on more: {k}"
         sweeps = SWEEPS[k["kernel"]]
+        if k["kind"] == JSD:
+            sweeps = OF_JSD
         if k["kernel"] == "policy_loss_kernel" and k["keep_exp"] and not k["entropy_term"] and not k["softcap"]:
             sweeps = 1  # the exponentials of the first are still there
         if k["aligned"]:

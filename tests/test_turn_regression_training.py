@@ -29,13 +29,15 @@ def tiny(seed=0):
 
 
 def some_samples():
-    """Two groups of three and one dialogue by itself; the last of a group is shorter, and one turn has no token."""
+    """Two groups of three and one dialogue by itself, of unequal lengths; one turn has no token. The last turns have no
+    reward: what is said there is wrong from the second iteration on."""
     g, out = torch.Generator().manual_seed(1), []
     for i in range(7):
         n = [11, 8, 11, 8, 11, 8, 11][i]
         tokens = torch.randint(2, V, (n,), generator=g).tolist()
         turns = TURNS[:n]
-        out.append(Sample(tokens, turns, torch.rand(max(turns) + 1 + (i == 1), generator=g).tolist(), i // 3))
+        rewards = torch.rand(max(turns) + 1 + (i == 1), generator=g).tolist()
+        out.append(Sample(tokens, turns, [*rewards[:2], *(0.0 for _ in rewards[2:])], i // 3))
     return out
 
 
@@ -119,7 +121,8 @@ def test_it_explains_more_with_every_iteration():
 REFUSED = {
     "baseline with loss_type turn_regression must be": {"baseline": "group_std"},
     "reduction must be sequence_sum": {"reduction": "sum"},
-    "clip_high must be 0.2": {"clip_high": 0.3},
+    "clip_high must be left out": {"clip_high": 0.3},
+    "opsm_delta must be 0.0": {"opsm_delta": 0.1},
     "kl_coef must be 0.0": {"kl_coef": 0.1},
     "eta must be a finite number > 0": {"eta": 0.0},
     "eta must be 1.0 without": {"loss_type": "ppo", "eta": 0.5},

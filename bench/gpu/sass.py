@@ -21,6 +21,10 @@ def cuobjdump() -> str | None:
     return str(bundled) if bundled and bundled.exists() else None
 
 
+# how the names of the kernels begin
+OURS = ("policy_loss", "logprobs", "distillation", "scale", "partial", "credit")
+
+
 @dataclass
 class Kernel:
     name: str  # without namespaces and arguments: policy_loss_onepass<BF16, false, 1, 512>
@@ -113,7 +117,7 @@ def mnemonic(text: str) -> str:
 def readable(mangled: str) -> str:
     """A kernel's name and template arguments out of its mangled name; c++filt is not everywhere."""
     name = re.findall(r"\d+([a-z_]+?)(?:I|E)", mangled)
-    kernel = next(n for n in name if n.startswith(("policy_loss", "logprobs", "scale", "partial", "credit")))
+    kernel = next(n for n in name if n.startswith(OURS))
     types = re.search(r"NS_\d+(BF16|F16|F32)E|N3ppg\d(BF16|F16|F32)E", mangled)
     flags = [("false", "true")[int(bit)] for bit in re.findall(r"Lb([01])E", mangled)]
     numbers = re.findall(r"Li(\d+)E", mangled)

@@ -1,4 +1,4 @@
-// Vectors of PPG_LANES floats: element types, exp, tanh.
+// Vectors of PPG_LANES floats: element types, exp, tanh, log.
 // Included once per instruction set by foreach_isa.h, inside that instruction set's namespace: hence no include guard,
 // no includes.
 
@@ -215,4 +215,20 @@ PPG_INLINE Vec tanh_(Vec x) {
   p = p * z + 1.33314422036e-1f;
   p = p * z + -3.33332819422e-1f;
   return a < 0.625f ? p * z * x + x : x < 0.f ? -far : far;
+}
+
+// log(x) to about 1e-7 for x of the normal range: Cephes' polynomial of the fraction in [sqrt(1/2), sqrt(2)).
+PPG_INLINE Vec log_(Vec x) {
+  const UintVec from = (UintVec)x - 0x3f3504f3u;  // 0x3f3504f3: sqrt(1/2)
+  const IntVec exponent = (IntVec)from >> 23;
+  const Vec f = (Vec)((from & 0x7fffffu) + 0x3f3504f3u) - 1.f, e = __builtin_convertvector(exponent, Vec), z = f * f;
+  Vec p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  return f + (p * f * z - 0.5f * z - e * 2.12194440e-4f) + e * 0.693359375f;
 }

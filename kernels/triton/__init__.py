@@ -10,10 +10,19 @@ import triton
 if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
     raise ImportError("triton needs a CUDA or ROCm device, or TRITON_INTERPRET=1 to run its kernels on a CPU")
 
+from .distillation import distillation
 from .fused_policy_loss import fused_policy_loss
 from .logprobs import logprobs_bwd, logprobs_fwd
 from .partial_returns import partial_returns
 from .policy_loss import policy_loss
 from .scale_rows import scale_rows
 
-__all__ = ["fused_policy_loss", "logprobs_bwd", "logprobs_fwd", "partial_returns", "policy_loss", "scale_rows"]
+__all__ = [
+    "distillation",
+    "fused_policy_loss",
+    "logprobs_bwd",
+    "logprobs_fwd",
+    "partial_returns",
+    "policy_loss",
+    "scale_rows",
+]

@@ -8,7 +8,7 @@ import re
 import shlex
 from typing import TYPE_CHECKING
 
-from ppg_fast.config.defaults import AUTO, TRACKERS, TURN_REGRESSION
+from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, TRACKERS, TURN_REGRESSION
 from ppg_fast.distributed import PARALLEL
 from ppg_fast.losses import SEQUENCE_LEVEL
 from ppg_fast.policy_classes import FullPlanning
@@ -49,11 +49,13 @@ def check_each(config: TrainConfig) -> None:
     for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
         require_number(name, getattr(config, name), 0.0, 1.0)
     require_number("weight_decay", config.weight_decay, 0.0)
+    require_number("nll_coef", config.nll_coef, 0.0)
     _require_date("template_date", config.template_date)
     _require_object("chat_template_kwargs", config.chat_template_kwargs)
     require_one_of("baseline", config.baseline, BASELINES)
     require_one_of("reduction", config.reduction, REDUCTIONS[:-1])
     require_one_of("dtype", config.dtype, ("float32", "bfloat16"))
+    require_one_of("logits_dtype", config.logits_dtype, ("", "float32"))
     for name in config.trackers:
         require_one_of("report_to", name, (*TRACKERS, "none"))
     require_one_of("parallel", config.parallel, PARALLEL)
@@ -101,9 +103,10 @@ def _check_regression(config: TrainConfig) -> None:
         return
     of_it = f"with loss_type {TURN_REGRESSION}"
     require_one_of(f"baseline {of_it}", config.baseline, ("none", "leave_one_out"))
-    for name in ("reduction", "clip_low", "clip_high", "kl_coef", "kl_estimator", "entropy_coef", "importance_cap"):
+    for name in ("reduction", *sorted({*LOSS_SETTINGS, "nll_coef"} - {"loss_type", "temperature"})):
         value, usual = getattr(config, name), getattr(type(config), name)
-        require(value == usual, f"{name} must be {usual} {of_it}, which does not use it", value)
+        allowed = "left out" if usual is None else usual
+        require(value == usual, f"{name} must be {allowed} {of_it}, which does not use it", value)
 
 
 def as_json_text(value: object) -> str:

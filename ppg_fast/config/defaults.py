@@ -1,6 +1,11 @@
 """Sections of the help, the defaults of each kind of job, and the settings that rewards are made of."""
 
 TURN_REGRESSION = "turn_regression"  # a loss_type of the trainer: no loss of one row
+LOSS_SETTINGS = (  # arguments of `PolicyLossSpec`
+    *("loss_type", "clip_low", "clip_high", "dual_clip", "ratio_cap", "tau_positive", "tau_negative", "log_ratio_coef"),
+    *("kl_coef", "kl_estimator", "kl_cap", "entropy_coef", "z_coef", "temperature"),
+    *("importance_cap", "importance_floor", "importance_mode", "ratio_reduction", "opsm_delta"),
+)
 AUTO = "auto"  # in place of a policy class: one of the candidates, chosen while training
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -54,4 +59,11 @@ OF_PROMPTS = (
     *("tools", "max_tool_calls", "stop_phrase"),
     *("reward", "judge", "judge_model", "judge_key", "judge_range", "judge_retries", "judge_tokens"),
     *("sampler", "sampler_model", "sampler_key", "sampler_refresh"),
+)
+
+# settings that are arguments of `PolicyLossSpec`
+LOSS_SETTINGS = (
+    *("loss_type", "clip_low", "clip_high", "dual_clip", "ratio_cap", "tau_positive", "tau_negative"),
+    *("ratio_reduction", "opsm_delta", "log_ratio_coef", "kl_coef", "kl_estimator", "kl_cap", "entropy_coef", "z_coef"),
+    *("temperature", "importance_cap", "importance_floor", "importance_mode"),
 )

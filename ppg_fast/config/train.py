@@ -5,16 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppg_fast.config.checks import as_json_text, check_each, check_together
-from ppg_fast.config.defaults import AUTO, TRACKERS, TURN_REGRESSION
+from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, TRACKERS, TURN_REGRESSION
 from ppg_fast.losses import KL_ESTIMATORS, LOSS_TYPES, PRESETS
 from ppg_fast.policy_classes import CANDIDATES, FullPlanning, PolicyClass, policy_class, policy_classes
 from ppg_fast.spec import BASELINES, PolicyLossSpec, require, require_one_of
 
-LOSS_SETTINGS = (  # arguments of `PolicyLossSpec`
-    *("loss_type", "clip_low", "clip_high", "dual_clip", "ratio_cap", "tau_positive", "tau_negative", "log_ratio_coef"),
-    *("kl_coef", "kl_estimator", "kl_cap", "entropy_coef", "z_coef", "temperature"),
-    *("importance_cap", "importance_floor", "importance_mode", "ratio_reduction", "opsm_delta"),
-)
 OF_PRESET: Any = None  # a loss_type once the config is made
 
 
@@ -49,6 +44,7 @@ class TrainConfig:
     device: str = _option("auto", "auto (CUDA if there is one), cpu, cuda, cuda:1, ...")
     dtype: str = _option("float32", "float32 or bfloat16 weights")
     bf16: bool = _option(False, "compute in bfloat16 on the weights as they are; also where accelerate launch says so")
+    logits_dtype: str = _option("", "float32: logits of bfloat16 passes in float32; default: what the device does best")
     lora_rank: int = _option(0, "train low-rank adapters of this rank and freeze the rest, 0: off; wants --model")
     lora_alpha: int = _option(0, "the adapters are scaled by lora_alpha / lora_rank, 0: twice the rank")
     lora_dropout: float = _option(0.0, "of the adapters' input")
@@ -107,17 +103,20 @@ class TrainConfig:
     ratio_cap: float | None = _option(None, "dppo: most that a ratio counts, 0: off; default: the preset's, else off")
     tau_positive: float | None = _option(None, "sapo: how fast the weight fades, positive advantages; default: 1.0")
     tau_negative: float | None = _option(None, "sapo: how fast the weight fades, negative advantages; default: 1.05")
+    ratio_reduction: str = _option("mean", "gspo: ratios of a sequence or turn by the mean or sum of the log ratios")
+    opsm_delta: float = _option(0.0, "drops sequences with A < 0 further off-policy than this, nats a token, 0: off")
     log_ratio_coef: float | None = _option(None, "weight of the squared log ratio; default: the preset's, else 0")
     z_coef: float = _option(0.0, "weight of the squared log-sum-exp of the logits (z-loss)")
     kl_coef: float = _option(0.0, "weight of the KL divergence to the weights at the start of this phase")
     kl_estimator: str = _option("k3", ", ".join(KL_ESTIMATORS))
     kl_cap: float = _option(0.0, "most that its estimate counts, without a gradient beyond, 0: off")
     entropy_coef: float = _option(0.0, "weight of the entropy bonus")
+    nll_coef: float = _option(
+        0.0, "weight of the mean negative log-likelihood of turns whose return is positive (VAPO)"
+    )
     importance_cap: float = _option(0.0, "truncated importance weight against the sampler, 0: off")
     importance_floor: float = _option(0.0, "its lower bound")
     importance_mode: str = _option("truncate", "truncate: kept within its bounds; mask: 0 outside of them")
-    ratio_reduction: str = _option("mean", "gspo: the ratio by the mean or the sum of its tokens' log ratios")
-    opsm_delta: float = _option(0.0, "drop dialogues of negative advantage that moved further, nats a token; 0: off")
 
     max_steps: int = _option(80, "policy-gradient steps")
     num_prompts: int = _option(8, "dialogue openings a step on-policy; dialogues a step offline")

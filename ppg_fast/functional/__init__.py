@@ -1,9 +1,11 @@
 """The public functions: any leading shape, defaults, reductions, errors. They choose the backend and call the ops."""
 
+from ppg_fast.functional.distillation import DistillationOutput, linear_distillation_loss
 from ppg_fast.functional.from_logprobs import policy_loss_from_logprobs
 from ppg_fast.functional.linear import linear_partial_policy_loss, linear_policy_loss, linear_token_logprobs
 from ppg_fast.functional.logits import PolicyLossOutput, partial_policy_loss, policy_loss, token_logprobs
 from ppg_fast.functional.returns import partial_returns, turn_advantages
+from ppg_fast.functional.teacher import Teacher, TopKTeacher
 from ppg_fast.functional.turn_regression import (
     linear_turn_regression_loss,
     turn_regression_loss,
@@ -11,7 +13,11 @@ from ppg_fast.functional.turn_regression import (
 )
 
 __all__ = [
+    "DistillationOutput",
     "PolicyLossOutput",
+    "Teacher",
+    "TopKTeacher",
+    "linear_distillation_loss",
     "linear_partial_policy_loss",
     "linear_policy_loss",
     "linear_token_logprobs",

@@ -14,19 +14,21 @@ from ppg_fast.functional.loss import (
     needs_logprobs_first,
     spec_and_temperatures,
 )
-from ppg_fast.functional.tokens import Tokens, check_floats, chosen_backend
+from ppg_fast.functional.teacher import Teacher, TopKTeacher, all_active, teacher_rows
+from ppg_fast.functional.tokens import Tokens, asked_for, check_floats, chosen_backend
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.rules import require_integer
-from ppg_fast.spec import PolicyLossSpec, require
+from ppg_fast.spec import PolicyLossSpec, fail, require
 
 
-def _head_of(
+def head_of(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     chunk_rows: int | None,
     max_active_rows: int | None,
+    logits_dtype: torch.dtype | str | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Chunks]:
     """Hidden states (N, D), weight (V, D), bias (V,) of one dtype, and the chunks of its rows; ValueError where they do
     not fit."""
@@ -45,6 +47,7 @@ def _head_of(
     if bias is not None:
         require(bias.shape == weight.shape[:1], f"bias must be (V,) = ({weight.shape[0]},)", tuple(bias.shape))
         require(bias.device == hidden.device, f"bias must be on the device of hidden, {hidden.device}", bias.device)
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))  # with and without grad mode
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -58,12 +61,24 @@ def _head_of(
         f"bias must have the dtype of weight, {weight.dtype}",
         None if bias is None else bias.dtype,
     )
+    dtype = _checked_logits_dtype(logits_dtype, hidden)
     if chunk_rows is None:
-        rows = ops.default_chunk_rows(weight.shape[0], hidden.element_size(), hidden.device.type)
+        rows = ops.default_chunk_rows(weight.shape[0], dtype.itemsize, hidden.device.type, frozen)
     else:
         rows = require_integer("chunk_rows", chunk_rows, 1)
     bound = None if max_active_rows is None else require_integer("max_active_rows", max_active_rows, 1)
-    return hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias, Chunks(rows, bound)
+    return hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias, Chunks(rows, bound, dtype == torch.float32)
+
+
+def _checked_logits_dtype(given: torch.dtype | str | None, hidden: Tensor) -> torch.dtype:
+    """The dtype of the logits of ``hidden``: by default what its products are fastest in; ValueError for another than
+    float32 and its own."""
+    if given is None:
+        return ops.product_dtype(hidden.dtype, hidden.device.type)
+    found = next((t for t in (torch.float32, hidden.dtype) if given in (t, str(t).removeprefix("torch."))), None)
+    if found is None:
+        fail(f"logits_dtype must be float32 or the dtype of hidden and weight, {hidden.dtype}", given)
+    return found
 
 
 def linear_token_logprobs(
@@ -73,41 +88,43 @@ def linear_token_logprobs(
     *,
     bias: Tensor | None = None,
     max_active_rows: int | None = None,
+    logits_dtype: torch.dtype | str | None = None,
     loss_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float = 0.0,
     entropy: bool = False,
+    score_norms: bool = False,
     chunk_rows: int | None = None,
     validate: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each label (and entropy) from hidden states, without the logits.
+) -> Tensor | tuple[Tensor, ...]:
+    """Log-probability of each label (entropy and score norm, too) from hidden states, without the logits.
 
     As `token_logprobs` of logits = hidden @ weight.T + bias. Differentiable in hidden, weight and bias: the backward
-    pass computes the logits of the rows that have a gradient once more, a chunk at a time (four GEMMs in all).
+    pass computes the logits of the rows that have a gradient once more, a chunk at a time (four GEMMs in all). Of a
+    head that requires no gradient one row (D,) of each active token is kept instead (two GEMMs in all); the gradient of
+    an entropy computes the logits again there too.
 
     Args:
         hidden: (..., D) float32, bfloat16 or float16.
         weight: (V, D) in the dtype of hidden; ``bias``: (V,) or None.
-        labels, loss_mask, temperature, logit_softcap, entropy, validate, backend: as in `token_logprobs`.
+        labels, loss_mask, temperature, logit_softcap, entropy, score_norms, validate, backend: as in `token_logprobs`.
         chunk_rows: rows whose logits are alive at once; default from a memory budget.
-        max_active_rows: as in `linear_policy_loss`.
+        max_active_rows, logits_dtype: as in `linear_policy_loss`.
 
     Returns and raises: as `token_logprobs`. Gradients come back in the dtype of each input; d_weight is accumulated in
     float32.
     """
-    x, weight, bias, chunks = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
+    x, weight, bias, chunks = head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows, logits_dtype)
     tokens = Tokens.of(labels, loss_mask, None, hidden.device, validate)
     spec, temperatures = spec_and_temperatures(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
     )
     backend = chosen_backend(backend, hidden)
-    wanted = Wanted(entropy, score_norms=False, gradient=False, validate=validate)
+    wanted = Wanted(entropy, score_norms, gradient=True, validate=validate)
     scale = float(spec.temperature), float(spec.logit_softcap)
-    logprobs, ent, _ = ops.linear_token_logprobs(
-        x, weight, bias, tokens.labels, temperatures, *scale, wanted, chunks, backend
-    )
-    return (logprobs.view(labels.shape), ent.view(labels.shape)) if entropy else logprobs.view(labels.shape)
+    given = x, weight, bias, tokens.labels, temperatures, *scale, wanted, chunks, backend
+    return asked_for(ops.linear_token_logprobs(*given), wanted, labels.shape)
 
 
 def linear_policy_loss(
@@ -119,6 +136,7 @@ def linear_policy_loss(
     bias: Tensor | None = None,
     chunk_rows: int | None = None,
     max_active_rows: int | None = None,
+    logits_dtype: torch.dtype | str | None = None,
     loss_mask: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
@@ -132,6 +150,7 @@ def linear_policy_loss(
     nll_normalizer: float | Tensor | None = None,
     skip_zero_advantages: bool = False,
     score_norms: bool = False,
+    teacher: Teacher | TopKTeacher | None = None,
     validate: bool = False,
     backend: str | None = None,
 ) -> PolicyLossOutput:
@@ -141,7 +160,7 @@ def linear_policy_loss(
     As `policy_loss` of logits = hidden @ weight.T + bias. Rows without weight are compacted away before the first GEMM;
     d_weight is accumulated in float32; a head that does not require a gradient saves the third GEMM. The sequence-level
     losses and reduction "none" need the whole sequence, or the upstream gradient, before the gradient: they compute the
-    logits twice.
+    logits twice, or where the head requires no gradient and there is no entropy term keep rows of d_hidden.
 
     Args:
         hidden: (..., D) float32, bfloat16 or float16.
@@ -150,11 +169,16 @@ def linear_policy_loss(
         max_active_rows: upper bound on the rows that are read. On a GPU it saves the one sync of the call, which then
             can be captured in a CUDA graph, and compute is spent on that many. Where more are active: ValueError on a
             CPU or with ``validate``, else loss and gradients are NaN.
+        logits_dtype: "float32" or the dtype of hidden and weight. Of 16-bit operands, float32 logits lose no digit; the
+            gradient of a logit is rounded once, for the two products that follow, and not at all where they are in
+            float32. Default: float32 on a CPU without products of that dtype, where it is faster; else that dtype.
+        teacher: adds the divergence from a teacher to the loss of each token, under the same reduction, in the same
+            pass over the chunks; "divergences" of the tokens are then among the metrics.
         the rest: as in `policy_loss`.
 
     Returns and raises: as `policy_loss`. Gradients come back in the dtype of each input.
     """
-    x, weight, bias, chunks = _head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows)
+    x, weight, bias, chunks = head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows, logits_dtype)
     rows = LossRows.of(
         labels, advantages, hidden.device, loss_mask=loss_mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
         rollout_logprobs=rollout_logprobs, cu_seqlens=cu_seqlens, turn_ids=turn_ids, spec=spec, reduction=reduction,
@@ -163,16 +187,31 @@ def linear_policy_loss(
     )  # fmt: skip
     backend = chosen_backend(backend, hidden)
     wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
-    if needs_logprobs_first(spec, x.dtype) or reduction == "none":
+    arguments = RowArguments(rows.tokens.labels, rows.per_row, rows.spec)
+    first = needs_logprobs_first(spec, x.dtype) or reduction == "none"
+    taught, with_teacher, divergences = None, arguments, None
+    if teacher is not None:
+        every = all_active(rows.tokens, rows.active, labels)
+        taught = teacher_rows(teacher, x, weight, labels, every, rows.per_row.weights, turn_ids, validate)
+        # rows of zero advantage that are skipped for the policy's sake still have a teacher
+        with_teacher = arguments._replace(labels=torch.where(taught.coefs != 0, every.labels, rows.tokens.labels))
+    if first:
         scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
+        wanted = wanted._replace(gradient=rows.spec.entropy_coef == 0)
         logprobs, entropy, norms = ops.linear_token_logprobs(
             x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, *scale, wanted, chunks, backend
         )
         loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)
+    elif taught is not None and backend != "reference":
+        loss, logprobs, entropy, norms, divergences = ops.linear_distillation(
+            x, weight, bias, with_teacher, taught, True, wanted, chunks, backend
+        )
     else:
-        arguments = RowArguments(rows.tokens.labels, rows.per_row, rows.spec)
         loss, logprobs, entropy, norms = ops.linear_policy_loss(x, weight, bias, arguments, wanted, chunks, backend)
-    return rows.output(loss, logprobs, entropy, skip_zero_advantages, norms)
+    if taught is not None and divergences is None:
+        divergences = ops.linear_divergences(x, weight, bias, with_teacher, taught, wanted, chunks, backend)
+        loss = loss + taught.coefs * divergences
+    return rows.output(loss, logprobs, entropy, skip_zero_advantages, norms, divergences)
 
 
 def linear_partial_policy_loss(
@@ -186,16 +225,18 @@ def linear_partial_policy_loss(
     bias: Tensor | None = None,
     chunk_rows: int | None = None,
     max_active_rows: int | None = None,
+    logits_dtype: torch.dtype | str | None = None,
     gamma: float = 1.0,
     baseline: str = "none",
     group_ids: Tensor | None = None,
     turn_counts: Tensor | None = None,
+    teacher: Teacher | TopKTeacher | None = None,
     backend: str | None = None,
     **options: Unpack[LossOptions],
 ) -> PolicyLossOutput:
     """The partial policy gradient from hidden states: `partial_policy_loss` of logits = hidden @ weight.T + bias.
 
-    Memory, gradients, chunks and max_active_rows as in `linear_policy_loss`, arguments as in both.
+    Memory, gradients, chunks, max_active_rows and teacher as in `linear_policy_loss`, arguments as in both.
     """
     turns = rewards, turn_ids, policy_class, gamma, baseline, group_ids, turn_counts, backend
     options, advantages = credit_turns(options, labels, *turns)
@@ -207,7 +248,9 @@ def linear_partial_policy_loss(
         bias=bias,
         chunk_rows=chunk_rows,
         max_active_rows=max_active_rows,
+        logits_dtype=logits_dtype,
         turn_ids=turn_ids,
+        teacher=teacher,
         backend=backend,
         **options,
     )

@@ -15,7 +15,7 @@ from ppg_fast.functional.loss import (
     needs_logprobs_first,
     spec_and_temperatures,
 )
-from ppg_fast.functional.tokens import Tokens, check_floats, chosen_backend
+from ppg_fast.functional.tokens import Tokens, asked_for, check_floats, chosen_backend
 from ppg_fast.ops.checks import check_labels
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.spec import PolicyLossSpec, fail
@@ -69,12 +69,14 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     logit_softcap: float = 0.0,
     entropy: bool = False,
+    score_norms: bool = False,
     validate: bool = False,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each label, and the entropy of its distribution when asked for.
+) -> Tensor | tuple[Tensor, ...]:
+    """Log-probability of each label; the entropy of its distribution and its score norm when asked for.
 
-    l = log softmax(z)[label],  H = -sum_v p_v log p_v,  z = softcap tanh(logits / softcap) / temperature
+    l = log softmax(z)[label],  H = -sum_v p_v log p_v,  |d l / d z|^2 = sum_v p_v^2 - 2 p_label + 1,
+    z = softcap tanh(logits / softcap) / temperature
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; views such as ``logits[:, :-1]`` are read in place.
@@ -85,8 +87,9 @@ def token_logprobs(
         validate: on a GPU, also make the checks of values, which need a sync. On a CPU they are always made.
         backend: "cpu" | "triton" | "cuda" | "reference"; default the fastest that runs here.
 
-    Returns: (...) float32 in nats, or a pair with the entropy; zero where masked (such rows are not read). Both
-        differentiable in the logits; the gradient comes back in their dtype.
+    Returns: (...) float32 in nats; a tuple where ``entropy`` or ``score_norms`` is asked for: log-probs, then those two
+        in this order. Zero where masked (such rows are not read). Log-probs and entropy are differentiable in the
+        logits; the gradient comes back in their dtype.
     Raises: ValueError for wrong shapes, dtypes, devices or numbers; IndexError for a label outside [0, V).
     """
     x = _rows_of(logits, labels)
@@ -95,10 +98,10 @@ def token_logprobs(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
     )
     backend = chosen_backend(backend, logits)
-    wanted = Wanted(entropy, score_norms=False, gradient=False, validate=validate)
+    wanted = Wanted(entropy, score_norms, gradient=False, validate=validate)
     scale = float(spec.temperature), float(spec.logit_softcap)
-    logprobs, ent, _ = ops.token_logprobs(x, tokens.labels, temperatures, *scale, wanted, backend)
-    return (logprobs.view(labels.shape), ent.view(labels.shape)) if entropy else logprobs.view(labels.shape)
+    given = x, tokens.labels, temperatures, *scale, wanted, backend
+    return asked_for(ops.token_logprobs(*given), wanted, labels.shape)
 
 
 def policy_loss(

@@ -29,7 +29,7 @@ from ppg_fast.rules import require_float32
 from ppg_fast.spec import PolicyLossSpec, fail, require
 
 DEFAULT_SPEC = PolicyLossSpec()
-SCORE_NORMS = "score_norms"  # among the metrics
+SCORE_NORMS, DIVERGENCES = "score_norms", "divergences"  # among the metrics
 
 
 class PolicyLossOutput(NamedTuple):
@@ -38,7 +38,8 @@ class PolicyLossOutput(NamedTuple):
     ``loss``: 0-d float32, or the labels' shape with reduction "none"; the only differentiable field.
     ``logprobs``, ``entropy``: float32 of the labels' shape, in nats, zero where masked.
     ``metrics``: 0-d float32 tensors by name; on a GPU computed when they are read, from the arguments of the call.
-        Where they were asked for, "score_norms" among them, float32 of the labels' shape, which is there already.
+        Where they were asked for, "score_norms", and with a teacher "divergences", float32 of the labels' shape, which
+        are there already.
     """
 
     loss: Tensor
@@ -126,23 +127,21 @@ class LossRows:
     def loss_from_logprobs(self, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
         """Weighted loss of each row by plain PyTorch over differentiable log-probs: the second phase of a
         sequence-level loss."""
-        rule = "z_coef needs logits whose gradient is computed at once: float32 or bfloat16, and no log-probs alone"
+        rule = "z_coef needs float32 or bfloat16 logits, or hidden states and a reduction other than none"
         require(not self.spec.z_coef, rule, self.spec.z_coef)
-        return reference.loss_from_logprobs(
-            logprobs,
-            entropy,
-            self.tokens.labels >= 0,
-            *self.per_row[:5],
-            self.spec,
-            self.groups,
-            self.per_row.nll_weights,
-            sequences=self.sequences,
-        )
+        given = logprobs, entropy, self.tokens.labels >= 0, *self.per_row[:5], self.spec, self.groups
+        return reference.loss_from_logprobs(*given, self.per_row.nll_weights, sequences=self.sequences)
 
     def output(
-        self, loss: Tensor, logprobs: Tensor, entropy: Tensor, skip_zero_advantages: bool, norms: Tensor | None = None
+        self,
+        loss: Tensor,
+        logprobs: Tensor,
+        entropy: Tensor,
+        skip_zero_advantages: bool,
+        norms: Tensor | None = None,
+        divergences: Tensor | None = None,
     ) -> PolicyLossOutput:
-        """Rows back in the caller's shape, the score norms among the metrics if they are wanted."""
+        """Rows back in the caller's shape; score norms, if they are wanted, and divergences among the metrics."""
         logprobs, entropy = logprobs.detach(), entropy.detach()
         metrics = partial(self.metrics, logprobs, entropy, self.tokens.labels >= 0)
         rows = {"logprobs": logprobs, "entropy": entropy, "labels": self.tokens.labels, **self.per_row._asdict()}
@@ -152,6 +151,8 @@ class LossRows:
             logprobs, entropy = torch.where(skipped, 0.0, logprobs), torch.where(skipped, 0.0, entropy)
             norms = torch.where(skipped, 0.0, norms) if self.score_norms and norms is not None else None
         known = {SCORE_NORMS: norms.detach().view(self.tokens.shape)} if self.score_norms and norms is not None else {}
+        if divergences is not None:
+            known[DIVERGENCES] = divergences.detach().view(self.tokens.shape)
         loss = loss.view(self.tokens.shape) if self.reduction == "none" else ordered_sum(loss)
         lazy = when_read(metrics, rows, known)
         return PolicyLossOutput(loss, logprobs.view(self.tokens.shape), entropy.view(self.tokens.shape), lazy)

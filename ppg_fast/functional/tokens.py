@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ppg_fast import backends, ops
+from ppg_fast.contract import Wanted
 from ppg_fast.losses import SHARED
 from ppg_fast.ops.tracing import as_data, constant, transformed
 from ppg_fast.reference import consecutive_ids, group_sum
@@ -109,6 +110,14 @@ class Tokens:
 
     def masked_where(self, condition: Tensor) -> "Tokens":
         return replace(self, labels=torch.where(condition, IGNORE, self.labels))
+
+
+def asked_for(outputs: tuple[Tensor, Tensor, Tensor], wanted: Wanted, shape: torch.Size) -> Tensor | tuple[Tensor, ...]:
+    """Log-probs in the shape of the labels; a tuple where entropy, score norms (without a gradient) or both are wanted,
+    too."""
+    logprobs, entropy, norms = outputs
+    more = [entropy] * wanted.entropy + [norms.detach()] * wanted.score_norms
+    return (logprobs.view(shape), *(values.view(shape) for values in more)) if more else logprobs.view(shape)
 
 
 def advantages_per_token(advantages: Tensor, labels: Tensor) -> Tensor:

@@ -192,6 +192,7 @@ def linear_turn_regression_loss(
     bias: Tensor | None = None,
     chunk_rows: int | None = None,
     max_active_rows: int | None = None,
+    logits_dtype: torch.dtype | str | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float = 0.0,
     backend: str | None = None,
@@ -199,13 +200,13 @@ def linear_turn_regression_loss(
 ) -> PolicyLossOutput:
     """`turn_regression_loss` of logits = hidden @ weight.T + bias, which never exist.
 
-    hidden, weight, bias, chunk_rows, max_active_rows: as in `linear_token_logprobs`; the rest as in
+    hidden, weight, bias, chunk_rows, max_active_rows, logits_dtype: as in `linear_token_logprobs`; the rest as in
     `turn_regression_loss`.
     """
     turns = _Turns.of(labels, rewards, turn_ids, policy_class, backend, **options)
     found = linear_token_logprobs(
         hidden, weight, turns.labels, bias=bias, chunk_rows=chunk_rows, max_active_rows=max_active_rows,
-        temperature=temperature, logit_softcap=logit_softcap, entropy=True,
+        logits_dtype=logits_dtype, temperature=temperature, logit_softcap=logit_softcap, entropy=True,
         validate=options.get("validate", False), backend=backend,
     )  # fmt: skip
     return turns.output(*found)  # type: ignore[arg-type]

@@ -120,7 +120,7 @@ def loss_spec(args: Any) -> PolicyLossSpec:
     require(not most or "dual_clip" in own or "ratio_cap" in own, rule, most)
     given = {name: getattr(args, f"ppg_{name}", None) for name in ("tau_positive", "tau_negative", "log_ratio_coef")}
     own |= {name: value for name, value in given.items() if value is not None}
-    terms = {**_kl_term(args), **_importance_weight(args)}
+    terms = {**_kl_term(args), **_importance_weight(args), "opsm_delta": _opsm_delta(args)}
     return PolicyLossSpec(
         loss_type, **own, **terms, entropy_coef=args.entropy_coef, temperature=args.rollout_temperature
     )
@@ -136,6 +136,17 @@ def _kl_term(args: Any) -> dict[str, Any]:
         estimator = "k3_unbiased"
     cap = KL_CAP if args.kl_loss_type == "low_var_kl" else 0.0
     return {"kl_coef": float(args.kl_loss_coef), "kl_estimator": estimator, "kl_cap": cap}
+
+
+def _opsm_delta(args: Any) -> float:
+    """The threshold of off-policy sequence masking; slime measures from the old log-probs, ours from those of the
+    sampler where it has them."""
+    if not getattr(args, "use_opsm", False):
+        return 0.0
+    rule = "use_opsm of slime must be False with use_tis (or --loss-type policy_loss)"
+    require(not getattr(args, "use_tis", False), rule, True)
+    require(args.opsm_delta > 0, "opsm_delta of slime must be > 0 with use_opsm", args.opsm_delta)
+    return float(args.opsm_delta)
 
 
 def _importance_weight(args: Any) -> dict[str, Any]:
@@ -167,7 +178,8 @@ def ppg_loss(
         sizes == (1, 1), "ppg_loss needs tensor and context parallel sizes of 1 (else --loss-type policy_loss)", sizes
     )
     spec, old = loss_spec(args), batch.get("rollout_log_probs" if args.use_rollout_logprobs else "log_probs")
-    rollout = batch.get("rollout_log_probs") if spec.reads_rollout else None
+    # off-policy sequence masking measures from the old ones
+    rollout = batch.get("rollout_log_probs") if spec.reads_rollout and not spec.opsm_delta else None
     T, device, ends = logits.shape[1], logits.device, torch.as_tensor(batch["total_lengths"]).cumsum(0).tolist()
     responses = batch["response_lengths"]
     rows = torch.cat(

@@ -24,6 +24,7 @@ from ppg_fast.models.causal_lm import decoder
 from ppg_fast.models.tied_weight import shared_embedding
 from ppg_fast.models.varlen_attention import QUERY_BLOCK
 from ppg_fast.ops.head import default_chunk_rows, equal_chunks, row_stride
+from ppg_fast.ops.products import product_dtype
 from ppg_fast.training.optimisers import make_optimizer, set_learning_rate
 
 NAME = "ppg_counted"  # of the attention that stands in
@@ -249,15 +250,16 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, step: Step) -> Tensor:
         ctx.step, wanted = step, weight.requires_grad
-        (V, D), size = weight.shape, weight.element_size()
-        most = default_chunk_rows(V, size, "cuda" if step.cuda else "cpu")
+        (V, D), device = weight.shape, "cuda" if step.cuda else "cpu"
+        size = 4 if step.config.logits_dtype else product_dtype(weight.dtype, device).itemsize
+        most = default_chunk_rows(V, size, device, frozen=not wanted)
         rows = equal_chunks(hidden.shape[0], most)
         with step.count.under("head"):
             d_hidden = torch.empty_like(hidden)
         with step.count.under("d_weight"):
             total = weight.dtype if rows >= hidden.shape[0] else torch.float32  # of more than one product
             d_weight = torch.empty_like(weight, dtype=total) if wanted else hidden.new_empty(0)
-        step.count.look(head=rows * (row_stride(V, size) + 2 * D) * size)
+        step.count.look(head=rows * (row_stride(V) + 2 * D) * size)
         with step.count.under("d_weight"):
             d_weight = d_weight.to(weight.dtype)
         ctx.save_for_backward(d_hidden, d_weight)

@@ -59,7 +59,7 @@ class Policy:
         self.parameters = [
             sum(p.numel() for p in self.model.parameters() if p.requires_grad or not only) for only in (False, True)
         ]
-        self.module = distribute(self.model, self.ranks)
+        self.module = distribute(self.model, self.ranks, config.logits_dtype or None)
         if self.ranks.rank:  # weights began alike; what dropout and environments draw must not
             set_seed((config.seed + self.ranks.rank) % 2**32)
         self.chat = chat_of(config, self.tokenizer, self.model.generation_config)
@@ -195,6 +195,7 @@ def objective_of(config: TrainConfig) -> Objective:
         auto=config.policy_class == AUTO,
         eta=config.eta if config.regresses else 0.0,
         from_start=config.regresses and config.keeps_start,
+        nll_coef=config.nll_coef,
     )
 
 

@@ -162,20 +162,15 @@ def policy_loss(
     advantages: Tensor,
     spec: PolicyLossSpec,
     *,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    rollout_logprobs: Tensor | None = None,
     reduction: str = "sequence_sum",
-    normalizer: float | Tensor | None = None,
     skip_zero_advantages: bool = True,
-    score_norms: bool = False,
-    backend: str | None = None,
+    **options: Any,
 ) -> PolicyLossOutput:
     """The policy loss of a packed batch from hidden states through the model's own head; the (N, V) logits never exist.
 
     ``advantages`` (S, T) float32, one a turn, as is what `turn_advantages` returns; every token of a turn gets its
     turn's. The log-probs (N,) are those of ``batch.labels``. Turns of advantage zero cost what context costs, unless
-    ``skip_zero_advantages`` is off. The rest as `ppg.policy_loss`.
+    ``skip_zero_advantages`` is off. ``options``: per-token values (N,) and the rest as `ppg.linear_policy_loss`.
     """
     hidden, head = _hidden_and_head(model, batch)
     return linear_policy_loss(
@@ -184,24 +179,20 @@ def policy_loss(
         batch.labels,
         token_advantages(batch, advantages),
         bias=head.bias,
-        old_logprobs=old_logprobs,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
         cu_seqlens=batch.cu_seqlens,
         turn_ids=batch.turn_ids,
         spec=head.fold_spec(spec),
         reduction=reduction,
-        normalizer=normalizer,
         skip_zero_advantages=skip_zero_advantages,
-        score_norms=score_norms,
-        backend=backend,
+        **options,
     )
 
 
-def token_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
+def token_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0, logits_dtype: str | None = None) -> Tensor:
     """log pi(label) of each token (N,) float32, 0 on context; differentiable."""
     hidden, head = _hidden_and_head(model, batch)
-    logprobs = linear_token_logprobs(hidden, head.weight, batch.labels, bias=head.bias, **head.fold(temperature))
+    options = {"bias": head.bias, "logits_dtype": logits_dtype, **head.fold(temperature)}
+    logprobs = linear_token_logprobs(hidden, head.weight, batch.labels, **options)
     assert isinstance(logprobs, Tensor)  # a pair only where the entropy is asked for
     return logprobs
 
@@ -216,11 +207,12 @@ class PolicyModule(nn.Module):
 
     DDP and FSDP2 work around the forward of a module: so each weight is gathered once a micro-batch, and each has a
     gradient, be it zero. ``autocast``: the dtype of mixed precision, None: that of the weights.
+    ``logits_dtype``: as in `ppg.linear_policy_loss`, of losses and log-probs alike.
     """
 
-    def __init__(self, model: Any, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, model: Any, autocast: torch.dtype | None = None, logits_dtype: str | None = None) -> None:
         super().__init__()
-        self.model, self.autocast = model, autocast
+        self.model, self.autocast, self.logits_dtype = model, autocast, logits_dtype
 
     def forward(
         self, batch: PackedBatch, advantages: Tensor | None, spec: PolicyLossSpec, **options: Any
@@ -228,14 +220,14 @@ class PolicyModule(nn.Module):
         """`policy_loss`, or without ``advantages`` the `token_logprobs` at the temperature of ``spec``."""
         with torch.autocast(batch.tokens.device.type, self.autocast) if self.autocast else nullcontext():
             if advantages is None:
-                return token_logprobs(self.model, batch, float(spec.temperature))
-            return policy_loss(self.model, batch, advantages, spec, **options)
+                return token_logprobs(self.model, batch, float(spec.temperature), self.logits_dtype)
+            return policy_loss(self.model, batch, advantages, spec, logits_dtype=self.logits_dtype, **options)
 
 
-def distribute(model: Any, ranks: Ranks) -> nn.Module:
+def distribute(model: Any, ranks: Ranks, logits_dtype: str | None = None) -> nn.Module:
     """Spread ``model`` over ``ranks``, in place, before its optimizer is made; returns its PolicyModule as it is to be
     called."""
-    module = ranks.shard(model, PolicyModule(model, ranks.autocast))
+    module = ranks.shard(model, PolicyModule(model, ranks.autocast, logits_dtype))
     if ranks.sharded:  # FSDP2 takes for its root what is called first
         with ranks.no_grad_forward(module):
             module(pack([NOTHING]).to(model.device), None, PolicyLossSpec())

@@ -7,10 +7,17 @@ too.
 
 from ppg_fast.ops.checks import check_temperatures, mask_factor
 from ppg_fast.ops.head import default_chunk_rows
+from ppg_fast.ops.linear_distillation import (
+    linear_distillation,
+    linear_distillation_op,
+    linear_divergences,
+    linear_divergences_op,
+)
 from ppg_fast.ops.linear_policy_loss import linear_policy_loss, linear_policy_loss_op
 from ppg_fast.ops.linear_token_logprobs import linear_token_logprobs, linear_token_logprobs_op
 from ppg_fast.ops.partial_returns import partial_returns, partial_returns_op
 from ppg_fast.ops.policy_loss import policy_loss, policy_loss_op, reference_policy_loss
+from ppg_fast.ops.products import product_dtype
 from ppg_fast.ops.rollouts import mask_of_rollouts
 from ppg_fast.ops.sequences import active_labels, sequence_ids, sequence_ids_op, turn_credit_op
 from ppg_fast.ops.token_logprobs import token_logprobs, token_logprobs_op
@@ -19,6 +26,10 @@ __all__ = [
     "active_labels",
     "check_temperatures",
     "default_chunk_rows",
+    "linear_distillation",
+    "linear_distillation_op",
+    "linear_divergences",
+    "linear_divergences_op",
     "linear_policy_loss",
     "linear_policy_loss_op",
     "linear_token_logprobs",
@@ -29,6 +40,7 @@ __all__ = [
     "partial_returns_op",
     "policy_loss",
     "policy_loss_op",
+    "product_dtype",
     "reference_policy_loss",
     "sequence_ids",
     "sequence_ids_op",

@@ -19,6 +19,17 @@ def check_labels(labels: Tensor, vocabulary: int, validate: bool) -> None:
             )
 
 
+def check_named(ids: Tensor, rows: Tensor, vocabulary: int) -> None:
+    """ValueError unless the teacher's ids (N, k) of these rows (N,) are tokens, each once, or negative: none."""
+    order = ids.sort(1).values
+    again = (order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)
+    bad = rows & ((ids >= vocabulary).any(1) | again.any(1))
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        rule = f"ids of the teacher must be in [0, {vocabulary}), each once, or negative"
+        raise ValueError(f"{rule}, got {ids[row].tolist()} at row {row}")
+
+
 def check_mask(mask: Tensor) -> None:
     """ValueError unless every value of a loss mask is 0 or 1; a weight would count as 1."""
     if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():

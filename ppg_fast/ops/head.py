@@ -1,10 +1,6 @@
-"""A linear head over the rows that count: which rows those are, the GEMMs around one chunk of them, the order in which
-chunks run."""
+"""A linear head over the rows that count: the GEMMs around one chunk of them, the order in which chunks run."""
 
-import platform
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -12,30 +8,35 @@ import torch
 from torch import Tensor
 
 from ppg_fast.ops.allocation import fresh
-from ppg_fast.spec import require
+from ppg_fast.ops.products import add_product, adds_in_float32, product_dtype, project, tiles
 
 # of logits alive at once; on a GPU so that d_weight is added up once or twice
 CHUNK_BYTES = {"cpu": 54 * 2**20, "cuda": 2**31}
 MIN_CHUNK_ROWS = 256  # below, the fp32 accumulation of d_weight costs more than its GEMM
+# of a frozen head on a CPU: each chunk packs all of the weight for BLAS, twice, which 400 rows repay and 64 do not
+FROZEN_CHUNK_BYTES, MIN_FROZEN_ROWS = 80 * 2**20, 128
 TILE = 2048  # rows of d_weight whose 16-bit product is still in a CPU's cache when it is added up in float32
 # chunks are padded to a multiple: BLAS takes other kernels for a few rows, and a row's bits would depend on its
 # neighbours
 GEMM_ROWS = 16
-LINE = 128  # bytes
+SPARE = GEMM_ROWS // 2  # rows of float32 before the first of a chunk whose gradient is rounded in place
+LINE = 64  # elements: 128 bytes of 16 bits each
 
 
-def row_stride(vocabulary: int, element_size: int) -> int:
+def row_stride(vocabulary: int) -> int:
     """Elements from one row of a chunk of logits to the next: every row begins a cache line of a GPU, whatever the
     vocabulary. A stride that is no multiple of 16 bytes costs cuBLAS its fast kernels, and ours their aligned path."""
-    line = LINE // element_size
-    return -(-vocabulary // line) * line
+    return -(-vocabulary // LINE) * LINE
 
 
-def default_chunk_rows(vocabulary: int, element_size: int, device_type: str) -> int:
-    """Rows of a chunk, at most, under the memory budget of the device."""
-    row_bytes = row_stride(vocabulary, element_size) * element_size
-    budget = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"])
-    return max(MIN_CHUNK_ROWS, budget // row_bytes // GEMM_ROWS * GEMM_ROWS)
+def default_chunk_rows(vocabulary: int, element_size: int, device_type: str, frozen: bool = False) -> int:
+    """Rows of a chunk, at most, under the memory budget of the device; ``element_size``: of a logit; ``frozen``: the
+    head has no gradient."""
+    row_bytes = row_stride(vocabulary) * element_size
+    budget, least = CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]), MIN_CHUNK_ROWS
+    if frozen and device_type == "cpu":
+        budget, least = FROZEN_CHUNK_BYTES, MIN_FROZEN_ROWS
+    return max(least, budget // row_bytes // GEMM_ROWS * GEMM_ROWS)
 
 
 def equal_chunks(rows: int, chunk_rows: int) -> int:
@@ -44,59 +45,7 @@ def equal_chunks(rows: int, chunk_rows: int) -> int:
     return max(1, min(chunk_rows, -(-rows // (pieces * GEMM_ROWS)) * GEMM_ROWS))
 
 
-# ---- which rows ------------------------------------------------------------------------------------------------------
-class Rows(NamedTuple):
-    """The rows that are read. Where they were only bounded, what lies behind the last of them is SKIP."""
-
-    full: Tensor  # numbers of the rows that go through all GEMMs, ascending; (n,) int64
-    forward: Tensor  # of those that go through the first
-    # (n,) bool, the SKIP rows among ``full`` or, without a gradient, ``forward``; None: there are none
-    skip: Tensor | None = None
-    # 0-d float32: 0, or NaN where more rows are active than the caller's bound; None: they were counted
-    excess: Tensor | None = None
-
-
-def counted(labels: Tensor, bound: int | None, validate: bool) -> bool:
-    """Whether the rows are counted on the host: it costs nothing on a CPU, one sync on a GPU, which a bound saves."""
-    return bound is None or validate or labels.is_cpu
-
-
-def check_bound(active: int, bound: int | None) -> None:
-    """ValueError unless the caller's bound holds."""
-    require(
-        bound is None or active <= bound,
-        "max_active_rows must be at least the number of active rows",
-        f"{bound} for {active}",
-    )
-
-
-def partition(full: Tensor, forward: Tensor, bound: int | None = None, counting: bool = True) -> Rows:
-    """FULL and FORWARD-ONLY rows (N,) bool -> their numbers, by one stable partition and at most one sync.
-
-    ``bound``: no more are active. Counting, ValueError where it does not hold; without counting, `Rows.excess` is NaN
-    there, and all rows are taken as FULL unless none is.
-    """
-    N = full.numel()
-    kinds = torch.stack([full, forward, ~(full | forward)])
-    ranks = kinds.flatten().cumsum(0)
-    place = (ranks.view(3, N) * kinds).sum(0) - 1
-    numbers = torch.arange(N, device=full.device)
-    order = torch.empty_like(numbers).scatter_(0, place, numbers)
-    if counting:
-        n_full, active = ranks[N - 1 : 2 * N : N].tolist() if N else (0, 0)
-        check_bound(active, bound)
-        return Rows(order[:n_full], order[n_full:active])
-    taken = min(N, N if bound is None else bound)
-    active = ranks[2 * N - 1] if N else torch.zeros((), dtype=torch.int64, device=full.device)
-    excess = torch.where(active > taken, torch.nan, 0.0).float()
-    return Rows(order[:taken], order[:0], numbers[:taken] >= active, excess)
-
-
 # ---- what comes out of them ---------------------------------------------------------------------------------------
-def pick(values: Sequence[Tensor | None], rows: Tensor) -> tuple[Tensor | None, ...]:
-    return tuple(None if v is None else v[rows] for v in values)
-
-
 def row_outputs(like: Tensor, rows: int, entropy: bool, score_norms: bool) -> list[Tensor]:
     """Two columns, and those of entropy and score norms, (0,) unless wanted."""
     sizes = rows, rows, rows if entropy or score_norms else 0, rows if score_norms else 0
@@ -128,35 +77,14 @@ class Chunk(NamedTuple):
     rows: Tensor  # (n,) their numbers
     x: Tensor  # (n or more, D) their hidden states, zeros behind them
     logits: Tensor  # (n or more, V), and their gradient afterwards
-    place: slice | None  # where every row takes part, in their order: neither gathered nor scattered
+    target: slice | Tensor  # their places in d_hidden
     alone: bool  # whether it holds all rows of its sweep
-
-
-def has_products(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of 16-bit ``dtype`` by instructions of its own; float32 always."""
-    if dtype == torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    if dtype == torch.bfloat16:  # oneDNN's answer on x86 includes emulation
-        by_flags = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return by_flags or (platform.machine() == "aarch64" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return True
-
-
-@cache
-def warn_without_products(dtype: torch.dtype) -> None:
-    """One warning, the first time that a CPU has to do without."""
-    if not has_products(dtype):
-        name = str(dtype).removeprefix("torch.")
-        warnings.warn(
-            f"this CPU has no {name} matrix products, which makes a {name} head many times slower than a float32 one: "
-            "give hidden states and weight in float32",
-            stacklevel=2,
-        )
 
 
 class Head:
     """A linear head over chunks of rows: logits = x W^T + b, and the gradients of its three inputs, those that are
-    wanted. ``kernels``: of a backend."""
+    wanted. ``kernels``: of a backend. ``float32``: the logits, else they are in the dtype of the inputs. ``packed``:
+    d_hidden holds the rows of the sweep alone, that many, in its order."""
 
     def __init__(
         self,
@@ -166,45 +94,71 @@ class Head:
         chunk_rows: int,
         wanted: tuple[bool, bool, bool],
         kernels: ModuleType,
+        float32: bool = False,
+        packed: int | None = None,
     ) -> None:
-        if hidden.is_cpu:
-            warn_without_products(hidden.dtype)
         self.hidden, self.weight, self.bias, self.chunk_rows = hidden, weight, bias, chunk_rows
-        self.wanted, self.kernels = wanted, kernels
-        self.d_hidden = hidden.new_zeros(hidden.shape if wanted[0] else 0)
+        self.wanted, self.kernels, self.packed = wanted, kernels, packed is not None
+        self.logits_dtype = torch.float32 if float32 else hidden.dtype
+        self.multiplied = product_dtype(hidden.dtype, hidden.device.type)
+        # of the gradient of the logits when it is multiplied: one in float32 is rounded for products of 16 bits
+        self.gradient_dtype = self.multiplied if float32 else hidden.dtype
+        rows, D = hidden.shape
+        self.d_hidden = hidden.new_zeros((rows if packed is None else packed, D) if wanted[0] else 0)
         self.d_weight: Tensor | None = None  # the first product is written, not added to zeros
         self.d_bias = hidden.new_zeros(weight.shape[0] if wanted[2] else 0, dtype=torch.float32)
         # the row kernel's gradient is taken this many times, a 0-d power of two: `loss_scale`; None: once
         self.scale: Tensor | None = None
         self.buffer: Tensor | None = None
 
-    def chunks(self, rows: Tensor, skip: Tensor | None = None) -> Iterator[Chunk]:
+    def logits(self, rows: Tensor) -> Tensor:
+        """The logits (1, n, V) of these rows, one chunk whatever their number; they live until the next ones."""
+        self.chunk_rows = max(self.chunk_rows, rows.numel())
+        return next(self.chunks(rows, ascending=False)).logits[None, : rows.numel()]
+
+    def chunks(self, rows: Tensor, skip: Tensor | None = None, ascending: bool = True) -> Iterator[Chunk]:
         """The logits of each chunk of ``rows``; they live until the next one."""
         size, whole = equal_chunks(rows.numel(), self.chunk_rows), skip is None and rows.numel() == self.hidden.shape[0]
+        whole = whole and ascending
         for start in range(0, rows.numel(), size):
             chunk = rows[start : start + size]
             n, padded = chunk.numel(), -(-chunk.numel() // GEMM_ROWS) * GEMM_ROWS
-            place = slice(start, start + n) if whole and n == padded else None
-            if place is not None:
-                x = self.hidden[place]
+            here = slice(start, start + n)
+            if whole and n == padded:
+                x = self.hidden[here]
             else:
                 x = self.hidden.new_zeros(padded, self.hidden.shape[1])
                 torch.index_select(self.hidden, 0, chunk, out=x[:n])
                 if skip is not None:  # what they hold may be NaN, which no zero gradient takes out of d_weight
-                    x[:n].masked_fill_(skip[start : start + n, None], 0.0)
+                    x[:n].masked_fill_(skip[here, None], 0.0)
             logits = self._logits(min(size, rows.numel()))[:padded]
-            if self.bias is None:
-                torch.mm(x, self.weight.t(), out=logits)
-            else:
-                torch.addmm(self.bias, x, self.weight.t(), out=logits)
-            yield Chunk(chunk, x, logits, place, size >= rows.numel())
+            project(x, self.weight, self.bias, logits)
+            yield Chunk(chunk, x, logits, here if whole or self.packed else chunk, size >= rows.numel())
 
     def _logits(self, rows: int) -> Tensor:
         """Memory of the logits of at least ``rows`` rows, (rows, V), the same one again."""
-        rows, V = -(-rows // GEMM_ROWS) * GEMM_ROWS, self.weight.shape[0]
+        spare = SPARE if self.logits_dtype != self.gradient_dtype and any(self.wanted) else 0
+        rows, V = spare + -(-rows // GEMM_ROWS) * GEMM_ROWS, self.weight.shape[0]
         if self.buffer is None or self.buffer.shape[0] < rows:
-            self.buffer = fresh(self.hidden, (rows, row_stride(V, self.hidden.element_size())))
-        return self.buffer[:, :V]
+            self.buffer = fresh(self.hidden, (rows, row_stride(V)), self.logits_dtype)
+        return self.buffer[spare:, :V]
+
+    def _rounded(self, d: Tensor) -> Tensor:
+        """The gradient ``d`` (n, V) where it is as it is multiplied; else rounded into its own memory.
+
+        Rows of 16 bits are half as long: with `SPARE` rows before the first, no step writes what a later one reads.
+        """
+        if d.dtype == self.gradient_dtype:
+            return d
+        assert self.buffer is not None
+        n, once = len(d), torch.ones(1, device=d.device)
+        rounded = self.buffer.view(self.gradient_dtype).view(-1, self.buffer.shape[1])[:n, : d.shape[1]]
+        start = 0
+        while start < n:
+            end = min(n, 2 * (SPARE + start))
+            self.kernels.scale_rows(d[None, start:end], once, rounded[None, start:end])
+            start = end
+        return rounded
 
     def sweep(
         self, rows: Tensor, row_kernel: Callable[[Tensor, Tensor], None], with_grad: bool, skip: Tensor | None = None
@@ -218,40 +172,67 @@ class Head:
 
     def accumulate(self, chunk: Chunk) -> None:
         """Carry the gradient that now stands in the logits of ``chunk`` into the wanted gradients."""
-        n, x, d = chunk.rows.numel(), chunk.x, chunk.logits
+        n, x, d = chunk.rows.numel(), chunk.x, self._rounded(chunk.logits)
         d[n:] = 0
-        if self.wanted[0] and chunk.place is not None and self.scale is None:
-            torch.mm(d, self.weight, out=self.d_hidden[chunk.place])
-        elif self.wanted[0]:
-            product = (d @ self.weight)[:n]
-            if self.scale is not None:
-                self.kernels.scale_rows(product[None], self._once(), product[None])
-            self.d_hidden[chunk.rows] = product
-        if self.wanted[1]:
-            self._accumulate_weight(x, d, chunk.alone)
+        if self.multiplied != x.dtype:
+            self._accumulate_tiles(chunk, d)
+        else:
+            if self.wanted[0] and isinstance(chunk.target, slice) and len(d) == n and self.scale is None:
+                torch.mm(d, self.weight, out=self.d_hidden[chunk.target])
+            elif self.wanted[0]:
+                self._write_hidden(chunk, d @ self.weight)
+            if self.wanted[1]:
+                self._accumulate_weight(x, d, chunk.alone)
         if self.wanted[2]:
             self.d_bias += d.sum(0, dtype=torch.float32)
 
+    def _write_hidden(self, chunk: Chunk, product: Tensor) -> None:
+        """d_hidden of the rows of ``chunk`` from (n or more, D) of them in any dtype."""
+        product = product[: chunk.rows.numel()]
+        if self.scale is not None:
+            scaled = torch.empty_like(product, dtype=self.hidden.dtype)
+            self.kernels.scale_rows(product[None], self._once(), scaled[None])
+            product = scaled
+        self.d_hidden[chunk.target] = product.to(self.hidden.dtype)
+
+    def _sum_of_weight(self, alone: bool) -> tuple[Tensor, bool]:
+        """d_weight as it is added up, in float32, and whether nothing is there yet; the one product there is is in the
+        dtype of the weight, but for one that the float16 may not fit before `loss_scale` is taken back."""
+        if self.d_weight is not None:
+            return self.d_weight, False
+        dtype = self.weight.dtype if alone and self.scale is None else torch.float32
+        self.d_weight = fresh(self.hidden, self.weight.shape, dtype)
+        return self.d_weight, True
+
     def _accumulate_weight(self, x: Tensor, d: Tensor, alone: bool) -> None:
-        """d_weight += d^T x in float32; the one product there is in the dtype of x, but for float16, which the
-        product's size before `loss_scale` is taken back may not fit."""
-        first = self.d_weight is None
-        if first:
-            at_once = alone and d.dtype != torch.float16
-            self.d_weight = fresh(self.hidden, self.weight.shape, d.dtype if at_once else torch.float32)
-        assert self.d_weight is not None
-        if self.d_weight.dtype == d.dtype:
-            self.d_weight.addmm_(d.t(), x, beta=int(not first))
-        elif d.is_cuda and not torch.version.hip:
-            torch.addmm(self.d_weight, d.t(), x, out_dtype=torch.float32, beta=int(not first), out=self.d_weight)
-        else:
-            # PyTorch's CPU has no GEMM from 16 to 32 bits, ROCm refuses it in some versions and was wrong in others
-            # (pytorch/pytorch#162600): each chunk is rounded once, the sum is not
+        """d_weight += d^T x of 16-bit ``d`` and ``x``, or both in float32."""
+        total, first = self._sum_of_weight(alone)
+        if total.dtype == d.dtype:
+            total.addmm_(d.t(), x, beta=int(not first))
+        elif adds_in_float32(d):
+            add_product(total, d.t(), x, beta=int(not first))
+        else:  # each chunk is rounded once, the sum is not
             if d.dtype == torch.float16:  # nor has a sum over many rows room in it
                 x = x.float()
-            for d_weight, columns in zip(self.d_weight.split(TILE), d.split(TILE, 1), strict=True):
+            for part, columns in zip(total.split(TILE), d.split(TILE, 1), strict=True):
                 product = columns.to(x.dtype).t() @ x
-                d_weight.copy_(product) if first else d_weight.add_(product)
+                part.copy_(product) if first else part.add_(product)
+
+    def _accumulate_tiles(self, chunk: Chunk, d: Tensor) -> None:
+        """d_hidden and d_weight by float32 products of 16-bit operands."""
+        x = chunk.x.float()
+        d_x = torch.zeros_like(x) if self.wanted[0] else None
+        total, first = self._sum_of_weight(chunk.alone) if self.wanted[1] else (None, True)
+        for at, rows in tiles(self.weight, cast=self.wanted[0]):
+            part = d[:, at].float()
+            if d_x is not None:
+                d_x.addmm_(part, rows)
+            if total is not None and total.dtype == torch.float32:
+                total[at].addmm_(part.t(), x, beta=int(not first))
+            elif total is not None:
+                total[at] = part.t() @ x
+        if d_x is not None:
+            self._write_hidden(chunk, d_x)
 
     def _once(self) -> Tensor:
         """What takes `scale` back, (1,) float32."""

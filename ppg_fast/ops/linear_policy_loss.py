@@ -5,6 +5,8 @@ three GEMMs (logits, d_hidden, d_weight; two where the head is frozen), FORWARD-
 through none.
 """
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from ppg_fast import backends
 from ppg_fast.contract import Chunks, PerRow, RowArguments, Wanted
 from ppg_fast.ops.checks import check_labels
-from ppg_fast.ops.head import Head, check_bound, counted, gradients_like, partition, pick, row_outputs
+from ppg_fast.ops.head import Head, gradients_like, row_outputs
 from ppg_fast.ops.policy_loss import reference_policy_loss
+from ppg_fast.ops.rows import check_bound, counted, partition, pick
 from ppg_fast.ops.tracing import (
     as_operands,
     differentiable,
@@ -48,20 +51,33 @@ def _loss_and_gradients(
     ``choices`` are `RowArguments`, ``wanted`` is `Wanted`, ``chunks`` `Chunks`; ``gradients``: of the three inputs.
     """
     labels, per_row, spec = RowArguments.unpack(*from_operands(tensors, numbers), choices)
-    flags, (chunk_rows, bound), kernels = Wanted(*wanted), Chunks.unpack(chunks), backends.load(backend)
+    flags, (chunk_rows, bound, float32), kernels = Wanted(*wanted), Chunks.unpack(chunks), backends.load(backend)
     check_labels(labels, weight.shape[0], flags.validate)
     loss, logprob, entropy, norms = row_outputs(
         hidden, labels.numel(), flags.entropy or spec.entropy_coef != 0, flags.score_norms
     )
-    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients), kernels)  # type: ignore[arg-type]
+    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients), kernels, float32)  # type: ignore[arg-type]
     full = (labels >= 0) & (per_row.live | spec.needs_every_row) & any(gradients)
     parts = partition(full, (labels >= 0) & ~full, bound, counted(labels, bound, flags.validate))
     if parts.excess is not None:  # by the weight NaN reaches the loss and all gradients
         weights = 1.0 if per_row.weights is None else per_row.weights
         per_row = per_row._replace(weights=parts.excess.expand(labels.numel()) + weights)
 
+    kernel = row_kernel(kernels, RowArguments(labels, per_row, spec), loss, logprob, entropy, norms)
+    trains = any(gradients)
+    head.sweep(parts.full, lambda rows, logits: kernel(rows, logits, logits if trains else None), trains, parts.skip)
+    head.sweep(parts.forward, lambda rows, logits: kernel(rows, logits, None), False)
+    return loss, logprob, entropy, norms, *head.gradients()
+
+
+def row_kernel(
+    kernels: ModuleType, arguments: RowArguments, loss: Tensor, logprob: Tensor, entropy: Tensor, norms: Tensor
+) -> Callable[[Tensor, Tensor, Tensor | None], None]:
+    """The policy loss of a chunk: (row numbers, logits (1, n, V), dlogits) to the rows of the outputs."""
+    labels, per_row, spec = arguments
+
     def kernel(rows: Tensor, logits: Tensor, dlogits: Tensor | None) -> None:
-        norm = torch.empty_like(loss[: rows.numel()]) if flags.score_norms else None
+        norm = torch.empty_like(loss[: rows.numel()]) if norms.numel() else None
         picked = labels[rows], *pick(per_row, rows)
         out = kernels.policy_loss(logits, *picked, spec, entropy.numel() > 0, dlogits, norm)
         loss[rows], logprob[rows] = out[0], out[1]
@@ -70,10 +86,7 @@ def _loss_and_gradients(
         if norm is not None:
             norms[rows] = norm
 
-    trains = any(gradients)
-    head.sweep(parts.full, lambda rows, logits: kernel(rows, logits, logits if trains else None), trains, parts.skip)
-    head.sweep(parts.forward, lambda rows, logits: kernel(rows, logits, None), False)
-    return loss, logprob, entropy, norms, *head.gradients()
+    return kernel
 
 
 linear_policy_loss_op = torch.library.custom_op("ppg_fast::linear_policy_loss", _loss_and_gradients, mutates_args=())
@@ -157,13 +170,14 @@ def reference_linear(
     labels, per_row, spec = rows
     check_labels(labels, weight.shape[0], wanted.validate)
     # a copy each chunk casts back, so that autograd adds the chunks' gradients up in float32
-    dtype, weight, bias = hidden.dtype, weight.float(), None if bias is None else bias.float()
+    dtype = torch.float32 if chunks.float32 else hidden.dtype
+    weight, bias = weight.float(), None if bias is None else bias.float()
 
     def chunk_loss(
         x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *columns: Tensor | None
     ) -> tuple[Tensor, ...]:
         head = weight.to(dtype), None if bias is None else bias.to(dtype)
-        logits = torch.nn.functional.linear(x, *head).float()
+        logits = torch.nn.functional.linear(x.to(dtype), *head).float()
         row = PerRow(*columns)  # type: ignore[arg-type]
         return reference_policy_loss(logits, labels, row, spec, wanted.score_norms)[: len(outputs)]
 

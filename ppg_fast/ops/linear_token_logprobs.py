@@ -1,4 +1,8 @@
-"""linear_token_logprobs: log-probs from hidden states, chunk by chunk, the logits computed again for their gradient."""
+"""linear_token_logprobs: log-probs from hidden states, chunk by chunk.
+
+For their gradient the logits are computed again: four GEMMs. Where the head is frozen it takes two: the forward pass
+keeps u = (onehot - p) W / temperature of each row that is read, and d_hidden = d_logprob u. An entropy's gradient is no
+multiple of u and computes the logits again."""
 
 from typing import Any
 
@@ -8,10 +12,13 @@ from torch import Tensor
 from ppg_fast import backends
 from ppg_fast.contract import Chunks, PerRow, RowArguments, Wanted
 from ppg_fast.ops.checks import check_labels
-from ppg_fast.ops.head import Head, counted, gradients_like, loss_scale, partition, pick, row_outputs
+from ppg_fast.ops.head import Head, gradients_like, loss_scale, row_outputs
 from ppg_fast.ops.linear_policy_loss import reference_linear
-from ppg_fast.ops.tracing import as_data, constant, differentiable, first_order, needs_grad, traced
+from ppg_fast.ops.rows import counted, partition, pick
+from ppg_fast.ops.tracing import as_data, constant, differentiable, first_order, needs_grad, times, traced
 from ppg_fast.spec import PolicyLossSpec
+
+NO_ROW = PerRow(*[None] * len(PerRow._fields))  # type: ignore[arg-type]
 
 
 def _logprobs(
@@ -24,33 +31,76 @@ def _logprobs(
     wanted: list[bool],
     chunks: list[int],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> log-prob, maximum and sum (N, 2), entropy and score norm of each row, (N,) float32; zeros where masked, (0,)
-    unless wanted. ``scale``: temperature and softcap."""
-    flags, (chunk_rows, bound), kernels = Wanted(*wanted), Chunks.unpack(chunks), backends.load(backend)
+    unless wanted. ``scale``: temperature and softcap.
+
+    ``wanted.gradient``: of a frozen head, d logprob / d hidden comes last, in the dtype of hidden, of the rows that are
+    read: (n, D) and their numbers (n,), which are empty where all are, in their order. Maximum and sum are then (0, 2).
+    """
+    flags, (chunk_rows, bound, float32), kernels = Wanted(*wanted), Chunks.unpack(chunks), backends.load(backend)
     check_labels(labels, weight.shape[0], flags.validate)
     logprob, lse, entropy, norms = _outputs(hidden, labels.numel(), flags)
     active = labels >= 0
     parts = partition(active, torch.zeros_like(active), bound, counted(labels, bound, flags.validate))
+    keeps = flags.gradient, False, False
+    head = Head(hidden, weight, bias, chunk_rows, keeps, kernels, float32, packed=parts.full.numel())
+    spec, upstream = PolicyLossSpec("reinforce", temperature=scale[0], logit_softcap=scale[1]), logprob.new_ones(())
+    if flags.gradient and head.gradient_dtype == torch.float16:
+        each = upstream.expand(labels.shape)
+        upstream = head.scale = loss_scale(active, each, None, scale[0] if temperatures is None else temperatures)
+    if parts.excess is not None:
+        upstream = upstream + parts.excess
 
     def kernel(rows: Tensor, logits: Tensor) -> None:
         temps = None if temperatures is None else temperatures[rows]
         norm = torch.empty_like(logprob[: rows.numel()]) if flags.score_norms else None
-        out = kernels.logprobs_fwd(logits, labels[rows], temps, *scale, entropy.numel() > 0, norm)
-        logprob[rows], lse[rows] = out[0] if parts.excess is None else out[0] + parts.excess, out[2]
+        if flags.gradient:  # the loss -A logprob with A = -1 has that of the log-prob
+            row = NO_ROW._replace(advantages=(-upstream).repeat(rows.numel()), temperatures=temps)
+            _, found, ent = kernels.policy_loss(logits, labels[rows], *row, spec, entropy.numel() > 0, logits, norm)
+        else:
+            found, ent, lse[rows] = kernels.logprobs_fwd(logits, labels[rows], temps, *scale, entropy.numel() > 0, norm)
+        logprob[rows] = found if parts.excess is None else found + parts.excess
         if entropy.numel():
-            entropy[rows] = out[1]
+            entropy[rows] = ent
         if norm is not None:
             norms[rows] = norm
 
-    head = Head(hidden, weight, bias, chunk_rows, (False, False, False), kernels)
-    head.sweep(parts.full, kernel, False, parts.skip)
-    return logprob, lse, entropy, norms
+    head.sweep(parts.full, kernel, flags.gradient, parts.skip)
+    kept, *_ = head.gradients()
+    whole = not flags.gradient or (parts.skip is None and len(kept) == len(hidden))
+    return logprob, lse, entropy, norms, kept, parts.full[:0] if whole else parts.full
+
+
+def _logprobs_of_all_rows(*given: Any) -> tuple[Tensor, ...]:
+    """`_logprobs` for tracers, whose shapes must follow from those of the arguments: d logprob / d hidden is (N, D)."""
+    *out, kept, numbers = _logprobs(*given)
+    return *out, _spread(kept, numbers, len(given[0])) if kept.dim() == 2 else kept, numbers[:0].clone()
+
+
+def _spread(packed: Tensor, numbers: Tensor, rows: int) -> Tensor:
+    """Rows (n, D) at their ``numbers`` of (rows, D), zeros elsewhere; as they are where there are no numbers and n is
+    ``rows``."""
+    if not numbers.numel() and len(packed) == rows:
+        return packed
+    return packed.new_zeros(rows, packed.shape[1]).index_copy_(0, numbers, packed)
 
 
 def _outputs(hidden: Tensor, rows: int, flags: Wanted) -> tuple[Tensor, ...]:
     logprob, _, *wanted = row_outputs(hidden, rows, flags.entropy, flags.score_norms)
-    return logprob, logprob.new_zeros(rows, 2), *wanted
+    return logprob, logprob.new_zeros(0 if flags.gradient else rows, 2), *wanted
+
+
+def _times_kept(kept: Tensor, numbers: Tensor, labels: Tensor, d_logprob: Tensor, backend: str) -> Tensor:
+    """d_hidden (N, D) of log-probs whose d logprob / d hidden was kept; exact zeros where a row has no gradient."""
+    factor = torch.where(labels >= 0, d_logprob, 0.0)
+    factor = factor[numbers] if numbers.numel() or len(kept) != len(labels) else factor
+    if traced(kept, factor):
+        scaled = times(kept, factor[:, None])
+    else:
+        scaled = torch.empty_like(kept)
+        backends.load(backend).scale_rows(kept[None], factor, scaled[None])
+    return _spread(scaled.masked_fill_((factor == 0)[:, None], 0.0), numbers, len(labels))
 
 
 def _logprobs_gradients(
@@ -64,31 +114,40 @@ def _logprobs_gradients(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> d_hidden, d_weight and d_bias of `linear_token_logprobs`; the logits of rows with a gradient are computed
-    again. ``rows``: labels, maximum and sum, entropy, d_logprob, d_entropy, temperatures."""
+    again. ``rows``: labels, maximum and sum ((0, 2): to be found), entropy, d_logprob, d_entropy, temperatures."""
     labels, lse, entropy, d_logprob, d_entropy, temperatures = rows
     assert labels is not None
+    assert lse is not None
     assert d_logprob is not None
-    kernels, (chunk_rows, bound) = backends.load(backend), Chunks.unpack(chunks)
-    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients), kernels)  # type: ignore[arg-type]
+    kernels, (chunk_rows, bound, float32) = backends.load(backend), Chunks.unpack(chunks)
+    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients), kernels, float32)  # type: ignore[arg-type]
     live = (labels >= 0) & ((d_logprob != 0) if d_entropy is None else (d_logprob != 0) | (d_entropy != 0))
     parts = partition(live, torch.zeros_like(live), bound, counted(labels, bound, False))
     if parts.excess is not None:
         d_logprob = d_logprob + parts.excess
-    if hidden.dtype == torch.float16:
+    if head.gradient_dtype == torch.float16:
         head.scale = loss_scale(live, d_logprob, d_entropy, scale[0] if temperatures is None else temperatures)
         d_logprob, d_entropy = d_logprob * head.scale, None if d_entropy is None else d_entropy * head.scale
 
     def kernel(at: Tensor, logits: Tensor) -> None:
         read = entropy if d_entropy is not None else None
-        row_lse, ent, d_l, d_h, temps = pick((lse, read, d_logprob, d_entropy, temperatures), at)
+        row_lse, ent, d_l, d_h, temps = pick((lse if len(lse) else None, read, d_logprob, d_entropy, temperatures), at)
         ent = entropy if ent is None else ent
+        if row_lse is None:
+            row_lse = kernels.logprobs_fwd(logits, labels[at], temps, *scale, False)[2]
         kernels.logprobs_bwd(logits, labels[at], row_lse, ent, d_l, d_h, temps, *scale, logits)
 
     head.sweep(parts.full, kernel, True, parts.skip)
     return head.gradients()
 
 
-linear_token_logprobs_op = torch.library.custom_op("ppg_fast::linear_token_logprobs", _logprobs, mutates_args=())
+linear_token_logprobs_op = torch.library.custom_op(
+    "ppg_fast::linear_token_logprobs",
+    _logprobs_of_all_rows,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? temperatures, float[] scale, "
+    "bool[] wanted, int[] chunks, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 linear_token_logprobs_bwd_op = torch.library.custom_op(
     "ppg_fast::linear_token_logprobs_bwd", _logprobs_gradients, mutates_args=()
 )
@@ -97,7 +156,8 @@ linear_token_logprobs_bwd_op = torch.library.custom_op(
 @linear_token_logprobs_op.register_fake
 def _(hidden, weight, bias, labels, temperatures, scale, wanted, chunks, backend):
     flags = Wanted(*wanted)
-    return _outputs(hidden, hidden.shape[0], flags)
+    kept = hidden.new_empty(hidden.shape if flags.gradient else (0,))
+    return *_outputs(hidden, hidden.shape[0], flags), kept, labels.new_empty(0)
 
 
 @linear_token_logprobs_bwd_op.register_fake
@@ -107,23 +167,29 @@ def _(hidden, weight, bias, rows, scale, chunks, gradients, backend):
 
 def _setup_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, labels, temperatures, ctx.scale, wanted, ctx.chunks, ctx.backend = inputs
-    _, lse, entropy, _ = output
+    _, lse, entropy, _, kept, numbers = output
+    ctx.flags = Wanted(*wanted)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels, lse, entropy, temperatures)
-    ctx.entropy = Wanted(*wanted).entropy
+    ctx.mark_non_differentiable(numbers)
+    if ctx.flags.gradient and not ctx.flags.entropy:
+        hidden = weight = bias = None  # never needed again
+    ctx.save_for_backward(hidden, weight, bias, labels, lse, entropy, temperatures, kept, numbers)
 
 
 def _backward_logprobs(
-    ctx: Any, d_logprob: Tensor | None, _: Any, d_entropy: Tensor | None, __: Any
+    ctx: Any, d_logprob: Tensor | None, _: Any, d_entropy: Tensor | None, *__: Any
 ) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, labels, lse, entropy, temperatures = ctx.saved_tensors
-    d_logprob = torch.zeros_like(lse[:, 0]) if d_logprob is None else d_logprob.contiguous()
-    d_entropy = d_entropy.contiguous() if ctx.entropy and d_entropy is not None else None
+    hidden, weight, bias, labels, lse, entropy, temperatures, kept, numbers = ctx.saved_tensors
+    d_logprob = torch.zeros_like(labels, dtype=torch.float32) if d_logprob is None else d_logprob.contiguous()
+    d_entropy = d_entropy.contiguous() if ctx.flags.entropy and d_entropy is not None else None
+    none = (None,) * 6
+    if ctx.flags.gradient and d_entropy is None:
+        return _times_kept(kept, numbers, labels, d_logprob, ctx.backend), None, None, *none
     wanted = [ctx.needs_input_grad[i] for i in range(3)]
     rows = [labels, lse, entropy, d_logprob, d_entropy, temperatures]
     call = linear_token_logprobs_bwd_op if traced(hidden, d_logprob) else _logprobs_gradients
     grads = call(hidden, weight, bias, rows, ctx.scale, ctx.chunks, wanted, ctx.backend)
-    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None, None, None, None, None, None
+    return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *none
 
 
 linear_token_logprobs_op.register_autograd(first_order(_backward_logprobs), setup_context=_setup_logprobs)
@@ -143,7 +209,7 @@ def linear_token_logprobs(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob, entropy, both differentiable in hidden, weight and bias, and score norm of each row, (N,) float32;
-    (0,) unless wanted."""
+    (0,) unless wanted. ``wanted.gradient``: a frozen head may keep what makes the gradient of a log-prob a scale."""
     if backend == "reference":
         spec = PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap)
         per_row = PerRow(torch.zeros(labels.shape, device=hidden.device), None, None, None, None, temperatures)
@@ -153,7 +219,8 @@ def linear_token_logprobs(
     call = linear_token_logprobs_op if traced(hidden, weight) else _logprobs
     if needs_grad(hidden, weight, bias) and call is _logprobs:
         call = EagerLinearTokenLogprobs.apply
-    scale, flags = [temperature, logit_softcap], list(wanted)
+    keeps = wanted.gradient and needs_grad(hidden) and not needs_grad(weight, bias)
+    scale, flags = [temperature, logit_softcap], list(wanted._replace(gradient=keeps))
     given = hidden, weight, bias, labels, temperatures, scale, flags, chunks.pack(), backend
-    logprob, _, entropy, norms = call(*given)
+    logprob, _, entropy, norms, *_ = call(*given)
     return logprob, entropy, norms

@@ -1,8 +1,9 @@
 """The specification, executed: plain differentiable PyTorch in any floating dtype. In float64 it is the truth of every
 test."""
 
+from ppg_fast.reference.distillation import distillation, top_k_divergence
 from ppg_fast.reference.groups import consecutive_ids, group_sum
-from ppg_fast.reference.logprobs import log_sum_exps, score_norms, token_logprobs
+from ppg_fast.reference.logprobs import log_softmax, log_sum_exps, score_norms, token_logprobs
 from ppg_fast.reference.partial_returns import masked_returns, partial_returns
 from ppg_fast.reference.policy_loss import kept_sequences, loss_from_logprobs, policy_loss, shared_divisor
 from ppg_fast.reference.policy_term import clipped, importance_weight, k3, policy_term, ratio_of
@@ -13,10 +14,12 @@ __all__ = [
     "Residuals",
     "clipped",
     "consecutive_ids",
+    "distillation",
     "group_sum",
     "importance_weight",
     "k3",
     "kept_sequences",
+    "log_softmax",
     "log_sum_exps",
     "loss_from_logprobs",
     "masked_returns",
@@ -29,6 +32,7 @@ __all__ = [
     "shared_divisor",
     "sum_of_turns",
     "token_logprobs",
+    "top_k_divergence",
     "turn_mask",
     "turn_residuals",
 ]

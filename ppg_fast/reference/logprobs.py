@@ -15,7 +15,7 @@ def token_logprobs(
     in them.
     """
     rows = (labels >= 0).nonzero().squeeze(-1)
-    logp = _log_softmax(logits, rows, temperature, logit_softcap)
+    logp = log_softmax(logits, rows, temperature, logit_softcap)
     p = logp.exp()
     entropy = -(p * logp.masked_fill(p == 0, 0.0)).sum(-1)  # 0 log 0 = 0, also where a logit is -inf
     logprobs = logp.gather(-1, labels[rows, None]).squeeze(-1)
@@ -29,7 +29,7 @@ def score_norms(
     """|d l / d z|^2 = sum p^2 - 2 p[label] + 1 in [0, 2], (N,); zero where masked, no gradient. Arguments as in
     `token_logprobs`."""
     rows = (labels >= 0).nonzero().squeeze(-1)
-    p = _log_softmax(logits.detach(), rows, temperature, logit_softcap).exp()
+    p = log_softmax(logits.detach(), rows, temperature, logit_softcap).exp()
     norms = p.square().sum(-1) - 2 * p.gather(-1, labels[rows, None]).squeeze(-1) + 1
     return torch.zeros(labels.shape, dtype=logits.dtype, device=logits.device).index_put((rows,), norms.clamp(min=0))
 
@@ -45,7 +45,8 @@ def log_sum_exps(
     return torch.zeros(labels.shape, dtype=logits.dtype, device=logits.device).index_put((rows,), sums)
 
 
-def _log_softmax(logits: Tensor, rows: Tensor, temperature: Tensor | float, logit_softcap: float) -> Tensor:
+def log_softmax(logits: Tensor, rows: Tensor, temperature: Tensor | float, logit_softcap: float) -> Tensor:
+    """log softmax of z = softcap(logits) / temperature in the rows of these numbers, (n, V)."""
     z = _capped(logits[rows], logit_softcap)
     z = z - z.detach().amax(-1, keepdim=True)  # before a small temperature makes large numbers of it
     return torch.log_softmax(z / _of_rows(temperature, rows, z), -1)

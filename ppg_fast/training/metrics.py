@@ -100,11 +100,13 @@ def describe(
     advantages: Tensor,
     spec: PolicyLossSpec | None = None,
     shared_ratios: bool = False,
+    live: Tensor | None = None,
 ) -> dict[str, Any]:
     """What the dialogues of a step were like, in the names that TRL uses where it has one.
 
     ``batch`` holds ``samples``; ``returns``, ``advantages`` (S, T) are those of its turns. ``spec`` with
-    ``shared_ratios`` (its ratios are taken, of more than one token each) says which rows it reads: see `row_shares`.
+    ``shared_ratios`` (its ratios are taken, of more than one token each) says which rows it reads: see `row_shares`,
+    for turns that are ``live``: by default those with an advantage.
     """
     totals = batch.rewards.sum(1)
     groups = [totals[batch.group_ids == g] for g in batch.group_ids.unique()]
@@ -116,7 +118,7 @@ def describe(
         "turns/mean_count": float(batch.turn_counts.float().mean()) if len(totals) else 0.0,
         "turns/adv_abs_mean": float(advantages.abs().sum() / batch.turn_counts.sum().clamp(min=1)),
         "active_turns": int((advantages != 0).sum()),
-        **row_shares(batch, advantages, spec or PolicyLossSpec(), shared_ratios),
+        **row_shares(batch, advantages if live is None else live, spec or PolicyLossSpec(), shared_ratios),
         **by_turn("turns/return", returns, batch.turn_mask),
         **by_turn("turns/advantage", advantages, batch.turn_mask),
     }

@@ -26,6 +26,9 @@ class Objective:
     ``eta`` > 0: regression on turns (`ppg.turn_regression_loss`) in place of ``spec`` and ``reduction``: of pairs, or
     with baseline "none" of turns by themselves. Its old policy is that of the step's start, or ``from_start`` of the
     training's: dialogues of a log are all of one policy.
+
+    ``nll_coef``: the loss gains this times the mean of -l over the tokens of turns whose windowed return is positive
+    (VAPO, arXiv:2504.05118).
     """
 
     policy_class: PolicyClass = field(default_factory=lambda: Lookahead(3))
@@ -40,6 +43,7 @@ class Objective:
     scale: float = 1.0
     eta: float = 0.0
     from_start: bool = False
+    nll_coef: float = 0.0
 
     def __post_init__(self) -> None:
         """ValueError for a regression over another loss."""
@@ -99,6 +103,21 @@ def turn_residuals(batch: PackedBatch, returns: Tensor, objective: Objective, lo
     there = batch.sum_of_turns(torch.ones(len(batch.tokens))) > 0  # one that is read in part has turns without tokens
     ratios = torch.zeros_like(returns) if log_ratios is None else log_ratios
     return reference.turn_residuals(ratios, returns, there, groups, objective.eta)
+
+
+def likelihood(batch: PackedBatch, returns: Tensor, objective: Objective) -> Tensor | None:
+    """(S, T) float32: the weight of -l of each turn's tokens, over their number in the batch; None without the term."""
+    if not objective.nll_coef:
+        return None
+    chosen = (batch.turn_mask & (returns > 0)).float()
+    tokens = (chosen * batch.sum_of_turns(torch.ones(len(batch.tokens)))).sum().clamp(min=1)
+    return objective.nll_coef * chosen / tokens.float()
+
+
+def live_turns(batch: PackedBatch, returns: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
+    """(S, T): the advantage of each turn or, where that is 0, the weight of its likelihood."""
+    weights = likelihood(batch, returns, objective)
+    return advantages if weights is None else advantages.where(advantages != 0, weights)
 
 
 def turns_with_gradient(batch: PackedBatch, advantages: Tensor, spec: PolicyLossSpec) -> Tensor:

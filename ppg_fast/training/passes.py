@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ppg_fast.dialogues.packing import NOTHING, PackedBatch, micro_batches, pack
 from ppg_fast.distributed import Ranks
 from ppg_fast.models.adaptation import StartingWeights
+from ppg_fast.reference.turns import of_tokens
 from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training.objective import Objective, turn_residuals
 
@@ -22,12 +23,20 @@ class Pass:
     advantages: Tensor  # (S, T) float32
     old_logprobs: Tensor | None = None  # (N,) under the weights before the first of several iterations
     ref_logprobs: Tensor | None = None  # (N,) under the reference of a KL term
+    nll_weights: Tensor | None = None  # (N,) of the likelihood of each label
 
 
 def make_passes(
-    batch: PackedBatch, advantages: Tensor, lengths: Tensor, max_tokens: int, device: torch.device, ranks: Ranks
+    batch: PackedBatch,
+    advantages: Tensor,
+    lengths: Tensor,
+    max_tokens: int,
+    device: torch.device,
+    ranks: Ranks,
+    likelihood: Tensor | None = None,
 ) -> list[Pass]:
     """This rank's passes over the first ``lengths`` (S,) tokens of each dialogue, of at most ``max_tokens`` each.
+    ``likelihood``: (S, T), the weight of -l of each turn's tokens.
 
     There are as many as any rank has, at least one: those of a rank with less work are dummies without a gradient.
     """
@@ -37,7 +46,11 @@ def make_passes(
     passes = []
     for indices in micro_batches([sizes[dialogue] for dialogue in mine], max_tokens):
         chosen = [mine[i] for i in indices]
-        passes.append(Pass(chosen, batch.part(chosen, lengths).to(device), advantages[chosen].to(device)))
+        part = batch.part(chosen, lengths)
+        weights = None if likelihood is None else of_tokens(likelihood[chosen], part.turn_ids, part.dialogue_ids)
+        one = Pass(chosen, part.to(device), advantages[chosen].to(device))
+        one.nll_weights = None if weights is None else weights.to(device)
+        passes.append(one)
     lacking = max(1, ranks.largest(len(passes))) - len(passes)
     dummy = Pass([], pack([NOTHING]).to(device), torch.zeros(1, 1, device=device))
     return passes + [dummy] * lacking

@@ -21,7 +21,7 @@ from ppg_fast.models.adaptation import StartingWeights
 from ppg_fast.models.causal_lm import PolicyModule
 from ppg_fast.models.sharding import whole
 from ppg_fast.training.metrics import TokenMeans, describe, peak_memory_mb, reading
-from ppg_fast.training.objective import Objective, Schedule, credit, denominator, tokens_to_read
+from ppg_fast.training.objective import Objective, Schedule, credit, denominator, likelihood, live_turns, tokens_to_read
 from ppg_fast.training.optimisers import set_learning_rate
 from ppg_fast.training.passes import Pass, add_logprobs, make_passes, regress
 from ppg_fast.training.signals import SignalTokens
@@ -96,8 +96,10 @@ def update(
     module = ranks.module(model) or PolicyModule(model, torch.bfloat16 if schedule.bf16 else None)
     batch = pack(samples)
     returns, advantages = credit(batch, objective)
-    lengths = tokens_to_read(batch, advantages, objective)
-    passes = make_passes(batch, advantages, lengths, schedule.max_tokens, model.device, ranks)
+    weights = likelihood(batch, returns, objective)
+    live = live_turns(batch, returns, advantages, objective)
+    lengths = tokens_to_read(batch, live, objective)
+    passes = make_passes(batch, advantages, lengths, schedule.max_tokens, model.device, ranks, weights)
     ranks.check()
     add_logprobs(passes, module, objective, reference, ranks)
     signals = SignalTokens(batch, objective) if objective.candidates else None
@@ -122,8 +124,8 @@ def update(
         **means.means(),
         **regression,
         "grad_norm": norm,
-        **reading(batch, advantages, objective.spec, lengths),
-        **describe(samples, batch, returns, advantages, objective.spec, shared_ratios),
+        **reading(batch, live, objective.spec, lengths),
+        **describe(samples, batch, returns, advantages, objective.spec, shared_ratios, live),
         **({"signals": signals.measure(ranks)} if signals else {}),
     }
 
@@ -150,6 +152,8 @@ def backward(
                 old_logprobs=one.old_logprobs,
                 ref_logprobs=one.ref_logprobs,
                 rollout_logprobs=one.batch.rollout_logprobs if objective.spec.reads_rollout else None,
+                nll_weights=one.nll_weights,
+                nll_normalizer=None if one.nll_weights is None else 1.0,
                 reduction=objective.reduction,
                 normalizer=normalizer,
                 skip_zero_advantages=not objective.candidates,  # other classes may have an advantage there

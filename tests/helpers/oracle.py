@@ -268,8 +268,8 @@ def surrogate(batch, i, l, frozen):
 
 
 def penalty(batch, i, l, frozen):
-    """(kl_coef * KL estimator + log_ratio_coef (l - old)^2, its derivative in l); k3_unbiased is weighed with the ratio,
-    whose slope is its own."""
+    """(kl_coef * KL estimator + log_ratio_coef (l - old)^2, its derivative in l); k3_unbiased is weighed with the
+    ratio, whose slope is its own."""
     spec, value, slope = batch.spec, 0.0, 0.0
     if spec.kl_coef:
         d, d0 = batch.ref[i] - l, batch.ref[i] - frozen[i]

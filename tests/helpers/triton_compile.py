@@ -36,7 +36,16 @@ package = importlib.util.find_spec("ppg_fast.kernels")
 assert package is not None
 sys.modules["ppg_fast.kernels"] = importlib.util.module_from_spec(package)
 
-from ppg_fast.kernels import cluster_probe, fused_policy_loss, logprobs, partial_returns, plan, policy_loss, scale_rows
+from ppg_fast.kernels import (
+    cluster_probe,
+    distillation,
+    fused_policy_loss,
+    logprobs,
+    partial_returns,
+    plan,
+    policy_loss,
+    scale_rows,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -195,6 +204,18 @@ def cast_case(dtype: torch.dtype, V: int, *_: float) -> None:
     scale_rows.scale_rows(torch.empty(1, 3, V), torch.empty(1), torch.empty(1, 3, V, dtype=dtype))
 
 
+def distillation_case(
+    dtype: torch.dtype, V: int, softcap: float, _: bool, B: int = 2, L: int = 3, number: float = 0.5, at: int = 0,
+    beta: float | None = None,
+) -> None:  # fmt: skip
+    """Two rows, every argument given, over the student's logits; arguments as in `policy_loss_case`."""
+    logits, labels = some_logits(dtype, B, L, V), torch.empty(B * L + at, dtype=torch.int64)[at:]
+    rows = [torch.empty(B * L + at)[at:] for _ in range(2)]
+    softcaps = [softcap and softcap + number] * 2
+    beta = number / 2 if beta is None else beta
+    distillation.distillation(logits, some_logits(dtype, B, L, V), labels, *rows, 1.0, *softcaps, beta, logits)
+
+
 def returns_case(
     B: int = 2, T: int = 5, lookahead: int = 3, segment_length: int = 2, gamma: float = 0.5, at: int = 0
 ) -> None:
@@ -290,6 +311,9 @@ CASES = {
     "log-probs, in registers": Case(logprobs_case, 0),
     "scaled into 16 bits": Case(cast_case, 4096),
     "log-probs, four programs an SM": Case(logprobs_case, 32000),
+    "forward KL": Case(partial(distillation_case, beta=0.0), 131072),
+    "reverse KL": Case(partial(distillation_case, beta=1.0), 131072),
+    "Jensen-Shannon, softcaps": Case(distillation_case, 131072, 30.0),
     "cluster of 2": Case(fused_case, 65536, cluster=True),
     "cluster of 4": Case(fused_case, 128256, entropy_term=False, cluster=True),
     "cluster of 8": Case(fused_case, 262144, cluster=True),
@@ -304,6 +328,7 @@ FEW = (
     "in blocks, softcap, score norm",
     "fused, in blocks",
     "log-probs, softcap",
+    "Jensen-Shannon, softcaps",
     "cluster of 8",
 )
 
@@ -354,7 +379,8 @@ def shape_of(options: dict[str, Any], element_size: int) -> dict[str, Any]:
     threads = options["num_warps"] * plan.WARP_SIZE
     columns = options["BLOCK_V"] // (threads * ctas)
     held = {"columns": columns, "wide": columns * element_size // 16, "ctas": ctas, "threads": threads}
-    return held | {"one_block": options.get("ONE_BLOCK"), "keep_exp": options.get("KEEP_EXP")}
+    forms = {"one_block": options.get("ONE_BLOCK"), "keep_exp": options.get("KEEP_EXP"), "kind": options.get("KIND")}
+    return held | forms
 
 
 def specialise_all() -> None:
@@ -378,6 +404,7 @@ def specialise_all() -> None:
     for case, kwargs in (
         (lambda **of: policy_loss_case(torch.bfloat16, 4096, 30.0, True, **of), shapes),
         (lambda **of: logprobs_case(torch.bfloat16, 4096, 30.0, True, **of), shapes),
+        (lambda **of: distillation_case(torch.bfloat16, 4096, 30.0, True, **of), shapes),
         (lambda **of: fused_case(torch.bfloat16, 4096, 30.0, True, **of), fused),
         (returns_case, windows),
     ):

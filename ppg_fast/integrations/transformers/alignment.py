@@ -18,7 +18,7 @@ PER_TOKEN = {
 }
 TURNS = ("gamma", "baseline", "group_ids", "turn_counts")
 CREDIT = ("advantages", "turn_advantages", "rewards")
-SETTINGS = ("spec", "reduction", "skip_zero_advantages", "chunk_rows", "validate", "backend")
+SETTINGS = ("spec", "reduction", "skip_zero_advantages", "chunk_rows", "logits_dtype", "validate", "backend")
 DEFAULTS = (*SETTINGS, "policy_class", "gamma", "baseline", "entropy")
 ARGUMENTS = tuple(dict.fromkeys((*PER_TOKEN, *CREDIT, *TURNS, *DEFAULTS, "normalizer", "cu_seqlens")))
 

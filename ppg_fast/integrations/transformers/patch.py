@@ -81,7 +81,7 @@ def patch(model: Any, **defaults: Any) -> Patch:
         rewards       (S, T), with turn_ids and policy_class, and gamma, baseline, group_ids, turn_counts as in
                       `linear_partial_policy_loss`.
         loss_mask, old_logprobs, ref_logprobs, rollout_logprobs  (B, L); spec, reduction, normalizer,
-                      skip_zero_advantages, chunk_rows, validate, backend: as in `linear_policy_loss`.
+                      skip_zero_advantages, chunk_rows, logits_dtype, validate, backend: as in `linear_policy_loss`.
                       num_items_in_batch of transformers' Trainer is the normalizer of token_mean.
         cu_seqlens    (S + 1,) int32, the dialogues of one packed row, default the cu_seq_lens_q of the model's own
                       arguments; no dialogue predicts the first token of the next.
@@ -92,8 +92,8 @@ def patch(model: Any, **defaults: Any) -> Patch:
     Args:
         model: a causal LM of transformers whose head is a linear layer, with a scale and a softcap or without, or a
             `peft.PeftModel` over one (LoRA or modules_to_save on the head, given before or after).
-        **defaults: spec, reduction, skip_zero_advantages, chunk_rows, validate, backend, policy_class, gamma, baseline,
-            entropy for calls that do not give them.
+        **defaults: spec, reduction, skip_zero_advantages, chunk_rows, logits_dtype, validate, backend, policy_class,
+            gamma, baseline, entropy for calls that do not give them.
 
     Returns: `Patch`, a context manager with ``undo()``.
     Raises: ValueError for a model without such a head, for logits that its config does not explain (found by its own

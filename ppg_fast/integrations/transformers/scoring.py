@@ -117,7 +117,7 @@ def _log_probs(
     want_entropy: bool,
 ) -> PolicyCausalLMOutput:
     """Differentiable log-probs (and entropy), and their negative mean as transformers' own loss."""
-    keep = ("bias", "loss_mask", "chunk_rows", "validate", "backend")
+    keep = ("bias", "loss_mask", "chunk_rows", "logits_dtype", "validate", "backend")
     options = {name: given[name] for name in keep if name in given}
     numbers = {"temperature": spec.temperature, "logit_softcap": spec.logit_softcap, "entropy": want_entropy}
     result = linear_token_logprobs(hidden, weight, labels, **numbers, **options)

@@ -5,8 +5,6 @@ verl hands its fused heads ``lm_head.weight`` alone: no bias, no adapter, none o
 Granite or Cohere put behind it. Ours reads them from the model whose forward is running.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
@@ -17,10 +15,12 @@ from verl.utils.experimental import torch_functional  # pyright: ignore[reportMi
 
 from ppg_fast.functional import linear_token_logprobs
 from ppg_fast.integrations.linear_head import linear_of
+from ppg_fast.integrations.verl.engine import Asked, give_sum_pi_squared
 from ppg_fast.models.output_head import Head, final_softcap, logit_scale
 
 BACKEND = "ppg"
-_model: ContextVar[Any] = ContextVar("the model whose forward is running", default=None)
+# the model whose forward is running, and where its sum_v p_v^2 of each token is asked for
+_running: ContextVar[tuple[Any, Asked | None]] = ContextVar("the forward pass that is running", default=(None, None))
 
 
 class FusedLinear(torch_functional.FusedLinearForPPO):
@@ -46,7 +46,7 @@ class FusedLinear(torch_functional.FusedLinearForPPO):
         """
         if self.impl_backend != BACKEND:
             return super().forward(hidden_states, vocab_weights, input_ids, temperature)
-        model, head = _model.get(), Head(vocab_weights, None)
+        (model, asked), head = _running.get(), Head(vocab_weights, None)
         if model is not None:
 
             def whole(parameter: Any) -> Any:
@@ -56,19 +56,16 @@ class FusedLinear(torch_functional.FusedLinearForPPO):
             config, lm_head = model.config.get_text_config(), model.get_output_embeddings()
             hidden_states, weight, bias = linear_of(lm_head, hidden_states, called=False, whole=whole)
             head = Head(weight, bias, logit_scale(config), final_softcap(config))
-        options = {"bias": head.bias, "entropy": True, **head.fold(float(temperature))}
-        out = linear_token_logprobs(hidden_states, head.weight, input_ids.long(), **options)
-        return out[0], out[1]
-
-
-@contextmanager
-def _running(model: Any) -> Iterator[None]:
-    """Meanwhile the fused head reads what stands behind the head of ``model``."""
-    token = _model.set(model)
-    try:
-        yield
-    finally:
-        _model.reset(token)
+        options = {
+            "bias": head.bias,
+            "entropy": True,
+            "score_norms": asked is not None,
+            **head.fold(float(temperature)),
+        }
+        logprobs, entropy, *norms = linear_token_logprobs(hidden_states, head.weight, input_ids.long(), **options)
+        if asked is not None:  # the norm is sum_v p_v^2 - 2 p_label + 1
+            asked.sum_pi_squared = norms[0] + 2 * logprobs.detach().exp() - 1
+        return logprobs, entropy
 
 
 def with_ppg_backend(patch: Any) -> Any:
@@ -86,11 +83,15 @@ def with_ppg_backend(patch: Any) -> Any:
             fused = type(model).forward
 
             @wraps(fused)
-            def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-                with _running(self):
+            def forward(self: Any, *args: Any, ppg_asked: Asked | None = None, **kwargs: Any) -> Any:
+                token = _running.set((self, ppg_asked))
+                try:
                     return fused(self, *args, **kwargs)
+                finally:
+                    _running.reset(token)
 
             type(model).forward = forward
+            give_sum_pi_squared()
             print(f"{model.__class__.__name__} uses the fused head of ppg_fast")
 
     patch_forward_with_backends.knows_ppg = True  # type: ignore[attr-defined]

@@ -38,7 +38,9 @@ ACTOR = (
     refused(LOSS, "policy_loss.ppo_kl_coef", 0.1, "belongs to loss_mode kl_cov"),
     refused(LOSS, "policy_loss.dro_beta", None, "belongs to loss_mode dro"),
     obeyed(HEAD, "use_fused_kernels", "with `model.fused_kernel_options.impl_backend=ppg`"),
-    hosts_own(HEAD, "calculate_sum_pi_squared", "needs logits: verl refuses it with fused kernels"),
+    obeyed(HEAD, "calculate_sum_pi_squared",
+           "in the same sweep with `impl_backend=ppg` under FSDP, for verl's optimal token baselines; verl refuses it "
+           "with other fused kernels"),
     hosts_own(
         RUN,
         "strategy rollout_n ppo_mini_batch_size ppo_micro_batch_size ppo_micro_batch_size_per_gpu "

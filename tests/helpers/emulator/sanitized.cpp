@@ -107,6 +107,15 @@ void run(int64_t V, DType dtype, int shift, int gap, int out_shift, bool cap, bo
     if (!std::isfinite(loss[n]) || logprob[n] != again[n])
       ++failures, std::printf("row %d: loss %g, log-probs %g %g\n", n, loss[n], logprob[n], again[n]);
 
+  Buffer teacher(count, (shift + 3) % 8, size);
+  DistillationArgs d{sweep};
+  d.teacher_logits = {teacher.data, L, batch, stride}, d.weights = entropy ? advantages.data() : nullptr;
+  d.beta = float(launches % 3) / 2, d.teacher_softcap = entropy ? 5.f : 0.f;
+  d.divergence = loss.data(), d.dlogits = launches % 4 ? out : d.teacher_logits;
+  expect(cuda::distillation(d, nullptr), "distillation");
+  for (int n = 0; n < N; ++n)
+    if (!std::isfinite(loss[n])) ++failures, std::printf("row %d: divergence %g\n", n, loss[n]);
+
   run_fused(in, out, V, dtype, cap, entropy);
   LogprobsBwdArgs b{sweep};
   b.lse = lse.data(), b.entropy = ent.data(), b.d_logprob = advantages.data(),
