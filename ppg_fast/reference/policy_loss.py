@@ -64,8 +64,9 @@ def vespo_weight(
     if isinstance(importance, Tensor):
         log_ratios = log_ratios + importance.log().clamp(LEAST_LOG_RATIO, most)
     log_w = _mean_of_groups(log_ratios, active, *groups, kind="sum").clamp(LEAST_LOG_RATIO, most)
-    k = torch.where(advantages >= 0, spec.k_positive, spec.k_negative).to(log_w.dtype)
-    scale = torch.where(advantages >= 0, spec.lambda_positive, spec.lambda_negative).to(log_w.dtype)
+    gains = advantages >= 0  # not where() of two numbers, which rounds them to float32
+    k = torch.full_like(log_w, spec.k_negative).masked_fill(gains, spec.k_positive)
+    scale = torch.full_like(log_w, spec.lambda_negative).masked_fill(gains, spec.lambda_positive)
     return torch.exp(scale + k * log_w - scale * log_w.exp())
 
 

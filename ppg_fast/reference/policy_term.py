@@ -122,7 +122,7 @@ def surrogate(
     if kind == "topr":
         return -torch.where(A > 0, 1.0 + 0.0 * clipped, clipped).detach() * A * logprobs
     if kind == "sapo":
-        tau = torch.full_like(A, spec.tau_negative).masked_fill(A > 0, spec.tau_positive)  # where(): in float32
+        tau = torch.full_like(A, spec.tau_negative).masked_fill(A > 0, spec.tau_positive)
         return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * A
     if kind in WITH_ROLLOUT:
         return -gate(logprobs, old_logprobs, rollout_logprobs, A, spec) * ratio * A
