@@ -47,8 +47,9 @@ def textbook(head, labels, advantages, arguments, dtype, **options):
     logits = torch.zeros(labels.numel(), V, dtype=dtype, device=hidden.device)
     logits = logits.index_put((active,), torch.nn.functional.linear(hidden[active], weight, bias))
     rows = LossRows.of(labels, advantages, labels.device, **arguments, **options)
-    per_row = (None if t is None else t.to(dtype) for t in rows.per_row[:5])
-    loss, logprob, entropy = reference.policy_loss(logits, rows.tokens.labels, *per_row, rows.spec, rows.groups)
+    *per_row, _, nll = (None if t is None else t.to(dtype) for t in rows.per_row)
+    more = rows.spec, rows.groups, nll
+    loss, logprob, entropy = reference.policy_loss(logits, rows.tokens.labels, *per_row, *more)
     grads = torch.autograd.grad(loss.sum(), [t for t in (hidden, weight, bias) if t is not None])
     named = dict(zip(("d_hidden", "d_weight", "d_bias"), grads, strict=False))
     return {
@@ -68,8 +69,11 @@ def ours(head, labels, advantages, arguments, backend, **options):
 @pytest.mark.parametrize("chunk_rows", [1, 5, 1000])
 @pytest.mark.parametrize("loss", [*LOSSES, "gspo"])
 def test_matches_the_loss_from_logits(backend, device, loss, chunk_rows):
-    spec = replace(LOSSES.get(loss, replace(LOSSES["ppo"], loss_type="gspo")), **TERMS["everything"])
+    terms = "all-new" if chunk_rows == 5 and loss in LOSSES else "everything"
+    spec = replace(LOSSES.get(loss, replace(LOSSES["ppo"], loss_type="gspo")), **TERMS[terms])
     head, labels, advantages, arguments = inputs(torch.float32, device)
+    if chunk_rows == 5:
+        arguments["nll_weights"] = torch.rand(N, device=device) * (torch.arange(N, device=device) % 3 > 0)
     options = {"spec": spec, "reduction": "sum"}
     actual = ours(head, labels, advantages, arguments, backend, chunk_rows=chunk_rows, **options)
     plain, truth = (

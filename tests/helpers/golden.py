@@ -33,13 +33,50 @@ LOSSES = {
     "gspo": {"loss_type": "gspo", **CLIP},
     "gspo_turn": {"loss_type": "gspo_turn", **CLIP},
 }
+MORE_LOSSES = {  # in fewer cases
+    "cispo-two-sided": {"loss_type": "cispo", **CLIP},
+    "ipo": {"loss_type": "ipo", "clip_low": 0.06, "clip_high": 0.05},
+    "icepop": {"loss_type": "icepop", "clip_low": 0.4, "clip_high": 0.7},
+    "dppo_tv": {"loss_type": "dppo_tv", "clip_low": 1e-3, "clip_high": 0.02, "ratio_cap": 1.3},
+    "dppo_kl": {"loss_type": "dppo_kl", "clip_low": 5e-4, "clip_high": 5e-3, "ratio_cap": 1.3},
+    "sapo": {"loss_type": "sapo", "tau_positive": 1.3, "tau_negative": 1.7},
+    "topr": {"loss_type": "topr", **CLIP},
+    "gmpo": {"loss_type": "gmpo", "clip_low": 0.25, "clip_high": 0.35},
+    "gmpo_turn": {"loss_type": "gmpo_turn", "clip_low": 0.25, "clip_high": 0.35},
+    "gspo_turn-sum": {"loss_type": "gspo_turn", **CLIP, "ratio_reduction": "sum"},
+    "vespo": {"loss_type": "vespo"},
+}
 TERMS = {  # every estimator, and the other terms once with each neighbour
     "alone": {},
     "k1": {"kl_coef": 0.11, "kl_estimator": "k1", "entropy_coef": 0.02},
     "k2": {"kl_coef": 0.12, "kl_estimator": "k2", "importance_cap": 1.25},
     "k3": {"kl_coef": 0.13, "kl_estimator": "k3", "entropy_coef": 0.03, "importance_cap": 1.3, "logit_softcap": 6.0},
 }
-GRID = [(loss, terms, reduction) for loss in LOSSES for terms in TERMS for reduction in REDUCTIONS]
+MORE_TERMS = {
+    "log ratio": {"log_ratio_coef": 0.05, "importance_floor": 0.9},
+    "k3_unbiased": {"kl_coef": 0.11, "kl_estimator": "k3_unbiased"},
+    "k3_plus": {"kl_coef": 0.12, "kl_estimator": "k3_plus", "kl_cap": 0.05},
+    "abs": {"kl_coef": 0.13, "kl_estimator": "abs", "kl_cap": 0.35},
+    "mask": {"importance_floor": 0.9, "importance_cap": 1.3, "importance_mode": "mask"},
+}
+GRID = [(loss, terms, reduction) for loss in LOSSES for terms in TERMS for reduction in REDUCTIONS] + [
+    ("cispo-two-sided", "mask", "sum"),
+    ("ipo", "log ratio", "token_mean"),
+    ("icepop", "k3_unbiased", "sequence_mean"),
+    ("dppo_tv", "k3_plus", "none"),
+    ("dppo_kl", "abs", "sequence_sum"),
+    ("sapo", "mask", "sum"),
+    ("topr", "k3_unbiased", "sum"),
+    ("gmpo", "k1", "sequence_mean"),
+    ("gmpo_turn", "k2", "none"),
+    ("gspo_turn-sum", "abs", "token_mean"),
+    ("vespo", "k2", "sequence_mean"),
+]
+
+
+def of_loss(loss: str) -> list[tuple[str, str]]:
+    """Terms and reduction of each case of a loss."""
+    return [(terms, reduction) for name, terms, reduction in GRID if name == loss]
 
 
 def key(loss: str, terms: str, reduction: str) -> str:
@@ -48,7 +85,7 @@ def key(loss: str, terms: str, reduction: str) -> str:
 
 
 def spec(loss: str, terms: str) -> PolicyLossSpec:
-    return PolicyLossSpec(**NUMBERS, **LOSSES[loss], **TERMS[terms])
+    return PolicyLossSpec(**NUMBERS, **(LOSSES | MORE_LOSSES)[loss], **(TERMS | MORE_TERMS)[terms])
 
 
 def _wave(count: int, step: float, size: int, unit: int) -> list[float]:
@@ -164,7 +201,12 @@ def write(file: Path = FILE) -> None:
         f'  "{name}": {{' + ", ".join(f'"{k}": {_numbers(v)}' for k, v in numbers.items()) + "}"
         for name, numbers in truth().items()
     ]
-    specs = {"numbers": NUMBERS, "losses": LOSSES, "terms": TERMS, "shape": {"B": B, "L": L, "V": V, "D": D}}
+    specs = {
+        "numbers": NUMBERS,
+        "losses": LOSSES | MORE_LOSSES,
+        "terms": TERMS | MORE_TERMS,
+        "shape": {"B": B, "L": L, "V": V, "D": D},
+    }
     head = [f'"about": {json.dumps(about)}', *(f'"{name}": {json.dumps(value)}' for name, value in specs.items())]
     tables = [f'"{name}": {{\n' + ",\n".join(rows) + "\n}" for name, rows in (("inputs", given), ("cases", lines))]
     file.parent.mkdir(exist_ok=True)
