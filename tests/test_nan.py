@@ -145,7 +145,7 @@ def test_the_reduced_loss_of_a_call(backend, device, loss_type, number):
             values[3] = nan(bits, device)
         logits.requires_grad_()
         options = {"spec": spec, "cu_seqlens": torch.tensor([0, 6, 12], dtype=torch.int32, device=device)}
-        if loss_type == "gspo_turn":
+        if loss_type.endswith("_turn"):
             options["turn_ids"] = torch.arange(12, device=device) // 3 % 2
         advantages = numbers.pop("advantages")
         out = ppg.policy_loss(logits, labels, advantages, **numbers, **options, backend=backend)

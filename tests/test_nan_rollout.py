@@ -45,7 +45,7 @@ def loss_of(
     columns |= changed or {}
     logits.requires_grad_()
     labels, advantages = columns.pop("labels"), columns.pop("advantages")
-    if spec.loss_type != "gspo_turn":
+    if not spec.loss_type.endswith("_turn"):
         columns.pop("turn_ids")
     if way == "logits":
         out = ppg.policy_loss(logits, labels, advantages, **columns, spec=spec, backend=backend, **how)

@@ -137,8 +137,9 @@ def policy_loss(
     Raises: ValueError for an option that `OPTIONS` refuses.
     """
     spec, behaviour = loss_spec(loss_type, config), _behaviour(loss_type, old_log_probs, rollout_logprobs, config)
-    require(loss_type != "gspo_turn" or loss_mask is not None, 'loss_type "gspo_turn" needs a loss_mask', loss_mask)
-    turn_ids = turn_ids_of_mask(loss_mask) if loss_type == "gspo_turn" and loss_mask is not None else None
+    turns = loss_type.endswith("_turn")
+    require(not turns or loss_mask is not None, f'loss_type "{loss_type}" needs a loss_mask', loss_mask)
+    turn_ids = turn_ids_of_mask(loss_mask) if turns and loss_mask is not None else None
     out = policy_loss_from_logprobs(
         log_probs,
         advantages,
