@@ -4,8 +4,10 @@
 
 #ifdef __CUDACC__
 #define PPG_HD __host__ __device__ __forceinline__
+#define PPG_APART inline __host__ __device__ __noinline__  // so that its registers are not those of its caller
 #else
 #define PPG_HD inline
+#define PPG_APART inline
 #endif
 
 namespace ppg {

@@ -30,7 +30,7 @@ PPG_HD float importance_weight(const TermArgs& a, float old_logprob, float rollo
 }
 
 // Whether the bounds of a loss with a gate leave this token out. Not where a NaN is compared.
-PPG_HD bool outside(const TermArgs& a, float logprob, float old_logprob, float rollout_logprob, float advantage) {
+PPG_APART bool outside(const TermArgs& a, float logprob, float old_logprob, float rollout_logprob, float advantage) {
   const float low = a.clip_low, high = a.clip_high, p = expf(logprob);
   if (a.loss_type == LossType::ICEPOP) {
     const float ratio = ratio_of(a, logprob - rollout_logprob);
