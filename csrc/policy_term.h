@@ -116,7 +116,7 @@ PPG_HD Value kl_term(const TermArgs& a, float log_ratio, float delta) {
 // old_logprob is the log-prob itself where the caller has none (on-policy), ref_logprob likewise; rollout_logprob null:
 // the caller has none.
 PPG_APART Term policy_term(const TermArgs& a, float logprob, float entropy, float lse, float old_logprob,
-                        float ref_logprob, const float* rollout_logprob, float advantage) {
+                           float ref_logprob, const float* rollout_logprob, float advantage) {
   const bool sampled = rollout_logprob && !(a.nan_rollout == NanRollout::ONE && *rollout_logprob != *rollout_logprob);
   const float rollout = sampled ? *rollout_logprob : old_logprob;
   const float importance = sampled ? importance_weight(a, old_logprob, rollout) : 1.f;
