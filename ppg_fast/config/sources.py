@@ -124,8 +124,9 @@ def _converted(name: str, value: Any, hint: Any, where: str) -> Any:
         return as_json_text(value)
     if value is None and isinstance(hint, UnionType):
         return None
-    if base is str and isinstance(value, str) and not value.strip() and DEFAULTS[name] != "":
-        default = f" ({DEFAULTS[name]})" if DEFAULTS[name] is not None else ""
+    usual = DEFAULTS[name]
+    if (base is str or usual is None) and isinstance(value, str) and not value.strip() and usual != "":
+        default = "" if usual is None else f" ({usual})"
         raise ValueError(f"{where}{name} must not be empty: leave it out for its default{default}")
     if base is not bool and not isinstance(value, bool) and isinstance(value, (base, str, int)) and not _endless(value):
         try:
