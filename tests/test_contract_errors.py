@@ -59,7 +59,7 @@ ERRORS = [
     (spec(kl_estimator="k4"), "kl_estimator.*k3", "k4"),
     (spec(clip_low=-0.5), "clip_low", "-0.5"),
     (spec(clip_high=float("nan")), "clip_high", "nan"),
-    (spec(dual_clip=0.5), "dual_clip.*> 1", "0.5"),
+    (spec(loss_type="ppo", dual_clip=0.5), "dual_clip.*> 1", "0.5"),
     (spec(kl_coef=-1.0), "kl_coef", "-1.0"),
     (spec(entropy_coef=float("inf")), "entropy_coef.*finite", "inf"),
     (spec(entropy_coef="a"), "entropy_coef", "a"),

@@ -8,10 +8,16 @@ import torch
 from contract_case import RELATIVE, Call, close, draw
 
 import ppg_fast as ppg
-from ppg_fast.losses import LOSS_TYPES
+from ppg_fast.losses import LOSS_TYPES, SEQUENCE_LEVEL
 from ppg_fast.spec import REDUCTIONS
 
-PLAIN = {"kl_coef": 0.0, "entropy_coef": 0.0}  # no term that gives a row of zero advantage a gradient
+# no term that gives a row of zero advantage a gradient
+PLAIN = {
+    "kl_coef": 0.0,
+    "kl_cap": 0.0,
+    "entropy_coef": 0.0,
+    "log_ratio_coef": 0.0,
+}
 both_forms = pytest.mark.parametrize("linear", [False, True])
 
 
@@ -33,7 +39,7 @@ def test_skip_zero_advantages(loss_type, layout, linear):
     call = Call(draw(7, layout, loss_type, fixed=PLAIN, linear=linear), seed=7)
     idle = call.case.batch.active & (call.case.batch.advantages == 0)
     assert idle.any()
-    if "gspo" not in loss_type:
+    if loss_type not in SEQUENCE_LEVEL:
         rows, view = call.leaves["rows"]
         with torch.no_grad():
             view(rows)[torch.tensor(idle).reshape(call.shape)] = torch.nan

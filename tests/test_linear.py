@@ -14,6 +14,7 @@ from ppg_fast import ops, reference
 from ppg_fast.contract import Chunks, PerRow, RowArguments, Wanted
 from ppg_fast.functional.loss import LossRows
 from ppg_fast.ops import head as head_ops
+from ppg_fast.ops import rows as rows_ops
 
 loss_ops = importlib.import_module("ppg_fast.ops.linear_policy_loss")  # `ops` has functions of these names
 logprob_ops = importlib.import_module("ppg_fast.ops.linear_token_logprobs")
@@ -315,7 +316,7 @@ def test_one_sync_or_none(as_on_a_gpu, monkeypatch, bound, expected):
 def test_the_partition_is_stable(N):
     kind = torch.randint(3, (N,))
     for counting in (True, False):
-        parts = head_ops.partition(kind == 0, kind == 1, N, counting)
+        parts = rows_ops.partition(kind == 0, kind == 1, N, counting)
         full, forward = ((kind == k).nonzero().squeeze(1) for k in (0, 1))
         if counting:
             assert torch.equal(parts.full, full)

@@ -193,6 +193,10 @@ class Drawn:
         assert not out[3].reshape(self.N, -1)[still].any()
 
 
+# of the oracle, whose log ratios have no bound
+KNOWN_TERMS = [numbers for numbers in TERMS.values() if "max_log_ratio" not in numbers]
+
+
 @pytest.mark.parametrize(
     ("reduction", "baseline", "layout"),
     [(*of, ("padded", "packed")[i % 2]) for i, of in enumerate(GRID)]
@@ -200,7 +204,7 @@ class Drawn:
 )
 def test_from_rewards(triton, reduction, baseline, layout):
     i = GRID.index((reduction, baseline)) + 7 * list(LAYOUTS).index(layout)
-    spec = replace(LOSSES[list(LOSSES)[i % len(LOSSES)]], **TERMS[list(TERMS)[i % len(TERMS)]])
+    spec = replace(LOSSES[list(LOSSES)[i % len(LOSSES)]], **KNOWN_TERMS[i % len(KNOWN_TERMS)])
     case = Drawn(
         i,
         layout,

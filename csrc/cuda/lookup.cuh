@@ -97,19 +97,12 @@ __device__ __forceinline__ Kind row_kind(const FusedPolicyLossArgs& a, const Row
   if (r.label < 0) return SKIP;
   return a.dlogits.data && live(a, r) ? FULL : FORWARD;
 }
-// Not among what `look_up` keeps, which fills the shared memory that the ring leaves. For a row that there is.
-__device__ __forceinline__ float temperature_of(const FusedPolicyLossArgs& a, int64_t n) {
-  if (!a.temperatures.data) return a.temperature;
-  const int64_t b = (unsigned)n / (unsigned)a.tokens.length;
-  return a.temperatures.number(b, n - b * a.tokens.length);
-}
 
 struct Finished {  // a row: what is written of it, and the slope of its gradient
   float loss, logprob, entropy, score_norm, ref, sum;
   Slope slope;
 };
-template <int SUMS>
-__device__ __forceinline__ Finished finish_row(const SweepArgs& a, const Row& row, float temperature, const Stat& s) {
+template <int SUMS> __device__ __forceinline__ Finished finish_row(const SweepArgs& a, const Row& row, const Stat& s) {
   const float per = 1.f / s.sum, log_sum = log2f(s.sum), mean = s.dot * per;
   const float label =
       row.label < a.V ? s.label : hw::bits_to_float(NAN_BITS);  // a label out of range makes its row NaN
@@ -120,9 +113,11 @@ __device__ __forceinline__ Finished finish_row(const SweepArgs& a, const Row& ro
               ref_logprob = a.ref_logprobs.data ? row.ref_logprob : logprob;
   const float* const rollout = a.rollout_logprobs.data ? &row.rollout_logprob : nullptr;
   const Term term = policy_term(a.term, logprob, entropy, lse, old_logprob, ref_logprob, rollout, row.advantage);
-  const float scale = row.weight / temperature, h = scale * term.d_entropy * LN2;
+  // of what `look_up` keeps, which fills the shared memory that the ring leaves
+  const float per_temperature = row.k * (a.logit_softcap != 0.f ? LN2 / a.logit_softcap : LN2);
+  const float scale = row.weight * per_temperature, h = scale * term.d_entropy * LN2;
   float loss = row.weight * term.loss, g = scale * term.d_logprob;
-  if (a.nll_weights.data) add_likelihood(row.nll_weight, temperature, logprob, loss, g);
+  if (a.nll_weights.data) add_likelihood(row.nll_weight, 1.f / per_temperature, logprob, loss, g);
   float norm = 0.f;
   if constexpr (SUMS == SCORE_NORM) {
     norm = fmaf(s.square * per, per, fmaf(hw::ex2((label - s.ref) * row.k), -2.f * per, 1.f));

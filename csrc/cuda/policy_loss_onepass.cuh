@@ -151,14 +151,13 @@ template <int SUMS, int WARPS> __device__ void finish(const SweepArgs& a, const 
     const Kind kind = row_kind(a, row);
     Finished f{};
     if (kind != SKIP) {
-      const float temperature = temperature_of(a, n);
       const bool mine = kind == FULL || team.rank == 0;  // else nothing is sent here
       const int half = team.free_half(turn);             // no rank runs ahead of the others
       if (lane == 0) hw::bar_expect(&team.arrived[half], mine ? entries * ENTRY_BYTES<SUMS == SCORE_NORM> : 0);
       if (mine) {
         hw::bar_wait<true>(&team.arrived[half], turn >> 1 & 1);
         const Stat stat = combine<SUMS>(team.entries(half), team.entry_squares(half), entries, row.k);
-        f = finish_row<SUMS>(a, row, temperature, stat);
+        f = finish_row<SUMS>(a, row, stat);
       }
       if (lane == 0 && kind == FULL) {  // every warp here has read the slope before this one: it has sent since
         *team.slope = f.slope;

@@ -48,8 +48,7 @@ __global__ void __launch_bounds__(LARGE_THREADS, 2) policy_loss_twopass(const __
         if constexpr (SUMS == SCORE_NORM) squares[tid / 32] = stat.square;
       }
       __syncthreads();  // also: the whole row has been read
-      const Finished f =
-          finish_row<SUMS>(a, row, temperature_of(a, n), combine<SUMS>(part, squares, threads / 32, view.k));
+      const Finished f = finish_row<SUMS>(a, row, combine<SUMS>(part, squares, threads / 32, view.k));
       if (tid == 0) write_row<SUMS>(a, n, f);
       zero = kind != FULL || f.slope.zero();
       if (!zero) gradient_row<E, CAP, SUMS >= ENTROPY>(f.slope, view, src, out, V, row.label, tid, threads);

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, TRACKERS, TURN_REGRESSION
 from ppg_fast.distributed import PARALLEL
-from ppg_fast.losses import SEQUENCE_LEVEL
+from ppg_fast.losses import LOSS_TYPES, SEQUENCE_LEVEL
 from ppg_fast.policy_classes import FullPlanning
 from ppg_fast.spec import BASELINES, REDUCTIONS, require, require_number, require_one_of
 
@@ -65,6 +65,7 @@ def check_each(config: TrainConfig) -> None:
 
 def check_together(config: TrainConfig) -> None:
     """ValueError, with rule and value, for settings that exclude or need each other."""
+    require_one_of("loss_type", config.loss_type, (*LOSS_TYPES, TURN_REGRESSION))
     require(
         not config.lora_rank or bool(config.model),
         "lora_rank must be 0 without model: one made on the spot has nothing to adapt",

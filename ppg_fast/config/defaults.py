@@ -10,6 +10,8 @@ SECTIONS = {  # of the help: from this setting on, until the next section begins
     "bf16": "what of it trains, in which precision and memory",
     "parallel": "several ranks; randomness",
     "policy_class": "the objective",
+    "clip_low": "numbers of the loss (docs/losses.md)",
+    "log_ratio_coef": "terms beside it, importance weights",
     "max_steps": "steps and rollouts",
     "imitation_steps": "the warm start of the persona interview",
     "prompts": "your own prompts and their partner",
