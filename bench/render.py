@@ -43,6 +43,7 @@ LOSSES = "docs/losses.md"
 DOCUMENTS = (
     "docs/benchmarks.md",
     "docs/data.md",
+    "docs/distillation.md",
     "docs/fused_loss.md",
     "docs/integrations.md",
     "docs/llama_cpp.md",
