@@ -148,7 +148,7 @@ def checker(problem: Problem, case: Case) -> Callable[[Any], dict[str, float]]:
     (truth,) = torch.autograd.grad(divergence(problem, case.variant, rows, torch.float64).sum(), problem.hidden)
     truth = truth[rows].double() / len(counted)
     with torch.no_grad():
-        parts = (divergence(problem, case.variant, part, torch.float64).sum() for part in counted.split(64))
+        parts = (divergence(problem, case.variant, part, torch.float64).sum() for part in counted.split(256))
         loss = torch.stack(list(parts)).sum() / len(counted)
 
     def errors(result: Any) -> dict[str, float]:
