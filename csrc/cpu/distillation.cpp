@@ -89,6 +89,16 @@ Side side_of(const typename E::raw* x, int64_t V, int64_t length, float softcap,
                         : exponentials<E, false>(x, V, length, scale, memory);
 }
 
+// x as it is rounded, so that no product in it is fused into a sum.
+PPG_INLINE Vec rounded(Vec x) {
+#ifdef __has_builtin
+#if __has_builtin(__builtin_assoc_barrier)
+  return __builtin_assoc_barrier(x);
+#endif
+#endif
+  return x;
+}
+
 struct Added {
   Vec divergence, of_student;  // the latter: KL(p, m)
 };
@@ -109,7 +119,7 @@ PPG_INLINE void add(const Side& student, const Side& teacher, int64_t v, float b
   if constexpr (KIND == FORWARD_KL) {
     const Vec q = teacher.p(v);
     sums.divergence -= q * L;
-    u = p - q;
+    u = rounded(p) - q;  // of equal logits exactly 0, which one fused multiply-add would not be
   } else if constexpr (KIND == REVERSE_KL) {
     u = p * L;
     sums.divergence += u;
