@@ -172,6 +172,9 @@ def test_freed_memory_is_given_back_once_a_layer_in_both_passes(monkeypatch):
     after = gradients(model)
     assert all(torch.equal(before[n], after[n]) for n in before)
     assert trims == [0] * 6  # after each forward pass, and once the layer above has ended its backward pass
+    with torch.no_grad():
+        models.token_logprobs(model, batch())
+    assert len(trims) == 6  # nor for a pass without a gradient, as of a rollout
     monkeypatch.setattr(freed_memory, "_trim", lambda: None)  # another allocator
     freed_memory.give_back_freed_memory(other := tiny())
     assert not any(layer._forward_hooks for layer in other.modules())

@@ -30,10 +30,11 @@ def give_back_freed_memory(model: nn.Module) -> None:
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        if not (isinstance(hidden, Tensor) and hidden.is_cpu):
+        # never while tokens are generated, a layer at a time for each of them
+        if not (torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.is_cpu):
             return
         trim(0)
-        if hidden.requires_grad and torch.is_grad_enabled():
+        if hidden.requires_grad:
             hidden.register_hook(lambda _: (trim(0), None)[1])  # the layer above has ended its backward pass
 
     for layer in model.modules():
