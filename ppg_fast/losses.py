@@ -161,6 +161,11 @@ GATED = ("ipo", "icepop", "dppo_tv", "dppo_kl")  # their weight is 0 outside of 
 WITH_ROLLOUT = ("ipo", "icepop")  # they compare the policy with the sampler's log-probs where there are any
 
 
+def numbers_of(loss_type: str) -> dict[str, float]:
+    """The numbers of a spec that a loss of this type uses, with its defaults."""
+    return LOSSES[LossType(LOSS_NUMBERS[loss_type])].uses
+
+
 class Preset(NamedTuple):
     """The numbers that a trainer's users mean by a name."""
 

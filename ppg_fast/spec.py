@@ -12,12 +12,12 @@ from ppg_fast.losses import (
     KL_NUMBERS,
     LOSS_NUMBERS,
     LOSS_TYPES,
-    LOSSES,
     PRESETS,
     SHARED,
     WITH_ROLLOUT,
     KLEstimator,
     LossType,
+    numbers_of,
 )
 from ppg_fast.rules import fail as fail
 from ppg_fast.rules import require, require_float32, require_one_of
@@ -148,7 +148,8 @@ class PolicyLossSpec:
         require_one_of("importance_mode", self.importance_mode, IMPORTANCE_MODES)
         require_one_of("ratio_reduction", self.ratio_reduction, RATIO_REDUCTIONS)
         sums = self.ratio_reduction == "mean" or self.loss_type in ("gspo", "gspo_turn")
-        require(sums, f'ratio_reduction must be "mean" for loss_type {self.loss_type}: gspo, gspo_turn have it', "sum")
+        rule = f'ratio_reduction must be "mean" for loss_type {self.loss_type}: gspo, gspo_turn have it'
+        require(sums, rule, self.ratio_reduction)
         self._own_numbers()
         terms = "kl_coef", "kl_cap", "log_ratio_coef", "z_coef", "importance_floor", "importance_cap", "opsm_delta"
         for name in terms:
@@ -168,7 +169,7 @@ class PolicyLossSpec:
 
     def _own_numbers(self) -> None:
         """The numbers of this loss: None becomes its default; ValueError for one that it has no use for."""
-        uses = LOSSES[LossType(LOSS_NUMBERS[self.loss_type])].uses
+        uses = numbers_of(self.loss_type)
         for name, unused in UNUSED.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, uses.get(name, unused))
@@ -208,6 +209,11 @@ class PolicyLossSpec:
     def shared(self) -> str:
         """Whose tokens' log-probs the loss of one of them needs: "" (its own), "turn" or "sequence"."""
         return "sequence" if self.opsm_delta else SHARED.get(self.loss_type, "")
+
+    @property
+    def needs_turn_ids(self) -> bool:
+        """Whether the tokens of a turn share a ratio."""
+        return SHARED.get(self.loss_type) == "turn"
 
     @property
     def reads_rollout(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 from ppg_fast.config.checks import as_json_text
 from ppg_fast.config.defaults import OFFLINE, PROMPTS
 from ppg_fast.config.train import TrainConfig
-from ppg_fast.losses import LOSS_NUMBERS, LOSSES, LossType
+from ppg_fast.losses import LOSS_TYPES, numbers_of
 from ppg_fast.rules import did_you_mean
 
 OBJECTS = ("chat_template_kwargs",)  # JSON as a flag, a mapping in a file
@@ -58,9 +58,9 @@ def as_now(settings: Mapping[str, Any]) -> dict[str, Any]:
     """``settings``, in today's words where a run wrote them whole before a loss had numbers of its own: what its loss
     did not use is left out, as is the lower bound of cispo, which had none."""
     loss_type = settings.get("loss_type")
-    if "preset" in settings or loss_type not in LOSS_NUMBERS or not settings.keys() >= WHOLE:
+    if "preset" in settings or loss_type not in LOSS_TYPES or not settings.keys() >= WHOLE:
         return dict(settings)
-    unused = {"clip_low", "clip_high"} - LOSSES[LossType(LOSS_NUMBERS[loss_type])].uses.keys()
+    unused = {"clip_low", "clip_high"} - numbers_of(loss_type).keys()
     unused |= {"clip_low"} if loss_type == "cispo" else set()
     return {**settings, **{name: None for name in unused if name in settings}}
 

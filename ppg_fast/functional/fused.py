@@ -160,9 +160,9 @@ def _columns(
 
 def _likelihood_weights(labels: Tensor, turn_ids: Tensor | None, options: LossOptions, validate: bool) -> Tensor | None:
     weights, normalizer = options.get("nll_weights"), options.get("nll_normalizer")
-    active = labels if weights is None else labels != IGNORE
-    if weights is not None and (mask := options.get("loss_mask")) is not None:
-        active = active & (mask != 0)
-    if weights is not None and turn_ids is not None:
-        active = active & (turn_ids >= 0)
+    if weights is None and normalizer is None:  # no work on the way of a call without them
+        return None
+    active, mask = labels != IGNORE, options.get("loss_mask")
+    active = active if mask is None else active & (mask != 0)
+    active = active if turn_ids is None else active & (turn_ids >= 0)
     return likelihood_weights(weights, normalizer, labels, active, validate)

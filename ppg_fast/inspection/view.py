@@ -14,7 +14,7 @@ from ppg_fast.functional import partial_returns
 from ppg_fast.inspection.pieces import TokenTexts, runs
 from ppg_fast.policy_classes import FullPlanning, Greedy, Lookahead, PolicyClass, Segment
 from ppg_fast.spec import IGNORE
-from ppg_fast.training.objective import Objective, credit, live_turns, tokens_to_read
+from ppg_fast.training.objective import Objective, credit, likelihood, live_turns, tokens_to_read
 
 BESIDE = (Greedy(), Lookahead(3), Segment(4), FullPlanning())  # classes beside the one that trains
 
@@ -130,7 +130,8 @@ def credit_of(batch: PackedBatch, row: int, objective: Objective) -> Credit:
     for one in classes_beside(objective.policy_class):
         returns = partial_returns(batch.rewards, one, gamma=objective.gamma, turn_counts=counts)
         beside[str(one)] = returns[row, :turns].tolist()
-    length = int(tokens_to_read(batch, live_turns(batch, chosen, weights, objective), objective)[row])
+    live = live_turns(weights, likelihood(batch, chosen, objective))
+    length = int(tokens_to_read(batch, live, objective)[row])
     return Credit(beside, chosen[row, :turns].tolist(), weights[row, :turns].tolist(), length)
 
 

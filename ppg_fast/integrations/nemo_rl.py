@@ -193,7 +193,7 @@ class PPGLossFn:
         advantages = data["advantages"][:, 1:]
         out = policy_loss_from_logprobs(
             next_token_logprobs, advantages, old_logprobs=old, rollout_logprobs=rollout, spec=self.spec,
-            turn_ids=turn_ids_of_mask(mask) if self.spec.loss_type.endswith("_turn") else None,
+            turn_ids=turn_ids_of_mask(mask) if self.spec.needs_turn_ids else None,
             nll_weights=self._likelihood(data, mask), **shared,
         )  # fmt: skip
         loss = out.loss

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
-from ppg_fast.losses import LOSS_NUMBERS, LOSSES, LossType
+from ppg_fast.losses import LOSS_TYPES, numbers_of
 from ppg_fast.spec import require, require_one_of
 
 _ABSENT = object()
@@ -53,8 +53,8 @@ def refused(part: str, names: str, only: Any, note: str) -> Option:
 def own_numbers(loss_type: str, **numbers: Any) -> dict[str, Any]:
     """Those of ``numbers`` that a loss of this type uses, as arguments of `PolicyLossSpec`: a host has one list of them
     for all of its losses. A lower bound of a ratio is at most 1, since no ratio is below 0."""
-    require_one_of("loss_type", loss_type, tuple(LOSS_NUMBERS))
-    uses = LOSSES[LossType(LOSS_NUMBERS[loss_type])].uses
+    require_one_of("loss_type", loss_type, LOSS_TYPES)
+    uses = numbers_of(loss_type)
     found = {name: number for name, number in numbers.items() if name in uses}
     if "clip_low" in found and loss_type != "dppo_kl":  # whose bound is a divergence
         found["clip_low"] = min(float(found["clip_low"]), 1.0)

@@ -74,7 +74,7 @@ def ppg_loss(inputs: Any, adv_tau: float = 1.0, **kwargs: Any) -> Any:
     Raises: ValueError for a KL term where the algorithm scores no ref_logprobs, and for other options.
     """
     spec = loss_spec(**kwargs)
-    turn_ids = turn_ids_of_mask(inputs.loss_mask[None])[0] if spec.loss_type.endswith("_turn") else None
+    turn_ids = turn_ids_of_mask(inputs.loss_mask[None])[0] if spec.needs_turn_ids else None
     out = policy_loss_from_logprobs(
         inputs.trainer_logprobs, adv_tau * inputs.advantages, loss_mask=inputs.loss_mask,
         old_logprobs=inputs.inference_logprobs, ref_logprobs=inputs.ref_logprobs, turn_ids=turn_ids, spec=spec,

@@ -137,7 +137,7 @@ def policy_loss(
     Raises: ValueError for an option that `OPTIONS` refuses.
     """
     spec, behaviour = loss_spec(loss_type, config), _behaviour(loss_type, old_log_probs, rollout_logprobs, config)
-    turns = loss_type.endswith("_turn")
+    turns = spec.needs_turn_ids
     require(not turns or loss_mask is not None, f'loss_type "{loss_type}" needs a loss_mask', loss_mask)
     turn_ids = turn_ids_of_mask(loss_mask) if turns and loss_mask is not None else None
     out = policy_loss_from_logprobs(

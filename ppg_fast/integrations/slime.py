@@ -202,7 +202,7 @@ def ppg_loss(
         ref_logprobs=placed(batch["ref_log_probs"]) if spec.kl_coef else None,
         rollout_logprobs=placed(rollout) if rollout else None,
         cu_seqlens=torch.tensor([0, *ends, *([T] if ends[-1] < T else [])], dtype=torch.int32, device=device),
-        turn_ids=placed(turn_ids, -1, torch.int64) if spec.loss_type.endswith("_turn") else None,
+        turn_ids=placed(turn_ids, -1, torch.int64) if spec.needs_turn_ids else None,
     )  # fmt: skip
     # the second term connects the loss to the model on a rank without response tokens
     loss = sum_of_sample_mean(out.loss[rows]) + 0.0 * out.loss.sum()

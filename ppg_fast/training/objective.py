@@ -114,9 +114,8 @@ def likelihood(batch: PackedBatch, returns: Tensor, objective: Objective) -> Ten
     return objective.nll_coef * chosen / tokens.float()
 
 
-def live_turns(batch: PackedBatch, returns: Tensor, advantages: Tensor, objective: Objective) -> Tensor:
-    """(S, T): the advantage of each turn or, where that is 0, the weight of its likelihood."""
-    weights = likelihood(batch, returns, objective)
+def live_turns(advantages: Tensor, weights: Tensor | None) -> Tensor:
+    """(S, T): the advantage of each turn or, where that is 0, the weight of its `likelihood`."""
     return advantages if weights is None else advantages.where(advantages != 0, weights)
 
 

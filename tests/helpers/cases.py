@@ -9,14 +9,13 @@ from torch import Tensor
 
 from ppg_fast import backends, ops, reference
 from ppg_fast.contract import PerRow
-from ppg_fast.losses import LOSS_NUMBERS, LossType
-from ppg_fast.losses import LOSSES as LOSS_TABLE
+from ppg_fast.losses import numbers_of
 from ppg_fast.spec import IGNORE, UNUSED, PolicyLossSpec
 
 
 def spec_of(loss_type: str, **numbers: Any) -> PolicyLossSpec:
     """A spec of those of the numbers that its loss uses."""
-    unused = UNUSED.keys() - LOSS_TABLE[LossType(LOSS_NUMBERS[loss_type])].uses
+    unused = UNUSED.keys() - numbers_of(loss_type).keys()
     return PolicyLossSpec(loss_type, **{name: value for name, value in numbers.items() if name not in unused})
 
 

@@ -52,7 +52,7 @@ def policy_loss(
     Returns: 0-d loss and metrics by name.
     """
     spec = loss_spec(loss_type, config)
-    turn_ids = turn_ids_of_mask(response_mask) if loss_type.endswith("_turn") else None
+    turn_ids = turn_ids_of_mask(response_mask) if spec.needs_turn_ids else None
     out = policy_loss_from_logprobs(
         log_prob,
         advantages,
