@@ -12,6 +12,8 @@ import torch
 from .harness import OPS, PACES, Known, measure, peaks, public
 from .problem import Case
 
+TAKE_MEMORY = ("policy_loss", "linear", "linear_frozen", "distillation", "training_step")
+
 
 def planned(plan: dict[str, Any], op: str) -> list[Case]:
     """The cases of one op under the plan's setting."""
@@ -24,10 +26,7 @@ def planned(plan: dict[str, Any], op: str) -> list[Case]:
 
 def wants_memory(case: Case) -> bool:
     """Peaks are taken where every row is active, and inside hosts; they do not depend on the number of threads."""
-    whole = (
-        case.op in ("policy_loss", "linear", "linear_frozen", "training_step") and case.active == 1 and not case.zero
-    )
-    return case.op == "hosts" or whole
+    return case.op == "hosts" or (case.op in TAKE_MEMORY and case.active == 1 and not case.zero)
 
 
 def run(plan: dict[str, Any]) -> dict[str, Any]:
