@@ -119,9 +119,12 @@ def liger(case: Case) -> list[Provider]:
     return found
 
 
+MAKERS = [ours, eager, trl, liger]
+
+
 def participants(case: Case) -> Providers:
     """Ours and the peers, as their trainers call them."""
-    return gather([ours, eager, trl, liger], case)
+    return gather(MAKERS, case)
 
 
 def active(p: Problem) -> Tensor:

@@ -73,11 +73,12 @@ then counts as wanted. What else is returned or written has the same bits with a
 """
 
 import importlib
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
+from typing import Any, TypeVar
 
-import torch
-
+Function = TypeVar("Function", bound=Callable[..., Any])
 NAMES = ("cpu", "triton", "cuda")
 CONTRACT = ("partial_returns", "logprobs_fwd", "logprobs_bwd", "policy_loss", "distillation", "scale_rows")
 MODULES = {
@@ -110,13 +111,20 @@ def why_not(name: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not look inside
+def constant_result(function: Function) -> Function:
+    """What torch.compiler.assume_constant_result makes of it: torch.compile need not look inside. That one imports the
+    compiler, seconds for everybody who does not compile."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_result
 def fuses(name: str) -> bool:
     """Whether backend ``name`` takes a whole policy loss at once; plain PyTorch alone is composed of operations."""
     return hasattr(load(name), "fused_policy_loss")
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def default(device_type: str) -> str:
     """The fastest backend that runs on tensors of ``device_type``; "reference" where no kernel does."""
     return _default(device_type)

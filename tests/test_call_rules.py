@@ -1,7 +1,10 @@
 """What a call refuses in one line, and what it gives for nothing: numbers, masks, memory, derivatives, empty shapes."""
 
 import itertools
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 import torch._dynamo.testing
 
 import ppg_fast as ppg
+from ppg_fast import backends
 
 V, D = 7, 4
 X, HIDDEN, WEIGHT = torch.randn(2, 3, V), torch.randn(2, 3, D), torch.randn(V, D)
@@ -181,3 +185,11 @@ def test_a_number_that_changes_breaks_no_graph(name, dynamic):
     for number in (0.5 + i / 16 for i in range(10)):
         assert torch.equal(compiled(X, number), call(X, number))
     assert counter.frame_count <= 3  # of ten: the first value, those that change, 1
+
+
+def test_importing_the_package_imports_no_compiler():
+    """Which takes longer than all the rest."""
+    program = "import ppg_fast, sys; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=Path(ppg.__file__).parents[1]).returncode == 0
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(backends.constant_result(lambda: None)) == vars(marked) != {}, "as torch marks it itself"

@@ -27,7 +27,8 @@ def cases(device: str, tiny: bool) -> list[tuple[Case, float, float]]:
     """Case, seconds that it takes about, and seconds for the peers or 0 where they do not take part: the bars first."""
     if tiny:
         shapes = (("policy_loss", 64, 512, 0), ("logprobs", 64, 512, 0), ("linear", 64, 512, 32))
-        return [(Case(op, N, V, D, dtype="bfloat16", device=device), 1.0, 1.0 * (not D)) for op, N, V, D in shapes]
+        found = [(Case(op, N, V, D, dtype="bfloat16", device=device), 1.0, 1.0 * (not D)) for op, N, V, D in shapes]
+        return [*found, (Case("distillation", 64, 512, 32, "bfloat16", variant="jsd", device=device), 1.0, 1.0)]
     bf16: dict[str, Any] = {"dtype": "bfloat16", "device": device}
     heads = Case("linear", 8192, 128256, 4096, **bf16)
     found = [(Case("policy_loss", 8192, V, **bf16), 3.0, 10.0) for V in VOCABULARIES]
@@ -36,7 +37,7 @@ def cases(device: str, tiny: bool) -> list[tuple[Case, float, float]]:
     found += [(Case("policy_loss", 8192, ODD, **bf16), 3.0, 0.0)]
     found += [(replace(heads, V=V), 10.0, 0.0) for V in (151936, 262144)]
     found += [(replace(heads, active=share), 5.0, 0.0) for share in (0.5, 0.1)]
-    found += [(replace(heads, zero=0.5), 6.0, 0.0)]
+    found += [(replace(heads, zero=0.5), 6.0, 0.0), (replace(heads, op="distillation", variant="jsd"), 15.0, 20.0)]
     found += [(Case("policy_loss", 8192, 128256, **bf16, active=share), 3.0, 0.0) for share in (0.5, 0.25, 0.1)]
     found += [(Case("policy_loss", 8192, V, dtype="float32", device=device), 3.0, 0.0) for V in (32000, 128256)]
     longer = ((131072, 32000), (32768, 128256), (16384, 262144))
@@ -81,7 +82,7 @@ def _measure(report: Any, wanted: list[tuple[Case, float]], peers: bool) -> None
 def makers(module: Any, peers: bool) -> Iterator[None]:
     """The op with ours alone, or with the others alone; eager PyTorch, by which both are judged, always."""
     before = getattr(module, "MAKERS", [])
-    others = {maker for maker in before if maker.__module__.endswith(".peers") or maker.__name__.startswith("compiled")}
+    others = {maker for maker in before if not maker.__name__.startswith(("ours", "eager"))}
     ours = {maker for maker in before if maker.__name__.startswith("ours")}
     module.MAKERS = [maker for maker in before if maker not in (ours if peers else others)]
     try:
@@ -96,7 +97,7 @@ def _with_peaks(entries: list[dict[str, Any]], case: Case) -> None:
     for entry in entries:
         if entry["param"] in peaks:
             entry["extra_info"]["peak_extra_bytes"] = peaks[entry["param"]]
-        if entry["extra_info"]["kind"] == "ours" and case.D:
+        if entry["extra_info"]["kind"] == "ours" and case.op == "linear":
             entry["extra_info"]["chunk_bytes"] = head.equal_chunks(case.N, rows) * case.V * case.torch_dtype.itemsize
 
 

@@ -34,6 +34,11 @@ def _call(V: int, N: int, dtype: torch.dtype, spec: ppg.PolicyLossSpec, backend:
     torch.autograd.grad(out.loss * 2, logits)
     pair = ppg.token_logprobs(logits, labels, entropy=True, logit_softcap=spec.logit_softcap, backend=backend)
     torch.autograd.grad(pair[0].sum() + pair[1].sum(), logits)
+    hidden, weight = (torch.randn(n, 8, generator=draw, device=device).to(dtype).requires_grad_() for n in (N, V))
+    divergence = ("forward_kl", "reverse_kl", "jsd")[SPECS.index(spec)]
+    taught = ppg.Teacher(hidden.detach(), weight.detach(), divergence=divergence)
+    softcap = {"logit_softcap": spec.logit_softcap, "backend": backend}
+    torch.autograd.grad(ppg.linear_distillation_loss(hidden, weight, labels[0], taught, **softcap).loss, hidden)
 
 
 def sweep_all(report: Any) -> None:

@@ -32,7 +32,11 @@ class Kernel:
 
     def count(self, prefix: str) -> int:
         """Instructions whose mnemonic begins with ``prefix``."""
-        return sum(mnemonic(text).startswith(prefix) for _, text in self.code)
+        return sum(times for name, times in self.mnemonics.items() if name.startswith(prefix))
+
+    @cached_property
+    def mnemonics(self) -> Counter[str]:
+        return Counter(mnemonic(text) for _, text in self.code)
 
     @cached_property
     def after(self) -> dict[int, set[int]]:
@@ -97,7 +101,7 @@ class Kernel:
 
     def straight(self) -> Iterator[Counter[str]]:
         """The mnemonics of each of its `blocks`."""
-        return (Counter(mnemonic(text) for _, text in block.code) for block in self.blocks())
+        return (block.mnemonics for block in self.blocks())
 
 
 def reached(steps: dict[int, set[int]], start: set[int]) -> set[int]:

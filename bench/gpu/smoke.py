@@ -18,6 +18,7 @@ def cases(device: str, tiny: bool) -> list[Case]:
     vocabularies, rows, (N, V, D) = ((512,), 16, (64, 512, 32)) if tiny else (PLANS, ROWS, (512, 32000, 1024))
     found = [Case(op, rows, V, **bf16) for V in vocabularies for op in ("policy_loss", "logprobs")]
     found += [Case("policy_loss", rows, vocabularies[0], device=device), Case("linear", N, V, D, **bf16)]
+    found += [Case("distillation", N, V, D, **bf16, variant="jsd")]
     return [*found, Case("partial_returns", 20, 30, variant="lookahead:3", device=device)]
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ppg_fast.backends import constant_result
+
 TILE_BYTES = 2 * 2**20  # of a head's rows cast to float32: still in a CPU's cache when they are multiplied
 
 
@@ -19,7 +21,7 @@ def has_products(dtype: torch.dtype) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result  # torch.compile need not look inside
+@constant_result
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     """In what operands of ``dtype`` are multiplied, and the default of their logits: float32 on a CPU that has no
     products of their own, else that."""

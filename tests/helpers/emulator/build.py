@@ -52,7 +52,7 @@ def build(patches: Sequence[Patch] = ()) -> Path:
     """The path of the library, built unless one of the same sources, flags and torch is in the cache. Processes may ask
     at once.
 
-    ``patches`` change the sweep's kernels and launchers: a planted fault. Raises RuntimeError with the compiler's
+    ``patches`` change the sweep's kernels and launchers, see `planted`. Raises RuntimeError with the compiler's
     message, ValueError for a patch whose text does not occur exactly once.
     """
     import torch
@@ -61,7 +61,7 @@ def build(patches: Sequence[Patch] = ()) -> Path:
     includes = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_paths()["include"])]
     lib = str(Path(torch.__file__).parent / "lib")
     link = (f"-L{lib}", f"-Wl,-rpath,{lib}", "-ltorch", "-ltorch_cpu", "-lc10")
-    patched = ("-O0",) if patches else ()  # compiled once, run for a second
+    patched = ("-O0",) if patches else ()  # compiled once, run for seconds
     with _sources(patches) as csrc:
         jobs = {
             **dict.fromkeys(_swept(csrc), (*KERNEL, *patched)),
@@ -71,6 +71,18 @@ def build(patches: Sequence[Patch] = ()) -> Path:
         }
         objects = _compile_all(jobs)
     return _link(objects, ".so", "-shared", *link)
+
+
+def planted(faults: Sequence[Patch]) -> list[Patch]:
+    """Patches by which one library has all of ``faults``, of which `Control.plant` chooses one by its number, from 1
+    on; what is planted in are whole statements or expressions."""
+
+    def choice(number: int, old: str, new: str) -> str:
+        if old.endswith(";"):
+            return f"if (emu::planted == {number}) {{ {new} }} else {{ {old} }}"
+        return f"(emu::planted == {number} ? {new} : {old})"
+
+    return [(name, old, choice(number, old, new)) for number, (name, old, new) in enumerate(faults, 1)]
 
 
 def install(library: Path | str) -> ModuleType:
@@ -139,6 +151,10 @@ class Control:
         number ``lose`` at a barrier."""
         settings = (major, resident, cluster, threads, slots, seed, mode, query_error, lose)
         self._lib.emulator_set(*map(ctypes.c_int, settings))
+
+    def plant(self, fault: int) -> None:
+        """Of a library that was built with faults, see `planted`; 0: none."""
+        self._lib.emulator_plant(fault)
 
     def take_stats(self) -> Stats:
         """The counts since the last call."""

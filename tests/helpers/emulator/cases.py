@@ -1,7 +1,7 @@
 """One launch of the emulated policy loss and its check against the reference in float64.
 
-`python -m emulator.cases LIBRARY` (with tests/helpers/ on the path) runs the PROBES, which a library with a planted
-fault must fail. Of several libraries, each in a fork of its own, it prints one JSON line each: exit status and words.
+`python -m emulator.cases LIBRARY FAULTS` (with tests/helpers/ on the path) runs the PROBES without a fault and with
+each of those planted in the library, which it must fail: a fork and a JSON line each, exit status and words.
 """
 
 import itertools
@@ -225,9 +225,10 @@ def run_fused(
     return out.loss.detach(), out.logprobs, out.entropy, gradient
 
 
-def main(library: str) -> None:
+def probe(library: str, fault: int) -> None:
     install(library)
     control = Control(library)
+    control.plant(fault)
     for case, cluster, seed, mode in PROBES:
         control.set(
             resident=1,
@@ -245,13 +246,13 @@ def main(library: str) -> None:
             assert torch.allclose(got, want, rtol=1e-5, atol=1e-6), "fused"
 
 
-def each(libraries: list[str]) -> None:
+def each(library: str, faults: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for library in libraries:
+        for fault in range(faults + 1):
             log = Path(folder, "log")
-            _, status = os.waitpid(fork(lambda library=library: main(library), {}, log), 0)
+            _, status = os.waitpid(fork(lambda fault=fault: probe(library, fault), {}, log), 0)
             print(json.dumps({"status": os.waitstatus_to_exitcode(status), "said": log.read_text()}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1]) if len(sys.argv) == 2 else each(sys.argv[1:])
+    each(sys.argv[1], int(sys.argv[2]))

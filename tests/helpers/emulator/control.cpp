@@ -7,6 +7,7 @@ __attribute__((visibility("default"))) void emulator_set(int major, int resident
                                                          unsigned seed, int mode, int query_error, int lose) {
   emu::settings = {major, resident, threads != 0, cluster, threads, slots, seed, mode, query_error, lose};
 }
+__attribute__((visibility("default"))) void emulator_plant(int fault) { emu::planted = fault; }
 // The counts of emu::Stats, in its order, since the last call.
 __attribute__((visibility("default"))) void emulator_take_stats(int64_t* out) {
   std::memcpy(out, &emu::stats, sizeof emu::stats);

@@ -38,6 +38,7 @@ struct Stats {
 };
 inline Settings settings;
 inline Stats stats;
+inline int planted = 0;  // the fault that the patched sources of a test make; 0: none
 
 constexpr uint16_t READY = 0xA51;  // marks an initialised barrier
 struct Bar {
