@@ -180,6 +180,7 @@ def _open(folder: Path, study: Study, overwrite: bool) -> OwnedFolder:
         owned.begin(overwrite, [Path(study.data)] if study.data else [])
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
+        before = {name: getattr(Study, name) for name in ("beta", "offline", "noise")} | before  # of an older version
         other = {k: (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
         rule = f"{folder} holds a comparison with other settings (give another --output-dir, or --overwrite)"
         require(not other, rule, ", ".join(f"{k} {a} -> {b}" for k, (a, b) in other.items()))

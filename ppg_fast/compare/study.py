@@ -94,16 +94,12 @@ class Study:
         return tuple(c if loss == REINFORCE else c + BY + loss for c in self.classes for loss in self.loss_types)
 
     def settings(self) -> dict[str, Any]:
-        """What must be equal for results to stand side by side. Candidates of auto count, other classes may join
-        later."""
+        """What must be equal for results to stand side by side. Candidates of auto count, other classes and losses
+        may join later."""
         own = dataclasses.asdict(self)
         own.pop("folder")
         own["classes"] = sorted(self.fixed) if AUTO in self.classes else []
-        usual = {field.name: field.default for field in dataclasses.fields(self)}
-        own.pop("loss_types")  # others may join later
-        for name in ("beta", "offline", "noise"):  # a comparison from before there were any goes on
-            if own[name] == usual[name]:
-                own.pop(name)
+        own.pop("loss_types")
         problems = repr([*sorted(PROBLEMS.items()), *map(drawn, range(9))])
         own["problems"] = hashlib.sha256(problems.encode()).hexdigest()[:16]
         if self.data:  # by what it holds, wherever it lies

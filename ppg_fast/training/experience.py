@@ -1,16 +1,14 @@
 """What soft Q-learning remembers of earlier steps: their dialogues, and what was earned from each turn index on."""
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ppg_fast.dialogues.packing import Sample
-from ppg_fast.functional import partial_returns
-from ppg_fast.policy_classes import FullPlanning
 from ppg_fast.reference.turns import turn_mask
 
 KEPT = 0.9  # of the running means, a step
@@ -39,17 +37,20 @@ class Experience:
         a turn index that no dialogue had reached begins with their mean."""
         if not len(rewards):
             return list(self.means)
-        returns = partial_returns(rewards, FullPlanning(), gamma=self.gamma, turn_counts=turn_counts)
-        reached = turn_mask(turn_counts, rewards.shape[1]).sum(0).tolist()
-        found = [total / n for total, n in zip(returns.double().sum(0).tolist(), reached, strict=True) if n]
+        there = turn_mask(turn_counts, rewards.shape[1])
+        found: list[float] = []
+        later = torch.zeros(len(rewards), dtype=torch.float64)  # float32 could not hold the sum of what it holds
+        for own, reached in zip(rewards.double().T.flip(0), there.T.flip(0), strict=True):
+            later = torch.where(reached, own + self.gamma * later, 0.0)
+            if reached.any():
+                found.insert(0, float(later.sum() / reached.sum()))
         known = [KEPT * old + (1 - KEPT) * new for old, new in zip(self.means, found, strict=False)]
         return known + self.means[len(known) :] + found[len(known) :]
 
-    def take_in(self, samples: Sequence[Sample], means: list[float]) -> None:
+    def take_in(self, samples: Sequence[Sample], means: Sequence[float]) -> None:
         """Remember a step that was taken, and the means that it was taken with."""
         self.kept = [*self.kept, list(samples)][-self.steps :] if self.steps else []
-        if all(map(math.isfinite, means)):
-            self.means = means
+        self.means = list(means)
 
     def state_dict(self) -> dict[str, Any]:
         """Both, in plain types."""

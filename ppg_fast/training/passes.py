@@ -153,7 +153,7 @@ def loss_of(one: Pass, module: nn.Module, objective: Objective, normalizer: floa
 def compare_with(passes: Sequence[Pass], mean_returns: Sequence[float]) -> None:
     """Give the passes of soft Q-learning the mean return from each turn index on, 0 where none is known."""
     for one in passes:
-        known = torch.tensor(mean_returns[: one.batch.rewards.shape[1]], dtype=torch.float32)
+        known = torch.tensor(mean_returns[: one.batch.rewards.shape[1]], dtype=torch.float64)
         lacking = one.batch.rewards.shape[1] - len(known)
         one.offsets = torch.nn.functional.pad(known, (0, lacking)).to(one.batch.rewards.device)
 
