@@ -14,25 +14,31 @@ from ppg_fast.rollouts.problems import DRAWN
 from . import machine, result_file
 from .tables import NOT_MEASURED, Results, of, table
 
-NAME = "policy_classes"
+NAME, LOSSES = "policy_classes", "soft_q_study"  # comparisons of classes, and of losses
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the results file ``policy_classes.cpu`` and one chart a problem, one of the credits and one of the scores
-    of each log."""
+    of each log; of comparisons of losses ``soft_q_study.cpu``, which has no charts."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Store finished comparisons of policy classes.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `ppg-fast compare` wrote")
     parser.add_argument("--output", type=Path, default=result_file.FOLDER)
+    parser.add_argument("--losses", action="store_true", help="they compare losses")
     arguments = parser.parse_args(argv)
     summaries = [json.loads((run / "compare.json").read_text()) for run in arguments.runs]
-    problems = [p for s in summaries for p in s["problems"] if not p["problem"].startswith(DRAWN)]
+    problems = [
+        {**p, "settings": s["settings"]} if arguments.losses else p
+        for s in summaries
+        for p in s["problems"]
+        if not p["problem"].startswith(DRAWN)
+    ]
     logs = [s["log"] for s in summaries if s["log"]]
     file = machine.header(
         " ; ".join(s["command"] for s in summaries), "cpu", cpu_seconds=sum(s["cpu_seconds"] for s in summaries)
     )
     file |= {"problems": problems, "across": [entry for s in summaries for entry in s["across"]], "logs": logs}
-    result_file.write(arguments.output, f"{NAME}.cpu", _rounded(file))
-    for name, svg in charts(file).items():
+    result_file.write(arguments.output, f"{LOSSES if arguments.losses else NAME}.cpu", _rounded(file))
+    for name, svg in () if arguments.losses else charts(file).items():
         (arguments.output / name).write_text(svg)
 
 
@@ -139,6 +145,26 @@ def logs_section(results: Results) -> str:
             text += f"\n![scores](../bench/results/{NAME}.{stem}.scores.svg)\n\n"
             text += table(*score_table(log))
     return text.lstrip("\n") or NOT_MEASURED
+
+
+def losses_section(results: Results) -> str:
+    """Losses side by side: last returns, and the largest fall between two evaluations."""
+    text = ""
+    for _, file in of(results, LOSSES):
+        for p in file["problems"]:
+            given = p["settings"]
+            data = f"{given['offline']} dialogues of the start" if given["offline"] else "its own dialogues"
+            noise = "the problem's noise" if given["noise"] == 1 else f"{given['noise']:g} times its noise"
+            seeds = max(len(c["seeds"]) for c in p["classes"].values())
+            head = f"{p['problem']}, {p['version']}: {data}, {noise}, {seeds} seeds"
+            rows = []
+            for arm, c in p["classes"].items():
+                means = (f"{c[k]['mean']:.2f} ± {c[k]['std']:.2f}" for k in ("area", "final"))
+                rows.append((arm, f"{c['mean'][0]:.2f}", *means, f"{max(c['drop']['each']):.2f}"))
+            heads = ("class and loss", "start", "mean return", "last return", "largest fall of a seed")
+            text += f"\n**{head}** (best {p['best_return']:g})\n\n{table(heads, rows)}\n"
+            text += "".join(f"- {v}\n" for v in p["verdict"])
+    return text.strip("\n") + "\n" if text else NOT_MEASURED
 
 
 if __name__ == "__main__":

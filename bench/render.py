@@ -15,7 +15,7 @@ from .gpu.predicted import prediction_section
 from .gpu.sections import gpu_section, summary_section
 from .linear_tables import active_section, contributions_section
 from .logits_dtype import logits_dtype_section
-from .policy_classes import across_section, logs_section, overview_section, problems_section
+from .policy_classes import across_section, logs_section, losses_section, overview_section, problems_section
 from .real import sections as real
 from .result_file import FOLDER, load
 from .server_tables import agreement_section, run_section
@@ -50,6 +50,7 @@ DOCUMENTS = (
     LOSSES,
     "docs/policy_classes.md",
     "docs/real.md",
+    "docs/soft_q.md",
     "README.md",
 )
 
@@ -192,6 +193,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "policy_class_across": across_section,
     "policy_class_problems": problems_section,
     "policy_class_logs": logs_section,
+    "soft_q_study": losses_section,
     **losses.SECTIONS,
     **real.SECTIONS,
     **{

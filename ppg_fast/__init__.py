@@ -7,24 +7,28 @@ from hidden states.
 from ppg_fast.functional import (
     DistillationOutput,
     PolicyLossOutput,
+    SoftQOutput,
     Teacher,
     TopKTeacher,
     linear_distillation_loss,
     linear_partial_policy_loss,
     linear_policy_loss,
+    linear_soft_q_loss,
     linear_token_logprobs,
     linear_turn_regression_loss,
     partial_policy_loss,
     partial_returns,
     policy_loss,
     policy_loss_from_logprobs,
+    soft_q_loss,
+    soft_q_loss_from_logprobs,
     token_logprobs,
     turn_advantages,
     turn_regression_loss,
     turn_regression_loss_from_logprobs,
 )
 from ppg_fast.policy_classes import FullPlanning, Greedy, Lookahead, PolicyClass, RewardMask, Segment, policy_class
-from ppg_fast.spec import PolicyLossSpec
+from ppg_fast.spec import PolicyLossSpec, SoftQSpec
 
 __version__ = "0.1.0"
 
@@ -38,11 +42,14 @@ __all__ = [
     "PolicyLossSpec",
     "RewardMask",
     "Segment",
+    "SoftQOutput",
+    "SoftQSpec",
     "Teacher",
     "TopKTeacher",
     "linear_distillation_loss",
     "linear_partial_policy_loss",
     "linear_policy_loss",
+    "linear_soft_q_loss",
     "linear_token_logprobs",
     "linear_turn_regression_loss",
     "partial_policy_loss",
@@ -50,6 +57,8 @@ __all__ = [
     "policy_class",
     "policy_loss",
     "policy_loss_from_logprobs",
+    "soft_q_loss",
+    "soft_q_loss_from_logprobs",
     "token_logprobs",
     "turn_advantages",
     "turn_regression_loss",

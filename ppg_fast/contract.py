@@ -138,6 +138,7 @@ class Wanted(NamedTuple):
     score_norms: bool
     gradient: bool
     validate: bool
+    lse: bool = False  # the log-sum-exp, differentiable like the log-prob
 
 
 class FusedArguments(NamedTuple):

@@ -242,3 +242,27 @@ class PolicyLossSpec:
         named = dict(zip(SPEC_NUMBERS, numbers, strict=True))
         modes = {"nan_rollout": NAN_ROLLOUT[choices[2]], "importance_mode": IMPORTANCE_MODES[choices[3]]}
         return cls(loss_type=loss_type, kl_estimator=kl_estimator, **modes, **named)
+
+
+@dataclass(frozen=True)
+class SoftQSpec:
+    """The numbers of soft Q-learning on the logits, see `soft_q_loss`.
+
+    ``beta`` > 0 is the strength of the KL to the reference in units of the reward: the optimum is the reference times
+    exp(Q / beta). ``cql_coef`` is the weight of -l of the tokens that were taken (conservative Q-learning), off at 0.
+    Beyond ``max_residual`` nats, off at 0, a residual pulls no harder (Huber's loss). ``ema`` in [0, 1) is for who
+    trains: how much of the target network that ``target_lse`` comes from stays at a step; at 0 there is none, and the
+    policy itself, detached, is the target.
+    """
+
+    beta: float = 0.1
+    cql_coef: float = 0.0
+    max_residual: float = 0.0
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "cql_coef", "max_residual"):
+            number = require_float32(name, getattr(self, name), 0.0, open_low=name == "beta")
+            object.__setattr__(self, name, number)
+        object.__setattr__(self, "ema", require_number("ema", self.ema, 0.0, 1.0))
+        require(self.ema < 1, "ema must be < 1: at 1 the target would never move", self.ema)

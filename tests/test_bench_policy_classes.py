@@ -55,6 +55,24 @@ def test_drawn_problems_have_one_table_and_one_chart_together(stored):
     assert [p["problem"] for p in stored_problems] == ["plan"]
 
 
+def test_losses_have_a_file_and_a_table_of_their_own(tmp_path):
+    flags = ["--version", "tabular", "--policy-classes", "full", "--max-steps", "4", "--seeds", "2", "--offline", "64"]
+    flags += ["--problem", "plan", "--loss-type", "reinforce,soft_q", "--noise", "0"]
+    assert main([*flags, "--output-dir", str(tmp_path / "run")]) == 0
+    policy_classes.main(["--losses", str(tmp_path / "run"), "--output", str(tmp_path)])
+    assert sorted(p.name for p in tmp_path.glob("*.*")) == ["soft_q_study.cpu.json"]
+    text = render.SECTIONS["soft_q_study"](render.load(tmp_path))
+    assert "**plan, tabular: 64 dialogues of the start, 0 times its noise, 2 seeds** (best 8)" in text
+    (p,) = json.loads((tmp_path / "run/compare.json").read_text())["problems"]
+    for arm in ("full", "full by soft_q"):
+        c = p["classes"][arm]
+        fall = max(max(a - b for a, b in zip(r, r[1:], strict=False)) for r in [c["mean"]])
+        assert max(c["drop"]["each"]) >= fall
+        row = f"| {arm} | {c['mean'][0]:.2f} | {c['area']['mean']:.2f} ± {c['area']['std']:.2f} |"
+        assert f"{row} {c['final']['mean']:.2f} ± {c['final']['std']:.2f} | {max(c['drop']['each']):.2f} |" in text
+    assert f"- {p['verdict'][0]}" in text
+
+
 def test_the_same_comparison_makes_the_same_files(stored, tmp_path):
     folder, _ = stored
     policy_classes.main([str(folder / "made"), str(folder / "drawn"), "--output", str(tmp_path)])

@@ -22,7 +22,7 @@ def numbers_of(case):
 
 def ours(case, backend, d_logprob, d_entropy):
     x = case.logits.detach().requires_grad_()
-    logprob, entropy, _ = ops.token_logprobs(
+    logprob, entropy, *_ = ops.token_logprobs(
         x, case.labels, case.temperatures, *numbers_of(case), wanted(d_entropy is not None), backend
     )
     total = (logprob * d_logprob).sum() + (0 if d_entropy is None else (entropy * d_entropy).sum())

@@ -148,7 +148,7 @@ def test_reading_up_to_the_last_credited_turn_changes_no_gradient(model, samples
     assert short.part_seqlens.tolist() == [0, samples[0].starts[1], ends[0][1], ends[0][1] + ends[2][0]]
     read = policy_loss(model, short, advantages[[0, 2]], PolicyLossSpec(), normalizer=3.0)
     assert torch.allclose(whole, gradient(model, read.loss), rtol=1e-4, atol=1e-6 * float(whole.abs().max()))
-    assert denominator(batch, "sequence_sum") == 3.0
+    assert denominator(batch, Objective(reduction="sequence_sum")) == 3.0
 
 
 def test_turns_are_evaluated_on_their_own_view(model, oracle, samples):

@@ -41,7 +41,7 @@ def all_outputs(case, backend, score_norms):
     temperature = case.spec.temperature if case.temperatures is None else 1.0
     scale = case.labels, case.temperatures, temperature, case.spec.logit_softcap
     wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=False)
-    logprob, entropy, alone = ops.token_logprobs(case.logits.detach(), *scale, wanted, backend)
+    logprob, entropy, alone, _ = ops.token_logprobs(case.logits.detach(), *scale, wanted, backend)
     return outputs | {"logprob alone": logprob, "entropy alone": entropy}, norms, alone
 
 

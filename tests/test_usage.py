@@ -105,7 +105,7 @@ def test_nor_is_a_flag_that_is_no_setting(argv, flag, capsys):
         (["bench", "--op", "x"], 2, "no flag '--op'"),
         (["train", "run.yaml"], 2, "nothing is expected at 'run.yaml'"),
         (["train", "--max-steps"], 2, "--max-steps: expected one argument"),
-        (["train", "--loss-type", "poo"], 1, "turn_regression, got 'poo'; did you mean 'ppo'?"),
+        (["train", "--loss-type", "poo"], 1, "soft_q, got 'poo'; did you mean 'ppo'?"),
         (["train", "--reduction", "tokenmean"], 1, "did you mean 'token_mean'?"),
         (["train", "--freeze", "("], 1, "freeze must be a regular expression (missing ), unterminated"),
         (["train", "--freeze", "head,[a"], 1, "freeze must be a regular expression"),

@@ -8,14 +8,24 @@ from typing import Any
 
 from ppg_fast.compare import across, results
 from ppg_fast.compare.columns import across_table
-from ppg_fast.compare.study import CLASSES, LOG_CLASSES, Study, class_names
+from ppg_fast.compare.study import (
+    AUTO,
+    CLASSES,
+    LOG_CLASSES,
+    LOSS_TYPES,
+    REINFORCE,
+    SOFT_Q,
+    Study,
+    class_names,
+)
 from ppg_fast.compare.summary import of_log, of_problem
 from ppg_fast.config import Parser
 from ppg_fast.jobs.ownership import OwnedFolder, require_folder
 from ppg_fast.rewards.decomposition import DECOMPOSITIONS
 from ppg_fast.rollouts.problems import PROBLEMS
-from ppg_fast.spec import require, require_one_of
+from ppg_fast.spec import require, require_number, require_one_of
 
+LEAST = 32  # logged dialogues: those of a step
 SETTINGS, REPORT, NUMBERS = "settings.json", "report.html", "compare.json"
 ENTRIES = (SETTINGS, REPORT, NUMBERS, "warm-*.pt", f"{results.RESULTS}/*-{'[0-9a-f]' * 6}.json")  # what it may remove
 
@@ -46,6 +56,16 @@ def parser() -> argparse.ArgumentParser:
         help="with data: train on the turns that end within these, 0: all; credits are whole [1024]",
     )
     p.add_argument("--policy-classes", help=f"with commas [{CLASSES}; with data {LOG_CLASSES}]")
+    p.add_argument(
+        "--loss-type",
+        default=REINFORCE,
+        help=f"on problems: {' or '.join(LOSS_TYPES)}, or both with a comma [reinforce]",
+    )
+    p.add_argument("--beta", type=float, default=0.1, help="of soft_q, as in train [0.1]")
+    p.add_argument(
+        "--offline", type=int, default=0, help="train on so many dialogues of the policy at the start, 0: its own [0]"
+    )
+    p.add_argument("--noise", type=float, default=1.0, help="what the noise of the rewards is multiplied by [1]")
     p.add_argument("--seeds", type=int, default=3, help="how many [3]")
     p.add_argument(
         "--first-seed", type=int, default=0, help="the first of them: others than those that a choice was made on [0]"
@@ -95,11 +115,36 @@ def _study(given: argparse.Namespace) -> Study:
     require(given.first_seed + given.seeds <= 2**63, "the last seed must be below 2^63", given.first_seed)
     require(given.max_steps is None or given.max_steps >= 1, "max_steps must be at least 1", given.max_steps)
     classes = class_names(given.policy_classes, bool(given.data))
+    losses = tuple(dict.fromkeys(name.strip() for name in given.loss_type.split(",")))
+    own_rollouts = losses == (REINFORCE,) and not given.offline
+    if not own_rollouts:
+        classes = tuple(c for c in classes if c != AUTO or given.policy_classes)
+    require(
+        own_rollouts or AUTO not in classes,
+        "auto must be left out: it looks at policy gradients of its own rollouts",
+        AUTO,
+    )
     if given.decompose is not None:
         require(bool(given.data), "decompose needs data", given.decompose)
         require_one_of("decompose", given.decompose, tuple(DECOMPOSITIONS))
     settings = {name: getattr(given, name) for name in ("data", "decompose", "strict", "max_dialogue_tokens")}
-    return Study(given.output_dir, classes, given.max_steps, given.batches, **settings)
+    return Study(given.output_dir, classes, given.max_steps, given.batches, **settings, **_on_problems(given, losses))
+
+
+def _on_problems(given: argparse.Namespace, losses: tuple[str, ...]) -> dict[str, Any]:
+    """The losses of a study and what they train on; ValueError for what has no meaning together."""
+    for name in losses:
+        require_one_of("loss_type", name, LOSS_TYPES)
+    require_number("beta", given.beta, 0.0, open_low=True)
+    require_number("noise", given.noise, 0.0)
+    require(given.offline == 0 or given.offline >= LEAST, f"offline must be 0 or at least {LEAST}", given.offline)
+    found = {"loss_types": losses, "beta": given.beta, "offline": given.offline, "noise": given.noise}
+    usual = {name: getattr(Study, name) for name in found}
+    for name, value in found.items():
+        rule = f"{name} must be left out with data: it is of the built-in problems"
+        require(not given.data or value == usual[name], rule, value)
+    require(SOFT_Q in losses or given.beta == usual["beta"], "beta needs loss_type soft_q", given.beta)
+    return found
 
 
 def _compute(
@@ -135,6 +180,7 @@ def _open(folder: Path, study: Study, overwrite: bool) -> OwnedFolder:
         owned.begin(overwrite, [Path(study.data)] if study.data else [])
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
+        before = {name: getattr(Study, name) for name in ("beta", "offline", "noise")} | before  # of an older version
         other = {k: (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
         rule = f"{folder} holds a comparison with other settings (give another --output-dir, or --overwrite)"
         require(not other, rule, ", ".join(f"{k} {a} -> {b}" for k, (a, b) in other.items()))
@@ -158,7 +204,7 @@ def summarise(study: Study, runs: Sequence[results.Run], folder: Path, command: 
     for version, name in dict.fromkeys((run.version, run.problem) for run in runs):
         mine = [(run.policy_class, r) for run, r in found.items() if (run.version, run.problem) == (version, name)]
         looked = next((r for c, r in mine if c == results.MEASUREMENT), {})
-        of_classes = {name: [r for c, r in mine if c == name] for name in study.classes}
+        of_classes = {name: [r for c, r in mine if c == name] for name in study.arms}
         if version == "logged":
             log = {"data": Path(str(study.data)).name, "decompose": study.decompose, **of_log(looked, of_classes)}
         else:

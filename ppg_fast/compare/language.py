@@ -3,7 +3,8 @@ common rollouts."""
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ class Student:
     """A small model after its warm start, which is common to all classes of a seed; kept in ``folder`` so that it is
     made once."""
 
-    def __init__(self, name: str, config: TrainConfig, folder: Path) -> None:
-        self.problem, self.config = problem(name), config
+    def __init__(self, name: str, config: TrainConfig, folder: Path, noise: float = 1.0) -> None:
+        self.problem, self.config = problem(name).with_noise(noise), config
         self.policy = Policy(config, lambda: make_word_tokenizer(words()))
         path = folder / f"warm-{name}-{config.seed}.pt"
         if path.exists():
@@ -70,6 +71,13 @@ class Student:
         make = lambda: ProblemDialogue(self.problem, policy.rng)  # noqa: E731
         return [r.sample for r in policy.roll_out(make, seeds, c.num_generations, policy.generator)]
 
+    def logged(self, count: int) -> Callable[[int], list[Sample]]:
+        """Steps on ``count`` dialogues of the policy as it is now, all of them one group."""
+        c = self.config
+        size = c.num_prompts * c.num_generations
+        log = [replace(sample, group_id=0) for i in range(0, count, size) for sample in self.rollouts(i)][:count]
+        return lambda _: self.policy.rng.sample(log, size)
+
     def evaluate(self) -> float:
         """Mean return without noise, of the same dialogues and sampling every time."""
         count = self.config.eval_dialogues
@@ -78,11 +86,13 @@ class Student:
         return sum(r.total_reward for r in rollouts) / count
 
 
-def train(name: str, config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """One run: steps, mean returns at them, and the changes of window where auto makes some."""
-    student = Student(name, config, folder)
+def train(name: str, config: TrainConfig, folder: Path, offline: int = 0, noise: float = 1.0) -> dict[str, Any]:
+    """One run: steps, mean returns at them, and the changes of window where auto makes some. ``offline``: on so many
+    dialogues of the warm start in place of its own; ``noise`` times the problem's."""
+    student = Student(name, config, folder, noise)
+    collect = student.logged(offline) if offline else student.rollouts
     steps, returns, changes = [0], [student.evaluate()], []
-    for row in optimise(student.policy.model, student.rollouts, student.policy.objective(), student.policy.schedule()):
+    for row in optimise(student.policy.model, collect, student.policy.objective(), student.policy.schedule()):
         if "auto/reason" in row:
             changes.append([row["step"], row["policy_class"], row["auto/reason"]])
         if row["step"] % config.eval_every == 0 or row["step"] == config.max_steps:
@@ -96,7 +106,9 @@ def train(name: str, config: TrainConfig, folder: Path) -> dict[str, Any]:
     }
 
 
-def measure(name: str, config: TrainConfig, folder: Path, classes: Sequence[str], batches: int) -> dict[str, Any]:
+def measure(
+    name: str, config: TrainConfig, folder: Path, classes: Sequence[str], batches: int, noise: float = 1.0
+) -> dict[str, Any]:
     """Every class's batch gradient at the warm start, in the space of all parameters, over ``batches`` independent
     batches.
 
@@ -107,7 +119,7 @@ def measure(name: str, config: TrainConfig, folder: Path, classes: Sequence[str]
     ``cosine`` is a ratio of such estimates, cut at 1. ``alignment``: expected cosine of a batch gradient with G_full,
     measured here and as auto estimates it from score norms, None where its estimate of |G_full|^2 is below zero.
     """
-    student = Student(name, config, folder)
+    student = Student(name, config, folder, noise)
     chosen = [policy_class(c) for c in classes]
     full, gradients, seen = list(classes).index("full"), [], []
     for step in range(batches):

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ppg_fast.compare.study import BY
 from ppg_fast.rollouts.problems import DRAWN, problem
 
 LEVEL = 0.8  # of the way from the start to the best return
@@ -39,8 +40,8 @@ def over_seeds(values: np.ndarray) -> dict[str, Any]:
 
 
 def of_class(runs: list[dict[str, Any]], best: float) -> dict[str, Any]:
-    """One class over its seeds. ``area``: mean return over training, by trapezoids; ``level_samples``: median, if most
-    got there."""
+    """One class over its seeds. ``area``: mean return over training, by trapezoids; ``drop``: the largest fall between
+    two evaluations; ``level_samples``: median, if most got there."""
     steps, curves = runs[0]["steps"], np.array([r["returns"] for r in runs])
     low, high = band(curves)
     start = float(curves[:, 0].mean())
@@ -57,6 +58,7 @@ def of_class(runs: list[dict[str, Any]], best: float) -> dict[str, Any]:
         "high": high.tolist(),
         "final": over_seeds(curves[:, -1]),
         "area": over_seeds(areas),
+        "drop": over_seeds(-np.diff(curves).min(1).clip(max=0)),
         "level": level,
         "level_reached": len(times),
         "level_samples": float(np.median(times)) if len(times) > len(runs) / 2 else None,
@@ -84,6 +86,8 @@ def of_problem(
             c["against_own"] = {key: difference(c[key]["each"], classes[own][key]["each"]) for key in ("final", "area")}
     facts = {"problem": name, "version": version, "policy_class": own, "why": of.why, "best_return": of.best_return}
     words = [] if name.startswith(DRAWN) else verdict(own, classes)  # nobody made it for a class
+    if any(BY in c for c in classes):
+        words = of_losses(classes)
     return {**facts, "classes": classes, "gradient": gradient, "verdict": words}
 
 
@@ -109,6 +113,23 @@ def verdict(own: str, classes: dict[str, Any]) -> list[str]:
         sentences.append(f"{kind}: {text}.")
     if "auto" in classes:
         sentences.append(_of_auto(classes, [*rivals, own]))
+    return sentences
+
+
+def of_losses(classes: dict[str, Any]) -> list[str]:
+    """Sentences: the last return of each class by another loss beside that of its policy gradient, and how far either
+    fell on the way."""
+    sentences = []
+    for arm, c in classes.items():
+        plain = classes.get(arm.partition(BY)[0])
+        if BY not in arm or plain is None or plain["seeds"] != c["seeds"]:
+            continue
+        d = difference(c["final"]["each"], plain["final"]["each"])
+        clear = abs(d["mean"]) > CLEAR * d["error"]
+        kind = ("above" if d["mean"] > 0 else "below") if clear else "no clear difference to"
+        falls = ", ".join(f"{max(of['drop']['each']):.2f}" for of in (c, plain))
+        text = f"{arm}: last return {c['final']['mean']:.2f}, {kind} the policy gradient's {plain['final']['mean']:.2f}"
+        sentences.append(f"{text}, {d['mean']:+.2f} ± {d['error']:.2f} within seeds; largest falls {falls}.")
     return sentences
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.functional import partial_returns, soft_q_loss_from_logprobs, turn_advantages
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.policy_classes import policy_class as named_policy_class
 from ppg_fast.rollouts.problems import Problem
+from ppg_fast.spec import SoftQSpec
 from ppg_fast.training.auto import Signals, measure_signals
 
 HONEST = 0  # index of the action
@@ -139,6 +140,28 @@ def estimate(
     advantages = turn_advantages(returns, groups, "leave_one_out" if group_size > 1 else "none").double()
     scores = torch.nn.functional.one_hot(actions, 2).double() - logits.softmax(-1)
     return torch.einsum("btd,bt->td", scores, advantages) / len(actions)
+
+
+def soft_q_gradient(
+    logits: Tensor,
+    reference: Tensor,
+    policy_class: PolicyClass,
+    actions: Tensor,
+    rewards: Tensor,
+    beta: float,
+    offsets: Sequence[float],
+) -> Tensor:
+    """The gradient of the soft Q loss of sampled dialogues, (T, 2): a turn is one token, and its state the turn."""
+    count, turns = actions.shape
+    z = logits.detach().requires_grad_()
+    of_all = (x.log_softmax(-1).expand(count, -1, -1).gather(-1, actions[..., None])[..., 0] for x in (z, reference))
+    (l, ref_logprobs), (lse, ref_lse) = of_all, (x.logsumexp(-1).expand(count, -1) for x in (z, reference))
+    references = {"ref_logprobs": ref_logprobs.float(), "ref_lse": ref_lse.float()}
+    out = soft_q_loss_from_logprobs(
+        l, lse, rewards, torch.arange(turns).expand(count, -1), policy_class, spec=SoftQSpec(beta=beta),
+        offsets=torch.tensor(offsets), **references,
+    )  # fmt: skip
+    return torch.autograd.grad(out.loss, z)[0]
 
 
 def sampled_signals(

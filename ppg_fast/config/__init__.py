@@ -1,6 +1,16 @@
 """The configuration of `ppg-fast train`: one frozen dataclass, readable from YAML and from flags."""
 
-from ppg_fast.config.defaults import AUTO, OF_PROMPTS, OFFLINE, PROMPTS, REWARD_SETTINGS, SECTIONS, TRACKERS
+from ppg_fast.config.defaults import (
+    AUTO,
+    OF_PROMPTS,
+    OF_TURNS,
+    OFFLINE,
+    PROMPTS,
+    REWARD_SETTINGS,
+    SECTIONS,
+    SOFT_Q,
+    TRACKERS,
+)
 from ppg_fast.config.flags import Parser, add_flags
 from ppg_fast.config.sources import DEFAULTS, as_now, make_config, read_yaml, write_yaml
 from ppg_fast.config.train import TrainConfig
@@ -10,9 +20,11 @@ __all__ = [
     "DEFAULTS",
     "OFFLINE",
     "OF_PROMPTS",
+    "OF_TURNS",
     "PROMPTS",
     "REWARD_SETTINGS",
     "SECTIONS",
+    "SOFT_Q",
     "TRACKERS",
     "Parser",
     "TrainConfig",

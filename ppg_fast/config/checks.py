@@ -8,7 +8,7 @@ import re
 import shlex
 from typing import TYPE_CHECKING
 
-from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, TRACKERS, TURN_REGRESSION
+from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, OF_TURNS, SOFT_Q, TRACKERS
 from ppg_fast.distributed import PARALLEL
 from ppg_fast.losses import LOSS_TYPES, SEQUENCE_LEVEL
 from ppg_fast.policy_classes import FullPlanning
@@ -22,7 +22,7 @@ POSITIVE = """width layers vocab_size num_iterations num_prompts num_generations
     activation_checkpointing_every_n_layers rank_timeout partner_tokens max_tool_calls
     judge_tokens concurrency rollout_batch"""
 COUNTS = """max_steps warmup_steps imitation_steps max_dialogue_tokens threads save_every max_skipped_steps
-    lora_rank lora_alpha retries judge_retries"""
+    lora_rank lora_alpha retries judge_retries replay"""
 MOST = 2**31 - 1  # of anything that is counted
 
 
@@ -42,7 +42,7 @@ def check_each(config: TrainConfig) -> None:
         shlex.split(config.sampler_refresh or "")
     except ValueError as error:
         raise ValueError(f"sampler_refresh must be a command ({error}), got {config.sampler_refresh!r}") from error
-    for name in ("learning_rate", "imitation_learning_rate", "max_grad_norm", "temperature", "eta"):
+    for name in ("learning_rate", "imitation_learning_rate", "max_grad_norm", "temperature", "eta", "beta"):
         require_number(name, getattr(config, name), 0.0, open_low=True)
     for name in ("gamma", "final_learning_rate", "teacher_skill"):
         require_number(name, getattr(config, name), 0.0, 1.0)
@@ -65,7 +65,7 @@ def check_each(config: TrainConfig) -> None:
 
 def check_together(config: TrainConfig) -> None:
     """ValueError, with rule and value, for settings that exclude or need each other."""
-    require_one_of("loss_type", config.loss_type, (*LOSS_TYPES, TURN_REGRESSION))
+    require_one_of("loss_type", config.loss_type, (*LOSS_TYPES, *OF_TURNS))
     require(
         not config.lora_rank or bool(config.model),
         "lora_rank must be 0 without model: one made on the spot has nothing to adapt",
@@ -87,8 +87,8 @@ def check_together(config: TrainConfig) -> None:
         what = "policy_class auto needs" if config.policy_class == AUTO else "signals need"
         require(not config.data, f"{what} rollouts of the policy itself, so there must be no data", config.data)
         require(FullPlanning() in config.candidate_classes(), "candidates must include full", config.candidates)
-    _check_regression(config)
-    if config.data and not config.allow_negative_rewards and not config.regresses:
+    _check_of_turns(config)
+    if config.data and not config.allow_negative_rewards and not config.of_turns:
         rule = (
             "baseline must be none with data (a baseline makes weights negative and voids the bound; "
             "allow_negative_rewards permits it)"
@@ -96,14 +96,26 @@ def check_together(config: TrainConfig) -> None:
         require(config.baseline == "none", rule, config.baseline)
 
 
-def _check_regression(config: TrainConfig) -> None:
-    """ValueError for a setting that a regression on turns does not use, and for its own without it."""
-    if not config.regresses:
-        usual = type(config).eta
-        require(config.eta == usual, f"eta must be {usual} without loss_type {TURN_REGRESSION}", config.eta)
+def _check_of_turns(config: TrainConfig) -> None:
+    """ValueError for a setting that a loss of whole turns does not use, and for its own without it."""
+    for loss_type, (own, _) in OF_TURNS.items():
+        for name in own if loss_type != config.loss_type else ():
+            value, usual = getattr(config, name), getattr(type(config), name)
+            why = ": another loss would take an older policy's dialogues for its own" if name == "replay" else ""
+            require(value == usual, f"{name} must be {usual} without loss_type {loss_type}{why}", value)
+    if not config.of_turns:
         return
-    of_it = f"with loss_type {TURN_REGRESSION}"
-    require_one_of(f"baseline {of_it}", config.baseline, ("none", "leave_one_out"))
+    of_it = f"with loss_type {config.loss_type}"
+    alone = config.loss_type == SOFT_Q and config.data  # no groups are drawn for what compares none
+    require_one_of(f"baseline {of_it}", config.baseline, ("none",) if alone else ("none", "leave_one_out"))
+    if config.loss_type == SOFT_Q:
+        auto = config.policy_class == AUTO
+        require(
+            not auto, f"policy_class must be one class {of_it}: auto looks at policy gradients", config.policy_class
+        )
+        require(not config.signals, f"signals must be off {of_it}: they are those of policy gradients", config.signals)
+        again = "with data, whose dialogues are drawn again anyway"
+        require(not (config.data and config.replay), f"replay must be 0 {again}", config.replay)
     for name in ("reduction", *sorted({*LOSS_SETTINGS, "nll_coef"} - {"loss_type", "temperature"})):
         value, usual = getattr(config, name), getattr(type(config), name)
         allowed = "left out" if usual is None else usual

@@ -1,6 +1,10 @@
 """Sections of the help, the defaults of each kind of job, and the settings that rewards are made of."""
 
-TURN_REGRESSION = "turn_regression"  # a loss_type of the trainer: no loss of one row
+TURN_REGRESSION, SOFT_Q = "turn_regression", "soft_q"  # loss types of the trainer: no losses of one row
+OF_TURNS = {  # the settings that are their own, and what they are called
+    TURN_REGRESSION: (("eta",), "regression on turns"),
+    SOFT_Q: (("beta", "replay"), "soft Q-learning"),
+}
 AUTO = "auto"  # in place of a policy class: one of the candidates, chosen while training
 TRACKERS = ("tensorboard", "wandb", "trackio")
 

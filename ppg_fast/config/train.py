@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppg_fast.config.checks import as_json_text, check_each, check_together
-from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, TRACKERS, TURN_REGRESSION
+from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, OF_TURNS, SOFT_Q, TRACKERS, TURN_REGRESSION
 from ppg_fast.losses import KL_ESTIMATORS, LOSS_TYPES, PRESETS
 from ppg_fast.policy_classes import CANDIDATES, FullPlanning, PolicyClass, policy_class, policy_classes
 from ppg_fast.spec import BASELINES, PolicyLossSpec, require, require_one_of
@@ -86,9 +86,11 @@ class TrainConfig:
     )
     loss_type: str = _option(
         OF_PRESET,
-        f"{', '.join((*LOSS_TYPES, TURN_REGRESSION))} (docs/losses.md); default: the preset's, else reinforce",
+        f"{', '.join((*LOSS_TYPES, *OF_TURNS))} (docs/losses.md); default: the preset's, else reinforce",
     )
     eta: float = _option(1.0, "how far turn_regression lets the policy move: old exp(eta return) is its optimum")
+    beta: float = _option(0.1, "soft_q: reward that a nat of distance to the weights at the start costs")
+    replay: int = _option(0, "soft_q: steps whose dialogues are drawn again, as many as are new, 0: none")
     reduction: str = _option("sequence_sum", "of token losses; sequence_sum is the exact gradient")
     num_iterations: int = _option(1, "updates on each batch; more than 1 wants a clipped loss_type")
     clip_low: float | None = _option(
@@ -240,9 +242,14 @@ class TrainConfig:
         return self.loss_type == TURN_REGRESSION
 
     @property
+    def of_turns(self) -> bool:
+        """Whether the loss is one of whole turns: for rewards of both signs, with numbers of its own."""
+        return self.loss_type in OF_TURNS
+
+    @property
     def keeps_start(self) -> bool:
         """Whether the weights at the start are compared with, and so kept."""
-        return self.kl_coef != 0 or (self.regresses and self.data is not None)
+        return self.kl_coef != 0 or self.loss_type == SOFT_Q or (self.regresses and self.data is not None)
 
     def chosen_class(self) -> PolicyClass:
         """The policy class of the first step: full planning where auto chooses."""
@@ -265,6 +272,6 @@ class TrainConfig:
         rule = f"loss_type must be {numbers.get('loss_type')} with preset {self.preset}, or left out"
         require(self.loss_type == numbers.get("loss_type", self.loss_type), rule, self.loss_type)
         given = {name: getattr(self, name) for name in LOSS_SETTINGS}
-        if self.regresses:
+        if self.of_turns:
             given["loss_type"] = "reinforce"  # what a step of it is
         return PolicyLossSpec(**{**numbers, **{name: value for name, value in given.items() if value is not None}})

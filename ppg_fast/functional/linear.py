@@ -92,13 +92,14 @@ def linear_token_logprobs(
     loss_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float = 0.0,
+    lse: bool = False,
     entropy: bool = False,
     score_norms: bool = False,
     chunk_rows: int | None = None,
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Log-probability of each label (entropy and score norm, too) from hidden states, without the logits.
+    """Log-probability of each label (log-sum-exp, entropy and score norm, too) from hidden states, without the logits.
 
     As `token_logprobs` of logits = hidden @ weight.T + bias. Differentiable in hidden, weight and bias: the backward
     pass computes the logits of the rows that have a gradient once more, a chunk at a time (four GEMMs in all). Of a
@@ -108,7 +109,8 @@ def linear_token_logprobs(
     Args:
         hidden: (..., D) float32, bfloat16 or float16.
         weight: (V, D) in the dtype of hidden; ``bias``: (V,) or None.
-        labels, loss_mask, temperature, logit_softcap, entropy, score_norms, validate, backend: as in `token_logprobs`.
+        labels, loss_mask, temperature, logit_softcap, lse, entropy, score_norms, validate, backend: as in
+            `token_logprobs`.
         chunk_rows: rows whose logits are alive at once; default from a memory budget.
         max_active_rows, logits_dtype: as in `linear_policy_loss`.
 
@@ -120,8 +122,8 @@ def linear_token_logprobs(
     spec, temperatures = spec_and_temperatures(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
     )
-    backend = chosen_backend(backend, hidden)
-    wanted = Wanted(entropy, score_norms, gradient=True, validate=validate)
+    backend = chosen_backend("reference" if lse else backend, hidden)
+    wanted = Wanted(entropy, score_norms, gradient=True, validate=validate, lse=lse)
     scale = float(spec.temperature), float(spec.logit_softcap)
     given = x, weight, bias, tokens.labels, temperatures, *scale, wanted, chunks, backend
     return asked_for(ops.linear_token_logprobs(*given), wanted, labels.shape)
@@ -198,7 +200,7 @@ def linear_policy_loss(
     if first:
         scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
         wanted = wanted._replace(gradient=rows.spec.entropy_coef == 0)
-        logprobs, entropy, norms = ops.linear_token_logprobs(
+        logprobs, entropy, norms, _ = ops.linear_token_logprobs(
             x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, *scale, wanted, chunks, backend
         )
         loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)

@@ -68,15 +68,16 @@ def token_logprobs(
     loss_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float = 0.0,
+    lse: bool = False,
     entropy: bool = False,
     score_norms: bool = False,
     validate: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Log-probability of each label; the entropy of its distribution and its score norm when asked for.
+    """Log-probability of each label; the log-sum-exp of its row, its entropy and its score norm when asked for.
 
-    l = log softmax(z)[label],  H = -sum_v p_v log p_v,  |d l / d z|^2 = sum_v p_v^2 - 2 p_label + 1,
-    z = softcap tanh(logits / softcap) / temperature
+    l = log softmax(z)[label],  lse = log sum_v exp(z_v),  H = -sum_v p_v log p_v,
+    |d l / d z|^2 = sum_v p_v^2 - 2 p_label + 1,  z = softcap tanh(logits / softcap) / temperature
 
     Args:
         logits: (..., V) float32, bfloat16 or float16; views such as ``logits[:, :-1]`` are read in place.
@@ -87,9 +88,9 @@ def token_logprobs(
         validate: on a GPU, also make the checks of values, which need a sync. On a CPU they are always made.
         backend: "cpu" | "triton" | "cuda" | "reference"; default the fastest that runs here.
 
-    Returns: (...) float32 in nats; a tuple where ``entropy`` or ``score_norms`` is asked for: log-probs, then those two
-        in this order. Zero where masked (such rows are not read). Log-probs and entropy are differentiable in the
-        logits; the gradient comes back in their dtype.
+    Returns: (...) float32 in nats; a tuple where ``lse``, ``entropy`` or ``score_norms`` is asked for: log-probs, then
+        those three in this order. Zero where masked (such rows are not read). All but the norms are differentiable in
+        the logits; the gradient comes back in their dtype.
     Raises: ValueError for wrong shapes, dtypes, devices or numbers; IndexError for a label outside [0, V).
     """
     x = _rows_of(logits, labels)
@@ -97,8 +98,8 @@ def token_logprobs(
     spec, temperatures = spec_and_temperatures(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
     )
-    backend = chosen_backend(backend, logits)
-    wanted = Wanted(entropy, score_norms, gradient=False, validate=validate)
+    backend = chosen_backend("reference" if lse else backend, logits)
+    wanted = Wanted(entropy, score_norms, gradient=False, validate=validate, lse=lse)
     scale = float(spec.temperature), float(spec.logit_softcap)
     given = x, tokens.labels, temperatures, *scale, wanted, backend
     return asked_for(ops.token_logprobs(*given), wanted, labels.shape)
@@ -186,7 +187,7 @@ def policy_loss(
     if needs_logprobs_first(spec, logits.dtype):
         wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
         scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
-        logprobs, entropy, norms = ops.token_logprobs(
+        logprobs, entropy, norms, _ = ops.token_logprobs(
             x, rows.tokens.labels, rows.per_row.temperatures, *scale, wanted, backend
         )
         loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)

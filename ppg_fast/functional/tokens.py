@@ -112,11 +112,11 @@ class Tokens:
         return replace(self, labels=torch.where(condition, IGNORE, self.labels))
 
 
-def asked_for(outputs: tuple[Tensor, Tensor, Tensor], wanted: Wanted, shape: torch.Size) -> Tensor | tuple[Tensor, ...]:
-    """Log-probs in the shape of the labels; a tuple where entropy, score norms (without a gradient) or both are wanted,
-    too."""
-    logprobs, entropy, norms = outputs
-    more = [entropy] * wanted.entropy + [norms.detach()] * wanted.score_norms
+def asked_for(outputs: tuple[Tensor, ...], wanted: Wanted, shape: torch.Size) -> Tensor | tuple[Tensor, ...]:
+    """Log-probs in the shape of the labels; a tuple where the log-sum-exp, the entropy or score norms (without a
+    gradient) are wanted, too, in this order."""
+    logprobs, entropy, norms, lse = outputs
+    more = [lse] * wanted.lse + [entropy] * wanted.entropy + [norms.detach()] * wanted.score_norms
     return (logprobs.view(shape), *(values.view(shape) for values in more)) if more else logprobs.view(shape)
 
 

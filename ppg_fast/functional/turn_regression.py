@@ -11,17 +11,11 @@ from typing_extensions import Unpack
 from ppg_fast import ops, reference
 from ppg_fast.functional.linear import linear_token_logprobs
 from ppg_fast.functional.logits import token_logprobs
-from ppg_fast.functional.loss import PolicyLossOutput, check_dialogues, check_turn_ids
+from ppg_fast.functional.loss import PolicyLossOutput, check_turn_ids
 from ppg_fast.functional.metrics import when_read
 from ppg_fast.functional.returns import checked_turns
-from ppg_fast.functional.tokens import (
-    Tokens,
-    check_tensor,
-    checked_normalizer,
-    chosen_backend,
-    ordered_sum,
-    per_token,
-)
+from ppg_fast.functional.tokens import check_tensor, checked_normalizer, chosen_backend, ordered_sum, per_token
+from ppg_fast.functional.turn_tokens import TurnTokens
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.rules import require_float32
 from ppg_fast.spec import MAX_LOG_RATIO, require
@@ -46,9 +40,7 @@ class TurnRegressionOptions(TypedDict, total=False):
 class _Turns:
     """The tokens of a call and what their turns are regressed on."""
 
-    tokens: Tokens
-    in_turn: Tensor  # (N,) bool, active and of a turn
-    turn_ids: Tensor  # (N,) int64
+    at: TurnTokens
     returns: Tensor  # (S, T) float32, minus the values
     old: Tensor | None  # (N,) float32
     group_ids: Tensor | None
@@ -84,45 +76,37 @@ class _Turns:
             check_tensor("values", values, None, returns.device)
             require(values.shape == returns.shape, f"values must be (B, T) = {tuple(returns.shape)}", values.shape)
             returns = returns - values.detach().float()
-        tokens = Tokens.of(labels, loss_mask, cu_seqlens, labels.device, validate)
-        check_dialogues(returns, tokens.sequence_count)
-        given = turn_ids.reshape(-1).long(), tokens.sequences(), turns.turn_counts
-        in_turn = ops.turn_credit_op(torch.ones_like(returns), *given, tokens.active, validate) > 0
+        at = TurnTokens.of(labels, turn_ids, turns, loss_mask, cu_seqlens, validate)
         factor = ops.mask_factor(loss_mask, validate)
         returns = returns if factor is None else returns * factor
         old, divisor = per_token("old_logprobs", old_logprobs, labels), None
         if normalizer is not None:
             divisor = checked_normalizer("sum", normalizer, labels.device, validate)
-        return _Turns(tokens, in_turn & tokens.active, given[0], returns, old, turns.group_ids, eta, divisor)
+        return _Turns(at, returns, old, turns.group_ids, eta, divisor)
 
     def output(self, logprobs: Tensor, entropy: Tensor | None) -> PolicyLossOutput:
         """The loss of differentiable log-probs of the labels' shape."""
         l = logprobs.reshape(-1)
-        at = self.in_turn, self.turn_ids, self.tokens.sequences(), (self.returns.shape[0], self.returns.shape[1])
-        count = reference.sum_of_turns(torch.ones_like(l.detach()), *at)
-        ratios = reference.sum_of_turns(l - (l.detach() if self.old is None else self.old), *at)
+        count = self.at.counts()
+        ratios = self.at.sums(l - (l.detach() if self.old is None else self.old))
         residuals = reference.turn_residuals(ratios, self.returns, count > 0, self.group_ids, self.eta)
         loss = residuals.loss(self.normalizer).float()
-        read = torch.where(self.in_turn.view(self.tokens.shape), logprobs.detach(), 0.0)
+        read = self.at.where_read(logprobs)
         spread = torch.zeros_like(read) if entropy is None else entropy.detach()
         metrics = partial(self._metrics, read.reshape(-1), spread.reshape(-1), count > 0, residuals)
         made_of = {"logprobs": read, "entropy": spread, "old_logprobs": self.old, "returns": self.returns}
         return PolicyLossOutput(loss, read, spread, when_read(metrics, made_of, {}))
 
-    @property
-    def labels(self) -> Tensor:
-        """Of the caller's shape, masked also where there is no turn."""
-        return self.tokens.masked_where(~self.in_turn).labels.view(self.tokens.shape)
-
     def _metrics(
         self, logprobs: Tensor, entropy: Tensor, there: Tensor, found: reference.Residuals
     ) -> dict[str, Tensor]:
-        tokens = self.in_turn.sum()
+        in_turn = self.at.in_turn
+        tokens = in_turn.sum()
         columns = {"entropy": entropy}
         if self.old is not None:
             columns["approx_kl"] = reference.k3(logprobs - self.old, MAX_LOG_RATIO)
         means = {
-            name: ordered_sum(torch.where(self.in_turn, values, 0.0)) / tokens.clamp(min=1)
+            name: ordered_sum(torch.where(in_turn, values, 0.0)) / tokens.clamp(min=1)
             for name, values in columns.items()
         }
         before = reference.turn_residuals(torch.zeros_like(self.returns), self.returns, there, self.group_ids, self.eta)
@@ -177,7 +161,7 @@ def turn_regression_loss(
     validate = options.get("validate", False)
     scale = {"temperature": temperature, "logit_softcap": logit_softcap}
     return turns.output(
-        *token_logprobs(logits, turns.labels, **scale, entropy=True, validate=validate, backend=backend)  # type: ignore[arg-type]
+        *token_logprobs(logits, turns.at.labels, **scale, entropy=True, validate=validate, backend=backend)  # type: ignore[arg-type]
     )
 
 
@@ -205,7 +189,7 @@ def linear_turn_regression_loss(
     """
     turns = _Turns.of(labels, rewards, turn_ids, policy_class, backend, **options)
     found = linear_token_logprobs(
-        hidden, weight, turns.labels, bias=bias, chunk_rows=chunk_rows, max_active_rows=max_active_rows,
+        hidden, weight, turns.at.labels, bias=bias, chunk_rows=chunk_rows, max_active_rows=max_active_rows,
         logits_dtype=logits_dtype, temperature=temperature, logit_softcap=logit_softcap, entropy=True,
         validate=options.get("validate", False), backend=backend,
     )  # fmt: skip
@@ -227,5 +211,5 @@ def turn_regression_loss_from_logprobs(
     require(floats, "logprobs must be a floating point tensor", logprobs)
     labels = torch.zeros(logprobs.shape, dtype=torch.int64, device=logprobs.device)
     turns = _Turns.of(labels, rewards, turn_ids, policy_class, None, **options)
-    read = turns.in_turn.view(logprobs.shape)
+    read = turns.at.in_turn.view(logprobs.shape)
     return turns.output(torch.where(read, logprobs.float(), 0.0), None)

@@ -238,7 +238,7 @@ class Inspector:
         ]
         rewards = (warn_if_hardly_credited, warn_if_equal)
         notes = [note for warn in rewards for note in heard(lambda warn=warn: warn(samples, self.objective))[1]]
-        if not (self.config.allow_negative_rewards or self.config.regresses):
+        if not (self.config.allow_negative_rewards or self.config.of_turns):
             try:
                 require_nonnegative(samples, [d.id for d in self.dialogues])
             except ValueError as error:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ppg_fast.config import TrainConfig
+from ppg_fast.config import OF_TURNS, TrainConfig
 from ppg_fast.dialogues.chat_format import ChatFormat, make_byte_tokenizer
 from ppg_fast.dialogues.dialogue import Dialogue, as_json, read_dialogues
 from ppg_fast.dialogues.encoding import encode_dialogue
@@ -18,7 +18,12 @@ from ppg_fast.rollouts.partner import Conversation, LoggedPartner
 from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.spec import require
 from ppg_fast.training.evaluation import on_logged_prefix
-from ppg_fast.training.objective import require_nonnegative, warn_if_equal, warn_if_hardly_credited
+from ppg_fast.training.objective import (
+    require_nonnegative,
+    require_window_ends,
+    warn_if_equal,
+    warn_if_hardly_credited,
+)
 
 
 class OfflineJob(Job):
@@ -35,8 +40,10 @@ class OfflineJob(Job):
         self.dialogues, self.samples = keep_readable(
             dialogues, self._encode, config.strict, str(config.data), "dialogues"
         )
-        if not (config.allow_negative_rewards or config.regresses):
+        if not (config.allow_negative_rewards or config.of_turns):
             require_nonnegative(self.samples, [d.id for d in self.dialogues])
+        if self.objective.soft_q:
+            require_window_ends(self.samples, [d.id for d in self.dialogues], self.objective)
         warn_if_hardly_credited(self.samples, self.objective)
         warn_if_equal(self.samples, self.objective)
         self.shortened = sum(map(_is_cut, self.samples, self.dialogues))
@@ -47,7 +54,7 @@ class OfflineJob(Job):
 
     def source(self) -> str:
         """The file, and the method."""
-        method = "regression on turns" if self.config.regresses else "reward-weighted likelihood"
+        method = OF_TURNS[self.config.loss_type][1] if self.config.of_turns else "reward-weighted likelihood"
         return f"on the logged dialogues of `{Path(str(self.config.data)).name}` by {method}"
 
     def data_read(self) -> Iterable[object]:

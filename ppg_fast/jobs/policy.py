@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ppg_fast import backends
-from ppg_fast.config import AUTO, TrainConfig
+from ppg_fast.config import AUTO, SOFT_Q, TrainConfig
 from ppg_fast.dialogues.chat_format import ChatFormat
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.dialogues.template_choice import template_text
@@ -23,6 +23,7 @@ from ppg_fast.models.freed_memory import give_back_freed_memory
 from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.generation import EndpointSampler
 from ppg_fast.rollouts.rollout import Read, Rollout, StepAll, collect_groups, step_each
+from ppg_fast.spec import SoftQSpec
 from ppg_fast.training.metrics import peak_memory_mb
 from ppg_fast.training.objective import Objective, Schedule
 
@@ -184,18 +185,21 @@ def chat_of(config: TrainConfig, tokenizer: Any, generation_config: Any) -> Chat
 
 def objective_of(config: TrainConfig) -> Objective:
     """The partial policy gradient that ``config`` describes."""
+    soft_q = SoftQSpec(beta=config.beta) if config.loss_type == SOFT_Q else None
     return Objective(
         config.chosen_class(),
         config.gamma,
-        config.baseline,
+        "none" if soft_q else config.baseline,
         config.loss_spec(),
-        "sum" if config.regresses else config.reduction,
+        "sum" if config.of_turns else config.reduction,
         config.num_iterations,
         candidates=config.candidate_classes(),
         auto=config.policy_class == AUTO,
         eta=config.eta if config.regresses else 0.0,
         from_start=config.regresses and config.keeps_start,
         nll_coef=config.nll_coef,
+        soft_q=soft_q,
+        replay=config.replay,
     )
 
 

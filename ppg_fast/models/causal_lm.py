@@ -10,13 +10,20 @@ from torch import Tensor, nn
 
 from ppg_fast.dialogues.packing import NOTHING, PackedBatch, pack
 from ppg_fast.distributed import Ranks
-from ppg_fast.functional import PolicyLossOutput, linear_policy_loss, linear_token_logprobs
+from ppg_fast.functional import (
+    PolicyLossOutput,
+    SoftQOutput,
+    linear_policy_loss,
+    linear_soft_q_loss,
+    linear_token_logprobs,
+)
 from ppg_fast.models import varlen_attention
 from ppg_fast.models.output_head import Head
 from ppg_fast.models.tied_weight import read_with, shared_embedding, two_uses
 from ppg_fast.ops.tracing import traced
+from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.reference.turns import of_tokens
-from ppg_fast.spec import PolicyLossSpec
+from ppg_fast.spec import PolicyLossSpec, SoftQSpec
 
 
 def make_model(
@@ -188,13 +195,35 @@ def policy_loss(
     )
 
 
-def token_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0, logits_dtype: str | None = None) -> Tensor:
-    """log pi(label) of each token (N,) float32, 0 on context; differentiable."""
+def soft_q_loss(
+    model: Any, batch: PackedBatch, policy_class: PolicyClass, *, temperature: float = 1.0, **options: Any
+) -> SoftQOutput:
+    """The soft Q loss of a packed batch and its rewards through the model's own head. ``options``: per-token values
+    (N,) and the rest as `ppg.linear_soft_q_loss`."""
     hidden, head = _hidden_and_head(model, batch)
-    options = {"bias": head.bias, "logits_dtype": logits_dtype, **head.fold(temperature)}
-    logprobs = linear_token_logprobs(hidden, head.weight, batch.labels, **options)
-    assert isinstance(logprobs, Tensor)  # a pair only where the entropy is asked for
-    return logprobs
+    return linear_soft_q_loss(
+        hidden,
+        head.weight,
+        batch.labels,
+        batch.rewards,
+        batch.turn_ids,
+        policy_class,
+        bias=head.bias,
+        cu_seqlens=batch.cu_seqlens,
+        turn_counts=batch.turn_counts,
+        **head.fold(temperature),
+        **options,
+    )
+
+
+def token_logprobs(
+    model: Any, batch: PackedBatch, temperature: float = 1.0, logits_dtype: str | None = None, lse: bool = False
+) -> Any:
+    """log pi(label) of each token (N,) float32, 0 on context; with ``lse`` a pair, the log-sum-exp of the logits too.
+    Differentiable."""
+    hidden, head = _hidden_and_head(model, batch)
+    options = {"bias": head.bias, "logits_dtype": logits_dtype, "lse": lse, **head.fold(temperature)}
+    return linear_token_logprobs(hidden, head.weight, batch.labels, **options)
 
 
 def token_advantages(batch: PackedBatch, advantages: Tensor) -> Tensor:
@@ -215,12 +244,15 @@ class PolicyModule(nn.Module):
         self.model, self.autocast, self.logits_dtype = model, autocast, logits_dtype
 
     def forward(
-        self, batch: PackedBatch, advantages: Tensor | None, spec: PolicyLossSpec, **options: Any
-    ) -> PolicyLossOutput | Tensor:
-        """`policy_loss`, or without ``advantages`` the `token_logprobs` at the temperature of ``spec``."""
+        self, batch: PackedBatch, advantages: Tensor | None, spec: PolicyLossSpec | SoftQSpec, **options: Any
+    ) -> Any:
+        """`policy_loss`, or without ``advantages`` the `token_logprobs` at the temperature of ``spec``; of a SoftQSpec
+        the `soft_q_loss`, whose advantages are its own."""
         with torch.autocast(batch.tokens.device.type, self.autocast) if self.autocast else nullcontext():
+            if isinstance(spec, SoftQSpec):
+                return soft_q_loss(self.model, batch, spec=spec, logits_dtype=self.logits_dtype, **options)
             if advantages is None:
-                return token_logprobs(self.model, batch, float(spec.temperature), self.logits_dtype)
+                return token_logprobs(self.model, batch, float(spec.temperature), self.logits_dtype, **options)
             return policy_loss(self.model, batch, advantages, spec, logits_dtype=self.logits_dtype, **options)
 
 

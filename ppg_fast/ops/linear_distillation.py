@@ -61,7 +61,7 @@ def _losses_and_gradients(
     ``wanted``: `Wanted`, whether there is a policy loss, and of which inputs the gradient is wanted.
     """
     rows, teacher = _unpack(taught, tensors, numbers, choices)
-    flags, (policy, *gradients), kernels = Wanted(*wanted[:4]), wanted[4:], backends.load(backend)
+    flags, (policy, *gradients), kernels = Wanted(*wanted[:-4]), wanted[-4:], backends.load(backend)
     (labels, per_row, spec), (chunk_rows, bound, float32), trains = rows, Chunks.unpack(chunks), any(gradients)
     check_values(rows, teacher, weight.shape[0], flags.validate)
     entropy = policy and (flags.entropy or spec.entropy_coef != 0)
@@ -123,7 +123,7 @@ linear_distillation_op = torch.library.custom_op(
 
 @linear_distillation_op.register_fake
 def _(hidden, weight, bias, taught, tensors, numbers, choices, wanted, chunks, backend):
-    flags, (policy, *gradients) = Wanted(*wanted[:4]), wanted[4:]
+    flags, (policy, *gradients) = Wanted(*wanted[:-4]), wanted[-4:]
     small = row_outputs(hidden, hidden.shape[0], policy and flags.entropy, policy and flags.score_norms)
     return *small, torch.empty_like(small[0]), *gradients_like(hidden, weight, gradients)
 
@@ -132,7 +132,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     _, _, _, taught, tensors, _, _, wanted, _, ctx.backend = inputs
     ctx.set_materialize_grads(False)  # else the outputs that are gradients get zeros of their size
     ctx.save_for_backward(*output[5:])
-    ctx.gradients, ctx.no_gradients = wanted[5:], (no_gradients(taught), no_gradients(tensors))
+    ctx.gradients, ctx.no_gradients = wanted[-3:], (no_gradients(taught), no_gradients(tensors))
 
 
 def _wanted(ctx: Any) -> list[Tensor | None]:

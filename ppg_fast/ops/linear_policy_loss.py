@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ppg_fast import backends
+from ppg_fast import backends, reference
 from ppg_fast.contract import Chunks, PerRow, RowArguments, Wanted
 from ppg_fast.ops.checks import check_labels
 from ppg_fast.ops.head import Head, gradients_like, row_outputs
@@ -147,7 +147,7 @@ def linear_policy_loss(
     """Weighted loss of each row, whose SUM is differentiable in hidden, weight and bias; log-prob, entropy, score norm.
     (N,) float32. ``wanted.gradient`` is found here."""
     if backend == "reference":
-        return reference_linear(hidden, weight, bias, rows, wanted, chunks)
+        return reference_linear(hidden, weight, bias, rows, wanted, chunks)[:4]  # type: ignore[return-value]
     inputs = hidden, weight, bias
     trains = needs_grad(*inputs)
     gradients = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
@@ -164,9 +164,9 @@ def linear_policy_loss(
 
 def reference_linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: RowArguments, wanted: Wanted, chunks: Chunks
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same by plain PyTorch: chunks of active rows under activation checkpointing, so that one chunk of logits is
-    alive at a time."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same by plain PyTorch, and last the log-sum-exp: chunks of active rows under activation checkpointing, so
+    that one chunk of logits is alive at a time."""
     labels, per_row, spec = rows
     check_labels(labels, weight.shape[0], wanted.validate)
     # a copy each chunk casts back, so that autograd adds the chunks' gradients up in float32
@@ -179,14 +179,20 @@ def reference_linear(
         head = weight.to(dtype), None if bias is None else bias.to(dtype)
         logits = torch.nn.functional.linear(x.to(dtype), *head).float()
         row = PerRow(*columns)  # type: ignore[arg-type]
-        return reference_policy_loss(logits, labels, row, spec, wanted.score_norms)[: len(outputs)]
+        found = reference_policy_loss(logits, labels, row, spec, wanted.score_norms)
+        if not wanted.lse:
+            return found[:count]
+        by = spec.temperature if row.temperatures is None else row.temperatures
+        return *found[:count], reference.log_sum_exps(logits, labels, by, spec.logit_softcap)
 
-    outputs = [torch.zeros(labels.numel(), device=hidden.device) for _ in range(3 + wanted.score_norms)]
+    count = 3 + wanted.score_norms
+    outputs = [torch.zeros(labels.numel(), device=hidden.device) for _ in range(count + wanted.lse)]
     active = (labels >= 0).nonzero().squeeze(1)
     check_bound(active.numel(), chunks.max_active)
     for part in active.split(chunks.rows):
         x = hidden.index_select(0, part)
         found = checkpoint(chunk_loss, x, weight, bias, labels[part], *pick(per_row, part), use_reentrant=False)
         outputs = [out.index_put((part,), values) for out, values in zip(outputs, found, strict=True)]
-    norms = outputs[3] if wanted.score_norms else hidden.new_empty(0, dtype=torch.float32)
-    return outputs[0], outputs[1], outputs[2], norms
+    none = hidden.new_empty(0, dtype=torch.float32)
+    norms, lse = outputs[3] if wanted.score_norms else none, outputs[-1] if wanted.lse else none
+    return outputs[0], outputs[1], outputs[2], norms, lse

@@ -207,9 +207,10 @@ def linear_token_logprobs(
     wanted: Wanted,
     chunks: Chunks,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, entropy, both differentiable in hidden, weight and bias, and score norm of each row, (N,) float32;
-    (0,) unless wanted. ``wanted.gradient``: a frozen head may keep what makes the gradient of a log-prob a scale."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-prob, entropy, both differentiable in hidden, weight and bias, score norm and log-sum-exp, differentiable
+    too, of each row, (N,) float32; (0,) unless wanted. ``wanted.gradient``: a frozen head may keep what makes the
+    gradient of a log-prob a scale."""
     if backend == "reference":
         spec = PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap)
         per_row = PerRow(torch.zeros(labels.shape, device=hidden.device), None, None, None, None, temperatures)
@@ -223,4 +224,4 @@ def linear_token_logprobs(
     scale, flags = [temperature, logit_softcap], list(wanted._replace(gradient=keeps))
     given = hidden, weight, bias, labels, temperatures, scale, flags, chunks.pack(), backend
     logprob, _, entropy, norms, *_ = call(*given)
-    return logprob, entropy, norms
+    return logprob, entropy, norms, logprob[:0]

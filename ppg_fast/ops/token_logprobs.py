@@ -22,11 +22,11 @@ def _logprobs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> log-prob, entropy and score norm of each row, (N,) float32, zeros where masked, (0,) unless wanted; before the
     last its maximum and sum, (N, 2). ``scale``: temperature and softcap."""
-    entropy, score_norms, _, validate = wanted
-    check_labels(labels, logits.shape[-1], validate)
-    norm = torch.empty(labels.numel() if score_norms else 0, dtype=torch.float32, device=logits.device)
-    given = norm if score_norms else None
-    out = backends.load(backend).logprobs_fwd(logits, labels, temperatures, *scale, entropy, given)
+    flags = Wanted(*wanted)
+    check_labels(labels, logits.shape[-1], flags.validate)
+    norm = torch.empty(labels.numel() if flags.score_norms else 0, dtype=torch.float32, device=logits.device)
+    given = norm if flags.score_norms else None
+    out = backends.load(backend).logprobs_fwd(logits, labels, temperatures, *scale, flags.entropy, given)
     return *out, norm
 
 
@@ -82,17 +82,18 @@ def token_logprobs(
     logit_softcap: float,
     wanted: Wanted,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, entropy, both differentiable in the logits, and score norm of each row, (N,) float32; (0,) unless
-    wanted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-prob, entropy, both differentiable in the logits, score norm and log-sum-exp, differentiable too, of each
+    row, (N,) float32; (0,) unless wanted."""
     if backend == "reference":
         check_labels(labels, logits.shape[-1], wanted.validate)
         by, z = temperature if temperatures is None else temperatures, logits.flatten(0, 1).float()
         norms = reference.score_norms(z, labels, by, logit_softcap) if wanted.score_norms else z.new_empty(0)
-        return *reference.token_logprobs(z, labels, by, logit_softcap), norms
+        lse = reference.log_sum_exps(z, labels, by, logit_softcap) if wanted.lse else z.new_empty(0)
+        return *reference.token_logprobs(z, labels, by, logit_softcap), norms, lse
     if temperatures is None and not constant(temperature):
         temperatures, temperature = as_data(labels.shape, temperature, torch.float32, labels.device), 1.0
     call = token_logprobs_op if traced(logits) else EagerTokenLogprobs.apply if needs_grad(logits) else _logprobs
     scale = [temperature, logit_softcap]
     logprob, entropy, _, norms = call(logits, labels, temperatures, scale, list(wanted), backend)
-    return logprob, entropy, norms
+    return logprob, entropy, norms, logprob[:0]

@@ -12,7 +12,7 @@ gradient is that of the true value, and every longer one only adds noise.
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ppg_fast.dialogues.message import Message
@@ -46,6 +46,10 @@ class Problem:
         if len(honest) == self.turns:
             paid[-1] += self.finale * (sum(honest) / self.turns) ** 2
         return paid
+
+    def with_noise(self, scale: float) -> "Problem":
+        """The same with its noise times ``scale``."""
+        return replace(self, noise=tuple(tuple(scale * value for value in row) for row in self.noise))
 
     @cached_property
     def best_return(self) -> float:

@@ -13,7 +13,7 @@ from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.policy_classes import FullPlanning, Lookahead, PolicyClass
 from ppg_fast.reference import Residuals
 from ppg_fast.reference.turns import of_tokens
-from ppg_fast.spec import PolicyLossSpec, require
+from ppg_fast.spec import PolicyLossSpec, SoftQSpec, require
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Objective:
     ``eta`` > 0: regression on turns (`ppg.turn_regression_loss`) in place of ``spec`` and ``reduction``: of pairs, or
     with baseline "none" of turns by themselves. Its old policy is that of the step's start, or ``from_start`` of the
     training's: dialogues of a log are all of one policy.
+
+    ``soft_q``: soft Q-learning (`ppg.soft_q_loss`) in their place, with the weights at the start as its reference.
+    ``replay``: steps whose dialogues are drawn again, as many as are new; soft Q-learning alone takes dialogues of
+    another policy as they are.
 
     ``nll_coef``: the loss gains this times the mean of -l over the tokens of turns whose windowed return is positive
     (VAPO, arXiv:2504.05118).
@@ -44,15 +48,22 @@ class Objective:
     eta: float = 0.0
     from_start: bool = False
     nll_coef: float = 0.0
+    soft_q: SoftQSpec | None = None
+    replay: int = 0
 
     def __post_init__(self) -> None:
-        """ValueError for a regression over another loss."""
-        if self.eta:
-            rule = "a regression on turns (eta > 0) goes with"
-            require(self.baseline in ("none", "leave_one_out"), f"{rule} baseline leave_one_out or none", self.baseline)
-            require(self.reduction == "sum", f"{rule} reduction sum, its denominator is its own", self.reduction)
-            plain = self.spec == PolicyLossSpec(temperature=self.spec.temperature)
-            require(plain, f"{rule} the default spec, its distance to the old policy is eta", self.spec)
+        """ValueError for a loss of whole turns over another loss, and for replay without soft Q-learning."""
+        require(not self.replay or self.soft_q is not None, "replay must be 0 without soft_q", self.replay)
+        if not (self.eta or self.soft_q):
+            return
+        rule = "soft Q-learning (soft_q) goes with" if self.soft_q else "a regression on turns (eta > 0) goes with"
+        baselines = ("none",) if self.soft_q else ("leave_one_out", "none")
+        require(self.baseline in baselines, f"{rule} baseline {' or '.join(baselines)}", self.baseline)
+        require(self.reduction == "sum", f"{rule} reduction sum, its denominator is its own", self.reduction)
+        plain = self.spec == PolicyLossSpec(temperature=self.spec.temperature)
+        require(plain, f"{rule} the default spec, its distance to another policy is its own", self.spec)
+        require(not (self.soft_q and self.candidates), "soft Q-learning goes with no candidates", self.candidates)
+        require(not (self.soft_q and self.eta), "soft Q-learning goes with eta 0", self.eta)
 
 
 @dataclass(frozen=True)
@@ -114,8 +125,11 @@ def likelihood(batch: PackedBatch, returns: Tensor, objective: Objective) -> Ten
     return objective.nll_coef * chosen / tokens.float()
 
 
-def live_turns(advantages: Tensor, weights: Tensor | None) -> Tensor:
-    """(S, T): the advantage of each turn or, where that is 0, the weight of its `likelihood`."""
+def live_turns(batch: PackedBatch, advantages: Tensor, weights: Tensor | None, objective: Objective) -> Tensor:
+    """(S, T): the advantage of each turn or, where that is 0, the weight of its `likelihood`; 1 where soft Q-learning
+    finds it on the way."""
+    if objective.soft_q:
+        return batch.turn_mask.float()
     return advantages if weights is None else advantages.where(advantages != 0, weights)
 
 
@@ -148,8 +162,12 @@ def tokens_to_read(batch: PackedBatch, advantages: Tensor, objective: Objective)
     return torch.zeros_like(batch.turn_counts).scatter_reduce(0, dialogue_ids, ends, "amax")
 
 
-def denominator(batch: PackedBatch, reduction: str) -> float | None:
-    """The reduction's denominator over all micro-batches of ``batch``: its labels, or the dialogues that have one."""
+def denominator(batch: PackedBatch, objective: Objective) -> float | None:
+    """What the loss is divided by, over all micro-batches of ``batch``: its labels, the dialogues that have one, or for
+    soft Q-learning the turns that do."""
+    if objective.soft_q:
+        return max(1.0, float((batch.sum_of_turns(torch.ones(len(batch.tokens))) > 0).sum()))
+    reduction = objective.reduction
     labels = batch.dialogue_ids[batch.labels >= 0].bincount()
     total = {"token_mean": labels.sum(), "sequence_mean": (labels > 0).sum(), "sequence_sum": (labels > 0).sum()}
     return max(1.0, float(total[reduction])) if reduction in total else None
@@ -163,6 +181,23 @@ def require_nonnegative(samples: Sequence[Sample], names: Sequence[str]) -> None
                 why = "negative ones void the lower bound; allow_negative_rewards permits them"
                 rule = f"offline rewards must be >= 0 ({why})"
                 raise ValueError(f"{rule}, got {reward} in dialogue {name!r}, turn {turn}")
+
+
+def require_window_ends(samples: Sequence[Sample], names: Sequence[str], objective: Objective) -> None:
+    """ValueError at the first turn whose window ends at a turn of which nothing is read: soft Q-learning takes the
+    value of what follows from there."""
+    for sample, name in zip(samples, names, strict=True):
+        rewards = torch.ones(1, len(sample.rewards))
+        lengths = partial_returns(rewards, objective.policy_class)[0].long().tolist() if sample.rewards else []
+        read = set(sample.turn_ids)
+        for turn, length in enumerate(lengths):
+            end = turn + length
+            if turn in read and end < len(lengths) and end not in read:
+                rule = (
+                    f"dialogue {name!r}: the window of turn {turn} ends at turn {end}, which must be read for its value"
+                )
+                mend = "raise max_dialogue_tokens, or take policy_class full"
+                raise ValueError(f"{rule} in soft Q-learning, got none of its tokens ({mend})")
 
 
 def warn_if_hardly_credited(samples: Sequence[Sample], objective: Objective) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,11 @@ class Pass:
     batch: PackedBatch
     advantages: Tensor  # (S, T) float32
     old_logprobs: Tensor | None = None  # (N,) under the weights before the first of several iterations
-    ref_logprobs: Tensor | None = None  # (N,) under the reference of a KL term
+    ref_logprobs: Tensor | None = None  # (N,) under the reference of a KL term or of soft Q-learning
+    ref_lse: Tensor | None = None  # (N,) log-sum-exp of the logits under the latter
+    offsets: Tensor | None = None  # (T,) mean returns from each turn index on, for soft Q-learning
+    values: Tensor | None = None  # (S, T) that soft Q-learning's last pass gave the turns, in units of the reward
+    residuals: Tensor | None = None  # (S, T) of that pass, in nats
     nll_weights: Tensor | None = None  # (N,) of the likelihood of each label
 
 
@@ -61,15 +66,18 @@ def add_logprobs(
 ) -> None:
     """Fill in the log-probs that the objective compares with: old ones for several iterations, those of ``reference``
     where there is one."""
-    if objective.num_iterations > 1 and not objective.from_start:
+    if objective.num_iterations > 1 and not (objective.from_start or objective.soft_q):
         for one in passes:
             ranks.check()
-            one.old_logprobs = _logprobs(module, one.batch, objective.spec, ranks)
+            one.old_logprobs = _read(module, one.batch, objective.spec, ranks)
     if reference is not None:
         with reference.in_place():
             for one in passes:
                 ranks.check()
-                one.ref_logprobs = _logprobs(module, one.batch, objective.spec, ranks)
+                if objective.soft_q:
+                    one.ref_logprobs, one.ref_lse = _read(module, one.batch, objective.spec, ranks, lse=True)
+                else:
+                    one.ref_logprobs = _read(module, one.batch, objective.spec, ranks)
     if objective.from_start:
         for one in passes:
             one.old_logprobs, one.ref_logprobs = one.ref_logprobs, None
@@ -93,13 +101,13 @@ def regress(
     """
     ratios = None
     if moved:
-        ratios = torch.zeros(batch.rewards.shape, dtype=torch.float64)
+        sums: list[Tensor | None] = []
         for one in passes:
             check()
-            logprobs = _logprobs(module, one.batch, objective.spec, ranks)
-            if one.dialogues and one.old_logprobs is not None:
-                ratios[one.dialogues] = one.batch.sum_of_turns(logprobs - one.old_logprobs).cpu()
-        ratios = torch.stack(ranks.gather(ratios)).sum(0)
+            logprobs = _read(module, one.batch, objective.spec, ranks)
+            old = one.old_logprobs
+            sums.append(None if old is None else one.batch.sum_of_turns(logprobs - old))
+        ratios = of_all(passes, sums, batch, ranks)
     found, before = (turn_residuals(batch, returns, objective, r) for r in (ratios, None))
     advantages = (objective.scale * found.advantages(objective.eta)).float()
     for one in passes:
@@ -109,12 +117,70 @@ def regress(
     return {"loss": loss, "explained": 1 - loss / at_old if at_old else 0.0}
 
 
-def _logprobs(module: nn.Module, batch: PackedBatch, spec: PolicyLossSpec, ranks: Ranks) -> Tensor:
-    """Of a batch's labels (N,), without a gradient and without dropout."""
+def loss_of(one: Pass, module: nn.Module, objective: Objective, normalizer: float | None, score_norms: bool) -> Any:
+    """The loss of a pass, differentiable, and what was found on the way."""
+    if objective.soft_q is None:
+        return module(
+            one.batch,
+            one.advantages,
+            objective.spec,
+            old_logprobs=one.old_logprobs,
+            ref_logprobs=one.ref_logprobs,
+            rollout_logprobs=one.batch.rollout_logprobs if objective.spec.reads_rollout else None,
+            nll_weights=one.nll_weights,
+            nll_normalizer=None if one.nll_weights is None else 1.0,
+            reduction=objective.reduction,
+            normalizer=normalizer,
+            skip_zero_advantages=not objective.candidates,  # other classes may have an advantage there
+            score_norms=score_norms,
+        )
+    out = module(
+        one.batch,
+        None,
+        objective.soft_q,
+        policy_class=objective.policy_class,
+        gamma=objective.gamma,
+        temperature=objective.spec.temperature,
+        ref_logprobs=one.ref_logprobs,
+        ref_lse=one.ref_lse,
+        offsets=one.offsets,
+        normalizer=normalizer,
+    )
+    one.values, one.residuals = out.values, out.residuals
+    return out
+
+
+def compare_with(passes: Sequence[Pass], mean_returns: Sequence[float]) -> None:
+    """Give the passes of soft Q-learning the mean return from each turn index on, 0 where none is known."""
+    for one in passes:
+        known = torch.tensor(mean_returns[: one.batch.rewards.shape[1]], dtype=torch.float64)
+        lacking = one.batch.rewards.shape[1] - len(known)
+        one.offsets = torch.nn.functional.pad(known, (0, lacking)).to(one.batch.rewards.device)
+
+
+def weighed(passes: Sequence[Pass], batch: PackedBatch, beta: float, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """What the last passes of soft Q-learning gave the turns of ``batch``, (S, T) float32 in units of the reward: the
+    value of each, and the advantage that its tokens were weighed with, -beta times its residual."""
+    values = of_all(passes, [one.values for one in passes], batch, ranks)
+    residuals = of_all(passes, [one.residuals for one in passes], batch, ranks)
+    return values.float(), (-beta * residuals).float()
+
+
+def of_all(passes: Sequence[Pass], found: Sequence[Tensor | None], batch: PackedBatch, ranks: Ranks) -> Tensor:
+    """What the passes of all ranks found of their turns, as (S, T) float64 of ``batch`` on the CPU."""
+    whole = torch.zeros(batch.rewards.shape, dtype=torch.float64)
+    for one, values in zip(passes, found, strict=True):
+        if one.dialogues and values is not None:
+            whole[one.dialogues] = values.double().cpu()
+    return torch.stack(ranks.gather(whole)).sum(0)
+
+
+def _read(module: nn.Module, batch: PackedBatch, spec: PolicyLossSpec, ranks: Ranks, **also: bool) -> Any:
+    """The log-probs of a batch's labels (N,), and what ``also`` asks for, without a gradient and without dropout."""
     was_training = module.training
     module.eval()
     try:
         with ranks.no_grad_forward(module):
-            return module(batch, None, spec)
+            return module(batch, None, spec, **also)
     finally:
         module.train(was_training)

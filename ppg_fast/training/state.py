@@ -9,6 +9,7 @@ from ppg_fast.dialogues.packing import Sample
 from ppg_fast.models.adaptation import StartingWeights, load_trainable_state, trainable_state
 from ppg_fast.spec import require
 from ppg_fast.training.auto import WindowChooser
+from ppg_fast.training.experience import Experience
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.optimisers import load_optimizer_state, make_optimizer
 
@@ -59,10 +60,11 @@ class SkippedSteps:
 
 @dataclass
 class TrainingState:
-    """What steps change, but for the sources of randomness. ``reference``: the weights at the start, where a KL term
-    or a regression wants them.
+    """What steps change, but for the sources of randomness. ``reference``: the weights at the start, where a KL term,
+    a regression or soft Q-learning wants them.
 
-    ``chooser``: what has been seen of the policy classes, where the objective has candidates. A field is saved and
+    ``chooser``: what has been seen of the policy classes, where the objective has candidates. ``experience``: what
+    soft Q-learning remembers of earlier steps. A field is saved and
     loaded by its own ``state_dict`` and ``load_state_dict`` where it has them, as a plain value where not.
     """
 
@@ -73,6 +75,7 @@ class TrainingState:
     num_tokens: int = 0
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
     chooser: WindowChooser | None = None
+    experience: Experience | None = None
 
     @classmethod
     def start(cls, model: Any, objective: Objective, schedule: Schedule) -> "TrainingState":
@@ -86,11 +89,13 @@ class TrainingState:
             offload=schedule.optim_offload,
         )
         fixed = None if objective.auto else objective.policy_class
+        compared = objective.spec.kl_coef or objective.from_start or objective.soft_q
         return cls(
             model,
             optimizer,
-            reference=StartingWeights(model) if objective.spec.kl_coef or objective.from_start else None,
+            reference=StartingWeights(model) if compared else None,
             chooser=WindowChooser(objective.candidates, fixed=fixed) if objective.candidates else None,
+            experience=Experience(objective.replay, objective.gamma) if objective.soft_q else None,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -103,6 +108,10 @@ class TrainingState:
         """Take over what `state_dict` gave. ValueError where it is of other weights, of other candidates, or has a
         part that this state does not have."""
         own = vars(self)
+        saved = {
+            **dict.fromkeys(name for name, part in own.items() if part is None),
+            **saved,
+        }  # of a version without it
         require(saved.keys() == own.keys(), f"a training state must have {sorted(own)}", sorted(saved))
         for name, part in own.items():
             began = "without" if saved[name] is None else "with"

@@ -20,10 +20,11 @@ from ppg_fast.distributed import Ranks
 from ppg_fast.models.adaptation import StartingWeights
 from ppg_fast.models.causal_lm import PolicyModule
 from ppg_fast.models.sharding import whole
-from ppg_fast.training.metrics import TokenMeans, describe, peak_memory_mb, reading
+from ppg_fast.training.experience import Experience
+from ppg_fast.training.metrics import TokenMeans, by_turn, describe, peak_memory_mb, reading
 from ppg_fast.training.objective import Objective, Schedule, credit, denominator, likelihood, live_turns, tokens_to_read
 from ppg_fast.training.optimisers import set_learning_rate
-from ppg_fast.training.passes import Pass, add_logprobs, make_passes, regress
+from ppg_fast.training.passes import Pass, add_logprobs, compare_with, loss_of, make_passes, regress, weighed
 from ppg_fast.training.signals import SignalTokens
 from ppg_fast.training.state import NotFinite, TrainingState
 
@@ -55,12 +56,16 @@ def optimise(
         samples = collect(step)
         set_learning_rate(state.optimizer, rate)
         now = replace(objective, policy_class=chooser.current, scale=chooser.scale) if chooser else objective
-        metrics = update(model, state.optimizer, samples, now, schedule, state.reference, ranks)
-        state.skipped.observe(step, samples, metrics["loss"], metrics["grad_norm"], schedule.max_skipped_steps)
+        again, mean_returns = remembered(state.experience, step, samples)
+        metrics = update(model, state.optimizer, samples, now, schedule, state.reference, ranks, again, mean_returns)
+        read = [*samples, *again]
+        state.skipped.observe(step, read, metrics["loss"], metrics["grad_norm"], schedule.max_skipped_steps)
+        if state.experience and not state.skipped.in_a_row:
+            state.experience.take_in(samples, mean_returns)
         signals = metrics.pop("signals", None)
         if chooser and signals:
             metrics |= chooser.observe(signals)
-        seconds, tokens = time.perf_counter() - start, sum(len(s.tokens) for s in samples)
+        seconds, tokens = time.perf_counter() - start, sum(len(s.tokens) for s in read)
         state.step, state.num_tokens = step, state.num_tokens + tokens
         yield {
             "step": step,
@@ -75,6 +80,17 @@ def optimise(
     state.skipped.require_some_taken(schedule.max_steps)
 
 
+def remembered(
+    experience: Experience | None, step: int, samples: Sequence[Sample]
+) -> tuple[Sequence[Sample], Sequence[float]]:
+    """What soft Q-learning takes a step with beside its ``samples``: as many of earlier steps, and the mean return from
+    each turn index on; nothing for other losses."""
+    if experience is None:
+        return (), ()
+    new = pack(samples)
+    return experience.draw(step, len(samples)), experience.means_with(new.rewards, new.turn_counts)
+
+
 def update(
     model: Any,
     optimizer: torch.optim.Optimizer,
@@ -83,8 +99,12 @@ def update(
     schedule: Schedule,
     reference: StartingWeights | None = None,
     ranks: Ranks | None = None,
+    again: Sequence[Sample] = (),
+    mean_returns: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """``num_iterations`` steps on one set of dialogues; the metrics of the last.
+    """``num_iterations`` steps on one set of dialogues; the metrics of the last. Dialogues that come ``again`` are
+    trained on too, and what is said of rewards and turns is said without them. ``mean_returns``: of dialogues like
+    these, from each turn index on, for soft Q-learning.
 
     The loss is that of all dialogues at once, whatever the budget of a forward pass and the number of ranks: advantages
     are made and denominators counted over all of them, and only the passes are shared out. Where no turn has an
@@ -94,16 +114,18 @@ def update(
     """
     ranks = ranks or Ranks()
     module = ranks.module(model) or PolicyModule(model, torch.bfloat16 if schedule.bf16 else None)
-    batch = pack(samples)
+    batch = pack([*samples, *again])
     returns, advantages = credit(batch, objective)
     weights = likelihood(batch, returns, objective)
-    live = live_turns(advantages, weights)
+    live = live_turns(batch, advantages, weights, objective)
     lengths = tokens_to_read(batch, live, objective)
     passes = make_passes(batch, advantages, lengths, schedule.max_tokens, model.device, ranks, weights)
+    if objective.soft_q:
+        compare_with(passes, mean_returns)
     ranks.check()
     add_logprobs(passes, module, objective, reference, ranks)
     signals = SignalTokens(batch, objective) if objective.candidates else None
-    normalizer, means, norm = denominator(batch, objective.reduction), TokenMeans(), 0.0
+    normalizer, means, norm = denominator(batch, objective), TokenMeans(), 0.0
     regression: dict[str, float] = {}
     for iteration in range(objective.num_iterations):
         optimizer.zero_grad(set_to_none=True)
@@ -119,13 +141,17 @@ def update(
             break
         if norm > 0:
             optimizer.step()
-    shared_ratios = objective.num_iterations > 1
+    new, shared_ratios = slice(len(samples)), objective.num_iterations > 1
+    fresh = batch.part(range(len(samples))) if again else batch
+    if objective.soft_q:
+        values, advantages = weighed(passes, batch, objective.soft_q.beta, ranks)
+        regression = by_turn("turns/value", values[new], fresh.turn_mask)
     return {
         **means.means(),
         **regression,
         "grad_norm": norm,
         **reading(batch, live, objective.spec, lengths),
-        **describe(samples, batch, returns, advantages, objective.spec, shared_ratios, live),
+        **describe(samples, fresh, returns[new], advantages[new], objective.spec, shared_ratios, live[new]),
         **({"signals": signals.measure(ranks)} if signals else {}),
     }
 
@@ -145,22 +171,10 @@ def backward(
     for number, one in enumerate(passes, 1):
         check()
         with ranks.accumulate(module, last=number == len(passes)):
-            out = module(
-                one.batch,
-                one.advantages,
-                objective.spec,
-                old_logprobs=one.old_logprobs,
-                ref_logprobs=one.ref_logprobs,
-                rollout_logprobs=one.batch.rollout_logprobs if objective.spec.reads_rollout else None,
-                nll_weights=one.nll_weights,
-                nll_normalizer=None if one.nll_weights is None else 1.0,
-                reduction=objective.reduction,
-                normalizer=normalizer,
-                skip_zero_advantages=not objective.candidates,  # other classes may have an advantage there
-                score_norms=signals is not None,
-            )
+            out = loss_of(one, module, objective, normalizer, score_norms=signals is not None)
             (out.loss * ranks.world).backward()  # the engines take the mean over the ranks
-        means.add(out, one.batch.rollout_logprobs, one.old_logprobs)
+        # the sampler's policy is not the one of now in a second iteration, nor in dialogues of earlier steps
+        means.add(out, None if objective.soft_q else one.batch.rollout_logprobs, one.old_logprobs)
         if signals:
             signals.add(one.batch, one.dialogues, out)
     return TokenMeans.total(ranks.gather(means.read()))

@@ -35,10 +35,15 @@ TINY = flags(
     "--device cpu --width 16 --layers 1 --no-progress --save-every 2 --eval-every 3 --max-new-tokens 2 "
     "--eval-dialogues 1"
 )
-JOBS = {  # with a KL term, so that the weights at the start are part of the state, and with keeping one checkpoint only
+JOBS = {  # with a KL term, so that the weights at the start are part of the state, and with keeping one checkpoint only;
+    # soft_q has dialogues of earlier steps in its own
     "persona": flags(
         "--imitation-steps 3 --imitation-batch 2 --max-steps 5 --num-prompts 2 --num-generations 2 --kl-coef 0.1 "
         "--entropy-coef 0.1"
+    ),
+    "soft_q": flags(
+        "--imitation-steps 0 --max-steps 4 --num-prompts 2 --num-generations 2 --max-turns 4 --loss-type soft_q "
+        "--replay 2 --num-iterations 2"
     ),
     "offline": flags("--max-steps 8 --vocab-size 280 --num-prompts 3 --keep-checkpoints 1"),
 }
@@ -153,7 +158,7 @@ def every_trial(folder: Path) -> None:
         seconds = time.perf_counter() - began
         require(status == 0, "the run that is not killed must finish", whole.with_suffix(".log").read_text())
         truth, touches = result(whole), int(whole.with_suffix(".touched").read_text())
-        step = max(1, touches // 6)
+        step = max(1, touches // (3 if job == "soft_q" else 6))  # it is a persona job but for its state
         for at in range(1 + rng.randrange(step), touches + 1, step):
             trial(job, argv, folder / f"{job}-touch-{at}", [at], truth)
         for number in range(2):

@@ -27,7 +27,7 @@ from ppg_fast.jobs import OfflineJob, PersonaJob, RunFolder
 from ppg_fast.models.causal_lm import distribute, make_model
 from ppg_fast.models.sharding import whole
 from ppg_fast.policy_classes import FullPlanning, Lookahead
-from ppg_fast.spec import PolicyLossSpec
+from ppg_fast.spec import PolicyLossSpec, SoftQSpec
 from ppg_fast.training import checkpoint
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import TrainingState, optimise
@@ -102,6 +102,13 @@ CASES = {  # between them every reduction
     ),
     "turn regression, 2 iterations": Case(
         objective=Objective(Lookahead(2), reduction="sum", eta=0.5, num_iterations=2), max_tokens=12
+    ),
+    "soft Q-learning, replay, 2 iterations": Case(
+        objective=Objective(
+            Lookahead(2), 0.9, "none", reduction="sum", num_iterations=2, soft_q=SoftQSpec(beta=0.5), replay=1
+        ),
+        max_tokens=12,
+        steps=3,
     ),
     "importance cap, sequence_mean": Case(
         lambda step: dialogues(7, step, logprobs=True),
