@@ -110,6 +110,7 @@ class Policy:
             step_all=step_all,
             read=read,
             only=only,
+            entropies=c.token_share < 1,
         )
         with self.ranks.sampling(self.model):
             return self.ranks.together(act)
@@ -200,6 +201,7 @@ def objective_of(config: TrainConfig) -> Objective:
         nll_coef=config.nll_coef,
         soft_q=soft_q,
         replay=config.replay,
+        token_share=config.token_share,
     )
 
 

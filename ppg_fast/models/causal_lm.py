@@ -217,12 +217,12 @@ def soft_q_loss(
 
 
 def token_logprobs(
-    model: Any, batch: PackedBatch, temperature: float = 1.0, logits_dtype: str | None = None, lse: bool = False
+    model: Any, batch: PackedBatch, temperature: float = 1.0, logits_dtype: str | None = None, **also: bool
 ) -> Any:
-    """log pi(label) of each token (N,) float32, 0 on context; with ``lse`` a pair, the log-sum-exp of the logits too.
-    Differentiable."""
+    """log pi(label) of each token (N,) float32, 0 on context; with ``entropy`` and ``lse`` a tuple, the entropies and
+    the log-sum-exps of the logits too. Differentiable."""
     hidden, head = _hidden_and_head(model, batch)
-    options = {"bias": head.bias, "logits_dtype": logits_dtype, "lse": lse, **head.fold(temperature)}
+    options = {"bias": head.bias, "logits_dtype": logits_dtype, **also, **head.fold(temperature)}
     return linear_token_logprobs(hidden, head.weight, batch.labels, **options)
 
 
@@ -246,8 +246,8 @@ class PolicyModule(nn.Module):
     def forward(
         self, batch: PackedBatch, advantages: Tensor | None, spec: PolicyLossSpec | SoftQSpec, **options: Any
     ) -> Any:
-        """`policy_loss`, or without ``advantages`` the `token_logprobs` at the temperature of ``spec``; of a SoftQSpec
-        the `soft_q_loss`, whose advantages are its own."""
+        """`policy_loss`, or without ``advantages`` the `token_logprobs` at the temperature of ``spec``, with what
+        ``options`` ask for beside them; of a SoftQSpec the `soft_q_loss`, whose advantages are its own."""
         with torch.autocast(batch.tokens.device.type, self.autocast) if self.autocast else nullcontext():
             if isinstance(spec, SoftQSpec):
                 return soft_q_loss(self.model, batch, spec=spec, logits_dtype=self.logits_dtype, **options)

@@ -13,7 +13,7 @@ from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.policy_classes import FullPlanning, Lookahead, PolicyClass
 from ppg_fast.reference import Residuals
 from ppg_fast.reference.turns import of_tokens
-from ppg_fast.spec import PolicyLossSpec, SoftQSpec, require
+from ppg_fast.spec import PolicyLossSpec, SoftQSpec, require, require_token_share
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Objective:
 
     ``nll_coef``: the loss gains this times the mean of -l over the tokens of turns whose windowed return is positive
     (VAPO, arXiv:2504.05118).
+
+    ``token_share`` < 1: of each answer only this share of its tokens is trained, the most uncertain ones
+    (`training.token_share`), over the denominator of all. Their entropies come with the dialogues or, with several
+    iterations, from the pass that finds the old log-probs.
     """
 
     policy_class: PolicyClass = field(default_factory=lambda: Lookahead(3))
@@ -50,11 +54,15 @@ class Objective:
     nll_coef: float = 0.0
     soft_q: SoftQSpec | None = None
     replay: int = 0
+    token_share: float = 1.0
 
     def __post_init__(self) -> None:
-        """ValueError for a loss of whole turns over another loss, and for replay without soft Q-learning."""
+        """ValueError for a loss of whole turns over another loss, for replay without soft Q-learning, and for a share
+        of the tokens where all are wanted."""
+        of_turns = bool(self.eta or self.soft_q)
+        require_token_share(self.token_share, self.spec, self.reduction, of_turns, bool(self.candidates))
         require(not self.replay or self.soft_q is not None, "replay must be 0 without soft_q", self.replay)
-        if not (self.eta or self.soft_q):
+        if not of_turns:
             return
         rule = "soft Q-learning (soft_q) goes with" if self.soft_q else "a regression on turns (eta > 0) goes with"
         baselines = ("none",) if self.soft_q else ("leave_one_out", "none")

@@ -13,6 +13,7 @@ from ppg_fast.models.adaptation import StartingWeights
 from ppg_fast.reference.turns import of_tokens
 from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training.objective import Objective, turn_residuals
+from ppg_fast.training.token_share import train_most_uncertain
 
 
 @dataclass
@@ -65,11 +66,20 @@ def add_logprobs(
     passes: Sequence[Pass], module: nn.Module, objective: Objective, reference: StartingWeights | None, ranks: Ranks
 ) -> None:
     """Fill in the log-probs that the objective compares with: old ones for several iterations, those of ``reference``
-    where there is one."""
+    where there is one. With a share of the tokens the others lose their labels, as soon as the entropies are known."""
+    share = objective.token_share
+    if share < 1:
+        for one in passes:
+            if one.batch.entropies is not None:
+                one.batch = train_most_uncertain(one.batch, one.batch.entropies, share)
     if objective.num_iterations > 1 and not (objective.from_start or objective.soft_q):
         for one in passes:
             ranks.check()
-            one.old_logprobs = _read(module, one.batch, objective.spec, ranks)
+            if share < 1 and one.batch.entropies is None:
+                one.old_logprobs, entropies = _read(module, one.batch, objective.spec, ranks, entropy=True)
+                one.batch = train_most_uncertain(one.batch, entropies, share)
+            else:
+                one.old_logprobs = _read(module, one.batch, objective.spec, ranks)
     if reference is not None:
         with reference.in_place():
             for one in passes:

@@ -20,6 +20,7 @@ from ppg_fast.distributed import Ranks
 from ppg_fast.models.adaptation import StartingWeights
 from ppg_fast.models.causal_lm import PolicyModule
 from ppg_fast.models.sharding import whole
+from ppg_fast.spec import require
 from ppg_fast.training.experience import Experience
 from ppg_fast.training.metrics import TokenMeans, by_turn, describe, peak_memory_mb, reading
 from ppg_fast.training.objective import Objective, Schedule, credit, denominator, likelihood, live_turns, tokens_to_read
@@ -114,7 +115,10 @@ def update(
     """
     ranks = ranks or Ranks()
     module = ranks.module(model) or PolicyModule(model, torch.bfloat16 if schedule.bf16 else None)
-    batch = pack([*samples, *again])
+    batch, share = pack([*samples, *again]), objective.token_share
+    known = share == 1 or batch.entropies is not None or objective.num_iterations > 1
+    rule = "token_share must be 1 where neither the dialogues bring entropies nor several iterations find them"
+    require(known, rule, share)
     returns, advantages = credit(batch, objective)
     weights = likelihood(batch, returns, objective)
     live = live_turns(batch, advantages, weights, objective)
@@ -150,8 +154,8 @@ def update(
         **means.means(),
         **regression,
         "grad_norm": norm,
-        **reading(batch, live, objective.spec, lengths),
-        **describe(samples, fresh, returns[new], advantages[new], objective.spec, shared_ratios, live[new]),
+        **reading(batch, live, objective.spec, lengths, share),
+        **describe(samples, fresh, returns[new], advantages[new], objective.spec, shared_ratios, live[new], share),
         **({"signals": signals.measure(ranks)} if signals else {}),
     }
 
