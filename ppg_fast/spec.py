@@ -242,3 +242,17 @@ class PolicyLossSpec:
         named = dict(zip(SPEC_NUMBERS, numbers, strict=True))
         modes = {"nan_rollout": NAN_ROLLOUT[choices[2]], "importance_mode": IMPORTANCE_MODES[choices[3]]}
         return cls(loss_type=loss_type, kl_estimator=kl_estimator, **modes, **named)
+
+
+def require_token_share(share: float, spec: PolicyLossSpec, reduction: str, regresses: bool, measures: bool) -> None:
+    """ValueError for a share of an answer's tokens outside of (0, 1], and for one below 1 beside what needs them all: a
+    ratio or a regression of whole answers, a denominator for each dialogue, signals of the policy classes."""
+    require_number("token_share", share, 0.0, 1.0, open_low=True)
+    ratio = f"loss_type {spec.loss_type}" if not spec.opsm_delta else "opsm_delta"
+    for found, what in (
+        (regresses, "loss_type turn_regression, which is about whole turns"),
+        (spec.shared, f"{ratio}, whose tokens share a ratio"),
+        (reduction == "sequence_mean", "reduction sequence_mean, whose denominator is each dialogue's own"),
+        (measures, "policy_class auto or signals, which read every token"),
+    ):
+        require(share == 1 or not found, f"token_share must be 1 with {what}", share)

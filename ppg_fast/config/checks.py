@@ -12,7 +12,7 @@ from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, TRACKERS, TURN_REGRESS
 from ppg_fast.distributed import PARALLEL
 from ppg_fast.losses import LOSS_TYPES, SEQUENCE_LEVEL
 from ppg_fast.policy_classes import FullPlanning
-from ppg_fast.spec import BASELINES, REDUCTIONS, require, require_number, require_one_of
+from ppg_fast.spec import BASELINES, REDUCTIONS, require, require_number, require_one_of, require_token_share
 
 if TYPE_CHECKING:
     from ppg_fast.config.train import TrainConfig
@@ -88,6 +88,11 @@ def check_together(config: TrainConfig) -> None:
         require(not config.data, f"{what} rollouts of the policy itself, so there must be no data", config.data)
         require(FullPlanning() in config.candidate_classes(), "candidates must include full", config.candidates)
     _check_regression(config)
+    measures = bool(config.candidate_classes())
+    require_token_share(config.token_share, config.loss_spec(), config.reduction, config.regresses, measures)
+    source = "data" if config.data else "sampler" if config.sampler else ""
+    rule = f"token_share must be 1 with {source} and num_iterations 1: nothing says then how uncertain a token was"
+    require(config.token_share == 1 or not source or config.num_iterations > 1, rule, config.token_share)
     if config.data and not config.allow_negative_rewards and not config.regresses:
         rule = (
             "baseline must be none with data (a baseline makes weights negative and voids the bound; "

@@ -118,6 +118,9 @@ class TrainConfig:
     nll_coef: float = _option(
         0.0, "weight of the mean negative log-likelihood of turns whose return is positive (VAPO)"
     )
+    token_share: float = _option(
+        1.0, "share of each answer's tokens that is trained, the most uncertain ones; the denominator is that of all"
+    )
     importance_cap: float = _option(0.0, "truncated importance weight against the sampler, 0: off")
     importance_floor: float = _option(0.0, "its lower bound")
     importance_mode: str = _option("truncate", "truncate: kept within its bounds; mask: 0 outside of them")

@@ -17,6 +17,7 @@ from ppg_fast.rules import FLOAT32_MAX
 from ppg_fast.spec import IGNORE, require
 
 CONTEXT = -1  # turn id of a token the policy did not choose
+OF_SAMPLER = {"rollout_logprobs": "rollout log-prob", "entropies": "entropy"}  # one a token, where a sampler gave them
 
 
 @dataclass
@@ -25,9 +26,10 @@ class Sample:
 
     ``turn_ids``: the assistant's turn that a token belongs to, its end-of-turn token included, -1 for context.
     ``rewards``: one per turn. ``group_id``: dialogues of one prompt share it. ``rollout_logprobs``: the sampler's
-    log-probability of the token itself, in nats, not read at context tokens. ``cut_off``: one per turn, whether a
-    sampler stopped the answer before it ended by itself. ``starts``: where its parts begin. A part is what the model
-    sees at once: its positions begin anew, and nothing in it attends to another; most dialogues are one.
+    log-probability of the token itself, in nats, not read at context tokens. ``entropies``: likewise, of
+    what it was sampled from. ``cut_off``: one per turn, whether a sampler stopped the answer before it ended by itself.
+    ``starts``: where its parts begin. A part is what the model sees at once: its positions begin anew, and nothing in
+    it attends to another; most dialogues are one.
     """
 
     tokens: list[int]
@@ -37,6 +39,7 @@ class Sample:
     rollout_logprobs: list[float] | None = None
     cut_off: list[bool] | None = None
     starts: list[int] = field(default_factory=lambda: [0])
+    entropies: list[float] | None = None
 
     @property
     def longest_part(self) -> int:
@@ -50,8 +53,9 @@ NOTHING = Sample([0], [CONTEXT], [], 0, rollout_logprobs=[0.0])
 
 @dataclass
 class PackedBatch:
-    """S dialogues end to end, N tokens. Position i predicts token i + 1 of its own part: ``labels``, ``turn_ids`` and
-    ``rollout_logprobs`` are those of the predicted token, so they go to the loss functions as they are.
+    """S dialogues end to end, N tokens. Position i predicts token i + 1 of its own part: ``labels``, ``turn_ids``,
+    ``rollout_logprobs`` and ``entropies`` are those of the predicted token, so they go to the loss functions as they
+    are.
 
     Rewards, groups, turns and the loss know dialogues, ``cu_seqlens``; attention and positions know the P >= S parts
     of dialogues, ``part_seqlens`` (`Sample.starts`).
@@ -67,6 +71,7 @@ class PackedBatch:
     turn_counts: Tensor  # (S,) int64
     group_ids: Tensor  # (S,) int64
     rollout_logprobs: Tensor | None = None  # (N,) float32 in nats, 0 at context
+    entropies: Tensor | None = None  # (N,) float32 in nats, of what each token was sampled from, 0 at context
     longest_part: int = -1  # tokens; found here, so that a batch on a GPU need not be asked
 
     def __post_init__(self) -> None:
@@ -111,7 +116,11 @@ class PackedBatch:
         part_starts = (position_ids == 0).nonzero()[:, 0]
         turn_ids = self.turn_ids[at]
         turn_ids[ends - 1] = CONTEXT
-        context, logprobs = turn_ids == CONTEXT, self.rollout_logprobs
+        context = turn_ids == CONTEXT
+
+        def taken(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[at].masked_fill_(context, 0.0)
+
         return PackedBatch(
             tokens=self.tokens[at],
             labels=self.labels[at].masked_fill_(context, IGNORE),
@@ -122,7 +131,8 @@ class PackedBatch:
             rewards=self.rewards[rows],
             turn_counts=self.turn_counts[rows],
             group_ids=self.group_ids[rows],
-            rollout_logprobs=None if logprobs is None else logprobs[at].masked_fill_(context, 0.0),
+            rollout_logprobs=taken(self.rollout_logprobs),
+            entropies=taken(self.entropies),
         )
 
 
@@ -134,12 +144,9 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
     """
     for index, sample in enumerate(samples):
         _check_sample(sample, index)
-    with_logprobs = {sample.rollout_logprobs is not None for sample in samples}
-    require(
-        len(with_logprobs) < 2,
-        "rollout_logprobs must be given for all samples or for none",
-        "some with and some without",
-    )
+    for name in OF_SAMPLER:
+        given = {getattr(sample, name) is not None for sample in samples}
+        require(len(given) < 2, f"{name} must be given for all samples or for none", "some with and some without")
     lengths = torch.tensor([len(sample.tokens) for sample in samples], dtype=torch.int64)
     ends = lengths.cumsum(0)
     count = int(lengths.sum())
@@ -157,11 +164,13 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
 
     turn_ids = of_next_token(own_turns, CONTEXT)
     labels = of_next_token(tokens, IGNORE).masked_fill_(turn_ids == CONTEXT, IGNORE)
-    logprobs = None
-    if with_logprobs == {True}:
-        values = [value for sample in samples for value in sample.rollout_logprobs or ()]
-        own_logprobs = torch.tensor(values, dtype=torch.float32)
-        logprobs = of_next_token(own_logprobs, 0.0).masked_fill_(turn_ids == CONTEXT, 0.0)
+
+    def of_sampler(name: str) -> Tensor | None:
+        if not samples or getattr(samples[0], name) is None:
+            return None
+        own = torch.tensor([value for sample in samples for value in getattr(sample, name)], dtype=torch.float32)
+        return of_next_token(own, 0.0).masked_fill_(turn_ids == CONTEXT, 0.0)
+
     turn_counts = torch.tensor([len(sample.rewards) for sample in samples], dtype=torch.int64)
     rewards = torch.zeros(
         len(samples), max([len(sample.rewards) for sample in samples], default=0) or 1, dtype=torch.float32
@@ -178,7 +187,8 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         rewards=rewards,
         turn_counts=turn_counts,
         group_ids=torch.tensor([sample.group_id for sample in samples], dtype=torch.int64),
-        rollout_logprobs=logprobs,
+        rollout_logprobs=of_sampler("rollout_logprobs"),
+        entropies=of_sampler("entropies"),
     )
 
 
@@ -238,17 +248,18 @@ def _check_sample(sample: Sample, index: int) -> None:
     for turn, reward in enumerate(sample.rewards):
         # NaN fails it too
         require(abs(reward) <= FLOAT32_MAX, f"{name}, turn {turn}: a reward must be finite in float32", reward)
-    if sample.rollout_logprobs is not None:
-        given = len(sample.rollout_logprobs)
+    for field_name, what in OF_SAMPLER.items():
+        values = getattr(sample, field_name)
+        if values is None:
+            continue
         require(
-            given == len(sample.tokens), f"{name} must have one rollout log-prob per token: {len(sample.tokens)}", given
+            len(values) == len(sample.tokens),
+            f"{name} must have one {what} per token: {len(sample.tokens)}",
+            len(values),
         )
-        for position, (value, turn) in enumerate(zip(sample.rollout_logprobs, sample.turn_ids, strict=True)):
-            require(
-                turn == CONTEXT or math.isfinite(value),
-                f"{name}, token {position}: a rollout log-prob must be finite",
-                value,
-            )
+        for position, (value, turn) in enumerate(zip(values, sample.turn_ids, strict=True)):
+            finite = turn == CONTEXT or math.isfinite(value)
+            require(finite, f"{name}, token {position}: {'an' if what[0] == 'e' else 'a'} {what} must be finite", value)
 
 
 def cut_tokens(sample: Sample, max_tokens: int) -> Sample:

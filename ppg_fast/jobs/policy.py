@@ -109,6 +109,7 @@ class Policy:
             step_all=step_all,
             read=read,
             only=only,
+            entropies=c.token_share < 1,
         )
         with self.ranks.sampling(self.model):
             return self.ranks.together(act)
@@ -196,6 +197,7 @@ def objective_of(config: TrainConfig) -> Objective:
         eta=config.eta if config.regresses else 0.0,
         from_start=config.regresses and config.keeps_start,
         nll_coef=config.nll_coef,
+        token_share=config.token_share,
     )
 
 

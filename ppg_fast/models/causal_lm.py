@@ -190,11 +190,18 @@ def policy_loss(
 
 def token_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0, logits_dtype: str | None = None) -> Tensor:
     """log pi(label) of each token (N,) float32, 0 on context; differentiable."""
-    hidden, head = _hidden_and_head(model, batch)
-    options = {"bias": head.bias, "logits_dtype": logits_dtype, **head.fold(temperature)}
-    logprobs = linear_token_logprobs(hidden, head.weight, batch.labels, **options)
+    logprobs = _token_logprobs(model, batch, temperature, logits_dtype)
     assert isinstance(logprobs, Tensor)  # a pair only where the entropy is asked for
     return logprobs
+
+
+def _token_logprobs(
+    model: Any, batch: PackedBatch, temperature: float, logits_dtype: str | None, entropy: bool = False
+) -> Tensor | tuple[Tensor, ...]:
+    """The same; with ``entropy`` a pair, the entropies (N,) beside it."""
+    hidden, head = _hidden_and_head(model, batch)
+    options = {"bias": head.bias, "logits_dtype": logits_dtype, "entropy": entropy, **head.fold(temperature)}
+    return linear_token_logprobs(hidden, head.weight, batch.labels, **options)
 
 
 def token_advantages(batch: PackedBatch, advantages: Tensor) -> Tensor:
@@ -216,11 +223,12 @@ class PolicyModule(nn.Module):
 
     def forward(
         self, batch: PackedBatch, advantages: Tensor | None, spec: PolicyLossSpec, **options: Any
-    ) -> PolicyLossOutput | Tensor:
-        """`policy_loss`, or without ``advantages`` the `token_logprobs` at the temperature of ``spec``."""
+    ) -> PolicyLossOutput | Tensor | tuple[Tensor, ...]:
+        """`policy_loss`, or without ``advantages`` the `token_logprobs` at the temperature of ``spec``, with
+        ``entropy`` and the entropies."""
         with torch.autocast(batch.tokens.device.type, self.autocast) if self.autocast else nullcontext():
             if advantages is None:
-                return token_logprobs(self.model, batch, float(spec.temperature), self.logits_dtype)
+                return _token_logprobs(self.model, batch, float(spec.temperature), self.logits_dtype, **options)
             return policy_loss(self.model, batch, advantages, spec, logits_dtype=self.logits_dtype, **options)
 
 

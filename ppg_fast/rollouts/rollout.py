@@ -29,7 +29,8 @@ class Rollout:
     """One finished dialogue.
 
     ``sample`` is what training reads; its ``rollout_logprobs`` are the sampler's, log softmax(logits / temperature)
-    over the whole vocabulary. ``cut_off`` has one entry a turn: whether the answer failed to end by itself.
+    over the whole vocabulary, its ``entropies`` those of that distribution where they were asked for. ``cut_off`` has
+    one entry a turn: whether the answer failed to end by itself.
     """
 
     environment: Environment
@@ -81,6 +82,7 @@ def collect_groups(
     step_all: StepAll = step_each,
     read: Read | None = None,
     only: range | None = None,
+    entropies: bool = False,
 ) -> list[Rollout]:
     """``group_size`` rollouts of each seed, which share the partner and ``group_id``. Same weights, seeds and
     generator: same rollouts.
@@ -88,12 +90,13 @@ def collect_groups(
     ``model``: a causal LM, or an `EndpointSampler`, whose own temperature counts. ``generator`` lives on the model's
     device and gives every dialogue its own randomness, so that ``batch_size``, the dialogues generated at once, decides
     memory and speed only, up to rounding. Temperature 0 takes the most likely token. A dialogue stops when its
-    environment is done, at ``max_turns``, or where its next answer would not fit ``max_dialogue_tokens`` or the
-    model's positions; an answer at the end token or at ``max_new_tokens``. Special tokens other than
-    the end are never sampled. ``step_all`` takes the answers of a turn to their environments, all at once: their texts,
-    or the messages that ``read`` makes of them where it is given. ``only``: which of the rollouts, numbered in order,
-    are wanted; they are what they would be among all. ValueError for an opening that leaves no room for an answer, and
-    for a reward that is not finite in float32.
+    environment is done, at ``max_turns``, or where its next answer would not fit ``max_dialogue_tokens`` or the model's
+    positions; an answer at the end token or at ``max_new_tokens``. Special tokens other than the end are never sampled.
+    ``step_all`` takes the answers of a turn to their environments, all at once: their texts, or the messages that
+    ``read`` makes of them where it is given. ``only``: which of the rollouts, numbered in order, are wanted; they are
+    what they would be among all. ``entropies``: of what each token was sampled from are kept too, where the model is in
+    this process. ValueError for an opening that leaves no room for an answer, and for a reward that is not finite in
+    float32.
     """
     total = len(seeds) * group_size
     draws = torch.randint(2**62, (total,), generator=generator, device=generator.device).tolist()
@@ -103,6 +106,8 @@ def collect_groups(
         rollout = Rollout(environment, Sample([], [], [], group, rollout_logprobs=[]), name=f"of seed {seeds[group]}")
         with stopping.interruptible():
             rollout.messages = list(environment.reset(seeds[group]))
+        if entropies and not isinstance(model, EndpointSampler):
+            rollout.sample.entropies = []
         rollout.tools = getattr(environment, "tools", ())
         rollout.name = getattr(getattr(environment, "prompt", None), "id", rollout.name)
         rollouts.append(rollout)
@@ -119,7 +124,7 @@ def collect_groups(
         with torch.no_grad():
             for start in range(0, len(rollouts), batch_size):
                 part = slice(start, start + batch_size)
-                sampler = LocalSampler(model, chat.end_ids, chat.banned_token_ids(vocab_size), temperature)
+                sampler = LocalSampler(model, chat.end_ids, chat.banned_token_ids(vocab_size), temperature, entropies)
                 _run(sampler, rollouts[part], streams[part], talk)
     finally:
         model.train(was_training)
@@ -162,7 +167,7 @@ class _Talk:
             message = self.read(answer.tokens, before, turn, rollout.tools)
         else:
             message = Message("assistant", self.chat.decode(answer.tokens))
-        _append(rollout, answer.tokens, turn, answer.logprobs)
+        _append(rollout, answer.tokens, turn, answer)
         rollout.messages.append(message)
         rollout.cut_off.append(not answer.ended)
         return message if self.read else message.content
@@ -205,8 +210,11 @@ def _run(sampler: Sampler, rollouts: list[Rollout], streams: list[torch.Generato
                 talk.reply(rollouts[i], reply)
 
 
-def _append(rollout: Rollout, tokens: list[int], turn: int, logprobs: list[float] | None = None) -> None:
-    rollout.sample.tokens.extend(tokens)
-    rollout.sample.turn_ids.extend([turn] * len(tokens))
-    assert rollout.sample.rollout_logprobs is not None
-    rollout.sample.rollout_logprobs.extend(logprobs or [0.0] * len(tokens))
+def _append(rollout: Rollout, tokens: list[int], turn: int, answer: Answer | None = None) -> None:
+    sample, nothing = rollout.sample, [0.0] * len(tokens)
+    sample.tokens.extend(tokens)
+    sample.turn_ids.extend([turn] * len(tokens))
+    assert sample.rollout_logprobs is not None
+    sample.rollout_logprobs.extend(answer.logprobs if answer else nothing)
+    if sample.entropies is not None:
+        sample.entropies.extend(answer.entropies if answer else nothing)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ppg_fast.dialogues.packing import CONTEXT, PackedBatch, Sample
 from ppg_fast.functional import PolicyLossOutput
-from ppg_fast.reference.turns import of_tokens
 from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training.objective import turns_with_gradient
+from ppg_fast.training.token_share import kept_of_turns
 
 TOKEN_MEANS = {  # ours: TRL's
     "entropy": "entropy",
@@ -101,12 +101,13 @@ def describe(
     spec: PolicyLossSpec | None = None,
     shared_ratios: bool = False,
     live: Tensor | None = None,
+    share: float = 1.0,
 ) -> dict[str, Any]:
     """What the dialogues of a step were like, in the names that TRL uses where it has one.
 
     ``batch`` holds ``samples``; ``returns``, ``advantages`` (S, T) are those of its turns. ``spec`` with
     ``shared_ratios`` (its ratios are taken, of more than one token each) says which rows it reads: see `row_shares`,
-    for turns that are ``live``: by default those with an advantage.
+    for turns that are ``live``: by default those with an advantage; of an answer's tokens a ``share`` is trained.
     """
     totals = batch.rewards.sum(1)
     groups = [totals[batch.group_ids == g] for g in batch.group_ids.unique()]
@@ -118,7 +119,7 @@ def describe(
         "turns/mean_count": float(batch.turn_counts.float().mean()) if len(totals) else 0.0,
         "turns/adv_abs_mean": float(advantages.abs().sum() / batch.turn_counts.sum().clamp(min=1)),
         "active_turns": int((advantages != 0).sum()),
-        **row_shares(batch, advantages if live is None else live, spec or PolicyLossSpec(), shared_ratios),
+        **row_shares(batch, advantages if live is None else live, spec or PolicyLossSpec(), shared_ratios, share),
         **by_turn("turns/return", returns, batch.turn_mask),
         **by_turn("turns/advantage", advantages, batch.turn_mask),
     }
@@ -160,18 +161,20 @@ def _mean_min_max(name: str, values: Sequence[int]) -> dict[str, float]:
 
 
 def row_shares(
-    batch: PackedBatch, advantages: Tensor, spec: PolicyLossSpec, shared_ratios: bool = False
+    batch: PackedBatch, advantages: Tensor, spec: PolicyLossSpec, shared_ratios: bool = False, share: float = 1.0
 ) -> dict[str, float]:
     """Shares of the batch's tokens by what the head does for them: loss and gradient, log-prob alone, nothing.
 
-    Nothing for context and for turns of advantage zero, unless KL or entropy terms want every row of the policy's; a
-    turn of advantage zero in a sequence whose other turns have one is read for the ratio that gspo shares.
+    Nothing for context, for what a ``share`` of an answer's tokens leaves out and for turns of advantage zero, unless
+    KL or entropy terms want every row of the policy's; a turn of advantage zero in a sequence whose other turns have
+    one is read for the ratio that gspo shares.
     """
     credited = turns_with_gradient(batch, advantages, spec)
     read = credited
     if shared_ratios and spec.shared == "sequence":
         read = credited.any(1, keepdim=True).expand_as(credited)
-    full, read = (int(of_tokens(turns, batch.turn_ids, batch.dialogue_ids).sum()) for turns in (credited, read))
+    kept = kept_of_turns(batch, share)
+    full, read = (int(kept[turns].sum()) for turns in (credited, read))
     tokens = max(1, len(batch.tokens))
     return {
         "rows/full_share": full / tokens,
@@ -180,11 +183,13 @@ def row_shares(
     }
 
 
-def reading(batch: PackedBatch, advantages: Tensor, spec: PolicyLossSpec, lengths: Tensor) -> dict[str, float]:
+def reading(
+    batch: PackedBatch, advantages: Tensor, spec: PolicyLossSpec, lengths: Tensor, share: float = 1.0
+) -> dict[str, float]:
     """How much of the dialogues a step reads: tokens that go through the model, ``lengths`` (S,) of each, and the share
     of assistant tokens with a gradient."""
     labels = batch.labels >= 0
-    live = of_tokens(turns_with_gradient(batch, advantages, spec), batch.turn_ids, batch.dialogue_ids)
+    live = kept_of_turns(batch, share)[turns_with_gradient(batch, advantages, spec)]
     return {
         "perf/tokens_read": int(lengths.sum()),
         "perf/active_row_share": int(live.sum()) / max(1, int(labels.sum())),

@@ -13,7 +13,7 @@ from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.policy_classes import FullPlanning, Lookahead, PolicyClass
 from ppg_fast.reference import Residuals
 from ppg_fast.reference.turns import of_tokens
-from ppg_fast.spec import PolicyLossSpec, require
+from ppg_fast.spec import PolicyLossSpec, require, require_token_share
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class Objective:
 
     ``nll_coef``: the loss gains this times the mean of -l over the tokens of turns whose windowed return is positive
     (VAPO, arXiv:2504.05118).
+
+    ``token_share`` < 1: of each answer only this share of its tokens is trained, the most uncertain ones
+    (`training.token_share`), over the denominator of all. Their entropies come with the dialogues or, with several
+    iterations, from the pass that finds the old log-probs.
     """
 
     policy_class: PolicyClass = field(default_factory=lambda: Lookahead(3))
@@ -44,9 +48,11 @@ class Objective:
     eta: float = 0.0
     from_start: bool = False
     nll_coef: float = 0.0
+    token_share: float = 1.0
 
     def __post_init__(self) -> None:
-        """ValueError for a regression over another loss."""
+        """ValueError for a regression over another loss, and for a share of the tokens where all are wanted."""
+        require_token_share(self.token_share, self.spec, self.reduction, bool(self.eta), bool(self.candidates))
         if self.eta:
             rule = "a regression on turns (eta > 0) goes with"
             require(self.baseline in ("none", "leave_one_out"), f"{rule} baseline leave_one_out or none", self.baseline)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ppg_fast.models.adaptation import StartingWeights
 from ppg_fast.reference.turns import of_tokens
 from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training.objective import Objective, turn_residuals
+from ppg_fast.training.token_share import train_most_uncertain
 
 
 @dataclass
@@ -60,11 +62,20 @@ def add_logprobs(
     passes: Sequence[Pass], module: nn.Module, objective: Objective, reference: StartingWeights | None, ranks: Ranks
 ) -> None:
     """Fill in the log-probs that the objective compares with: old ones for several iterations, those of ``reference``
-    where there is one."""
+    where there is one. With a share of the tokens the others lose their labels, as soon as the entropies are known."""
+    share = objective.token_share
+    if share < 1:
+        for one in passes:
+            if one.batch.entropies is not None:
+                one.batch = train_most_uncertain(one.batch, one.batch.entropies, share)
     if objective.num_iterations > 1 and not objective.from_start:
         for one in passes:
             ranks.check()
-            one.old_logprobs = _logprobs(module, one.batch, objective.spec, ranks)
+            if share < 1 and one.batch.entropies is None:
+                one.old_logprobs, entropies = _read(module, one.batch, objective.spec, ranks, entropy=True)
+                one.batch = train_most_uncertain(one.batch, entropies, share)
+            else:
+                one.old_logprobs = _logprobs(module, one.batch, objective.spec, ranks)
     if reference is not None:
         with reference.in_place():
             for one in passes:
@@ -111,10 +122,15 @@ def regress(
 
 def _logprobs(module: nn.Module, batch: PackedBatch, spec: PolicyLossSpec, ranks: Ranks) -> Tensor:
     """Of a batch's labels (N,), without a gradient and without dropout."""
+    return _read(module, batch, spec, ranks)
+
+
+def _read(module: nn.Module, batch: PackedBatch, spec: PolicyLossSpec, ranks: Ranks, **options: bool) -> Any:
+    """What ``module`` says of a batch's labels, in evaluation mode."""
     was_training = module.training
     module.eval()
     try:
         with ranks.no_grad_forward(module):
-            return module(batch, None, spec)
+            return module(batch, None, spec, **options)
     finally:
         module.train(was_training)

@@ -20,6 +20,7 @@ from ppg_fast.distributed import Ranks
 from ppg_fast.models.adaptation import StartingWeights
 from ppg_fast.models.causal_lm import PolicyModule
 from ppg_fast.models.sharding import whole
+from ppg_fast.spec import require
 from ppg_fast.training.metrics import TokenMeans, describe, peak_memory_mb, reading
 from ppg_fast.training.objective import Objective, Schedule, credit, denominator, likelihood, live_turns, tokens_to_read
 from ppg_fast.training.optimisers import set_learning_rate
@@ -94,7 +95,10 @@ def update(
     """
     ranks = ranks or Ranks()
     module = ranks.module(model) or PolicyModule(model, torch.bfloat16 if schedule.bf16 else None)
-    batch = pack(samples)
+    batch, share = pack(samples), objective.token_share
+    known = share == 1 or batch.entropies is not None or objective.num_iterations > 1
+    rule = "token_share must be 1 where neither the dialogues bring entropies nor several iterations find them"
+    require(known, rule, share)
     returns, advantages = credit(batch, objective)
     weights = likelihood(batch, returns, objective)
     live = live_turns(advantages, weights)
@@ -124,8 +128,8 @@ def update(
         **means.means(),
         **regression,
         "grad_norm": norm,
-        **reading(batch, live, objective.spec, lengths),
-        **describe(samples, batch, returns, advantages, objective.spec, shared_ratios, live),
+        **reading(batch, live, objective.spec, lengths, share),
+        **describe(samples, batch, returns, advantages, objective.spec, shared_ratios, live, share),
         **({"signals": signals.measure(ranks)} if signals else {}),
     }
 

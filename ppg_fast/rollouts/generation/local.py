@@ -18,15 +18,22 @@ class LocalSampler:
     """Samples from softmax(logits / temperature) without the ``banned`` tokens; temperature 0 takes the most likely
     token.
 
-    Log-probs are those over the whole vocabulary, banned tokens included. Nucleus and top-k sampling are left out on
-    purpose: what they sample from is not the policy that is trained, so the kept log-probs would be those of another
-    distribution.
+    Log-probs are those over the whole vocabulary, banned tokens included, and so are the ``entropies``. Nucleus and
+    top-k sampling are left out on purpose: what they sample from is not the policy that is trained, so the kept
+    log-probs would be those of another distribution.
     """
 
-    def __init__(self, model: Any, end_ids: int | Sequence[int], banned: Sequence[int], temperature: float) -> None:
+    def __init__(
+        self,
+        model: Any,
+        end_ids: int | Sequence[int],
+        banned: Sequence[int],
+        temperature: float,
+        entropies: bool = False,
+    ) -> None:
         if temperature < 0:
             raise ValueError(f"temperature must be >= 0, got {temperature}")
-        self.model, self.temperature = model, temperature
+        self.model, self.temperature, self.entropies = model, temperature, entropies
         self.end_ids = (end_ids,) if isinstance(end_ids, int) else tuple(end_ids)
         self.banned = torch.tensor(list(banned), dtype=torch.int64, device=model.device)
         self.lockstep: Lockstep | None = None
@@ -48,10 +55,11 @@ class LocalSampler:
         unfinished = list(range(len(requests)))
         for draw in draws:
             stopping.check()
-            tokens, logprobs = self._sample(self.lockstep.read(feed), draw)
+            tokens, logprobs, entropies = self._sample(self.lockstep.read(feed), draw)
             for i in unfinished:
                 answers[i].tokens.append(tokens[i])
                 answers[i].logprobs.append(logprobs[i])
+                answers[i].entropies += entropies[i : i + 1]
                 answers[i].ended = tokens[i] in self.end_ids
             unfinished = [i for i in unfinished if not answers[i].ended and len(answers[i].tokens) < requests[i].limit]
             if not unfinished:
@@ -63,10 +71,12 @@ class LocalSampler:
             self.read[request.dialogue] = len(request.tokens) + len(answer.tokens) - 1
         return answers
 
-    def _sample(self, logits: Tensor, draws: Tensor) -> tuple[list[int], list[float]]:
-        """A token of each row of logits (B, V) by its draw (B,) in (0, 1], and its log-prob."""
+    def _sample(self, logits: Tensor, draws: Tensor) -> tuple[list[int], list[float], list[float]]:
+        """A token of each row of logits (B, V) by its draw (B,) in (0, 1], its log-prob, and the entropies where they
+        are wanted."""
         logp = (logits.float() / (self.temperature or 1.0)).log_softmax(-1)
-        allowed = logp.exp().index_fill(-1, self.banned, 0.0)
+        p = logp.exp()
+        allowed = p.index_fill(-1, self.banned, 0.0)
         if self.temperature:
             below = (allowed * MASS).long().cumsum(-1)
             total = below[:, -1:]
@@ -78,4 +88,6 @@ class LocalSampler:
                 )
         else:
             token = allowed.argmax(-1, keepdim=True)
-        return token[:, 0].tolist(), logp.gather(-1, token)[:, 0].tolist()
+        # a logit of -inf counts nothing: 0 times the least number is 0
+        entropies = -(p * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1) if self.entropies else logp.new_empty(0)
+        return token[:, 0].tolist(), logp.gather(-1, token)[:, 0].tolist(), entropies.tolist()
