@@ -122,7 +122,7 @@ def test_draws_follow_the_distribution():
     logits[:, 5] = -torch.inf
     draws = 1.0 - torch.rand(40000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     draws[0], draws[1] = 1.0, 2.0**-53
-    tokens, logprobs = sampler._sample(logits, draws)
+    tokens, logprobs, _ = sampler._sample(logits, draws)
     share = torch.bincount(torch.tensor(tokens), minlength=8) / 40000
     logp = (logits[0] / 0.7).log_softmax(-1)
     p = logp.exp()
