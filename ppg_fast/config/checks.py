@@ -22,7 +22,7 @@ POSITIVE = """width layers vocab_size num_iterations num_prompts num_generations
     activation_checkpointing_every_n_layers rank_timeout partner_tokens max_tool_calls
     judge_tokens concurrency rollout_batch"""
 COUNTS = """max_steps warmup_steps imitation_steps max_dialogue_tokens threads save_every max_skipped_steps
-    lora_rank lora_alpha retries judge_retries replay"""
+    lora_rank lora_alpha retries judge_retries replay keep_rollouts"""
 MOST = 2**31 - 1  # of anything that is counted
 
 
@@ -87,6 +87,8 @@ def check_together(config: TrainConfig) -> None:
         what = "policy_class auto needs" if config.policy_class == AUTO else "signals need"
         require(not config.data, f"{what} rollouts of the policy itself, so there must be no data", config.data)
         require(FullPlanning() in config.candidate_classes(), "candidates must include full", config.candidates)
+    rule = "keep_rollouts must be 0 with data, whose dialogues are there already"
+    require(not (config.data and config.keep_rollouts), rule, config.keep_rollouts)
     _check_of_turns(config)
     measures = bool(config.candidate_classes())
     require_token_share(config.token_share, config.loss_spec(), config.reduction, config.of_turns, measures)

@@ -208,6 +208,9 @@ class TrainConfig:
     keep_checkpoints: int = _option(
         2, "checkpoints kept; from 2 on, a damaged newest one costs the steps since the one before only"
     )
+    keep_rollouts: int = _option(
+        0, "dialogues of each step that are written to rollouts/, for `ppg-fast rate` (docs/rate.md), 0: none"
+    )
     progress: bool = _option(True, "progress bar where there is a terminal")
 
     report_to: str = _option(

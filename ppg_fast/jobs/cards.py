@@ -22,12 +22,13 @@ WHAT = {
     "checkpoint": "the trained model, its config and tokenizer, as transformers loads them",
     "checkpoints": "the whole state of the run, for `--resume`; can be deleted once the run is over",
     "trackers": "what tensorboard or wandb keep on disk",
+    "rollouts": "dialogues of each step, in the format of logged ones: `ppg-fast rate` shows them",
     "not_finite.jsonl": "the dialogues of the steps whose loss or gradient was not finite",
     "config.yaml": "every setting; `ppg-fast train --config config.yaml --output-dir OTHER` runs it again",
     "summary.json": "how it ended, in numbers",
     ".ppg_fast.json": "which files the run wrote, so that `--overwrite` takes no others",
 }
-RARE = ("trackers", "not_finite.jsonl")
+RARE = ("trackers", "not_finite.jsonl", "rollouts")
 ENDED = {
     "finished": "It ran to its end.",
     "stopped": "It was stopped by hand (Ctrl-C); what was done is here, and `--resume` goes on.",

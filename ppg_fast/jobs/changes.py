@@ -8,7 +8,7 @@ from ppg_fast.config import TrainConfig, as_now
 from ppg_fast.jobs.inputs import with_absolute_paths
 
 MAY_CHANGE = {  # a row of docs/training_runs.md each
-    "how far it goes": "max_steps max_skipped_steps eval_every save_every keep_checkpoints",
+    "how far it goes": "max_steps max_skipped_steps eval_every save_every keep_checkpoints keep_rollouts",
     "what is shown and sent": (
         "progress report_to project run_name report_offline push_to_hub hub_private output_dir overwrite strict"
     ),

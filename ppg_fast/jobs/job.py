@@ -18,7 +18,7 @@ from ppg_fast.jobs.policy import Policy
 from ppg_fast.jobs.progress import Progress
 from ppg_fast.jobs.resume import ResumableRun
 from ppg_fast.jobs.run_folder import RunFolder
-from ppg_fast.jobs.samples import SHOWN
+from ppg_fast.jobs.samples import SHOWN, rolled_out
 from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.training.objective import warn_if_hardly_credited
 
@@ -116,6 +116,8 @@ class Job(ABC):
 
         def collect(step: int) -> list[Sample]:
             last[:] = self.collect(step)
+            if config.keep_rollouts:
+                run.keep_rollouts(step, rolled_out(step, self.policy.said, last))
             if self.on_policy and step == 1:
                 warn_if_hardly_credited(last, self.objective)
             if self.rollout_metrics:

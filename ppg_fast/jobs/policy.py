@@ -66,6 +66,7 @@ class Policy:
         self.chat = chat_of(config, self.tokenizer, self.model.generation_config)
         self.rng = random.Random(config.seed)
         self.generator = self.sampling_generator(config.seed)
+        self.said: list[dict[str, Any]] = []  # the first dialogues of the step under way, `keep_rollouts` of them
         self.used: dict[str, Usage] = {}  # of endpoints, by role, by this rank; a resumed run counts on
 
     @property
@@ -116,7 +117,11 @@ class Policy:
             return self.ranks.together(act)
 
     def of_all(self, rollouts: Sequence[Rollout]) -> list[Sample]:
-        """What was rolled out on all ranks, in order, on each of them."""
+        """What was rolled out on all ranks, in order, on each of them; its first dialogues stay as messages too."""
+        count = self.config.keep_rollouts
+        if count:
+            own = [{"messages": rollout.messages, "tools": tuple(rollout.tools)} for rollout in rollouts[:count]]
+            self.said = [one for part in self.ranks.gather(own) for one in part][:count]
         return [sample for part in self.ranks.gather([rollout.sample for rollout in rollouts]) for sample in part]
 
     def objective(self) -> Objective:

@@ -33,7 +33,14 @@ FILES = {  # name: what is told of it, in docs/training.md
 CHECKPOINT = "checkpoint"  # its other files are listed one by one, before they are there
 FOLDERS = (
     f"{CHECKPOINT}/README.md",
-    *("checkpoints/step-*", "checkpoint.new", "trackers/run_id", "trackers/tensorboard", "trackers/wandb"),
+    *(
+        "rollouts/step-*.jsonl",
+        "checkpoints/step-*",
+        "checkpoint.new",
+        "trackers/run_id",
+        "trackers/tensorboard",
+        "trackers/wandb",
+    ),
     *(f"sampler/{name}" for name in MODEL_FILES),
 )
 ENTRIES = (*FILES, *FOLDERS)

@@ -13,6 +13,7 @@ from typing import Any
 
 from ppg_fast.config import TrainConfig, write_yaml
 from ppg_fast.dialogues.chat_format import ChatFormat
+from ppg_fast.dialogues.dialogue import Dialogue, write_dialogues
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.jobs import cards, curves
 from ppg_fast.jobs.inputs import input_paths, with_absolute_paths
@@ -33,6 +34,7 @@ METRICS, CONFIG, SUMMARY, CURVE, CHECKPOINT = (
     "checkpoint",
 )
 CHECKPOINTS, NOT_FINITE, TURNS, README = "checkpoints", "not_finite.jsonl", "turns.png", "README.md"
+ROLLOUTS = "rollouts"
 STEPS = ("imitation", "train")  # phases that take steps
 
 
@@ -182,6 +184,13 @@ class RunFolder:
         rows = answer_rows(phase, step, samples, chat.decode, objective, scored)
         append_rows(self.path / SAMPLES, rows)
         self.trackers.log_table(f"{phase}/samples", rows, self.position)
+
+    @kept
+    def keep_rollouts(self, step: int, dialogues: Sequence[Dialogue]) -> None:
+        """rollouts/step-<step>.jsonl, whole at once: dialogues of a step for people to rate while it trains."""
+        folder = self.path / ROLLOUTS
+        folder.mkdir(exist_ok=True)
+        write_dialogues(folder / f"step-{step:06d}.jsonl", dialogues)
 
     @kept
     def save_checkpoint(self, model: Any, tokenizer: Any, state_dict: dict[str, Any] | None = None) -> None:

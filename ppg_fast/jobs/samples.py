@@ -1,5 +1,6 @@
 """Dialogues for people to read: one page of Markdown, and a table with one line an answer."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -7,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ppg_fast.dialogues.logged import Dialogue
 from ppg_fast.dialogues.packing import CONTEXT, Sample, pack
 from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.training.objective import Objective, credit
@@ -54,6 +56,18 @@ def answer_rows(
             rows.append(row)
             said = []
     return rows
+
+
+def rolled_out(step: int, said: Sequence[Mapping[str, Any]], samples: Sequence[Sample]) -> list[Dialogue]:
+    """The first dialogues of a step as logged ones, with their rewards. An id names step, place and content: what a
+    resumed run says once more has the same, and other words never have the ratings of these."""
+    dialogues = []
+    for number, (one, sample) in enumerate(zip(said, samples, strict=False)):
+        content = json.dumps([message.as_json() for message in one["messages"]], sort_keys=True)
+        name = f"step-{step:06d}/{number}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+        group, rewards = f"step-{step:06d}/{sample.group_id}", tuple(sample.rewards)
+        dialogues.append(Dialogue(name, group, tuple(one["messages"]), rewards, one["tools"]))
+    return dialogues
 
 
 def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
