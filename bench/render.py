@@ -50,6 +50,7 @@ DOCUMENTS = (
     LOSSES,
     "docs/policy_classes.md",
     "docs/real.md",
+    "docs/soft_q.md",
     "README.md",
 )
 
@@ -202,6 +203,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
             "linear",
             "linear_frozen",
             "distillation",
+            "soft_q",
             "partial_returns",
             "host_time",
         )
