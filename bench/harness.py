@@ -24,6 +24,7 @@ NAMES = (
     "linear",
     "linear_frozen",
     "distillation",
+    "soft_q",
     "partial_returns",
     "host_time",
     "training_step",

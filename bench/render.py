@@ -204,6 +204,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
             "linear",
             "linear_frozen",
             "distillation",
+            "soft_q",
             "partial_returns",
             "host_time",
         )

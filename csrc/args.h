@@ -80,10 +80,11 @@ struct LogprobsFwdArgs : Sweep {
   float* score_norm;  // (N,) out or null, then entropy is not: |d logprob / d z|^2 = sum p^2 - 2 p_label + 1
 };
 
-// dlogits = g (1[v = label] - p) - h p (log p + H), through temperature and softcap. Rows with g = h = 0 are not read
-// and get zeros.
+// dlogits = g (1[v = label] - p) - h p (log p + H) + d_lse p, through temperature and softcap. Rows with g = h = d_lse
+// = 0 are not read and get zeros.
 struct LogprobsBwdArgs : Sweep {
   const float *lse, *entropy, *d_logprob, *d_entropy;  // (N, 2), else (N,); d_entropy (then also entropy) may be null
+  const float* d_lse;                                  // (N,) of the log-sum-exp, or null: 0
   Rows dlogits;                                        // may be the logits themselves
 };
 

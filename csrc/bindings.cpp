@@ -75,14 +75,17 @@ void logprobs_fwd(const Tensor& logits, const Tensor& labels, const Optional& te
   run(PPG_ON_CPU(logprobs_fwd), PPG_ON_CUDA(logprobs_fwd), a, a.N, logits);
 }
 
+// `upstream`: of log-prob, entropy and log-sum-exp.
 void logprobs_bwd(const Tensor& logits, const Tensor& labels, const Tensor& lse, const Optional& entropy,
-                  const Tensor& d_logprob, const Optional& d_entropy, const Optional& temperatures, double temperature,
-                  double logit_softcap, const Tensor& dlogits) {
+                  const Tensors& upstream, const Optional& temperatures, double temperature, double logit_softcap,
+                  const Tensor& dlogits) {
   LogprobsBwdArgs a{sweep_of(logits, labels, temperatures, temperature, logit_softcap)};
   a.lse = floats(lse, 2 * a.N, "lse");
-  a.d_logprob = floats(d_logprob, a.N, "d_logprob");
-  a.d_entropy = floats(d_entropy, a.N, "d_entropy");
-  a.entropy = d_entropy ? floats(entropy, a.N, "entropy") : nullptr;
+  a.d_logprob = floats(upstream.at(0), a.N, "d_logprob");
+  a.d_entropy = floats(upstream.at(1), a.N, "d_entropy");
+  a.d_lse = floats(upstream.at(2), a.N, "d_lse");
+  STD_TORCH_CHECK(a.d_logprob || a.N == 0, "the backward pass needs d_logprob");
+  a.entropy = a.d_entropy ? floats(entropy, a.N, "entropy") : nullptr;
   STD_TORCH_CHECK(!a.d_entropy || a.entropy, "d_entropy needs the entropy of the forward pass");
   a.dlogits = gradient_rows(dlogits, logits);
   run(PPG_ON_CPU(logprobs_bwd), PPG_ON_CUDA(logprobs_bwd), a, a.N, logits);

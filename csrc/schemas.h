@@ -7,7 +7,7 @@ namespace ppg {
 constexpr const char* kSchemas[] = {
     "logprobs_fwd(Tensor logits, Tensor labels, Tensor? temperatures, float temperature, float logit_softcap, "
     "Tensor(a!) logprob, Tensor(b!)? entropy, Tensor(c!) lse, Tensor(d!)? score_norm=None) -> ()",
-    "logprobs_bwd(Tensor logits, Tensor labels, Tensor lse, Tensor? entropy, Tensor d_logprob, Tensor? d_entropy, "
+    "logprobs_bwd(Tensor logits, Tensor labels, Tensor lse, Tensor? entropy, Tensor?[] upstream, "
     "Tensor? temperatures, float temperature, float logit_softcap, Tensor(a!) dlogits) -> ()",
     "policy_loss(Tensor logits, Tensor labels, Tensor?[] rows, float[] numbers, int[] choices, Tensor(a!) loss, "
     "Tensor(b!) logprob, Tensor(c!)? entropy, Tensor(d!)? dlogits, Tensor(e!)? score_norm) -> ()",

@@ -11,15 +11,15 @@ nothing, where a value breaks a rule: the op then names it.
     logprobs_fwd(logits, labels, temperatures, temperature, logit_softcap, entropy: bool, score_norm=None)
             -> logprob, entropy, lse
         Log-prob, entropy ((0,) where it is not wanted) and what the backward pass starts from, lse (N, 2): the
-        maximum m of each row (before the temperature; under a softcap as the backend has it) and sum_v exp(z_v - max
-        z). The log-sum-exp is m / temperature + log of it, apart because no float32 holds both where all logits are far
-        from 0. Zero where masked.
+        maximum m of each row (before the temperature, and in units of ``unit_of_maximum(logit_softcap)``, a number of
+        the backend's) and sum_v exp(z_v - max z). The log-sum-exp is m unit / temperature + log of it, apart because no
+        float32 holds both where all logits are far from 0. Zero where masked.
 
-    logprobs_bwd(logits, labels, lse, entropy, d_logprob, d_entropy, temperatures, temperature, logit_softcap, dlogits)
-            -> None
-        Writes d_logprob (1[v = label] - p) - d_entropy p (log p + H) into dlogits, which may be the logits. Rows that
-        are masked or have d_logprob = d_entropy = 0 are not read and get exact zeros. ``entropy`` is not read where
-        ``d_entropy`` is None.
+    logprobs_bwd(logits, labels, lse, entropy, d_logprob, d_entropy, d_lse, temperatures, temperature, logit_softcap,
+            dlogits) -> None
+        Writes d_logprob (1[v = label] - p) - d_entropy p (log p + H) + d_lse p into dlogits, which may be the logits;
+        d_lse is the gradient of the log-sum-exp, None: 0. Rows that are masked or have d_logprob = d_entropy = d_lse
+        = 0 are not read and get exact zeros. ``entropy`` is not read where ``d_entropy`` is None.
 
     policy_loss(logits, labels, advantages, weights, old_logprobs, ref_logprobs, rollout_logprobs, temperatures,
             nll_weights, spec, entropy: bool, dlogits, score_norm=None) -> loss, logprob, entropy

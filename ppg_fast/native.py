@@ -81,6 +81,10 @@ def logprobs_fwd(
     return logprob, ent, lse
 
 
+def unit_of_maximum(logit_softcap: float) -> float:
+    return logit_softcap or 1.0  # under a softcap the kernels hold tanh(x / softcap)
+
+
 def logprobs_bwd(
     logits: Tensor,
     labels: Tensor,
@@ -88,13 +92,14 @@ def logprobs_bwd(
     entropy: Tensor,
     d_logprob: Tensor,
     d_entropy: Tensor | None,
+    d_lse: Tensor | None,
     temperatures: Tensor | None,
     temperature: float,
     logit_softcap: float,
     dlogits: Tensor,
 ) -> None:
     scale = temperatures, temperature, logit_softcap
-    _lib.logprobs_bwd.default(logits, labels, lse, entropy, d_logprob, d_entropy, *scale, dlogits)
+    _lib.logprobs_bwd.default(logits, labels, lse, entropy, [d_logprob, d_entropy, d_lse], *scale, dlogits)
 
 
 def policy_loss(

@@ -176,7 +176,7 @@ def test_masked_rows_are_not_read(emulated, plan):
     zeros = [torch.full(shape, torch.nan) for shape in ((4,), (4,), (4, 2))]
     emulated.ops.logprobs_fwd(*sweep_arguments(x, labels), *zeros)
     g = torch.ones(4)
-    emulated.ops.logprobs_bwd(x, labels, zeros[2], zeros[1], g, g, None, 1.0, 0.0, x)
+    emulated.ops.logprobs_bwd(x, labels, zeros[2], zeros[1], [g, g, g], None, 1.0, 0.0, x)
     stats = emulated.take_stats()
     assert (stats.copied_bytes, stats.vector_loads) == (0, 0)
     assert not any(values.any() for values in zeros)
@@ -213,11 +213,11 @@ def test_a_logprob_has_the_same_bits_with_and_without_a_loss(emulated, plan):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("placement", ["in place", "same alignment", "other alignment"])
 def test_logprobs_backward(emulated, dtype, placement):
-    for V, shift, softcap, with_entropy in (
-        (1, 2, 0.0, True),
-        (100, 5, 8.0, True),
-        (1003, 3, 0.0, False),
-        (4099, 0, 9.0, False),
+    for V, shift, softcap, with_entropy, with_lse in (
+        (1, 2, 0.0, True, True),
+        (100, 5, 8.0, True, False),
+        (1003, 3, 0.0, False, True),
+        (4099, 0, 9.0, False, False),
     ):
         out = {"in place": None, "same alignment": shift, "other alignment": shift + 1}[placement]
         case = Case(V, dtype, shift=shift, gap=3, out=out)
@@ -225,18 +225,21 @@ def test_logprobs_backward(emulated, dtype, placement):
         x, _ = strided(case, shift)
         x.copy_(torch.randn(2, 3, V, generator=generator) * 3)
         labels = torch.randint(V, (6,), generator=generator)
-        g, h, t = (torch.rand(6, generator=generator) + 0.5 for _ in range(3))
-        labels[1], g[2], h[2] = -1, 0.0, 0.0
+        g, h, t, d_lse = (torch.rand(6, generator=generator) + 0.5 for _ in range(4))
+        labels[1], g[2], h[2], d_lse[2], g[3], h[3] = -1, 0.0, 0.0, 0.0, 0.0, 0.0
+        d_lse = d_lse if with_lse else None
         truth_in = x.double().flatten(0, 1).requires_grad_()
         logprob, entropy = reference.token_logprobs(truth_in, labels, t.double(), softcap)
         wanted = (logprob * g).sum() + ((entropy * h).sum() if with_entropy else 0)
+        if d_lse is not None:
+            wanted = wanted + (reference.log_sum_exps(truth_in, labels, t.double(), softcap) * d_lse).sum()
         (want,) = torch.autograd.grad(wanted, truth_in)
         got = [torch.empty(6), torch.empty(6), torch.empty(6, 2)]
         emulated.ops.logprobs_fwd(x, labels, t, 1.0, softcap, *got)
         dlogits = x if case.out is None else strided(case, case.out)[0]
-        live_bytes = 4 * V * dtype.itemsize
+        live_bytes = (4 if with_lse else 3) * V * dtype.itemsize
         emulated.take_stats()
-        with_ent = (got[1], g, h) if with_entropy else (None, g, None)
+        with_ent = (got[1], [g, h, d_lse]) if with_entropy else (None, [g, None, d_lse])
         emulated.ops.logprobs_bwd(x, labels, got[2], *with_ent, t, 1.0, softcap, dlogits)
         stats = emulated.take_stats()
         torch.testing.assert_close(got[0].double(), logprob.detach(), rtol=5e-6, atol=5e-6)

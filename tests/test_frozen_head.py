@@ -93,7 +93,7 @@ def test_the_same_bits_with_and_without_a_gradient(backend, device, dtype, softc
 @pytest.mark.parametrize(("loss", "chunk_rows"), [("gspo", 5), ("ppo", 1000)])
 def test_the_gradient_is_as_good_as_the_textbooks(backend, device, loss, chunk_rows):
     head, labels, advantages, arguments = frozen(torch.float32, device)
-    spec = replace(LOSSES["ppo"], loss_type=loss, kl_coef=0.1, temperature=0.7, logit_softcap=4.0)
+    spec = replace(LOSSES["ppo"], loss_type=loss, kl_coef=0.1, z_coef=0.01, temperature=0.7, logit_softcap=4.0)
     loss = loss_of(
         head, labels, advantages, arguments, spec=spec, reduction="none", chunk_rows=chunk_rows, backend=backend
     )
@@ -122,6 +122,53 @@ def test_the_error_is_that_of_a_head_that_trains(device, dtype):
         (found,) = torch.autograd.grad((ppg.linear_token_logprobs(leaf, head, labels) * upstream).sum(), leaf)
         errors.append(float(((found.double() - truth).norm(dim=1) / truth.norm(dim=1)).max()))
     assert errors[1] < errors[0] + torch.finfo(dtype).eps / 2, errors
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("softcap", "temperature"), [(0.0, 0.7), (4.0, "per token")])
+def test_a_log_sum_exp_takes_no_further_product(backend, device, products, softcap, temperature, bias):
+    """Its gradient is the label's row of the head less what was kept; masked rows get exact zeros."""
+    head, labels, *_ = frozen(torch.float32, device)
+    head = head if bias else (*head[:2], None)
+    active, rows = labels != -100, torch.arange(N, device=device)
+    by = torch.linspace(0.5, 2.0, N, device=device) if temperature == "per token" else temperature
+    l, lse = logprobs_of(head, labels, lse=True, temperature=by, logit_softcap=softcap, backend=backend, chunk_rows=7)
+    upstream = [torch.randn(N, device=device) for _ in range(2)]
+    upstream[0] = torch.where(rows % 3 == 0, upstream[1], upstream[0])  # a first token of soft Q-learning
+    upstream[0][8], upstream[1][8], upstream[1][9] = 0.0, 0.0, 0.0
+    (d_hidden,) = torch.autograd.grad((l, lse), head[0], upstream)
+    n = int(active.sum())
+    assert backend == "reference" or products == {"logits": n, "gradient": n}
+    found, known = {"l": l, "lse": lse, "d_hidden": d_hidden}, []
+    for dtype in (torch.float32, torch.float64):
+        x, w, b = (None if t is None else t.detach().to(dtype) for t in head)
+        x = x.nan_to_num().requires_grad_()
+        z = torch.nn.functional.linear(x, w, b)
+        z = (softcap * torch.tanh(z / softcap) if softcap else z) / (by[:, None].to(dtype) if softcap else by)
+        sums = torch.where(active, z.logsumexp(-1), 0.0)
+        logprob = torch.where(active, torch.log_softmax(z, -1).gather(1, labels.clamp(min=0)[:, None])[:, 0], 0.0)
+        d = torch.autograd.grad((logprob, sums), x, [u.to(dtype) for u in upstream])[0]
+        known.append({"l": logprob, "lse": sums, "d_hidden": d})
+    for name in found:
+        assert_as_good_as(found[name], *(of[name].detach().cpu() for of in known), name)
+    assert (d_hidden[~active | (rows == 8)] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_log_sum_exps_error_in_16_bits_is_that_of_a_head_that_trains(device, dtype):
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(64, 64, device=device).to(dtype), torch.randint(3000, (64,), device=device)
+    weight = (torch.randn(3000, 64, device=device) / 3).to(dtype)
+    upstream, errors = [torch.randn(64, device=device) for _ in range(2)], []
+    wide = hidden.double().requires_grad_()
+    z = wide @ weight.double().t()
+    outputs = torch.log_softmax(z, -1).gather(1, labels[:, None]).squeeze(1), z.logsumexp(-1)
+    (truth,) = torch.autograd.grad(outputs, wide, [u.double() for u in upstream])
+    for trains in (True, False):
+        leaf, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trains)
+        (found,) = torch.autograd.grad(ppg.linear_token_logprobs(leaf, head, labels, lse=True), leaf, upstream)
+        errors.append(float(((found.double() - truth).norm(dim=1) / truth.norm(dim=1)).max()))
+    assert errors[1] < 2 * errors[0] + torch.finfo(dtype).eps, errors
 
 
 def test_rows_that_do_not_count_hold_anything(backend, device):
@@ -209,6 +256,8 @@ def test_the_op_is_well_formed():
     flags = list(Wanted(entropy=True, score_norms=False, gradient=True, validate=False))
     given = (clean, *head[1:], labels, None, [0.7, 3.0], flags, Chunks(8, 20).pack(), "cpu")
     torch.library.opcheck(ops.linear_token_logprobs_op, given)
+    flags = list(Wanted(entropy=False, score_norms=False, gradient=True, validate=False, lse=True))
+    torch.library.opcheck(ops.linear_token_logprobs_op, (*given[:6], flags, *given[7:]))
 
 
 def test_grad_mode_changes_no_chunk(monkeypatch):

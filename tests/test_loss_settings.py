@@ -60,7 +60,6 @@ def test_without_anything_the_loss_is_the_plain_one():
             "^importance_floor must be at most importance_cap, 1.0, got",
         ),
         ({"kl_cap": 10.0}, "^kl_cap bounds a KL term and needs kl_coef > 0, got 10.0$"),
-        ({"loss_type": "gspo", "z_coef": 0.1}, "^z_coef must be 0 with loss_type gspo .*, got 0.1$"),
     ],
 )
 def test_settings_that_do_not_go_together_are_one_line(given, words):

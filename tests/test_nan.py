@@ -157,7 +157,7 @@ def test_the_reduced_loss_of_a_call(backend, device, loss_type, number):
     assert torch.equal(gradient[6:], expected[6:])
 
 
-@pytest.mark.parametrize("number", ["logits", "temperatures", "d_logprob", "d_entropy"])
+@pytest.mark.parametrize("number", ["logits", "temperatures", "d_logprob", "d_entropy", "d_lse"])
 def test_log_probs_and_their_gradient(backend, device, number):
     if backend == "reference":
         pytest.skip("reference: plain PyTorch, no row kernel")
@@ -165,7 +165,8 @@ def test_log_probs_and_their_gradient(backend, device, number):
     kinds = KINDS if backend == "cpu" else KINDS[1:]
     for (dtype, bits), softcap in ((kind, cap) for kind in kinds for cap in (0.0, 5.0)):
         case = a_case(PolicyLossSpec(logit_softcap=softcap), dtype, device)
-        upstream = {"d_logprob": torch.ones(10, device=device), "d_entropy": torch.full((10,), 0.3, device=device)}
+        numbers = {"d_logprob": 1.0, "d_entropy": 0.3, "d_lse": 0.2}
+        upstream = {name: torch.full((10,), value, device=device) for name, value in numbers.items()}
         bad = nan(NANS[bits], device)
         if number == "logits":
             case.logits[0, :CLEAN, 30] = bad

@@ -104,8 +104,25 @@ def test_options_keep_their_meaning(batch):
     torch.testing.assert_close(half, -logprobs.half().float().sum() / 2)
 
 
+@pytest.mark.parametrize("loss_type", ["ppo", "gspo"])
+def test_a_z_loss_takes_log_sum_exps(loss_type):
+    logits, labels, mask = torch.randn(2, 4, 9, requires_grad=True), torch.randint(9, (2, 4)), torch.ones(2, 4)
+    mask[0, 1] = 0
+    options = {"spec": ppg.PolicyLossSpec(loss_type, z_coef=0.1), "loss_mask": mask}
+    options["old_logprobs"] = ppg.token_logprobs(logits, labels).detach() + 0.1
+    l, lse = ppg.token_logprobs(logits, labels, lse=True)
+    losses = [
+        ppg.policy_loss(logits, labels, torch.ones(2), **options).loss,
+        ppg.policy_loss_from_logprobs(l, torch.ones(2), lse=lse, **options).loss,
+    ]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
+
+
 def test_errors_name_the_rule(batch):
     logprobs = -torch.rand(B, L)
+    with pytest.raises(ValueError, match="a z-loss .* needs lse"):
+        ppg.policy_loss_from_logprobs(logprobs, torch.ones(B), spec=ppg.PolicyLossSpec(z_coef=0.1))
     with pytest.raises(ValueError, match="an entropy term"):
         ppg.policy_loss_from_logprobs(logprobs, torch.ones(B), spec=ppg.PolicyLossSpec(entropy_coef=0.1))
     with pytest.raises(ValueError, match="entropy must have the shape"):

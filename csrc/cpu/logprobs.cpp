@@ -54,8 +54,8 @@ template <bool CAP, bool ENT> PPG_INLINE Vec gradient(Vec x, const View<CAP>& vi
 template <class E, bool CAP, bool ENT> void logprobs_bwd_rows(const LogprobsBwdArgs& a, int64_t first, int64_t last) {
   for (int64_t n = first; n < last; ++n) {
     const int64_t label = a.labels[n];
-    const float d_logprob = a.d_logprob[n], d_entropy = ENT ? a.d_entropy[n] : 0.f;
-    if (label < 0 || (d_logprob == 0.f && d_entropy == 0.f)) {
+    const float d_logprob = a.d_logprob[n], d_entropy = ENT ? a.d_entropy[n] : 0.f, d_lse = a.d_lse ? a.d_lse[n] : 0.f;
+    if (label < 0 || (d_logprob == 0.f && d_entropy == 0.f && d_lse == 0.f)) {
       zero_row<E>(a.dlogits, n, a.V);
       continue;
     }
@@ -66,7 +66,7 @@ template <class E, bool CAP, bool ENT> void logprobs_bwd_rows(const LogprobsBwdA
     // p = 2^t / sum and log p = d * nats - log(sum)
     const double sum = a.lse[2 * n + 1], of_entropy = ENT ? d_entropy * (a.entropy[n] - std::log(sum)) : 0.0;
     const float max = plain_nan(a.lse[2 * n]), g = plain_nan(d_logprob / temperature),
-                c0 = plain_nan(float(-(d_logprob + of_entropy) / temperature / sum)),
+                c0 = plain_nan(float(-(d_logprob + of_entropy - d_lse) / temperature / sum)),
                 c1 = plain_nan(float(-d_entropy / temperature * view.nats / sum));
     const Vec x_label = splat(load_one<E>(x + label));
     const float at_label = (CAP ? g * view.slope(x_label)[0] : g) + gradient<CAP, ENT>(x_label, view, max, c0, c1)[0];

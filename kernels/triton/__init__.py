@@ -12,7 +12,7 @@ if not torch.cuda.is_available() and not triton.knobs.runtime.interpret:
 
 from .distillation import distillation
 from .fused_policy_loss import fused_policy_loss
-from .logprobs import logprobs_bwd, logprobs_fwd
+from .logprobs import logprobs_bwd, logprobs_fwd, unit_of_maximum
 from .partial_returns import partial_returns
 from .policy_loss import policy_loss
 from .scale_rows import scale_rows
@@ -25,4 +25,5 @@ __all__ = [
     "partial_returns",
     "policy_loss",
     "scale_rows",
+    "unit_of_maximum",
 ]

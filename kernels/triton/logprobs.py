@@ -26,7 +26,7 @@ from .row import (
 THREADS = 256  # per program: several share an SM, so that one loads while another reduces
 
 # lengths, counts and per-row pointers change from call to call: a kernel specialised on them would be compiled again
-PER_CALL = ["L", "labels", "temperatures", "lse", "entropy", "logprob", "d_logprob", "d_entropy", "score_norm"]
+PER_CALL = ["L", "labels", "temperatures", "lse", "entropy", "logprob", "d_logprob", "d_entropy", "d_lse", "score_norm"]
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -70,8 +70,8 @@ def logprobs_fwd_kernel(
 
 @triton.jit(do_not_specialize=PER_CALL)
 def logprobs_bwd_kernel(
-    # (N,), lse (N, 2); d_entropy and temperatures may be None
-    logits, labels, lse, entropy, d_logprob, d_entropy, temperatures,
+    # (N,), lse (N, 2); d_entropy, d_lse and temperatures may be None
+    logits, labels, lse, entropy, d_logprob, d_entropy, d_lse, temperatures,
     dlogits,  # out, may be the logits themselves
     L, V: tl.int32, batch_stride: tl.int64, row_stride: tl.int64, d_batch_stride: tl.int64, d_row_stride: tl.int64,
     temperature, logit_softcap,
@@ -85,6 +85,8 @@ def logprobs_bwd_kernel(
     wanted = g != 0.0
     if d_entropy is not None:
         wanted = wanted | (tl.load(d_entropy + n) != 0.0)
+    if d_lse is not None:
+        wanted = wanted | (tl.load(d_lse + n) != 0.0)
     if (label >= 0) & wanted:
         row = logits + row_offset(n, L, batch_stride, row_stride)
         cols = tl.arange(0, BLOCK_V)
@@ -93,6 +95,9 @@ def logprobs_bwd_kernel(
         m = tl.load(lse + 2 * n)
         log2_s = tl.log2(tl.load(lse + 2 * n + 1))
         g *= inverse_temperature
+        pull = g
+        if d_lse is not None:
+            pull = g - tl.load(d_lse + n) * inverse_temperature
         h = None
         entropy_ = 0.0
         if d_entropy is not None:
@@ -101,7 +106,7 @@ def logprobs_bwd_kernel(
         for start in range(0, V, BLOCK_V):
             at = start + cols
             x = tl.load(row + at, mask=at < V, other=float("-inf"))
-            dz = block_gradient(x, at, label, m, log2_s, entropy_, g, g, h, factor, logit_softcap)
+            dz = block_gradient(x, at, label, m, log2_s, entropy_, g, pull, h, factor, logit_softcap)
             tl.store(d_row + at, dz.to(dlogits.dtype.element_ty), mask=at < V)
     else:
         zero_row(d_row, V, BLOCK_V)
@@ -132,6 +137,11 @@ def logprobs_fwd(
     return logprob, ent, lse
 
 
+def unit_of_maximum(logit_softcap: float) -> float:
+    """Contract: ppg_fast/backends.py"""
+    return 1.0
+
+
 def logprobs_bwd(
     logits: Tensor,  # (B, L, V)
     labels: Tensor,  # (N,) int64, negative: masked
@@ -139,18 +149,20 @@ def logprobs_bwd(
     entropy: Tensor,  # (N,) float32, as the rest
     d_logprob: Tensor,
     d_entropy: Tensor | None,
+    d_lse: Tensor | None,
     temperatures: Tensor | None,
     temperature: float,
     logit_softcap: float,
     dlogits: Tensor,  # (B, L, V) out, may be the logits themselves
 ) -> None:
-    """Write d_logprob (1[v = label] - p) - d_entropy p (log p + H) into ``dlogits``. Contract: ppg_fast/backends.py"""
+    """Write d_logprob (1[v = label] - p) - d_entropy p (log p + H) + d_lse p into ``dlogits``. Contract:
+    ppg_fast/backends.py"""
     B, L, V = logits.shape
     if B * L:
         shape = loop_shape(V, THREADS, logits.element_size(), bool(logit_softcap), False)
         with on_device(logits):
             logprobs_bwd_kernel[(B * L,)](
-                logits, labels, lse, None if d_entropy is None else entropy, d_logprob, d_entropy, temperatures,
-                dlogits,
+                logits, labels, lse, None if d_entropy is None else entropy, d_logprob, d_entropy, d_lse,
+                temperatures, dlogits,
                 L, V, *strides(logits), *strides(dlogits), float(temperature), number_or_off(logit_softcap), **shape,
             )  # fmt: skip

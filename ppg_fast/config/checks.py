@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, OF_TURNS, SOFT_Q, TRACKERS
 from ppg_fast.distributed import PARALLEL
-from ppg_fast.losses import LOSS_TYPES, SEQUENCE_LEVEL
+from ppg_fast.losses import LOSS_TYPES
 from ppg_fast.policy_classes import FullPlanning
 from ppg_fast.spec import BASELINES, REDUCTIONS, require, require_number, require_one_of, require_token_share
 
@@ -73,8 +73,6 @@ def check_together(config: TrainConfig) -> None:
     )
     needs = "activation_offload must be off without activation_checkpointing"
     require(config.activation_checkpointing or not config.activation_offload, needs, config.activation_offload)
-    rule = f"z_coef must be 0 with loss_type {config.loss_type} (it goes with a loss of one token)"
-    require(not config.z_coef or config.loss_type not in SEQUENCE_LEVEL, rule, config.z_coef)
     require(
         not (config.data and config.prompts),
         "data (offline) and prompts (on-policy) exclude each other, got both",

@@ -122,7 +122,7 @@ def linear_token_logprobs(
     spec, temperatures = spec_and_temperatures(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
     )
-    backend = chosen_backend("reference" if lse else backend, hidden)
+    backend = chosen_backend(backend, hidden)
     wanted = Wanted(entropy, score_norms, gradient=True, validate=validate, lse=lse)
     scale = float(spec.temperature), float(spec.logit_softcap)
     given = x, weight, bias, tokens.labels, temperatures, *scale, wanted, chunks, backend
@@ -199,11 +199,11 @@ def linear_policy_loss(
         with_teacher = arguments._replace(labels=torch.where(taught.coefs != 0, every.labels, rows.tokens.labels))
     if first:
         scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
-        wanted = wanted._replace(gradient=rows.spec.entropy_coef == 0)
-        logprobs, entropy, norms, _ = ops.linear_token_logprobs(
+        wanted = wanted._replace(gradient=rows.spec.entropy_coef == 0, lse=bool(rows.spec.z_coef))
+        logprobs, entropy, norms, lse = ops.linear_token_logprobs(
             x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, *scale, wanted, chunks, backend
         )
-        loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)
+        loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None, lse)
     elif taught is not None and backend != "reference":
         loss, logprobs, entropy, norms, divergences = ops.linear_distillation(
             x, weight, bias, with_teacher, taught, True, wanted, chunks, backend

@@ -98,7 +98,7 @@ def token_logprobs(
     spec, temperatures = spec_and_temperatures(
         PolicyLossSpec(temperature=temperature, logit_softcap=logit_softcap), labels, tokens.active, validate
     )
-    backend = chosen_backend("reference" if lse else backend, logits)
+    backend = chosen_backend(backend, logits)
     wanted = Wanted(entropy, score_norms, gradient=False, validate=validate, lse=lse)
     scale = float(spec.temperature), float(spec.logit_softcap)
     given = x, tokens.labels, temperatures, *scale, wanted, backend
@@ -185,12 +185,12 @@ def policy_loss(
         return fused_policy_loss(x, labels, advantages, None, inplace, backend, options)
     rows = LossRows.of(labels, advantages, logits.device, turn_ids=turn_ids, **options)
     if needs_logprobs_first(spec, logits.dtype):
-        wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
+        wanted = Wanted(True, score_norms, gradient=False, validate=validate, lse=bool(rows.spec.z_coef))
         scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
-        logprobs, entropy, norms, _ = ops.token_logprobs(
+        logprobs, entropy, norms, lse = ops.token_logprobs(
             x, rows.tokens.labels, rows.per_row.temperatures, *scale, wanted, backend
         )
-        loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None)
+        loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None, lse)
     else:  # plain PyTorch
         check_labels(rows.tokens.labels, logits.shape[-1], validate)
         z = x.flatten(0, 1).float()

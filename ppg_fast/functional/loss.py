@@ -124,13 +124,12 @@ class LossRows:
             tokens = tokens.masked_where(_unread(per_row.live, active, sequences or groups))
         return LossRows(tokens, active, per_row, spec, groups, sequences, reduction, score_norms)
 
-    def loss_from_logprobs(self, logprobs: Tensor, entropy: Tensor | None) -> Tensor:
+    def loss_from_logprobs(self, logprobs: Tensor, entropy: Tensor | None, lse: Tensor | None) -> Tensor:
         """Weighted loss of each row by plain PyTorch over differentiable log-probs: the second phase of a
-        sequence-level loss."""
-        rule = "z_coef needs float32 or bfloat16 logits, or hidden states and a reduction other than none"
-        require(not self.spec.z_coef, rule, self.spec.z_coef)
+        sequence-level loss. ``entropy``, ``lse``: of the rows, used where the spec has a term in them."""
         given = logprobs, entropy, self.tokens.labels >= 0, *self.per_row[:5], self.spec, self.groups
-        return reference.loss_from_logprobs(*given, self.per_row.nll_weights, sequences=self.sequences)
+        lse = lse if self.spec.z_coef else None
+        return reference.loss_from_logprobs(*given, self.per_row.nll_weights, lse, self.sequences)
 
     def output(
         self,
@@ -202,9 +201,6 @@ def checked_spec(spec: PolicyLossSpec | None, ref_logprobs: Tensor | None) -> Po
         fail("spec must be a PolicyLossSpec", type(spec).__name__)
     if spec.kl_coef and ref_logprobs is None:
         fail("a KL term (kl_coef > 0) needs ref_logprobs", None)
-    if spec.z_coef and spec.shared:
-        what = "opsm_delta" if spec.opsm_delta else f"loss_type {spec.loss_type}"
-        fail(f"z_coef goes with a loss of one token, and {what} is of a {spec.shared}", spec.z_coef)
     return with_plain_temperature(spec)
 
 

@@ -107,21 +107,20 @@ class _Turns:
         require(isinstance(spec, SoftQSpec), "spec must be a SoftQSpec", type(spec).__name__)
         given = {"ref_logprobs": ref_logprobs, "ref_lse": ref_lse}
         for name, value in given.items():
-            rule = f"soft Q-learning needs {name}, the reference's (token_logprobs with lse=True)"
-            require(value is not None, rule, value)
+            require(value is not None, f"soft Q-learning needs {name} (token_logprobs has lse=True)", value)
         ref, of_ref, target = (per_token(n, v, labels) for n, v in {**given, "target_lse": target_lse}.items())
         assert ref is not None
         assert of_ref is not None
         turns = checked_turns(rewards, policy_class, gamma, turn_counts)
         rule = "the policy class of soft Q-learning must be a window of turns (greedy, lookahead, segment, full)"
         require(turns.reward_mask is None, rule, str(policy_class))
+        if readable(labels, validate):
+            check_rewards(turns.rewards, turns.turn_counts, turns.segment_ids)
         at = TurnTokens.of(labels, turn_ids, turns, loss_mask, cu_seqlens, validate)
+        ones, backend = torch.ones_like(turns.rewards), chosen_backend(backend, rewards)
+        lengths = ops.partial_returns(turns._replace(rewards=ones, gamma=1.0), False, backend)
         if (factor := ops.mask_factor(loss_mask, validate)) is not None:
             turns = turns._replace(rewards=turns.rewards * factor)
-        shaped, backend = turns.rewards, chosen_backend(backend, rewards)
-        if readable(labels, validate):
-            check_rewards(shaped, turns.turn_counts, turns.segment_ids)
-        lengths = ops.partial_returns(turns._replace(rewards=torch.ones_like(shaped), gamma=1.0), False, backend)
         exists, first = lengths > 0, at.first_tokens()
         silent = torch.nn.functional.pad(exists & (first == labels.numel()), (0, 1))
         ends = torch.arange(at.shape[1], device=lengths.device) + lengths.long()
@@ -146,8 +145,7 @@ class _Turns:
         total = ordered_sum(errors.flatten())
         if spec.cql_coef:
             total = total - spec.cql_coef * ordered_sum(self.at.sums(l).flatten())
-        count = there.sum()
-        loss = (total / (count.clamp(min=1) if self.normalizer is None else self.normalizer)).float()
+        loss = (total / (there.sum().clamp(min=1) if self.normalizer is None else self.normalizer)).float()
         values = torch.where(there, spec.beta * (value.detach() + self.offsets[:, :-1]), 0.0).float()
         left, ratios = residuals.detach().float(), ratios.detach()
         metrics = partial(_metrics, self.at.in_turn, there, values, left, ratios)

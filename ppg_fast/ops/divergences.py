@@ -86,7 +86,7 @@ class Divergences:
         total, own = g.sum(1), torch.nn.functional.pad(g, (0, 1))
         at_label = torch.where(there & (ids == label), g, 0.0).sum(1, keepdim=True)
         own = torch.where(tokens == label, at_label, own)
-        self.kernels.logprobs_bwd(logits, labels, lse, of_label, total, None, *scale, out)
+        self.kernels.logprobs_bwd(logits, labels, lse, of_label, total, None, None, *scale, out)
         values = (own - total[:, None] * logprobs.exp()) * slope
         out[0].scatter_(1, tokens, torch.where(labels[:, None] >= 0, values, 0.0).to(out.dtype))
         return divergence

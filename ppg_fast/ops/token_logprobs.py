@@ -1,4 +1,4 @@
-"""token_logprobs: the differentiable pair (log-prob, entropy), for any loss that a user writes on top."""
+"""token_logprobs: log-prob, entropy and log-sum-exp, differentiable, for any loss that a user writes on top."""
 
 from typing import Any
 
@@ -19,19 +19,31 @@ def _logprobs(
     scale: list[float],
     wanted: list[bool],
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> log-prob, entropy and score norm of each row, (N,) float32, zeros where masked, (0,) unless wanted; before the
-    last its maximum and sum, (N, 2). ``scale``: temperature and softcap."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> log-prob, entropy, its maximum and sum, (N, 2), score norm and log-sum-exp of each row, (N,) float32, zeros
+    where masked, (0,) unless wanted. ``scale``: temperature and softcap."""
     flags = Wanted(*wanted)
     check_labels(labels, logits.shape[-1], flags.validate)
     norm = torch.empty(labels.numel() if flags.score_norms else 0, dtype=torch.float32, device=logits.device)
     given = norm if flags.score_norms else None
-    out = backends.load(backend).logprobs_fwd(logits, labels, temperatures, *scale, flags.entropy, given)
-    return *out, norm
+    logprob, ent, pair = backends.load(backend).logprobs_fwd(logits, labels, temperatures, *scale, flags.entropy, given)
+    lse = log_sum_exps(pair, labels, temperatures, scale, backend) if flags.lse else logprob.new_empty(0)
+    return logprob, ent, pair, norm, lse
+
+
+def log_sum_exps(pair: Tensor, labels: Tensor, temperatures: Tensor | None, scale: list[float], backend: str) -> Tensor:
+    """log sum_v exp(z_v) of each row, (N,) float32, 0 where masked, from its maximum and sum as ``backend`` gave them.
+    In float64: the two may cancel."""
+    temperature, logit_softcap = scale
+    by = temperature if temperatures is None else temperatures.double()
+    largest, sums = pair.double().unbind(1)
+    lse = largest * backends.load(backend).unit_of_maximum(logit_softcap) / by + sums.log()
+    return torch.where(labels < 0, 0.0, lse).float()
 
 
 def _gradient(logits: Tensor, rows: list[Tensor | None], scale: list[float], backend: str) -> Tensor:
-    """-> dlogits (B, L, V). ``rows``: labels, maximum and sum, entropy, d_logprob, d_entropy, temperatures."""
+    """-> dlogits (B, L, V). ``rows``: labels, maximum and sum, entropy, d_logprob, d_entropy, d_lse,
+    temperatures."""
     dlogits = fresh(logits, logits.shape)
     backends.load(backend).logprobs_bwd(logits, *rows, *scale, dlogits)
     return dlogits
@@ -44,8 +56,9 @@ token_logprobs_bwd_op = torch.library.custom_op("ppg_fast::token_logprobs_bwd", 
 @token_logprobs_op.register_fake
 def _(logits, labels, temperatures, scale, wanted, backend):
     flags, N = Wanted(*wanted), logits.shape[0] * logits.shape[1]
-    sizes = N, N if flags.entropy or flags.score_norms else 0, (N, 2), N if flags.score_norms else 0
-    return tuple(logits.new_empty(n, dtype=torch.float32) for n in sizes)
+    wants = flags.entropy or flags.score_norms, flags.score_norms, flags.lse
+    entropy, norm, lse = (N if want else 0 for want in wants)
+    return tuple(logits.new_empty(n, dtype=torch.float32) for n in (N, entropy, (N, 2), norm, lse))
 
 
 @token_logprobs_bwd_op.register_fake
@@ -55,18 +68,21 @@ def _(logits, rows, scale, backend):
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, temperatures, ctx.scale, wanted, ctx.backend = inputs
-    _, entropy, lse, _ = output
+    _, entropy, pair, _, _ = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, lse, entropy, temperatures)
-    ctx.entropy = Wanted(*wanted).entropy
+    ctx.save_for_backward(logits, labels, pair, entropy, temperatures)
+    ctx.flags = Wanted(*wanted)
 
 
-def _backward(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    logits, labels, lse, entropy, temperatures = ctx.saved_tensors
-    d_logprob = torch.zeros_like(lse[:, 0]) if d_logprob is None else d_logprob.contiguous()
-    d_entropy = d_entropy.contiguous() if ctx.entropy and d_entropy is not None else None
+def _backward(
+    ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, _: Any, __: Any, d_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    logits, labels, pair, entropy, temperatures = ctx.saved_tensors
+    d_logprob = torch.zeros_like(pair[:, 0]) if d_logprob is None else d_logprob.contiguous()
+    d_entropy = d_entropy.contiguous() if ctx.flags.entropy and d_entropy is not None else None
+    d_lse = d_lse.contiguous() if ctx.flags.lse and d_lse is not None else None
     call = token_logprobs_bwd_op if traced(logits, d_logprob) else _gradient
-    rows = [labels, lse, entropy, d_logprob, d_entropy, temperatures]
+    rows = [labels, pair, entropy, d_logprob, d_entropy, d_lse, temperatures]
     return call(logits, rows, ctx.scale, ctx.backend), None, None, None, None, None
 
 
@@ -95,5 +111,5 @@ def token_logprobs(
         temperatures, temperature = as_data(labels.shape, temperature, torch.float32, labels.device), 1.0
     call = token_logprobs_op if traced(logits) else EagerTokenLogprobs.apply if needs_grad(logits) else _logprobs
     scale = [temperature, logit_softcap]
-    logprob, entropy, _, norms = call(logits, labels, temperatures, scale, list(wanted), backend)
-    return logprob, entropy, norms, logprob[:0]
+    logprob, entropy, _, norms, lse = call(logits, labels, temperatures, scale, list(wanted), backend)
+    return logprob, entropy, norms, lse

@@ -195,7 +195,8 @@ def logprobs_case(
     rows = [torch.empty(B * L + at)[at:] for _ in range(4)]
     softcap = softcap and softcap + number
     logprobs.logprobs_fwd(logits, labels, None, number, softcap, entropy)
-    logprobs.logprobs_bwd(logits, labels, *rows[:3], rows[3] if entropy else None, None, number, softcap, logits)
+    d = (rows[3], rows[3]) if entropy else (None, None)
+    logprobs.logprobs_bwd(logits, labels, *rows[:3], *d, None, number, softcap, logits)
     scale_rows.scale_rows(logits, rows[0], logits)
 
 

@@ -119,7 +119,7 @@ void run(int64_t V, DType dtype, int shift, int gap, int out_shift, bool cap, bo
   run_fused(in, out, V, dtype, cap, entropy);
   LogprobsBwdArgs b{sweep};
   b.lse = lse.data(), b.entropy = ent.data(), b.d_logprob = advantages.data(),
-  b.d_entropy = entropy ? ones.data() : nullptr, b.dlogits = out;
+  b.d_entropy = b.d_lse = entropy ? ones.data() : nullptr, b.dlogits = out;
   expect(cuda::logprobs_bwd(b, nullptr), "logprobs_bwd");
   const ScaleRowsArgs r{out, out, ones.data(), N, V, N * V, dtype, dtype};
   expect(cuda::scale_rows(r, nullptr), "scale_rows");
