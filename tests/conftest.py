@@ -88,6 +88,30 @@ def signals_are_heard():
         signal.signal(number, handler)
 
 
+# Files with the longest tests and fixtures, by turns for one of two workers and for the other.
+LONGEST = (
+    "test_cuda_emulated.py",
+    "test_ranks.py",
+    "test_cuda_compile.py",
+    "test_triton_compile.py",
+    "test_bench_gpu_driver.py",
+    "test_memory.py",
+    "test_wheel.py",
+    "test_integrations_trl_ranks.py",
+    "test_bench_gpu_kills.py",
+    "test_run_ends.py",
+)
+
+
+def longest_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """LONGEST at the head of each half, which is what each of two workers begins with (`--dist worksteal`): what is
+    left at the end, and moves from one to the other, are short tests whose fixtures are cheap."""
+    heads = [[i for name in LONGEST[first::2] for i in items if i.path.name == name] for first in (0, 1)]
+    others = [item for item in items if item.path.name not in LONGEST]
+    half = max(0, len(items) // 2 - len(heads[0]))
+    return heads[0] + others[:half] + heads[1] + others[half:]
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`-m gpu` chooses what runs on a GPU: tests marked so, and every test of a backend that is there because of the
@@ -99,6 +123,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if not there and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    items[:] = longest_first(items)
 
 
 @pytest.fixture(autouse=True)

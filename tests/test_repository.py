@@ -4,9 +4,11 @@ files stay small."""
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import LONGEST, longest_first
 
 import ppg_fast as ppg
 from ppg_fast.losses import LOSS_TYPES
@@ -108,3 +110,12 @@ def test_the_readme_names_every_choice():
 def test_files_stay_small(folder):
     sources = (p for p in (ROOT / folder).rglob("*") if p.suffix in {".py", ".cpp", ".cu", ".cuh", ".h"})
     assert {str(p.relative_to(ROOT)): n for p in sources if (n := len(p.read_text().splitlines())) > 300} == {}
+
+
+def test_the_longest_tests_are_at_the_head_of_each_half():
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).exists()] == []
+    items = [SimpleNamespace(path=Path(name), n=n) for name in ("test_a.py", *LONGEST, "test_z.py") for n in range(9)]
+    found = longest_first(items)
+    assert sorted(map(id, found)) == sorted(map(id, items))
+    assert [found[start].path.name for start in (0, 9, 18)] == [*LONGEST[:5:2]]
+    assert found[len(items) // 2].path.name == LONGEST[1]

@@ -136,8 +136,10 @@ def kernels(
     options = ["--gpu-architecture", arch] if arch else []
     if wanted:
         listed = _said(disassembler, *options, "--dump-elf-symbols", file)
-        names = re.findall(r"STO_ENTRY\s+(\S+)", listed)
-        options += ["--function", ",".join(name for name in names if wanted(readable(name)))]
+        names = [name for name in re.findall(r"STO_ENTRY\s+(\S+)", listed) if wanted(readable(name))]
+        if not names:
+            return []
+        options += ["--function", ",".join(names)]
     found: list[Kernel] = []
     for line in _said(disassembler, *options, "--dump-sass", file).splitlines():
         if m := re.match(r"\s+Function : (\S+)", line):

@@ -9,13 +9,12 @@ test_triton_compile.py.
 
 import contextlib
 import importlib.util
-import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -321,27 +320,30 @@ CASES = {
     "cluster, softcap": Case(fused_case, 128256, 30.0, cluster=True),
     "cluster, log-probs": Case(logprobs_case, 151936, cluster=True),
 }
-# each form of a kernel once, with what it needs most registers for
-FEW = (
-    "in registers",
-    "with exponentials, score norm",
-    "four programs an SM, softcap",
-    "in blocks, softcap, score norm",
-    "fused, in blocks",
-    "log-probs, softcap",
-    "Jensen-Shannon, softcaps",
-    "cluster of 8",
-)
+BF16, FLOAT32 = DTYPES = (torch.bfloat16, torch.float32)
+# each form of a kernel with what it needs most registers for, in one dtype where the other has not this form or needs
+# fewer
+FEW: dict[str, tuple[torch.dtype, ...]] = {
+    "in registers": (FLOAT32,),
+    "with exponentials, score norm": DTYPES,
+    "four programs an SM, softcap": (BF16,),
+    "in blocks, softcap, score norm": DTYPES,
+    "fused, in blocks": (BF16,),
+    "log-probs, softcap": (BF16,),
+    "Jensen-Shannon, softcaps": (BF16,),
+    "cluster of 8": DTYPES,
+}
 
 
-def compile_all(target: str, names: Collection[str]) -> None:
-    """Print the facts of the named cases for one target; clusters where this Triton and the target have them."""
+def compile_all(target: str, wanted: dict[str, tuple[torch.dtype, ...]]) -> None:
+    """Print the facts of cases in dtypes for one target; clusters where this Triton and the target have them."""
     plan.WARP_SIZE = TARGETS[target].warp_size
     torch.version.hip = "6.4" if TARGETS[target].backend == "hip" else None
     seen: set[str] = set()
     triton_has_clusters = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= plan.FIRST_WITH_CLUSTERS
-    for (name, case), dtype in itertools.product(CASES.items(), (torch.bfloat16, torch.float32)):
-        if name not in names or (case.cluster and not (triton_has_clusters and target in ("sm_90", "sm_100"))):
+    for name, dtype in ((name, dtype) for name, dtypes in wanted.items() for dtype in dtypes):
+        case = CASES[name]
+        if case.cluster and not (triton_has_clusters and target in ("sm_90", "sm_100")):
             continue
         plan.why_no_clusters = lambda device, cluster=case.cluster: None if cluster else "not this case"
         with recorded() as launches:
@@ -422,9 +424,9 @@ def specialise_all() -> None:
 
 
 if __name__ == "__main__":
-    names: Collection[str] = CASES
+    wanted = dict.fromkeys(CASES, DTYPES)
     for what in sys.argv[1:]:
         if what == "few":
-            names = FEW
+            wanted = FEW
         else:
-            specialise_all() if what == "specialise" else compile_all(what, names)
+            specialise_all() if what == "specialise" else compile_all(what, wanted)
