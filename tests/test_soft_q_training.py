@@ -161,7 +161,8 @@ def test_earlier_steps_are_read_again_and_a_skipped_one_is_not():
     alone, without = run(SOFT_Q)
     assert [len(kept) for kept in state.experience.kept] == [7, 7]
     assert [kept[0].rewards[0] > 4 for kept in state.experience.kept] == [False, True]  # of steps 2 and 4
-    assert rows[0]["perf/tokens_read"] * 2 == rows[1]["perf/tokens_read"] == rows[3]["perf/tokens_read"]
+    assert rows[0]["perf/tokens_read"] * 2 == rows[1]["perf/tokens_read"]
+    assert rows[0]["perf/tokens_read"] < rows[3]["perf/tokens_read"]
     assert rows[1]["reward"] == alone[1]["reward"]
     assert rows[1]["loss"] != alone[1]["loss"]
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1]

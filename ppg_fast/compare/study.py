@@ -48,7 +48,13 @@ class Study:
         steps = self.max_steps or tabular_runs.STEPS
         chosen, loss_type = class_and_loss(run.policy_class)
         beta = self.beta if loss_type == SOFT_Q else 0.0
-        how = {"candidates": candidates, "max_steps": steps, "beta": beta, "offline": self.offline, "noise": self.noise}
+        how: dict[str, Any] = {
+            "candidates": candidates,
+            "max_steps": steps,
+            "beta": beta,
+            "offline": self.offline,
+            "noise": self.noise,
+        }
         return tabular_runs.train(run.problem, chosen, run.seed, **how)
 
     def _language(self, run: Run) -> dict[str, Any]:

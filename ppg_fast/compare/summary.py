@@ -58,7 +58,7 @@ def of_class(runs: list[dict[str, Any]], best: float) -> dict[str, Any]:
         "high": high.tolist(),
         "final": over_seeds(curves[:, -1]),
         "area": over_seeds(areas),
-        "drop": over_seeds(-np.diff(curves).min(1).clip(max=0)),
+        "drop": over_seeds((-np.diff(curves)).max(1).clip(min=0)),
         "level": level,
         "level_reached": len(times),
         "level_samples": float(np.median(times)) if len(times) > len(runs) / 2 else None,

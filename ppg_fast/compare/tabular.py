@@ -154,12 +154,11 @@ def soft_q_gradient(
     """The gradient of the soft Q loss of sampled dialogues, (T, 2): a turn is one token, and its state the turn."""
     count, turns = actions.shape
     z = logits.detach().requires_grad_()
-    of_all = (x.log_softmax(-1).expand(count, -1, -1).gather(-1, actions[..., None])[..., 0] for x in (z, reference))
-    (l, ref_logprobs), (lse, ref_lse) = of_all, (x.logsumexp(-1).expand(count, -1) for x in (z, reference))
-    references = {"ref_logprobs": ref_logprobs.float(), "ref_lse": ref_lse.float()}
+    chosen = [x.log_softmax(-1).expand(count, -1, -1).gather(-1, actions[..., None])[..., 0] for x in (z, reference)]
+    lse = [x.logsumexp(-1).expand(count, -1) for x in (z, reference)]
     out = soft_q_loss_from_logprobs(
-        l, lse, rewards, torch.arange(turns).expand(count, -1), policy_class, spec=SoftQSpec(beta=beta),
-        offsets=torch.tensor(offsets), **references,
+        chosen[0], lse[0], rewards, torch.arange(turns).expand(count, -1), policy_class, spec=SoftQSpec(beta=beta),
+        ref_logprobs=chosen[1].float(), ref_lse=lse[1].float(), offsets=torch.tensor(offsets),
     )  # fmt: skip
     return torch.autograd.grad(out.loss, z)[0]
 
