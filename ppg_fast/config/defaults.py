@@ -63,5 +63,7 @@ LOSS_SETTINGS = (
     *("loss_type", "clip_low", "clip_high", "dual_clip", "ratio_cap", "tau_positive", "tau_negative"),
     *("k_positive", "lambda_positive", "k_negative", "lambda_negative"),
     *("ratio_reduction", "opsm_delta", "log_ratio_coef", "kl_coef", "kl_estimator", "kl_cap", "entropy_coef", "z_coef"),
-    *("temperature", "importance_cap", "importance_floor", "importance_mode"),
+    *("temperature", "importance_cap", "importance_floor", "importance_mode", "max_log_ratio", "nan_rollout"),
 )
+# settings of a teacher, without effect where there is none
+OF_TEACHER = ("distill_coef", "distill_divergence", "distill_beta", "distill_top_k")

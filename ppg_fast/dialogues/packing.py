@@ -25,9 +25,10 @@ class Sample:
 
     ``turn_ids``: the assistant's turn that a token belongs to, its end-of-turn token included, -1 for context.
     ``rewards``: one per turn. ``group_id``: dialogues of one prompt share it. ``rollout_logprobs``: the sampler's
-    log-probability of the token itself, in nats, not read at context tokens. ``cut_off``: one per turn, whether a
-    sampler stopped the answer before it ended by itself. ``starts``: where its parts begin. A part is what the model
-    sees at once: its positions begin anew, and nothing in it attends to another; most dialogues are one.
+    log-probability of the token itself, in nats, NaN where it told none, not read at context tokens. ``cut_off``: one
+    per turn, whether a sampler stopped the answer before it ended by itself. ``starts``: where its parts begin. A part
+    is what the model sees at once: its positions begin anew, and nothing in it attends to another; most dialogues are
+    one.
     """
 
     tokens: list[int]
@@ -245,7 +246,7 @@ def _check_sample(sample: Sample, index: int) -> None:
         )
         for position, (value, turn) in enumerate(zip(sample.rollout_logprobs, sample.turn_ids, strict=True)):
             require(
-                turn == CONTEXT or math.isfinite(value),
+                turn == CONTEXT or not math.isinf(value),
                 f"{name}, token {position}: a rollout log-prob must be finite",
                 value,
             )

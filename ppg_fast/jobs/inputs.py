@@ -14,7 +14,7 @@ from ppg_fast.rewards.formula import TERM, split_terms
 from ppg_fast.rewards.judge import TASK
 from ppg_fast.rollouts.tools.functions import split_place
 
-PATHS = ("data", "prompts", "model", "partner_prompt")
+PATHS = ("data", "prompts", "model", "teacher", "partner_prompt")
 NAMES = ("chat_template",)  # of a file, or of something that ships
 KEYS = ("partner_key", "judge_key", "sampler_key")  # env:NAME or file:PATH
 FILE = "file:"

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from ppg_fast.policy_classes import FullPlanning, Lookahead, PolicyClass
 from ppg_fast.reference import Residuals
 from ppg_fast.reference.turns import of_tokens
 from ppg_fast.spec import PolicyLossSpec, require
+
+if TYPE_CHECKING:
+    from ppg_fast.models.frozen_teacher import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Objective:
     training's: dialogues of a log are all of one policy.
 
     ``nll_coef``: the loss gains this times the mean of -l over the tokens of turns whose windowed return is positive
-    (VAPO, arXiv:2504.05118).
+    (VAPO, arXiv:2504.05118). ``teacher``: its divergence joins the loss of every token.
     """
 
     policy_class: PolicyClass = field(default_factory=lambda: Lookahead(3))
@@ -44,6 +48,7 @@ class Objective:
     eta: float = 0.0
     from_start: bool = False
     nll_coef: float = 0.0
+    teacher: "FrozenTeacher | None" = None
 
     def __post_init__(self) -> None:
         """ValueError for a regression over another loss."""
@@ -114,9 +119,10 @@ def likelihood(batch: PackedBatch, returns: Tensor, objective: Objective) -> Ten
     return objective.nll_coef * chosen / tokens.float()
 
 
-def live_turns(advantages: Tensor, weights: Tensor | None) -> Tensor:
-    """(S, T): the advantage of each turn or, where that is 0, the weight of its `likelihood`."""
-    return advantages if weights is None else advantages.where(advantages != 0, weights)
+def live_turns(batch: PackedBatch, advantages: Tensor, weights: Tensor | None, objective: Objective) -> Tensor:
+    """(S, T): the advantage of each turn or, where that is 0, the weight of its `likelihood`, or 1 with a teacher."""
+    beside = batch.turn_mask.float() if objective.teacher else weights
+    return advantages if beside is None else advantages.where(advantages != 0, beside)
 
 
 def turns_with_gradient(batch: PackedBatch, advantages: Tensor, spec: PolicyLossSpec) -> Tensor:
@@ -184,7 +190,7 @@ def warn_if_equal(samples: Sequence[Sample], objective: Objective) -> None:
     by how many follow it, where supervised fine-tuning weighs them alike."""
     given = {reward for sample in samples for reward in sample.rewards}
     longest = max(samples, key=lambda sample: len(sample.rewards))
-    alike = "supervised fine-tuning wants reward 1 at every turn and --policy-class greedy"
+    alike = "supervised fine-tuning wants --imitate"
     if given == {0.0}:
         seen = "every reward is 0, so nothing is learned"
         warnings.warn(f"{seen}: ppg-fast score gives rewards; {alike}", stacklevel=2)

@@ -97,7 +97,7 @@ def update(
     batch = pack(samples)
     returns, advantages = credit(batch, objective)
     weights = likelihood(batch, returns, objective)
-    live = live_turns(advantages, weights)
+    live = live_turns(batch, advantages, weights, objective)
     lengths = tokens_to_read(batch, live, objective)
     passes = make_passes(batch, advantages, lengths, schedule.max_tokens, model.device, ranks, weights)
     ranks.check()
@@ -156,7 +156,9 @@ def backward(
                 nll_normalizer=None if one.nll_weights is None else 1.0,
                 reduction=objective.reduction,
                 normalizer=normalizer,
-                skip_zero_advantages=not objective.candidates,  # other classes may have an advantage there
+                # other classes may have an advantage there, and a teacher teaches every token
+                skip_zero_advantages=not (objective.candidates or objective.teacher),
+                teacher=objective.teacher,
                 score_norms=signals is not None,
             )
             (out.loss * ranks.world).backward()  # the engines take the mean over the ranks
