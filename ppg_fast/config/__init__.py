@@ -1,6 +1,16 @@
 """The configuration of `ppg-fast train`: one frozen dataclass, readable from YAML and from flags."""
 
-from ppg_fast.config.defaults import AUTO, OF_PROMPTS, OFFLINE, PROMPTS, REWARD_SETTINGS, SECTIONS, TRACKERS
+from ppg_fast.config.defaults import (
+    AUTO,
+    OF_PROMPTS,
+    OFFLINE,
+    PROMPTS,
+    REWARD_SETTINGS,
+    REWARD_TRAINING,
+    REWARD_TRAINING_DEFAULTS,
+    SECTIONS,
+    TRACKERS,
+)
 from ppg_fast.config.flags import Parser, add_flags
 from ppg_fast.config.sources import DEFAULTS, as_now, make_config, read_yaml, write_yaml
 from ppg_fast.config.train import TrainConfig
@@ -12,6 +22,8 @@ __all__ = [
     "OF_PROMPTS",
     "PROMPTS",
     "REWARD_SETTINGS",
+    "REWARD_TRAINING",
+    "REWARD_TRAINING_DEFAULTS",
     "SECTIONS",
     "TRACKERS",
     "Parser",

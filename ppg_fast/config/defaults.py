@@ -50,6 +50,23 @@ REWARD_SETTINGS = (  # of `ppg-fast score`
 )
 
 
+REWARD_TRAINING = (  # of `ppg-fast reward`
+    *("strict", "template_date", "device", "seed", "max_steps", "num_prompts", "learning_rate", "warmup_steps"),
+    *("final_learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "max_grad_norm"),
+    *("max_tokens", "eval_every", "eval_dialogues"),
+)
+REWARD_TRAINING_DEFAULTS = {
+    "max_steps": 1000,
+    "num_prompts": 16,
+    "learning_rate": 1e-5,
+    "warmup_steps": 20,
+    "final_learning_rate": 0.1,
+    "weight_decay": 0.01,
+    "eval_every": 50,
+    "eval_dialogues": 500,
+}
+
+
 # settings that only a job with ``prompts`` reads
 OF_PROMPTS = (
     *("partner", "partner_model", "partner_key", "partner_prompt", "partner_tokens", "partner_temperature"),

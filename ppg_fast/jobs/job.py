@@ -19,10 +19,11 @@ from ppg_fast.jobs.progress import Progress
 from ppg_fast.jobs.resume import ResumableRun
 from ppg_fast.jobs.run_folder import RunFolder
 from ppg_fast.jobs.samples import SHOWN
+from ppg_fast.rewards.labels import Label
 from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.training.objective import warn_if_hardly_credited
 
-Item = TypeVar("Item", Dialogue, Prompt)
+Item = TypeVar("Item", Dialogue, Prompt, Label)
 Read = TypeVar("Read")
 
 
