@@ -1,6 +1,7 @@
 """Finished comparisons become a results file, charts and sections of the documents."""
 
 import json
+from itertools import pairwise
 
 import pytest
 from ppg_fast.bench import policy_classes, render
@@ -66,7 +67,7 @@ def test_losses_have_a_file_and_a_table_of_their_own(tmp_path):
     (p,) = json.loads((tmp_path / "run/compare.json").read_text())["problems"]
     for arm in ("full", "full by soft_q"):
         c = p["classes"][arm]
-        fall = max(max(a - b for a, b in zip(r, r[1:], strict=False)) for r in [c["mean"]])
+        fall = max(max(a - b for a, b in pairwise(r)) for r in [c["mean"]])
         assert max(c["drop"]["each"]) >= fall
         row = f"| {arm} | {c['mean'][0]:.2f} | {c['area']['mean']:.2f} ± {c['area']['std']:.2f} |"
         assert f"{row} {c['final']['mean']:.2f} ± {c['final']['std']:.2f} | {max(c['drop']['each']):.2f} |" in text

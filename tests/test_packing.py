@@ -88,6 +88,7 @@ def test_broken_logprobs_are_named():
         pack([Sample([1, 2], [-1, 0], [0.5], 0, [-0.3])])
     with pytest.raises(ValueError, match="sample 0, token 1: a rollout log-prob must be finite, got -inf"):
         pack([Sample([1, 2], [-1, 0], [0.5], 0, [0.0, float("-inf")])])
+    assert pack([Sample([1, 2], [-1, 0], [0.5], 0, [0.0, float("nan")])]).rollout_logprobs.isnan().any()
 
 
 def test_to_moves_every_tensor():

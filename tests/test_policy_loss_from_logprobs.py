@@ -121,7 +121,7 @@ def test_a_z_loss_takes_log_sum_exps(loss_type):
 
 def test_errors_name_the_rule(batch):
     logprobs = -torch.rand(B, L)
-    with pytest.raises(ValueError, match="a z-loss .* needs lse"):
+    with pytest.raises(ValueError, match=r"a z-loss .* needs lse"):
         ppg.policy_loss_from_logprobs(logprobs, torch.ones(B), spec=ppg.PolicyLossSpec(z_coef=0.1))
     with pytest.raises(ValueError, match="an entropy term"):
         ppg.policy_loss_from_logprobs(logprobs, torch.ones(B), spec=ppg.PolicyLossSpec(entropy_coef=0.1))

@@ -228,5 +228,12 @@ def test_every_setting_of_score_is_in_the_digest_or_is_how_it_is_asked():
 def test_every_flag_of_compare_is_in_its_settings_or_changes_no_result():
     flags = {action.dest for action in compare_parser()._actions} - {"help"}
     held = set(Study("x", ("full",), 1, 3).settings())
-    which = {"problem", "version", "policy_classes", "loss_type", "seeds", "first_seed"}  # say which results, each in its own file
+    which = {
+        "problem",
+        "version",
+        "policy_classes",
+        "loss_type",
+        "seeds",
+        "first_seed",
+    }  # say which results, each in its own file
     assert flags - held == which | {"jobs", "output_dir", "overwrite"}

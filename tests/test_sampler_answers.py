@@ -15,11 +15,12 @@ from ppg_fast.endpoint import Endpoint, EndpointError
 from ppg_fast.rollouts.generation import Answer, EndpointSampler, Request
 
 
-def token_server(ends=1, **choice):
+def token_server(ends=1, unknown=False, **choice):
     """A sampler of 10 tokens, asked for 4, whose server answers so."""
     given = {"token_ids": [4], "logprobs": {"token_logprobs": [-1.0]}, "finish_reason": "length", **choice}
     with serve(lambda *_: {"choices": [given]}) as server:
-        return EndpointSampler(Endpoint(server.url), ends, 10).answer([Request(0, [4, 5], 4, torch.Generator())])[0]
+        sampler = EndpointSampler(Endpoint(server.url), ends, 10, unknown=unknown)
+        return sampler.answer([Request(0, [4, 5], 4, torch.Generator())])[0]
 
 
 def logprobs(*values):
@@ -31,6 +32,17 @@ def test_answers_at_the_edge_of_what_is_right_are_used():
     assert token_server(token_ids=[0, 9, 9, 1], logprobs=logprobs(0, -0.0, -103, 1e-7), finish_reason="stop").ended
     assert token_server(token_ids=[], logprobs=logprobs(-2.0), finish_reason="stop") == Answer([1], [-2.0], True)
     assert token_server(finish_reason=None, prompt_token_ids=[4, 5]) == Answer([4], [-1.0], False)
+
+
+def test_a_log_prob_that_a_server_does_not_tell_may_be_unknown():
+    for none in (None, -9999.0):
+        answer = token_server(token_ids=[4, 5], logprobs=logprobs(-1.0, none), unknown=True)
+        assert answer.logprobs[0] == -1.0
+        assert math.isnan(answer.logprobs[1])
+    with pytest.raises(EndpointError, match="got -inf"):
+        token_server(logprobs=logprobs(-math.inf), unknown=True)
+    with pytest.raises(EndpointError, match="no token ids with log-probs"):
+        token_server(logprobs=logprobs(None))
 
 
 SAMPLED = {

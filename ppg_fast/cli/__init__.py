@@ -1,4 +1,4 @@
-"""`ppg-fast train | score | convert | compare | merge | push | bench | rate | inspect | info`."""
+"""`ppg-fast train | score | reward | convert | compare | merge | push | bench | rate | inspect | info`."""
 
 import contextlib
 import importlib
@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from ppg_fast.about import about
-from ppg_fast.cli import compare, dialogues, export, info, inspection, rate, score, train
+from ppg_fast.cli import compare, dialogues, export, info, inspection, rate, reward, score, train
 from ppg_fast.console import GONE, drop, keep_going, one_line, print_everything
 from ppg_fast.stopping import Stopped, as_command
 
 COMPARE, BENCH = "compare", "bench"  # their flags are their own
-WORK = ("train", "score", "convert", COMPARE, "merge", "push", BENCH)  # what they make is more than what they print
+# what they make is more than what they print
+WORK = ("train", "score", "reward", "convert", COMPARE, "merge", "push", BENCH)
 COMMANDS = (*WORK, "rate", "inspect", "info")
 RUN = {
     "train": train.run,
     "score": score.run,
+    "reward": reward.run,
     "convert": dialogues.convert,
     "merge": export.merge,
     "push": export.push,
@@ -93,6 +95,7 @@ def _parser(given: Sequence[str]) -> Any:
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     train.add(commands)
     score.add(commands)
+    reward.add(commands)
     dialogues.add(commands)
     commands.add_parser(COMPARE, add_help=False, help="policy classes side by side, with a report (its own --help)")
     export.add(commands)

@@ -8,11 +8,19 @@ import re
 import shlex
 from typing import TYPE_CHECKING
 
-from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, OF_TURNS, SOFT_Q, TRACKERS
+from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, OF_TEACHER, OF_TURNS, SOFT_Q, TRACKERS
 from ppg_fast.distributed import PARALLEL
 from ppg_fast.losses import LOSS_TYPES
 from ppg_fast.policy_classes import FullPlanning
-from ppg_fast.spec import BASELINES, REDUCTIONS, require, require_number, require_one_of, require_token_share
+from ppg_fast.spec import (
+    BASELINES,
+    DIVERGENCES,
+    REDUCTIONS,
+    require,
+    require_number,
+    require_one_of,
+    require_token_share,
+)
 
 if TYPE_CHECKING:
     from ppg_fast.config.train import TrainConfig
@@ -22,7 +30,8 @@ POSITIVE = """width layers vocab_size num_iterations num_prompts num_generations
     activation_checkpointing_every_n_layers rank_timeout partner_tokens max_tool_calls
     judge_tokens concurrency rollout_batch"""
 COUNTS = """max_steps warmup_steps imitation_steps max_dialogue_tokens threads save_every max_skipped_steps
-    lora_rank lora_alpha retries judge_retries replay keep_rollouts"""
+    lora_rank lora_alpha retries judge_retries replay keep_rollouts distill_top_k"""
+ABOVE_ZERO = "learning_rate imitation_learning_rate max_grad_norm temperature eta beta distill_coef"
 MOST = 2**31 - 1  # of anything that is counted
 
 
@@ -42,7 +51,7 @@ def check_each(config: TrainConfig) -> None:
         shlex.split(config.sampler_refresh or "")
     except ValueError as error:
         raise ValueError(f"sampler_refresh must be a command ({error}), got {config.sampler_refresh!r}") from error
-    for name in ("learning_rate", "imitation_learning_rate", "max_grad_norm", "temperature", "eta", "beta"):
+    for name in ABOVE_ZERO.split():
         require_number(name, getattr(config, name), 0.0, open_low=True)
     for name in ("gamma", "final_learning_rate", "teacher_skill"):
         require_number(name, getattr(config, name), 0.0, 1.0)
@@ -54,6 +63,10 @@ def check_each(config: TrainConfig) -> None:
     _require_object("chat_template_kwargs", config.chat_template_kwargs)
     require_one_of("baseline", config.baseline, BASELINES)
     require_one_of("reduction", config.reduction, REDUCTIONS[:-1])
+    require_one_of("distill_divergence", config.distill_divergence, DIVERGENCES)
+    if config.distill_beta is not None:
+        require_number("distill_beta", config.distill_beta, 0.0, 1.0, open_low=True)
+        require(config.distill_beta < 1, "distill_beta must be < 1: reverse_kl is the limit there", config.distill_beta)
     require_one_of("dtype", config.dtype, ("float32", "bfloat16"))
     require_one_of("logits_dtype", config.logits_dtype, ("", "float32"))
     for name in config.trackers:
@@ -87,7 +100,15 @@ def check_together(config: TrainConfig) -> None:
         require(FullPlanning() in config.candidate_classes(), "candidates must include full", config.candidates)
     rule = "keep_rollouts must be 0 with data, whose dialogues are there already"
     require(not (config.data and config.keep_rollouts), rule, config.keep_rollouts)
+    for name in () if config.teacher else OF_TEACHER:
+        value, usual = getattr(config, name), getattr(type(config), name)
+        require(value == usual, f"{name} must be {'left out' if usual is None else usual} without teacher", value)
+    beta, of = config.distill_beta, config.distill_divergence
+    require(
+        beta is None or of == "jsd", f"distill_beta must be left out with distill_divergence {of}: jsd has it", beta
+    )
     _check_of_turns(config)
+    _check_imitation(config)
     measures = bool(config.candidate_classes())
     require_token_share(config.token_share, config.loss_spec(), config.reduction, config.of_turns, measures)
     source = "data" if config.data else "sampler" if config.sampler else ""
@@ -99,6 +120,18 @@ def check_together(config: TrainConfig) -> None:
             "allow_negative_rewards permits it)"
         )
         require(config.baseline == "none", rule, config.baseline)
+
+
+def _check_imitation(config: TrainConfig) -> None:
+    """ValueError for imitation of nothing, and for a setting that it does not use."""
+    if config.imitate:
+        require(bool(config.data), "imitate goes with data, the demonstrations", config.data)
+        usual = type(config)
+        used = {"policy_class": (usual.policy_class, "greedy"), "gamma": (usual.gamma,), "baseline": ("none",)}
+        used |= {"loss_type": ("reinforce",), "nll_coef": (0.0,), "num_iterations": (1,)}
+        for name, allowed in used.items():
+            value = getattr(config, name)
+            require(value in allowed, f"{name} must be {allowed[0]} with imitate, which does not use it", value)
 
 
 def _check_of_turns(config: TrainConfig) -> None:
@@ -121,7 +154,7 @@ def _check_of_turns(config: TrainConfig) -> None:
         require(not config.signals, f"signals must be off {of_it}: they are those of policy gradients", config.signals)
         again = "with data, whose dialogues are drawn again anyway"
         require(not (config.data and config.replay), f"replay must be 0 {again}", config.replay)
-    for name in ("reduction", *sorted({*LOSS_SETTINGS, "nll_coef"} - {"loss_type", "temperature"})):
+    for name in ("reduction", *sorted({*LOSS_SETTINGS, "nll_coef", "teacher"} - {"loss_type", "temperature"})):
         value, usual = getattr(config, name), getattr(type(config), name)
         allowed = "left out" if usual is None else usual
         require(value == usual, f"{name} must be {allowed} {of_it}, which does not use it", value)

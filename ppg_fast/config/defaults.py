@@ -54,6 +54,23 @@ REWARD_SETTINGS = (  # of `ppg-fast score`
 )
 
 
+REWARD_TRAINING = (  # of `ppg-fast reward`
+    *("strict", "template_date", "device", "seed", "max_steps", "num_prompts", "learning_rate", "warmup_steps"),
+    *("final_learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "max_grad_norm"),
+    *("max_tokens", "eval_every", "eval_dialogues"),
+)
+REWARD_TRAINING_DEFAULTS = {
+    "max_steps": 1000,
+    "num_prompts": 16,
+    "learning_rate": 1e-5,
+    "warmup_steps": 20,
+    "final_learning_rate": 0.1,
+    "weight_decay": 0.01,
+    "eval_every": 50,
+    "eval_dialogues": 500,
+}
+
+
 # settings that only a job with ``prompts`` reads
 OF_PROMPTS = (
     *("partner", "partner_model", "partner_key", "partner_prompt", "partner_tokens", "partner_temperature"),
@@ -67,5 +84,7 @@ LOSS_SETTINGS = (
     *("loss_type", "clip_low", "clip_high", "dual_clip", "ratio_cap", "tau_positive", "tau_negative"),
     *("k_positive", "lambda_positive", "k_negative", "lambda_negative"),
     *("ratio_reduction", "opsm_delta", "log_ratio_coef", "kl_coef", "kl_estimator", "kl_cap", "entropy_coef", "z_coef"),
-    *("temperature", "importance_cap", "importance_floor", "importance_mode"),
+    *("temperature", "importance_cap", "importance_floor", "importance_mode", "max_log_ratio", "nan_rollout"),
 )
+# settings of a teacher, without effect where there is none
+OF_TEACHER = ("distill_coef", "distill_divergence", "distill_beta", "distill_top_k")

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn, get_type_hints
 
 from ppg_fast.config.defaults import OFFLINE, PROMPTS, SECTIONS
@@ -53,8 +53,11 @@ class Parser(argparse.ArgumentParser):
         return joined
 
 
-def add_flags(parser: argparse.ArgumentParser, only: Collection[str] = ()) -> None:
-    """One flag for every field, in the groups of `SECTIONS`, or for those in ``only``.
+def add_flags(
+    parser: argparse.ArgumentParser, only: Collection[str] = (), defaults: Mapping[str, Any] | None = None
+) -> None:
+    """One flag for every field, in the groups of `SECTIONS`, or for those in ``only``. ``defaults``: of a command that
+    has others than train.
 
     A flag that is not given leaves no trace, so that a file's value survives.
     """
@@ -64,12 +67,10 @@ def add_flags(parser: argparse.ArgumentParser, only: Collection[str] = ()) -> No
         if only and field.name not in only:
             continue
         group = parser.add_argument_group(SECTIONS[field.name]) if field.name in SECTIONS and not only else group
-        default = [] if field.default is None else [str(field.default)]
-        default += [
-            f"with {job} {others[field.name]}"
-            for job, others in (("data", OFFLINE), ("prompts", PROMPTS))
-            if field.name in others
-        ]
+        usual = field.default if defaults is None else defaults.get(field.name, field.default)
+        default = [] if usual is None else [str(usual)]
+        jobs = (("data", OFFLINE), ("prompts", PROMPTS)) if defaults is None else ()
+        default += [f"with {job} {others[field.name]}" for job, others in jobs if field.name in others]
         text = field.metadata["help"].replace("%", "%%") + (f" [{'; '.join(default)}]" if default else "")
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         if types[field.name] is bool:

@@ -8,7 +8,7 @@ from ppg_fast.config.checks import as_json_text, check_each, check_together
 from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, OF_TURNS, SOFT_Q, TRACKERS, TURN_REGRESSION
 from ppg_fast.losses import KL_ESTIMATORS, LOSS_TYPES, PRESETS
 from ppg_fast.policy_classes import CANDIDATES, FullPlanning, PolicyClass, policy_class, policy_classes
-from ppg_fast.spec import BASELINES, PolicyLossSpec, require, require_one_of
+from ppg_fast.spec import BASELINES, DIVERGENCES, MAX_LOG_RATIO, PolicyLossSpec, require, require_one_of
 
 OF_PRESET: Any = None  # a loss_type once the config is made
 
@@ -27,6 +27,7 @@ class TrainConfig:
     data: str | None = _option(None, "logged dialogues (formats: docs/data.md): train offline on them")
     strict: bool = _option(False, "a bad line of data is an error instead of a warning")
     allow_negative_rewards: bool = _option(False, "train offline although negative weights void the lower bound")
+    imitate: bool = _option(False, "data are demonstrations: every answer counts 1, whatever rewards they have")
     model: str | None = _option(None, "Hugging Face checkpoint folder; default: a small Qwen3 made on the spot")
     width: int = _option(128, "hidden size of the model made on the spot")
     layers: int = _option(2, "its layers")
@@ -70,7 +71,7 @@ class TrainConfig:
     policy_class: str = _option(
         "lookahead:3",
         "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, auto; "
-        "supervised fine-tuning wants greedy",
+        "supervised fine-tuning is --imitate",
     )
     candidates: str = _option(
         ",".join(map(str, CANDIDATES)),
@@ -126,6 +127,21 @@ class TrainConfig:
     importance_cap: float = _option(0.0, "truncated importance weight against the sampler, 0: off")
     importance_floor: float = _option(0.0, "its lower bound")
     importance_mode: str = _option("truncate", "truncate: kept within its bounds; mask: 0 outside of them")
+    max_log_ratio: float = _option(MAX_LOG_RATIO, "most that a log ratio counts where it is exponentiated, nats")
+    nan_rollout: str = _option(
+        "keep",
+        "a token that a sampler endpoint tells no log-prob of; keep, error: refused; one: weight 1; drop: masked",
+    )
+    teacher: str | None = _option(
+        None,
+        "checkpoint folder of a frozen teacher: its divergence joins the loss of each token (docs/distillation.md)",
+    )
+    distill_coef: float = _option(1.0, "weight of that divergence")
+    distill_divergence: str = _option("forward_kl", ", ".join(DIVERGENCES))
+    distill_beta: float | None = _option(None, "the teacher's share in the mixture of jsd; default: 0.5")
+    distill_top_k: int = _option(
+        0, "tell the teacher's k likeliest tokens apart, all others are one outcome; 0: all are"
+    )
 
     max_steps: int = _option(80, "policy-gradient steps")
     num_prompts: int = _option(8, "dialogue openings a step on-policy; dialogues a step offline")
@@ -177,7 +193,9 @@ class TrainConfig:
     )
     max_tool_calls: int = _option(16, "calls of a dialogue; an answer that calls once more ends it")
     reward: str | None = _option(
-        None, "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, judge[:RUBRIC], ratings:FILE"
+        None,
+        "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, logratio:MODEL,BASE, judge[:RUBRIC], "
+        "ratings:FILE",
     )
     judge: str | None = _option(None, "URL of the endpoint that judges")
     judge_model: str | None = _option(None, "its model; default: the first it lists")
@@ -219,9 +237,7 @@ class TrainConfig:
     project: str = _option("ppg_fast", "the trackers' project")
     run_name: str | None = _option(None, "the trackers' name of the run; default: the name of output_dir")
     report_offline: bool = _option(False, "wandb keeps the run on disk, for `wandb sync`; the others are local anyway")
-    push_to_hub: str | None = _option(
-        None, "Hugging Face repository (user/name) that checkpoint/ is uploaded to at the end"
-    )
+    push_to_hub: str | None = _option(None, "Hugging Face repository (user/name) that takes checkpoint/ at the end")
     hub_private: bool = _option(False, "make that repository private where it does not exist yet")
 
     def __post_init__(self) -> None:

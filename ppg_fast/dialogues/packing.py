@@ -26,10 +26,10 @@ class Sample:
 
     ``turn_ids``: the assistant's turn that a token belongs to, its end-of-turn token included, -1 for context.
     ``rewards``: one per turn. ``group_id``: dialogues of one prompt share it. ``rollout_logprobs``: the sampler's
-    log-probability of the token itself, in nats, not read at context tokens. ``entropies``: likewise, of
-    what it was sampled from. ``cut_off``: one per turn, whether a sampler stopped the answer before it ended by itself.
-    ``starts``: where its parts begin. A part is what the model sees at once: its positions begin anew, and nothing in
-    it attends to another; most dialogues are one.
+    log-probability of the token itself, in nats, NaN where it told none, not read at context tokens. ``entropies``:
+    likewise, of what it was sampled from. ``cut_off``: one per turn, whether a sampler stopped the answer before it
+    ended by itself. ``starts``: where its parts begin. A part is what the model sees at once: its positions begin anew,
+    and nothing in it attends to another; most dialogues are one.
     """
 
     tokens: list[int]
@@ -257,9 +257,10 @@ def _check_sample(sample: Sample, index: int) -> None:
             f"{name} must have one {what} per token: {len(sample.tokens)}",
             len(values),
         )
+        may_lack = field_name == "rollout_logprobs"  # NaN where the sampler told none
         for position, (value, turn) in enumerate(zip(values, sample.turn_ids, strict=True)):
-            finite = turn == CONTEXT or math.isfinite(value)
-            require(finite, f"{name}, token {position}: {'an' if what[0] == 'e' else 'a'} {what} must be finite", value)
+            fine = turn == CONTEXT or math.isfinite(value) or (may_lack and math.isnan(value))
+            require(fine, f"{name}, token {position}: {'an' if what[0] == 'e' else 'a'} {what} must be finite", value)
 
 
 def cut_tokens(sample: Sample, max_tokens: int) -> Sample:

@@ -8,6 +8,7 @@ import torch
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.chat_format import ChatFormat
 from ppg_fast.endpoint import Endpoint
+from ppg_fast.jobs.log_ratio import LogRatio
 from ppg_fast.rewards import Ratings, Reward, make_rewards
 from ppg_fast.rewards.values import read_text
 from ppg_fast.rollouts.partner import INSTRUCTION, EndpointPartner, LoggedPartner, ModelPartner, NoPartner, Partner
@@ -37,6 +38,7 @@ def rewards_of(
         "device": device,
         "template_date": config.template_date,
         "loaded": loaded,
+        "log_ratio": lambda models: LogRatio(models, device, config.max_tokens, config.template_date),
     }
     return make_rewards(formula, judge, **settings)
 

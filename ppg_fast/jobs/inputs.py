@@ -9,15 +9,17 @@ from typing import Any
 
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.template_choice import template_text
+from ppg_fast.jobs.log_ratio import LogRatio
 from ppg_fast.rewards import Judge, PythonReward, Reward, RewardModel
 from ppg_fast.rewards.formula import TERM, split_terms
 from ppg_fast.rewards.judge import TASK
 from ppg_fast.rollouts.tools.functions import split_place
 
-PATHS = ("data", "prompts", "model", "partner_prompt")
+PATHS = ("data", "prompts", "model", "teacher", "partner_prompt")
 NAMES = ("chat_template",)  # of a file, or of something that ships
 KEYS = ("partner_key", "judge_key", "sampler_key")  # env:NAME or file:PATH
 FILE = "file:"
+LOG_RATIO = "logratio"
 
 
 def input_paths(settings: Mapping[str, Any]) -> list[Path]:
@@ -25,7 +27,7 @@ def input_paths(settings: Mapping[str, Any]) -> list[Path]:
     named = [settings[name] for name in PATHS if settings.get(name)]
     named += [settings[name] for name in NAMES if settings.get(name) and os.path.isfile(settings[name])]
     named += [settings[name][len(FILE) :] for name in KEYS if (settings.get(name) or "").startswith(FILE)]
-    named += [path for _, path, _ in map(_split_source, _sources(settings.get("reward"))) if path]
+    named += [p for what in _sources(settings.get("reward")) for p in _split_source(what)[1].split(_between(what)) if p]
     tools = split_place(settings["tools"])[0] if settings.get("tools") else ""
     named += [tools] if tools.endswith(".py") else []
     return [Path(name) for name in named]
@@ -49,7 +51,9 @@ def with_absolute_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
         terms = []
         for term, what in zip(split_terms(formula), _sources(formula), strict=True):
             before, path, after = _split_source(what)
-            terms.append(term.replace(what, before + _absolute(path) + after) if path else term)
+            comma = _between(what)
+            paths = comma.join(map(_absolute, path.split(comma)))
+            terms.append(term.replace(what, before + paths + after) if path else term)
         whole = " + ".join(terms)
         changed["reward"] = whole if len(_sources(whole)) == len(terms) else formula  # a folder's name may hold " + "
     return changed
@@ -119,9 +123,9 @@ def _content(what: str, reward: Reward) -> Iterator[object]:
         yield from ("python", function, *(content_digest(file) for file in _modules(place)))
     else:
         kind, _, path = what.partition(":")
-        yield from (kind, content_digest(Path(path)))
-        if isinstance(scorer, RewardModel):
-            yield scorer.renderer.date
+        yield from (kind, *(content_digest(Path(p)) for p in path.split(_between(what))))
+        if isinstance(scorer, (RewardModel, LogRatio)):
+            yield scorer.chat.renderer.date if isinstance(scorer, LogRatio) else scorer.renderer.date
 
 
 def _modules(place: str) -> list[Path]:
@@ -147,10 +151,15 @@ def _sources(formula: str | None) -> list[str]:
 def _split_source(what: str) -> tuple[str, str, str]:
     """Before the path, the path, after it; the path is empty where there is none."""
     kind, colon, rest = what.partition(":")
-    if kind in ("judge", "model", "ratings"):
+    if kind in ("judge", "model", "ratings", LOG_RATIO):
         return kind + colon, rest, ""
     place, colon, function = what.rpartition(":")
     return ("", place, colon + function) if place.endswith(".py") else ("", "", what)
+
+
+def _between(what: str) -> str:
+    """What stands between the paths of a term; of one with a single path, what no path holds."""
+    return "," if what.startswith(f"{LOG_RATIO}:") else "\0"
 
 
 def _absolute(path: str) -> str:

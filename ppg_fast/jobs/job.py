@@ -13,16 +13,17 @@ from ppg_fast.dialogues.packing import Sample
 from ppg_fast.dialogues.prompts import Prompt
 from ppg_fast.dialogues.records import Problems
 from ppg_fast.distributed import Ranks
-from ppg_fast.jobs.inputs import model_digest
+from ppg_fast.jobs.inputs import content_digest, model_digest
 from ppg_fast.jobs.policy import Policy
 from ppg_fast.jobs.progress import Progress
 from ppg_fast.jobs.resume import ResumableRun
 from ppg_fast.jobs.run_folder import RunFolder
 from ppg_fast.jobs.samples import SHOWN, rolled_out
+from ppg_fast.rewards.labels import Label
 from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.training.objective import warn_if_hardly_credited
 
-Item = TypeVar("Item", Dialogue, Prompt)
+Item = TypeVar("Item", Dialogue, Prompt, Label)
 Read = TypeVar("Read")
 
 
@@ -89,7 +90,8 @@ class Job(ABC):
     @property
     def digests(self) -> dict[str, str]:
         """What must stay as it is while a run goes on, by the names of `resume.DIGESTS`."""
-        return {"data": self.data_digest, "model": model_digest(self.config)}
+        teacher = {"teacher": content_digest(Path(self.config.teacher))} if self.config.teacher else {}
+        return {"data": self.data_digest, "model": model_digest(self.config), **teacher}
 
     def description(self) -> str:
         """What is trained, on what and how, in one sentence."""

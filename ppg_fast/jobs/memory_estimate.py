@@ -21,6 +21,7 @@ ITEMS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "optimizer state",
+    "teacher": "teacher: weights, hidden states, a chunk of its logits",
     "reference": "reference (weights that train, at the start)",
     "layers": "activations of the layers",
     "attention": "activations of attention",
@@ -55,14 +56,27 @@ class Estimate:
 def config_model(config: TrainConfig, vocab_size: int = 0) -> Any:
     """The model of ``config`` without weights: on the meta device, from the config.json of ``model``. ValueError where
     there is none."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with torch.device("meta"):
         if not config.model:
             return make_model(vocab_size or config.vocab_size, config.width, config.layers)
-        if not Path(config.model, "config.json").is_file():
-            raise ValueError(f"model must be a folder with a config.json, got {config.model!r}")
-        return prepare(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model)))
+        return _described(config.model, "model")
+
+
+def _described(folder: str, name: str) -> Any:
+    """The model that a config.json describes; ``name``: of the setting."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not Path(folder, "config.json").is_file():
+        raise ValueError(f"{name} must be a folder with a config.json, got {folder!r}")
+    return prepare(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)))
+
+
+def _teacher(config: TrainConfig) -> Any:
+    """The teacher of ``config``, None without one."""
+    if not config.teacher:
+        return None
+    dtype = torch.bfloat16 if config.bf16 else getattr(torch, config.dtype)
+    return _described(config.teacher, "teacher").to(dtype).eval().requires_grad_(False)
 
 
 def estimate(config: TrainConfig, tokens: int, device: str = "cpu") -> Estimate:
@@ -73,7 +87,8 @@ def estimate(config: TrainConfig, tokens: int, device: str = "cpu") -> Estimate:
     with torch.device("meta"):
         model = config_model(config).to(getattr(torch, config.dtype)).train()
         model = adapted(model, replace(config, activation_offload=False))
-    step = Step(model, config, device)
+        teacher = _teacher(config)
+    step = Step(model, config, device, teacher)
     with step.count:
         step.begin(tokens)
         for _ in range(2):  # the second pass finds the gradients of the first

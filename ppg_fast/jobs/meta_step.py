@@ -5,10 +5,8 @@ Attention and head, whose kernels have no meta device, stand in by the memory of
 either, by its casts.
 """
 
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppg_fast.config import TrainConfig
+from ppg_fast.jobs.memory_count import Count
 from ppg_fast.models.adaptation import StartingWeights, plain_head
 from ppg_fast.models.causal_lm import decoder
 from ppg_fast.models.tied_weight import shared_embedding
@@ -34,90 +32,15 @@ STATE_BYTES = {"8bit": 2.0, "4bit": 1.0}  # of optimisers that a meta device can
 WORKSPACE = {"cpu": 16 * 2**20, "cuda": 32 * 2**20}
 
 
-class Count(TorchDispatchMode):
-    """Bytes of the storages that are alive, each under the name that was current when it was made; a snapshot at the
-    peak.
-
-    Not torch's MemTracker: it fails on frozen parameters (adapters), tells parameters from activations but not layers
-    from attention and head, and cannot be told of a moment's memory such as a chunk of logits.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: Counter[str] = Counter()
-        self.known: dict[int, Any] = {}
-        self.name, self.phase = "weights", "forward pass"
-        self.restart()
-
-    def restart(self) -> None:
-        """Look for the peak from here on."""
-        self.peak, self.at_peak, self.peak_phase = 0, Counter(), self.phase
-
-    @contextmanager
-    def under(self, name: str) -> Iterator[None]:
-        """New tensors are called ``name``, while the block runs."""
-        self.name, before = name, self.name
-        try:
-            yield
-        finally:
-            self.name = before
-
-    @contextmanager
-    def phase_of(self, phase: str) -> Iterator[None]:
-        """Where a peak is said to be, while the block runs."""
-        self.phase, before = phase, self.phase
-        try:
-            yield
-        finally:
-            self.phase = before
-
-    def rename(self, tensor: Tensor, name: str) -> None:
-        """What the tensor's memory is called from now on."""
-        key = tensor.untyped_storage()._cdata
-        if key in self.known and self.known[key][1] != name:
-            reference, before, size = self.known[key]
-            self.live[before] -= size
-            self.live[name] += size
-            self.known[key] = (reference, name, size)
-
-    def note(self, tensor: Tensor) -> None:
-        """Count a tensor's memory, once, until it is freed."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known or tensor.device.type != "meta":
-            return
-
-        def freed(_: object) -> None:
-            entry = self.known.pop(key, None)
-            if entry:
-                self.live[entry[1]] -= entry[2]
-
-        self.known[key] = (weakref.ref(storage, freed), self.name, size)
-        self.live[self.name] += size
-        self.look()
-
-    def look(self, **besides: int) -> None:
-        """Take a snapshot if more is alive than ever, with ``besides`` for a moment."""
-        total = self.live.total() + sum(besides.values())
-        if total > self.peak:
-            self.peak, self.peak_phase = total, self.phase
-            self.at_peak = Counter({k: v for k, v in (self.live + Counter(besides)).items() if v})
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(value, Tensor):
-                self.note(value)
-        return out
-
-
 class Step:
-    """One step of ``model`` on the meta device, each of its tensors under its name in ``count``."""
+    """One step of ``model``, beside its ``teacher``, on the meta device, each of its tensors under its name in
+    ``count``."""
 
-    def __init__(self, model: Any, config: TrainConfig, device: str) -> None:
+    def __init__(self, model: Any, config: TrainConfig, device: str, teacher: Any = None) -> None:
         from transformers import AttentionInterface
 
         self.model, self.config, self.cuda, self.count = model, config, device == "cuda", Count()
+        self.teacher = teacher
         self.layers = getattr(decoder(model), "layers", ())
         for module in model.modules():
             if checkpoint := getattr(module, "_gradient_checkpointing_func", None):
@@ -126,7 +49,8 @@ class Step:
                 on_host = config.activation_offload and self.cuda
                 module._gradient_checkpointing_func = partial(_on_the_host, again) if on_host else again
         AttentionInterface.register(NAME, self.attend)
-        model.set_attn_implementation(NAME)
+        for one in (model, *([] if teacher is None else [teacher])):
+            one.set_attn_implementation(NAME)
         for layer in self.layers:
             layer.register_forward_pre_hook(lambda *_: setattr(self.count, "name", "layers"))
             layer.register_forward_hook(lambda *_: setattr(self.count, "name", "final"))
@@ -139,6 +63,9 @@ class Step:
         count, config = self.count, self.config
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             count.note(tensor)
+        with count.under("teacher"):
+            for tensor in () if self.teacher is None else (*self.teacher.parameters(), *self.teacher.buffers()):
+                count.note(tensor)
         with count.under("reference"):
             self.reference = StartingWeights(self.model) if config.keeps_start else None
         with count.under("optimizer"):
@@ -175,6 +102,7 @@ class Step:
     def forward_and_backward(self, tokens: int) -> None:
         """One micro-batch."""
         count, bf16 = self.count, self.config.bf16
+        taught = self.read_by_teacher(tokens)
         with count.phase_of("forward pass"), count.under("final"), _Autocast(bf16):
             ids, weight = torch.empty(1, tokens, dtype=torch.int64, device="meta"), plain_head(self.model).weight
             given = {"position_ids": ids, "use_cache": False, "max_length_q": tokens}
@@ -192,11 +120,21 @@ class Step:
                 with count.under("head"):
                     hidden, weight = hidden.to(torch.bfloat16), weight.to(torch.bfloat16)
             loss = _Head.apply(hidden, weight, self)
-            del hidden, weight
+            del hidden, weight, taught
         with count.phase_of("backward pass"), count.under("backward"), _Autocast(bf16, cached=False):
             torch.autograd.backward(
                 loss
             )  # not loss.backward, under which the casts are off and layers recompute without
+
+    @torch.no_grad()
+    def read_by_teacher(self, tokens: int) -> Tensor | None:
+        """Its hidden states, which the head of a pass wants."""
+        if self.teacher is None:
+            return None
+        with self.count.phase_of("teacher's forward pass"), self.count.under("teacher"):
+            ids = torch.empty(1, tokens, dtype=torch.int64, device="meta")
+            given = {"input_ids": ids, "position_ids": ids, "use_cache": False, "max_length_q": tokens}
+            return decoder(self.teacher)(**given).last_hidden_state[0]
 
     def optimise(self) -> None:
         """The step itself."""
@@ -208,7 +146,7 @@ class Step:
         self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, sliding_window: Any = None, **_: Any
     ) -> tuple[Tensor, None]:
         """The memory of `varlen_attention`, in place of it."""
-        with self.count.under("backward" if self.count.name == "backward" else "attention"):
+        with self.count.under(self.count.name if self.count.name in ("backward", "teacher") else "attention"):
             if self.config.bf16:
                 q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
             if self.cuda and q.dtype != torch.float32:
@@ -259,7 +197,9 @@ class _Head(torch.autograd.Function):
         with step.count.under("d_weight"):
             total = weight.dtype if rows >= hidden.shape[0] else torch.float32  # of more than one product
             d_weight = torch.empty_like(weight, dtype=total) if wanted else hidden.new_empty(0)
-        step.count.look(head=rows * (row_stride(V) + 2 * D) * size)
+        chunk = rows * (row_stride(V) + 2 * D) * size
+        its_own = {} if step.teacher is None else {"teacher": rows * row_stride(V) * size}
+        step.count.look(head=chunk, **its_own)
         with step.count.under("d_weight"):
             d_weight = d_weight.to(weight.dtype)
         ctx.save_for_backward(d_hidden, d_weight)

@@ -1,11 +1,12 @@
 """Offline: reward-weighted likelihood of logged dialogues, each turn weighted by its windowed return."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ppg_fast.config import OF_TURNS, TrainConfig
 from ppg_fast.dialogues.chat_format import ChatFormat, make_byte_tokenizer
-from ppg_fast.dialogues.dialogue import Dialogue, as_json, read_dialogues
+from ppg_fast.dialogues.dialogue import Dialogue, as_json, read_file
 from ppg_fast.dialogues.encoding import encode_dialogue
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.dialogues.prompts import prompt_of
@@ -34,7 +35,7 @@ class OfflineJob(Job):
     reported = ("eval/logprob", "eval/weighted_logprob")
 
     def __init__(self, config: TrainConfig, ranks: Ranks | None = None) -> None:
-        dialogues = read_dialogues(str(config.data), strict=config.strict)
+        dialogues = read_file(str(config.data), config.strict, scored=not config.imitate).dialogues
         contents = [m.content for d in dialogues for m in d.messages]
         super().__init__(config, lambda: make_byte_tokenizer(contents, config.vocab_size), ranks)
         self.dialogues, self.samples = keep_readable(
@@ -44,17 +45,20 @@ class OfflineJob(Job):
             require_nonnegative(self.samples, [d.id for d in self.dialogues])
         if self.objective.soft_q:
             require_window_ends(self.samples, [d.id for d in self.dialogues], self.objective)
-        warn_if_hardly_credited(self.samples, self.objective)
-        warn_if_equal(self.samples, self.objective)
+        if not config.imitate:
+            warn_if_hardly_credited(self.samples, self.objective)
+            warn_if_equal(self.samples, self.objective)
         self.shortened = sum(map(_is_cut, self.samples, self.dialogues))
         self.held_out, self.seen = self.split(len(self.samples))
 
     def _encode(self, dialogue: Dialogue) -> Sample:
-        return encode_within(self.policy.chat, dialogue, self.config.max_dialogue_tokens, self.policy.positions)
+        sample = encode_within(self.policy.chat, dialogue, self.config.max_dialogue_tokens, self.policy.positions)
+        return replace(sample, rewards=[1.0] * len(sample.rewards)) if self.config.imitate else sample
 
     def source(self) -> str:
         """The file, and the method."""
         method = OF_TURNS[self.config.loss_type][1] if self.config.of_turns else "reward-weighted likelihood"
+        method = "imitation" if self.config.imitate else method
         return f"on the logged dialogues of `{Path(str(self.config.data)).name}` by {method}"
 
     def data_read(self) -> Iterable[object]:

@@ -4,7 +4,7 @@ import json
 import platform
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ppg_fast.endpoint import Usage
 from ppg_fast.models.adaptation import add_lora, checkpoint_activations, freeze
 from ppg_fast.models.causal_lm import check_vocabulary, distribute, load_model, make_model
 from ppg_fast.models.freed_memory import give_back_freed_memory
+from ppg_fast.models.frozen_teacher import FrozenTeacher, require_same_vocabulary
 from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.generation import EndpointSampler
 from ppg_fast.rollouts.rollout import Read, Rollout, StepAll, collect_groups, step_each
@@ -56,6 +57,8 @@ class Policy:
         model = (
             check_vocabulary(model, len(self.tokenizer)).to(device=device, dtype=getattr(torch, config.dtype)).train()
         )
+        half = config.bf16 or (self.ranks.autocast is torch.bfloat16)
+        self.teacher = teacher_of(config, self.tokenizer, model, torch.bfloat16 if half else model.dtype)
         self.model = adapted(model, config)
         self.parameters = [
             sum(p.numel() for p in self.model.parameters() if p.requires_grad or not only) for only in (False, True)
@@ -71,8 +74,10 @@ class Policy:
 
     @property
     def positions(self) -> int | None:
-        """How many tokens the model has positions for, where it says."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        """How many tokens the model, and its teacher, have positions for, where they say."""
+        models = [self.model, *([self.teacher.model] if self.teacher else [])]
+        found = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
+        return min(filter(None, found), default=None)
 
     def sampling_generator(self, seed: int) -> torch.Generator:
         """A generator on the model's device."""
@@ -126,7 +131,7 @@ class Policy:
 
     def objective(self) -> Objective:
         """The partial policy gradient that the config describes."""
-        return objective_of(self.config)
+        return replace(objective_of(self.config), teacher=self.teacher)
 
     def schedule(self) -> Schedule:
         """Its steps."""
@@ -169,13 +174,34 @@ class Policy:
         }
 
 
-def require_checkpoint(model: str) -> None:
+def require_checkpoint(model: str, name: str = "model") -> None:
     """ValueError for a folder that is no whole checkpoint of Hugging Face's kind."""
     if Path(model, "config.json").is_file():
         return
     if Path(model, "adapter_config.json").is_file():
-        raise ValueError(f"model must be a whole checkpoint, got adapters, which first want merging: {model!r}")
-    raise ValueError(f"model must be a folder with a Hugging Face checkpoint (config.json), got {model!r}")
+        raise ValueError(f"{name} must be a whole checkpoint, got adapters, which first want merging: {model!r}")
+    raise ValueError(f"{name} must be a folder with a Hugging Face checkpoint (config.json), got {model!r}")
+
+
+def teacher_of(config: TrainConfig, tokenizer: Any, model: Any, dtype: torch.dtype) -> FrozenTeacher | None:
+    """The teacher that ``config`` names, beside the policy ``model``; None without one.
+
+    ValueError for a folder without one, a tokenizer of another vocabulary, and a head of fewer rows than the policy's.
+    """
+    if config.teacher is None:
+        return None
+    from transformers import AutoTokenizer
+
+    require_checkpoint(config.teacher, "teacher")
+    try:
+        its_tokenizer = AutoTokenizer.from_pretrained(config.teacher)
+    except Exception as error:  # transformers and tokenizers raise what they like, over many lines
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"teacher must come with its tokenizer, got none in {config.teacher!r} ({said})") from error
+    require_same_vocabulary("teacher", config.teacher, its_tokenizer, tokenizer)
+    teacher = load_model(config.teacher, len(tokenizer), dtype).to(model.device)
+    settings = {"divergence": config.distill_divergence, "beta": config.distill_beta, "coef": config.distill_coef}
+    return FrozenTeacher(teacher, model.get_output_embeddings().weight.shape[0], top_k=config.distill_top_k, **settings)
 
 
 def chat_of(config: TrainConfig, tokenizer: Any, generation_config: Any) -> ChatFormat:
@@ -207,6 +233,7 @@ def objective_of(config: TrainConfig) -> Objective:
         soft_q=soft_q,
         replay=config.replay,
         token_share=config.token_share,
+        imitate=config.imitate,
     )
 
 

@@ -201,6 +201,7 @@ DIGESTS = {  # what a checkpoint knows of what it was trained on
     "data": "the dialogues and the tokenizer",
     "model": "the model (configuration, tokenizer, template)",
     "rewards": "the rewards (files, models, judge)",
+    "teacher": "the teacher (its weights, its tokenizer)",
     "partner": "the partner (what it is told, its weights)",
     "tools": "the tools (the file, and the modules beside it that it imports)",
 }

@@ -3,7 +3,7 @@
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from ppg_fast.ops.tracing import traced
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.reference.turns import of_tokens
 from ppg_fast.spec import PolicyLossSpec, SoftQSpec
+
+if TYPE_CHECKING:
+    from ppg_fast.models.frozen_teacher import FrozenTeacher
 
 
 def make_model(
@@ -171,6 +174,7 @@ def policy_loss(
     *,
     reduction: str = "sequence_sum",
     skip_zero_advantages: bool = True,
+    teacher: "FrozenTeacher | None" = None,
     **options: Any,
 ) -> PolicyLossOutput:
     """The policy loss of a packed batch from hidden states through the model's own head; the (N, V) logits never exist.
@@ -178,7 +182,9 @@ def policy_loss(
     ``advantages`` (S, T) float32, one a turn, as is what `turn_advantages` returns; every token of a turn gets its
     turn's. The log-probs (N,) are those of ``batch.labels``. Turns of advantage zero cost what context costs, unless
     ``skip_zero_advantages`` is off. ``options``: per-token values (N,) and the rest as `ppg.linear_policy_loss`.
+    ``teacher``: reads the batch first.
     """
+    taught = None if teacher is None else teacher.of(batch, Head.of(model).scale)
     hidden, head = _hidden_and_head(model, batch)
     return linear_policy_loss(
         hidden,
@@ -191,6 +197,7 @@ def policy_loss(
         spec=head.fold_spec(spec),
         reduction=reduction,
         skip_zero_advantages=skip_zero_advantages,
+        teacher=taught,
         **options,
     )
 

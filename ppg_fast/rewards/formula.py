@@ -13,7 +13,7 @@ from ppg_fast.rewards.judge import RUBRIC, Judge, parse_range
 from ppg_fast.rewards.python import PythonReward
 from ppg_fast.rewards.ratings import Ratings
 from ppg_fast.rewards.reward_model import RewardModel
-from ppg_fast.rewards.scoring import Reward
+from ppg_fast.rewards.scoring import Reward, Scorer
 from ppg_fast.rewards.values import read_text
 
 TERM = re.compile(
@@ -36,11 +36,13 @@ def make_rewards(
     device: torch.device | str = "cpu",
     template_date: str = "",
     loaded: dict[str, ModuleType] | None = None,
+    log_ratio: Callable[[str], Scorer] | None = None,
 ) -> list[Reward]:
     """The terms of ``formula``, separated by " + ", each ``[WEIGHT*]WHAT[@turn|@dialogue]``.
 
-    WHAT is ``file.py:function``, ``module:function``, ``model:FOLDER``, ``judge``, ``judge:RUBRIC`` (a text file) or
-    ``ratings:FILE``. The scope is turn but for ratings, which say themselves what they rate. ``judge`` makes the
+    WHAT is ``file.py:function``, ``module:function``, ``model:FOLDER``, ``logratio:MODEL,BASE``, ``judge``,
+    ``judge:RUBRIC`` (a text file) or ``ratings:FILE``. The scope is turn but for ratings and logratio, which give each
+    turn its number. ``log_ratio`` makes the scorer of its two models. ``judge`` makes the
     endpoint where a term wants one, and it may say ``judge_tokens`` tokens. ``template_date``: what the templates of
     reward models are told. ``loaded``: files that are loaded already. ValueError names the term that cannot be read.
     """
@@ -61,6 +63,8 @@ def make_rewards(
             name, scorer = kind, Judge(judge(), rubric, scope=scope, low=low, high=high, **settings)
         elif kind == "model":
             name, scorer = Path(rest).name, RewardModel(rest, device, date=template_date)
+        elif kind == "logratio" and log_ratio is not None:
+            name, scorer, scope = kind, log_ratio(rest), "dialogue"
         elif kind == "ratings":
             name, scorer, scope = kind, Ratings(rest), "dialogue"
         else:

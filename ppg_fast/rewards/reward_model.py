@@ -1,6 +1,6 @@
 """A sequence-classification model as a reward."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from ppg_fast.dialogues.conversation import with_strings
 from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.renderer import Renderer
 from ppg_fast.rewards.scoring import Transcript
+from ppg_fast.rewards.turn_logits import Row, batches, logits_of, padded, reads_every_turn, rows_of
 
 SAID = 300  # characters of what transformers raises, in an error
 
@@ -18,16 +19,23 @@ SAID = 300  # characters of what transformers raises, in an error
 class RewardModel:
     """The one logit of a Hugging Face sequence-classification folder on the dialogue in its own chat template.
 
-    Batched in order under ``max_tokens`` padded tokens. ``date``: what a template that writes one is told, as
-    YYYY-MM-DD; "": today's. ValueError for a folder without a model that can be loaded, one without all of its
-    weights, a head of several labels, a tokenizer without a chat template, and, with its name, a dialogue longer than
-    the model's positions.
+    Batched in order under ``max_tokens`` padded tokens. A causal model reads a dialogue once, whatever its turns: the
+    logit of each answer stands in the same pass (`reads_every_turn`), where the template only appends. ``date``: what a
+    template that writes one is told, as YYYY-MM-DD; "": today's. ``begin``: the folder may be that of a language model,
+    whose new head is zero, in float32. ValueError for a folder without a model that can be loaded, one without all of
+    its weights, a head of several labels, a tokenizer without a chat template, and, with its name, a dialogue longer
+    than the model's positions.
     """
 
     scores_calls = False
 
     def __init__(
-        self, folder: str, device: torch.device | str = "cpu", max_tokens: int = 16384, date: str = ""
+        self,
+        folder: str,
+        device: torch.device | str = "cpu",
+        max_tokens: int = 16384,
+        date: str = "",
+        begin: bool = False,
     ) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -36,9 +44,12 @@ class RewardModel:
                 f"a reward model must be a folder with a Hugging Face checkpoint (config.json), got {folder!r}"
             )
         self.folder, self.max_tokens = folder, max_tokens
+        settings: dict[str, Any] = {"num_labels": 1, "dtype": torch.float32} if begin else {}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-            model, loading = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                folder, output_loading_info=True, **settings
+            )
         except Exception as error:  # transformers, tokenizers and safetensors raise what they like, over many lines
             said = " ".join(str(error).split())[:SAID]
             raise ValueError(f"reward model {folder} cannot be loaded: {type(error).__name__}: {said}") from error
@@ -47,29 +58,36 @@ class RewardModel:
         self.renderer = Renderer(self.tokenizer, date)
         if model.config.num_labels != 1:
             raise ValueError(f"a reward model must have one label, got {model.config.num_labels} in {folder}")
-        if loading["missing_keys"]:  # transformers draws them at random, and so would be the reward
-            lacks = ", ".join(sorted(loading["missing_keys"])[:3])
+        missing = set(loading["missing_keys"])
+        if begin and "score.weight" in missing:
+            torch.nn.init.zeros_(model.score.weight)
+            missing.remove("score.weight")
+        if missing:  # transformers draws them at random, and so would be the reward
+            lacks = ", ".join(sorted(missing)[:3])
             raise ValueError(f"a reward model must hold all of its weights, {folder} lacks {lacks}")
         self.model: Any = model.to(device).eval()
         if self.model.config.get_text_config().pad_token_id is None:  # by it transformers finds the last token of a row
             self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.pad = self.model.config.get_text_config().pad_token_id
         self.positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.one_pass = reads_every_turn(self.model, self.pad)
 
     def __call__(self, transcripts: Sequence[Transcript], /) -> list[float]:
         """One logit each."""
-        rows = [self._tokens(transcript) for transcript in transcripts]
-        values: list[float] = []
+        found: list[tuple[int, float]] = []
         with torch.no_grad():
-            for part in self._batches(rows):
-                longest = max(map(len, part))
-                tokens = torch.tensor([row + [self.pad or 0] * (longest - len(row)) for row in part])
-                mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in part])
-                logits = self.model(
-                    input_ids=tokens.to(self.model.device), attention_mask=mask.to(self.model.device)
-                ).logits
-                values += logits[:, 0].float().tolist()
-        return values
+            for part in batches(self.rows(transcripts), self.max_tokens, self.pad):
+                if self.one_pass:
+                    logits = logits_of(self.model, part, self.pad)
+                else:
+                    logits = self.model(**padded(part, self.pad, self.model.device)).logits[:, 0].float()
+                numbers = [number for row in part for number, _ in row.answers]
+                found += zip(numbers, logits.tolist(), strict=True)
+        return [value for _, value in sorted(found)]
+
+    def rows(self, transcripts: Sequence[Transcript]) -> list[Row]:
+        """What is read of them: one row for the prefixes of a dialogue that come one after the other."""
+        return rows_of([self._tokens(transcript) for transcript in transcripts], self.pad, self.one_pass)
 
     def _tokens(self, transcript: Transcript) -> list[int]:
         # an answer that spells a special token would end its message early or speak for another role
@@ -91,15 +109,3 @@ class RewardModel:
         """The message without what would be read as a special token."""
         plain = self.renderer.without_special
         return replace(message, content=plain(message.content), more=with_strings(message.more, plain))
-
-    def _batches(self, rows: list[list[int]]) -> Iterator[list[list[int]]]:
-        """Consecutive rows; one at a time where the model cannot tell padding."""
-        part: list[list[int]] = []
-        for row in rows:
-            full = (len(part) + 1) * max(map(len, [*part, row])) > self.max_tokens
-            if part and (full or self.pad is None):
-                yield part
-                part = []
-            part.append(row)
-        if part:
-            yield part

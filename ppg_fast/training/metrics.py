@@ -22,6 +22,7 @@ TOKEN_MEANS = {  # ours: TRL's
     "importance_weight": "sampling/importance_sampling_ratio/mean",
 }
 DIFFERENCE, LARGEST = (f"sampling/sampling_logp_difference/{what}" for what in ("mean", "max"))
+DIVERGENCE = "distillation/divergence"  # of the teacher from the policy, nats a token
 SINGLE_TURNS = 16  # turn indices with a metric of their own; those after them share one in ranges that double
 
 
@@ -41,9 +42,11 @@ class TokenMeans:
         seen = out.logprobs != 0
         figures = {"loss": out.loss.detach(), "tokens": seen.sum(), "logprob": out.logprobs.sum()}
         figures |= {name: out.metrics[ours] for ours, name in TOKEN_MEANS.items() if ours in out.metrics}
+        if "divergences" in out.metrics:
+            figures[DIVERGENCE] = out.metrics["divergences"].sum(dtype=torch.float64)
         if rollout_logprobs is not None:
             own = out.logprobs if old_logprobs is None else old_logprobs
-            difference = torch.where(seen, (own - rollout_logprobs).abs(), 0.0)
+            difference = torch.where(seen & rollout_logprobs.isfinite(), (own - rollout_logprobs).abs(), 0.0)
             figures |= {DIFFERENCE: difference.sum(dtype=torch.float64), LARGEST: difference.max()}
         self.unread.append(figures)
 
@@ -62,7 +65,7 @@ class TokenMeans:
             elif largest is not None:
                 self.largest_difference = max(self.largest_difference or 0.0, largest)
             for name, value in figures.items():
-                whole = value if name in ("logprob", DIFFERENCE) else value * read
+                whole = value if name in ("logprob", DIFFERENCE, DIVERGENCE) else value * read
                 self.totals[name] = self.totals.get(name, 0.0) + whole
         return self
 

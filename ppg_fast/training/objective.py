@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from ppg_fast.policy_classes import FullPlanning, Lookahead, PolicyClass
 from ppg_fast.reference import Residuals
 from ppg_fast.reference.turns import of_tokens
 from ppg_fast.spec import PolicyLossSpec, SoftQSpec, require, require_token_share
+
+if TYPE_CHECKING:
+    from ppg_fast.models.frozen_teacher import FrozenTeacher
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Objective:
     another policy as they are.
 
     ``nll_coef``: the loss gains this times the mean of -l over the tokens of turns whose windowed return is positive
-    (VAPO, arXiv:2504.05118).
+    (VAPO, arXiv:2504.05118). ``teacher``: its divergence joins the loss of every token.
 
     ``token_share`` < 1: of each answer only this share of its tokens is trained, the most uncertain ones
     (`training.token_share`), over the denominator of all. Their entropies come with the dialogues or, with several
@@ -55,6 +59,7 @@ class Objective:
     soft_q: SoftQSpec | None = None
     replay: int = 0
     token_share: float = 1.0
+    teacher: "FrozenTeacher | None" = None
 
     def __post_init__(self) -> None:
         """ValueError for a loss of whole turns over another loss, for replay without soft Q-learning, and for a share
@@ -134,11 +139,12 @@ def likelihood(batch: PackedBatch, returns: Tensor, objective: Objective) -> Ten
 
 
 def live_turns(batch: PackedBatch, advantages: Tensor, weights: Tensor | None, objective: Objective) -> Tensor:
-    """(S, T): the advantage of each turn or, where that is 0, the weight of its `likelihood`; 1 where soft Q-learning
-    finds it on the way."""
+    """(S, T): the advantage of each turn or, where that is 0, the weight of its `likelihood`, or 1 with a teacher; 1
+    where soft Q-learning finds it on the way."""
     if objective.soft_q:
         return batch.turn_mask.float()
-    return advantages if weights is None else advantages.where(advantages != 0, weights)
+    beside = batch.turn_mask.float() if objective.teacher else weights
+    return advantages if beside is None else advantages.where(advantages != 0, beside)
 
 
 def turns_with_gradient(batch: PackedBatch, advantages: Tensor, spec: PolicyLossSpec) -> Tensor:
@@ -227,7 +233,7 @@ def warn_if_equal(samples: Sequence[Sample], objective: Objective) -> None:
     by how many follow it, where supervised fine-tuning weighs them alike."""
     given = {reward for sample in samples for reward in sample.rewards}
     longest = max(samples, key=lambda sample: len(sample.rewards))
-    alike = "supervised fine-tuning wants reward 1 at every turn and --policy-class greedy"
+    alike = "supervised fine-tuning wants --imitate"
     if given == {0.0}:
         seen = "every reward is 0, so nothing is learned"
         warnings.warn(f"{seen}: ppg-fast score gives rewards; {alike}", stacklevel=2)

@@ -141,7 +141,9 @@ def loss_of(one: Pass, module: nn.Module, objective: Objective, normalizer: floa
             nll_normalizer=None if one.nll_weights is None else 1.0,
             reduction=objective.reduction,
             normalizer=normalizer,
-            skip_zero_advantages=not objective.candidates,  # other classes may have an advantage there
+            # other classes may have an advantage there, and a teacher teaches every token
+            skip_zero_advantages=not (objective.candidates or objective.teacher),
+            teacher=objective.teacher,
             score_norms=score_norms,
         )
     out = module(

@@ -35,7 +35,7 @@ TINY = flags(
     "--device cpu --width 16 --layers 1 --no-progress --save-every 2 --eval-every 3 --max-new-tokens 2 "
     "--eval-dialogues 1"
 )
-JOBS = {  # with a KL term, so that the weights at the start are part of the state, and with keeping one checkpoint only;
+JOBS = {  # with a KL term, so that the weights at the start are part of the state, and with one checkpoint kept;
     # soft_q has dialogues of earlier steps in its own
     "persona": flags(
         "--imitation-steps 3 --imitation-batch 2 --max-steps 5 --num-prompts 2 --num-generations 2 --kl-coef 0.1 "

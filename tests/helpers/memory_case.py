@@ -16,7 +16,8 @@ from ppg_fast.config import make_config
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.jobs.memory_estimate import estimate
 from ppg_fast.jobs.policy import adapted
-from ppg_fast.models.causal_lm import make_model, prepare
+from ppg_fast.models.causal_lm import load_model, make_model, prepare
+from ppg_fast.models.frozen_teacher import FrozenTeacher
 from ppg_fast.policy_classes import Greedy
 from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training.objective import Objective, Schedule
@@ -45,6 +46,7 @@ CASES = {  # name: model, lengths of the dialogues of a pass, settings
     ),
     "bfloat16": ("deep", (500,), {"dtype": "bfloat16"}),
     "window": ("window", (900,), {}),
+    "teacher": ("tied", (500,), {"teacher": "tied"}),
 }
 
 
@@ -74,7 +76,9 @@ def take_steps(config, lengths: tuple[int, ...]) -> int:
     )
     model = adapted(prepare(model).train(), config)
     samples = dialogues(lengths, model.config.vocab_size)
-    objective = Objective(Greedy(), baseline="none", spec=PolicyLossSpec(kl_coef=config.kl_coef))
+    teacher = load_model(config.teacher, 1) if config.teacher else None
+    taught = FrozenTeacher(teacher, model.config.vocab_size) if teacher else None
+    objective = Objective(Greedy(), baseline="none", spec=PolicyLossSpec(kl_coef=config.kl_coef), teacher=taught)
     schedule = Schedule(
         2, 1e-3, optim=config.optim, optim_offload=config.optim_offload, bf16=config.bf16, max_tokens=sum(lengths)
     )
@@ -100,10 +104,12 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for name, model_config in MODELS.items():
         model_config.save_pretrained(folder / name)
+    AutoModelForCausalLM.from_config(MODELS["tied"]).save_pretrained(folder / "tied")
     warm_up()
     for name in sys.argv[2:] or CASES:
         model_name, lengths, settings = CASES[name]
-        config = make_config({"model": str(folder / model_name), **settings})
+        taught = {"teacher": str(folder / settings["teacher"])} if "teacher" in settings else {}
+        config = make_config({"model": str(folder / model_name), **settings, **taught})
         read, write = os.pipe()
         if not (child := os.fork()):
             os.write(write, str(take_steps(config, lengths)).encode())

@@ -1,5 +1,6 @@
 """Answers of a server: token ids in, token ids and their log-probs out."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ class EndpointSampler:
     tokens, as the model in this process does not, and its log-probs are before that; a log-prob that it does not list,
     of a token after which the text stops within a character, is asked for by itself. ``positions``: how many tokens
     the policy reads at most; the attribute is no more than what the server's context has room for, where it lists that.
+    ``unknown``: a token may come without a log-prob (null, vLLM's -9999), which then is NaN.
     """
 
     def __init__(
@@ -51,8 +53,9 @@ class EndpointSampler:
         vocab_size: int = 2**31,
         banned: Sequence[int] = (),
         positions: int | None = None,
+        unknown: bool = False,
     ) -> None:
-        self.endpoint, self.vocab_size = endpoint, vocab_size
+        self.endpoint, self.vocab_size, self.unknown = endpoint, vocab_size, unknown
         self.end_ids = [end_ids] if isinstance(end_ids, int) else list(end_ids)
         self.bans = [[token, False] for token in banned]
         listed = endpoint.models()
@@ -120,6 +123,8 @@ class EndpointSampler:
     def _checked(self, tokens: Any, logprobs: Any, end: Any, stop: Any, limit: int) -> Answer:
         """An answer of tokens; a server may leave out the end token that it stopped at, but not its log-prob. ``stop``:
         the end token that it names. ValueError for anything that is none."""
+        if self.unknown and isinstance(logprobs, list):
+            logprobs = [math.nan if value in (None, NO_LOGPROB) else value for value in logprobs]
         if not _all_are(tokens, int) or not _all_are(logprobs, (int, float)):
             rule = "history must never be decoded and encoded again; vLLM, SGLang and llama.cpp give them"
             lacks = "the server gives no token ids with log-probs, so it can be a partner or a judge but no sampler"
@@ -136,7 +141,8 @@ class EndpointSampler:
         if outside := [token for token in tokens if not 0 <= token < self.vocab_size]:
             rule = f"a sampler's token ids must be those of the policy, from 0 to {self.vocab_size - 1}"
             raise ValueError(f"{rule}, got {_number(outside[0])}: does the server serve this model?")
-        if wrong := [value for value in logprobs if not NO_LOGPROB < value <= ROUNDING]:
+        told = [v for v in logprobs if not (self.unknown and isinstance(v, float) and math.isnan(v))]
+        if wrong := [value for value in told if not NO_LOGPROB < value <= ROUNDING]:
             raise ValueError(f"a sampler must give one finite log-prob <= 0 a token, got {_number(wrong[0])}")
         # a server that does not know one of the ends goes on after it
         end = next((i for i, token in enumerate(tokens) if token in self.end_ids), None)

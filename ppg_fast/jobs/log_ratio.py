@@ -1,0 +1,70 @@
+"""Two language models as a reward: how much likelier one finds each answer than the other."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppg_fast.dialogues.chat_format import ChatFormat
+from ppg_fast.dialogues.conversation import with_strings
+from ppg_fast.dialogues.dialogue import Dialogue
+from ppg_fast.dialogues.encoding import encode_dialogue
+from ppg_fast.dialogues.message import Message
+from ppg_fast.dialogues.packing import micro_batches, pack
+from ppg_fast.models.causal_lm import load_model, token_logprobs
+from ppg_fast.models.frozen_teacher import require_same_vocabulary
+from ppg_fast.rewards import Transcript
+from ppg_fast.spec import require
+
+
+class LogRatio:
+    """r_t = sum over the tokens of turn t of (log pi_model - log pi_base), nats, for ``models`` "MODEL,BASE".
+
+    A model tuned on demonstrations, or on pairs by DPO, is such a reward over what it began with: fine-tuning is
+    inverse soft Q-learning (arXiv:2305.18290, arXiv:2404.12358). Both are checkpoint folders of one vocabulary; the
+    template is the model's. One pass of each reads a dialogue. ``date``: as `RewardModel`. ValueError names what is
+    wrong.
+    """
+
+    def __init__(
+        self, models: str, device: torch.device | str = "cpu", max_tokens: int = 16384, date: str = ""
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        self.folders, self.max_tokens = models.split(","), max_tokens
+        require(len(self.folders) == 2 and all(self.folders), "logratio must be MODEL,BASE: two folders", models)
+        for folder in self.folders:
+            whole = Path(folder, "config.json").is_file()
+            require(whole, "logratio must name folders with a Hugging Face checkpoint (config.json)", folder)
+        tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in self.folders]
+        require_same_vocabulary("logratio", self.folders[1], tokenizers[1], tokenizers[0])
+        self.models = [
+            load_model(folder, len(tokenizer)).to(device).eval().requires_grad_(False)
+            for folder, tokenizer in zip(self.folders, tokenizers, strict=True)
+        ]
+        self.chat = ChatFormat(tokenizers[0], self.models[0].generation_config, date)
+
+    @torch.no_grad()
+    def __call__(self, transcripts: Sequence[Transcript], /) -> list[list[float]]:
+        """One number per answer of each dialogue."""
+        samples = [encode_dialogue(self.chat, self._dialogue(t)) for t in transcripts]
+        values: list[list[float]] = [[] for _ in samples]
+        for part in micro_batches([len(s.tokens) for s in samples], self.max_tokens):
+            batch = pack([samples[i] for i in part])
+            there = batch.to(self.models[0].device)
+            model, base = (token_logprobs(m, there).double().cpu() for m in self.models)
+            for i, row in zip(part, batch.sum_of_turns(model - base).tolist(), strict=True):
+                values[i] = row[: len(samples[i].rewards)]
+        return values
+
+    def _dialogue(self, transcript: Transcript) -> Dialogue:
+        tools: Any = tuple(transcript.info.get("tools") or ())
+        messages = tuple(self._plain(message) for message in transcript.messages)
+        return Dialogue(transcript.id, transcript.id, messages, (None,) * transcript.turns, tools)
+
+    def _plain(self, message: Message) -> Message:
+        """The message without what would be read as a special token."""
+        plain = self.chat.renderer.without_special
+        return replace(message, content=plain(message.content), more=with_strings(message.more, plain))
