@@ -22,7 +22,7 @@ FLOORS = [  # ground first; a room is a module or a package
     ["models", "rewards"],
     ["rollouts", "training"],
     ["jobs", "integrations"],
-    ["compare", "about", "inspection", "rating"],
+    ["compare", "about", "inspection", "rating", "prompt_choice"],
     ["bench"],
     ["cli"],
     ["__main__"],

@@ -1,4 +1,4 @@
-"""`ppg-fast train | score | reward | convert | compare | merge | push | bench | rate | inspect | info`."""
+"""`ppg-fast train | score | reward | convert | compare | merge | push | bench | rate | prompts | inspect | info`."""
 
 import contextlib
 import importlib
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ppg_fast.about import about
-from ppg_fast.cli import compare, dialogues, export, info, inspection, rate, reward, score, train
+from ppg_fast.cli import compare, dialogues, export, info, inspection, prompts, rate, reward, score, train
 from ppg_fast.console import GONE, drop, keep_going, one_line, print_everything
 from ppg_fast.stopping import Stopped, as_command
 
 COMPARE, BENCH = "compare", "bench"  # their flags are their own
 # what they make is more than what they print
 WORK = ("train", "score", "reward", "convert", COMPARE, "merge", "push", BENCH)
-COMMANDS = (*WORK, "rate", "inspect", "info")
+COMMANDS = (*WORK, "rate", "prompts", "inspect", "info")
 RUN = {
     "train": train.run,
     "score": score.run,
@@ -24,6 +24,7 @@ RUN = {
     "merge": export.merge,
     "push": export.push,
     "rate": rate.run,
+    "prompts": prompts.run,
     "inspect": inspection.run,
     "info": about,
 }
@@ -101,6 +102,7 @@ def _parser(given: Sequence[str]) -> Any:
     export.add(commands)
     commands.add_parser(BENCH, add_help=False, help="measure against peers and this machine's limits (its own --help)")
     rate.add(commands)
+    prompts.add(commands)
     inspection.add(commands)
     info.add(commands)
     if given and given[0] not in COMMANDS and not given[0].startswith("-"):
