@@ -6,9 +6,11 @@ from hidden states.
 
 from ppg_fast.functional import (
     DistillationOutput,
+    Kept,
     PolicyLossOutput,
     Teacher,
     TopKTeacher,
+    VocabShard,
     linear_distillation_loss,
     linear_partial_policy_loss,
     linear_policy_loss,
@@ -32,6 +34,7 @@ __all__ = [
     "DistillationOutput",
     "FullPlanning",
     "Greedy",
+    "Kept",
     "Lookahead",
     "PolicyClass",
     "PolicyLossOutput",
@@ -40,6 +43,7 @@ __all__ = [
     "Segment",
     "Teacher",
     "TopKTeacher",
+    "VocabShard",
     "linear_distillation_loss",
     "linear_partial_policy_loss",
     "linear_policy_loss",
