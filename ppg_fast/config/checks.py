@@ -22,7 +22,7 @@ POSITIVE = """width layers vocab_size num_iterations num_prompts num_generations
     activation_checkpointing_every_n_layers rank_timeout partner_tokens max_tool_calls
     judge_tokens concurrency rollout_batch"""
 COUNTS = """max_steps warmup_steps imitation_steps max_dialogue_tokens threads save_every max_skipped_steps
-    lora_rank lora_alpha retries judge_retries"""
+    lora_rank lora_alpha retries judge_retries top_k"""
 MOST = 2**31 - 1  # of anything that is counted
 
 
@@ -46,6 +46,7 @@ def check_each(config: TrainConfig) -> None:
         require_number(name, getattr(config, name), 0.0, open_low=True)
     for name in ("gamma", "final_learning_rate", "teacher_skill"):
         require_number(name, getattr(config, name), 0.0, 1.0)
+    require_number("top_p", config.top_p, 0.0, 1.0, open_low=True)
     for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
         require_number(name, getattr(config, name), 0.0, 1.0)
     require_number("weight_decay", config.weight_decay, 0.0)
@@ -87,6 +88,10 @@ def check_together(config: TrainConfig) -> None:
         what = "policy_class auto needs" if config.policy_class == AUTO else "signals need"
         require(not config.data, f"{what} rollouts of the policy itself, so there must be no data", config.data)
         require(FullPlanning() in config.candidate_classes(), "candidates must include full", config.candidates)
+    if config.top_k or config.top_p < 1:
+        rule = "top_p must be 1 and top_k 0 with {} (kept sets are those of our own sampler)"
+        for name, value in (("sampler", config.sampler), ("data", config.data)):
+            require(not value, rule.format(name), (config.top_p, config.top_k))
     _check_regression(config)
     if config.data and not config.allow_negative_rewards and not config.regresses:
         rule = (

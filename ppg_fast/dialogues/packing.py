@@ -12,6 +12,9 @@ from itertools import pairwise, takewhile
 import torch
 from torch import Tensor
 
+from ppg_fast.dialogues import kept_sets
+from ppg_fast.dialogues.kept_sets import NO_SETS
+from ppg_fast.functional import Kept
 from ppg_fast.reference.turns import sum_of_turns, turn_mask
 from ppg_fast.rules import FLOAT32_MAX
 from ppg_fast.spec import IGNORE, require
@@ -27,7 +30,8 @@ class Sample:
     ``rewards``: one per turn. ``group_id``: dialogues of one prompt share it. ``rollout_logprobs``: the sampler's
     log-probability of the token itself, in nats, not read at context tokens. ``cut_off``: one per turn, whether a
     sampler stopped the answer before it ended by itself. ``starts``: where its parts begin. A part is what the model
-    sees at once: its positions begin anew, and nothing in it attends to another; most dialogues are one.
+    sees at once: its positions begin anew, and nothing in it attends to another; most dialogues are one. ``kept``: of a
+    truncated sampler, the ids that each token was drawn from, in any order; it may end with the last token drawn.
     """
 
     tokens: list[int]
@@ -37,6 +41,7 @@ class Sample:
     rollout_logprobs: list[float] | None = None
     cut_off: list[bool] | None = None
     starts: list[int] = field(default_factory=lambda: [0])
+    kept: list[list[int]] | None = None
 
     @property
     def longest_part(self) -> int:
@@ -67,11 +72,20 @@ class PackedBatch:
     turn_counts: Tensor  # (S,) int64
     group_ids: Tensor  # (S,) int64
     rollout_logprobs: Tensor | None = None  # (N,) float32 in nats, 0 at context
+    kept_ids: Tensor | None = None  # (M,) int64 and
+    kept_offsets: Tensor | None = None  # (N + 1,) int64: the kept sets, as `Kept` has them, empty at context
     longest_part: int = -1  # tokens; found here, so that a batch on a GPU need not be asked
 
     def __post_init__(self) -> None:
         if self.longest_part < 0:
             self.longest_part = max(torch.diff(self.part_seqlens).tolist(), default=0)
+
+    @property
+    def kept(self) -> Kept | None:
+        """What a truncated sampler drew each label from; None: the whole vocabulary."""
+        if self.kept_ids is None or self.kept_offsets is None:
+            return None
+        return Kept(self.kept_ids, self.kept_offsets)
 
     @property
     def turn_mask(self) -> Tensor:
@@ -112,6 +126,7 @@ class PackedBatch:
         turn_ids = self.turn_ids[at]
         turn_ids[ends - 1] = CONTEXT
         context, logprobs = turn_ids == CONTEXT, self.rollout_logprobs
+        kept = kept_sets.chosen(self.kept_ids, self.kept_offsets, at, context)
         return PackedBatch(
             tokens=self.tokens[at],
             labels=self.labels[at].masked_fill_(context, IGNORE),
@@ -123,6 +138,8 @@ class PackedBatch:
             turn_counts=self.turn_counts[rows],
             group_ids=self.group_ids[rows],
             rollout_logprobs=None if logprobs is None else logprobs[at].masked_fill_(context, 0.0),
+            kept_ids=kept[0],
+            kept_offsets=kept[1],
         )
 
 
@@ -130,7 +147,7 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
     """Put samples end to end. No samples give a batch without tokens.
 
     ValueError names the sample and the value: lists of unequal length, a turn id outside -1 .. turns - 1, a reward or a
-    log-prob of an assistant token that is not finite, no tokens, log-probs in some samples only.
+    log-prob of an assistant token that is not finite, no tokens, log-probs or kept sets in some samples only.
     """
     for index, sample in enumerate(samples):
         _check_sample(sample, index)
@@ -162,6 +179,11 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         values = [value for sample in samples for value in sample.rollout_logprobs or ()]
         own_logprobs = torch.tensor(values, dtype=torch.float32)
         logprobs = of_next_token(own_logprobs, 0.0).masked_fill_(turn_ids == CONTEXT, 0.0)
+    with_kept = {sample.kept is not None for sample in samples if max(sample.turn_ids) > CONTEXT}
+    require(len(with_kept) < 2, "kept must be given for all samples or for none", "some with and some without")
+    kept = (
+        kept_sets.packed([(s.kept or (), len(s.tokens)) for s in samples], turn_ids) if True in with_kept else NO_SETS
+    )
     turn_counts = torch.tensor([len(sample.rewards) for sample in samples], dtype=torch.int64)
     rewards = torch.zeros(
         len(samples), max([len(sample.rewards) for sample in samples], default=0) or 1, dtype=torch.float32
@@ -179,6 +201,8 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         turn_counts=turn_counts,
         group_ids=torch.tensor([sample.group_id for sample in samples], dtype=torch.int64),
         rollout_logprobs=logprobs,
+        kept_ids=kept[0],
+        kept_offsets=kept[1],
     )
 
 
@@ -238,6 +262,11 @@ def _check_sample(sample: Sample, index: int) -> None:
     for turn, reward in enumerate(sample.rewards):
         # NaN fails it too
         require(abs(reward) <= FLOAT32_MAX, f"{name}, turn {turn}: a reward must be finite in float32", reward)
+    if sample.kept is not None:
+        given = len(sample.kept)
+        require(
+            given <= len(sample.tokens), f"{name} must have at most one kept set per token: {len(sample.tokens)}", given
+        )
     if sample.rollout_logprobs is not None:
         given = len(sample.rollout_logprobs)
         require(

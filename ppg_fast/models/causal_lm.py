@@ -184,14 +184,16 @@ def policy_loss(
         spec=head.fold_spec(spec),
         reduction=reduction,
         skip_zero_advantages=skip_zero_advantages,
+        kept=batch.kept,
         **options,
     )
 
 
 def token_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0, logits_dtype: str | None = None) -> Tensor:
-    """log pi(label) of each token (N,) float32, 0 on context; differentiable."""
+    """log pi(label) of each token (N,) float32, 0 on context, over the batch's kept sets where it has them;
+    differentiable."""
     hidden, head = _hidden_and_head(model, batch)
-    options = {"bias": head.bias, "logits_dtype": logits_dtype, **head.fold(temperature)}
+    options = {"bias": head.bias, "logits_dtype": logits_dtype, "kept": batch.kept, **head.fold(temperature)}
     logprobs = linear_token_logprobs(hidden, head.weight, batch.labels, **options)
     assert isinstance(logprobs, Tensor)  # a pair only where the entropy is asked for
     return logprobs

@@ -29,7 +29,8 @@ class Rollout:
     """One finished dialogue.
 
     ``sample`` is what training reads; its ``rollout_logprobs`` are the sampler's, log softmax(logits / temperature)
-    over the whole vocabulary. ``cut_off`` has one entry a turn: whether the answer failed to end by itself.
+    over the whole vocabulary, or over the sample's kept sets. ``cut_off`` has one entry a turn: whether the answer
+    failed to end by itself.
     """
 
     environment: Environment
@@ -75,6 +76,8 @@ def collect_groups(
     generator: torch.Generator,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
     max_turns: int = 64,
     max_dialogue_tokens: int = 0,
     batch_size: int = 64,
@@ -87,7 +90,8 @@ def collect_groups(
 
     ``model``: a causal LM, or an `EndpointSampler`, whose own temperature counts. ``generator`` lives on the model's
     device and gives every dialogue its own randomness, so that ``batch_size``, the dialogues generated at once, decides
-    memory and speed only, up to rounding. Temperature 0 takes the most likely token. A dialogue stops when its
+    memory and speed only, up to rounding. Temperature 0 takes the most likely token; ``top_p`` and ``top_k`` as
+    `LocalSampler` has them. A dialogue stops when its
     environment is done, at ``max_turns``, or where its next answer would not fit ``max_dialogue_tokens`` or the
     model's positions; an answer at the end token or at ``max_new_tokens``. Special tokens other than
     the end are never sampled. ``step_all`` takes the answers of a turn to their environments, all at once: their texts,
@@ -119,7 +123,8 @@ def collect_groups(
         with torch.no_grad():
             for start in range(0, len(rollouts), batch_size):
                 part = slice(start, start + batch_size)
-                sampler = LocalSampler(model, chat.end_ids, chat.banned_token_ids(vocab_size), temperature)
+                banned = chat.banned_token_ids(vocab_size)
+                sampler = LocalSampler(model, chat.end_ids, banned, temperature, top_p, top_k)
                 _run(sampler, rollouts[part], streams[part], talk)
     finally:
         model.train(was_training)
@@ -163,6 +168,10 @@ class _Talk:
         else:
             message = Message("assistant", self.chat.decode(answer.tokens))
         _append(rollout, answer.tokens, turn, answer.logprobs)
+        if answer.kept is not None:
+            sample = rollout.sample
+            context = len(sample.tokens) - len(answer.tokens) - len(sample.kept or ())
+            sample.kept = [*(sample.kept or ()), *([[]] * context), *answer.kept]
         rollout.messages.append(message)
         rollout.cut_off.append(not answer.ended)
         return message if self.read else message.content
