@@ -23,6 +23,7 @@ NAMES = (
     "logprobs",
     "linear",
     "linear_frozen",
+    "linear_kept",
     "distillation",
     "partial_returns",
     "host_time",

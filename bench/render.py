@@ -201,6 +201,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
             "logprobs",
             "linear",
             "linear_frozen",
+            "linear_kept",
             "distillation",
             "partial_returns",
             "host_time",
