@@ -23,6 +23,7 @@ NAMES = (
     "logprobs",
     "linear",
     "linear_frozen",
+    "linear_kept",
     "distillation",
     "soft_q",
     "partial_returns",

@@ -203,6 +203,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
             "logprobs",
             "linear",
             "linear_frozen",
+            "linear_kept",
             "distillation",
             "soft_q",
             "partial_returns",

@@ -6,10 +6,12 @@ from hidden states.
 
 from ppg_fast.functional import (
     DistillationOutput,
+    Kept,
     PolicyLossOutput,
     SoftQOutput,
     Teacher,
     TopKTeacher,
+    VocabShard,
     linear_distillation_loss,
     linear_partial_policy_loss,
     linear_policy_loss,
@@ -36,6 +38,7 @@ __all__ = [
     "DistillationOutput",
     "FullPlanning",
     "Greedy",
+    "Kept",
     "Lookahead",
     "PolicyClass",
     "PolicyLossOutput",
@@ -46,6 +49,7 @@ __all__ = [
     "SoftQSpec",
     "Teacher",
     "TopKTeacher",
+    "VocabShard",
     "linear_distillation_loss",
     "linear_partial_policy_loss",
     "linear_policy_loss",

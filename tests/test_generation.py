@@ -1,6 +1,8 @@
 """Generation in lockstep: the cache against transformers' own, whatever leaves the batch, and memory that does not grow
 token by token."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from ppg_fast.models import causal_lm as models
 from ppg_fast.rollouts.generation import LocalSampler, Request, lockstep
 from ppg_fast.rollouts.generation.lockstep import GrowingLayer, Lockstep
 from ppg_fast.rollouts.rollout import collect_groups
+from ppg_fast.spec import PolicyLossSpec
 
 
 def test_a_growing_layer_holds_what_a_concatenating_one_does_and_rarely_allocates(monkeypatch):
@@ -159,3 +162,64 @@ def test_a_request_may_end_at_its_limit():
         answers = sampler.answer([Request(i, [4, 5, 6], i + 1, torch.Generator().manual_seed(i)) for i in range(3)])
     assert all(len(a.tokens) == i + 1 or a.ended for i, a in enumerate(answers))
     assert any(not a.ended for a in answers)
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.6, 0), (1.0, 3), (0.8, 4)])
+def test_draws_from_kept_sets_follow_the_renormalised_distribution(top_p, top_k):
+    """Against the whole distribution, sorted by hand; banned tokens are in no set, and NaN is refused."""
+    model, chat = make()
+    sampler = LocalSampler(model, chat.end_id, [6], 0.7, top_p, top_k)
+    row = torch.tensor([0.3, -1.0, 1.2, 0.8, -torch.inf, 0.1, 3.0, 1.1])
+    draws = 1.0 - torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    draws[0], draws[1] = 1.0, 2.0**-53
+    tokens, logprobs, kept = sampler._sample_kept(row.repeat(20000, 1), draws)
+    order = [2, 7, 3, 0, 5, 1][: top_k or None]
+    p = (row / 0.7)[order].softmax(0)
+    size = next(n for n in range(1, len(order) + 1) if p[:n].sum() >= top_p or n == len(order))
+    assert kept[0] == kept[-1] == order[:size]
+    q = p[:size] / p[:size].sum()
+    share = torch.bincount(torch.tensor(tokens), minlength=8)[order[:size]] / 20000
+    assert float(share.sum()) == 1
+    assert ((share - q).abs() <= 4 * (q * (1 - q) / 20000).sqrt()).all()
+    expected = q.log()[[order.index(token) for token in tokens[:100]]]
+    torch.testing.assert_close(torch.tensor(logprobs[:100]), expected)
+    with pytest.raises(FloatingPointError, match="logits must be finite"):
+        sampler._sample_kept(torch.full((1, 8), torch.nan), draws[:1])
+
+
+def test_kept_sets_reach_the_loss_and_make_the_ratio_one():
+    """At top_p 0.9 the sampler's log-probs are those of the kept sets; the whole vocabulary's are off by the log of the
+    mass that was kept, so that its mean ratio to the sampler is that mass."""
+    model, chat = make()
+    rollouts = run(model, chat, top_p=0.9)
+    samples = [r.sample for r in rollouts]
+    batch = pack(samples)
+    read = batch.labels >= 0
+    kept = batch.kept
+    assert ((kept.offsets.diff() > 0) == read).all()
+    l = models.token_logprobs(model, batch)
+    torch.testing.assert_close(l, batch.rollout_logprobs, rtol=1e-4, atol=1e-5)
+    hidden, head = models.policy_hidden(model, batch), model.get_output_embeddings().weight
+    whole = (hidden @ head.T).log_softmax(-1)
+    mass = [float(whole[i, kept.ids[a:b]].exp().sum()) for i, (a, b) in enumerate(pairwise(kept.offsets.tolist()))]
+    mass = torch.tensor(mass)[read]
+    allowed = whole.exp().index_fill(1, torch.tensor(chat.banned_token_ids(whole.shape[1])), 0.0).sum(1)[read]
+    ratio = (whole.gather(1, batch.labels.clamp(min=0)[:, None])[:, 0] - batch.rollout_logprobs).exp()[read]
+    torch.testing.assert_close(ratio, mass, rtol=1e-3, atol=1e-4)
+    assert (mass / allowed > 0.9 - 1e-5).all()
+    assert float((mass / allowed).mean()) < 0.98
+    advantages = torch.ones_like(batch.rewards)
+    spec = PolicyLossSpec("ppo", importance_cap=2.0)
+    out = models.policy_loss(model, batch, advantages, spec, rollout_logprobs=batch.rollout_logprobs)
+    assert float(out.metrics["importance_weight"]) == pytest.approx(1.0, abs=1e-4)
+    torch.testing.assert_close(out.logprobs, l)
+    part = batch.part([2, 0], torch.diff(batch.cu_seqlens).long() - 1)
+    torch.testing.assert_close(
+        models.token_logprobs(model, part),
+        torch.where(part.labels >= 0, part.rollout_logprobs, 0.0),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    samples[0].kept = None
+    with pytest.raises(ValueError, match="kept must be given for all samples or for none, got 'some with and some"):
+        pack(samples)

@@ -309,8 +309,8 @@ def test_slimes_options_that_do_not_go_together(slime, fields, words):
         slime[0].loss_spec(slime_args(**fields))
 
 
-def test_slime_loss_needs_whole_rows_of_logits(slime):
+def test_slime_loss_needs_whole_responses(slime):
     module, sizes = slime
-    sizes.tp = 2
-    with pytest.raises(ValueError, match="tensor and context parallel"):
+    sizes.cp = 2
+    with pytest.raises(ValueError, match="needs a context parallel size of 1"):
         module.ppg_loss(slime_args(), {}, torch.randn(1, 3, 4), torch.sum)

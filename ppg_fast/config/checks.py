@@ -30,7 +30,7 @@ POSITIVE = """width layers vocab_size num_iterations num_prompts num_generations
     activation_checkpointing_every_n_layers rank_timeout partner_tokens max_tool_calls
     judge_tokens concurrency rollout_batch"""
 COUNTS = """max_steps warmup_steps imitation_steps max_dialogue_tokens threads save_every max_skipped_steps
-    lora_rank lora_alpha retries judge_retries replay keep_rollouts distill_top_k"""
+    lora_rank lora_alpha retries judge_retries replay keep_rollouts distill_top_k top_k"""
 ABOVE_ZERO = "learning_rate imitation_learning_rate max_grad_norm temperature eta beta distill_coef"
 MOST = 2**31 - 1  # of anything that is counted
 
@@ -55,6 +55,7 @@ def check_each(config: TrainConfig) -> None:
         require_number(name, getattr(config, name), 0.0, open_low=True)
     for name in ("gamma", "final_learning_rate", "teacher_skill"):
         require_number(name, getattr(config, name), 0.0, 1.0)
+    require_number("top_p", config.top_p, 0.0, 1.0, open_low=True)
     for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
         require_number(name, getattr(config, name), 0.0, 1.0)
     require_number("weight_decay", config.weight_decay, 0.0)
@@ -100,13 +101,8 @@ def check_together(config: TrainConfig) -> None:
         require(FullPlanning() in config.candidate_classes(), "candidates must include full", config.candidates)
     rule = "keep_rollouts must be 0 with data, whose dialogues are there already"
     require(not (config.data and config.keep_rollouts), rule, config.keep_rollouts)
-    for name in () if config.teacher else OF_TEACHER:
-        value, usual = getattr(config, name), getattr(type(config), name)
-        require(value == usual, f"{name} must be {'left out' if usual is None else usual} without teacher", value)
-    beta, of = config.distill_beta, config.distill_divergence
-    require(
-        beta is None or of == "jsd", f"distill_beta must be left out with distill_divergence {of}: jsd has it", beta
-    )
+    _check_teacher(config)
+    _check_kept_sets(config)
     _check_of_turns(config)
     _check_imitation(config)
     measures = bool(config.candidate_classes())
@@ -120,6 +116,30 @@ def check_together(config: TrainConfig) -> None:
             "allow_negative_rewards permits it)"
         )
         require(config.baseline == "none", rule, config.baseline)
+
+
+def _check_teacher(config: TrainConfig) -> None:
+    """ValueError for a number of the divergence that nothing uses."""
+    for name in () if config.teacher else OF_TEACHER:
+        value, usual = getattr(config, name), getattr(type(config), name)
+        require(value == usual, f"{name} must be {'left out' if usual is None else usual} without teacher", value)
+    beta, of = config.distill_beta, config.distill_divergence
+    rule = f"distill_beta must be left out with distill_divergence {of}: jsd has it"
+    require(beta is None or of == "jsd", rule, beta)
+
+
+def _check_kept_sets(config: TrainConfig) -> None:
+    """ValueError for a truncated sampler that is not ours, and beside what speaks of the whole vocabulary."""
+    if config.top_k or config.top_p < 1:
+        ours, whole = "kept sets are those of our own sampler", "it speaks of the whole vocabulary"
+        soft_q = config.loss_type == SOFT_Q
+        for what, there, why in (
+            ("sampler", config.sampler, ours),
+            ("data", config.data, ours),
+            ("teacher", config.teacher, whole),
+            ("loss_type soft_q", soft_q, whole),
+        ):
+            require(not there, f"top_p must be 1 and top_k 0 with {what} ({why})", (config.top_p, config.top_k))
 
 
 def _check_imitation(config: TrainConfig) -> None:

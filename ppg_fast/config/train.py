@@ -149,6 +149,8 @@ class TrainConfig:
     max_new_tokens: int = _option(6, "tokens of an answer")
     max_turns: int = _option(64, "turns of a dialogue")
     temperature: float = _option(1.0, "of sampling and of the trained policy")
+    top_p: float = _option(1.0, "sample from, and train over, the likeliest tokens that hold this probability; 1: all")
+    top_k: int = _option(0, "likewise from this many tokens at most; 0: all")
     learning_rate: float = _option(1e-3, "peak of the optimiser's")
     warmup_steps: int = _option(5, "steps to the peak; then linear decay")
     final_learning_rate: float = _option(0.2, "share of the peak at the last step")
@@ -223,9 +225,7 @@ class TrainConfig:
     save_every: int = _option(
         20, "steps of any phase between checkpoints for --resume, 0: at its end only (and when stopped)"
     )
-    keep_checkpoints: int = _option(
-        2, "checkpoints kept; from 2 on, a damaged newest one costs the steps since the one before only"
-    )
+    keep_checkpoints: int = _option(2, "checkpoints kept; from 2 on, a damaged newest one costs the steps since then")
     keep_rollouts: int = _option(
         0, "dialogues of each step that are written to rollouts/, for `ppg-fast rate` (docs/rate.md), 0: none"
     )

@@ -12,6 +12,8 @@ from itertools import pairwise, takewhile
 import torch
 from torch import Tensor
 
+from ppg_fast.dialogues import kept_sets
+from ppg_fast.functional import Kept
 from ppg_fast.reference.turns import sum_of_turns, turn_mask
 from ppg_fast.rules import FLOAT32_MAX
 from ppg_fast.spec import IGNORE, require
@@ -29,7 +31,8 @@ class Sample:
     log-probability of the token itself, in nats, NaN where it told none, not read at context tokens. ``entropies``:
     likewise, of what it was sampled from. ``cut_off``: one per turn, whether a sampler stopped the answer before it
     ended by itself. ``starts``: where its parts begin. A part is what the model sees at once: its positions begin anew,
-    and nothing in it attends to another; most dialogues are one.
+    and nothing in it attends to another; most dialogues are one. ``kept``: of a truncated sampler, the ids that each
+    token was drawn from, in any order; it may end with the last token drawn.
     """
 
     tokens: list[int]
@@ -40,6 +43,7 @@ class Sample:
     cut_off: list[bool] | None = None
     starts: list[int] = field(default_factory=lambda: [0])
     entropies: list[float] | None = None
+    kept: list[list[int]] | None = None
 
     @property
     def longest_part(self) -> int:
@@ -72,11 +76,20 @@ class PackedBatch:
     group_ids: Tensor  # (S,) int64
     rollout_logprobs: Tensor | None = None  # (N,) float32 in nats, 0 at context
     entropies: Tensor | None = None  # (N,) float32 in nats, of what each token was sampled from, 0 at context
+    kept_ids: Tensor | None = None  # (M,) int64 and
+    kept_offsets: Tensor | None = None  # (N + 1,) int64: the kept sets, as `Kept` has them, empty at context
     longest_part: int = -1  # tokens; found here, so that a batch on a GPU need not be asked
 
     def __post_init__(self) -> None:
         if self.longest_part < 0:
             self.longest_part = max(torch.diff(self.part_seqlens).tolist(), default=0)
+
+    @property
+    def kept(self) -> Kept | None:
+        """What a truncated sampler drew each label from; None: the whole vocabulary."""
+        if self.kept_ids is None or self.kept_offsets is None:
+            return None
+        return Kept(self.kept_ids, self.kept_offsets)
 
     @property
     def turn_mask(self) -> Tensor:
@@ -117,6 +130,7 @@ class PackedBatch:
         turn_ids = self.turn_ids[at]
         turn_ids[ends - 1] = CONTEXT
         context = turn_ids == CONTEXT
+        kept = kept_sets.chosen(self.kept_ids, self.kept_offsets, at, context)
 
         def taken(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[at].masked_fill_(context, 0.0)
@@ -133,6 +147,8 @@ class PackedBatch:
             group_ids=self.group_ids[rows],
             rollout_logprobs=taken(self.rollout_logprobs),
             entropies=taken(self.entropies),
+            kept_ids=kept[0],
+            kept_offsets=kept[1],
         )
 
 
@@ -140,7 +156,7 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
     """Put samples end to end. No samples give a batch without tokens.
 
     ValueError names the sample and the value: lists of unequal length, a turn id outside -1 .. turns - 1, a reward or a
-    log-prob of an assistant token that is not finite, no tokens, log-probs in some samples only.
+    log-prob of an assistant token that is not finite, no tokens, log-probs or kept sets in some samples only.
     """
     for index, sample in enumerate(samples):
         _check_sample(sample, index)
@@ -171,6 +187,7 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         own = torch.tensor([value for sample in samples for value in getattr(sample, name)], dtype=torch.float32)
         return of_next_token(own, 0.0).masked_fill_(turn_ids == CONTEXT, 0.0)
 
+    kept = kept_sets.packed(samples, turn_ids)
     turn_counts = torch.tensor([len(sample.rewards) for sample in samples], dtype=torch.int64)
     rewards = torch.zeros(
         len(samples), max([len(sample.rewards) for sample in samples], default=0) or 1, dtype=torch.float32
@@ -189,6 +206,8 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         group_ids=torch.tensor([sample.group_id for sample in samples], dtype=torch.int64),
         rollout_logprobs=of_sampler("rollout_logprobs"),
         entropies=of_sampler("entropies"),
+        kept_ids=kept[0],
+        kept_offsets=kept[1],
     )
 
 
@@ -248,15 +267,14 @@ def _check_sample(sample: Sample, index: int) -> None:
     for turn, reward in enumerate(sample.rewards):
         # NaN fails it too
         require(abs(reward) <= FLOAT32_MAX, f"{name}, turn {turn}: a reward must be finite in float32", reward)
+    count = len(sample.tokens)
+    given = len(sample.kept or ())
+    require(given <= count, f"{name} must have at most one kept set per token: {count}", given)
     for field_name, what in OF_SAMPLER.items():
         values = getattr(sample, field_name)
         if values is None:
             continue
-        require(
-            len(values) == len(sample.tokens),
-            f"{name} must have one {what} per token: {len(sample.tokens)}",
-            len(values),
-        )
+        require(len(values) == count, f"{name} must have one {what} per token: {count}", len(values))
         may_lack = field_name == "rollout_logprobs"  # NaN where the sampler told none
         for position, (value, turn) in enumerate(zip(values, sample.turn_ids, strict=True)):
             fine = turn == CONTEXT or math.isfinite(value) or (may_lack and math.isnan(value))

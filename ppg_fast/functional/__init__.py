@@ -2,6 +2,7 @@
 
 from ppg_fast.functional.distillation import DistillationOutput, linear_distillation_loss
 from ppg_fast.functional.from_logprobs import policy_loss_from_logprobs
+from ppg_fast.functional.kept import Kept
 from ppg_fast.functional.linear import linear_partial_policy_loss, linear_policy_loss, linear_token_logprobs
 from ppg_fast.functional.logits import PolicyLossOutput, partial_policy_loss, policy_loss, token_logprobs
 from ppg_fast.functional.returns import partial_returns, turn_advantages
@@ -12,13 +13,16 @@ from ppg_fast.functional.turn_regression import (
     turn_regression_loss,
     turn_regression_loss_from_logprobs,
 )
+from ppg_fast.functional.vocab_shard import VocabShard
 
 __all__ = [
     "DistillationOutput",
+    "Kept",
     "PolicyLossOutput",
     "SoftQOutput",
     "Teacher",
     "TopKTeacher",
+    "VocabShard",
     "linear_distillation_loss",
     "linear_partial_policy_loss",
     "linear_policy_loss",

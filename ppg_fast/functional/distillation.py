@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ppg_fast import ops
 from ppg_fast.contract import PerRow, RowArguments, Wanted
-from ppg_fast.functional.linear import head_of
+from ppg_fast.functional.head_inputs import head_of
 from ppg_fast.functional.loss import spec_and_temperatures
 from ppg_fast.functional.teacher import Teacher, TopKTeacher, teacher_rows
 from ppg_fast.functional.tokens import Tokens, chosen_backend, ordered_sum, reduction_weights

@@ -1,84 +1,30 @@
 """From hidden states and the head's weight: the same functions, and the [N, V] logits never exist."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ppg_fast import ops
 from ppg_fast.contract import Chunks, RowArguments, Wanted
+from ppg_fast.functional.head_inputs import head_of
+from ppg_fast.functional.kept import Kept, kept_logits
+from ppg_fast.functional.logits import policy_loss
 from ppg_fast.functional.loss import (
     LossOptions,
     LossRows,
     PolicyLossOutput,
+    checked_spec,
     credit_turns,
     needs_logprobs_first,
     spec_and_temperatures,
 )
 from ppg_fast.functional.teacher import Teacher, TopKTeacher, all_active, teacher_rows
-from ppg_fast.functional.tokens import Tokens, asked_for, check_floats, chosen_backend
+from ppg_fast.functional.tokens import Tokens, asked_for, chosen_backend
+from ppg_fast.functional.vocab_shard import VocabShard, shard_logprobs
 from ppg_fast.policy_classes import PolicyClass
-from ppg_fast.rules import require_integer
-from ppg_fast.spec import PolicyLossSpec, fail, require
-
-
-def head_of(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    chunk_rows: int | None,
-    max_active_rows: int | None,
-    logits_dtype: torch.dtype | str | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Chunks]:
-    """Hidden states (N, D), weight (V, D), bias (V,) of one dtype, and the chunks of its rows; ValueError where they do
-    not fit."""
-    check_floats("hidden", hidden)
-    check_floats("weight", weight)
-    require(isinstance(labels, Tensor), "labels must be a tensor", type(labels).__name__)
-    fits = hidden.dim() >= 1 and hidden.shape[:-1] == labels.shape
-    require(fits, f"hidden must be the shape of labels and a hidden size, {(*labels.shape, 'D')}", tuple(hidden.shape))
-    require(
-        weight.dim() == 2 and weight.shape[1] == hidden.shape[-1],
-        f"weight must be (V, D) with D = {hidden.shape[-1]}",
-        tuple(weight.shape),
-    )
-    require(weight.shape[0] >= 1, "the vocabulary must hold at least one token", weight.shape[0])
-    require(weight.device == hidden.device, f"weight must be on the device of hidden, {hidden.device}", weight.device)
-    if bias is not None:
-        require(bias.shape == weight.shape[:1], f"bias must be (V,) = ({weight.shape[0]},)", tuple(bias.shape))
-        require(bias.device == hidden.device, f"bias must be on the device of hidden, {hidden.device}", bias.device)
-    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))  # with and without grad mode
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    require(
-        hidden.dtype == weight.dtype,
-        "hidden and weight must have one dtype (or run under autocast)",
-        (hidden.dtype, weight.dtype),
-    )
-    require(
-        bias is None or bias.dtype == weight.dtype,
-        f"bias must have the dtype of weight, {weight.dtype}",
-        None if bias is None else bias.dtype,
-    )
-    dtype = _checked_logits_dtype(logits_dtype, hidden)
-    if chunk_rows is None:
-        rows = ops.default_chunk_rows(weight.shape[0], dtype.itemsize, hidden.device.type, frozen)
-    else:
-        rows = require_integer("chunk_rows", chunk_rows, 1)
-    bound = None if max_active_rows is None else require_integer("max_active_rows", max_active_rows, 1)
-    return hidden.reshape(labels.numel(), hidden.shape[-1]), weight, bias, Chunks(rows, bound, dtype == torch.float32)
-
-
-def _checked_logits_dtype(given: torch.dtype | str | None, hidden: Tensor) -> torch.dtype:
-    """The dtype of the logits of ``hidden``: by default what its products are fastest in; ValueError for another than
-    float32 and its own."""
-    if given is None:
-        return ops.product_dtype(hidden.dtype, hidden.device.type)
-    found = next((t for t in (torch.float32, hidden.dtype) if given in (t, str(t).removeprefix("torch."))), None)
-    if found is None:
-        fail(f"logits_dtype must be float32 or the dtype of hidden and weight, {hidden.dtype}", given)
-    return found
+from ppg_fast.spec import PolicyLossSpec, require
 
 
 def linear_token_logprobs(
@@ -89,6 +35,8 @@ def linear_token_logprobs(
     bias: Tensor | None = None,
     max_active_rows: int | None = None,
     logits_dtype: torch.dtype | str | None = None,
+    kept: Kept | None = None,
+    vocab: VocabShard | None = None,
     loss_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float = 0.0,
@@ -112,7 +60,7 @@ def linear_token_logprobs(
         labels, loss_mask, temperature, logit_softcap, lse, entropy, score_norms, validate, backend: as in
             `token_logprobs`.
         chunk_rows: rows whose logits are alive at once; default from a memory budget.
-        max_active_rows, logits_dtype: as in `linear_policy_loss`.
+        max_active_rows, logits_dtype, kept, vocab: as in `linear_policy_loss`.
 
     Returns and raises: as `token_logprobs`. Gradients come back in the dtype of each input; d_weight is accumulated in
     float32.
@@ -125,6 +73,16 @@ def linear_token_logprobs(
     backend = chosen_backend(backend, hidden)
     wanted = Wanted(entropy, score_norms, gradient=True, validate=validate, lse=lse)
     scale = float(spec.temperature), float(spec.logit_softcap)
+    if vocab is not None:
+        rule = "a vocabulary shard goes without kept sets, score norms and lse"
+        require(kept is None and not (score_norms or lse), rule, "one of them")
+        given = x, weight, bias, tokens.labels, temperatures, scale, chunks, validate, backend
+        return asked_for(shard_logprobs(vocab, *given), wanted, labels.shape)
+    if kept is not None:
+        z, columns = kept_logits(kept, x, weight, bias, tokens.labels, chunks, scale[1], backend)
+        wanted = wanted._replace(gradient=False)
+        found = ops.token_logprobs(z[None], columns, temperatures, scale[0], 0.0, wanted, backend)
+        return asked_for(found, wanted, labels.shape)
     given = x, weight, bias, tokens.labels, temperatures, *scale, wanted, chunks, backend
     return asked_for(ops.linear_token_logprobs(*given), wanted, labels.shape)
 
@@ -139,6 +97,8 @@ def linear_policy_loss(
     chunk_rows: int | None = None,
     max_active_rows: int | None = None,
     logits_dtype: torch.dtype | str | None = None,
+    kept: Kept | None = None,
+    vocab: VocabShard | None = None,
     loss_mask: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
@@ -174,6 +134,12 @@ def linear_policy_loss(
         logits_dtype: "float32" or the dtype of hidden and weight. Of 16-bit operands, float32 logits lose no digit; the
             gradient of a logit is rounded once, for the two products that follow, and not at all where they are in
             float32. Default: float32 on a CPU without products of that dtype, where it is faster; else that dtype.
+        kept: the tokens that a truncated sampler chose among. Log-probs, entropies and all that follows are then those
+            of softmax over that set alone, whose rows of the head are the only ones that are read; ``chunk_rows`` has
+            no effect. ValueError that names row and id for a label outside of its set, an id twice or outside of the
+            vocabulary; none goes with a teacher.
+        vocab: which rows of the vocabulary ``weight`` and ``bias`` are, where other processes hold the rest. The logits
+            are computed twice. No z_coef, score norms, kept sets or teacher.
         teacher: adds the divergence from a teacher to the loss of each token, under the same reduction, in the same
             pass over the chunks; "divergences" of the tokens are then among the metrics.
         the rest: as in `policy_loss`.
@@ -181,13 +147,26 @@ def linear_policy_loss(
     Returns and raises: as `policy_loss`. Gradients come back in the dtype of each input.
     """
     x, weight, bias, chunks = head_of(hidden, weight, labels, bias, chunk_rows, max_active_rows, logits_dtype)
-    rows = LossRows.of(
-        labels, advantages, hidden.device, loss_mask=loss_mask, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs, cu_seqlens=cu_seqlens, turn_ids=turn_ids, spec=spec, reduction=reduction,
-        normalizer=normalizer, nll_weights=nll_weights, nll_normalizer=nll_normalizer,
-        skip_zero_advantages=skip_zero_advantages, score_norms=score_norms, validate=validate,
-    )  # fmt: skip
     backend = chosen_backend(backend, hidden)
+    options: LossOptions = {
+        "loss_mask": loss_mask, "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs,
+        "rollout_logprobs": rollout_logprobs, "cu_seqlens": cu_seqlens, "spec": spec, "reduction": reduction,
+        "normalizer": normalizer, "nll_weights": nll_weights, "nll_normalizer": nll_normalizer,
+        "skip_zero_advantages": skip_zero_advantages, "score_norms": score_norms, "validate": validate,
+    }  # fmt: skip
+    if kept is not None:
+        require(vocab is None, "kept sets go without a vocabulary shard", "both")
+        require(teacher is None, "kept sets go without a teacher, who speaks of the whole vocabulary", "both")
+        return _kept_policy_loss(kept, x, weight, bias, labels, advantages, turn_ids, chunks, backend, options)
+    rows = LossRows.of(labels, advantages, hidden.device, turn_ids=turn_ids, **options)
+    if vocab is not None:
+        rule = "a vocabulary shard goes without z_coef, score_norms and teacher"
+        require(not rows.spec.z_coef and not score_norms and teacher is None, rule, "one of them")
+        scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
+        given = x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, scale, chunks, validate, backend
+        l, H, *_ = shard_logprobs(vocab, *given)
+        loss = rows.loss_from_logprobs(l, H if rows.spec.entropy_coef else None)
+        return rows.output(loss, l, H, skip_zero_advantages)
     wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
     arguments = RowArguments(rows.tokens.labels, rows.per_row, rows.spec)
     first = needs_logprobs_first(spec, x.dtype) or reduction == "none"
@@ -216,6 +195,34 @@ def linear_policy_loss(
     return rows.output(loss, logprobs, entropy, skip_zero_advantages, norms, divergences)
 
 
+def _kept_policy_loss(
+    kept: Kept,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    advantages: Tensor,
+    turn_ids: Tensor | None,
+    chunks: Chunks,
+    backend: str,
+    options: LossOptions,
+) -> PolicyLossOutput:
+    """`policy_loss` of the logits of the kept sets."""
+    spec = checked_spec(options.get("spec"), options.get("ref_logprobs"))
+    tokens = Tokens.of(labels, options.get("loss_mask"), None, x.device, options.get("validate", False))
+    softcap = float(spec.logit_softcap)
+    z, columns = kept_logits(kept, x, weight, bias, tokens.labels, chunks, softcap, backend)
+    options = {**options, "spec": replace(spec, logit_softcap=0.0) if softcap else spec}
+    return policy_loss(
+        z.view(*labels.shape, z.shape[-1]),
+        columns.view(labels.shape),
+        advantages,
+        turn_ids=turn_ids,
+        backend=backend,
+        **options,
+    )
+
+
 def linear_partial_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -228,6 +235,8 @@ def linear_partial_policy_loss(
     chunk_rows: int | None = None,
     max_active_rows: int | None = None,
     logits_dtype: torch.dtype | str | None = None,
+    kept: Kept | None = None,
+    vocab: VocabShard | None = None,
     gamma: float = 1.0,
     baseline: str = "none",
     group_ids: Tensor | None = None,
@@ -238,7 +247,8 @@ def linear_partial_policy_loss(
 ) -> PolicyLossOutput:
     """The partial policy gradient from hidden states: `partial_policy_loss` of logits = hidden @ weight.T + bias.
 
-    Memory, gradients, chunks, max_active_rows and teacher as in `linear_policy_loss`, arguments as in both.
+    Memory, gradients, chunks, max_active_rows, kept, vocab and teacher as in `linear_policy_loss`, arguments as in
+    both.
     """
     turns = rewards, turn_ids, policy_class, gamma, baseline, group_ids, turn_counts, backend
     options, advantages = credit_turns(options, labels, *turns)
@@ -251,6 +261,8 @@ def linear_partial_policy_loss(
         chunk_rows=chunk_rows,
         max_active_rows=max_active_rows,
         logits_dtype=logits_dtype,
+        kept=kept,
+        vocab=vocab,
         turn_ids=turn_ids,
         teacher=teacher,
         backend=backend,

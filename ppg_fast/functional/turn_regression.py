@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ppg_fast import ops, reference
+from ppg_fast.functional.kept import Kept
 from ppg_fast.functional.linear import linear_token_logprobs
 from ppg_fast.functional.logits import token_logprobs
 from ppg_fast.functional.loss import PolicyLossOutput, check_turn_ids
@@ -16,6 +17,7 @@ from ppg_fast.functional.metrics import when_read
 from ppg_fast.functional.returns import checked_turns
 from ppg_fast.functional.tokens import check_tensor, checked_normalizer, chosen_backend, ordered_sum, per_token
 from ppg_fast.functional.turn_tokens import TurnTokens
+from ppg_fast.functional.vocab_shard import VocabShard
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.rules import require_float32
 from ppg_fast.spec import MAX_LOG_RATIO, require
@@ -177,6 +179,8 @@ def linear_turn_regression_loss(
     chunk_rows: int | None = None,
     max_active_rows: int | None = None,
     logits_dtype: torch.dtype | str | None = None,
+    kept: Kept | None = None,
+    vocab: VocabShard | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float = 0.0,
     backend: str | None = None,
@@ -184,14 +188,14 @@ def linear_turn_regression_loss(
 ) -> PolicyLossOutput:
     """`turn_regression_loss` of logits = hidden @ weight.T + bias, which never exist.
 
-    hidden, weight, bias, chunk_rows, max_active_rows, logits_dtype: as in `linear_token_logprobs`; the rest as in
-    `turn_regression_loss`.
+    hidden, weight, bias, chunk_rows, max_active_rows, logits_dtype, kept, vocab: as in `linear_token_logprobs`; the
+    rest as in `turn_regression_loss`.
     """
     turns = _Turns.of(labels, rewards, turn_ids, policy_class, backend, **options)
     found = linear_token_logprobs(
         hidden, weight, turns.at.labels, bias=bias, chunk_rows=chunk_rows, max_active_rows=max_active_rows,
-        logits_dtype=logits_dtype, temperature=temperature, logit_softcap=logit_softcap, entropy=True,
-        validate=options.get("validate", False), backend=backend,
+        logits_dtype=logits_dtype, kept=kept, vocab=vocab, temperature=temperature, logit_softcap=logit_softcap,
+        entropy=True, validate=options.get("validate", False), backend=backend,
     )  # fmt: skip
     return turns.output(*found)  # type: ignore[arg-type]
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from ppg_fast.functional import VocabShard
 from ppg_fast.spec import require
 
 
@@ -44,7 +45,8 @@ def linear_of(
         kind,
     )
     replaced = head.__dict__.get("forward")  # accelerate's places devices, TRL's casts, as its fused head is told to
-    known = hasattr(head, "_hf_hook") or getattr(replaced, "__module__", "").startswith("trl.")
+    owner = getattr(replaced, "__module__", "")
+    known = hasattr(head, "_hf_hook") or owner.startswith("trl.") or owner == "transformers.distributed.tensor_parallel"
     rule = "the head's forward must be that of torch.nn.Linear, since the fused head multiplies by its weight alone"
     require(replaced is None or known, rule, replaced)
     _refuse_hooks(head, called)
@@ -56,6 +58,32 @@ def linear_of(
     )
     require(plain, rule, "on meta" if weight.is_meta else type(weight).__name__)
     return hidden.to(weight.device), weight, bias
+
+
+def local(parameter: Any) -> Any:
+    """The part of a sharded parameter that this process holds; its gradient is that of the part."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def gathered(parameter: Any) -> Any:
+    """A sharded parameter whole, without a gradient. All processes call it."""
+    return parameter.detach().full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def shard_of(head: nn.Module) -> VocabShard | None:
+    """Which tokens' rows tensor parallelism left here, where the weight is a DTensor [Shard(0)] over one dimension of
+    processes that all see the same tokens; None for any other."""
+    weight: Any = head.weight if isinstance(head, nn.Linear) else None
+    if not distributed.is_available() or not hasattr(weight, "placements"):
+        return None
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh = weight.device_mesh
+    if hasattr(head, "_get_fsdp_state") or mesh.ndim != 1 or tuple(weight.placements) != (Shard(0),):
+        return None
+    _, (start, _) = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
+    return VocabShard(start, mesh.get_group())
 
 
 def _refuse_hooks(head: nn.Module, called: bool) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppg_fast.functional import policy_loss
+from ppg_fast.functional import PolicyLossOutput, VocabShard, policy_loss, policy_loss_from_logprobs
 from ppg_fast.integrations.host import require_host
 from ppg_fast.integrations.options import own_numbers
 from ppg_fast.integrations.slime_options import ADVANTAGES, ESTIMATORS, KL_CAP, KL_TYPES, LOSS, check_options
@@ -163,20 +163,17 @@ def ppg_loss(
     """The policy loss with its entropy and KL terms, and its gradient, in one pass over the logits.
 
     Args:
-        logits: (1, T, V) float32, packed; batch: unconcat_tokens, total_lengths, response_lengths, loss_masks,
-            advantages, and log_probs, rollout_log_probs, ref_log_probs where the loss uses them, lists of one tensor a
-            sample.
+        logits: (1, T, V) float32, packed, under tensor parallelism this rank's columns; batch: unconcat_tokens,
+            total_lengths, response_lengths, loss_masks, advantages, and log_probs, rollout_log_probs, ref_log_probs
+            where the loss uses them, lists of one tensor a sample.
         sum_of_sample_mean: slime's reducer of the responses' tokens, (sum of R_i,) -> 0-d.
 
     Returns: 0-d loss and metrics by name.
-    Raises: ValueError under tensor or context parallelism, which split a row of logits (use slime's own loss there),
-        and for an option that `OPTIONS` refuses.
+    Raises: ValueError under context parallelism (use slime's own loss there), and for an option that `OPTIONS` refuses.
     """
     mpu = require_host("slime", MINIMUM, "megatron.core").mpu
-    sizes = mpu.get_tensor_model_parallel_world_size(), mpu.get_context_parallel_world_size()
-    require(
-        sizes == (1, 1), "ppg_loss needs tensor and context parallel sizes of 1 (else --loss-type policy_loss)", sizes
-    )
+    size = mpu.get_context_parallel_world_size()
+    require(size == 1, "ppg_loss needs a context parallel size of 1 (else --loss-type policy_loss)", size)
     spec, old = loss_spec(args), batch.get("rollout_log_probs" if args.use_rollout_logprobs else "log_probs")
     # off-policy sequence masking measures from the old ones
     rollout = batch.get("rollout_log_probs") if spec.reads_rollout and not spec.opsm_delta else None
@@ -195,15 +192,15 @@ def ppg_loss(
     masks = [torch.as_tensor(mask) for mask in batch["loss_masks"]]
     taken = [tokens[len(tokens) - R :] for tokens, R in zip(batch["unconcat_tokens"], responses, strict=True)]
     turn_ids = [turn_ids_of_mask(mask[None])[0] for mask in masks]
-    out = policy_loss(
-        logits[0], placed(taken, IGNORE, torch.int64), placed(batch["advantages"]), loss_mask=placed(masks), spec=spec,
-        reduction="none",
-        old_logprobs=placed(old) if old else None,
-        ref_logprobs=placed(batch["ref_log_probs"]) if spec.kl_coef else None,
-        rollout_logprobs=placed(rollout) if rollout else None,
-        cu_seqlens=torch.tensor([0, *ends, *([T] if ends[-1] < T else [])], dtype=torch.int32, device=device),
-        turn_ids=placed(turn_ids, -1, torch.int64) if spec.needs_turn_ids else None,
-    )  # fmt: skip
+    shared: dict[str, Any] = {
+        "loss_mask": placed(masks), "spec": spec, "reduction": "none",
+        "old_logprobs": placed(old) if old else None,
+        "ref_logprobs": placed(batch["ref_log_probs"]) if spec.kl_coef else None,
+        "rollout_logprobs": placed(rollout) if rollout else None,
+        "cu_seqlens": torch.tensor([0, *ends, *([T] if ends[-1] < T else [])], dtype=torch.int32, device=device),
+        "turn_ids": placed(turn_ids, -1, torch.int64) if spec.needs_turn_ids else None,
+    }  # fmt: skip
+    out = _loss_of(mpu, logits[0], placed(taken, IGNORE, torch.int64), placed(batch["advantages"]), shared)
     # the second term connects the loss to the model on a rank without response tokens
     loss = sum_of_sample_mean(out.loss[rows]) + 0.0 * out.loss.sum()
     metrics = {"loss": loss, "entropy_loss": sum_of_sample_mean(out.entropy[rows])}
@@ -211,3 +208,13 @@ def ppg_loss(
         change = torch.cat(old).to(device) - out.logprobs[rows]
         metrics["ppo_kl"] = sum_of_sample_mean(inside(change, torch.cat(masks).to(device)))
     return loss, {name: value.detach().clone() for name, value in metrics.items()}
+
+
+def _loss_of(mpu: Any, logits: Tensor, labels: Tensor, advantages: Tensor, shared: dict[str, Any]) -> PolicyLossOutput:
+    """`policy_loss` of logits (T, V), under tensor parallelism from the columns of all ranks, equally many on each."""
+    if mpu.get_tensor_model_parallel_world_size() == 1:
+        return policy_loss(logits, labels, advantages, **shared)
+    vocab = VocabShard(mpu.get_tensor_model_parallel_rank() * logits.shape[-1], mpu.get_tensor_model_parallel_group())
+    labels = labels.masked_fill(shared["loss_mask"] == 0, IGNORE)
+    l, H = vocab.token_logprobs(logits, labels, temperature=float(shared["spec"].temperature))
+    return policy_loss_from_logprobs(l, advantages, entropy=H, **shared)

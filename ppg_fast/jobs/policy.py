@@ -110,6 +110,8 @@ class Policy:
             generator=generator,
             max_new_tokens=c.max_new_tokens,
             temperature=c.temperature,
+            top_p=c.top_p,
+            top_k=c.top_k,
             max_turns=c.max_turns + (c.max_tool_calls + 1 if c.tools else 0),  # answers that call are turns too
             max_dialogue_tokens=0 if c.data else c.max_dialogue_tokens,  # offline it bounds what is read
             batch_size=c.rollout_batch,

@@ -198,6 +198,7 @@ def policy_loss(
         reduction=reduction,
         skip_zero_advantages=skip_zero_advantages,
         teacher=taught,
+        kept=batch.kept,
         **options,
     )
 
@@ -226,10 +227,10 @@ def soft_q_loss(
 def token_logprobs(
     model: Any, batch: PackedBatch, temperature: float = 1.0, logits_dtype: str | None = None, **also: bool
 ) -> Any:
-    """log pi(label) of each token (N,) float32, 0 on context; with ``entropy`` and ``lse`` a tuple, the entropies and
-    the log-sum-exps of the logits too. Differentiable."""
+    """log pi(label) of each token (N,) float32, 0 on context, over the batch's kept sets where it has them; with
+    ``entropy`` and ``lse`` a tuple, the entropies and the log-sum-exps of the logits too. Differentiable."""
     hidden, head = _hidden_and_head(model, batch)
-    options = {"bias": head.bias, "logits_dtype": logits_dtype, **also, **head.fold(temperature)}
+    options = {"bias": head.bias, "logits_dtype": logits_dtype, "kept": batch.kept, **also, **head.fold(temperature)}
     return linear_token_logprobs(hidden, head.weight, batch.labels, **options)
 
 

@@ -7,6 +7,7 @@ too.
 
 from ppg_fast.ops.checks import check_temperatures, mask_factor
 from ppg_fast.ops.head import default_chunk_rows
+from ppg_fast.ops.kept_logits import kept_logits, kept_rows
 from ppg_fast.ops.linear_distillation import (
     linear_distillation,
     linear_distillation_op,
@@ -21,17 +22,22 @@ from ppg_fast.ops.products import product_dtype
 from ppg_fast.ops.rollouts import mask_of_rollouts
 from ppg_fast.ops.sequences import active_labels, sequence_ids, sequence_ids_op, turn_credit_op
 from ppg_fast.ops.token_logprobs import token_logprobs, token_logprobs_op
+from ppg_fast.ops.vocab_shards import Part, linear_shard_logprobs, shard_logprobs
 
 __all__ = [
+    "Part",
     "active_labels",
     "check_temperatures",
     "default_chunk_rows",
+    "kept_logits",
+    "kept_rows",
     "linear_distillation",
     "linear_distillation_op",
     "linear_divergences",
     "linear_divergences_op",
     "linear_policy_loss",
     "linear_policy_loss_op",
+    "linear_shard_logprobs",
     "linear_token_logprobs",
     "linear_token_logprobs_op",
     "mask_factor",
@@ -44,6 +50,7 @@ __all__ = [
     "reference_policy_loss",
     "sequence_ids",
     "sequence_ids_op",
+    "shard_logprobs",
     "token_logprobs",
     "token_logprobs_op",
     "turn_credit_op",

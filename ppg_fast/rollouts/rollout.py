@@ -29,8 +29,8 @@ class Rollout:
     """One finished dialogue.
 
     ``sample`` is what training reads; its ``rollout_logprobs`` are the sampler's, log softmax(logits / temperature)
-    over the whole vocabulary, its ``entropies`` those of that distribution where they were asked for. ``cut_off`` has
-    one entry a turn: whether the answer failed to end by itself.
+    over the whole vocabulary, or over the sample's kept sets, its ``entropies`` those of that distribution where they
+    were asked for. ``cut_off`` has one entry a turn: whether the answer failed to end by itself.
     """
 
     environment: Environment
@@ -76,6 +76,8 @@ def collect_groups(
     generator: torch.Generator,
     max_new_tokens: int = 64,
     temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
     max_turns: int = 64,
     max_dialogue_tokens: int = 0,
     batch_size: int = 64,
@@ -89,14 +91,14 @@ def collect_groups(
 
     ``model``: a causal LM, or an `EndpointSampler`, whose own temperature counts. ``generator`` lives on the model's
     device and gives every dialogue its own randomness, so that ``batch_size``, the dialogues generated at once, decides
-    memory and speed only, up to rounding. Temperature 0 takes the most likely token. A dialogue stops when its
-    environment is done, at ``max_turns``, or where its next answer would not fit ``max_dialogue_tokens`` or the model's
-    positions; an answer at the end token or at ``max_new_tokens``. Special tokens other than the end are never sampled.
-    ``step_all`` takes the answers of a turn to their environments, all at once: their texts, or the messages that
-    ``read`` makes of them where it is given. ``only``: which of the rollouts, numbered in order, are wanted; they are
-    what they would be among all. ``entropies``: of what each token was sampled from are kept too, where the model is in
-    this process. ValueError for an opening that leaves no room for an answer, and for a reward that is not finite in
-    float32.
+    memory and speed only, up to rounding. Temperature 0 takes the most likely token; ``top_p`` and ``top_k`` as
+    `LocalSampler` has them. A dialogue stops when its environment is done, at ``max_turns``, or where its next answer
+    would not fit ``max_dialogue_tokens`` or the model's positions; an answer at the end token or at ``max_new_tokens``.
+    Special tokens other than the end are never sampled. ``step_all`` takes the answers of a turn to their environments,
+    all at once: their texts, or the messages that ``read`` makes of them where it is given. ``only``: which of the
+    rollouts, numbered in order, are wanted; they are what they would be among all. ``entropies``: of what each token
+    was sampled from are kept too, where the model is in this process. ValueError for an opening that leaves no room for
+    an answer, and for a reward that is not finite in float32.
     """
     total = len(seeds) * group_size
     draws = torch.randint(2**62, (total,), generator=generator, device=generator.device).tolist()
@@ -124,7 +126,8 @@ def collect_groups(
         with torch.no_grad():
             for start in range(0, len(rollouts), batch_size):
                 part = slice(start, start + batch_size)
-                sampler = LocalSampler(model, chat.end_ids, chat.banned_token_ids(vocab_size), temperature, entropies)
+                banned = chat.banned_token_ids(vocab_size)
+                sampler = LocalSampler(model, chat.end_ids, banned, temperature, top_p, top_k, entropies)
                 _run(sampler, rollouts[part], streams[part], talk)
     finally:
         model.train(was_training)
@@ -168,6 +171,10 @@ class _Talk:
         else:
             message = Message("assistant", self.chat.decode(answer.tokens))
         _append(rollout, answer.tokens, turn, answer)
+        if answer.kept is not None:
+            sample = rollout.sample
+            context = len(sample.tokens) - len(answer.tokens) - len(sample.kept or ())
+            sample.kept = [*(sample.kept or ()), *([[]] * context), *answer.kept]
         rollout.messages.append(message)
         rollout.cut_off.append(not answer.ended)
         return message if self.read else message.content

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ppg_fast.integrations.linear_head import linear_of
+from ppg_fast.integrations.linear_head import gathered, linear_of, shard_of
 from ppg_fast.models.output_head import Head, final_softcap, logits_of, named_scales
 from ppg_fast.spec import require
 
@@ -85,12 +85,13 @@ def _probe(model: Any) -> tuple[Tensor, Tensor]:
         rows = torch.randn(len(ROW_PEAKS), hidden.shape[-1], generator=torch.Generator().manual_seed(0)).to(
             hidden.device, hidden.dtype
         )
-        x, weight, bias = linear_of(module, rows)
+        whole = (lambda parameter: parameter) if shard_of(module) is None else gathered
+        x, weight, bias = linear_of(module, rows, whole=whole)
         peaks = torch.tensor(ROW_PEAKS, device=x.device)[:, None] / nn.functional.linear(x, weight, bias).abs().amax(
             -1, keepdim=True
         )
         rows = (rows * peaks.to(rows)).to(hidden.dtype)
-        x, weight, bias = linear_of(module, rows)
+        x = linear_of(module, rows, whole=whole)[0]
         seen.append(nn.functional.linear(x, weight, bias))
         return (rows[None], *inputs[1:])
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from ppg_fast.functional import linear_partial_policy_loss, linear_policy_loss, linear_token_logprobs
-from ppg_fast.integrations.linear_head import linear_of
+from ppg_fast.integrations.linear_head import linear_of, local, shard_of
 from ppg_fast.integrations.transformers.alignment import CREDIT, TURNS, LabelledTokens
 from ppg_fast.integrations.transformers.head import LogitRule, hooked, output_head
 from ppg_fast.integrations.transformers.packing import check_packable
@@ -52,7 +52,8 @@ def scored_forward(
     def score(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = inputs[0]
         found.append(_score(module, hidden, tokens, rule))  # here, where FSDP has the head's weight whole
-        return (hidden[:, :0], *inputs[1:])
+        rows = 0 if shard_of(module) is None else 1  # a DTensor cannot be viewed without elements
+        return (hidden[:, :rows], *inputs[1:])
 
     as_dict = kwargs.pop("return_dict", None)
     kwargs.setdefault("use_cache", False)
@@ -77,14 +78,20 @@ def _router_coefficient(model: Any) -> float:
 
 
 def _score(head: nn.Module, hidden: Tensor, tokens: LabelledTokens, rule: LogitRule) -> PolicyCausalLMOutput:
-    hidden, weight, bias = linear_of(head, hidden)
+    vocab = shard_of(head)
+    if vocab is None:
+        hidden, weight, bias = linear_of(head, hidden)
+    else:
+        hidden, weight, bias = linear_of(head, hidden, whole=local)
+        rows, rule_of_rows = len(head.weight), "a head in shards must have as many rows as there are logits"  # type: ignore[arg-type]
+        require(rows == rule.vocabulary, f"{rule_of_rows}, {rule.vocabulary}", rows)
     unembedding, device = rule.head(weight, bias), hidden.device
     given: dict[str, Any] = {
         name: value.to(device) if isinstance(value, Tensor) else value for name, value in tokens.arguments.items()
     }
     labels, spec = tokens.labels.to(device), unembedding.fold_spec(given.pop("spec", PolicyLossSpec()))
     weight = unembedding.weight
-    given.update(bias=unembedding.bias)
+    given.update(bias=unembedding.bias, vocab=vocab)
     kinds = [name for name in CREDIT if name in given]
     require(len(kinds) <= 1, f"one of {', '.join(CREDIT)} makes the loss", kinds)
     want_entropy, policy_class = bool(given.pop("entropy", False)), given.pop("policy_class", None)
@@ -117,7 +124,7 @@ def _log_probs(
     want_entropy: bool,
 ) -> PolicyCausalLMOutput:
     """Differentiable log-probs (and entropy), and their negative mean as transformers' own loss."""
-    keep = ("bias", "loss_mask", "chunk_rows", "logits_dtype", "validate", "backend")
+    keep = ("bias", "vocab", "loss_mask", "chunk_rows", "logits_dtype", "validate", "backend")
     options = {name: given[name] for name in keep if name in given}
     numbers = {"temperature": spec.temperature, "logit_softcap": spec.logit_softcap, "entropy": want_entropy}
     result = linear_token_logprobs(hidden, weight, labels, **numbers, **options)

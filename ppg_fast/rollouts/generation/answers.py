@@ -26,14 +26,16 @@ class Request:
 class Answer:
     """Tokens as sampled, the end token included, and the log-probability of each.
 
-    ``logprobs``: in nats, over the whole vocabulary at the sampling temperature. ``entropies``: of that distribution,
-    one a token where they were asked for. ``ended``: by itself, and not at the limit.
+    ``logprobs``: in nats, at the sampling temperature, over the whole vocabulary or, where the sampler truncates, over
+    ``kept``, the tokens that each was drawn from. ``entropies``: of that distribution, one a token where they were
+    asked for. ``ended``: by itself, and not at the limit.
     """
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     ended: bool = False
     entropies: list[float] = field(default_factory=list)
+    kept: list[list[int]] | None = None
 
 
 class Sampler(Protocol):
