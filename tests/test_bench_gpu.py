@@ -17,6 +17,7 @@ from ppg_fast.bench.gpu.lines import Lines as Reader
 from ppg_fast.bench.gpu.lines import append
 
 ROOT = Path(__file__).parents[1]
+OPS = {"policy_loss", "logprobs", "linear", "distillation"}
 
 
 @pytest.fixture(autouse=True)
@@ -201,15 +202,11 @@ def test_every_measured_part_runs(part, tmp_path):
     found = [line for line in lines.lines if not set(line) & {"missing", "benchmarks", "started", "ended"}]
     assert all(line["outcome"] == "passed" for line in lines.lines if "ended" in line)
     if part == "smoke":
-        assert {line["op"] for line in found} == {"policy_loss", "logprobs", "linear", "partial_returns"}
+        assert {line["op"] for line in found} == {*OPS, "partial_returns"}
     if part == "counts":
         assert {line["path"] for line in found} == set(counts.calls("cpu", True))
     if part == "bench":
-        assert {e["params"]["op"] for line in lines.lines for e in line.get("benchmarks", [])} == {
-            "policy_loss",
-            "logprobs",
-            "linear",
-        }
+        assert {e["params"]["op"] for line in lines.lines for e in line.get("benchmarks", [])} == OPS
         assert [line["chunk_rows"] for line in found] == [16, 32]
     if part == "steps":
         assert {line["tokens"] for line in found} == {128, 256}
@@ -260,6 +257,7 @@ def test_the_grid_asks_what_the_bars_ask():
     wanted = {("policy_loss", 8192, V, 0, "bfloat16", 1.0, 0.0) for V in bars.VOCABULARIES}
     wanted |= {("logprobs", 8192, V, 0, "bfloat16", 1.0, 0.0) for V in bars.VOCABULARIES}
     wanted |= {("linear", 8192, 128256, 4096, "bfloat16", active, 0.0) for active in (1.0, 0.25)}
+    wanted |= {("distillation", 8192, 128256, 4096, "bfloat16", 1.0, 0.0)}
     assert wanted <= found
     bars_alone = [case for case in cases("cuda", False) if case[2]]
     assert sum(ours for _, ours, _ in bars_alone) < 90 - 12

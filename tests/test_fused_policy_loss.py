@@ -1,13 +1,14 @@
 """The fused loss on every backend that fuses: every reduction, baseline, policy class, dtype and layout against the
 contract's oracle."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from contract_case import Call, draw, upstream_of
+from contract_case import Call, by_turns, draw, upstream_of
 from test_contract import CLASSES, turns_of
 
 import ppg_fast as ppg
@@ -81,12 +82,11 @@ def partial_call(seed, name, layout, loss_type, reduction, dtype=torch.float32, 
     return call, (*call.views, call.labels, torch.tensor(rewards).float(), turn_ids, policy_class), options
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("loss_type", TOKEN_LEVEL)
-@pytest.mark.parametrize("layout", oracle.LAYOUTS)
-def test_from_advantages(layout, loss_type, reduction, backend, device):
-    seed = REDUCTIONS.index(reduction) * 12 + list(oracle.LAYOUTS).index(layout) * 3 + TOKEN_LEVEL.index(loss_type)
-    for on_policy in (False, True):
+def test_from_advantages(loss_type, backend, device):
+    place, everywhere = TOKEN_LEVEL.index(loss_type), list(itertools.product(oracle.LAYOUTS, REDUCTIONS, (False, True)))
+    for layout, reduction, on_policy in by_turns(everywhere, place, len(TOKEN_LEVEL), backend, device):
+        seed = REDUCTIONS.index(reduction) * 12 + list(oracle.LAYOUTS).index(layout) * 3 + place
         call = Call(draw(seed, layout, loss_type, reduction, on_policy=on_policy), DTYPES[seed % 3], seed)
         skip = seed % 2 == 0
         skipped = skip & ~call.case.batch.live & (not call.case.batch.spec.needs_every_row)

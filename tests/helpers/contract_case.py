@@ -156,3 +156,10 @@ def upstream_of(case, seed):
     return (
         np.random.default_rng(seed).normal(size=N) if case.batch.reduction == "none" else (1.0, -1.75, 1 / 3)[seed % 3]
     )
+
+
+def by_turns(cases: list, turn: int, turns: int, backend: str, device: str) -> list:
+    """All cases; where Triton is interpreted or CUDA emulated, which is slow, those of this turn: each is some
+    turn's."""
+    slow = backend in ("triton", "cuda") and device == "cpu"
+    return cases[turn % turns :: turns] if slow else cases
