@@ -236,7 +236,8 @@ def _backward_logprobs(
     d_lse = d_lse.contiguous() if ctx.flags.lse and d_lse is not None else None
     none = (None,) * 6
     if ctx.flags.gradient and d_entropy is None and d_lse is not None:
-        factors = d_logprob - d_lse, _slope_of_label(sum(of_label), temperatures, ctx.scale) * d_lse
+        logprob, lse = of_label
+        factors = d_logprob - d_lse, _slope_of_label(logprob + lse, temperatures, ctx.scale) * d_lse
         return _times_kept_and_label(kept, numbers, labels, *factors, weight), None, None, *none
     if ctx.flags.gradient and d_entropy is None:
         return _times_kept(kept, numbers, labels, d_logprob, ctx.backend), None, None, *none
