@@ -156,14 +156,16 @@ def losses_section(results: Results) -> str:
             data = f"{given['offline']} dialogues of the start" if given["offline"] else "its own dialogues"
             noise = "the problem's noise" if given["noise"] == 1 else f"{given['noise']:g} times its noise"
             seeds = max(len(c["seeds"]) for c in p["classes"].values())
-            head = f"{p['problem']}, {p['version']}: {data}, {noise}, {seeds} seeds"
+            steps = max(c["steps"][-1] for c in p["classes"].values())
+            how = f"beta {given['beta']:g}, {steps} steps, seeds: {seeds}"
+            head = f"{p['problem']}, {p['version']}: {data}, {noise}; {how}"
             rows = []
             for arm, c in p["classes"].items():
                 means = (f"{c[k]['mean']:.2f} ± {c[k]['std']:.2f}" for k in ("area", "final"))
                 rows.append((arm, f"{c['mean'][0]:.2f}", *means, f"{max(c['drop']['each']):.2f}"))
             heads = ("class and loss", "start", "mean return", "last return", "largest fall of a seed")
             text += f"\n**{head}** (best {p['best_return']:g})\n\n{table(heads, rows)}\n"
-            text += "".join(f"- {v}\n" for v in p["verdict"])
+            text += "".join(f"- {v}\n" for v in p["verdict"] if seeds > 1)  # differences are within seeds
     return text.strip("\n") + "\n" if text else NOT_MEASURED
 
 

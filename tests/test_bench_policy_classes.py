@@ -1,7 +1,6 @@
 """Finished comparisons become a results file, charts and sections of the documents."""
 
 import json
-from itertools import pairwise
 
 import pytest
 from ppg_fast.bench import policy_classes, render
@@ -63,12 +62,12 @@ def test_losses_have_a_file_and_a_table_of_their_own(tmp_path):
     policy_classes.main(["--losses", str(tmp_path / "run"), "--output", str(tmp_path)])
     assert sorted(p.name for p in tmp_path.glob("*.*")) == ["soft_q_study.cpu.json"]
     text = render.SECTIONS["soft_q_study"](render.load(tmp_path))
-    assert "**plan, tabular: 64 dialogues of the start, 0 times its noise, 2 seeds** (best 8)" in text
+    assert (
+        "**plan, tabular: 64 dialogues of the start, 0 times its noise; beta 0.1, 4 steps, seeds: 2** (best 8)" in text
+    )
     (p,) = json.loads((tmp_path / "run/compare.json").read_text())["problems"]
     for arm in ("full", "full by soft_q"):
         c = p["classes"][arm]
-        fall = max(max(a - b for a, b in pairwise(r)) for r in [c["mean"]])
-        assert max(c["drop"]["each"]) >= fall
         row = f"| {arm} | {c['mean'][0]:.2f} | {c['area']['mean']:.2f} ± {c['area']['std']:.2f} |"
         assert f"{row} {c['final']['mean']:.2f} ± {c['final']['std']:.2f} | {max(c['drop']['each']):.2f} |" in text
     assert f"- {p['verdict'][0]}" in text

@@ -127,6 +127,7 @@ def of_losses(classes: dict[str, Any]) -> list[str]:
         d = difference(c["final"]["each"], plain["final"]["each"])
         clear = abs(d["mean"]) > CLEAR * d["error"]
         kind = ("above" if d["mean"] > 0 else "below") if clear else "no clear difference to"
+        kind = kind if len(c["seeds"]) > 1 else "beside"
         falls = ", ".join(f"{max(of['drop']['each']):.2f}" for of in (c, plain))
         text = f"{arm}: last return {c['final']['mean']:.2f}, {kind} the policy gradient's {plain['final']['mean']:.2f}"
         sentences.append(f"{text}, {d['mean']:+.2f} ± {d['error']:.2f} within seeds; largest falls {falls}.")
