@@ -228,6 +228,7 @@ def answering():
     client._client = Answering()
     sampler = EndpointSampler.__new__(EndpointSampler)  # without asking for the models
     sampler.endpoint, sampler.end_ids, sampler.vocab_size, sampler.native = client, [1], 10, False
+    sampler.unknown = False
     return client, sampler
 
 

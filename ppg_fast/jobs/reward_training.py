@@ -234,9 +234,12 @@ def _finish(training: RewardTraining) -> dict[str, Any]:
     training.model.save_pretrained(output)
     training.reader.tokenizer.save_pretrained(output)
     settings = {name: getattr(training.config, name) for name in REWARD_TRAINING}
-    told = {name: str(value) for name, value in asdict(sources).items() if value is not None}
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(sources).items()}
     report = {"kind": training.kind, "step": training.best["step"], "held_out": found, "settings": settings, **told}
-    (output / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    nan = [name for name, value in found.items() if isinstance(value, float) and math.isnan(value)]
+    known = {**found, **dict.fromkeys(nan)}  # NaN is no JSON
+    text = json.dumps({**report, "held_out": known}, indent=1, allow_nan=False)
+    (output / REPORT).write_text(text + "\n", encoding="utf-8")
     shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     for line in lines(training.kind, found):
         print(line)

@@ -138,12 +138,9 @@ def likelihood(batch: PackedBatch, returns: Tensor, objective: Objective) -> Ten
     return objective.nll_coef * chosen / tokens.float()
 
 
-def live_turns(batch: PackedBatch, advantages: Tensor, weights: Tensor | None, objective: Objective) -> Tensor:
-    """(S, T): the advantage of each turn or, where that is 0, the weight of its `likelihood`, or 1 with a teacher; 1
-    where soft Q-learning finds it on the way."""
-    if objective.soft_q:
-        return batch.turn_mask.float()
-    beside = batch.turn_mask.float() if objective.teacher else weights
+def live_turns(advantages: Tensor, beside: Tensor | None) -> Tensor:
+    """(S, T): the advantage of each turn or, where that is 0, what is learned there ``beside`` it: the weight of its
+    `likelihood`, or 1 with a teacher and where soft Q-learning finds it on the way."""
     return advantages if beside is None else advantages.where(advantages != 0, beside)
 
 

@@ -121,7 +121,7 @@ def update(
     require(known, rule, share)
     returns, advantages = credit(batch, objective)
     weights = likelihood(batch, returns, objective)
-    live = live_turns(batch, advantages, weights, objective)
+    live = live_turns(advantages, batch.turn_mask.float() if objective.teacher or objective.soft_q else weights)
     lengths = tokens_to_read(batch, live, objective)
     passes = make_passes(batch, advantages, lengths, schedule.max_tokens, model.device, ranks, weights)
     if objective.soft_q:
