@@ -165,7 +165,7 @@ def linear_policy_loss(
         scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
         given = x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, scale, chunks, validate, backend
         l, H, *_ = shard_logprobs(vocab, *given)
-        loss = rows.loss_from_logprobs(l, H if rows.spec.entropy_coef else None)
+        loss = rows.loss_from_logprobs(l, H if rows.spec.entropy_coef else None, None)
         return rows.output(loss, l, H, skip_zero_advantages)
     wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
     arguments = RowArguments(rows.tokens.labels, rows.per_row, rows.spec)
