@@ -37,8 +37,8 @@ def _call(V: int, N: int, dtype: torch.dtype, spec: ppg.PolicyLossSpec, backend:
     hidden, weight = (torch.randn(n, 8, generator=draw, device=device).to(dtype).requires_grad_() for n in (N, V))
     divergence = ("forward_kl", "reverse_kl", "jsd")[SPECS.index(spec)]
     taught = ppg.Teacher(hidden.detach(), weight.detach(), divergence=divergence)
-    softcap = {"logit_softcap": spec.logit_softcap, "backend": backend}
-    torch.autograd.grad(ppg.linear_distillation_loss(hidden, weight, labels[0], taught, **softcap).loss, hidden)
+    options: dict[str, Any] = {"logit_softcap": spec.logit_softcap, "backend": backend}
+    torch.autograd.grad(ppg.linear_distillation_loss(hidden, weight, labels[0], taught, **options).loss, hidden)
 
 
 def sweep_all(report: Any) -> None:
