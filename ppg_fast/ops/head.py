@@ -141,6 +141,7 @@ class Head:
         rows, V = spare + -(-rows // GEMM_ROWS) * GEMM_ROWS, self.weight.shape[0]
         if self.buffer is None or self.buffer.shape[0] < rows:
             self.buffer = fresh(self.hidden, (rows, row_stride(V)), self.logits_dtype)
+            self.buffer[:, V:] = 0  # oneDNN's AMX products read on to the stride and take what is there times 0
         return self.buffer[spare:, :V]
 
     def _rounded(self, d: Tensor) -> Tensor:
@@ -152,12 +153,14 @@ class Head:
             return d
         assert self.buffer is not None
         n, once = len(d), torch.ones(1, device=d.device)
-        rounded = self.buffer.view(self.gradient_dtype).view(-1, self.buffer.shape[1])[:n, : d.shape[1]]
+        V, memory = d.shape[1], self.buffer.view(self.gradient_dtype).view(-1, self.buffer.shape[1])[:n]
+        rounded = memory[:, :V]
         start = 0
         while start < n:
             end = min(n, 2 * (SPARE + start))
             self.kernels.scale_rows(d[None, start:end], once, rounded[None, start:end])
             start = end
+        memory[:, V:] = 0  # halves of float32 numbers are there; as in `_logits`
         return rounded
 
     def sweep(
