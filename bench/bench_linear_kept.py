@@ -75,7 +75,8 @@ def ours(case: Case) -> list[Provider]:
     def using(backend: str) -> Callable[[Problem], Tensor]:
         def compute(p: Problem) -> Tensor:
             options: dict[str, Any] = {"old_logprobs": p.old_logprobs, "spec": SPEC, "kept": p.kept}
-            return linear_policy_loss(*p.leaves, p.labels, p.advantages, **options, backend=backend).loss
+            hidden, weight = p.leaves
+            return linear_policy_loss(hidden, weight, p.labels, p.advantages, **options, backend=backend).loss
 
         return compute
 

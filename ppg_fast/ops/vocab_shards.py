@@ -1,8 +1,8 @@
 """Log-probs and entropies where each process holds some columns of the vocabulary: one all-gather of 12 bytes a row.
 
 Of a shard r, its label's logit z_r (-inf where the label is another's), its log-sum-exp and its entropy say all:
-lse = logsumexp_r lse_r, l = max_r z_r - lse, H = lse - sum_r e^(lse_r - lse) (lse_r - H_r). The backward pass needs no
-message but, from hidden states, the sum of d_hidden.
+lse = logsumexp_r lse_r, l = max_r z_r - lse, H = sum_r s_r (H_r - log s_r) with s_r = e^(lse_r - lse). The backward
+pass needs no message but, from hidden states, the sum of d_hidden.
 """
 
 from collections.abc import Sequence
@@ -82,8 +82,9 @@ def _combined(mine: Tensor, own: Tensor, labels: Tensor, size: int, part: Part, 
     check_labels(labels, ends[-1], validate)
     z, lses, H = z[:, :-1], lses[:, :-1], H[:, :-1]
     lse = lses.logsumexp(0)
-    share, read = (lses - lse).exp(), labels >= 0
-    entropy = lse - (share * (lses - H)).sum(0)
+    log_share, read = lses.log_softmax(0), labels >= 0
+    share = log_share.exp()  # a sum of terms >= 0: lse - sum of share (lse_r - H_r) would cancel where H is small
+    entropy = torch.where(share > 0, share * (H - log_share), 0.0).sum(0)
     own = torch.stack([own[:, 0], own[:, 1] * (lse - mine[1]).clamp(max=MOST).exp()], 1)
     return torch.where(read, z.amax(0) - lse, 0.0), torch.where(read, entropy, 0.0), own, lse
 
