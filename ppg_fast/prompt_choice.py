@@ -129,7 +129,7 @@ def values_of(rows: Sequence[Row], queries: Sequence[str], prompts: Sequence[str
         weighted[at] += row.correct / (row.propensity or 1.0)
     if counts.all():
         return right / counts
-    query, prompt = (int(place) for place in np.argwhere(counts == 0)[0])
+    query, prompt = map(int, np.argwhere(counts == 0)[0])
     seen = f"{short(prompts[prompt])} was not tried with {short(queries[query])}"
     rule = f"where not every prompt was tried with every query, each row must have its propensity ({seen})"
     without = sum(row.propensity is None for row in rows)
