@@ -50,6 +50,7 @@ DOCUMENTS = (
     LOSSES,
     "docs/policy_classes.md",
     "docs/real.md",
+    "docs/soft_q.md",
     "docs/soft_q_training.md",
     "README.md",
 )
