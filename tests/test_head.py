@@ -127,8 +127,11 @@ def test_no_product_reads_what_lies_between_the_rows(monkeypatch, dtype, logits_
     x, w = torch.randn(96, 64).to(dtype).requires_grad_(), (torch.randn(3000, 64) / 8).to(dtype).requires_grad_()
     labels, options = torch.randint(3000, (96,)), {"chunk_rows": 32, "logits_dtype": logits_dtype}
     ppg.linear_policy_loss(x, w, labels, torch.ones(96), **options).loss.backward()
-    assert x.grad is not None and w.grad is not None
-    assert x.grad.isfinite().all() and w.grad.isfinite().all()
+    assert x.grad is not None
+    assert w.grad is not None
+    assert x.grad.isfinite().all()
+    assert w.grad.isfinite().all()
     leaf = x.detach().requires_grad_()
     ppg.linear_token_logprobs(leaf, w.detach(), labels, **options).sum().backward()
-    assert leaf.grad is not None and leaf.grad.isfinite().all()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
