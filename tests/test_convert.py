@@ -175,7 +175,7 @@ def test_bare_messages_train_and_are_told_to_be_unscored():
     assert (
         "every reward is 0, so nothing is learned: ppg-fast score gives rewards; supervised fine-tuning wants" in said
     )
-    assert "greedy" in said
+    assert "--imitate" in said
 
 
 def test_equal_rewards_are_no_supervised_fine_tuning_under_a_wide_class():

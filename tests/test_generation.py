@@ -168,11 +168,11 @@ def test_a_request_may_end_at_its_limit():
 def test_draws_from_kept_sets_follow_the_renormalised_distribution(top_p, top_k):
     """Against the whole distribution, sorted by hand; banned tokens are in no set, and NaN is refused."""
     model, chat = make()
-    sampler = LocalSampler(model, chat.end_id, [6], 0.7, top_p, top_k)
+    sampler = LocalSampler(model, chat.end_id, [6], 0.7, top_p, top_k, entropies=True)
     row = torch.tensor([0.3, -1.0, 1.2, 0.8, -torch.inf, 0.1, 3.0, 1.1])
     draws = 1.0 - torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     draws[0], draws[1] = 1.0, 2.0**-53
-    tokens, logprobs, kept = sampler._sample_kept(row.repeat(20000, 1), draws)
+    tokens, logprobs, entropies, kept = sampler._sample_kept(row.repeat(20000, 1), draws)
     order = [2, 7, 3, 0, 5, 1][: top_k or None]
     p = (row / 0.7)[order].softmax(0)
     size = next(n for n in range(1, len(order) + 1) if p[:n].sum() >= top_p or n == len(order))
@@ -183,6 +183,7 @@ def test_draws_from_kept_sets_follow_the_renormalised_distribution(top_p, top_k)
     assert ((share - q).abs() <= 4 * (q * (1 - q) / 20000).sqrt()).all()
     expected = q.log()[[order.index(token) for token in tokens[:100]]]
     torch.testing.assert_close(torch.tensor(logprobs[:100]), expected)
+    torch.testing.assert_close(torch.tensor(entropies), torch.full((20000,), float(-(q * q.log()).sum())))
     with pytest.raises(FloatingPointError, match="logits must be finite"):
         sampler._sample_kept(torch.full((1, 8), torch.nan), draws[:1])
 

@@ -307,7 +307,7 @@ def test_one_sync_or_none(as_on_a_gpu, monkeypatch, bound, expected):
         _, lse, entropy, *_ = logprob_ops._logprobs(hidden, weight, bias, labels, None, scale, flags, chunks, "cpu")
     assert len(looked) == 2 * expected
     with Watch():
-        of_rows = [labels, lse, entropy, advantages, None, None]
+        of_rows = [labels, lse, entropy, advantages, None, None, None]
         logprob_ops._logprobs_gradients(hidden, weight, bias, of_rows, scale, chunks, [True] * 3, "cpu")
     assert len(looked) == 3 * expected
 

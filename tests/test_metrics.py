@@ -186,7 +186,7 @@ def documented():
 
 
 def test_the_documented_metrics_are_those_that_runs_log(tmp_path):
-    """Both ways: every name that the two jobs log is in the table, and every name of the table is logged by one of
+    """Both ways: every name that three runs log is in the table, and every name of the table is logged by one of
     them."""
     pytest.importorskip("transformers")
     from test_cli import SHORT, TINY, dialogue, write
@@ -209,7 +209,8 @@ def test_the_documented_metrics_are_those_that_runs_log(tmp_path):
     ]
     offline = ["--data", data, "--max-steps", "2", "--max-new-tokens", "2", *TINY]
     logged = set()
-    for name, flags in (("persona", persona), ("offline", offline)):
+    soft_q = [*offline, "--loss-type", "soft_q"]
+    for name, flags in (("persona", persona), ("offline", offline), ("soft_q", soft_q)):
         assert main(["train", "--output-dir", str(tmp_path / name), *flags]) == 0
         for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines():
             logged |= json.loads(line).keys()

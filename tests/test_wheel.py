@@ -51,7 +51,9 @@ def in_the_tree():
     found = set()
     for name, folder in SOURCES.items():
         paths = [p.relative_to(ROOT / folder) for p in (ROOT / folder).rglob("*") if "__pycache__" not in p.parts]
-        found |= {f"{name}/{p}" for p in paths if p.suffix in (".py", ".yaml", ".jinja") or p.name == "py.typed"}
+        found |= {
+            f"{name}/{p}" for p in paths if p.suffix in (".py", ".yaml", ".jinja", ".html") or p.name == "py.typed"
+        }
     return found
 
 

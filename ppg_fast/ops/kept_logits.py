@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppg_fast.ops.checks import check_labels
-from ppg_fast.ops.tracing import differentiable
+from ppg_fast.ops.tracing import differentiable, outside_of_graphs
 from ppg_fast.spec import IGNORE, fail
 
 PIECE_BYTES = 2**24  # of rows of a 16-bit weight that are held in float32 at once
@@ -147,7 +147,7 @@ def _backward(ctx: Any, d_logits: Tensor | None, *_: Any) -> tuple[Tensor | None
 KeptLogits = differentiable(_logits, _setup, _backward)
 
 
-@torch.compiler.disable
+@outside_of_graphs
 def kept_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, kept: KeptRows, softcap: float, float32: bool, backend: str
 ) -> Tensor:

@@ -66,7 +66,7 @@ def _logprobs(
             given = logits, labels[rows], temps, *scale
             found, ent, read = kernels.logprobs_fwd(*given, entropy.numel() > 0, norm)
             if flags.lse:
-                sums = log_sum_exps(read, labels[rows], temps, scale, backend)
+                sums = log_sum_exps(read, labels[rows], temps, scale, kernels)
                 lse[rows] = sums if parts.excess is None else sums + parts.excess
             if flags.gradient:
                 once = upstream.repeat(rows.numel())

@@ -1,5 +1,7 @@
 """token_logprobs: log-prob, entropy and log-sum-exp, differentiable, for any loss that a user writes on top."""
 
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,18 +28,21 @@ def _logprobs(
     check_labels(labels, logits.shape[-1], flags.validate)
     norm = torch.empty(labels.numel() if flags.score_norms else 0, dtype=torch.float32, device=logits.device)
     given = norm if flags.score_norms else None
-    logprob, ent, pair = backends.load(backend).logprobs_fwd(logits, labels, temperatures, *scale, flags.entropy, given)
-    lse = log_sum_exps(pair, labels, temperatures, scale, backend) if flags.lse else logprob.new_empty(0)
+    kernels = backends.load(backend)
+    logprob, ent, pair = kernels.logprobs_fwd(logits, labels, temperatures, *scale, flags.entropy, given)
+    lse = log_sum_exps(pair, labels, temperatures, scale, kernels) if flags.lse else logprob.new_empty(0)
     return logprob, ent, pair, norm, lse
 
 
-def log_sum_exps(pair: Tensor, labels: Tensor, temperatures: Tensor | None, scale: list[float], backend: str) -> Tensor:
-    """log sum_v exp(z_v) of each row, (N,) float32, 0 where masked, from its maximum and sum as ``backend`` gave them.
+def log_sum_exps(
+    pair: Tensor, labels: Tensor, temperatures: Tensor | None, scale: Sequence[float], kernels: ModuleType
+) -> Tensor:
+    """log sum_v exp(z_v) of each row, (N,) float32, 0 where masked, from its maximum and sum as ``kernels`` gave them.
     In float64: the two may cancel."""
     temperature, logit_softcap = scale
     by = temperature if temperatures is None else temperatures.double()
     largest, sums = pair.double().unbind(1)
-    lse = largest * backends.load(backend).unit_of_maximum(logit_softcap) / by + sums.log()
+    lse = largest * kernels.unit_of_maximum(logit_softcap) / by + sums.log()
     return torch.where(labels < 0, 0.0, lse).float()
 
 

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 PLAIN = {Tensor, torch.nn.Parameter}
 ONCE = (
     "ppg_fast's kernels have no second derivative: leave create_graph=True out, or compute the loss with "
@@ -28,6 +29,13 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0  # type: ignore[attr-defined]
+
+
+def outside_of_graphs(function: Function) -> Function:
+    """A function at which a graph of torch.compile ends, as torch.compiler.disable makes one. That one imports the
+    compiler, seconds for everybody who does not compile."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
 
 
 def constant(number: float) -> bool:

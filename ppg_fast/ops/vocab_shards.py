@@ -18,6 +18,7 @@ from ppg_fast.ops.allocation import fresh
 from ppg_fast.ops.checks import check_labels
 from ppg_fast.ops.head import Head, loss_scale
 from ppg_fast.ops.rows import partition, pick
+from ppg_fast.ops.token_logprobs import log_sum_exps
 from ppg_fast.ops.tracing import differentiable
 from ppg_fast.spec import require
 
@@ -57,12 +58,7 @@ def _of_shard(
     """-> (3, N) label's logit, log-sum-exp and entropy over these logits (B, L, V); what the backward pass starts
     from. Zeros where masked."""
     l, H, own = kernels.logprobs_fwd(logits, labels, temperatures, *scale, True)
-    by = scale[0] if temperatures is None else temperatures
-    if scale[1]:  # the maximum is before the softcap on some backends
-        at = labels.clamp(min=0).view(*logits.shape[:2], 1)
-        lse = _capped(logits.gather(-1, at).reshape(-1).float(), by, scale[1])[0] - l
-    else:
-        lse = own[:, 0] / by + own[:, 1].log()
+    lse = log_sum_exps(own, labels, temperatures, scale, kernels)
     return torch.where(labels >= 0, torch.stack([l + lse, lse, H]), 0.0), own
 
 
@@ -102,7 +98,7 @@ def _gradient(
     has no 1 in any column: the kernel puts it into the first, which is written again."""
     first = logits[..., 0].reshape(-1).to(torch.float32, copy=True)  # the kernel may write over it
     labels, foreign, own, lse, entropy, temperatures = rows
-    kernels.logprobs_bwd(logits, labels, own, entropy, *d, temperatures, *scale, out)
+    kernels.logprobs_bwd(logits, labels, own, entropy, *d, None, temperatures, *scale, out)
     z, slope = _capped(first, scale[0] if temperatures is None else temperatures, scale[1])
     log_p = z - lse
     p = log_p.exp()
