@@ -107,6 +107,17 @@ def _distillation(time: Time, file: dict[str, Any]) -> list[Row]:
     return rows
 
 
+def _soft_q(time: Time) -> list[Row]:
+    what = "soft Q-learning, {} / gspo"
+    found = ((dtype, [time(OURS, dtype=dtype, variant=name) for name in ("soft Q", "gspo")]) for dtype in DTYPES)
+    return [(what.format(dtype), 1.1, quotient(*both)) for dtype, both in found]
+
+
+def _kept(time: Time) -> list[Row]:
+    full = time("the full head, another loss", variant="k = 20", dtype="float32")
+    return [("kept sets of 20 / the full head", 1 / 8, quotient(time(OURS, variant="k = 20", dtype="float32"), full))]
+
+
 def _leanest(file: dict[str, Any], case: dict[str, Any]) -> float | None:
     def peak(entry: Entry) -> int | None:
         return entry["extra_info"].get("peak_extra_bytes")
@@ -145,6 +156,8 @@ def aims_section(results: Results) -> str:
         "logprobs": _logprobs,
         "partial_returns": _returns,
         "host_time": _host_time,
+        "soft_q": _soft_q,
+        "linear_kept": _kept,
     }
     for op, make in makers.items():
         rows += [row for device, file in of(results, op) if device == "cpu" for row in make(_times(file))]
