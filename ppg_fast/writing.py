@@ -93,6 +93,15 @@ def opened(path: Path) -> Iterator[TextIO]:
         temporary.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk and not only in its cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def is_stdout(path: Path) -> bool:
     """Whether it names the standard output, which goes on where it is: opened anew, it would begin at its start."""
     try:

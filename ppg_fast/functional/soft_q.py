@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from ppg_fast.functional.tokens import (
     per_token,
     readable,
 )
-from ppg_fast.functional.turn_tokens import TurnTokens
+from ppg_fast.functional.turn_tokens import TurnOptions, TurnTokens
 from ppg_fast.ops.checks import check_rewards
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.spec import SoftQSpec, fail, require
@@ -48,7 +48,7 @@ class SoftQOutput(NamedTuple):
     metrics: Mapping[str, Tensor]
 
 
-class SoftQOptions(TypedDict, total=False):
+class SoftQOptions(TurnOptions, total=False):
     """The keyword arguments that the soft Q losses share, see `soft_q_loss`."""
 
     ref_logprobs: Tensor | None
@@ -56,12 +56,6 @@ class SoftQOptions(TypedDict, total=False):
     target_lse: Tensor | None
     offsets: Tensor | None
     spec: SoftQSpec | None
-    gamma: float
-    turn_counts: Tensor | None
-    loss_mask: Tensor | None
-    cu_seqlens: Tensor | None
-    normalizer: float | Tensor | None
-    validate: bool
 
 
 @dataclass(frozen=True)

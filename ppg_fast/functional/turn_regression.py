@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -16,26 +15,20 @@ from ppg_fast.functional.loss import PolicyLossOutput, check_turn_ids
 from ppg_fast.functional.metrics import when_read
 from ppg_fast.functional.returns import checked_turns
 from ppg_fast.functional.tokens import check_tensor, checked_normalizer, chosen_backend, ordered_sum, per_token
-from ppg_fast.functional.turn_tokens import TurnTokens
+from ppg_fast.functional.turn_tokens import TurnOptions, TurnTokens
 from ppg_fast.functional.vocab_shard import VocabShard
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.rules import require_float32
 from ppg_fast.spec import MAX_LOG_RATIO, require
 
 
-class TurnRegressionOptions(TypedDict, total=False):
+class TurnRegressionOptions(TurnOptions, total=False):
     """The keyword arguments that the regressions on turns share, see `turn_regression_loss`."""
 
     eta: float
     old_logprobs: Tensor | None
     group_ids: Tensor | None
     values: Tensor | None
-    gamma: float
-    turn_counts: Tensor | None
-    loss_mask: Tensor | None
-    cu_seqlens: Tensor | None
-    normalizer: float | Tensor | None
-    validate: bool
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The active tokens of turns, and what a loss of turns sums, finds and masks by them."""
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -9,6 +10,17 @@ from ppg_fast import ops, reference
 from ppg_fast.contract import Turns
 from ppg_fast.functional.loss import check_dialogues
 from ppg_fast.functional.tokens import Tokens
+
+
+class TurnOptions(TypedDict, total=False):
+    """The keyword arguments that every loss of turns takes, see `turn_regression_loss`."""
+
+    gamma: float
+    turn_counts: Tensor | None
+    loss_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    normalizer: float | Tensor | None
+    validate: bool
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ppg_fast.models.adaptation import frozen_digest, load_trainable_state
 from ppg_fast.training import checkpoint
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import TrainingState, optimise
+from ppg_fast.writing import sync
 
 
 class ResumableRun(RunFolder):
@@ -158,7 +159,7 @@ class ResumableRun(RunFolder):
         whole = {**content, "training": state.state_dict(), "random": self.ranks.gather(content["random"])}
         taken = content["taken"]
         try:
-            self.ranks.run_on_main(lambda: checkpoint.sync(self.path / METRICS))
+            self.ranks.run_on_main(lambda: sync(self.path / METRICS))
             checkpoint.save(self.path / CHECKPOINTS, taken, whole, self.config.keep_checkpoints, self.ranks)
         except OSError as error:
             found = checkpoint.checkpoints(self.path / CHECKPOINTS)

@@ -8,6 +8,7 @@ from typing import Any
 
 from ppg_fast.rewards.ratings import Ratings
 from ppg_fast.spec import require
+from ppg_fast.writing import sync
 
 Place = tuple[str, int | None]  # a dialogue and a turn of it, None where it was compared as a whole
 
@@ -36,7 +37,7 @@ class Answers:
         except ValueError:
             self.close()
             raise
-        _sync_folder(path.parent)
+        sync(path.parent)
 
     def _read(self) -> None:
         size = os.fstat(self.file).st_size
@@ -78,12 +79,3 @@ class Answers:
     def close(self) -> None:
         """Let others write."""
         os.close(self.file)
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new file's name is on the disk too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

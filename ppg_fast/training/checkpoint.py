@@ -7,7 +7,6 @@ dictionaries.
 """
 
 import hashlib
-import os
 import random
 import re
 import shutil
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 
 from ppg_fast.distributed import Ranks
-from ppg_fast.writing import refusal
+from ppg_fast.writing import refusal, sync
 
 STATE, SHARDS, SUMS = "state.pt", "shards", "SHA256SUMS"
 PARTIAL, DAMAGED = ".partial", ".damaged"
@@ -181,15 +180,6 @@ def _read_shards(folder: Path, ranks: Ranks) -> dict[str, Any]:
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, oldest first."""
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk and not only in its cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(path: Path) -> str:
