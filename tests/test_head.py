@@ -119,10 +119,18 @@ def test_an_upstream_gradient_takes_no_memory(dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_no_product_reads_what_lies_between_the_rows(monkeypatch, dtype, logits_dtype):
     """Rows of a chunk have gaps where the vocabulary does not fill their last line. oneDNN's products on AMX read them,
-    times 0: memory in which somebody else has left NaN must not reach a gradient."""
-    monkeypatch.setattr(
-        head_ops, "fresh", lambda like, shape, dtype=None: like.new_full(shape, torch.nan, dtype=dtype or like.dtype)
-    )
+    times 0: memory in which somebody else has left NaN must not reach a gradient. On every CPU the gaps of what the
+    products were given are zeros."""
+    chunks = []
+
+    def used_before(like, shape, dtype=None):
+        memory = like.new_full(shape, torch.nan, dtype=dtype or like.dtype)
+        if tuple(shape)[1] != 64:  # not the gradient of the head
+            chunks.append(memory)
+        return memory
+
+    monkeypatch.setattr(head_ops, "fresh", used_before)
+    monkeypatch.setattr(products, "has_products", lambda dtype: True)
     torch.manual_seed(0)
     x, w = torch.randn(96, 64).to(dtype).requires_grad_(), (torch.randn(3000, 64) / 8).to(dtype).requires_grad_()
     labels, options = torch.randint(3000, (96,)), {"chunk_rows": 32, "logits_dtype": logits_dtype}
@@ -135,3 +143,7 @@ def test_no_product_reads_what_lies_between_the_rows(monkeypatch, dtype, logits_
     ppg.linear_token_logprobs(leaf, w.detach(), labels, **options).sum().backward()
     assert leaf.grad is not None
     assert leaf.grad.isfinite().all()
+    assert len(chunks) >= 2
+    for memory in chunks:  # as the logits were, or as their gradient was rounded in place
+        rounded = memory.view(dtype).view(-1, memory.shape[1])
+        assert any(bool((rows[:32, 3000:] == 0).all()) for rows in (memory, rounded))
