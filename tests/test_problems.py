@@ -157,6 +157,7 @@ def test_a_seed_of_many_is_that_seed_alone():
     for make in (
         lambda n: tabular_runs.PolicyGradient(policy_class("lookahead:2")),
         lambda n: tabular_runs.PolicyGradient(policy_class("full"), gamma=0.9),
+        lambda n: tabular_runs.Gae(0.5, problem.problem.turns, n),
         lambda n: tabular_runs.Auto([policy_class(c) for c in ("greedy", "full")], n),
         lambda n: tabular_runs.SoftQ(policy_class("full"), 0.1, problem.start(), n),
     ):

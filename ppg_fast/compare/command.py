@@ -55,7 +55,11 @@ def parser() -> argparse.ArgumentParser:
         default=1024,
         help="with data: train on the turns that end within these, 0: all; credits are whole [1024]",
     )
-    p.add_argument("--policy-classes", help=f"with commas [{CLASSES}; with data {LOG_CLASSES}]")
+    p.add_argument(
+        "--policy-classes",
+        help=f"with commas; on problems also discount:0.9 (full planning with this gamma) and gae:0.95 (with a critic) "
+        f"[{CLASSES}; with data {LOG_CLASSES}]",
+    )
     p.add_argument(
         "--loss-type",
         default=REINFORCE,

@@ -18,7 +18,11 @@ AUTO, IMITATION = "auto", "imitation"  # in place of a policy class: chosen whil
 CLASSES = ",".join(str(c) for c in CANDIDATES if c != Lookahead(6)) + f",{AUTO}"  # six: half of a problem or more
 LOG_CLASSES = f"greedy,lookahead:3,segment:4,full,{IMITATION}"
 VERSIONS = ("tabular", "language")
-DISCOUNT = "discount"
+# arms that are no policy class: the setting that a number behind a colon stands for, and what else it takes
+RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
+    "discount": ("gamma", {}),
+    "gae": ("gae_lambda", {"baseline": "value"}),
+}
 TOGETHER = 50  # seeds of a tabular policy that are trained at once
 
 
@@ -63,8 +67,9 @@ class Study:
             learner: Any = tabular_runs.Auto([policy_class(c) for c in self.fixed], len(seeds))
         elif loss_type == SOFT_Q:
             learner = tabular_runs.SoftQ(policy_class(chosen), self.beta, exact.start(), len(seeds))
+        elif "gae_lambda" in (given := settings_of(chosen)):
+            learner = tabular_runs.Gae(given["gae_lambda"], exact.problem.turns, len(seeds))
         else:
-            given = settings_of(chosen)
             group = tabular_runs.COUNT if self.offline else tabular_runs.GROUP  # all of one policy: one group
             learner = tabular_runs.PolicyGradient(policy_class(given["policy_class"]), given.get("gamma", 1.0), group)
         steps = self.max_steps or tabular_runs.STEPS
@@ -151,12 +156,14 @@ class Study:
 
 
 def settings_of(arm: str) -> dict[str, Any]:
-    """What the trainer is told for an arm of a study: a policy class, or `discount:G`, full planning with gamma G."""
+    """What the trainer is told for an arm of a study: a policy class, or full planning with gamma G, `discount:G`, or
+    with a critic and generalised advantages of lambda L, `gae:L`."""
     kind, _, number = arm.partition(":")
-    if kind != DISCOUNT:
+    if kind not in RIVALS:
         return {"policy_class": arm}
-    require(number.replace(".", "", 1).isdigit(), f"an arm {DISCOUNT}:G needs a number, the discount a turn", arm)
-    return {"policy_class": "full", "gamma": require_number("gamma", float(number), 0.0, 1.0)}
+    name, settings = RIVALS[kind]
+    require(number.replace(".", "", 1).isdigit(), f"{kind} needs its {name} behind a colon, a number", arm)
+    return {"policy_class": "full", **settings, name: require_number(name, float(number), 0.0, 1.0)}
 
 
 def is_class(arm: str) -> bool:
@@ -177,4 +184,4 @@ def class_names(text: str | None, logged: bool) -> tuple[str, ...]:
     """
     extra = IMITATION if logged else AUTO
     names = (name.strip() for name in (text or (LOG_CLASSES if logged else CLASSES)).split(","))
-    return tuple(dict.fromkeys(n if n == extra or "gamma" in settings_of(n) else str(policy_class(n)) for n in names))
+    return tuple(dict.fromkeys(str(policy_class(n)) if n != extra and len(settings_of(n)) == 1 else n for n in names))

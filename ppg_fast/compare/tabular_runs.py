@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppg_fast.compare.tabular import TabularProblem, estimate, sampled_signals, soft_q_gradient
+from ppg_fast.compare.tabular import TabularProblem, ascent, estimate, sampled_signals, soft_q_gradient
+from ppg_fast.compare.tabular_critic import TabularCritic
+from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.training.auto import WindowChooser
 from ppg_fast.training.experience import Experience
@@ -78,6 +80,23 @@ class PolicyGradient:
 
     def __call__(self, step: int, logits: Tensor, actions: Tensor, rewards: Tensor) -> Tensor:
         return estimate(logits, self.window, actions, rewards, self.group_size, self.gamma)
+
+
+class Gae:
+    """By generalised advantages over turns, with a critic that learns from each step after it was used."""
+
+    def __init__(self, gae_lambda: float, turns: int, seeds: int) -> None:
+        self.gae_lambda, self.critic = gae_lambda, TabularCritic(seeds, turns)
+
+    def __call__(self, step: int, logits: Tensor, actions: Tensor, rewards: Tensor) -> Tensor:
+        values = self.critic.values(actions, rewards).flatten(0, 1)
+        # without values a residual is the reward, and full planning has no lambda
+        ahead = self.gae_lambda if step > 1 else 1.0
+        returns = partial_returns(rewards.flatten(0, 1), "full", values=values, gae_lambda=ahead)
+        groups = torch.arange(len(returns)) // GROUP
+        advantages = turn_advantages(returns, groups, "value", values=values)
+        self.critic.learn(actions, rewards)
+        return ascent(logits, actions, advantages.view(rewards.shape))
 
 
 class Auto:
