@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ppg_fast.compare.results import MEASUREMENT, Run
-from ppg_fast.policy_classes import CANDIDATES, Lookahead, policy_class
+from ppg_fast.policy_classes import CANDIDATES, Lookahead, names_in, policy_class
 from ppg_fast.rollouts.problems import DRAWN, PROBLEMS, drawn, problem_names
 from ppg_fast.spec import require, require_one_of
 
@@ -139,5 +139,5 @@ def class_names(text: str | None, logged: bool) -> tuple[str, ...]:
     ``auto`` is one of them on problems, ``imitation`` on logged dialogues.
     """
     extra = IMITATION if logged else AUTO
-    names = (name.strip() for name in (text or (LOG_CLASSES if logged else CLASSES)).split(","))
+    names = names_in(text or (LOG_CLASSES if logged else CLASSES))
     return tuple(dict.fromkeys(name if name == extra else str(policy_class(name)) for name in names))
