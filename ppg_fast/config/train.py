@@ -71,7 +71,7 @@ class TrainConfig:
     policy_class: str = _option(
         "lookahead:3",
         "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, lags:W0,W1,... (a weight a "
-        "lag), auto; supervised fine-tuning is --imitate",
+        "lag), auto (experimental); supervised fine-tuning is --imitate",
     )
     candidates: str = _option(
         ",".join(map(str, CANDIDATES)),
