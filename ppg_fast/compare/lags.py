@@ -10,6 +10,7 @@ different groups of rollouts, whose noise is independent, <mean of one, mean of 
 groups.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -96,9 +97,9 @@ class Estimate:
 
     def rows(self) -> list[dict[str, float | None]]:
         """As JSON has them, None for NaN."""
-        number = lambda x: x if x == x and abs(x) != float("inf") else None  # noqa: E731
         pairs = zip(self.value.tolist(), self.error.tolist(), strict=True)
-        return [{"value": number(value), "error": number(error)} for value, error in pairs]
+        names = ("value", "error")
+        return [{n: x if math.isfinite(x) else None for n, x in zip(names, pair, strict=True)} for pair in pairs]
 
 
 @dataclass(frozen=True)
