@@ -25,6 +25,8 @@ from ppg_fast.rewards.decomposition import DECOMPOSITIONS
 from ppg_fast.rollouts.problems import PROBLEMS
 from ppg_fast.spec import require, require_number, require_one_of
 
+ABOUT = """Policy classes side by side: curves, gradients, a report. With --prompts FILE or --env: the window that your
+own rewards need, measured on rollouts (ppg-fast compare --prompts FILE --help)."""
 LEAST = 32  # logged dialogues: those of a step
 SETTINGS, REPORT, NUMBERS = "settings.json", "report.html", "compare.json"
 ENTRIES = (SETTINGS, REPORT, NUMBERS, "warm-*.pt", f"{results.RESULTS}/*-{'[0-9a-f]' * 6}.json")  # what it may remove
@@ -32,7 +34,7 @@ ENTRIES = (SETTINGS, REPORT, NUMBERS, "warm-*.pt", f"{results.RESULTS}/*-{'[0-9a
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    p = Parser(prog="ppg-fast compare", description="Policy classes side by side: curves, gradients, a report.")
+    p = Parser(prog="ppg-fast compare", description=ABOUT)
     p.add_argument(
         "--problem", default="all", help=f"{', '.join(PROBLEMS)}, drawn:A..B, several with commas, or all [all]"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppg_fast.compare.results import MEASUREMENT, Run
-from ppg_fast.policy_classes import CANDIDATES, Lookahead, policy_class
+from ppg_fast.policy_classes import CANDIDATES, Lookahead, names_in, policy_class
 from ppg_fast.rollouts.problems import DRAWN, PROBLEMS, drawn, problem, problem_names
 from ppg_fast.spec import require, require_number, require_one_of
 
@@ -183,5 +183,5 @@ def class_names(text: str | None, logged: bool) -> tuple[str, ...]:
     ``auto`` is one of them on problems, ``imitation`` on logged dialogues.
     """
     extra = IMITATION if logged else AUTO
-    names = (name.strip() for name in (text or (LOG_CLASSES if logged else CLASSES)).split(","))
+    names = names_in(text or (LOG_CLASSES if logged else CLASSES))
     return tuple(dict.fromkeys(str(policy_class(n)) if n != extra and len(settings_of(n)) == 1 else n for n in names))

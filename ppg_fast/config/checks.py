@@ -194,6 +194,8 @@ def _check_of_turns(config: TrainConfig) -> None:
         require(
             not auto, f"policy_class must be one class {of_it}: auto looks at policy gradients", config.policy_class
         )
+        rule = f"policy_class must be a window of turns {of_it} (greedy, lookahead, segment, full)"
+        require(auto or config.chosen_class().is_window, rule, config.policy_class)
         require(not config.signals, f"signals must be off {of_it}: they are those of policy gradients", config.signals)
         again = "with data, whose dialogues are drawn again anyway"
         require(not (config.data and config.replay), f"replay must be 0 {again}", config.replay)

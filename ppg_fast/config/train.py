@@ -68,8 +68,8 @@ class TrainConfig:
 
     policy_class: str = _option(
         "lookahead:3",
-        "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, auto; "
-        "supervised fine-tuning is --imitate",
+        "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, lags:W0,W1,... (a weight a "
+        "lag), auto (experimental); supervised fine-tuning is --imitate",
     )
     candidates: str = _option(",".join(map(str, CANDIDATES)), "classes that auto chooses among; full must be one")
     signals: bool = _option(False, "log what auto looks at, whatever class trains; reads turns without advantage too")
