@@ -11,6 +11,7 @@ from test_turn_regression_training import some_samples, tiny
 
 from ppg_fast.config import make_config
 from ppg_fast.dialogues import Dialogue, Message, write_dialogues
+from ppg_fast.dialogues.dialogue import read_file
 from ppg_fast.jobs.offline import OfflineJob
 from ppg_fast.jobs.persona import PersonaJob
 from ppg_fast.jobs.policy import objective_of
@@ -261,11 +262,31 @@ def test_offline_it_takes_rewards_of_both_signs(tmp_path):
     assert len(state.experience.means) == 3
 
 
-def test_a_window_that_ends_where_nothing_is_read_is_refused(tmp_path):
-    cut = {**log_of(tmp_path), "max_dialogue_tokens": 12}
+def test_a_dialogue_without_a_target_is_left_out_with_one_warning(tmp_path):
+    """Of twelve dialogues, longer than what is read of them, two end within it, and one has too large a reward."""
+    given = log_of(tmp_path)
+    short = [Message("user", "say"), Message("assistant", "c")]
+    log = [*read_file(given["data"]).dialogues, *(Dialogue(f"s{i}", f"s{i}", short, [0.5]) for i in range(2))]
+    write_dialogues(tmp_path / "log.jsonl", [*log, Dialogue("large", "large", short, [-1e38])])
+    cut = {**given, "max_dialogue_tokens": 12}
+    with pytest.warns(
+        UserWarning, match=r"13 of 15 dialogues are left out; the first: dialogue 'd0': .*turn 1"
+    ) as said:
+        job = OfflineJob(make_config(cut))
+    assert len(said) == 1
+    assert [dialogue.id for dialogue in job.dialogues] == ["s0", "s1"]
+    assert sorted(job.held_out + job.seen) == [0, 1]
     with pytest.raises(ValueError, match=r"^dialogue 'd0': .*turn 1.*max_dialogue_tokens"):
-        OfflineJob(make_config(cut))
-    assert OfflineJob(make_config({**cut, "policy_class": "full"})).shortened == 12
+        OfflineJob(make_config({**cut, "strict": True}))
+    with pytest.warns(
+        UserWarning, match=r"1 of 15.*'large': a reward must be at most 3.4e\+37 .*got '-1e\+38 at turn 0'"
+    ):
+        assert OfflineJob(make_config({**cut, "policy_class": "full"})).shortened == 12
+
+
+def test_a_log_without_any_target_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"12 of 12 dialogues are left out; dialogue 'd0': the window of turn 1"):
+        OfflineJob(make_config({**log_of(tmp_path), "max_dialogue_tokens": 12}))
 
 
 def test_the_interview_trains_with_it():

@@ -39,6 +39,7 @@ from ppg_fast.rollouts.tools import (
 )
 from ppg_fast.spec import require
 from ppg_fast.training.evaluation import of_rollouts
+from ppg_fast.training.objective import require_targets
 
 REFRESH_FOLDER = "sampler"  # weights for an endpoint that samples
 
@@ -169,6 +170,7 @@ class PromptsJob(Job):
             scores = score(self.rewards, transcripts).without_calls(transcripts)
         for rollout, row in zip(rollouts, scores.totals, strict=True):
             rollout.sample.rewards = [finite_reward(v or 0.0, rollout.name, turn) for turn, v in enumerate(row)]
+            require_targets(rollout.sample, rollout.name, self.objective)
         return scores
 
     def _require_scored(self, scores: Scores) -> None:
