@@ -50,8 +50,10 @@ PROMPTS = {  # other defaults where ``prompts`` is given
 }
 
 
+# settings that only a job on-policy reads
+OF_REWARDS = ("reward", "judge", "judge_model", "judge_key", "judge_range", "judge_retries", "judge_tokens")
 REWARD_SETTINGS = (  # of `ppg-fast score`
-    *("reward", "judge", "judge_model", "judge_key", "judge_range", "judge_retries", "judge_tokens"),
+    *OF_REWARDS,
     *("timeout", "retries", "concurrency", "strict", "device", "template_date"),
 )
 
@@ -77,7 +79,6 @@ REWARD_TRAINING_DEFAULTS = {
 OF_PROMPTS = (
     *("partner", "partner_model", "partner_key", "partner_prompt", "partner_tokens", "partner_temperature"),
     *("tools", "max_tool_calls", "stop_phrase"),
-    *("reward", "judge", "judge_model", "judge_key", "judge_range", "judge_retries", "judge_tokens"),
     *("sampler", "sampler_model", "sampler_key", "sampler_refresh"),
 )
 
