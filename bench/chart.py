@@ -63,7 +63,7 @@ def lines(panels: Sequence[tuple[str, Sequence[Line]]]) -> str:
         out += _panel(title, drawn, 52 + (PANEL + 40) * number)
     named = {line.label: line.kind for _, drawn in panels for line in drawn}
     for number, (label, kind) in enumerate(named.items()):
-        x = 52 + 240 * number
+        x = 24 + 265 * number
         out.append(f'<rect x="{x}" y="{height - 22}" width="18" height="4" fill="{COLOURS[kind]}"/>')
         out.append(f'<text x="{x + 24}" y="{height - 15}" fill="#1f2430">{escape(label)}</text>')
     return "\n".join([*out, "</svg>", ""])

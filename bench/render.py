@@ -18,6 +18,7 @@ from .logits_dtype import logits_dtype_section
 from .policy_classes import across_section, logs_section, losses_section, overview_section, problems_section
 from .real import sections as real
 from .result_file import FOLDER, load
+from .reward_scoring import scoring_section
 from .rlhf import charts as rlhf_charts
 from .rlhf import rlhf_section
 from .server_tables import agreement_section, run_section
@@ -199,6 +200,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "policy_class_logs": logs_section,
     "soft_q_study": losses_section,
     "rlhf": rlhf_section,
+    "reward_scoring": scoring_section,
     **losses.SECTIONS,
     **real.SECTIONS,
     **{

@@ -33,9 +33,10 @@ def done(tmp_path_factory):
 
 def test_its_parts_follow_each_other_and_are_not_done_twice(done):
     folder, said = done
-    assert [arguments[0] for arguments in said] == ["train", "reward", "train", "train"]
-    assert ["--reward", f"model:{folder / 'runs/rm'}"] == said[2][-2:]
-    assert "--reward" not in said[3]
+    assert [arguments[0] for arguments in said] == ["train", "reward", "train", "train", "train"]
+    assert all(["--reward", f"model:{folder / 'runs/rm'}"] == arguments[-2:] for arguments in said[2:4])
+    assert ["--kl-coef" in arguments for arguments in said[2:]] == [True, False, False]
+    assert "--reward" not in said[4]
     again = []
     rlhf.main([*FLAGS, "--folder", str(folder / "runs"), "--output", str(folder)], again.append)
     assert again == []
@@ -46,10 +47,10 @@ def test_its_parts_follow_each_other_and_are_not_done_twice(done):
 def test_what_is_stored_is_what_the_runs_logged(done):
     folder, _ = done
     file = json.loads((folder / "rlhf.cpu.json").read_text())
-    assert [(c["on"], c["seed"]) for c in file["curves"]] == [("model", 0), ("true", 0)]
+    assert [(c["on"], c["seed"]) for c in file["curves"]] == [("model", 0), ("free", 0), ("true", 0)]
     rows = [json.loads(line) for line in (folder / "runs/model-0/metrics.jsonl").read_text().splitlines()]
     logged = [row for row in rows if row["phase"] == "eval"]
-    by_model, true = file["curves"]
+    by_model, _, true = file["curves"]
     assert [p["true"] for p in by_model["points"]] == pytest.approx([row["eval/interview"] for row in logged], abs=1e-5)
     assert [p["trained"] for p in by_model["points"]] == pytest.approx([row["eval/reward"] for row in logged], abs=1e-5)
     assert all(point["true"] == point["trained"] for point in true["points"])
