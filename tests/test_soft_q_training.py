@@ -12,12 +12,14 @@ from test_turn_regression_training import some_samples, tiny
 from ppg_fast.config import make_config
 from ppg_fast.dialogues import Dialogue, Message, write_dialogues
 from ppg_fast.dialogues.dialogue import read_file
+from ppg_fast.dialogues.packing import pack
 from ppg_fast.jobs.offline import OfflineJob
 from ppg_fast.jobs.persona import PersonaJob
 from ppg_fast.jobs.policy import objective_of
 from ppg_fast.models.adaptation import StartingWeights
+from ppg_fast.models.causal_lm import PolicyModule
 from ppg_fast.policy_classes import FullPlanning, Greedy, Lookahead
-from ppg_fast.spec import SoftQSpec
+from ppg_fast.spec import PolicyLossSpec, SoftQSpec
 from ppg_fast.training.experience import KEPT, Experience
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import TrainingState, optimise, update
@@ -204,6 +206,8 @@ REFUSED = {
     "kl_coef must be 0.0 with loss_type soft_q": {"kl_coef": 0.1},
     "beta must be a finite number > 0": {"beta": 0.0},
     "eta must be 1.0 without loss_type turn_regression": {"eta": 0.5},
+    "max_residual must be a finite number >= 0": {"max_residual": -1.0},
+    "cql_coef must be 0.0 without loss_type soft_q": {"loss_type": "reinforce", "cql_coef": 0.1},
     "replay must be an integer >= 0": {"replay": -1},
     "policy_class must be one class with loss_type soft_q": {"policy_class": "auto"},
     "signals must be off with loss_type soft_q": {"signals": True},
@@ -241,6 +245,29 @@ def test_the_settings_make_the_objective():
     assert (found.soft_q, found.replay, found.baseline, found.reduction) == (SoftQSpec(beta=0.3), 5, "none", "sum")
     assert config.keeps_start
     assert not objective_of(make_config({})).soft_q
+    bounded = objective_of(make_config({"loss_type": "soft_q", "max_residual": 2.0, "cql_coef": 0.3}))
+    assert bounded.soft_q == SoftQSpec(beta=0.1, cql_coef=0.3, max_residual=2.0)
+
+
+def test_the_numbers_of_the_residuals_reach_the_step():
+    """A bound and a likelihood term move the weights elsewhere, and the loss is that of the formula."""
+    samples, losses = samples_of_read_turns(), {}
+    for name, spec in (
+        ("plain", SoftQSpec(beta=BETA)),
+        ("bounded", SoftQSpec(beta=BETA, max_residual=0.5)),
+        ("likely", SoftQSpec(beta=BETA, cql_coef=0.7)),
+    ):
+        model = tiny()
+        once = replace(SOFT_Q, num_iterations=1, soft_q=spec)
+        schedule, optimizer = Schedule(1, 1e-3), torch.optim.SGD(model.parameters(), lr=0.0)
+        losses[name] = update(model, optimizer, samples, once, schedule, StartingWeights(model), mean_returns=MEANS)
+    batch = pack(samples)
+    logprobs = PolicyModule(tiny())(batch, None, PolicyLossSpec()).double().sum()
+    turns = sum(len(s.rewards) for s in samples)
+    extra = losses["likely"]["loss"] - losses["plain"]["loss"]
+    assert extra == pytest.approx(-0.7 * float(logprobs) / turns, rel=1e-4)
+    assert losses["bounded"]["loss"] < losses["plain"]["loss"]
+    assert losses["bounded"]["grad_norm"] < losses["plain"]["grad_norm"]
 
 
 def log_of(folder, count=12):

@@ -3,7 +3,7 @@
 TURN_REGRESSION, SOFT_Q = "turn_regression", "soft_q"  # loss types of the trainer: no losses of one row
 OF_TURNS = {  # the settings that are their own, and what they are called
     TURN_REGRESSION: (("eta",), "regression on turns"),
-    SOFT_Q: (("beta", "replay"), "soft Q-learning"),
+    SOFT_Q: (("beta", "max_residual", "cql_coef", "replay"), "soft Q-learning"),
 }
 AUTO = "auto"  # in place of a policy class: one of the candidates, chosen while training
 TRACKERS = ("tensorboard", "wandb", "trackio")
