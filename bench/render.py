@@ -18,6 +18,9 @@ from .logits_dtype import logits_dtype_section
 from .policy_classes import across_section, logs_section, losses_section, overview_section, problems_section
 from .real import sections as real
 from .result_file import FOLDER, load
+from .reward_scoring import scoring_section
+from .rlhf import charts as rlhf_charts
+from .rlhf import rlhf_section
 from .server_tables import agreement_section, run_section
 from .step_tables import steps_section
 from .tables import (
@@ -50,6 +53,7 @@ DOCUMENTS = (
     LOSSES,
     "docs/policy_classes.md",
     "docs/real.md",
+    "docs/reward_models.md",
     "docs/soft_q.md",
     "docs/soft_q_training.md",
     "README.md",
@@ -195,6 +199,8 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "policy_class_problems": problems_section,
     "policy_class_logs": logs_section,
     "soft_q_study": losses_section,
+    "rlhf": rlhf_section,
+    "reward_scoring": scoring_section,
     **losses.SECTIONS,
     **real.SECTIONS,
     **{
@@ -254,6 +260,7 @@ def expected(root: Path) -> dict[Path, str]:
     for op in ("policy_loss", "linear"):
         for device, file in of(results, op):
             found |= {root / FOLDER / name: svg for name, svg in _charts_of(op, device, file).items()}
+    found |= {root / FOLDER / name: svg for name, svg in rlhf_charts(results).items()}
     if (root / LOSSES).exists():
         found[root / FOLDER / losses.CHART] = losses.chart()
     return found

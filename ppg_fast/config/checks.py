@@ -60,7 +60,8 @@ def check_each(config: TrainConfig) -> None:
     for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
         require_number(name, getattr(config, name), 0.0, 1.0)
     require_number("weight_decay", config.weight_decay, 0.0)
-    require_number("nll_coef", config.nll_coef, 0.0)
+    for name in ("nll_coef", "max_residual", "cql_coef"):
+        require_number(name, getattr(config, name), 0.0)
     _require_date("template_date", config.template_date)
     _require_object("chat_template_kwargs", config.chat_template_kwargs)
     require_one_of("baseline", config.baseline, (*BASELINES, VALUE))

@@ -91,6 +91,8 @@ class TrainConfig:
     )
     eta: float = _option(1.0, "how far turn_regression lets the policy move: old exp(eta return) is its optimum")
     beta: float = _option(0.1, "soft_q: reward that a nat of distance to the weights at the start costs")
+    max_residual: float = _option(0.0, "soft_q: nats of a residual beyond which it pulls no harder, 0: no bound")
+    cql_coef: float = _option(0.0, "soft_q: weight of the negative log-likelihood of what was said, conservative")
     replay: int = _option(0, "soft_q: steps whose dialogues are drawn again, as many as are new, 0: none")
     reduction: str = _option("sequence_sum", "of token losses; sequence_sum is the exact gradient")
     num_iterations: int = _option(1, "updates on each batch; more than 1 wants a clipped loss_type")
@@ -197,7 +199,7 @@ class TrainConfig:
     reward: str | None = _option(
         None,
         "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, logratio:MODEL,BASE, judge[:RUBRIC], "
-        "ratings:FILE",
+        "ratings:FILE; or human:RUN/ratings alone (docs/rate.md)",
     )
     judge: str | None = _option(None, "URL of the endpoint that judges")
     judge_model: str | None = _option(None, "its model; default: the first it lists")
