@@ -44,11 +44,12 @@ def _info() -> int:
     """Versions, devices and backends; works without the [train] extra."""
     import torch
 
-    from ppg_fast import __version__, backends
+    from ppg_fast import __version__, backends, openmp
 
     print(f"ppg_fast {__version__}  python {platform.python_version()}  {platform.system()} {platform.machine()}")
     cuda = torch.version.cuda or "none"
     print(f"torch {torch.__version__}  threads {torch.get_num_threads()}  CUDA of torch: {cuda}")
+    print(f"CPU threads that wait: {openmp.waits()}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"CUDA devices: {', '.join(devices) or 'none that torch sees'}")
     print("\nbackends")
