@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from ppg_fast import openmp
 from ppg_fast.cli import main
@@ -50,3 +51,13 @@ def test_info_says_how_threads_wait(capsys, monkeypatch):
     monkeypatch.setenv("GOMP_SPINCOUNT", "123")
     main(["info"])
     assert "CPU threads that wait: GOMP_SPINCOUNT=123\n" in capsys.readouterr().out
+
+
+def test_info_says_how_heads_of_16_bits_are_multiplied(capsys, monkeypatch):
+    from ppg_fast.ops import products
+
+    for own, said in ((True, "by the CPU's own products"), (False, "in float32, tile by tile")):
+        monkeypatch.setattr(products, "product_dtype", lambda dtype, device, own=own: dtype if own else torch.float32)
+        main(["info"])
+        out = capsys.readouterr().out
+        assert all(f"  a head of {dtype} on cpu is multiplied {said}" in out for dtype in ("bfloat16", "float16"))
