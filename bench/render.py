@@ -208,6 +208,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
             "distillation",
             "soft_q",
             "partial_returns",
+            "critic",
             "host_time",
         )
     },
