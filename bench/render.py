@@ -219,6 +219,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
             "distillation",
             "soft_q",
             "partial_returns",
+            "critic",
             "host_time",
         )
     },

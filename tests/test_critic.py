@@ -298,7 +298,12 @@ def test_the_interview_trains_with_it():
     job = PersonaJob(config)
     schedule = replace(job.policy.schedule(), max_steps=4)
     state = TrainingState.start(job.policy.model, job.objective, schedule)
-    rows = list(optimise(job.policy.model, job.collect, job.objective, schedule, state))
+
+    def collect(step):
+        """Its rollouts, rewarded for something that an untrained model does too."""
+        return [replace(s, rewards=[float(sum(s.tokens) % (t + 5)) for t in range(3)]) for s in job.collect(step)]
+
+    rows = list(optimise(job.policy.model, collect, job.objective, schedule, state))
     assert all(row["active_turns"] > 0 for row in rows)
     assert "value/explained_variance" in rows[-1]
     assert len(state.critic.means) == 3

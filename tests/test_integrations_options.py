@@ -59,7 +59,7 @@ def test_values_are_refused_where_no_host_hands_them_over():
     """One line that says where they are to be had, and not that there is no such baseline."""
     with pytest.raises(ValueError, match=r"^a host hands over no values .* for `ppg-fast train`.*got 'value'$"):
         Credit(baseline="value")
-    with pytest.raises(ValueError, match="^baseline must be one of none, leave_one_out, group_mean, group_std, got"):
+    with pytest.raises(ValueError, match=r"^baseline must be one of none, leave_one_out, group_mean, group_std, got"):
         Credit(baseline="rloo")
 
 
