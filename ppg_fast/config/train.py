@@ -79,8 +79,7 @@ class TrainConfig:
         f"subtracted from the windowed return at the same turn: {', '.join((*BASELINES, VALUE))} (docs/values.md)",
     )
     gae_lambda: float | None = _option(
-        None,
-        "baseline value: bootstraps the return beyond the window, 1: from its end, below: GAE; default: not at all",
+        None, "baseline value: bootstrap beyond the window, 1: from its end, below: GAE; default: none"
     )
     preset: str | None = _option(
         None, f"numbers of a loss that people train with, which other flags change: {', '.join(PRESETS)}"
