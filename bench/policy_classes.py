@@ -14,7 +14,8 @@ from ppg_fast.rollouts.problems import DRAWN
 from . import machine, result_file
 from .tables import NOT_MEASURED, Results, of, table
 
-NAME, LOSSES = "policy_classes", "soft_q_study"  # comparisons of classes, and of losses
+# comparisons of classes, of losses, and of classes with a critic and a discount under several kinds of noise
+NAME, LOSSES, RIVALS = "policy_classes", "soft_q_study", "credit_rivals"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,11 +24,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Store finished comparisons of policy classes.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `ppg-fast compare` wrote")
     parser.add_argument("--output", type=Path, default=result_file.FOLDER)
-    parser.add_argument("--losses", action="store_true", help="they compare losses")
+    parser.add_argument("--losses", action="store_const", dest="name", const=LOSSES, help="they compare losses")
+    parser.add_argument(
+        "--rivals", action="store_const", dest="name", const=RIVALS, help="only what holds over many problems"
+    )
+    parser.set_defaults(name=NAME)
     arguments = parser.parse_args(argv)
     summaries = [json.loads((run / "compare.json").read_text()) for run in arguments.runs]
     problems = [
-        {**p, "settings": s["settings"]} if arguments.losses else p
+        p if arguments.name == NAME else {**p, "settings": s["settings"]}
         for s in summaries
         for p in s["problems"]
         if not p["problem"].startswith(DRAWN)
@@ -36,9 +41,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     file = machine.header(
         " ; ".join(s["command"] for s in summaries), "cpu", cpu_seconds=sum(s["cpu_seconds"] for s in summaries)
     )
-    file |= {"problems": problems, "across": [entry for s in summaries for entry in s["across"]], "logs": logs}
-    result_file.write(arguments.output, f"{LOSSES if arguments.losses else NAME}.cpu", _rounded(file))
-    for name, svg in () if arguments.losses else charts(file).items():
+    entries = [
+        entry if arguments.name == NAME else {**entry, "settings": s["settings"]}
+        for s in summaries
+        for entry in s["across"]
+    ]
+    file |= {"problems": [] if arguments.name == RIVALS else problems, "across": entries, "logs": logs}
+    result_file.write(arguments.output, f"{arguments.name}.cpu", _rounded(file))
+    for name, svg in charts(file).items() if arguments.name == NAME else ():
         (arguments.output / name).write_text(svg)
 
 
@@ -112,6 +122,30 @@ def across_section(results: Results) -> str:
             text += f"\n**{across.title(entry)}**\n\n![shares](../bench/results/{_chart_of(entry)})\n\n"
             text += table(*across_table(entry))
     return text.lstrip("\n") or NOT_MEASURED
+
+
+def rivals_section(results: Results) -> str:
+    """Shares over many problems by the kind of noise, and how far each is from full planning."""
+    text = ""
+    for _, file in of(results, RIVALS):
+        entries = file["across"]
+        names = sorted(entries[0]["classes"], key=lambda c: -sum(e["classes"][c]["mean"] for e in entries))
+        text += f"{file['ppg_fast']['cpu_seconds'] / 60:.0f} minutes of computing on one core\n\n"
+        text += table(
+            ["", *map(_kind, entries)], [[name, *(_share(e["classes"][name]) for e in entries)] for name in names]
+        )
+    return text or NOT_MEASURED
+
+
+def _kind(entry: dict[str, Any]) -> str:
+    given, kind = entry["settings"], "drawn" if entry["drawn"] else "made"
+    noise = "the problem's noise" if given["noise"] == 1 else f"{given['noise']:g} of it"
+    return f"{len(entry['problems'])} {kind}, {'noise that a group shares' if given['shared_noise'] else noise}"
+
+
+def _share(c: dict[str, Any]) -> str:
+    d = c["minus_full"]
+    return f"{c['mean']:.1%}" + (f" ({100 * d['mean']:+.1f} ± {100 * d['error']:.1f})" if d else "")
 
 
 def problems_section(results: Results) -> str:

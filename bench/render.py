@@ -15,7 +15,14 @@ from .gpu.predicted import prediction_section
 from .gpu.sections import gpu_section, summary_section
 from .linear_tables import active_section, contributions_section
 from .logits_dtype import logits_dtype_section
-from .policy_classes import across_section, logs_section, losses_section, overview_section, problems_section
+from .policy_classes import (
+    across_section,
+    logs_section,
+    losses_section,
+    overview_section,
+    problems_section,
+    rivals_section,
+)
 from .real import sections as real
 from .result_file import FOLDER, load, name_of
 from .reward_scoring import scoring_section
@@ -204,6 +211,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "policy_class_problems": problems_section,
     "policy_class_logs": logs_section,
     "soft_q_study": losses_section,
+    "credit_rivals": rivals_section,
     "rlhf": rlhf_section,
     "reward_scoring": scoring_section,
     **losses.SECTIONS,

@@ -210,12 +210,16 @@ def test_many_problems_together_say_what_a_class_is_worth_without_knowing_which(
     for c, x in shares.items():
         assert made["classes"][c]["each"] == pytest.approx(x)
         assert made["classes"][c]["worst"] == pytest.approx(min(x))
-        behind = np.mean(np.maximum(shares["greedy"], shares["full"]) - x)
+        behind = np.mean(np.max(list(shares.values()), 0) - x)
         assert made["classes"][c]["behind_best"] == pytest.approx(behind)
-    assert made["classes"]["full"]["auto_minus"]["mean"] == pytest.approx(
+    assert made["classes"]["full"]["minus_full"] is None
+    assert made["classes"]["auto"]["minus_full"]["mean"] == pytest.approx(
         np.mean(shares["auto"]) - np.mean(shares["full"])
     )
-    assert made["classes"]["auto"]["auto_minus"] is None
+    apart = np.subtract(drawn["classes"]["greedy"]["each"], drawn["classes"]["full"]["each"])
+    assert drawn["classes"]["greedy"]["minus_full"] == pytest.approx(
+        {"mean": apart.mean(), "error": apart.std(ddof=1) / 3**0.5}
+    )
     assert [p["verdict"] for p in saved["problems"][2:]] == [[]] * 3  # nobody made them for a class
     page, said = (tmp_path / "report.html").read_text(), capsys.readouterr().out
     assert "3 drawn problems, tabular, seeds: 2" in page

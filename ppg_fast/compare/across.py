@@ -9,16 +9,17 @@ from ppg_fast.compare.summary import difference
 from ppg_fast.rollouts.problems import DRAWN
 
 READING = """Share: mean return over training, 0 at the start and 1 at the best return there is. Behind the best:
-mean distance to the best fixed class of each problem, picked after the fact, which favours it. Auto minus it:
-paired, problem by problem, with its standard error."""
+mean distance to the best of each problem, picked after the fact, which favours it. Minus full: paired with full
+planning, seed by seed where problems were made, problem by problem where they were drawn, with its standard error."""
 
 
 def across(problems: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry for each version, made and drawn problems apart, where there are at least two of them.
 
     ``each``: share of a problem, its mean return over training with 0 at the start and 1 at the best return there is.
-    ``behind_best``: mean distance to the best fixed class of each problem, picked after the fact. ``auto_minus``: mean
-    of auto's share minus that of the class, problem by problem, with its standard error.
+    ``behind_best``: mean distance to the best of each problem, picked after the fact. ``minus_full``: mean share minus
+    that of full planning, with its standard error: over seeds where problems were made, which are the ones there are,
+    over problems where they were drawn, which stand for others.
     """
     kinds: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for p in problems:
@@ -30,7 +31,7 @@ def across(problems: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _of_kind(version: str, drawn: bool, problems: list[dict[str, Any]]) -> dict[str, Any]:
     names = [c for c in problems[0]["classes"] if all(c in p["classes"] for p in problems)]
     shares = {c: np.array([_share(p, p["classes"][c]) for p in problems]) for c in names}
-    fixed = [v for c, v in shares.items() if c != "auto"]
+    by_seed = {c: _by_seed(problems, c) for c in names}
     classes = {}
     for c, v in shares.items():
         worst = int(v.argmin())
@@ -40,8 +41,9 @@ def _of_kind(version: str, drawn: bool, problems: list[dict[str, Any]]) -> dict[
             "worst_problem": problems[worst]["problem"],
             "each": v.tolist(),
         }
-        row["behind_best"] = float((np.max(fixed, 0) - v).mean()) if fixed else 0.0
-        row["auto_minus"] = difference(shares["auto"], v) if "auto" in shares and c != "auto" else None
+        row["behind_best"] = float((np.max(list(shares.values()), 0) - v).mean())
+        pair = (v, shares.get("full")) if drawn else (by_seed[c], by_seed.get("full"))
+        row["minus_full"] = None if c == "full" or any(x is None for x in pair) else difference(*pair)
         classes[c] = row
     seeds = sorted({len(c["seeds"]) for p in problems for c in p["classes"].values()})
     return {
@@ -51,6 +53,19 @@ def _of_kind(version: str, drawn: bool, problems: list[dict[str, Any]]) -> dict[
         "seeds": seeds,
         "classes": classes,
     }
+
+
+def _by_seed(problems: list[dict[str, Any]], name: str) -> np.ndarray | None:
+    """The mean share over the problems, seed by seed; None where their seeds differ."""
+    seeds = {tuple(p["classes"][name]["seeds"]) for p in problems}
+    if len(seeds) > 1:
+        return None
+    each = [
+        (np.array(c["area"]["each"]) - c["mean"][0]) / (p["best_return"] - c["mean"][0])
+        for p in problems
+        for c in [p["classes"][name]]
+    ]
+    return np.mean(each, 0)
 
 
 def _share(p: dict[str, Any], c: dict[str, Any]) -> float:

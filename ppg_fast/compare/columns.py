@@ -36,11 +36,11 @@ def across_table(entry: dict[str, Any]) -> Table:
     """The classes on many problems together, the largest mean share first."""
     rows = []
     for name, c in sorted(entry["classes"].items(), key=lambda item: -item[1]["mean"]):
-        paired = c["auto_minus"]
+        paired = c["minus_full"]
         versus = f"{paired['mean']:+.1%} ± {paired['error']:.1%}" if paired else ""
         shares = f"{c['mean']:.1%}", f"{c['worst']:.1%}", c["worst_problem"], f"{c['behind_best']:.1%}"
         rows.append((name, *shares, versus))
-    return Table(("class", "mean share", "worst share", "on", "behind the best", "auto minus it"), rows)
+    return Table(("class", "mean share", "worst share", "on", "behind the best", "minus full"), rows)
 
 
 def share_table(entry: dict[str, Any], problems: list[dict[str, Any]]) -> Table:

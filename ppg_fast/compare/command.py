@@ -77,6 +77,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the dialogues of a group have the same noise, as with a partner drawn by one seed",
     )
+    p.add_argument(
+        "--tune",
+        type=int,
+        default=0,
+        help="tabular: seeds of their own by which each class and problem gets the best of four learning rates [0]",
+    )
     p.add_argument("--seeds", type=int, default=3, help="how many [3]")
     p.add_argument(
         "--first-seed", type=int, default=0, help="the first of them: others than those that a choice was made on [0]"
@@ -148,9 +154,11 @@ def _on_problems(given: argparse.Namespace, losses: tuple[str, ...]) -> dict[str
         require_one_of("loss_type", name, LOSS_TYPES)
     require_number("beta", given.beta, 0.0, open_low=True)
     require_number("noise", given.noise, 0.0)
+    require(given.tune == 0 or given.version == "tabular", "tune must be 0 unless version is tabular", given.tune)
+    require(given.tune >= 0, "tune must be at least 0", given.tune)
     require(given.offline == 0 or given.offline >= LEAST, f"offline must be 0 or at least {LEAST}", given.offline)
     found = {"loss_types": losses, "beta": given.beta, "offline": given.offline}
-    found |= {"noise": given.noise, "shared_noise": given.shared_noise}
+    found |= {"noise": given.noise, "shared_noise": given.shared_noise, "tune": given.tune}
     usual = {name: getattr(Study, name) for name in found}
     for name, value in found.items():
         rule = f"{name} must be left out with data: it is of the built-in problems"
@@ -198,7 +206,7 @@ def _open(folder: Path, study: Study, overwrite: bool) -> OwnedFolder:
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         before = {
-            name: getattr(Study, name) for name in ("beta", "offline", "noise", "shared_noise")
+            name: getattr(Study, name) for name in ("beta", "offline", "noise", "shared_noise", "tune")
         } | before  # of an older version
         other = {k: (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
         rule = f"{folder} holds a comparison with other settings (give another --output-dir, or --overwrite)"

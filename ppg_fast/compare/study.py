@@ -24,6 +24,7 @@ RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
     "gae": ("gae_lambda", {"baseline": "value"}),
 }
 TOGETHER = 50  # seeds of a tabular policy that are trained at once
+TUNING = 2**40  # the first of the seeds that learning rates are chosen by
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Study:
     offline: int = 0
     noise: float = 1.0
     shared_noise: bool = False
+    tune: int = 0
 
     def __call__(self, part: Sequence[Run]) -> list[dict[str, Any]]:
         """The results of runs that differ by their seed alone."""
@@ -62,18 +64,24 @@ class Study:
         from ppg_fast.compare import tabular, tabular_runs
 
         exact = tabular.TabularProblem(problem(run.problem).with_noise(self.noise), self.shared_noise)
-        chosen, loss_type = class_and_loss(run.policy_class)
-        if chosen == AUTO:
-            learner: Any = tabular_runs.Auto([policy_class(c) for c in self.fixed], len(seeds))
-        elif loss_type == SOFT_Q:
-            learner = tabular_runs.SoftQ(policy_class(chosen), self.beta, exact.start(), len(seeds))
-        elif "gae_lambda" in (given := settings_of(chosen)):
-            learner = tabular_runs.Gae(given["gae_lambda"], exact.problem.turns, len(seeds))
-        else:
+        how: dict[str, Any] = {"max_steps": self.max_steps or tabular_runs.STEPS, "offline": self.offline}
+
+        def learner(count: int) -> Any:
+            chosen, loss_type = class_and_loss(run.policy_class)
+            if chosen == AUTO:
+                return tabular_runs.Auto([policy_class(c) for c in self.fixed], count)
+            if loss_type == SOFT_Q:
+                return tabular_runs.SoftQ(policy_class(chosen), self.beta, exact.start(), count)
+            given = settings_of(chosen)
+            if "gae_lambda" in given:
+                return tabular_runs.Gae(given["gae_lambda"], exact.problem.turns, count)
             group = tabular_runs.COUNT if self.offline else tabular_runs.GROUP  # all of one policy: one group
-            learner = tabular_runs.PolicyGradient(policy_class(given["policy_class"]), given.get("gamma", 1.0), group)
-        steps = self.max_steps or tabular_runs.STEPS
-        return tabular_runs.train(exact, learner, seeds, max_steps=steps, offline=self.offline)
+            return tabular_runs.PolicyGradient(policy_class(given["policy_class"]), given.get("gamma", 1.0), group)
+
+        if self.tune:
+            how["learning_rate"] = tabular_runs.tuned(exact, learner, range(TUNING, TUNING + self.tune), **how)
+        found = tabular_runs.train(exact, learner(len(seeds)), seeds, **how)
+        return [{**result, "learning_rate": how["learning_rate"]} for result in found] if self.tune else found
 
     def _language(self, run: Run) -> dict[str, Any]:
         from ppg_fast.compare import language
