@@ -4,6 +4,7 @@
 from hidden states.
 """
 
+from ppg_fast import openmp  # noqa: F401  # first: it sets how threads wait, which torch reads when it is imported
 from ppg_fast.functional import (
     DistillationOutput,
     Kept,

@@ -236,6 +236,17 @@ def test_errors_name_rule_and_value(case):
             ppg.SoftQSpec(**given)
 
 
+def test_a_reward_that_beta_makes_too_large_is_named_as_it_was_given(case):
+    rewards = case["rewards"].clone()
+    rewards[1, 0] = -1e38
+    with pytest.raises(
+        ValueError, match=r"at most 3.4e\+37 .* beta 0.1 divides .* got -1e\+38 for dialogue 1, turn 0$"
+    ):
+        through("logits", {**case, "rewards": rewards}, options_of(case), "lookahead:2")
+    rewards[1] = -1e38  # the second turn is not there
+    through("logits", {**case, "rewards": rewards}, options_of(case, spec=ppg.SoftQSpec(1.0)), "greedy")
+
+
 # ---- a tree of dialogues: 3 turns of 2 tokens from a vocabulary of 2, a reply to each --------------------------------
 BETA, STATES = 0.5, 8
 TOKENS = torch.tensor(list(product(range(2), repeat=9))).view(-1, 3, 3)  # (512, turn, (token, token, reply))

@@ -25,7 +25,7 @@ from ppg_fast.functional.tokens import (
     readable,
 )
 from ppg_fast.functional.turn_tokens import TurnOptions, TurnTokens
-from ppg_fast.ops.checks import check_rewards
+from ppg_fast.ops.checks import check_reward_size, check_rewards
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.policy_classes import policy_class as named_policy_class
 from ppg_fast.spec import SoftQSpec, fail, require
@@ -111,6 +111,7 @@ class _Turns:
         turns = checked_turns(rewards, policy_class, gamma, turn_counts)
         if readable(labels, validate):
             check_rewards(turns.rewards, turns.turn_counts, turns.segment_ids)
+            check_reward_size(turns.rewards, turns.turn_counts, spec.beta)
         at = TurnTokens.of(labels, turn_ids, turns, loss_mask, cu_seqlens, validate)
         ones, backend = torch.ones_like(turns.rewards), chosen_backend(backend, rewards)
         lengths = ops.partial_returns(turns._replace(rewards=ones, gamma=1.0), False, backend)
@@ -236,7 +237,8 @@ def soft_q_loss(
 
     Returns: `SoftQOutput`.
     Raises: as `partial_policy_loss`; ValueError for a missing reference, a RewardMask or LagWeights, offsets of another
-        shape and a window that ends at a turn without an active token (on a GPU without ``validate``: NaN).
+        shape and a window that ends at a turn without an active token (on a GPU without ``validate``: NaN), and for a
+        reward that beta makes too large for float32 (there: not finite).
     """
     turns = _Turns.of(labels, rewards, turn_ids, policy_class, backend, **options)
     found = token_logprobs(

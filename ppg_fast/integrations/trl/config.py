@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ppg_fast.integrations.options import RUN, check, check_unknown, hosts_own, obeyed, refused
+from ppg_fast.integrations.options import RUN, check, check_unknown, hosts_own, obeyed, refused, require_baseline
 from ppg_fast.integrations.trl.host import GRPOConfig
 from ppg_fast.policy_classes import policy_class
 from ppg_fast.spec import BASELINES, require, require_number, require_one_of
@@ -85,7 +85,7 @@ def check_options(args: Any) -> None:
 def _check_values(args: Any) -> None:
     policy_class(args.policy_class)
     require_number("gamma", args.gamma, 0.0, 1.0)
-    require_one_of("baseline", args.baseline, BASELINES)
+    require_baseline(args.baseline)
     require_number("std_eps", args.std_eps, 0.0)
     require_one_of("fused_head", args.fused_head, HEADS)
     check("TRL", OPTIONS, args, ADVANTAGES)
