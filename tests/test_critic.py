@@ -261,6 +261,11 @@ def test_objectives_that_it_does_not_serve_are_refused(rule):
 SETTINGS = {
     "gae_lambda must be left out with baseline leave_one_out: baseline value has it, got 0.9": {"gae_lambda": 0.9},
     "gae_lambda must be a finite number >= 0.0 and <= 1.0, got 1.5": {"baseline": "value", "gae_lambda": 1.5},
+    "gae_lambda goes with windows, .* must be left out, got 0.9": {
+        "baseline": "value",
+        "policy_class": "lags:1,0.5",
+        "gae_lambda": 0.9,
+    },
     "baseline must be another than value with policy_class auto": {"baseline": "value", "policy_class": "auto"},
     "baseline must be another than value with policy_class auto or signals": {"baseline": "value", "signals": True},
     "baseline with loss_type soft_q must be one of none, leave_one_out": {"baseline": "value", "loss_type": "soft_q"},
@@ -283,6 +288,7 @@ def test_settings_that_do_are_not():
         {"num_iterations": 2, "loss_type": "ppo"},
         {"num_iterations": 2, "data": "log.jsonl"},
         {"baseline": "value", "gae_lambda": 0.0},
+        {"baseline": "value", "policy_class": "lags:1,0.5"},
     ):
         make_config(given)
 

@@ -68,8 +68,8 @@ class TrainConfig:
 
     policy_class: str = _option(
         "lookahead:3",
-        "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, auto; "
-        "supervised fine-tuning is --imitate",
+        "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, lags:W0,W1,... (a weight a "
+        "lag), auto (experimental); supervised fine-tuning is --imitate",
     )
     candidates: str = _option(",".join(map(str, CANDIDATES)), "classes that auto chooses among; full must be one")
     signals: bool = _option(False, "log what auto looks at, whatever class trains; reads turns without advantage too")
@@ -79,8 +79,7 @@ class TrainConfig:
         f"subtracted from the windowed return at the same turn: {', '.join((*BASELINES, VALUE))} (docs/values.md)",
     )
     gae_lambda: float | None = _option(
-        None,
-        "baseline value: bootstraps the return beyond the window, 1: from its end, below: GAE; default: not at all",
+        None, "baseline value: bootstrap beyond the window, 1: from its end, below: GAE; default: none"
     )
     preset: str | None = _option(
         None, f"numbers of a loss that people train with, which other flags change: {', '.join(PRESETS)}"
@@ -91,6 +90,8 @@ class TrainConfig:
     )
     eta: float = _option(1.0, "how far turn_regression lets the policy move: old exp(eta return) is its optimum")
     beta: float = _option(0.1, "soft_q: reward that a nat of distance to the weights at the start costs")
+    max_residual: float = _option(0.0, "soft_q: nats of a residual beyond which it pulls no harder, 0: no bound")
+    cql_coef: float = _option(0.0, "soft_q: weight of the negative log-likelihood of what was said, conservative")
     replay: int = _option(0, "soft_q: steps whose dialogues are drawn again, as many as are new, 0: none")
     reduction: str = _option("sequence_sum", "of token losses; sequence_sum is the exact gradient")
     num_iterations: int = _option(1, "updates on each batch; more than 1 wants a clipped loss_type")
@@ -197,7 +198,7 @@ class TrainConfig:
     reward: str | None = _option(
         None,
         "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, logratio:MODEL,BASE, judge[:RUBRIC], "
-        "ratings:FILE",
+        "ratings:FILE; or human:RUN/ratings alone (docs/rate.md)",
     )
     judge: str | None = _option(None, "URL of the endpoint that judges")
     judge_model: str | None = _option(None, "its model; default: the first it lists")

@@ -6,8 +6,8 @@ from torch import Tensor
 from ppg_fast import ops, reference
 from ppg_fast.contract import Turns
 from ppg_fast.functional.tokens import chosen_backend
-from ppg_fast.ops.checks import check_turn_counts
-from ppg_fast.policy_classes import PolicyClass, RewardMask, Segment
+from ppg_fast.ops.checks import check_rewards, check_turn_counts
+from ppg_fast.policy_classes import Greedy, LagWeights, PolicyClass, RewardMask, Segment
 from ppg_fast.policy_classes import policy_class as named_policy_class
 from ppg_fast.spec import BASELINES, STD_EPS, VALUE, fail, require, require_number, require_one_of
 
@@ -104,6 +104,14 @@ def _reward_mask(policy_class: RewardMask, rewards: Tensor, gamma: float) -> Ten
     return mask.contiguous()
 
 
+def _weighted(policy_class: LagWeights, rewards: Tensor, gamma: float, turn_counts: Tensor | None) -> Tensor:
+    """The returns (B, T) of lag weights. Each is handed on as a turn's one reward, so no kernel has to know of them."""
+    if rewards.is_cpu and not torch.compiler.is_compiling():
+        check_rewards(rewards, turn_counts, None)  # here an error still names the reward
+    weights = torch.tensor(policy_class.weights, dtype=torch.float64, device=rewards.device)
+    return reference.lagged_returns(rewards, weights, turn_counts, gamma)
+
+
 def checked_turns(
     rewards: Tensor,
     policy_class: PolicyClass | str,
@@ -116,6 +124,8 @@ def checked_turns(
     chosen = named_policy_class(policy_class)
     gamma = require_number("gamma", gamma, 0.0, 1.0)
     rewards, turn_counts = _check_turns(rewards, "rewards", turn_counts)
+    if isinstance(chosen, LagWeights):
+        chosen, rewards = Greedy(), _weighted(chosen, rewards, gamma, turn_counts)
     segment_ids = (
         _segment_ids(chosen, rewards) if isinstance(chosen, Segment) and chosen.segment_ids is not None else None
     )
@@ -149,12 +159,12 @@ def partial_returns(
 
     Args:
         rewards: (B, T) floating point, one per turn; what lies beyond ``turn_counts`` is ignored, NaN included.
-        policy_class: ``Greedy() | Lookahead(k) | Segment(ids_or_length) | FullPlanning() | RewardMask(mask)``, or the
-            name of one.
+        policy_class: ``Greedy() | Lookahead(k) | Segment(ids_or_length) | FullPlanning() | LagWeights(weights) |
+            RewardMask(mask)``, or the name of one.
         gamma: discount per turn, in [0, 1].
         turn_counts: (B,) integers, the turns of each dialogue; default T.
         values: (B, T) floating point, the return that is expected from turn t on, before its answer; a constant.
-        gae_lambda: in [0, 1], for windows, so not for RewardMask; None: no bootstrap, and no values.
+        gae_lambda: in [0, 1], for windows, so not for RewardMask and LagWeights; None: no bootstrap, and no values.
         validate: on a GPU, also make the checks of values, which need a sync. On a CPU they are always made.
         backend: "cpu" | "triton" | "cuda" | "reference"; default the fastest that runs here.
 
@@ -171,7 +181,7 @@ def partial_returns(
         return ops.partial_returns(turns, validate, backend)
     decay = turns.gamma * require_number("gae_lambda", gae_lambda, 0.0, 1.0)
     rule = "gae_lambda goes with windows (greedy, lookahead:K, segment:LENGTH, full), whose end has a value"
-    require(turns.reward_mask is None, rule, policy_class)
+    require(not isinstance(named_policy_class(policy_class), (LagWeights, RewardMask)), rule, policy_class)
     B, T = turns.rewards.shape
     exists = torch.ones(B, T, dtype=torch.bool, device=rewards.device)
     if turns.turn_counts is not None:

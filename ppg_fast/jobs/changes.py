@@ -33,7 +33,7 @@ FIXED = """template_date chat_template_kwargs width layers vocab_size dtype bf16
     importance_mode max_log_ratio nan_rollout distill_coef distill_divergence distill_beta distill_top_k
     k_positive lambda_positive k_negative lambda_negative nll_coef token_share num_prompts num_generations
     max_new_tokens max_turns temperature top_p top_k learning_rate warmup_steps final_learning_rate weight_decay
-    optim optim_args
+    optim optim_args max_residual cql_coef
     adam_beta1 adam_beta2 optim_offload max_grad_norm max_dialogue_tokens imitation_steps imitation_batch
     imitation_learning_rate teacher_skill partner_model partner_tokens partner_temperature max_tool_calls stop_phrase
     judge_model judge_range sampler_model eval_dialogues"""

@@ -14,6 +14,7 @@ from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.policy_classes import FullPlanning, Lookahead, PolicyClass
 from ppg_fast.reference import Residuals
 from ppg_fast.reference.turns import of_tokens
+from ppg_fast.rules import FLOAT32_MAX
 from ppg_fast.spec import VALUE, PolicyLossSpec, SoftQSpec, require, require_token_share
 
 if TYPE_CHECKING:
@@ -222,21 +223,26 @@ def require_nonnegative(samples: Sequence[Sample], names: Sequence[str]) -> None
                 raise ValueError(f"{rule}, got {reward} in dialogue {name!r}, turn {turn}")
 
 
-def require_window_ends(samples: Sequence[Sample], names: Sequence[str], objective: Objective) -> None:
-    """ValueError at the first turn whose window ends at a turn of which nothing is read: soft Q-learning takes the
-    value of what follows from there."""
-    for sample, name in zip(samples, names, strict=True):
-        rewards = torch.ones(1, len(sample.rewards))
-        lengths = partial_returns(rewards, objective.policy_class)[0].long().tolist() if sample.rewards else []
-        read = set(sample.turn_ids)
-        for turn, length in enumerate(lengths):
-            end = turn + length
-            if turn in read and end < len(lengths) and end not in read:
-                rule = (
-                    f"dialogue {name!r}: the window of turn {turn} ends at turn {end}, which must be read for its value"
-                )
-                mend = "raise max_dialogue_tokens, or take policy_class full"
-                raise ValueError(f"{rule} in soft Q-learning, got none of its tokens ({mend})")
+def require_targets(sample: Sample, name: str, objective: Objective) -> None:
+    """ValueError at the first turn of dialogue ``name`` for which soft Q-learning has no target: its window ends at a
+    turn of which nothing is read, where the value of what follows would be taken from, or beta makes its reward larger
+    than float32 can hold. Nothing is asked of other objectives."""
+    if objective.soft_q is None:
+        return
+    beta = objective.soft_q.beta
+    mend = f"where beta {beta:g} divides it (raise it, or scale the rewards down)"
+    rule = f"dialogue {name!r}: a reward must be at most {FLOAT32_MAX * beta:.3g} in size {mend}"
+    for turn, reward in enumerate(sample.rewards):
+        require(abs(reward) <= FLOAT32_MAX * beta, rule, f"{reward:g} at turn {turn}")
+    rewards = torch.ones(1, len(sample.rewards))
+    lengths = partial_returns(rewards, objective.policy_class)[0].long().tolist() if sample.rewards else []
+    read = set(sample.turn_ids)
+    for turn, length in enumerate(lengths):
+        end = turn + length
+        if turn in read and end < len(lengths) and end not in read:
+            rule = f"dialogue {name!r}: the window of turn {turn} ends at turn {end}, which must be read for its value"
+            mend = "raise max_dialogue_tokens, or take policy_class full"
+            raise ValueError(f"{rule} in soft Q-learning, got none of its tokens ({mend})")
 
 
 def warn_if_hardly_credited(samples: Sequence[Sample], objective: Objective) -> None:
