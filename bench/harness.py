@@ -27,6 +27,7 @@ NAMES = (
     "distillation",
     "soft_q",
     "partial_returns",
+    "critic",
     "host_time",
     "training_step",
     "hosts",

@@ -18,6 +18,9 @@ from .logits_dtype import logits_dtype_section
 from .policy_classes import across_section, logs_section, losses_section, overview_section, problems_section
 from .real import sections as real
 from .result_file import FOLDER, load, name_of
+from .reward_scoring import scoring_section
+from .rlhf import charts as rlhf_charts
+from .rlhf import rlhf_section
 from .server_tables import agreement_section, run_section
 from .step_tables import steps_section
 from .tables import (
@@ -51,6 +54,7 @@ DOCUMENTS = (
     LOSSES,
     "docs/policy_classes.md",
     "docs/real.md",
+    "docs/reward_models.md",
     "docs/soft_q.md",
     "docs/soft_q_training.md",
     "README.md",
@@ -200,6 +204,8 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "policy_class_problems": problems_section,
     "policy_class_logs": logs_section,
     "soft_q_study": losses_section,
+    "rlhf": rlhf_section,
+    "reward_scoring": scoring_section,
     **losses.SECTIONS,
     **real.SECTIONS,
     **{
@@ -213,6 +219,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
             "distillation",
             "soft_q",
             "partial_returns",
+            "critic",
             "host_time",
         )
     },
@@ -260,6 +267,7 @@ def expected(root: Path) -> dict[Path, str]:
     for op in ("policy_loss", "linear"):
         for where, file in of(results, op):
             found |= {root / FOLDER / name: svg for name, svg in _charts_of(op, where, file).items()}
+    found |= {root / FOLDER / name: svg for name, svg in rlhf_charts(results).items()}
     if (root / LOSSES).exists():
         found[root / FOLDER / losses.CHART] = losses.chart()
     return found

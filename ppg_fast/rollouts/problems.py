@@ -198,18 +198,23 @@ class ProblemDialogue:
     """A problem as a TeachableEnvironment: the user asks for a fact in two words, the first of which says how the
     answer will be paid.
 
-    The facts are drawn by ``seed``, the noise from ``noise`` (None: no noise, for evaluation). Anything but one of the
-    two answers, and nothing else, counts as silence and earns nothing.
+    The facts are drawn by ``seed``, the noise from ``noise`` (None: no noise, for evaluation), or by ``seed`` too where
+    it is ``shared``. Anything but one of the two answers, and nothing else, counts as silence and earns nothing.
     """
 
-    def __init__(self, of: Problem, noise: random.Random | None = None) -> None:
-        self.problem = of
-        sources = [0.0 if noise is None else noise.gauss(0.0, 1.0) for _ in range(len(of.noise[0]))]
-        self._luck = [sum(a * b for a, b in zip(row, sources, strict=True)) for row in of.noise]
+    def __init__(self, of: Problem, noise: random.Random | None = None, shared: bool = False) -> None:
+        self.problem, self._shared = of, shared and noise is not None
+        self._luck = [0.0] * of.turns if noise is None or shared else self._drawn(noise)
+
+    def _drawn(self, noise: random.Random) -> list[float]:
+        sources = [noise.gauss(0.0, 1.0) for _ in range(len(self.problem.noise[0]))]
+        return [sum(a * b for a, b in zip(row, sources, strict=True)) for row in self.problem.noise]
 
     def reset(self, seed: int) -> list[Message]:
         """The first question."""
         rng = random.Random(f"{self.problem.name}-{seed}")
+        if self._shared:
+            self._luck = self._drawn(random.Random(f"{self.problem.name}-{seed}-noise"))
         self._facts = [rng.choice(list(FACTS)) for _ in range(self.problem.turns)]
         self._honest: list[float] = []
         self._tempting: list[float] = []
