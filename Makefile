@@ -34,7 +34,7 @@ STUDY := compare --jobs 2 --first-seed 100
 LOGS ?=
 STUDIES := runs/study-made runs/study-drawn runs/study-language $(foreach log,$(LOGS),runs/study-log-$(notdir $(basename $(log))))
 
-.PHONY: train test test-verl test-llama test-triton triton-versions lint types check fuzz golden wheel bench study gpu gpu-pack
+.PHONY: train test test-verl test-llama test-triton triton-versions lint types check fuzz golden wheel bench study study-rivals gpu gpu-pack
 .PHONY: real rlhf-demo docs format clean
 
 train: $(VENV)/.train
@@ -111,7 +111,20 @@ study: $(VENV)/.dev
 	$(BIN)/ppg-fast $(STUDY) --version language --seeds 20 --batches 200 --output-dir runs/study-language
 	$(foreach log,$(LOGS),$(BIN)/ppg-fast $(STUDY) --data $(log) --seeds 5 --max-steps 120 --output-dir runs/study-log-$(notdir $(basename $(log))) &&) true
 	$(BIN)/python -m ppg_fast.bench.policy_classes $(STUDIES)
+	$(MAKE) study-rivals
 	$(BIN)/python -m ppg_fast.bench --render
+
+# Full planning beside a discount and a critic, by three kinds of noise, tabular: minutes.
+RIVALS := greedy,lookahead:2,lookahead:3,lookahead:4,segment:4,full,discount:0.9,gae:0.5,gae:0.95
+OF_RIVALS := $(STUDY) --version tabular --tune 20 --policy-classes $(RIVALS)
+study-rivals: $(VENV)/.dev
+	$(foreach noise,own shared quarter,\
+	$(BIN)/ppg-fast $(OF_RIVALS) $(NOISE_$(noise)) --seeds 100 --output-dir runs/rivals-made-$(noise) && \
+	$(BIN)/ppg-fast $(OF_RIVALS) $(NOISE_$(noise)) --seeds 10 --problem drawn:0..79 --output-dir runs/rivals-drawn-$(noise) &&) true
+	$(BIN)/python -m ppg_fast.bench.policy_classes --rivals $(foreach noise,own shared quarter,runs/rivals-made-$(noise) runs/rivals-drawn-$(noise))
+	$(BIN)/python -m ppg_fast.bench --render
+NOISE_shared := --shared-noise
+NOISE_quarter := --noise 0.25
 
 # On a machine that has torch, nvcc and pytest: builds in place for its GPU, installs nothing, needs no network and no .venv.
 # ARGS=--dry: every step without a GPU.
