@@ -216,6 +216,7 @@ def test_errors_name_rule_and_value(case):
         ("full", {"ref_lse": None}, "soft Q-learning needs ref_lse .*got None"),
         ("full", {"ref_logprobs": None}, "soft Q-learning needs ref_logprobs"),
         (ppg.RewardMask(torch.ones(T, T).bool()), {}, "must be a window of turns .*got 'mask'"),
+        ("lags:1,1", {}, "must be a window of turns .*got 'lags:1,1'"),
         ("full", {"offsets": torch.zeros(2)}, r"offsets must be \(T,\) = \(3,\)"),
         ("full", {"offsets": torch.full((T,), torch.inf)}, "offsets must be finite"),
         ("greedy", {"loss_mask": silent}, "must have an active token.*got 'none in turn 1 of dialogue 2'"),

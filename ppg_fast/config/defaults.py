@@ -40,8 +40,9 @@ OFFLINE = {  # other defaults where ``data`` is given
 }
 
 
-PROMPTS = {  # other defaults where ``prompts`` is given
+PROMPTS = {  # other defaults where ``prompts`` is given: full planning, since nobody knows the window there
     "output_dir": "runs/prompts",
+    "policy_class": "full",
     "learning_rate": 3e-4,
     "max_new_tokens": 128,
     "max_turns": 4,

@@ -237,6 +237,7 @@ def objective_of(config: TrainConfig) -> Objective:
         replay=config.replay,
         token_share=config.token_share,
         imitate=config.imitate,
+        gae_lambda=config.gae_lambda,
     )
 
 
