@@ -224,10 +224,21 @@ PPG_INLINE Vec exp2_(Vec d, Vec scale) {
 #endif
 }
 
+// x * y + z, rounded once whatever the compiler's flags where NEAR_BLOCKS is.
+PPG_INLINE Vec fused(Vec x, Vec y, Vec z) {
+#if PPG_LANES == 8
+  return (Vec)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+#elif defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)z, (float32x4_t)x, (float32x4_t)y);
+#else
+  return x * y + z;
+#endif
+}
+
 // 2^(x * scale - level) with `rounder` = ROUNDER - level, an integer, where neither x nor the result is NaN or leaves
 // the normal range: x * scale is exact inside the fused sums, so no distance is taken before it.
 PPG_INLINE Vec exp2_near(Vec x, Vec scale, Vec rounder) {
-  const Vec shifted = x * scale + rounder, f = x * scale - (shifted - rounder);
+  const Vec shifted = fused(x, scale, rounder), f = fused(x, scale, rounder - shifted);
   return (Vec)((UintVec)exp2_fraction(f) + ((UintVec)shifted << 23));
 }
 

@@ -125,7 +125,8 @@ template <class E> void try_rows() {
     for (float offset : {0.f, -90.f, 9000.f}) try_row<E, false, PLAIN>({V, offset, 3.f, 0.f});
     if (V > 5)
       for (float mask : {least, -INFINITY}) try_row<E, false, SCORE_NORM>({V, 1.f, 2.f, mask});
-    try_row<E, false, SCORE_NORM>({V, 0.f, 30.f, 0.f});  // further apart than the exponents of floats
+    try_row<E, false, SCORE_NORM>({V, 0.f, 30.f, 0.f});     // further apart than the exponents of floats
+    try_row<E, false, SCORE_NORM>({V, -400.f, 40.f, 0.f});  // and all of them negative
     try_row<E, true, ENTROPY>({V, 2.f, 4.f, 0.f, 6.f, 0.7f});
   }
 }
