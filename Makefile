@@ -35,7 +35,7 @@ LOGS ?=
 STUDIES := runs/study-made runs/study-drawn runs/study-language $(foreach log,$(LOGS),runs/study-log-$(notdir $(basename $(log))))
 
 .PHONY: train test test-verl test-llama test-triton triton-versions lint types check fuzz golden wheel bench study gpu gpu-pack
-.PHONY: real docs format clean
+.PHONY: real rlhf-demo docs format clean
 
 train: $(VENV)/.train
 	$(BIN)/ppg-fast train --overwrite $(ARGS)
@@ -129,6 +129,12 @@ gpu-pack: $(VENV)/.dev
 real: $(REAL)/.real
 	$(REAL)/bin/python -m ppg_fast.bench.real $(STEPS) $(if $(DATA),--data $(DATA)) $(ARGS)
 	$(REAL)/bin/python -m ppg_fast.bench --render
+
+# Pairs, a reward model and a policy trained on it, the true return beside the model's: minutes on one core. What is finished
+# in runs/rlhf is not done again. Writes bench/results/rlhf.cpu.json and docs/reward_models.md.
+rlhf-demo: $(VENV)/.train
+	$(BIN)/python -m ppg_fast.bench.rlhf $(ARGS)
+	$(BIN)/python -m ppg_fast.bench --render
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m ppg_fast.bench --render

@@ -1,13 +1,15 @@
-"""What we aimed for on a CPU, what was measured, and where it falls short: ratios of medians of one run."""
+"""What we aimed for on a CPU, what was measured on each processor, and where it falls short or the rounds do not say:
+ratios of medians of one run."""
 
 from collections.abc import Callable
 from typing import Any
 
 from .bench_host_time import EAGER, PRODUCT
+from .intervals import Drawn, interval, medians, over, verdict
 from .tables import NOT_MEASURED, Entry, Results, of, quotient, table
 
 # (provider, **what its case must have) -> median seconds, the fastest of several names
-Time = Callable[..., float | None]
+Time = Callable[..., Drawn | None]
 OURS, INPLACE, KEEPING = "ppg_fast cpu", "ppg_fast cpu, in place", "ppg_fast cpu, skip_zero_advantages=False"
 NORMS = "ppg_fast cpu, in place, score norms"
 READ, GEMMS = ("read (sum)", "read (dot)"), "three bare GEMMs"
@@ -15,26 +17,22 @@ DTYPES = ("float32", "bfloat16")
 
 
 def _times(file: dict[str, Any]) -> Time:
-    def time(names: str | tuple[str, ...], **case: Any) -> float | None:
+    def time(names: str | tuple[str, ...], **case: Any) -> Drawn | None:
         wanted = (names,) if isinstance(names, str) else names
-        found = [
-            e["stats"]["median"]
-            for e in file["benchmarks"]
-            if e["param"] in wanted and case.items() <= e["params"].items()
-        ]
-        return min(found, default=None)
+        found = [e for e in file["benchmarks"] if e["param"] in wanted and case.items() <= e["params"].items()]
+        return medians(min(found, key=lambda e: e["stats"]["median"])) if found else None
 
     return time
 
 
-Row = tuple[str, float, float | None]  # what, at most, measured
+Row = tuple[str, float, Drawn | float | None]  # what, at most, measured: times with their draws, a peak of memory alone
 
 
 def _policy_loss(time: Time) -> list[Row]:
     rows = []
     for dtype, bar in zip(DTYPES, (1.1, 1.7), strict=True):
         one = {"dtype": dtype, "threads": 1}
-        got = quotient(time(INPLACE, **one), time("memcpy", **one))
+        got = over(time(INPLACE, **one), time("memcpy", **one))
         rows.append((f"loss and gradient in place, {dtype}, 1 thread / memcpy", bar, got))
     for allocator, what, other, bar in (
         ("tuned", "", "torch.compile", 0.2),
@@ -42,18 +40,18 @@ def _policy_loss(time: Time) -> list[Row]:
     ):
         for dtype in DTYPES:
             two = {"dtype": dtype, "threads": 2, "allocator": allocator}
-            got = quotient(time(INPLACE, **two), time(other, **two))
+            got = over(time(INPLACE, **two), time(other, **two))
             rows.append((f"in place, {dtype}, 2 threads{what} / {other}", bar, got))
     for case in ({"dtype": dtype, "threads": threads, "allocator": "tuned"} for dtype in DTYPES for threads in (1, 2)):
         what = f"in place with score norms, {case['dtype']}, threads: {case['threads']} / without"
-        rows.append((what, 1.05, quotient(time(NORMS, **case), time(INPLACE, **case))))
+        rows.append((what, 1.05, over(time(NORMS, **case), time(INPLACE, **case))))
     return rows
 
 
 def _logprobs(time: Time) -> list[Row]:
     cases = [{"dtype": dtype, "threads": threads} for dtype in DTYPES for threads in (1, 2)]
     what = "log-probs, {dtype}, threads: {threads} / reading the logits once"
-    return [(what.format(**case), 1.5, quotient(time(OURS, **case), time(READ, **case))) for case in cases]
+    return [(what.format(**case), 1.5, over(time(OURS, **case), time(READ, **case))) for case in cases]
 
 
 def _linear(time: Time, file: dict[str, Any]) -> list[Row]:
@@ -63,16 +61,16 @@ def _linear(time: Time, file: dict[str, Any]) -> list[Row]:
         whole, half, tenth = ({**at, "active": share, "zero": 0.0} for share in (1.0, 0.5, 0.1))
         zero = {**at, "active": 1.0, "zero": 0.5}
         full, masked, kept = time(OURS, **whole), time(OURS, **half), time(KEEPING, **zero)
-        skipped = quotient(time(OURS, **zero), masked)
+        skipped = over(time(OURS, **zero), masked)
         rows += [
-            (f"from hidden states, {dtype} / three bare GEMMs", bar, quotient(full, time(GEMMS, **whole))),
+            (f"from hidden states, {dtype} / three bare GEMMs", bar, over(full, time(GEMMS, **whole))),
             (f"its peak of memory, {dtype} / the leanest other's", 1.0, _leanest(file, whole)),
-            (f"10% of the rows active, {dtype} / all", 1 / 7, quotient(time(OURS, **tenth), full)),
+            (f"10% of the rows active, {dtype} / all", 1 / 7, over(time(OURS, **tenth), full)),
             (f"half of the turns with zero advantage, skipped, {dtype} / masked", 1.0, skipped),
         ]
-        if full and masked and kept:  # both halves have as many rows
+        if full is not None and masked is not None and kept is not None:  # both halves have as many rows
             what = f"a row of zero advantage that is not skipped, {dtype} / a full row"
-            rows.append((what, 1 / 3, quotient(kept - masked, full - masked)))
+            rows.append((what, 1 / 3, over(kept - masked, full - masked)))
     return rows
 
 
@@ -81,8 +79,7 @@ def _frozen(time: Time, file: dict[str, Any]) -> list[Row]:
     bare = time("two bare GEMMs", **whole)
     kinds = {"one pass": OURS, "reduction none": f"{OURS}, reduction none", "log-probs": f"{OURS}, log-probs"}
     rows: list[Row] = [
-        (f"frozen head, {kind} / two bare GEMMs", 1.1, quotient(time(name, **whole), bare))
-        for kind, name in kinds.items()
+        (f"frozen head, {kind} / two bare GEMMs", 1.1, over(time(name, **whole), bare)) for kind, name in kinds.items()
     ]
     here = [e for e in file["benchmarks"] if whole.items() <= e["params"].items()]
     peaks = {e["param"]: e["extra_info"].get("peak_extra_bytes") for e in here}
@@ -102,7 +99,7 @@ def _distillation(time: Time, file: dict[str, Any]) -> list[Row]:
     for case in sorted({(e["params"]["dtype"], e["params"]["variant"]) for e in here}, reverse=True):
         at = {"V": 32000, "active": 1.0, "dtype": case[0], "variant": case[1]}
         what = f"distillation, {case[1]}, {case[0]}"
-        rows.append((f"{what} / the fastest other", 1.0, quotient(time(OURS, **at), time(peers, **at))))
+        rows.append((f"{what} / the fastest other", 1.0, over(time(OURS, **at), time(peers, **at))))
         rows.append((f"{what}, peak of memory / the leanest other's", 1.0, _leanest(file, at)))
     return rows
 
@@ -110,12 +107,12 @@ def _distillation(time: Time, file: dict[str, Any]) -> list[Row]:
 def _soft_q(time: Time) -> list[Row]:
     what = "soft Q-learning, {} / gspo"
     found = ((dtype, [time(OURS, dtype=dtype, variant=name) for name in ("soft Q", "gspo")]) for dtype in DTYPES)
-    return [(what.format(dtype), 1.1, quotient(*both)) for dtype, both in found]
+    return [(what.format(dtype), 1.1, over(*both)) for dtype, both in found]
 
 
 def _kept(time: Time) -> list[Row]:
     full = time("the full head, another loss", variant="k = 20", dtype="float32")
-    return [("kept sets of 20 / the full head", 1 / 8, quotient(time(OURS, variant="k = 20", dtype="float32"), full))]
+    return [("kept sets of 20 / the full head", 1 / 8, over(time(OURS, variant="k = 20", dtype="float32"), full))]
 
 
 def _leanest(file: dict[str, Any], case: dict[str, Any]) -> float | None:
@@ -130,9 +127,8 @@ def _leanest(file: dict[str, Any], case: dict[str, Any]) -> float | None:
 def _returns(time: Time) -> list[Row]:
     windows = ("greedy", "lookahead:3", "lookahead:100", "segment:10", "full")
     found = [seconds for w in windows if (seconds := time(OURS, N=1000, V=500, variant=w)) is not None]
-    return [
-        ("returns of 1,000 dialogues of 500 turns, the slowest window, in ms", 5.0, max(found) * 1e3 if found else None)
-    ]
+    slowest = max(found, key=lambda seconds: seconds[0]) * 1e3 if found else None
+    return [("returns of 1,000 dialogues of 500 turns, the slowest window, in ms", 5.0, slowest)]
 
 
 def _host_time(time: Time) -> list[Row]:
@@ -140,33 +136,43 @@ def _host_time(time: Time) -> list[Row]:
     names = [f"{name}, kernels stubbed" if "cuda" in name else name for name in names]
     eager = time(EAGER, variant="policy_loss")
     rows: list[Row] = [
-        (f"host time of `policy_loss`, {name} / {EAGER}", 1.5, quotient(time(name, variant="policy_loss"), eager))
+        (f"host time of `policy_loss`, {name} / {EAGER}", 1.5, over(time(name, variant="policy_loss"), eager))
         for name in names
     ]
     case = {"variant": "partial_returns"}
     ours = time("ppg_fast", **case)
-    return [*rows, ("host time of `partial_returns` / the product", 5.0, quotient(ours, time(PRODUCT, **case)))]
+    return [*rows, ("host time of `partial_returns` / the product", 5.0, over(ours, time(PRODUCT, **case)))]
+
+
+MAKERS = {
+    "policy_loss": _policy_loss,
+    "logprobs": _logprobs,
+    "partial_returns": _returns,
+    "host_time": _host_time,
+    "soft_q": _soft_q,
+    "linear_kept": _kept,
+}
+WITH_PEAKS = {"linear": _linear, "linear_frozen": _frozen, "distillation": _distillation}
 
 
 def aims_section(results: Results) -> str:
-    """Each aim with its bar and what the result files say."""
-    rows: list[Row] = []
-    makers = {
-        "policy_loss": _policy_loss,
-        "logprobs": _logprobs,
-        "partial_returns": _returns,
-        "host_time": _host_time,
-        "soft_q": _soft_q,
-        "linear_kept": _kept,
-    }
-    for op, make in makers.items():
-        rows += [row for device, file in of(results, op) if device == "cpu" for row in make(_times(file))]
-    with_peaks = {"linear": _linear, "linear_frozen": _frozen, "distillation": _distillation}
-    for op, make in with_peaks.items():
-        rows += [row for device, file in of(results, op) if device == "cpu" for row in make(_times(file), file)]
-    lines = [
-        (what, f"{bar:.2f}", f"{got:.2f}", "yes" if got <= bar else "**no**")
-        for what, bar, got in rows
-        if got is not None
-    ]
-    return table(("", "at most", "measured", "met"), lines) if lines else NOT_MEASURED
+    """Each aim with its bar, and a column for each processor that a result file is of."""
+    cells: dict[tuple[str, float], dict[str, str]] = {}
+    for op in (*MAKERS, *WITH_PEAKS):
+        for where, file in of(results, op, ("cpu",)):
+            time = _times(file)
+            for what, bar, got in MAKERS[op](time) if op in MAKERS else WITH_PEAKS[op](time, file):
+                if got is not None:
+                    cells.setdefault((what, bar), {})[where] = _cell(got, bar)
+    columns = sorted({where for row in cells.values() for where in row})
+    lines = [(what, f"{bar:.2f}", *(row.get(c, "") for c in columns)) for (what, bar), row in cells.items()]
+    return table(("", "at most", *columns), lines) if lines else NOT_MEASURED
+
+
+def _cell(got: Drawn | float, bar: float) -> str:
+    """What was measured, between what the rounds leave it, and whether the aim is met."""
+    if isinstance(got, (int, float)):
+        return f"{got:.2f}, " + ("yes" if got <= bar else "**no**")
+    between, met = interval(got), verdict(got, bar)
+    left = "no interval" if between is None else f"{between[0]:.2f} to {between[1]:.2f}"
+    return f"{got[0]:.2f} ({left}), " + ("undecided" if met is None else "yes" if met else "**no**")

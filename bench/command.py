@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     results = [_measure(plan) for plan in plans]
     for op in ops:
-        print(f"wrote {result_file.write(arguments.output, f'{op}.{arguments.device}', _merged(op, header, results))}")
+        name = result_file.name_of(op, arguments.device, header["machine_info"])
+        print(f"wrote {result_file.write(arguments.output, name, _merged(op, header, results))}")
     print(render.report(arguments.output))
     return 0
 

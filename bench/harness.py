@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import machine, memory
+from . import intervals, machine, memory
 from .problem import Case, Problem
 from .providers import Provider, Unavailable
 from .timing import Contestant, Pace, cache_bytes, interleave, stats
@@ -27,6 +27,7 @@ NAMES = (
     "distillation",
     "soft_q",
     "partial_returns",
+    "critic",
     "host_time",
     "training_step",
     "hosts",
@@ -34,8 +35,8 @@ NAMES = (
 OPS: dict[str, ModuleType] = {name: importlib.import_module(f".bench_{name}", __package__) for name in NAMES}
 PACES = {
     "quick": Pace(rounds=2, budget=0.5),
-    "default": Pace(rounds=15, budget=2.0, slow=4.0),
-    "full": Pace(rounds=40, budget=12.0, least=3),
+    "default": Pace(rounds=15, budget=2.0, least=intervals.LEAST, slow=4.0),
+    "full": Pace(rounds=40, budget=12.0, least=15),
 }
 FLOOR = {"float32": 2e-5, "bfloat16": 1e-2}  # a few roundings, relative to the largest element
 # some keep log-probs of order 10 in bfloat16, whose last digit is 2^-5

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ppg_fast import backends
+from ppg_fast import backends, openmp
 
 from . import gpu_state as nvml
 from . import result_file
@@ -20,7 +20,8 @@ ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "tuned": TUNED}
 
 def environment(threads: int, allocator: str) -> dict[str, str]:
     """Settings of the measuring process: bound threads, and how malloc treats what is freed."""
-    return {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "true", "OMP_PLACES": "cores", **ALLOCATORS[allocator]}
+    bound = {"OMP_NUM_THREADS": str(threads), "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    return {**bound, "GOMP_SPINCOUNT": str(openmp.SPINS), **ALLOCATORS[allocator]}
 
 
 def machine_info(device: str) -> dict[str, Any]:

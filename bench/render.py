@@ -17,7 +17,10 @@ from .linear_tables import active_section, contributions_section
 from .logits_dtype import logits_dtype_section
 from .policy_classes import across_section, logs_section, losses_section, overview_section, problems_section
 from .real import sections as real
-from .result_file import FOLDER, load
+from .result_file import FOLDER, load, name_of
+from .reward_scoring import scoring_section
+from .rlhf import charts as rlhf_charts
+from .rlhf import rlhf_section
 from .server_tables import agreement_section, run_section
 from .step_tables import steps_section
 from .tables import (
@@ -26,6 +29,7 @@ from .tables import (
     Results,
     absent,
     best_of_ours,
+    by_case,
     duration,
     group_table,
     groups,
@@ -50,6 +54,7 @@ DOCUMENTS = (
     LOSSES,
     "docs/policy_classes.md",
     "docs/real.md",
+    "docs/reward_models.md",
     "docs/soft_q.md",
     "docs/soft_q_training.md",
     "README.md",
@@ -59,12 +64,12 @@ DOCUMENTS = (
 # ---- sections --------------------------------------------------------------------------------------------------------
 def _op_section(op: str) -> Callable[[Results], str]:
     def section(results: Results) -> str:
-        text = ""
-        for device, file in of(results, op):
-            for entries in groups(file):
-                text += f"\n**{title(entries[0]['params'])}** ({device})\n\n{group_table(entries)}"
-            text += absent(device, file)
-            text += "".join(f"\n![{name}](../{FOLDER}/{name})\n" for name in sorted(_charts_of(op, device, file)))
+        files, text = of(results, op), ""
+        for where, entries in by_case(files):
+            text += f"\n**{title(entries[0]['params'])}** ({where})\n\n{group_table(entries)}"
+        for where, file in files:
+            text += absent(where, file)
+            text += "".join(f"\n![{name}](../{FOLDER}/{name})\n" for name in sorted(_charts_of(op, where, file)))
         return text.lstrip("\n") or NOT_MEASURED
 
     return section
@@ -128,22 +133,26 @@ FRONT_PAGE: tuple[dict[str, Any], ...] = (
 
 
 def _summary_section(results: Results) -> str:
-    """For the README: ours against the best of the others, every row active, with the most threads."""
+    """For the README: ours against the best of the others, every row active, with the most threads, on the processor
+    where we gain least."""
     rows = []
     for wanted in FRONT_PAGE:
-        case = {**wanted, "active": 1, "zero": 0}
-        found = [g for g in groups(results.get(f"{wanted['op']}.cpu", {"benchmarks": []})) if _is(g[0], case)]
-        entries = max(found, key=lambda g: g[0]["params"]["threads"], default=[])
-        ours = best_of_ours(entries)
-        peers = [e for e in ordered(entries) if speedup(e, ours)]
-        if ours is None or not peers:
+        case, found = {**wanted, "active": 1, "zero": 0}, []
+        for where, file in of(results, wanted["op"], ("cpu",)):
+            here = [g for g in groups(file) if _is(g[0], case)]
+            entries = max(here, key=lambda g: g[0]["params"]["threads"], default=[])
+            ours = best_of_ours(entries)
+            peers = [e for e in ordered(entries) if speedup(e, ours)]
+            if ours is not None and peers:
+                found.append((peers[0]["stats"]["median"] / ours["stats"]["median"], where, ours, peers[0]))
+        if not found:
             continue
-        info, first = ours["extra_info"], peers[0]
+        _, where, ours, first = min(found, key=lambda f: f[:2])
         other = f"{duration(first['stats']['median'])} ({first['param']})", speedup(first, ours)
         own = f"`{wanted['op']}` {title(ours['params'])}", duration(ours["stats"]["median"])
-        rows.append((*own, *other, share(info), memory(info)))
+        rows.append((*own, *other, share(ours["extra_info"]), memory(ours["extra_info"]), where))
     heads = ("on a CPU", "ppg_fast", "fastest other", "time / ours", "share of the ceiling", "peak extra memory")
-    return table(heads, rows) if rows else NOT_MEASURED
+    return table((*heads, "processor"), rows) if rows else NOT_MEASURED
 
 
 def _is(entry: Entry, case: dict[str, Any]) -> bool:
@@ -195,6 +204,8 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "policy_class_problems": problems_section,
     "policy_class_logs": logs_section,
     "soft_q_study": losses_section,
+    "rlhf": rlhf_section,
+    "reward_scoring": scoring_section,
     **losses.SECTIONS,
     **real.SECTIONS,
     **{
@@ -208,6 +219,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
             "distillation",
             "soft_q",
             "partial_returns",
+            "critic",
             "host_time",
         )
     },
@@ -215,7 +227,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------
-def _charts_of(op: str, device: str, file: dict[str, Any]) -> dict[str, str]:
+def _charts_of(op: str, where: str, file: dict[str, Any]) -> dict[str, str]:
     """Name -> SVG, one a dtype: every row active, the most threads, the last allocator measured."""
     if op not in ("policy_loss", "linear"):
         return {}
@@ -223,14 +235,15 @@ def _charts_of(op: str, device: str, file: dict[str, Any]) -> dict[str, str]:
     for entries in groups(file):
         params = entries[0]["params"]
         if params["active"] == 1 and not params["zero"]:
-            chosen[f"{op}.{device}.{params['V']}.{params['dtype']}.svg"] = entries
+            name = name_of(op, params["device"], file["machine_info"])
+            chosen[f"{name}.{params['V']}.{params['dtype']}.svg"] = entries
 
     def bar(entry: Entry) -> Bar:
         median = entry["stats"]["median"]
         return Bar(entry["param"], median, entry["extra_info"]["kind"], duration(median))
 
     return {
-        name: bars(f"{op}: {title(g[0]['params'])} ({device})", [bar(e) for e in ordered(g)])
+        name: bars(f"{op}: {title(g[0]['params'])} ({where})", [bar(e) for e in ordered(g)])
         for name, g in chosen.items()
     }
 
@@ -252,8 +265,9 @@ def expected(root: Path) -> dict[Path, str]:
     results = load(root / FOLDER)
     found = {root / name: fill((root / name).read_text(), results) for name in DOCUMENTS if (root / name).exists()}
     for op in ("policy_loss", "linear"):
-        for device, file in of(results, op):
-            found |= {root / FOLDER / name: svg for name, svg in _charts_of(op, device, file).items()}
+        for where, file in of(results, op):
+            found |= {root / FOLDER / name: svg for name, svg in _charts_of(op, where, file).items()}
+    found |= {root / FOLDER / name: svg for name, svg in rlhf_charts(results).items()}
     if (root / LOSSES).exists():
         found[root / FOLDER / losses.CHART] = losses.chart()
     return found

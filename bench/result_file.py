@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
@@ -86,6 +87,23 @@ def _cpu_name() -> str:
     ]
     name = fields.get("model name", platform.processor())
     return f"{name} ({' '.join(numbers)})" if numbers else name
+
+
+def processor(machine_info: dict[str, Any]) -> str:
+    """What a result holds for, as a reader finds it on their own machine: the GPU's name, else the CPU's with family
+    and model, and the instruction set of our kernels there."""
+    if "gpu" in machine_info:
+        return machine_info["gpu"]["name"]
+    isa = {"avx512": "AVX-512", "avx2": "AVX2"}.get(machine_info.get("ppg_fast_isa", ""))
+    name = re.sub(r"\((R|TM)\)", "", machine_info["cpu"]["brand_raw"])
+    return ", ".join(filter(None, (name, isa)))
+
+
+def name_of(op: str, device: str, machine_info: dict[str, Any]) -> str:
+    """The file of an op's times: each processor has its own, "policy_loss.cpu.amd-epyc-25-17"."""
+    words = re.findall("[a-z0-9]+", processor({**machine_info, "ppg_fast_isa": ""}).lower())
+    place = "-".join(w for w in words if w not in ("family", "model", "cpu", "processor"))
+    return f"{op}.{device}.{place or 'unknown'}"
 
 
 def _text_of(path: Path) -> str:

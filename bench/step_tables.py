@@ -8,9 +8,9 @@ from .tables import (
     Results,
     absent,
     best_of_ours,
+    by_case,
     duration,
     error,
-    groups,
     memory,
     of,
     ordered,
@@ -22,9 +22,9 @@ from .tables import (
 
 def steps_section(results: Results, op: str) -> str:
     """Every case of ``op``, and who did not take part."""
-    text = ""
-    for device, file in of(results, op):
-        text += "".join(step_table(device, entries) for entries in groups(file)) + absent(device, file)
+    files = of(results, op)
+    text = "".join(step_table(where, entries) for where, entries in by_case(files))
+    text += "".join(absent(where, file) for where, file in files)
     return text.lstrip("\n") or NOT_MEASURED
 
 
@@ -34,7 +34,7 @@ def longest(info: dict[str, Any]) -> str:
     return "" if not found else f"{found['tokens']:,}" + ("" if found["measured"] else " (foreseen)")
 
 
-def step_table(device: str, entries: list[Entry]) -> str:
+def step_table(where: str, entries: list[Entry]) -> str:
     """Everybody who took part in one case; what was not measured there has no column."""
     first, ours = entries[0], best_of_ours(entries)
     info, hosts, whole = first["extra_info"], first["params"]["op"] == "hosts", bool(first["params"].get("shape"))
@@ -51,7 +51,7 @@ def step_table(device: str, entries: list[Entry]) -> str:
     }
     columns.pop("", None)
     lines = sorted(entries, key=lambda e: e["param"]) if hosts else ordered(entries)
-    text = f"\n**{title(first['params'])}** ({device})" + (", whole trainers: one dialogue of " if whole else ": ")
+    text = f"\n**{title(first['params'])}** ({where})" + (", whole trainers: one dialogue of " if whole else ": ")
     text += f"{info['tokens']:,} tokens, {info['active_tokens']:,} " + (
         "with a label" if hosts else "of them the policy's"
     )

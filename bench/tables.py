@@ -1,17 +1,26 @@
 """The parts that result tables are made of."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-Results = dict[str, dict[str, Any]]  # "policy_loss.cpu" -> the file
+from . import intervals
+from .result_file import processor
+
+Results = dict[str, dict[str, Any]]  # "policy_loss.cpu.amd-epyc-25-17" -> the file
 Entry = dict[str, Any]
 NOT_MEASURED = "not measured yet\n"
 DEVICES = ("cpu", "cuda")
 
 
-def of(results: Results, op: str) -> list[tuple[str, dict[str, Any]]]:
-    return [(device, results[f"{op}.{device}"]) for device in DEVICES if f"{op}.{device}" in results]
+def of(results: Results, op: str, devices: Sequence[str] = DEVICES) -> list[tuple[str, dict[str, Any]]]:
+    """The files of an op, each with where it was measured: the processor that its name tells, else the device."""
+    found = []
+    for name in sorted(results):
+        what, device, place = (*name.split(".", 2), "", "")[:3]
+        if what == op and device in devices:
+            found.append((processor(results[name]["machine_info"]) if place else device, results[name]))
+    return found
 
 
 # ---- one number ------------------------------------------------------------------------------------------------------
@@ -61,11 +70,16 @@ def best_of_ours(entries: Iterable[Entry]) -> Entry | None:
 
 
 def speedup(entry: Entry, ours: Entry | None) -> str:
-    """How many times our time a peer needs; nothing where either result was wrong."""
+    """How many times our time a peer needs, and whether the rounds tell the two apart; nothing where either result was
+    wrong."""
     info = entry["extra_info"]
     if ours is None or info["kind"] != "peer" or not info.get("correct"):
         return ""
-    return f"{entry['stats']['median'] / ours['stats']['median']:.2f} x"
+    ratio = intervals.over(intervals.medians(entry), intervals.medians(ours))
+    assert ratio is not None
+    if intervals.interval(ratio) is None:
+        return f"{ratio[0]:.2f} x (no interval)"
+    return f"{ratio[0]:.2f} x" + (" (undecided)" if intervals.verdict(ratio, 1.0) is None else "")
 
 
 def quotient(above: float | None, below: float | None) -> float | None:
@@ -137,3 +151,12 @@ def absent(device: str, file: dict[str, Any]) -> str:
 
 def groups(file: dict[str, Any]) -> list[list[Entry]]:
     return [list(entries) for _, entries in groupby(file["benchmarks"], key=lambda e: e["group"])]
+
+
+def by_case(files: Iterable[tuple[str, dict[str, Any]]]) -> list[tuple[str, list[Entry]]]:
+    """The groups of several files with where they were measured, those of one case side by side."""
+    cases: dict[str, list[tuple[str, list[Entry]]]] = {}
+    for where, file in files:
+        for entries in groups(file):
+            cases.setdefault(entries[0]["group"], []).append((where, entries))
+    return [pair for pairs in cases.values() for pair in pairs]

@@ -4,6 +4,7 @@
 from hidden states.
 """
 
+from ppg_fast import openmp  # noqa: F401  # first: it sets how threads wait, which torch reads when it is imported
 from ppg_fast.functional import (
     DistillationOutput,
     Kept,
@@ -29,7 +30,16 @@ from ppg_fast.functional import (
     turn_regression_loss,
     turn_regression_loss_from_logprobs,
 )
-from ppg_fast.policy_classes import FullPlanning, Greedy, Lookahead, PolicyClass, RewardMask, Segment, policy_class
+from ppg_fast.policy_classes import (
+    FullPlanning,
+    Greedy,
+    LagWeights,
+    Lookahead,
+    PolicyClass,
+    RewardMask,
+    Segment,
+    policy_class,
+)
 from ppg_fast.spec import PolicyLossSpec, SoftQSpec
 
 __version__ = "0.1.0"
@@ -39,6 +49,7 @@ __all__ = [
     "FullPlanning",
     "Greedy",
     "Kept",
+    "LagWeights",
     "Lookahead",
     "PolicyClass",
     "PolicyLossOutput",

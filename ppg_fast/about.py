@@ -44,11 +44,13 @@ def _info() -> int:
     """Versions, devices and backends; works without the [train] extra."""
     import torch
 
-    from ppg_fast import __version__, backends
+    from ppg_fast import __version__, backends, openmp
+    from ppg_fast.ops.products import product_dtype
 
     print(f"ppg_fast {__version__}  python {platform.python_version()}  {platform.system()} {platform.machine()}")
     cuda = torch.version.cuda or "none"
     print(f"torch {torch.__version__}  threads {torch.get_num_threads()}  CUDA of torch: {cuda}")
+    print(f"CPU threads that wait: {openmp.waits()}")
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"CUDA devices: {', '.join(devices) or 'none that torch sees'}")
     print("\nbackends")
@@ -60,6 +62,10 @@ def _info() -> int:
             f"  tensors on {device} use {chosen}"
             + (" (plain PyTorch: right, but slow)" if chosen == "reference" else "")
         )
+    for dtype in (torch.bfloat16, torch.float16):  # by the processor's flags: a measured choice would change bits
+        own = product_dtype(dtype, "cpu") == dtype
+        how = "by the CPU's own products" if own else "in float32, tile by tile: this CPU has no products of that type"
+        print(f"  a head of {str(dtype).removeprefix('torch.')} on cpu is multiplied {how}")
     print("\ntrain")
     lacking = missing()
     if lacking:

@@ -1,12 +1,14 @@
 """Which future rewards a turn is credited for. No torch, no kernels."""
 
+import re
 from dataclasses import dataclass, field
 from numbers import Number
-from typing import Any
+from typing import Any, ClassVar
 
-from ppg_fast.rules import require, require_integer
+from ppg_fast.rules import require, require_integer, require_number
 
 UNBOUNDED = 2**31 - 1
+NAMES = '"greedy", "full", "lookahead:K", "segment:LENGTH" or "lags:W0,W1,..."'
 
 
 @dataclass(frozen=True)
@@ -15,9 +17,11 @@ class PolicyClass:
 
     R_t = sum over k in S_t of gamma^(k-t) r_k, and S_t = {t, ..., end_t - 1} where end_t is the smallest of t +
     ``lookahead``, the end of t's segment and the end of the dialogue. ``str`` gives the name that `policy_class`
-    reads: greedy, lookahead:3, segment:4, full.  Source: arXiv:2603.06138
+    reads: greedy, lookahead:3, segment:4, full.  ``is_window``: whether S_t is one run of turns, each reward whole.
+    Source: arXiv:2603.06138
     """
 
+    is_window: ClassVar[bool] = True
     lookahead: int = field(default=UNBOUNDED, init=False)
     segment_length: int = field(default=0, init=False)  # 0: segments, if any, are given by ids
     segment_ids: Any = field(default=None, init=False)
@@ -84,6 +88,7 @@ class RewardMask(PolicyClass):
     """S_t = {k : mask[t, k]}: any subset of the rewards. ``mask`` is a (T, T) boolean matrix, row t = the rewards
     credited to turn t."""
 
+    is_window: ClassVar[bool] = False
     mask: Any = None
 
     def __post_init__(self) -> None:
@@ -94,27 +99,61 @@ class RewardMask(PolicyClass):
         return "mask"
 
 
+@dataclass(frozen=True)
+class LagWeights(PolicyClass):
+    """R_t = sum over lags d of w_d gamma^d r_(t+d): a reward counts by how many turns ago the turn was.
+
+    ``weights``: w_0, w_1, ..., finite numbers >= 0, one of them above 0; beyond the last, 0. Lookahead K is K ones. Its
+    expected gradient is sum_d w_d grad J_d with J_d = sum_k E[r_k | turn k - d acts by theta, all others as now]:
+    that of the true return for weights of 1 wherever grad J_d is not 0. ValueError for other weights.
+    """
+
+    is_window: ClassVar[bool] = False
+    weights: Any = (1.0,)
+
+    def __post_init__(self) -> None:
+        given = self.weights.tolist() if hasattr(self.weights, "tolist") else self.weights
+        require(isinstance(given, (list, tuple)) and bool(given), "LagWeights needs one weight a lag", given)
+        weights = tuple(float(require_number("a weight of LagWeights", weight, 0.0)) for weight in given)
+        require(any(weights), "one weight of LagWeights must be above 0", weights)
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "lookahead", len(weights))
+
+    def __str__(self) -> str:
+        return "lags:" + ",".join(repr(weight).removesuffix(".0") for weight in self.weights)
+
+
 # what auto chooses among
 CANDIDATES = (Greedy(), Lookahead(2), Lookahead(3), Lookahead(4), Lookahead(6), Segment(4), FullPlanning())
 
 
 def policy_classes(text: str) -> tuple[PolicyClass, ...]:
     """The policy classes that ``text`` names, separated by commas, each once."""
-    return tuple(dict.fromkeys(policy_class(name) for name in text.split(",")))
+    return tuple(dict.fromkeys(policy_class(name) for name in names_in(text)))
+
+
+def names_in(text: str) -> list[str]:
+    """The names of ``text``, separated by commas: one before a number is of the weights of lags."""
+    return [name.strip() for name in re.split(r",(?!\s*[-+.\d])", text)]
 
 
 def policy_class(text: str | PolicyClass) -> PolicyClass:
-    """The policy class that ``text`` names: "greedy", "full", "lookahead:K" or "segment:LENGTH"."""
+    """The policy class that ``text`` names: "greedy", "full", "lookahead:K", "segment:LENGTH" or "lags:W0,W1,..."."""
     if isinstance(text, PolicyClass):
         return text
     require(isinstance(text, str), "a policy class is a PolicyClass or its name", text)
-    name, _, number = text.strip().lower().partition(":")
-    if name in ("greedy", "full") and not number:
+    name, _, numbers = text.strip().lower().partition(":")
+    if name in ("greedy", "full") and not numbers:
         return Greedy() if name == "greedy" else FullPlanning()
-    digits = number.removeprefix("-").isdecimal()
-    require(
-        name in ("lookahead", "segment") and digits,
-        'a policy class is "greedy", "full", "lookahead:K" or "segment:LENGTH"',
-        text,
-    )
-    return Lookahead(int(number)) if name == "lookahead" else Segment(int(number))
+    if name == "lags":
+        return LagWeights([_number(weight, text) for weight in numbers.split(",")])
+    digits = numbers.removeprefix("-").isdecimal()
+    require(name in ("lookahead", "segment") and digits, f"a policy class is {NAMES}", text)
+    return Lookahead(int(numbers)) if name == "lookahead" else Segment(int(numbers))
+
+
+def _number(weight: str, text: str) -> float:
+    try:
+        return float(weight)
+    except ValueError as error:
+        raise ValueError(f"the weights of lags must be numbers with commas, got {weight!r} in {text!r}") from error

@@ -35,6 +35,7 @@ LEAST_LOGPROB, LEAST_TAIL = -1e4, 2.0**-23
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "sum", "none")
 BASELINES = ("none", "leave_one_out", "group_mean", "group_std")  # in the order of csrc/args.h, like the reductions
+VALUE = "value"  # a baseline besides, of values that the caller has: made before the kernels, which do not know it
 # what a NaN among the rollout log-probs of active tokens means, in the order of csrc/args.h
 NAN_ROLLOUT = ("keep", "error", "one", "drop")
 STD_EPS = 1e-6

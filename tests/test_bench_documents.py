@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from ppg_fast.bench import command, harness, learning_curve, machine, render, result_file
+from ppg_fast.bench.tables import of
 
 ROOT = Path(__file__).parents[1]
+NAME = result_file.name_of("{}", "cpu", result_file.host())  # of the files measured here
 STATS = {"min", "max", "mean", "stddev", "rounds", "median", "p20", "p80", "q1", "q3", "iqr", "ops", "total", "data"}
 
 
@@ -23,7 +25,7 @@ def policy_loss_results(tmp_path_factory):
         merged = command._merged(
             op, machine.header("test", "cpu"), [{"entries": entries, "missing": {op: missing}, "peaks": [peak]}]
         )
-        result_file.write(folder / render.FOLDER, f"{op}.cpu", merged)
+        result_file.write(folder / render.FOLDER, NAME.format(op), merged)
     return folder
 
 
@@ -88,7 +90,7 @@ def test_results_have_their_fields(policy_loss_results):
 
 def test_pytest_benchmark_reads_them(policy_loss_results):
     pytest.importorskip("pytest_benchmark")
-    file = policy_loss_results / render.FOLDER / "policy_loss.cpu.json"
+    file = policy_loss_results / render.FOLDER / f"{NAME.format('policy_loss')}.json"
     run = subprocess.run(
         [sys.executable, "-m", "pytest_benchmark", "compare", str(file)], capture_output=True, text=True
     )
@@ -115,19 +117,19 @@ def test_the_front_page_shows_six_rows_and_not_the_prettiest():
     """With another allocator or, for the head, another dtype we gain more, where that was measured too."""
     results = render.load(ROOT / render.FOLDER)
     text = render.SECTIONS["summary"](results)
-    shown = [line.split(" | ") for line in text.splitlines()[2:]]
+    shown = [line.removesuffix(" |").split(" | ") for line in text.splitlines()[2:]]
     assert [line[0].split("`")[1] for line in shown] == [wanted["op"] for wanted in render.FRONT_PAGE]
     assert len(shown) == 6
     for line, wanted in zip(shown, render.FRONT_PAGE, strict=True):
         free = {"allocator"} if wanted["op"] != "linear" else {"dtype"}
         case = {k: v for k, v in wanted.items() if k not in free} | {"active": 1.0, "zero": 0.0, "threads": 2}
         gains = {}
-        for e in results[f"{wanted['op']}.cpu"]["benchmarks"]:
+        for e in (e for where, file in of(results, wanted["op"]) if where == line[6] for e in file["benchmarks"]):
             if case.items() <= e["params"].items() and e["extra_info"].get("correct"):
                 kind = gains.setdefault((e["params"]["dtype"], e["params"]["allocator"]), {"ours": [], "peer": []})
                 kind[e["extra_info"]["kind"]].append(e["stats"]["median"])
         least = min(min(kind["peer"]) / min(kind["ours"]) for kind in gains.values())
-        assert line[3] == f"{least:.2f} x", (line, gains)
+        assert line[3].split(" (")[0] == f"{least:.2f} x", (line, gains)
 
 
 def test_render_replaces_what_stood_there(policy_loss_results):
@@ -144,7 +146,7 @@ def test_render_replaces_what_stood_there(policy_loss_results):
     assert "made up" not in text
     assert "ppg_fast cpu, in place" in text
     assert render.NOT_MEASURED in text
-    assert (root / render.FOLDER / "policy_loss.cpu.512.float32.svg").read_text().startswith("<svg")
+    assert (root / render.FOLDER / f"{NAME.format('policy_loss')}.512.float32.svg").read_text().startswith("<svg")
     assert render.write(root) == []
     (root / "docs/benchmarks.md").write_text(text.replace("ppg_fast cpu, in place", "ppg_fast cpu, in haste"))
     assert render.write(root) == [root / "docs/benchmarks.md"]
@@ -154,14 +156,14 @@ def test_render_replaces_what_stood_there(policy_loss_results):
 
 @pytest.mark.parametrize("wrong", ["ours", "peer"])
 def test_no_speedup_for_a_wrong_result(policy_loss_results, wrong):
-    file = render.load(policy_loss_results / render.FOLDER)["policy_loss.cpu"]
+    file = render.load(policy_loss_results / render.FOLDER)[NAME.format("policy_loss")]
     entries = file["benchmarks"]
-    assert " x |" in render.group_table(entries)
+    assert " x (no interval) |" in render.group_table(entries)
     for entry in entries:
         if entry["extra_info"]["kind"] == wrong:
             entry["extra_info"]["correct"] = False
     text = render.group_table(entries)
-    assert " x |" not in text
+    assert " x " not in text
     assert "(wrong)" in text
 
 
@@ -173,7 +175,7 @@ def test_durations_have_three_digits():
 
 def test_command(tmp_path, capsys):
     assert command.main(["--quick", "--ops", "partial_returns", "--output", str(tmp_path), "--no-memory"]) == 0
-    assert_schema(json.loads((tmp_path / "partial_returns.cpu.json").read_text()))
+    assert_schema(json.loads((tmp_path / f"{NAME.format('partial_returns')}.json").read_text()))
     assert "ppg_fast cpu" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         command.main(["--ops", "unknown"])

@@ -182,7 +182,7 @@ def test_a_results_file_becomes_sections(tmp_path):
         "idle, no celsius (Not Supported).\n"
     ) in text
     assert " the call waits for the GPU | the GPU waits |" in text
-    assert "| torch.compile | 2.2 ms | 2.2 ms to 2.2 ms | 2.2 ms | 5 | 2.00 x |  |  |  |  |  |" in text
+    assert "| torch.compile | 2.2 ms | 2.2 ms to 2.2 ms | 2.2 ms | 5 | 2.00 x (no interval) |  |  |  |  |  |" in text
     assert "`gpu.cuda`" in text
     later = synthetic(
         "2026-01-02T00:00:00+00:00",

@@ -116,20 +116,23 @@ def test_bad_input_is_named_before_anything_is_written(flags, words, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def failing(run):
-    if run.seed == 1:
+def failing(part):
+    if any(run.seed == 1 for run in part):
         raise ValueError("this run cannot be")
-    return {"value": run.seed}
+    return [{"value": run.seed} for run in part]
 
 
 def test_a_run_that_fails_leaves_the_others(tmp_path):
     wanted = [Run("tabular", "plan", "full", s) for s in range(4)]
     done = []
     with pytest.raises(ValueError, match="this run cannot be"):
-        done.extend(r["value"] for _, r in results.compute(tmp_path, wanted, failing, jobs=2))
+        done.extend(
+            r["value"] for _, r in results.compute(tmp_path, [wanted[:1], wanted[1:2], wanted[2:]], failing, jobs=2)
+        )
+    assert sorted(done) == [0, 2, 3]
     assert [results.read(tmp_path, c) is not None for c in wanted] == [True, False, True, True]
     with pytest.raises(ValueError, match="this run cannot be"):
-        list(results.compute(tmp_path, wanted, failing, jobs=1))
+        list(results.compute(tmp_path, [wanted], failing, jobs=1))
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

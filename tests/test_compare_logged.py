@@ -81,8 +81,8 @@ def test_training_reads_up_to_a_bound_and_credits_are_whole(tmp_path):
     for bound in (0, 12):
         study = Study(str(tmp_path), ("full",), max_steps=1, data=str(path), max_dialogue_tokens=bound)
         looked[bound] = (
-            study(Run("logged", "", "gradient", 0))["credits"],
-            study(Run("logged", "", "full", 0))["scores"]["plain"][0],
+            study([Run("logged", "", "gradient", 0)])[0]["credits"],
+            study([Run("logged", "", "full", 0)])[0]["scores"]["plain"][0],
         )
     assert looked[0][0] == looked[12][0]
     assert looked[0][1] != looked[12][1]  # of the held-out turns that were read

@@ -44,8 +44,10 @@ def test_its_fixed_point_is_the_softmax_of_what_a_turn_is_worth():
 
 
 def test_logged_dialogues_are_of_the_start_and_are_drawn_again():
-    how = {"candidates": (), "max_steps": 20, "offline": 64, "noise": 0.0}
-    runs = [tabular_runs.train("commitments", "lookahead:3", 0, beta=beta, **how) for beta in (0.0, 0.1, 0.1)]
+    tabular, window = TabularProblem(problem("commitments").with_noise(0.0)), Lookahead(3)
+    soft_q = [tabular_runs.SoftQ(window, 0.1, tabular.start(), 1) for _ in range(2)]
+    learners = [tabular_runs.PolicyGradient(window, group_size=tabular_runs.COUNT), *soft_q]
+    runs = [tabular_runs.train(tabular, learner, [0], max_steps=20, offline=64)[0] for learner in learners]
     assert runs[1] == runs[2]
     assert runs[0]["returns"] != runs[1]["returns"]
     assert all(run["returns"][-1] > run["returns"][0] + 1 for run in runs)

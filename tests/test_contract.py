@@ -46,6 +46,7 @@ CLASSES = {
     "lookahead": (ppg.Lookahead(3), ("lookahead", 3)), "beyond": (ppg.Lookahead(99), "full"),
     "length": (ppg.Segment(3), ("segment", 3)),
     "ids": None, "mask": None, "any mask": None,
+    "lags": (ppg.LagWeights([0.75, 0, 2.5]), ("lags", (0.75, 0.0, 2.5))),
 }  # fmt: skip
 
 

@@ -56,6 +56,7 @@ def test_convert_shows_what_it_understood_and_writes_it(capsys):
         "made: id of 3 from the file's name and the place in it",
         "made: group_id of 4 from the opening",
         "made: the reward of the last turn of 1 from 'score'",
+        "made: the reward of the last turn of 2: 1 of what was chosen, 0 of what was rejected",
         "kept beside: parallel_tool_calls, score, odd, lang",
         "left out: in.jsonl, line 3: dialogue 'in/3' has no assistant message among its 1 messages",
         "",

@@ -49,6 +49,18 @@ def test_fact_1_expectation_is_the_gradient_of_the_surrogate(tree, name):
     torch.testing.assert_close(tree.expected_gradient(tree.returns(policy_class)), expected, **FINITE_DIFFERENCE)
 
 
+def test_fact_1_lag_weights_add_the_gradients_of_single_lags(tree):
+    """sum_d w_d grad J_d, J_d = sum_k E[r_k | turn k - d acts by theta, all others as now]; with ones that of the true
+    value."""
+    weights, gamma = (0.75, 0.0, 2.5), 0.5
+    lags = [tree.surrogate_gradient(credited(lambda t, k, d=d: k == t + d)) for d in range(TURNS)]
+    expected = sum(w * gamma**d * lags[d] for d, w in enumerate(weights))
+    found = tree.expected_gradient(tree.returns(ppg.LagWeights(weights), gamma))
+    torch.testing.assert_close(found, expected, **FINITE_DIFFERENCE)
+    whole = tree.expected_gradient(tree.returns(ppg.LagWeights([1.0] * TURNS)))
+    torch.testing.assert_close(whole, tree.true_gradient(), **FINITE_DIFFERENCE)
+
+
 @pytest.mark.parametrize("name", POLICY_CLASSES)
 def test_fact_1_with_a_discount(tree, name):
     """Turn by turn: only turn t moves, and reward k counts gamma^(k-t)."""

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # ground first; a room is a module or a package
-    ["rules", "stopping", "writing"],
+    ["openmp", "rules", "stopping", "writing"],
     ["losses", "policy_classes"],
     ["spec"],
     ["contract"],

@@ -254,7 +254,7 @@ NONE = {
     "a call that is none": (json.dumps({"conversations": [{"from": "function_call", "value": "x" * 9999}]}),
                             "a function_call must be JSON with name and arguments"),
     "an image": (json.dumps({"messages": [{"role": "user", "content": [{"type": "image_url", "url": "x" * 9999}]}]}),
-                 "message 0: content must be text: its part 0 is of type"),
+                 "message 0: content must be text: its part 0 is 'image_url'"),
     "a role of 9999 letters": (json.dumps({"messages": [{"role": "x" * 9999, "content": ""}]}), "message 0: role must"),
     "a completion of numbers": (json.dumps({"prompt": "hi", "completion": [1] * 9999}), "completion must be a text or"),
     "a history of texts": (json.dumps({"prompt": "hi", "output": "yo", "history": ["a"]}), "history must be a list of"),

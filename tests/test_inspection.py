@@ -21,6 +21,7 @@ from ppg_fast.inspection.pieces import TokenTexts, visible
 from ppg_fast.jobs import OfflineJob
 from ppg_fast.spec import IGNORE
 from ppg_fast.training.objective import credit, tokens_to_read
+from ppg_fast.training.trainer import TrainingState, optimise
 
 ROOT = Path(__file__).parents[1]
 TALK = [
@@ -116,6 +117,38 @@ def test_what_is_shown_is_what_a_step_reads(name, with_model, data, model):
         ends = [piece for piece in view.pieces if piece.ends]
         assert len(ends) == sum(line.tokens > 0 for line in view.rows)
         assert {piece.ids[-1] for piece in ends} <= {inspector.chat.end_id}
+
+
+@pytest.mark.parametrize("window", ["greedy", "lookahead:2", "full"])
+def test_of_soft_q_learning_it_shows_the_advantages_of_its_first_step(window, tmp_path, capsys):
+    """With all dialogues in that step, whose mean returns are then the file's."""
+    records = [dialogue("a", (0.5, -1.0)), dialogue("b", (0.25,), TALK[:3]), dialogue("c", (1.0, 0.5), group="alone")]
+    path = write(tmp_path / "talk.jsonl", *records)
+    own = {"loss_type": "soft_q", "beta": 0.5, "policy_class": window, "gamma": 0.9, "num_prompts": 3}
+    config = make_config({"data": path, "width": 16, "layers": 1, **own})
+    job = OfflineJob(config)
+    state = TrainingState.start(job.policy.model, job.objective, job.policy.schedule())
+    first = next(optimise(job.policy.model, job.collect, job.objective, job.policy.schedule(), state))
+    views = list(Inspector(config).views(count=3))
+    for turn in (0, 1):
+        shown = [line.weight for view in views for line in view.rows if line.turn == turn]
+        assert sum(shown) / len(shown) == pytest.approx(first[f"turns/advantage/{turn}"], abs=1e-5)
+    assert all(piece.read for view in views for piece in view.pieces if piece.trained)
+    code, out, _ = inspect(capsys, path, "--loss-type", "soft_q", "--policy-class", window)
+    assert code == 0
+    assert re.split(r"\s{2,}", table_of(out)[0].strip())[-2:] == ["baseline", "advantage"]
+    assert "soft Q-learning, beta 0.1" in out
+    assert "log p(" not in out
+
+
+def test_what_soft_q_learning_leaves_out_is_refused_with_its_reason(data, capsys):
+    flags = ("--loss-type", "soft_q", "--policy-class", "greedy", "--max-dialogue-tokens", "20")
+    code, out, _ = inspect(capsys, data, *flags)
+    assert code == 0
+    assert "refused    dialogue 'a': the window of turn 0 ends at turn 1, which must be read for its value" in out
+    code, _, err = inspect(capsys, data, *flags, "--strict")
+    assert code == 1
+    assert "the window of turn 0 ends at turn 1" in err
 
 
 def test_numbers_by_hand(data, capsys):

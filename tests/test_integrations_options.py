@@ -14,6 +14,7 @@ from host_case import found_is, put
 from pydantic import BaseModel
 
 from ppg_fast.integrations.options import RUN, check, check_unknown, hosts_own, obeyed, refused
+from ppg_fast.integrations.turns import Credit
 
 ROOT, OURS = Path(__file__).parents[1], "ppg_fast.integrations"
 
@@ -52,6 +53,14 @@ class Config:
     later: list = field(default_factory=lambda: [1])
     deep: Nested = field(default_factory=Nested)
     _target_: str = "anything"
+
+
+def test_values_are_refused_where_no_host_hands_them_over():
+    """One line that says where they are to be had, and not that there is no such baseline."""
+    with pytest.raises(ValueError, match=r"^a host hands over no values .* for `ppg-fast train`.*got 'value'$"):
+        Credit(baseline="value")
+    with pytest.raises(ValueError, match=r"^baseline must be one of none, leave_one_out, group_mean, group_std, got"):
+        Credit(baseline="rloo")
 
 
 def test_a_refused_option_is_named_with_value_and_remedy():

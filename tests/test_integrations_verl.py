@@ -73,10 +73,10 @@ def test_importing_verl_is_enough():
     done = run(
         "import verl\n"
         "from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn\n"
-        "names = ['ppg_greedy', 'ppg_lookahead', 'ppg_segment', 'ppg_full']\n"
+        "names = ['ppg_greedy', 'ppg_lookahead', 'ppg_segment', 'ppg_full', 'ppg_lags']\n"
         "print([callable(get_adv_estimator_fn(n)) for n in names], callable(get_policy_loss_fn('ppg')))"
     )
-    assert done.stdout.strip() == "[True, True, True, True] True", done.stderr
+    assert done.stdout.strip() == "[True, True, True, True, True] True", done.stderr
     assert "ppg_fast" not in done.stderr
 
 
@@ -139,7 +139,13 @@ def test_full_planning_and_a_terminal_reward_is_grpo(mask, baseline):
     torch.testing.assert_close(ours, advantages("grpo", rewards, mask, **config), rtol=1e-5, atol=1e-5)
 
 
-CLASSES = {"ppg_greedy": {}, "ppg_lookahead": {"lookahead": 2}, "ppg_segment": {"segment_length": 2}, "ppg_full": {}}
+CLASSES = {
+    "ppg_greedy": {},
+    "ppg_lookahead": {"lookahead": 2},
+    "ppg_segment": {"segment_length": 2},
+    "ppg_full": {},
+    "ppg_lags": {"lags": [1, 0.5]},
+}
 
 
 @pytest.mark.parametrize("estimator", CLASSES)
@@ -153,9 +159,14 @@ def test_every_policy_class_by_hand(estimator):
         "ppg_lookahead": lambda t, n: min(t + 2, n),
         "ppg_segment": lambda t, n: min(t // 2 * 2 + 2, n),
         "ppg_full": lambda t, n: n,
+        "ppg_lags": lambda t, n: min(t + 2, n),
     }
+    by_lag = (1.0, 0.5, 0.0) if estimator == "ppg_lags" else (1.0, 1.0, 1.0)
     returns = [
-        [sum(gamma ** (k - t) * row[k] for k in range(t, ends[estimator](t, len(row)))) for t in range(len(row))]
+        [
+            sum(by_lag[k - t] * gamma ** (k - t) * row[k] for k in range(t, ends[estimator](t, len(row))))
+            for t in range(len(row))
+        ]
         for row in turn_rewards
     ]
     expected = torch.zeros(RAGGED.shape)

@@ -99,7 +99,7 @@ def test_contents_of_parts_and_of_none(tmp_path):
     (dialogue,) = read_dialogues(write(tmp_path / "d.jsonl", [logged(0, USER, parts, USER, call)]), strict=True)
     assert [m.content for m in dialogue.messages] == ["hello", "good day", "hello", ""]
     image = {**parts, "content": [{"type": "image", "image": "x" * 200_000}]}
-    for wrong, rule in ((image, "part 0 is of type str 'image'"), ({**REPLY, "content": None}, "got NoneType None")):
+    for wrong, rule in ((image, "part 0 is 'image'"), ({**REPLY, "content": None}, "got NoneType None")):
         with pytest.raises(ValueError, match=f"message 1: content must be .*{rule}") as error:
             read_dialogues(write(tmp_path / "d.jsonl", [logged(0, USER, wrong)]), strict=True)
         assert len(str(error.value)) < 400

@@ -18,6 +18,7 @@ CLASSES = {
     "segment:3": ppg.Segment(3),
     "segment ids": ppg.Segment(IDS),
     "full": ppg.FullPlanning(),
+    "lags": ppg.LagWeights([0.5, 0, 3.25, 1e-3]),
     "mask": ppg.RewardMask(torch.rand(T, T, generator=torch.Generator().manual_seed(3)) < 0.3),
 }
 
@@ -27,10 +28,19 @@ def rewards_with_garbage_beyond(counts, device):
     return rewards.where(torch.arange(T, device=device) < counts[:, None], torch.tensor(torch.nan, device=device))
 
 
+def weights_by_window(lags):
+    """Weights of windows of 1, 2, ... turns that add up to those of the lags."""
+    weights = [*lags.weights, 0.0]
+    return [(d, weights[d] - weights[d + 1]) for d in range(len(lags.weights))]
+
+
 def truth_of(policy_class, rewards, gamma, counts, dtype):
     rewards, window = rewards.cpu().to(dtype), (policy_class.lookahead, policy_class.segment_length)
     if isinstance(policy_class, ppg.RewardMask):
         return reference.masked_returns(rewards, policy_class.mask, counts, gamma)
+    if isinstance(policy_class, ppg.LagWeights):
+        windows = weights_by_window(policy_class)
+        return sum(w * reference.partial_returns(rewards, None, counts, d + 1, 0, gamma) for d, w in windows)
     ids = IDS if policy_class.segment_ids is not None else None
     return reference.partial_returns(rewards, ids, counts, *window, gamma)
 
@@ -68,6 +78,18 @@ def test_special_cases_coincide(backend, device):
     assert torch.equal(same[0], rewards)
     assert all(torch.equal(a, same[0]) for a in same[1:3])
     assert all(torch.equal(a, same[3]) for a in same[4:])
+
+
+def test_lag_weights_of_ones_are_a_window(backend, device):
+    rewards, counts = torch.randn(4, 12, device=device), torch.tensor([12, 5, 0, 7], device=device)
+    for text, same in (("lags:1", "greedy"), ("lags:1,1,1", "lookahead:3"), (f"lags:{','.join('1' * 20)}", "full")):
+        found, window = (ppg.partial_returns(rewards, name, 0.9, counts, backend=backend) for name in (text, same))
+        torch.testing.assert_close(found, window, rtol=1e-6, atol=1e-6)
+
+
+def test_a_reward_that_is_none_is_named_by_its_own_place():
+    with pytest.raises(ValueError, match="rewards must be finite, got inf for dialogue 0, turn 2"):
+        ppg.partial_returns(torch.tensor([[1.0, 2.0, torch.inf]]), "lags:1,0.5")
 
 
 def test_op_is_well_formed(backend, device):

@@ -1,5 +1,7 @@
 """One name a policy class: what `str` gives, `ppg.policy_class` reads, and the defaults of commands are made of."""
 
+import re
+
 import pytest
 import torch
 
@@ -14,6 +16,8 @@ NAMES = {
     "lookahead:4294967296": ppg.Lookahead(2**32),  # more than the kernels count
     "segment:4": ppg.Segment(4),
     "full": ppg.FullPlanning(),
+    "lags:1,0.5,0.25": ppg.LagWeights((1, 0.5, 0.25)),
+    "lags:0,0.1,1e-07": ppg.LagWeights(torch.tensor([0, 0.1, 1e-7], dtype=torch.float64)),
 }
 
 
@@ -30,14 +34,38 @@ def test_a_class_prints_as_the_name_that_reads_it(name):
 )
 def test_a_class_made_of_a_tensor_has_a_short_text_that_is_no_name(chosen, name):
     assert str(chosen) == name
-    with pytest.raises(ValueError, match='a policy class is "greedy", "full", "lookahead:K" or "segment:LENGTH"'):
+    names = 'a policy class is "greedy", "full", "lookahead:K", "segment:LENGTH" or "lags:W0,W1,...", got'
+    with pytest.raises(ValueError, match=re.escape(names)):
         ppg.policy_class(name)
 
 
 def test_a_list_of_names_holds_each_class_once():
     assert policy_classes("full, greedy,Full , lookahead:02") == (ppg.FullPlanning(), ppg.Greedy(), ppg.Lookahead(2))
+    both = ppg.LagWeights([1, 0.5]), ppg.Greedy(), ppg.LagWeights([0.25])
+    assert policy_classes("lags:1, .5,greedy , lags:0.25") == both
     with pytest.raises(ValueError, match="got ''"):
         policy_classes("greedy,")
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([], r"LagWeights needs one weight a lag, got \[\]"),
+        ("1", "LagWeights needs one weight a lag, got '1'"),
+        ([1, -0.5], "a weight of LagWeights must be a finite number >= 0.*got -0.5"),
+        ([float("nan")], "a weight of LagWeights must be a finite number >= 0.*got nan"),
+        ([0, 0], "one weight of LagWeights must be above 0, got"),
+    ],
+)
+def test_weights_that_are_none_are_named(weights, message):
+    with pytest.raises(ValueError, match=message):
+        ppg.LagWeights(weights)
+
+
+def test_weights_in_a_name_that_are_none_are_named():
+    for name, wrong in (("lags:1,x", "'x' in 'lags:1,x'"), ("lags:", "'' in 'lags:'"), ("lags", "'' in 'lags'")):
+        with pytest.raises(ValueError, match=f"the weights of lags must be numbers with commas, got {wrong}"):
+            ppg.policy_class(name)
 
 
 def test_a_run_reads_its_classes_by_the_same_names():

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ppg_fast.compare import tabular_runs
 from ppg_fast.compare.tabular import TabularProblem, estimate
 from ppg_fast.policy_classes import policy_class
 from ppg_fast.rollouts.problems import FACTS, PROBLEMS, Problem, ProblemDialogue, drawn, problem, problem_names, words
@@ -62,8 +63,14 @@ def test_value_gradient_is_the_derivative_of_the_value(tabular):
     for t, a in ((0, 0), (tabular.problem.turns - 1, 1), (3, 0)):
         step = torch.zeros_like(logits)
         step[t, a] = 1e-5
-        difference = (tabular.value(logits + step) - tabular.value(logits - step)) / 2e-5
+        difference = float(tabular.value(logits + step) - tabular.value(logits - step)) / 2e-5
         assert float(found[t, a]) == pytest.approx(difference, abs=1e-8)
+
+
+def test_the_value_is_that_of_every_course(tabular):
+    policies = torch.stack([skewed(tabular, seed) for seed in range(3)])
+    expected = [tabular.probabilities(logits) @ tabular.rewards.sum(1) for logits in policies]
+    torch.testing.assert_close(tabular.value(policies), torch.stack(expected))
 
 
 def test_the_best_return_is_honesty(tabular):
@@ -120,11 +127,43 @@ def test_the_sampled_estimator_has_the_exact_moments():
     logits, name, groups = skewed(tabular), "lookahead:3", 1500
     actions, rewards = tabular.sample(logits, groups * GROUP, generator)
     parts = [slice(i, i + GROUP) for i in range(0, groups * GROUP, GROUP)]
-    drawn = torch.stack([estimate(tabular, logits, name, actions[s], rewards[s], GROUP) for s in parts])
+    drawn = torch.cat([estimate(logits[None], name, actions[None, s], rewards[None, s], GROUP) for s in parts])
     exact = tabular.moments(logits, name, GROUP)
     error = (drawn.mean(0) - exact.gradient).square().sum()
     assert float(error) < 3 * exact.group_variance / groups
     assert float((drawn - exact.gradient).square().sum((1, 2)).mean()) == pytest.approx(exact.group_variance, rel=0.1)
+
+
+def test_noise_that_a_group_shares_is_taken_out_by_its_baseline():
+    own, generator = TabularProblem(PROBLEMS["mood"], shared=True), torch.Generator().manual_seed(0)
+    logits, name, groups = skewed(own), "full", 1500
+    actions, rewards = own.sample(logits, groups * GROUP, generator, GROUP)
+    noise = (rewards - own.rewards[own.courses(actions)]).view(groups, GROUP, -1)
+    torch.testing.assert_close(noise, noise[:, :1].expand_as(noise))
+    assert float(noise[:, 0].std()) == pytest.approx(2.5, rel=0.05)
+    parts = [slice(i, i + GROUP) for i in range(0, groups * GROUP, GROUP)]
+    drawn = torch.cat([estimate(logits[None], name, actions[None, s], rewards[None, s], GROUP) for s in parts])
+    exact = own.moments(logits, name, GROUP)
+    assert float((drawn - exact.gradient).square().sum((1, 2)).mean()) == pytest.approx(exact.group_variance, rel=0.1)
+    apart = TabularProblem(PROBLEMS["mood"]).moments(logits, name, GROUP)
+    assert exact.variance == apart.variance
+    assert exact.group_variance < apart.group_variance / 10
+    quiet = TabularProblem(PROBLEMS["mood"].with_noise(0.0)).moments(logits, name, GROUP)
+    assert exact.group_variance == pytest.approx(quiet.group_variance)
+
+
+def test_a_seed_of_many_is_that_seed_alone():
+    problem = TabularProblem(PROBLEMS["plan"])
+    for make in (
+        lambda n: tabular_runs.PolicyGradient(policy_class("lookahead:2")),
+        lambda n: tabular_runs.PolicyGradient(policy_class("full"), gamma=0.9),
+        lambda n: tabular_runs.Gae(0.5, problem.problem.turns, n),
+        lambda n: tabular_runs.Auto([policy_class(c) for c in ("greedy", "full")], n),
+        lambda n: tabular_runs.SoftQ(policy_class("full"), 0.1, problem.start(), n),
+    ):
+        many = tabular_runs.train(problem, make(3), [5, 6, 7], max_steps=12)
+        assert many[1:2] == tabular_runs.train(problem, make(1), [6], max_steps=12)
+        assert many[0] != many[1]
 
 
 # ---- in words --------------------------------------------------------------------------------------------------------

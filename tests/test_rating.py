@@ -177,6 +177,37 @@ def started(*flags):
     return process, Client(process.stdout.readline().split()[0])
 
 
+def by_length(transcripts):
+    """A reward model that likes long answers, and says nothing of those that only call tools."""
+    return [[float(len(m.content)) for m in t.messages if m.role == "assistant"] for t in transcripts]
+
+
+def test_what_a_reward_model_is_least_sure_of_comes_first(tmp_path):
+    def talk(name, group, *answers):
+        messages = [m for a in answers for m in ({"role": "user", "content": "?"}, {"role": "assistant", "content": a})]
+        return {"id": name, "group_id": group, "messages": messages, "turn_rewards": [0.0] * len(answers)}
+
+    known = [talk("a", "g", "x" * 9, "y"), talk("b", "g", "x"), talk("c", "h", "xx"), talk("d", "h", "x", "x")]
+    path = tmp_path / "log.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in known))
+    answers = Answers(tmp_path / "out.jsonl", "ann")
+    turns = Tasks(path, answers, rewards=by_length)  # mean rewards 5, 1, 2, 1: the median is 1.5
+    assert list(dict.fromkeys(name for name, _ in turns.places())) == ["b", "c", "d", "a"]
+    assert turns.next()["id"] == "b"
+    turns.rate("b", 0, 3)
+    assert turns.next()["id"] == "c"
+    pairs = Tasks(path, answers, pairs=True, rewards=by_length)  # returns 10 and 1, 2 and 2
+    assert [{name, pairs.compared[name][1]} for name, _ in pairs.places()] == [{"c", "d"}, {"a", "b"}]
+    answers.close()
+
+
+def test_its_model_must_be_one(data, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    assert main(["rate", str(data), "--least-sure", str(tmp_path / "none"), "--terminal"]) == 1
+    assert "a reward model must be a folder" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.ratings.jsonl"))
+
+
 def test_kill_minus_nine_loses_no_rating(data, tmp_path):
     """Killed when an answer is confirmed: every one that was is in the file, and the next server goes on there."""
     path, confirmed = tmp_path / "out.jsonl", []

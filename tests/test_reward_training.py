@@ -113,7 +113,11 @@ def test_a_step_has_the_gradient_of_float64(base, tmp_path, max_tokens):
     for i in run.chosen(1):
         rewards = []
         for dialogue in run.labels[i].dialogues:
-            texts = [run.reader._tokens(p) for p in Transcript(dialogue.id, dialogue.messages).prefixes()]
+            renderer = run.reader.renderer
+            texts = [
+                renderer.encode(renderer.text(p.messages))
+                for p in Transcript(dialogue.id, dialogue.messages).prefixes()
+            ]
             rewards.append(torch.stack([truth(input_ids=torch.tensor([t])).logits[0, 0] for t in texts]))
         losses.append(link_loss("pairs", rewards, 0.0, 0.01))
     loss = torch.stack(losses).mean()

@@ -216,6 +216,7 @@ def test_errors_name_rule_and_value(case):
         ("full", {"ref_lse": None}, "soft Q-learning needs ref_lse .*got None"),
         ("full", {"ref_logprobs": None}, "soft Q-learning needs ref_logprobs"),
         (ppg.RewardMask(torch.ones(T, T).bool()), {}, "must be a window of turns .*got 'mask'"),
+        ("lags:1,1", {}, "must be a window of turns .*got 'lags:1,1'"),
         ("full", {"offsets": torch.zeros(2)}, r"offsets must be \(T,\) = \(3,\)"),
         ("full", {"offsets": torch.full((T,), torch.inf)}, "offsets must be finite"),
         ("greedy", {"loss_mask": silent}, "must have an active token.*got 'none in turn 1 of dialogue 2'"),
@@ -233,6 +234,17 @@ def test_errors_name_rule_and_value(case):
     ):
         with pytest.raises(ValueError, match=match):
             ppg.SoftQSpec(**given)
+
+
+def test_a_reward_that_beta_makes_too_large_is_named_as_it_was_given(case):
+    rewards = case["rewards"].clone()
+    rewards[1, 0] = -1e38
+    with pytest.raises(
+        ValueError, match=r"at most 3.4e\+37 .* beta 0.1 divides .* got -1e\+38 for dialogue 1, turn 0$"
+    ):
+        through("logits", {**case, "rewards": rewards}, options_of(case), "lookahead:2")
+    rewards[1] = -1e38  # the second turn is not there
+    through("logits", {**case, "rewards": rewards}, options_of(case, spec=ppg.SoftQSpec(1.0)), "greedy")
 
 
 # ---- a tree of dialogues: 3 turns of 2 tokens from a vocabulary of 2, a reply to each --------------------------------

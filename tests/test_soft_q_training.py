@@ -11,12 +11,15 @@ from test_turn_regression_training import some_samples, tiny
 
 from ppg_fast.config import make_config
 from ppg_fast.dialogues import Dialogue, Message, write_dialogues
+from ppg_fast.dialogues.dialogue import read_file
+from ppg_fast.dialogues.packing import pack
 from ppg_fast.jobs.offline import OfflineJob
 from ppg_fast.jobs.persona import PersonaJob
 from ppg_fast.jobs.policy import objective_of
 from ppg_fast.models.adaptation import StartingWeights
+from ppg_fast.models.causal_lm import PolicyModule
 from ppg_fast.policy_classes import FullPlanning, Greedy, Lookahead
-from ppg_fast.spec import SoftQSpec
+from ppg_fast.spec import PolicyLossSpec, SoftQSpec
 from ppg_fast.training.experience import KEPT, Experience
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import TrainingState, optimise, update
@@ -203,6 +206,8 @@ REFUSED = {
     "kl_coef must be 0.0 with loss_type soft_q": {"kl_coef": 0.1},
     "beta must be a finite number > 0": {"beta": 0.0},
     "eta must be 1.0 without loss_type turn_regression": {"eta": 0.5},
+    "max_residual must be a finite number >= 0": {"max_residual": -1.0},
+    "cql_coef must be 0.0 without loss_type soft_q": {"loss_type": "reinforce", "cql_coef": 0.1},
     "replay must be an integer >= 0": {"replay": -1},
     "policy_class must be one class with loss_type soft_q": {"policy_class": "auto"},
     "signals must be off with loss_type soft_q": {"signals": True},
@@ -240,6 +245,29 @@ def test_the_settings_make_the_objective():
     assert (found.soft_q, found.replay, found.baseline, found.reduction) == (SoftQSpec(beta=0.3), 5, "none", "sum")
     assert config.keeps_start
     assert not objective_of(make_config({})).soft_q
+    bounded = objective_of(make_config({"loss_type": "soft_q", "max_residual": 2.0, "cql_coef": 0.3}))
+    assert bounded.soft_q == SoftQSpec(beta=0.1, cql_coef=0.3, max_residual=2.0)
+
+
+def test_the_numbers_of_the_residuals_reach_the_step():
+    """A bound and a likelihood term move the weights elsewhere, and the loss is that of the formula."""
+    samples, losses = samples_of_read_turns(), {}
+    for name, spec in (
+        ("plain", SoftQSpec(beta=BETA)),
+        ("bounded", SoftQSpec(beta=BETA, max_residual=0.5)),
+        ("likely", SoftQSpec(beta=BETA, cql_coef=0.7)),
+    ):
+        model = tiny()
+        once = replace(SOFT_Q, num_iterations=1, soft_q=spec)
+        schedule, optimizer = Schedule(1, 1e-3), torch.optim.SGD(model.parameters(), lr=0.0)
+        losses[name] = update(model, optimizer, samples, once, schedule, StartingWeights(model), mean_returns=MEANS)
+    batch = pack(samples)
+    logprobs = PolicyModule(tiny())(batch, None, PolicyLossSpec()).double().sum()
+    turns = sum(len(s.rewards) for s in samples)
+    extra = losses["likely"]["loss"] - losses["plain"]["loss"]
+    assert extra == pytest.approx(-0.7 * float(logprobs) / turns, rel=1e-4)
+    assert losses["bounded"]["loss"] < losses["plain"]["loss"]
+    assert losses["bounded"]["grad_norm"] < losses["plain"]["grad_norm"]
 
 
 def log_of(folder, count=12):
@@ -261,11 +289,31 @@ def test_offline_it_takes_rewards_of_both_signs(tmp_path):
     assert len(state.experience.means) == 3
 
 
-def test_a_window_that_ends_where_nothing_is_read_is_refused(tmp_path):
-    cut = {**log_of(tmp_path), "max_dialogue_tokens": 12}
+def test_a_dialogue_without_a_target_is_left_out_with_one_warning(tmp_path):
+    """Of twelve dialogues, longer than what is read of them, two end within it, and one has too large a reward."""
+    given = log_of(tmp_path)
+    short = [Message("user", "say"), Message("assistant", "c")]
+    log = [*read_file(given["data"]).dialogues, *(Dialogue(f"s{i}", f"s{i}", short, [0.5]) for i in range(2))]
+    write_dialogues(tmp_path / "log.jsonl", [*log, Dialogue("large", "large", short, [-1e38])])
+    cut = {**given, "max_dialogue_tokens": 12}
+    with pytest.warns(
+        UserWarning, match=r"13 of 15 dialogues are left out; the first: dialogue 'd0': .*turn 1"
+    ) as said:
+        job = OfflineJob(make_config(cut))
+    assert len(said) == 1
+    assert [dialogue.id for dialogue in job.dialogues] == ["s0", "s1"]
+    assert sorted(job.held_out + job.seen) == [0, 1]
     with pytest.raises(ValueError, match=r"^dialogue 'd0': .*turn 1.*max_dialogue_tokens"):
-        OfflineJob(make_config(cut))
-    assert OfflineJob(make_config({**cut, "policy_class": "full"})).shortened == 12
+        OfflineJob(make_config({**cut, "strict": True}))
+    with pytest.warns(
+        UserWarning, match=r"1 of 15.*'large': a reward must be at most 3.4e\+37 .*got '-1e\+38 at turn 0'"
+    ):
+        assert OfflineJob(make_config({**cut, "policy_class": "full"})).shortened == 12
+
+
+def test_a_log_without_any_target_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"12 of 12 dialogues are left out; dialogue 'd0': the window of turn 1"):
+        OfflineJob(make_config({**log_of(tmp_path), "max_dialogue_tokens": 12}))
 
 
 def test_the_interview_trains_with_it():

@@ -148,7 +148,7 @@ DEAF = """
 def test_the_second_signal_ends_the_process_whatever_runs(numbers):
     code, seconds, said = listening(DEAF, *numbers)
     assert code == 128 + numbers[1]
-    assert seconds < 1
+    assert seconds < 10  # not the 30 of its sleep
     assert "saving" in said
     assert "Traceback" not in said
 
@@ -164,7 +164,7 @@ def test_the_second_signal_reaches_a_process_that_is_inside_of_one_long_operatio
                 ctypes.CDLL(None).sleep(30)  # woken by each signal, and goes on in C
     """
     code, seconds, _ = listening(held, 15, 15)
-    assert (code, seconds < 1) == (143, True)
+    assert (code, seconds < 10) == (143, True)
 
 
 def test_hangups_and_launchers_say_it_twice():
@@ -190,7 +190,7 @@ def test_threads_are_not_waited_for():
     """
     code, seconds, said = listening(blocked, 15)
     assert (code, said) == (143, "ppg-fast: stopped (SIGTERM)\n")
-    assert seconds < 1
+    assert seconds < 10  # not the 30 of its sleep
 
 
 def test_side_by_side_keeps_the_order_and_raises_the_first_error():
@@ -221,7 +221,7 @@ def test_a_wait_between_two_tries_ends_at_a_signal(monkeypatch):
     timer.start()
     with stopping.on_signals(at_once=False), pytest.raises(stopping.Stopped, match="SIGTERM"):
         endpoint.map(lambda _: endpoint.chat([]), [1, 2])
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 6
     assert stopping.requested() == 0, "it was heard"
 
 
@@ -235,7 +235,7 @@ def test_score_ends_at_a_signal(log, tmp_path):
         start = time.monotonic()
         timer.start()
         assert main(["score", str(log), "-o", str(tmp_path / "scored.jsonl"), *judge]) == 143
-    assert time.monotonic() - start < 4
+    assert time.monotonic() - start < 20  # of the minutes that a judge has
     assert not (tmp_path / "scored.jsonl").exists()
 
 

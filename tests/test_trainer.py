@@ -147,7 +147,8 @@ def test_a_dialogue_of_which_nothing_predicts_an_answer_is_not_read():
 
 
 def test_the_gradient_is_the_partial_policy_gradient():
-    """Against autograd over plain logits, with returns and the leave-one-out baseline by hand."""
+    """Against autograd over plain logits, with returns and the leave-one-out baseline by hand; a turn that nobody else
+    of its group reached is compared with the other groups, and is not left uncentred."""
     samples, model = some_samples(), tiny()
     _, grad = gradients(model, samples, Objective(policy_class=Lookahead(2)), 10_000)
     model.zero_grad()
@@ -156,11 +157,9 @@ def test_the_gradient_is_the_partial_policy_gradient():
     for sample in samples:
         logp = model(torch.tensor([sample.tokens]), use_cache=False).logits[0].log_softmax(-1)
         for turn in range(len(sample.rewards)):
-            window = [
-                sum(s.rewards[turn : turn + 2])
-                for s in samples
-                if s.group_id == sample.group_id and s is not sample and len(s.rewards) > turn
-            ]
+            reached = [s for s in samples if s is not sample and len(s.rewards) > turn]
+            group = [s for s in reached if s.group_id == sample.group_id]
+            window = [sum(s.rewards[turn : turn + 2]) for s in group or reached]
             advantage = sum(sample.rewards[turn : turn + 2]) - (sum(window) / len(window) if window else 0.0)
             at = [i for i, t in enumerate(sample.turn_ids) if t == turn]
             loss = loss - advantage * sum(logp[i - 1, sample.tokens[i]] for i in at) / len(samples)

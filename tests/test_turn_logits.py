@@ -7,10 +7,12 @@ transformers = pytest.importorskip("transformers")
 
 import test_rewards
 from chat_case import CHATML, byte_tokenizer
+from tokenizers import AddedToken
 
 from ppg_fast.dialogues import Message
+from ppg_fast.dialogues.renderer import Renderer
 from ppg_fast.rewards import Reward, RewardModel, Transcript
-from ppg_fast.rewards.turn_logits import Row, batches, reads_every_turn, rows_of
+from ppg_fast.rewards.turn_logits import Row, batches, encode_growing, reads_every_turn, rows_of
 
 reward_folder = test_rewards.reward_folder
 CHATML_TOKENS = ["<|im_start|>", "<|im_end|>"]
@@ -52,12 +54,44 @@ def test_one_pass_is_prefix_by_prefix(tmp_path, template):
     seen.remove()
     for one, other in zip(together, alone, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
-    lengths = [len(scorer._tokens(t)) for t in some]
+    lengths = [max(len(row.tokens) for row in scorer.rows([t])) for t in some]
     if template is CHATML:
         assert once == 3 * max(lengths), "one padded batch of whole dialogues"
         assert sum(read) > 2 * sum(lengths)
     else:
-        assert len(rows_of([scorer._tokens(p) for p in some[0].prefixes()], 0)) == 4
+        assert len(scorer.rows(some[0].prefixes())) == 4
+
+
+def test_a_dialogue_of_300_turns_is_read_once(tmp_path):
+    """By the tokenizer too, but for the whole once more, which says that the parts are its own."""
+    scorer = RewardModel(folder_of(tmp_path, CHATML))
+    long, read, seen = dialogue(1), [], []
+    long = Transcript("long", long.messages * 300)
+    encode, scorer.positions = scorer.renderer.encode, None
+    scorer.renderer.encode = lambda text: (read.append(len(text)), encode(text))[1]
+    scorer.model.get_input_embeddings().register_forward_pre_hook(lambda _, x: seen.append(x[0].numel()))
+    (row,) = Reward("rm", scorer).turns([long])
+    whole = scorer.renderer.text(list(long.messages))
+    assert len(row) == 300
+    assert seen == [len(encode(whole))], "one forward pass over the tokens of the whole"
+    assert sum(read) == 2 * len(whole)
+
+
+@pytest.mark.parametrize("lstrip", [False, True])
+def test_texts_that_grow_are_encoded_as_each_by_itself(lstrip):
+    """A token that takes the space before it away is no boundary: then each text is encoded whole."""
+    tokenizer = byte_tokenizer(CHATML, CHATML_TOKENS, eos_token="<|im_end|>")
+    tokenizer.add_tokens([AddedToken("<|then|>", lstrip=lstrip, special=True)])
+    renderer = Renderer(tokenizer)
+    texts = [
+        "one two ",
+        "one two <|then|>three",
+        "one two <|then|>three ",
+        "one two <|then|>three four",
+        "five",
+        "five<|im_end|>",
+    ]
+    assert encode_growing(renderer, texts) == [renderer.encode(text) for text in texts]
 
 
 def test_a_model_that_looks_ahead_is_asked_about_each_prefix(tmp_path):

@@ -1,12 +1,16 @@
 """The attention of packed rows in every other use of the same model: padded batches, caches, windows, masks, against
 eager attention."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
 
 from test_model import KINDS, SIZES, tiny
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppg_fast.models import varlen_attention
 
@@ -112,6 +116,29 @@ def test_masks_are_made_in_blocks_and_have_no_empty_row(model, monkeypatch):
     assert masks
     assert max(m.shape[-2] for m in masks) <= 4
     assert all(bool(m.any(-1).all()) for m in masks)
+
+
+class Copies(TorchDispatchMode):
+    """Counts the operations that only move what is there."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.cat, torch.ops.aten.clone)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lengths", [[9], [4, 5]])
+def test_what_comes_out_of_the_dialogues_is_copied_once(lengths):
+    q, k, v = (torch.randn(1, heads, 9, 16) for heads in (4, 2, 2))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    with Copies() as copies:
+        out, _ = varlen_attention.varlen_attention(torch.nn.Module(), q, k, v, None, cu_seq_lens_q=bounds)
+    assert copies.count == 1
+    assert out.is_contiguous()
+    parts = [[t[:, :, a:b] for t in (q, k, v)] for a, b in pairwise(bounds.tolist())]
+    alone = [scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+    assert torch.equal(out, torch.cat(alone, 2).transpose(1, 2))
 
 
 def test_chunks_beyond_the_first_and_sinks_are_refused():

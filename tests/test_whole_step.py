@@ -164,4 +164,4 @@ def test_the_table_says_what_was_foreseen():
     assert "smallest model" in text
     assert "longest that fits 512 MiB" in text
     assert "| 16,000 |" in text
-    assert "| 1.50 x |  | 9,000 (foreseen) |" in text
+    assert "| 1.50 x (no interval) |  | 9,000 (foreseen) |" in text

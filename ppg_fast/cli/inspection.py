@@ -9,7 +9,7 @@ from ppg_fast.cli.common import lacks, show_warning
 SETTINGS = (  # those of training that decide what is read and what it is credited for
     *("prompts", "strict", "allow_negative_rewards", "model", "vocab_size", "template_date"),
     *("chat_template", "chat_template_kwargs", "tools"),
-    *("policy_class", "gamma", "baseline", "max_dialogue_tokens"),
+    *("policy_class", "gamma", "baseline", "loss_type", "beta", "max_dialogue_tokens"),
 )
 
 

@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
 def run(flags: dict[str, object]) -> int:
     if lacks("train"):
         return 1
-    from ppg_fast.config import DEFAULTS, OF_PROMPTS, make_config, read_yaml
+    from ppg_fast.config import DEFAULTS, OF_PROMPTS, OF_REWARDS, make_config, read_yaml
 
     file, run = flags.pop("config", None), flags.pop("resume", None)
     sources = [read_yaml(str(file)) if file else {}, flags]
@@ -49,9 +49,11 @@ def run(flags: dict[str, object]) -> int:
             raise ValueError(f"--resume RUN goes on in RUN itself, got also --output-dir {flags['output_dir']!r}")
         sources = [read_yaml(str(folder / "config.yaml")), *sources, {"output_dir": str(folder)}]
     config = make_config(*sources)
-    for name in () if config.prompts else OF_PROMPTS:
+    unread = {} if config.prompts else dict.fromkeys(OF_PROMPTS, "without prompts")
+    unread |= dict.fromkeys(OF_REWARDS, "with data (ppg-fast score rewards logged dialogues)") if config.data else {}
+    for name, why in unread.items():
         if getattr(config, name) != DEFAULTS[name]:
-            raise ValueError(f"{name} has no effect without prompts, got {getattr(config, name)!r}")
+            raise ValueError(f"{name} has no effect {why}, got {getattr(config, name)!r}")
     warnings.showwarning = show_warning
     from transformers.utils import logging
 

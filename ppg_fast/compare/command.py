@@ -25,6 +25,8 @@ from ppg_fast.rewards.decomposition import DECOMPOSITIONS
 from ppg_fast.rollouts.problems import PROBLEMS
 from ppg_fast.spec import require, require_number, require_one_of
 
+ABOUT = """Policy classes side by side: curves, gradients, a report. With --prompts FILE or --env: the window that your
+own rewards need, measured on rollouts (ppg-fast compare --prompts FILE --help)."""
 LEAST = 32  # logged dialogues: those of a step
 SETTINGS, REPORT, NUMBERS = "settings.json", "report.html", "compare.json"
 ENTRIES = (SETTINGS, REPORT, NUMBERS, "warm-*.pt", f"{results.RESULTS}/*-{'[0-9a-f]' * 6}.json")  # what it may remove
@@ -32,7 +34,7 @@ ENTRIES = (SETTINGS, REPORT, NUMBERS, "warm-*.pt", f"{results.RESULTS}/*-{'[0-9a
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    p = Parser(prog="ppg-fast compare", description="Policy classes side by side: curves, gradients, a report.")
+    p = Parser(prog="ppg-fast compare", description=ABOUT)
     p.add_argument(
         "--problem", default="all", help=f"{', '.join(PROBLEMS)}, drawn:A..B, several with commas, or all [all]"
     )
@@ -55,7 +57,11 @@ def parser() -> argparse.ArgumentParser:
         default=1024,
         help="with data: train on the turns that end within these, 0: all; credits are whole [1024]",
     )
-    p.add_argument("--policy-classes", help=f"with commas [{CLASSES}; with data {LOG_CLASSES}]")
+    p.add_argument(
+        "--policy-classes",
+        help=f"with commas; on problems also discount:0.9 (full planning with this gamma) and gae:0.95 (with a critic) "
+        f"[{CLASSES}; with data {LOG_CLASSES}]",
+    )
     p.add_argument(
         "--loss-type",
         default=REINFORCE,
@@ -66,6 +72,11 @@ def parser() -> argparse.ArgumentParser:
         "--offline", type=int, default=0, help="train on so many dialogues of the policy at the start, 0: its own [0]"
     )
     p.add_argument("--noise", type=float, default=1.0, help="what the noise of the rewards is multiplied by [1]")
+    p.add_argument(
+        "--shared-noise",
+        action="store_true",
+        help="the dialogues of a group have the same noise, as with a partner drawn by one seed",
+    )
     p.add_argument("--seeds", type=int, default=3, help="how many [3]")
     p.add_argument(
         "--first-seed", type=int, default=0, help="the first of them: others than those that a choice was made on [0]"
@@ -89,16 +100,16 @@ def main(argv: Sequence[str]) -> int:
     anything is computed."""
     given = parser().parse_args(list(argv))
     study = _study(given)
-    runs = study.runs(given.problem, given.version, range(given.first_seed, given.first_seed + given.seeds))
+    parts = study.parts(given.problem, given.version, range(given.first_seed, given.first_seed + given.seeds))
     folder = Path(given.output_dir)
     owned = _open(folder, study, given.overwrite)
     try:
-        _compute(folder, runs, study, given.jobs, owned.discard)
+        _compute(folder, parts, study, given.jobs, owned.discard)
         owned.discard()
     finally:  # where no result was computed, the comparison that was there is there again
         owned.restore()
     words = (Path(word).name if word in (given.data, given.output_dir) else word for word in argv)  # no folders
-    summary = summarise(study, runs, folder, f"ppg-fast compare {' '.join(words)}")
+    summary = summarise(study, [run for part in parts for run in part], folder, f"ppg-fast compare {' '.join(words)}")
     results.write_whole(folder / NUMBERS, json.dumps(summary, indent=1) + "\n")
     from ppg_fast.compare.page import render
 
@@ -138,7 +149,8 @@ def _on_problems(given: argparse.Namespace, losses: tuple[str, ...]) -> dict[str
     require_number("beta", given.beta, 0.0, open_low=True)
     require_number("noise", given.noise, 0.0)
     require(given.offline == 0 or given.offline >= LEAST, f"offline must be 0 or at least {LEAST}", given.offline)
-    found = {"loss_types": losses, "beta": given.beta, "offline": given.offline, "noise": given.noise}
+    found = {"loss_types": losses, "beta": given.beta, "offline": given.offline}
+    found |= {"noise": given.noise, "shared_noise": given.shared_noise}
     usual = {name: getattr(Study, name) for name in found}
     for name, value in found.items():
         rule = f"{name} must be left out with data: it is of the built-in problems"
@@ -148,12 +160,17 @@ def _on_problems(given: argparse.Namespace, losses: tuple[str, ...]) -> dict[str
 
 
 def _compute(
-    folder: Path, runs: Sequence[results.Run], study: Study, jobs: int, begun: Callable[[], None] = lambda: None
+    folder: Path,
+    parts: Sequence[Sequence[results.Run]],
+    study: Study,
+    jobs: int,
+    begun: Callable[[], None] = lambda: None,
 ) -> None:
     """Compute what is missing, a line for each result; ``begun`` is called once there is one."""
-    missing = sum(results.read(folder, run) is None for run in runs)
-    print(f"{len(runs)} results, {len(runs) - missing} of them computed before; {folder}", flush=True)
-    for number, (run, result) in enumerate(results.compute(folder, runs, study, jobs), 1):
+    there = [results.read(folder, run) is not None for part in parts for run in part]
+    missing = there.count(False)
+    print(f"{len(there)} results, {len(there) - missing} of them computed before; {folder}", flush=True)
+    for number, (run, result) in enumerate(results.compute(folder, parts, study, jobs), 1):
         begun()
         what = f"{run.version} {run.problem} {run.policy_class} seed {run.seed}"
         last = f"  return {result['returns'][-1]:.2f}" if "returns" in result else ""
@@ -180,7 +197,9 @@ def _open(folder: Path, study: Study, overwrite: bool) -> OwnedFolder:
         owned.begin(overwrite, [Path(study.data)] if study.data else [])
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        before = {name: getattr(Study, name) for name in ("beta", "offline", "noise")} | before  # of an older version
+        before = {
+            name: getattr(Study, name) for name in ("beta", "offline", "noise", "shared_noise")
+        } | before  # of an older version
         other = {k: (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
         rule = f"{folder} holds a comparison with other settings (give another --output-dir, or --overwrite)"
         require(not other, rule, ", ".join(f"{k} {a} -> {b}" for k, (a, b) in other.items()))

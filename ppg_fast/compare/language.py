@@ -4,7 +4,7 @@ common rollouts."""
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ppg_fast.jobs.persona import demonstrate
 from ppg_fast.jobs.policy import Policy
 from ppg_fast.models.causal_lm import policy_loss, token_advantages, token_logprobs
 from ppg_fast.policy_classes import policy_class
-from ppg_fast.rollouts.problems import ProblemDialogue, problem, words
+from ppg_fast.rollouts.problems import Problem, ProblemDialogue, words
 from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training.auto import Signals, context_ids, measure_signals
 from ppg_fast.training.objective import Objective, Schedule
@@ -34,14 +34,26 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class ProblemInWords:
+    """A problem; ``shared``: the dialogues of a group have the same noise."""
+
+    problem: Problem
+    shared: bool = False
+
+    def dialogue(self, rng: random.Random | None = None) -> ProblemDialogue:
+        """One with noise from ``rng``, or without."""
+        return ProblemDialogue(self.problem, rng, self.shared)
+
+
 class Student:
     """A small model after its warm start, which is common to all classes of a seed; kept in ``folder`` so that it is
     made once."""
 
-    def __init__(self, name: str, config: TrainConfig, folder: Path, noise: float = 1.0) -> None:
-        self.problem, self.config = problem(name).with_noise(noise), config
+    def __init__(self, of: ProblemInWords, config: TrainConfig, folder: Path) -> None:
+        self.of, self.config = of, config
         self.policy = Policy(config, lambda: make_word_tokenizer(words()))
-        path = folder / f"warm-{name}-{config.seed}.pt"
+        path = folder / f"warm-{of.problem.name}-{config.seed}.pt"
         if path.exists():
             self.policy.model.load_state_dict(torch.load(path, weights_only=True))
         else:
@@ -57,7 +69,7 @@ class Student:
     def _imitate(self) -> None:
         """A script that tosses a coin between the two answers."""
         c, policy = self.config, self.policy
-        make = lambda g: demonstrate(policy.chat, ProblemDialogue(self.problem), policy.rng, c.teacher_skill, g)  # noqa: E731
+        make = lambda g: demonstrate(policy.chat, self.of.dialogue(), policy.rng, c.teacher_skill, g)  # noqa: E731
         collect = lambda step: [make(g) for g in range(c.imitation_batch)]  # noqa: E731
         schedule = Schedule(c.imitation_steps, c.imitation_learning_rate, 10, 1.0)
         for _ in optimise(policy.model, collect, Objective(imitate=True, reduction="token_mean"), schedule):
@@ -68,7 +80,7 @@ class Student:
         del step
         policy, c = self.policy, self.config
         seeds = [policy.rng.getrandbits(48) for _ in range(c.num_prompts)]
-        make = lambda: ProblemDialogue(self.problem, policy.rng)  # noqa: E731
+        make = lambda: self.of.dialogue(policy.rng)  # noqa: E731
         return [r.sample for r in policy.roll_out(make, seeds, c.num_generations, policy.generator)]
 
     def logged(self, count: int) -> Callable[[int], list[Sample]]:
@@ -81,15 +93,14 @@ class Student:
     def evaluate(self) -> float:
         """Mean return without noise, of the same dialogues and sampling every time."""
         count = self.config.eval_dialogues
-        make = lambda: ProblemDialogue(self.problem)  # noqa: E731
-        rollouts = self.policy.roll_out(make, range(count), 1, self.policy.sampling_generator(0))
+        rollouts = self.policy.roll_out(self.of.dialogue, range(count), 1, self.policy.sampling_generator(0))
         return sum(r.total_reward for r in rollouts) / count
 
 
-def train(name: str, config: TrainConfig, folder: Path, offline: int = 0, noise: float = 1.0) -> dict[str, Any]:
+def train(of: ProblemInWords, config: TrainConfig, folder: Path, offline: int = 0) -> dict[str, Any]:
     """One run: steps, mean returns at them, and the changes of window where auto makes some. ``offline``: on so many
-    dialogues of the warm start in place of its own; ``noise`` times the problem's."""
-    student = Student(name, config, folder, noise)
+    dialogues of the warm start in place of its own."""
+    student = Student(of, config, folder)
     collect = student.logged(offline) if offline else student.rollouts
     steps, returns, changes = [0], [student.evaluate()], []
     for row in optimise(student.policy.model, collect, student.policy.objective(), student.policy.schedule()):
@@ -107,7 +118,7 @@ def train(name: str, config: TrainConfig, folder: Path, offline: int = 0, noise:
 
 
 def measure(
-    name: str, config: TrainConfig, folder: Path, classes: Sequence[str], batches: int, noise: float = 1.0
+    of: ProblemInWords, config: TrainConfig, folder: Path, classes: Sequence[str], batches: int
 ) -> dict[str, Any]:
     """Every class's batch gradient at the warm start, in the space of all parameters, over ``batches`` independent
     batches.
@@ -119,7 +130,7 @@ def measure(
     ``cosine`` is a ratio of such estimates, cut at 1. ``alignment``: expected cosine of a batch gradient with G_full,
     measured here and as auto estimates it from score norms, None where its estimate of |G_full|^2 is below zero.
     """
-    student = Student(name, config, folder, noise)
+    student = Student(of, config, folder)
     chosen = [policy_class(c) for c in classes]
     full, gradients, seen = list(classes).index("full"), [], []
     for step in range(batches):

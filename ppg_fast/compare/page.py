@@ -39,16 +39,17 @@ def table(given: Table, own: str = "") -> str:
     return f"<table><tr>{heads}</tr>{''.join(lines)}</table>"
 
 
-def _image(svg: str) -> str:
+def image(svg: str) -> str:
+    """A plot in HTML."""
     return f'<img alt="plot" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
 
 
 def _problem(versions: list[dict[str, Any]]) -> str:
     first = versions[0]
     text = f"<h2>{first['problem']}: made for {first['policy_class']}</h2><p>{html.escape(first['why'])}. "
-    text += f"Best return {first['best_return']:g}.</p>" + _image(plots.curves(versions))
+    text += f"Best return {first['best_return']:g}.</p>" + image(plots.curves(versions))
     if any(p["gradient"] for p in versions):
-        text += _image(plots.gradients(versions))
+        text += image(plots.gradients(versions))
     for p in versions:
         text += f"<h3>{p['version']}</h3>" + table(class_table(p), p["policy_class"])
         items = (f"<li{' class=bad' if v.startswith('NOT') else ''}>{html.escape(v)}</li>" for v in p["verdict"])
@@ -57,7 +58,7 @@ def _problem(versions: list[dict[str, Any]]) -> str:
 
 
 def _across(entry: dict[str, Any], problems: list[dict[str, Any]]) -> str:
-    text = f"<h2>{html.escape(across.title(entry))}</h2>" + _image(plots.shares(entry))
+    text = f"<h2>{html.escape(across.title(entry))}</h2>" + image(plots.shares(entry))
     text += table(across_table(entry), "auto") + f"<p><small>{across.READING}</small></p>"
     if entry["drawn"]:
         each = table(share_table(entry, problems))
@@ -71,10 +72,10 @@ def _log(log: dict[str, Any]) -> str:
     warned = "".join(f"<p><small>warning: {html.escape(w)}</small></p>" for w in log["warnings"])
     return (
         f"<h2>{html.escape(log['data'])}</h2><p>{counts}{how}.</p>{warned}"
-        + _image(plots.credits(log))
+        + image(plots.credits(log))
         + table(credit_table(log))
         + f"<p><small>{READING_CREDITS}</small></p>"
-        + _image(plots.scores(log))
+        + image(plots.scores(log))
         + table(score_table(log))
         + f"<p><small>{READING_SCORES}</small></p>"
     )
@@ -89,8 +90,12 @@ def render(summary: dict[str, Any]) -> str:
     body += "".join(_problem([p for p in summary["problems"] if p["problem"] == name]) for name in names)
     body += _log(summary["log"]) if summary.get("log") else ""
     body += f"<h2>How to read it</h2><p>{READING}</p>" if names else ""
-    title = "<title>Policy classes side by side</title>"
+    return whole("Policy classes side by side", body)
+
+
+def whole(title: str, body: str) -> str:
+    """A page of its own."""
     return (
         '<!doctype html><html lang="en"><meta '
-        f'charset="utf-8">{title}<style>{STYLE}</style><body>{body}</body></html>\n'
+        f'charset="utf-8"><title>{title}</title><style>{STYLE}</style><body>{body}</body></html>\n'
     )

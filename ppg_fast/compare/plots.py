@@ -118,3 +118,27 @@ def scores(log: dict[str, Any]) -> str:
         axes.grid(alpha=0.3)
     _legend(figure, panels[0])
     return _svg(figure)
+
+
+def window(found: dict[str, Any], clear: float) -> str:
+    """The signal of each lag, with the dotted line that it must pass to be clear, and the alignment of each class; bars
+    of ``clear`` standard errors."""
+    figure, (left, right) = _figure(10.8, max(3.4, 0.9 + 0.34 * len(found["classes"])), 2)
+    for row in found["lags"]:
+        value, error = row["signal"]["value"], row["signal"]["error"]
+        left.bar(row["lag"], value, color="C3" if row["clear"] else "C7", yerr=clear * error, ecolor="black", capsize=3)
+        chance = found["standard_errors"] * row["by_chance"]
+        left.hlines(chance, row["lag"] - 0.4, row["lag"] + 0.4, color="C0", linestyle=":")
+    left.axhline(0, color="black", linewidth=0.8)
+    left.set(xlabel="lag: turns from an answer to the reward", ylabel="squared length of the lag's gradient")
+    left.set(title=f"What answers move, window {found['window']}", xticks=[row["lag"] for row in found["lags"]][:40])
+    names = [name for name in found["classes"] if found["classes"][name]["alignment"]["value"] is not None]
+    for height, name in enumerate(reversed(names)):
+        alignment = found["classes"][name]["alignment"]
+        colour = "C3" if name == found["window"] else "C0"
+        right.errorbar(alignment["value"], height, xerr=clear * (alignment["error"] or 0), fmt="o", color=colour)
+    title = f"alignment of a step's gradient ({found['dialogues_per_step']} dialogues)"
+    right.set(yticks=range(len(names)), yticklabels=names[::-1], title=title, xlabel="1: the true direction, no noise")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return _svg(figure)

@@ -36,7 +36,7 @@ class Run:
         return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}.json"
 
 
-Work = Callable[[Run], dict[str, Any]]
+Work = Callable[[Sequence[Run]], list[dict[str, Any]]]
 
 
 def read(folder: Path, run: Run) -> dict[str, Any] | None:
@@ -45,30 +45,32 @@ def read(folder: Path, run: Run) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def compute(folder: Path, runs: Sequence[Run], work: Work, jobs: int) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Compute the results that are missing, ``jobs`` at a time in processes of one thread each; yield each as it is
-    done.
+def compute(
+    folder: Path, parts: Sequence[Sequence[Run]], work: Work, jobs: int
+) -> Iterator[tuple[Run, dict[str, Any]]]:
+    """Compute the results that are missing, part by part, ``jobs`` of them at a time in processes of one thread each;
+    yield each as it is done.
 
-    ``work`` must be picklable for jobs > 1. A run that fails does not stop the others; the first failure is raised at
-    the end.
+    ``work`` computes the runs of a part together, and must be picklable for jobs > 1. A part that fails does not stop
+    the others; the first failure is raised at the end.
     """
     (folder / RESULTS).mkdir(parents=True, exist_ok=True)
-    missing = [run for run in runs if read(folder, run) is None]
+    missing = [part for runs in parts if (part := [run for run in runs if read(folder, run) is None])]
     if jobs <= 1:
-        for run in missing:
-            yield run, _compute(folder, run, work)
+        for part in missing:
+            yield from zip(part, _compute(folder, part, work), strict=True)
         return
     import multiprocessing
 
     failure: BaseException | None = None
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), initializer=_one_thread) as pool:
-        futures = {pool.submit(_compute, folder, run, work): run for run in missing}
+        futures = {pool.submit(_compute, folder, part, work): part for part in missing}
         try:
             for future in as_completed(futures):
                 if (error := future.exception()) is not None:
                     failure = failure or error
                     continue
-                yield futures[future], future.result()
+                yield from zip(futures[future], future.result(), strict=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():  # told to stop: nobody waits for what they compute
@@ -86,12 +88,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _compute(folder: Path, run: Run, work: Work) -> dict[str, Any]:
+def _compute(folder: Path, part: Sequence[Run], work: Work) -> list[dict[str, Any]]:
     start = time.perf_counter()
-    result = work(run)
-    result = {**asdict(run), "seconds": round(time.perf_counter() - start, 2), **result}
-    write_whole(folder / RESULTS / run.name, json.dumps(result))
-    return result
+    found = work(part)
+    seconds = round((time.perf_counter() - start) / len(part), 3)
+    found = [{**asdict(run), "seconds": seconds, **result} for run, result in zip(part, found, strict=True)]
+    for run, result in zip(part, found, strict=True):
+        write_whole(folder / RESULTS / run.name, json.dumps(result))
+    return found
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -2,14 +2,15 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ppg_fast.compare.results import MEASUREMENT, Run
-from ppg_fast.policy_classes import CANDIDATES, Lookahead, policy_class
-from ppg_fast.rollouts.problems import DRAWN, PROBLEMS, drawn, problem_names
-from ppg_fast.spec import require, require_one_of
+from ppg_fast.policy_classes import CANDIDATES, Lookahead, names_in, policy_class
+from ppg_fast.rollouts.problems import DRAWN, PROBLEMS, drawn, problem, problem_names
+from ppg_fast.spec import require, require_number, require_one_of
 
 BY = " by "  # a class and the loss that trains with it, where that is not the policy gradient
 REINFORCE, SOFT_Q = LOSS_TYPES = ("reinforce", "soft_q")
@@ -17,6 +18,12 @@ AUTO, IMITATION = "auto", "imitation"  # in place of a policy class: chosen whil
 CLASSES = ",".join(str(c) for c in CANDIDATES if c != Lookahead(6)) + f",{AUTO}"  # six: half of a problem or more
 LOG_CLASSES = f"greedy,lookahead:3,segment:4,full,{IMITATION}"
 VERSIONS = ("tabular", "language")
+# arms that are no policy class: the setting that a number behind a colon stands for, and what else it takes
+RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
+    "discount": ("gamma", {}),
+    "gae": ("gae_lambda", {"baseline": "value"}),
+}
+TOGETHER = 50  # seeds of a tabular policy that are trained at once
 
 
 @dataclass(frozen=True)
@@ -35,35 +42,51 @@ class Study:
     beta: float = 0.1
     offline: int = 0
     noise: float = 1.0
+    shared_noise: bool = False
 
-    def __call__(self, run: Run) -> dict[str, Any]:
-        return {"tabular": self._tabular, "language": self._language, "logged": self._logged}[run.version](run)
+    def __call__(self, part: Sequence[Run]) -> list[dict[str, Any]]:
+        """The results of runs that differ by their seed alone."""
+        first = part[0]
+        if first.version == "tabular" and first.policy_class != MEASUREMENT:
+            return self._tabular(first, [run.seed for run in part])
+        one = {"tabular": self._moments, "language": self._language, "logged": self._logged}[first.version]
+        return [one(run) for run in part]
 
-    def _tabular(self, run: Run) -> dict[str, Any]:
-        from ppg_fast.compare import tabular_runs
+    def _moments(self, run: Run) -> dict[str, Any]:
+        from ppg_fast.compare import tabular, tabular_runs
 
-        if run.policy_class == MEASUREMENT:
-            return {"gradient": tabular_runs.measure(run.problem, self.fixed, self.noise)}
-        candidates = tuple(policy_class(c) for c in self.fixed)
-        steps = self.max_steps or tabular_runs.STEPS
+        exact = tabular.TabularProblem(problem(run.problem).with_noise(self.noise), self.shared_noise)
+        return {"gradient": tabular_runs.measure(exact, self.fixed)}
+
+    def _tabular(self, run: Run, seeds: list[int]) -> list[dict[str, Any]]:
+        from ppg_fast.compare import tabular, tabular_runs
+
+        exact = tabular.TabularProblem(problem(run.problem).with_noise(self.noise), self.shared_noise)
         chosen, loss_type = class_and_loss(run.policy_class)
-        beta = self.beta if loss_type == SOFT_Q else 0.0
-        how: dict[str, Any] = {
-            "candidates": candidates,
-            "max_steps": steps,
-            "beta": beta,
-            "offline": self.offline,
-            "noise": self.noise,
-        }
-        return tabular_runs.train(run.problem, chosen, run.seed, **how)
+        if chosen == AUTO:
+            learner: Any = tabular_runs.Auto([policy_class(c) for c in self.fixed], len(seeds))
+        elif loss_type == SOFT_Q:
+            learner = tabular_runs.SoftQ(policy_class(chosen), self.beta, exact.start(), len(seeds))
+        elif "gae_lambda" in (given := settings_of(chosen)):
+            learner = tabular_runs.Gae(given["gae_lambda"], exact.problem.turns, len(seeds))
+        else:
+            group = tabular_runs.COUNT if self.offline else tabular_runs.GROUP  # all of one policy: one group
+            learner = tabular_runs.PolicyGradient(policy_class(given["policy_class"]), given.get("gamma", 1.0), group)
+        steps = self.max_steps or tabular_runs.STEPS
+        return tabular_runs.train(exact, learner, seeds, max_steps=steps, offline=self.offline)
 
     def _language(self, run: Run) -> dict[str, Any]:
         from ppg_fast.compare import language
 
         config, folder = self._config(language.DEFAULTS, run), Path(self.folder)
         if run.policy_class == MEASUREMENT:
-            return {"gradient": language.measure(run.problem, config, folder, self.fixed, self.batches, self.noise)}
-        return language.train(run.problem, config, folder, self.offline, self.noise)
+            return {"gradient": language.measure(self._in_words(run), config, folder, self.fixed, self.batches)}
+        return language.train(self._in_words(run), config, folder, self.offline)
+
+    def _in_words(self, run: Run) -> Any:
+        from ppg_fast.compare.language import ProblemInWords
+
+        return ProblemInWords(problem(run.problem).with_noise(self.noise), self.shared_noise)
 
     def _logged(self, run: Run) -> dict[str, Any]:
         from ppg_fast.compare import logged
@@ -82,7 +105,7 @@ class Study:
 
         logging.disable_progress_bar()
         chosen, loss_type = class_and_loss(run.policy_class)
-        own: dict[str, Any] = {} if chosen in (MEASUREMENT, IMITATION) else {"policy_class": chosen}
+        own = {} if chosen in (MEASUREMENT, IMITATION) else settings_of(chosen)
         own |= {"loss_type": SOFT_Q, "beta": self.beta} if loss_type == SOFT_Q else {}
         if chosen == AUTO:
             own["candidates"] = ",".join(self.fixed)
@@ -92,7 +115,7 @@ class Study:
     @property
     def fixed(self) -> tuple[str, ...]:
         """The classes whose gradient can be looked at."""
-        return tuple(dict.fromkeys([*(c for c in self.classes if c not in (AUTO, IMITATION)), "full"]))
+        return tuple(dict.fromkeys([*(c for c in self.classes if is_class(c)), "full"]))
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -113,18 +136,39 @@ class Study:
             own |= {"data": path.name, "data_digest": hashlib.sha256(path.read_bytes()).hexdigest()[:16]}
         return own
 
-    def runs(self, problems: str, version: str, seeds: range) -> list[Run]:
-        """What to compute, seed by seed, so that a comparison cut short has every class of the seeds it got to."""
+    def parts(self, problems: str, version: str, seeds: range) -> list[list[Run]]:
+        """What to compute: runs that are computed together, in such an order that a comparison cut short has every
+        class of the seeds it got to."""
         if self.data:
-            trained = [Run("logged", "", c, s) for s in seeds for c in self.arms]
-            return [Run("logged", "", MEASUREMENT, seeds[0]), *trained]
+            trained = [[Run("logged", "", c, s)] for s in seeds for c in self.arms]
+            return [[Run("logged", "", MEASUREMENT, seeds[0])], *trained]
         names = problem_names(problems)
         require_one_of("version", version, (*VERSIONS, "both"))
         exact = version == "tabular" or not any(n.startswith(DRAWN) for n in names)
         require(exact, "drawn problems are not in words, so version must be tabular", version)
         versions = VERSIONS if version == "both" else (version,)
-        measured = [Run(v, n, MEASUREMENT, seeds[0]) for v in versions for n in names]
-        return measured + [Run(v, n, c, s) for v in versions for s in seeds for n in names for c in self.arms]
+        found = [[Run(v, n, MEASUREMENT, seeds[0])] for v in versions for n in names]
+        for v in versions:
+            size = TOGETHER if v == "tabular" else 1
+            some = [seeds[i : i + size] for i in range(0, len(seeds), size)]
+            found += [[Run(v, n, c, s) for s in part] for part in some for n in names for c in self.arms]
+        return found
+
+
+def settings_of(arm: str) -> dict[str, Any]:
+    """What the trainer is told for an arm of a study: a policy class, or full planning with gamma G, `discount:G`, or
+    with a critic and generalised advantages of lambda L, `gae:L`."""
+    kind, _, number = arm.partition(":")
+    if kind not in RIVALS:
+        return {"policy_class": arm}
+    name, settings = RIVALS[kind]
+    require(number.replace(".", "", 1).isdigit(), f"{kind} needs its {name} behind a colon, a number", arm)
+    return {"policy_class": "full", **settings, name: require_number(name, float(number), 0.0, 1.0)}
+
+
+def is_class(arm: str) -> bool:
+    """Whether an arm is a policy class alone, whose gradient can be looked at."""
+    return arm not in (AUTO, IMITATION) and settings_of(arm).keys() == {"policy_class"}
 
 
 def class_and_loss(arm: str) -> tuple[str, str]:
@@ -139,5 +183,5 @@ def class_names(text: str | None, logged: bool) -> tuple[str, ...]:
     ``auto`` is one of them on problems, ``imitation`` on logged dialogues.
     """
     extra = IMITATION if logged else AUTO
-    names = (name.strip() for name in (text or (LOG_CLASSES if logged else CLASSES)).split(","))
-    return tuple(dict.fromkeys(name if name == extra else str(policy_class(name)) for name in names))
+    names = names_in(text or (LOG_CLASSES if logged else CLASSES))
+    return tuple(dict.fromkeys(str(policy_class(n)) if n != extra and len(settings_of(n)) == 1 else n for n in names))

@@ -53,10 +53,11 @@ class Moments:
 
 
 class TabularProblem:
-    """Every course that the answers can take, as (P, T) arrays: P = 2^T."""
+    """Every course that the answers can take, as (P, T) arrays: P = 2^T. ``shared``: the dialogues of a group have the
+    same noise, as those have whose partner is drawn by one seed; the leave-one-out baseline takes it out."""
 
-    def __init__(self, of: Problem) -> None:
-        self.problem, turns = of, of.turns
+    def __init__(self, of: Problem, shared: bool = False) -> None:
+        self.problem, self.shared, turns = of, shared, of.turns
         self.actions = torch.tensor(list(itertools.product((0, 1), repeat=turns)))  # (P, T)
         honest = (self.actions == HONEST).double()
         self.rewards = honest @ torch.tensor(of.honest_pays, dtype=torch.float64)
@@ -73,9 +74,13 @@ class TabularProblem:
         chosen = logits.log_softmax(-1).expand(len(self.actions), -1, -1).gather(-1, self.actions[..., None])
         return chosen[..., 0].sum(1).exp()
 
-    def value(self, logits: Tensor) -> float:
-        """The expected return; noise adds nothing to it."""
-        return float(self.probabilities(logits) @ self.rewards.sum(1))
+    def value(self, logits: Tensor) -> Tensor:
+        """The expected return at logits (..., T, 2), which noise adds nothing to: turns answer independently, so the
+        finale's E[mean^2] is (sum p)^2 + sum p (1 - p) over T^2."""
+        p, of = logits.softmax(-1)[..., HONEST], self.problem
+        honest, tempting = (torch.tensor(pays, dtype=torch.float64) for pays in (of.honest_pays, of.tempting_pays))
+        finale = of.finale / of.turns**2 * (p.sum(-1) ** 2 + (p * (1 - p)).sum(-1))
+        return (p * honest.sum(1) + (1 - p) * tempting).sum(-1) + finale
 
     def scores(self, logits: Tensor) -> Tensor:
         """grad log pi(a_t), (P, T, 2): row t of the logits' gradient; turn t moves no other row."""
@@ -102,14 +107,16 @@ class TabularProblem:
         p, s, window = self.probabilities(logits), self.scores(logits), self.window(policy_class)
         returns, noise = self.rewards @ window.T, (window @ self.factor).square().sum(1)  # its variance, turn by turn
         norm = s.square().sum(-1)  # (P, T); scores of different turns are orthogonal
-        mean, square = p @ returns, p @ returns.square() + noise
+        mean = p @ returns
         gradient = torch.einsum("p,ptd,pt->td", p, s, returns)
         signal = gradient.square().sum()
         cross = (s * returns[..., None]).flatten(1)
         variance = p @ cross.square().sum(1) + (p @ norm @ noise) - signal
+        if self.shared and group_size > 1:
+            noise = torch.zeros_like(noise)
         centred = (s * (returns - mean)[..., None]).flatten(1)
         zeta_1 = (p @ centred.square().sum(1) + p @ norm @ noise - signal) / 4
-        second = p @ (norm * (returns.square() + noise))
+        square, second = p @ returns.square() + noise, p @ (norm * (returns.square() + noise))
         zeta_2 = (
             2 * (second + (p @ norm) * square - 2 * (p @ (norm * returns)) * mean) + 4 * gradient.square().sum(1)
         ).sum() / 4 - signal
@@ -119,27 +126,41 @@ class TabularProblem:
         cosine = float((gradient * truth).sum() / (gradient.norm() * truth.norm()).clamp(min=1e-300))
         return Moments(gradient, float(variance), float(group), float((gradient - truth).norm()), cosine)
 
-    def sample(self, logits: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, logits: Tensor, count: int, generator: torch.Generator, group_size: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """Actions (count, T) and rewards (count, T) with noise, of dialogues of the policy."""
-        course = torch.multinomial(self.probabilities(logits), count, replacement=True, generator=generator)
-        noise = torch.randn(count, self.factor.shape[1], dtype=torch.float64, generator=generator) @ self.factor.T
-        return self.actions[course], self.rewards[course] + noise
+        turns, sources = self.factor.shape
+        tossed = torch.rand(count, turns, dtype=torch.float64, generator=generator)
+        actions, alike = (tossed >= logits.softmax(-1)[:, HONEST]).long(), group_size if self.shared else 1
+        noise = torch.randn(count // alike, sources, dtype=torch.float64, generator=generator) @ self.factor.T
+        return actions, self.rewards[self.courses(actions)] + noise.repeat_interleave(alike, 0)
+
+    def courses(self, actions: Tensor) -> Tensor:
+        """The place of each row of ``actions`` (..., T) among all courses."""
+        return actions @ (2 ** torch.arange(self.problem.turns - 1, -1, -1))
 
 
 def estimate(
-    tabular: TabularProblem,
     logits: Tensor,
     policy_class: PolicyClass | str,
     actions: Tensor,
     rewards: Tensor,
     group_size: int,
+    gamma: float = 1.0,
 ) -> Tensor:
-    """The estimator itself: the mean over sampled dialogues with the leave-one-out baseline, (T, 2)."""
-    groups = torch.arange(len(actions)) // group_size
-    returns = partial_returns(rewards, named_policy_class(policy_class))
-    advantages = turn_advantages(returns, groups, "leave_one_out" if group_size > 1 else "none").double()
-    scores = torch.nn.functional.one_hot(actions, 2).double() - logits.softmax(-1)
-    return torch.einsum("btd,bt->td", scores, advantages) / len(actions)
+    """The estimator itself: the mean over sampled dialogues with the leave-one-out baseline, (S, T, 2) for S policies
+    with ``count`` dialogues each, (S, count, T)."""
+    returns = partial_returns(rewards.flatten(0, 1), named_policy_class(policy_class), gamma)
+    groups = torch.arange(len(returns)) // group_size
+    advantages = turn_advantages(returns, groups, "leave_one_out" if group_size > 1 else "none")
+    return ascent(logits, actions, advantages.view(rewards.shape))
+
+
+def ascent(logits: Tensor, actions: Tensor, advantages: Tensor) -> Tensor:
+    """The mean over dialogues of grad log pi(a_t) A_t: (S, T, 2) from (S, T, 2), (S, count, T) and the same."""
+    scores = torch.nn.functional.one_hot(actions, 2).double() - logits.softmax(-1)[:, None]
+    return (scores * advantages[..., None]).mean(1)
 
 
 def soft_q_gradient(

@@ -1,72 +1,143 @@
-"""Training runs of a tabular policy, whose return is exact at every step."""
+"""Training runs of tabular policies, all seeds at once; the return is exact at every step."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ppg_fast.compare.tabular import TabularProblem, estimate, sampled_signals, soft_q_gradient
-from ppg_fast.policy_classes import PolicyClass, policy_class
-from ppg_fast.rollouts.problems import problem
+from ppg_fast.compare.tabular import TabularProblem, ascent, estimate, sampled_signals, soft_q_gradient
+from ppg_fast.compare.tabular_critic import TabularCritic
+from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.training.auto import WindowChooser
 from ppg_fast.training.experience import Experience
 from ppg_fast.training.objective import Schedule
 
 ROUNDING = 1e-9  # of the enumeration: less bias than this is none
 PROMPTS, GROUP, STEPS, LEARNING_RATE, EVERY = 4, 8, 60, 0.1, 2
+COUNT = PROMPTS * GROUP  # dialogues of a step
+
+# (step, logits (S, T, 2), actions and rewards (S, COUNT, T)) -> the direction to go, (S, T, 2)
+Learner = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def train(
-    name: str,
-    chosen: str,
-    seed: int,
+    tabular: TabularProblem,
+    learner: Learner,
+    seeds: Sequence[int],
     *,
-    candidates: tuple[PolicyClass, ...],
     max_steps: int = STEPS,
-    beta: float = 0.0,
     offline: int = 0,
-    noise: float = 1.0,
-) -> dict[str, Any]:
-    """One run from the policy that tosses a coin, with the trainer's optimizer and schedule; ``beta`` > 0: by soft
-    Q-learning. ``offline``: on so many dialogues of that policy in place of its own; ``noise`` times the problem's."""
-    tabular, generator = TabularProblem(problem(name).with_noise(noise)), torch.Generator().manual_seed(seed)
-    logged = tabular.sample(tabular.start(), offline, generator) if offline else None
-    experience = Experience(0)
-    logits = tabular.start().requires_grad_()
+) -> list[dict[str, Any]]:
+    """One run of each seed from the policy that tosses a coin, with the trainer's optimizer and schedule.
+
+    ``offline``: on so many dialogues of that policy in place of its own. A seed's run does not depend on the others.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    start = tabular.start().expand(len(seeds), -1, -1)
+    logged = _sampled(tabular, start, offline, generators, offline) if offline else None
+    logits = start.clone().requires_grad_()
     schedule = Schedule(max_steps, LEARNING_RATE, warmup_steps=1)
     optimizer = torch.optim.AdamW([logits], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-    chooser = WindowChooser(candidates) if chosen == "auto" else None
-    steps, returns, changes = [0], [tabular.value(logits.detach())], []
+    steps, returns = [0], [tabular.value(start)]
     for step in range(1, max_steps + 1):
         now = logits.detach()
-        if logged:  # all of one policy, so that they are one group
-            drawn = torch.randperm(offline, generator=generator)[: PROMPTS * GROUP]
-            actions, rewards = (values[drawn] for values in logged)
+        if logged:
+            drawn = torch.stack([torch.randperm(offline, generator=g)[:COUNT] for g in generators])[..., None]
+            actions, rewards = (values.take_along_dim(drawn, 1) for values in logged)
         else:
-            actions, rewards = tabular.sample(now, PROMPTS * GROUP, generator)
-        window = chooser.current if chooser else policy_class(chosen)
-        if beta:
-            counts = torch.full((len(rewards),), rewards.shape[1])
-            experience.take_in((), experience.means_with(rewards, counts))
-            logits.grad = soft_q_gradient(now, tabular.start(), window, actions, rewards, beta, experience.means)
-        else:
-            group = len(rewards) if logged else GROUP
-            logits.grad = -estimate(tabular, now, window, actions, rewards, group) * (chooser.scale if chooser else 1.0)
-        if chooser:
-            row = chooser.observe(sampled_signals(now, candidates, actions, rewards, GROUP))
-            if "auto/reason" in row:
-                changes.append([step, row["policy_class"], row["auto/reason"]])
+            actions, rewards = _sampled(tabular, now, COUNT, generators, GROUP)
+        logits.grad = -learner(step, now, actions, rewards)
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate_at(step)
         optimizer.step()
         if step % EVERY == 0 or step == max_steps:
             steps.append(step)
             returns.append(tabular.value(logits.detach()))
-    return {"steps": steps, "returns": returns, "changes": changes, "dialogues_per_step": PROMPTS * GROUP}
+    changes = getattr(learner, "changes", [[] for _ in seeds])
+    return [
+        {"steps": steps, "returns": curve, "changes": changed, "dialogues_per_step": COUNT}
+        for curve, changed in zip(torch.stack(returns, 1).tolist(), changes, strict=True)
+    ]
 
 
-def measure(name: str, classes: tuple[str, ...], noise: float = 1.0) -> dict[str, Any]:
+def _sampled(
+    tabular: TabularProblem, logits: Tensor, count: int, generators: Sequence[torch.Generator], group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Actions and rewards (S, count, T), those of each policy by its own generator."""
+    found = [tabular.sample(z, count, g, group_size) for z, g in zip(logits, generators, strict=True)]
+    actions, rewards = zip(*found, strict=True)
+    return torch.stack(actions), torch.stack(rewards)
+
+
+# ---- learners --------------------------------------------------------------------------------------------------------
+class PolicyGradient:
+    """By a policy class; ``group_size``: of the leave-one-out baseline."""
+
+    def __init__(self, window: PolicyClass, gamma: float = 1.0, group_size: int = GROUP) -> None:
+        self.window, self.gamma, self.group_size = window, gamma, group_size
+
+    def __call__(self, step: int, logits: Tensor, actions: Tensor, rewards: Tensor) -> Tensor:
+        return estimate(logits, self.window, actions, rewards, self.group_size, self.gamma)
+
+
+class Gae:
+    """By generalised advantages over turns, with a critic that learns from each step after it was used."""
+
+    def __init__(self, gae_lambda: float, turns: int, seeds: int) -> None:
+        self.gae_lambda, self.critic = gae_lambda, TabularCritic(seeds, turns)
+
+    def __call__(self, step: int, logits: Tensor, actions: Tensor, rewards: Tensor) -> Tensor:
+        values = self.critic.values(actions, rewards).flatten(0, 1)
+        # without values a residual is the reward, and full planning has no lambda
+        ahead = self.gae_lambda if step > 1 else 1.0
+        returns = partial_returns(rewards.flatten(0, 1), "full", values=values, gae_lambda=ahead)
+        groups = torch.arange(len(returns)) // GROUP
+        advantages = turn_advantages(returns, groups, "value", values=values)
+        self.critic.learn(actions, rewards)
+        return ascent(logits, actions, advantages.view(rewards.shape))
+
+
+class Auto:
+    """By the class that `WindowChooser` picks, each seed's own."""
+
+    def __init__(self, candidates: Sequence[PolicyClass], seeds: int) -> None:
+        self.candidates, self.changes = tuple(candidates), [[] for _ in range(seeds)]
+        self.choosers = [WindowChooser(self.candidates) for _ in range(seeds)]
+
+    def __call__(self, step: int, logits: Tensor, actions: Tensor, rewards: Tensor) -> Tensor:
+        direction = torch.empty_like(logits)
+        for window in {chooser.current for chooser in self.choosers}:
+            mine = [i for i, chooser in enumerate(self.choosers) if chooser.current == window]
+            direction[mine] = estimate(logits[mine], window, actions[mine], rewards[mine], GROUP)
+        direction *= torch.tensor([chooser.scale for chooser in self.choosers], dtype=logits.dtype)[:, None, None]
+        for chooser, changes, *sampled in zip(self.choosers, self.changes, logits, actions, rewards, strict=True):
+            row = chooser.observe(sampled_signals(sampled[0], self.candidates, sampled[1], sampled[2], GROUP))
+            if "auto/reason" in row:
+                changes.append([step, row["policy_class"], row["auto/reason"]])
+        return direction
+
+
+class SoftQ:
+    """By soft Q-learning, with the coin as reference."""
+
+    def __init__(self, window: PolicyClass, beta: float, reference: Tensor, seeds: int) -> None:
+        self.window, self.beta, self.reference = window, beta, reference
+        self.experiences = [Experience(0) for _ in range(seeds)]
+
+    def __call__(self, step: int, logits: Tensor, actions: Tensor, rewards: Tensor) -> Tensor:
+        found = []
+        for experience, z, taken, paid in zip(self.experiences, logits, actions, rewards, strict=True):
+            counts = torch.full((len(paid),), paid.shape[1])
+            experience.take_in((), experience.means_with(paid, counts))
+            found.append(soft_q_gradient(z, self.reference, self.window, taken, paid, self.beta, experience.means))
+        return -torch.stack(found)
+
+
+# ---- moments ---------------------------------------------------------------------------------------------------------
+def measure(tabular: TabularProblem, classes: Sequence[str]) -> dict[str, Any]:
     """Exact moments at the start, of the mean over a step's dialogues."""
-    tabular = TabularProblem(problem(name).with_noise(noise))
     out = {}
     for c in classes:
         m = tabular.moments(tabular.start(), c, GROUP)

@@ -3,6 +3,7 @@
 from ppg_fast.config.defaults import (
     AUTO,
     OF_PROMPTS,
+    OF_REWARDS,
     OF_TURNS,
     OFFLINE,
     PROMPTS,
@@ -22,6 +23,7 @@ __all__ = [
     "DEFAULTS",
     "OFFLINE",
     "OF_PROMPTS",
+    "OF_REWARDS",
     "OF_TURNS",
     "PROMPTS",
     "REWARD_SETTINGS",

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, OF_TEACHER, OF_TURNS, SOFT_Q, TRACKERS
 from ppg_fast.distributed import PARALLEL
 from ppg_fast.losses import LOSS_TYPES
-from ppg_fast.policy_classes import FullPlanning
+from ppg_fast.policy_classes import FullPlanning, LagWeights
 from ppg_fast.spec import (
     BASELINES,
     DIVERGENCES,
     REDUCTIONS,
+    VALUE,
     require,
     require_number,
     require_one_of,
@@ -59,10 +60,13 @@ def check_each(config: TrainConfig) -> None:
     for name in ("lora_dropout", "adam_beta1", "adam_beta2"):
         require_number(name, getattr(config, name), 0.0, 1.0)
     require_number("weight_decay", config.weight_decay, 0.0)
-    require_number("nll_coef", config.nll_coef, 0.0)
+    for name in ("nll_coef", "max_residual", "cql_coef"):
+        require_number(name, getattr(config, name), 0.0)
     _require_date("template_date", config.template_date)
     _require_object("chat_template_kwargs", config.chat_template_kwargs)
-    require_one_of("baseline", config.baseline, BASELINES)
+    require_one_of("baseline", config.baseline, (*BASELINES, VALUE))
+    if config.gae_lambda is not None:
+        require_number("gae_lambda", config.gae_lambda, 0.0, 1.0)
     require_one_of("reduction", config.reduction, REDUCTIONS[:-1])
     require_one_of("distill_divergence", config.distill_divergence, DIVERGENCES)
     if config.distill_beta is not None:
@@ -105,6 +109,8 @@ def check_together(config: TrainConfig) -> None:
     _check_kept_sets(config)
     _check_of_turns(config)
     _check_imitation(config)
+    _check_values(config)
+    _check_gradients(config)
     measures = bool(config.candidate_classes())
     require_token_share(config.token_share, config.loss_spec(), config.reduction, config.of_turns, measures)
     source = "data" if config.data else "sampler" if config.sampler else ""
@@ -116,6 +122,27 @@ def check_together(config: TrainConfig) -> None:
             "allow_negative_rewards permits it)"
         )
         require(config.baseline == "none", rule, config.baseline)
+
+
+def _check_values(config: TrainConfig) -> None:
+    """ValueError for a bootstrap without values, and for values of many windows at once."""
+    valued = config.baseline == VALUE
+    rule = f"gae_lambda must be left out with baseline {config.baseline}: baseline {VALUE} has it"
+    require(valued or config.gae_lambda is None, rule, config.gae_lambda)
+    rule = "gae_lambda goes with windows, whose end has a value: with weights of lags it must be left out"
+    weighted = config.policy_class != AUTO and isinstance(config.chosen_class(), LagWeights)
+    require(not weighted or config.gae_lambda is None, rule, config.gae_lambda)
+    rule = f"baseline must be another than {VALUE} with policy_class auto or signals, which compare many windows"
+    require(not (valued and (config.policy_class == AUTO or config.signals)), rule, config.baseline)
+
+
+def _check_gradients(config: TrainConfig) -> None:
+    """ValueError for a term without a gradient to speak of, and for steps that nothing corrects."""
+    rule = "kl_estimator must be another than k1 with kl_coef: as a loss its expected gradient is 0 (k2 is KL(pi, ref))"
+    require(not (config.kl_coef and config.kl_estimator == "k1"), rule, config.kl_estimator)
+    moved = config.num_iterations > 1 and config.loss_type == "reinforce" and not config.data
+    rule = "num_iterations must be 1 with loss_type reinforce, which does not correct for the weights that have moved"
+    require(not moved, f"{rule} (ppo, cispo, ... do)", config.num_iterations)
 
 
 def _check_teacher(config: TrainConfig) -> None:
@@ -171,6 +198,8 @@ def _check_of_turns(config: TrainConfig) -> None:
         require(
             not auto, f"policy_class must be one class {of_it}: auto looks at policy gradients", config.policy_class
         )
+        rule = f"policy_class must be a window of turns {of_it} (greedy, lookahead, segment, full)"
+        require(auto or config.chosen_class().is_window, rule, config.policy_class)
         require(not config.signals, f"signals must be off {of_it}: they are those of policy gradients", config.signals)
         again = "with data, whose dialogues are drawn again anyway"
         require(not (config.data and config.replay), f"replay must be 0 {again}", config.replay)

@@ -3,7 +3,7 @@
 TURN_REGRESSION, SOFT_Q = "turn_regression", "soft_q"  # loss types of the trainer: no losses of one row
 OF_TURNS = {  # the settings that are their own, and what they are called
     TURN_REGRESSION: (("eta",), "regression on turns"),
-    SOFT_Q: (("beta", "replay"), "soft Q-learning"),
+    SOFT_Q: (("beta", "max_residual", "cql_coef", "replay"), "soft Q-learning"),
 }
 AUTO = "auto"  # in place of a policy class: one of the candidates, chosen while training
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -40,8 +40,9 @@ OFFLINE = {  # other defaults where ``data`` is given
 }
 
 
-PROMPTS = {  # other defaults where ``prompts`` is given
+PROMPTS = {  # other defaults where ``prompts`` is given: full planning, since nobody knows the window there
     "output_dir": "runs/prompts",
+    "policy_class": "full",
     "learning_rate": 3e-4,
     "max_new_tokens": 128,
     "max_turns": 4,
@@ -50,8 +51,10 @@ PROMPTS = {  # other defaults where ``prompts`` is given
 }
 
 
+# settings that only a job on-policy reads
+OF_REWARDS = ("reward", "judge", "judge_model", "judge_key", "judge_range", "judge_retries", "judge_tokens")
 REWARD_SETTINGS = (  # of `ppg-fast score`
-    *("reward", "judge", "judge_model", "judge_key", "judge_range", "judge_retries", "judge_tokens"),
+    *OF_REWARDS,
     *("timeout", "retries", "concurrency", "strict", "device", "template_date"),
 )
 
@@ -77,7 +80,6 @@ REWARD_TRAINING_DEFAULTS = {
 OF_PROMPTS = (
     *("partner", "partner_model", "partner_key", "partner_prompt", "partner_tokens", "partner_temperature"),
     *("tools", "max_tool_calls", "stop_phrase"),
-    *("reward", "judge", "judge_model", "judge_key", "judge_range", "judge_retries", "judge_tokens"),
     *("sampler", "sampler_model", "sampler_key", "sampler_refresh"),
 )
 

@@ -8,7 +8,7 @@ from ppg_fast.config.checks import as_json_text, check_each, check_together
 from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, OF_TURNS, SOFT_Q, TRACKERS, TURN_REGRESSION
 from ppg_fast.losses import KL_ESTIMATORS, LOSS_TYPES, PRESETS
 from ppg_fast.policy_classes import CANDIDATES, FullPlanning, PolicyClass, policy_class, policy_classes
-from ppg_fast.spec import BASELINES, DIVERGENCES, MAX_LOG_RATIO, PolicyLossSpec, require, require_one_of
+from ppg_fast.spec import BASELINES, DIVERGENCES, MAX_LOG_RATIO, VALUE, PolicyLossSpec, require, require_one_of
 
 OF_PRESET: Any = None  # a loss_type once the config is made
 
@@ -32,9 +32,7 @@ class TrainConfig:
     width: int = _option(128, "hidden size of the model made on the spot")
     layers: int = _option(2, "its layers")
     vocab_size: int = _option(1024, "vocabulary of the byte-level tokenizer made from data")
-    template_date: str = _option(
-        "", "YYYY-MM-DD: the date that a chat template may write; default: the run's first day"
-    )
+    template_date: str = _option("", "YYYY-MM-DD: the date a chat template may write; default: the run's first day")
     chat_template: str = _option(
         "",
         "chat template in place of the tokenizer's own: a file, or one that ships: chatml, gemma, llama3, phi, qwen3",
@@ -70,17 +68,18 @@ class TrainConfig:
 
     policy_class: str = _option(
         "lookahead:3",
-        "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, auto; "
-        "supervised fine-tuning is --imitate",
+        "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, lags:W0,W1,... (a weight a "
+        "lag), auto (experimental); supervised fine-tuning is --imitate",
     )
-    candidates: str = _option(
-        ",".join(map(str, CANDIDATES)),
-        "classes that auto chooses among; full must be one",
-    )
+    candidates: str = _option(",".join(map(str, CANDIDATES)), "classes that auto chooses among; full must be one")
     signals: bool = _option(False, "log what auto looks at, whatever class trains; reads turns without advantage too")
     gamma: float = _option(1.0, "discount inside the window")
     baseline: str = _option(
-        "leave_one_out", f"subtracted from the windowed return at the same turn: {', '.join(BASELINES)}"
+        "leave_one_out",
+        f"subtracted from the windowed return at the same turn: {', '.join((*BASELINES, VALUE))} (docs/values.md)",
+    )
+    gae_lambda: float | None = _option(
+        None, "baseline value: bootstrap beyond the window, 1: from its end, below: GAE; default: none"
     )
     preset: str | None = _option(
         None, f"numbers of a loss that people train with, which other flags change: {', '.join(PRESETS)}"
@@ -91,6 +90,8 @@ class TrainConfig:
     )
     eta: float = _option(1.0, "how far turn_regression lets the policy move: old exp(eta return) is its optimum")
     beta: float = _option(0.1, "soft_q: reward that a nat of distance to the weights at the start costs")
+    max_residual: float = _option(0.0, "soft_q: nats of a residual beyond which it pulls no harder, 0: no bound")
+    cql_coef: float = _option(0.0, "soft_q: weight of the negative log-likelihood of what was said, conservative")
     replay: int = _option(0, "soft_q: steps whose dialogues are drawn again, as many as are new, 0: none")
     reduction: str = _option("sequence_sum", "of token losses; sequence_sum is the exact gradient")
     num_iterations: int = _option(1, "updates on each batch; more than 1 wants a clipped loss_type")
@@ -115,7 +116,7 @@ class TrainConfig:
     log_ratio_coef: float | None = _option(None, "weight of the squared log ratio; default: the preset's, else 0")
     z_coef: float = _option(0.0, "weight of the squared log-sum-exp of the logits (z-loss)")
     kl_coef: float = _option(0.0, "weight of the KL divergence to the weights at the start of this phase")
-    kl_estimator: str = _option("k3", ", ".join(KL_ESTIMATORS))
+    kl_estimator: str = _option("k3", f"{', '.join(KL_ESTIMATORS)}; as losses: k2 of KL(pi, ref), k3 of KL(ref, pi)")
     kl_cap: float = _option(0.0, "most that its estimate counts, without a gradient beyond, 0: off")
     entropy_coef: float = _option(0.0, "weight of the entropy bonus")
     nll_coef: float = _option(
@@ -197,7 +198,7 @@ class TrainConfig:
     reward: str | None = _option(
         None,
         "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, logratio:MODEL,BASE, judge[:RUBRIC], "
-        "ratings:FILE",
+        "ratings:FILE; or human:RUN/ratings alone (docs/rate.md)",
     )
     judge: str | None = _option(None, "URL of the endpoint that judges")
     judge_model: str | None = _option(None, "its model; default: the first it lists")

@@ -123,7 +123,7 @@ def _text(content: object, more: Mapping[str, Any]) -> Any:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             kind = part.get("type") if isinstance(part, dict) else part
-            raise ValueError(f"content must be text: its part {number} is of type {brief(kind)}")
+            raise ValueError(f"content must be text: its part {number} is {short(kind)}")
     return "".join(part if isinstance(part, str) else part["text"] for part in content)
 
 

@@ -47,6 +47,8 @@ def _made(read: Reading) -> Iterator[str]:
         yield f"made: group_id of {read.groups} from the opening"
     for key, count in read.whole.items():
         yield f"made: the reward of the last turn of {count} from {key!r}"
+    if pairs := read.formats["chosen and rejected"]:
+        yield f"made: the reward of the last turn of {pairs}: 1 of what was chosen, 0 of what was rejected"
     kept = list(dict.fromkeys(key for dialogue in read.dialogues for key in dialogue.more))
     if kept:
         yield f"kept beside: {', '.join(map(_brief, kept[:20]))}" + (", ..." if len(kept) > 20 else "")

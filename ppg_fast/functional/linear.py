@@ -241,6 +241,8 @@ def linear_partial_policy_loss(
     baseline: str = "none",
     group_ids: Tensor | None = None,
     turn_counts: Tensor | None = None,
+    values: Tensor | None = None,
+    gae_lambda: float | None = None,
     teacher: Teacher | TopKTeacher | None = None,
     backend: str | None = None,
     **options: Unpack[LossOptions],
@@ -251,7 +253,7 @@ def linear_partial_policy_loss(
     both.
     """
     turns = rewards, turn_ids, policy_class, gamma, baseline, group_ids, turn_counts, backend
-    options, advantages = credit_turns(options, labels, *turns)
+    options, advantages = credit_turns(options, labels, *turns, values, gae_lambda)
     return linear_policy_loss(
         hidden,
         weight,

@@ -15,10 +15,11 @@ from ppg_fast.functional.loss import (
     needs_logprobs_first,
     spec_and_temperatures,
 )
+from ppg_fast.functional.returns import require_values
 from ppg_fast.functional.tokens import Tokens, asked_for, check_floats, chosen_backend
 from ppg_fast.ops.checks import check_labels
 from ppg_fast.policy_classes import PolicyClass
-from ppg_fast.spec import PolicyLossSpec, fail
+from ppg_fast.spec import VALUE, PolicyLossSpec, fail
 
 
 def _rows_of(logits: Tensor, labels: Tensor, inplace: bool = False) -> Tensor:
@@ -211,6 +212,8 @@ def partial_policy_loss(
     baseline: str = "none",
     group_ids: Tensor | None = None,
     turn_counts: Tensor | None = None,
+    values: Tensor | None = None,
+    gae_lambda: float | None = None,
     inplace: bool = False,
     backend: str | None = None,
     **options: Unpack[LossOptions],
@@ -228,7 +231,8 @@ def partial_policy_loss(
         turn_ids: (...) integers: -1 = context (masked), else the turn of the token, an index into its row of the
             rewards.
         policy_class, gamma, turn_counts: as in `partial_returns`.
-        baseline, group_ids: as in `turn_advantages`.
+        baseline, group_ids, values: as in `turn_advantages`.
+        gae_lambda: as in `partial_returns`, with baseline "value": None: A = R - V, no bootstrap; a number: GAE.
         **options: as in `policy_loss`.
 
     Returns and raises: as `policy_loss`; also ValueError for a turn id beyond the turns of its dialogue.
@@ -236,7 +240,8 @@ def partial_policy_loss(
     turns = rewards, turn_ids, policy_class, gamma, baseline, group_ids, turn_counts, backend
     x = _rows_of(logits, labels, inplace)
     chosen = chosen_backend(backend, logits)
-    if fuses(chosen, options.get("spec"), logits.dtype):
+    require_values(baseline, values, gae_lambda)
+    if baseline != VALUE and fuses(chosen, options.get("spec"), logits.dtype):
         return fused_policy_loss(x, labels, None, turns, inplace, chosen, options)
-    options, advantages = credit_turns(options, labels, *turns)
+    options, advantages = credit_turns(options, labels, *turns, values, gae_lambda)
     return policy_loss(logits, labels, advantages, inplace=inplace, turn_ids=turn_ids, backend=backend, **options)

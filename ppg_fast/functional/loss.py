@@ -12,7 +12,7 @@ from torch import Tensor
 from ppg_fast import ops, reference
 from ppg_fast.contract import PerRow
 from ppg_fast.functional.metrics import when_read
-from ppg_fast.functional.returns import partial_returns, turn_advantages
+from ppg_fast.functional.returns import partial_returns, require_values, turn_advantages
 from ppg_fast.functional.tokens import (
     Tokens,
     advantages_per_token,
@@ -266,6 +266,8 @@ def credit_turns(
     group_ids: Tensor | None,
     turn_counts: Tensor | None,
     backend: str | None,
+    values: Tensor | None = None,
+    gae_lambda: float | None = None,
 ) -> tuple[LossOptions, Tensor]:
     """Rewards (B, T) -> the options with context tokens masked, and the advantage of each token in the shape of
     ``labels``.
@@ -275,8 +277,10 @@ def credit_turns(
     require(isinstance(labels, Tensor), "labels must be a tensor", type(labels).__name__)
     check_turn_ids(turn_ids, labels)
     validate = options.get("validate", False)
-    returns = partial_returns(rewards, policy_class, gamma, turn_counts, validate=validate, backend=backend)
-    advantages = turn_advantages(returns, group_ids, baseline, turn_counts)
+    require_values(baseline, values, gae_lambda)
+    ahead = {} if gae_lambda is None else {"values": values, "gae_lambda": gae_lambda}
+    returns = partial_returns(rewards, policy_class, gamma, turn_counts, validate=validate, backend=backend, **ahead)
+    advantages = turn_advantages(returns, group_ids, baseline, turn_counts, values=values)
     tokens = Tokens.of(labels, options.get("loss_mask"), options.get("cu_seqlens"), labels.device, validate)
     check_dialogues(advantages, tokens.sequence_count)
     counts = None if turn_counts is None else turn_counts.long()

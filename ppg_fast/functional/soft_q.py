@@ -25,8 +25,9 @@ from ppg_fast.functional.tokens import (
     readable,
 )
 from ppg_fast.functional.turn_tokens import TurnOptions, TurnTokens
-from ppg_fast.ops.checks import check_rewards
+from ppg_fast.ops.checks import check_reward_size, check_rewards
 from ppg_fast.policy_classes import PolicyClass
+from ppg_fast.policy_classes import policy_class as named_policy_class
 from ppg_fast.spec import SoftQSpec, fail, require
 
 
@@ -105,11 +106,12 @@ class _Turns:
         ref, of_ref, target = (per_token(n, v, labels) for n, v in {**given, "target_lse": target_lse}.items())
         assert ref is not None
         assert of_ref is not None
-        turns = checked_turns(rewards, policy_class, gamma, turn_counts)
         rule = "the policy class of soft Q-learning must be a window of turns (greedy, lookahead, segment, full)"
-        require(turns.reward_mask is None, rule, str(policy_class))
+        require(named_policy_class(policy_class).is_window, rule, str(policy_class))
+        turns = checked_turns(rewards, policy_class, gamma, turn_counts)
         if readable(labels, validate):
             check_rewards(turns.rewards, turns.turn_counts, turns.segment_ids)
+            check_reward_size(turns.rewards, turns.turn_counts, spec.beta)
         at = TurnTokens.of(labels, turn_ids, turns, loss_mask, cu_seqlens, validate)
         ones, backend = torch.ones_like(turns.rewards), chosen_backend(backend, rewards)
         lengths = ops.partial_returns(turns._replace(rewards=ones, gamma=1.0), False, backend)
@@ -223,7 +225,8 @@ def soft_q_loss(
     Args:
         logits, labels, temperature, logit_softcap, backend: as in `token_logprobs`; lse is that of z there.
         rewards, turn_ids, gamma, turn_counts: as in `partial_policy_loss`.
-        policy_class: as in `partial_returns`, but for a RewardMask: the window must be one run of turns.
+        policy_class: as in `partial_returns`, but for a RewardMask and LagWeights: the window must be one run of
+            turns.
         ref_logprobs, ref_lse: (...) of the reference, at the same temperature; both must be given.
         target_lse: (...) of a target network, for u of the state behind the window; None: the policy's, detached.
         offsets: (T,) in units of the reward, what a turn of that index is worth, for instance a running mean of the
@@ -233,8 +236,9 @@ def soft_q_loss(
         loss_mask, cu_seqlens, validate: as in `policy_loss`.
 
     Returns: `SoftQOutput`.
-    Raises: as `partial_policy_loss`; ValueError for a missing reference, a RewardMask, offsets of another shape and a
-        window that ends at a turn without an active token (on a GPU without ``validate``: NaN).
+    Raises: as `partial_policy_loss`; ValueError for a missing reference, a RewardMask or LagWeights, offsets of another
+        shape and a window that ends at a turn without an active token (on a GPU without ``validate``: NaN), and for a
+        reward that beta makes too large for float32 (there: not finite).
     """
     turns = _Turns.of(labels, rewards, turn_ids, policy_class, backend, **options)
     found = token_logprobs(

@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.chat_format import make_byte_tokenizer
 from ppg_fast.dialogues.dialogue import Dialogue, read_file
@@ -17,6 +20,7 @@ from ppg_fast.inspection.chat import reader_of
 from ppg_fast.inspection.pieces import TokenTexts
 from ppg_fast.inspection.selection import LeftOut, heard, left_out_of, places_of
 from ppg_fast.inspection.view import (
+    ADVANTAGE,
     Piece,
     TurnRow,
     View,
@@ -29,7 +33,8 @@ from ppg_fast.inspection.view import (
 )
 from ppg_fast.jobs.offline import encode_within
 from ppg_fast.jobs.policy import objective_of
-from ppg_fast.training.objective import require_nonnegative, warn_if_equal, warn_if_hardly_credited
+from ppg_fast.training.experience import Experience
+from ppg_fast.training.objective import require_nonnegative, require_targets, warn_if_equal, warn_if_hardly_credited
 
 MESSAGE = re.compile(r", message (\d+)")
 
@@ -51,6 +56,7 @@ class Inspector:
         self.chat = self.reader.chat
         self.texts = TokenTexts(self.chat.renderer)
         self.groups = Counter(d.group_id for d in self.dialogues)
+        self.mean_returns = self._mean_returns()
         self.notes = self._notes()
         self._read: dict[int, Sample | ValueError] = {}
 
@@ -79,7 +85,9 @@ class Inspector:
         return found
 
     def _encode(self, dialogue: Dialogue) -> Sample:
-        return encode_within(self.chat, dialogue, self.config.max_dialogue_tokens, self.reader.positions)
+        sample = encode_within(self.chat, dialogue, self.config.max_dialogue_tokens, self.reader.positions)
+        require_targets(sample, dialogue.id, self.objective)
+        return sample
 
     def _view(self, place: int) -> View:
         dialogue = self.dialogues[place]
@@ -92,7 +100,7 @@ class Inspector:
             return self._refused(title, dialogue, str(error))
         others = self._group(dialogue, place)
         batch = pack([sample, *others])
-        credit = credit_of(batch, 0, self.objective)
+        credit = credit_of(batch, 0, self.objective, self.mean_returns)
         pieces = pieces_of(batch, 0, credit.length, self.texts, self.chat.end_ids)
         pieces = self._with_untrained(dialogue, sample, pieces)
         rows = self._rows(dialogue, batch, credit, pieces)
@@ -105,7 +113,8 @@ class Inspector:
             tuple(pieces),
             tuple(rows),
             str(self.objective.policy_class),
-            self.objective.baseline,
+            "mean return" if self.objective.soft_q else self.objective.baseline,
+            ADVANTAGE if self.objective.soft_q else "weight",
             tail=tail,
             why=why,
         )
@@ -157,7 +166,7 @@ class Inspector:
             elif not count:
                 notes.append("cut off: not read")
             elif not credit.weights[turn]:
-                notes.append("weighs nothing: no gradient")
+                notes.append("no advantage yet" if self.objective.soft_q else "weighs nothing: no gradient")
             elif credit.weights[turn] < 0:
                 notes.append("made less likely")
             returns = {name: values[turn] for name, values in credit.returns.items()}
@@ -188,8 +197,15 @@ class Inspector:
             ("group", group),
             *tools,
             ("tokens", text),
-            ("objective", objective_text(rows)),
+            ("objective", self._soft_q_text() if self.objective.soft_q else objective_text(rows)),
         ]
+
+    def _soft_q_text(self) -> str:
+        """What soft Q-learning does with the rows."""
+        assert self.objective.soft_q
+        of_it = f"soft Q-learning, beta {self.objective.soft_q.beta:g}: a turn's residual is driven to 0, which is"
+        mean = "baseline: c_t - gamma^n c_(t+n) of the file's mean returns c"
+        return f"{of_it} -advantage / beta at the start and changes with the policy; {mean}"
 
     def _format(self) -> str:
         """As what the file was understood."""
@@ -229,6 +245,14 @@ class Inspector:
         except ValueError:
             return None
         return end, pieces_of(pack([sample]), 0, len(sample.tokens), self.texts, self.chat.end_ids)
+
+    def _mean_returns(self) -> list[float]:
+        """The mean return of the file from each turn on, which soft Q-learning begins near; of other losses nothing."""
+        if not self.objective.soft_q:
+            return []
+        rewards = [torch.tensor([r or 0.0 for r in d.turn_rewards]) for d in self.dialogues]
+        counts = torch.tensor([len(row) for row in rewards])
+        return Experience(0, self.objective.gamma).means_with(pad_sequence(rewards, batch_first=True), counts)
 
     def _notes(self) -> tuple[str, ...]:
         """What training says of the rewards of the whole file."""

@@ -5,7 +5,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from ppg_fast.inspection.pieces import visible
-from ppg_fast.inspection.view import CONTEXT, Piece, View
+from ppg_fast.inspection.view import ADVANTAGE, CONTEXT, Piece, View
 
 TURNS = ("green", "cyan", "magenta", "yellow", "blue")  # colours, in turn
 ANSWER = "the policy answers here"
@@ -77,6 +77,7 @@ def _legend(view: View) -> str:
         "<n ...> an answer with weight 0": any(p.turn != CONTEXT and not p.trained for p in view.pieces),
         f"[n {ANSWER}] nothing is trained yet": any(not p.ids for p in view.pieces),
         "* the class that trains": bool(view.rows),
+        "advantage: at the start, the residual moves it": view.weighed == ADVANTAGE,
     }
     return "; ".join(text for text, there in meanings.items() if there)
 
@@ -137,7 +138,7 @@ def columns_of(view: View) -> list[str]:
     parts = ["part"] if any(row.part for row in view.rows) else []
     classes = [f"{name}*" if name == view.chosen else name for name in view.rows[0].returns]
     based = ["baseline"] if view.baseline != "none" else []
-    return ["turn", "tokens", *parts, "reward", *classes, *based, "weight", ""]
+    return ["turn", "tokens", *parts, "reward", *classes, *based, view.weighed, ""]
 
 
 def cells_of(view: View) -> Iterator[list[str]]:

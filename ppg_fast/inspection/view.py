@@ -16,6 +16,7 @@ from ppg_fast.policy_classes import FullPlanning, Greedy, Lookahead, PolicyClass
 from ppg_fast.spec import IGNORE
 from ppg_fast.training.objective import Objective, credit, likelihood, live_turns, tokens_to_read
 
+ADVANTAGE = "advantage"  # in place of "weight" where it is one number of many, which changes as the policy learns
 BESIDE = (Greedy(), Lookahead(3), Segment(4), FullPlanning())  # classes beside the one that trains
 
 
@@ -39,7 +40,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class TurnRow:
-    """One turn: tokens that train, reward, windowed return by policy class, and what its log-prob is weighted with."""
+    """One turn: tokens that train, reward, windowed return by policy class, what is subtracted from it, and what its
+    log-prob is weighted with; by soft Q-learning at the weights of the start."""
 
     turn: int
     tokens: int
@@ -54,7 +56,8 @@ class TurnRow:
 @dataclass(frozen=True)
 class View:
     """One dialogue or opening. ``facts``: (name, value) lines. ``refusal``: why training leaves it out. ``tail``: role
-    and text of messages that are not read, ``why`` they are not. ``chosen``: the policy class that trains."""
+    and text of messages that are not read, ``why`` they are not. ``chosen``: the policy class that trains.
+    ``weighed``: the name of the rows' weight."""
 
     title: str
     facts: tuple[tuple[str, str], ...]
@@ -62,6 +65,7 @@ class View:
     rows: tuple[TurnRow, ...] = ()
     chosen: str = ""
     baseline: str = "none"
+    weighed: str = "weight"
     refusal: str = ""
     tail: tuple[tuple[str, str], ...] = ()
     why: str = ""
@@ -121,8 +125,12 @@ class Credit:
     length: int
 
 
-def credit_of(batch: PackedBatch, row: int, objective: Objective) -> Credit:
-    """The credit of dialogue ``row`` among the others of ``batch``, whose groups give the baseline."""
+def credit_of(batch: PackedBatch, row: int, objective: Objective, means: Sequence[float] = ()) -> Credit:
+    """The credit of dialogue ``row`` among the others of ``batch``, whose groups give the baseline.
+
+    Soft Q-learning, at the weights of the start: the advantage of turn t is its windowed return less c_t - gamma^n
+    c_(t+n), where n is the length of its window and ``means`` are c, the mean return from each turn on.
+    """
     chosen, weights = credit(batch, objective)
     counts = batch.turn_counts
     turns = int(counts[row])
@@ -131,6 +139,12 @@ def credit_of(batch: PackedBatch, row: int, objective: Objective) -> Credit:
         returns = partial_returns(batch.rewards, one, gamma=objective.gamma, turn_counts=counts)
         beside[str(one)] = returns[row, :turns].tolist()
     live = live_turns(weights, likelihood(batch, chosen, objective))
+    if objective.soft_q:
+        live = batch.turn_mask.float()
+        known = torch.tensor([*means[:turns], *[0.0] * (turns + 1 - len(means[:turns]))], dtype=torch.float64)
+        lengths = partial_returns(torch.ones(1, turns), objective.policy_class)[0].long()
+        behind = objective.gamma**lengths * known[torch.arange(turns) + lengths]
+        weights = (weights.double()[:, :turns] - (known[:-1] - behind)).float()
     length = int(tokens_to_read(batch, live, objective)[row])
     return Credit(beside, chosen[row, :turns].tolist(), weights[row, :turns].tolist(), length)
 

@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
 from ppg_fast.losses import LOSS_TYPES, numbers_of
-from ppg_fast.spec import require, require_one_of
+from ppg_fast.spec import BASELINES, VALUE, require, require_one_of
 
 _ABSENT = object()
 RUN = "the run"  # the part of options that have no effect on the loss of a batch
@@ -59,6 +59,14 @@ def own_numbers(loss_type: str, **numbers: Any) -> dict[str, Any]:
     if "clip_low" in found and loss_type != "dppo_kl":  # whose bound is a divergence
         found["clip_low"] = min(float(found["clip_low"]), 1.0)
     return found
+
+
+def require_baseline(name: str) -> None:
+    """ValueError for a baseline that is none of the group's: of the hosts whose turns we credit none hands over what
+    their states are worth."""
+    rule = f'a host hands over no values of its turns, so baseline "{VALUE}" is for `ppg-fast train`, whose critic has'
+    require(name != VALUE, f"{rule} them: baseline must be one of {', '.join(BASELINES)} here", name)
+    require_one_of("baseline", name, BASELINES)
 
 
 def check(host: str, table: Sequence[Option], config: Any, part: str) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ppg_fast.functional import partial_returns, turn_advantages
+from ppg_fast.integrations.options import require_baseline
 from ppg_fast.policy_classes import PolicyClass, policy_class
 from ppg_fast.reference.turns import of_tokens
-from ppg_fast.spec import BASELINES, require, require_number, require_one_of
+from ppg_fast.spec import require, require_number
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Credit:
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy_class", policy_class(self.policy_class))
         require_number("gamma", self.gamma, 0.0, 1.0)
-        require_one_of("baseline", self.baseline, BASELINES)
+        require_baseline(self.baseline)
 
     def of_turns(self, rewards: Tensor, group_ids: Tensor | None, turn_counts: Tensor) -> tuple[Tensor, Tensor]:
         """Rewards (B, T) of ``turn_counts`` (B,) turns -> advantages and returns, (B, T) float32 each, zero beyond the

@@ -1,5 +1,6 @@
 """Offline: reward-weighted likelihood of logged dialogues, each turn weighted by its windowed return."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from ppg_fast.spec import require
 from ppg_fast.training.evaluation import on_logged_prefix
 from ppg_fast.training.objective import (
     require_nonnegative,
-    require_window_ends,
+    require_targets,
     warn_if_equal,
     warn_if_hardly_credited,
 )
@@ -43,8 +44,7 @@ class OfflineJob(Job):
         )
         if not (config.allow_negative_rewards or config.of_turns):
             require_nonnegative(self.samples, [d.id for d in self.dialogues])
-        if self.objective.soft_q:
-            require_window_ends(self.samples, [d.id for d in self.dialogues], self.objective)
+        self._leave_out_untargeted()
         if not config.imitate:
             warn_if_hardly_credited(self.samples, self.objective)
             warn_if_equal(self.samples, self.objective)
@@ -54,6 +54,26 @@ class OfflineJob(Job):
     def _encode(self, dialogue: Dialogue) -> Sample:
         sample = encode_within(self.policy.chat, dialogue, self.config.max_dialogue_tokens, self.policy.positions)
         return replace(sample, rewards=[1.0] * len(sample.rewards)) if self.config.imitate else sample
+
+    def _leave_out_untargeted(self) -> None:
+        """Leave out the dialogues that `require_targets` refuses, with one warning. ValueError under ``strict``, and
+        where none would be left."""
+        kept, problems = [], []
+        for dialogue, sample in zip(self.dialogues, self.samples, strict=True):
+            try:
+                require_targets(sample, dialogue.id, self.objective)
+            except ValueError as error:  # noqa: PERF203 (the good ones are kept)
+                if self.config.strict:
+                    raise
+                problems.append(str(error))
+            else:
+                kept.append((dialogue, sample))
+        if problems:
+            count = f"{self.config.data}: {len(problems)} of {len(self.samples)} dialogues are left out"
+            if not kept:
+                raise ValueError(f"{count}; {problems[0]}")
+            warnings.warn(f"{count}; the first: {problems[0]}", stacklevel=2)
+        self.dialogues, self.samples = [d for d, _ in kept], [s for _, s in kept]
 
     def source(self) -> str:
         """The file, and the method."""

@@ -219,7 +219,8 @@ def chat_of(config: TrainConfig, tokenizer: Any, generation_config: Any) -> Chat
 
 def objective_of(config: TrainConfig) -> Objective:
     """The partial policy gradient that ``config`` describes."""
-    soft_q = SoftQSpec(beta=config.beta) if config.loss_type == SOFT_Q else None
+    numbers = {name: getattr(config, name) for name in ("beta", "cql_coef", "max_residual")}
+    soft_q = SoftQSpec(**numbers) if config.loss_type == SOFT_Q else None
     return Objective(
         config.chosen_class(),
         config.gamma,
@@ -236,6 +237,7 @@ def objective_of(config: TrainConfig) -> Objective:
         replay=config.replay,
         token_share=config.token_share,
         imitate=config.imitate,
+        gae_lambda=config.gae_lambda,
     )
 
 

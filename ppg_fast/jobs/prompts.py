@@ -23,10 +23,11 @@ from ppg_fast.jobs.inputs import partner_digest, reward_digest, tools_digest
 from ppg_fast.jobs.job import Evaluation, Job, keep_readable
 from ppg_fast.jobs.progress import Progress
 from ppg_fast.jobs.resume import ResumableRun
-from ppg_fast.rewards import Scores, score
+from ppg_fast.jobs.rewarding import Rewarding
+from ppg_fast.rewards import Scores
 from ppg_fast.rollouts.generation import EndpointSampler
 from ppg_fast.rollouts.partner import Conversation, LoggedPartner, step_all
-from ppg_fast.rollouts.rollout import Rollout, finite_reward
+from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.rollouts.tools import (
     AnswerReader,
     ToolConversation,
@@ -59,7 +60,7 @@ class PromptsJob(Job):
         own = own_rewards(self.tools) if self.tools else []
         asked = bool(config.reward or config.judge) or not own
         self.named = rewards_of_new_answers(config, policy.model.device, loaded) if asked else []
-        self.rewards = [*self.named, *own]
+        self.rewarding = Rewarding([*self.named, *own], self.objective)
         require(
             config.partner != "self" or not policy.ranks.sharded,
             "partner self goes with whole models (parallel ddp)",
@@ -70,8 +71,8 @@ class PromptsJob(Job):
         self.prompts, played = keep_readable(prompts, self._read, config.strict, str(config.prompts), "prompts")
         self._warn_without_logs()
         self.held_out, self.seen = ([played[i] for i in part] for part in self.split(len(played)))
-        self.warned = False
-        roles = {"partner": self.partner, "sampler": self.sampler, **{r.name: r.scorer for r in self.rewards}}
+        scorers = {r.name: r.scorer for r in self.rewarding.rewards}
+        roles = {"partner": self.partner, "sampler": self.sampler, **scorers}
         endpoints = {role: getattr(one, "endpoint", None) for role, one in roles.items()}
         policy.used = {role: endpoint.usage for role, endpoint in endpoints.items() if endpoint}
 
@@ -83,7 +84,7 @@ class PromptsJob(Job):
         named = partner.get(config.partner, f"a model behind an endpoint{model} as partner")
         tools = f", the tools of `{Path(self.tools.place).name}`" if self.tools else ""
         of = f"on the prompts of `{Path(str(config.prompts)).name}`"
-        return f"{of} with {named}{tools} and reward `{self._formula()}`"
+        return f"{of} with {named}{tools} and reward `{self.rewarding.formula}`"
 
     def data_read(self) -> Iterable[object]:
         """Every prompt as its file has it, and what makes tokens of it: not the tokens, which may hold a date."""
@@ -107,7 +108,7 @@ class PromptsJob(Job):
         """Say how many prompts there are, who answers and what is rewarded."""
         text = f"{len(self.seen)} prompts to train on, {len(self.held_out)} held out"
         tools = f"; tools {', '.join(self.tools.names)}" if self.tools else ""
-        progress.say(f"{text}; partner {self.config.partner}{tools}; reward {self._formula()}")
+        progress.say(f"{text}; partner {self.config.partner}{tools}; reward {self.rewarding.formula}")
 
     def collect(self, step: int) -> list[Sample]:
         """Groups of rollouts of the policy as it is now, rewarded."""
@@ -121,7 +122,7 @@ class PromptsJob(Job):
         settings: dict[str, Any] = {**self._steps(), "sampler": self.sampler, "only": mine}
         rollouts = policy.roll_out(make, seeds, config.num_generations, policy.generator, **settings)
         scores = Scores.together(policy.ranks.run_on_all(lambda: self._reward(rollouts)))
-        self._require_scored(scores)
+        self.rewarding.require_scored(scores)
         samples = policy.of_all(rollouts)
         seconds = time.perf_counter() - start
         usage = {f"endpoint/{role}/{k}": v for role, counts in policy.usage().items() for k, v in counts.items()}
@@ -143,12 +144,9 @@ class PromptsJob(Job):
 
     def _metrics_of(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         scores = self._reward(rollouts)
-        self._require_scored(scores)
+        self.rewarding.require_scored(scores)
         rewards = {f"eval/{name}": value for name, value in scores.describe().items()}
         return {**of_rollouts([r.sample for r in rollouts], self.objective), **rewards}
-
-    def _formula(self) -> str:
-        return " + ".join(f"{r.weight:g}*{r.name}@{r.scope}" for r in self.rewards)
 
     def _conversation(self, prompts: Sequence[Prompt]) -> Conversation:
         config = self.config
@@ -162,27 +160,9 @@ class PromptsJob(Job):
         return {"step_all": step_calls if self.tools else step_all, "read": self.read}
 
     def _reward(self, rollouts: Sequence[Rollout]) -> Scores:
-        """Give every turn its reward, 0 where none could be had. ValueError for one that float32 cannot hold."""
+        """Give every turn its reward."""
         conversations = [r.environment for r in rollouts if isinstance(r.environment, Conversation)]
-        with stopping.interruptible():  # a partial rollout is thrown away
-            transcripts = [c.transcript() for c in conversations]
-            scores = score(self.rewards, transcripts).without_calls(transcripts)
-        for rollout, row in zip(rollouts, scores.totals, strict=True):
-            rollout.sample.rewards = [finite_reward(v or 0.0, rollout.name, turn) for turn, v in enumerate(row)]
-        return scores
-
-    def _require_scored(self, scores: Scores) -> None:
-        """Of all ranks together: ValueError where no turn has a reward, a warning, once, where some have not."""
-        turns = sum(map(len, scores.totals))
-        if turns and scores.unscored == turns:
-            names = ", ".join(r.name for r in self.rewards)
-            raise ValueError(f"no turn of {len(scores.totals)} dialogues could be scored by {names}")
-        if scores.unscored and not self.warned:
-            self.warned = True
-            seen = f"{scores.unscored} of {turns} turns could not be scored"
-            warnings.warn(
-                f"{seen}; they count as reward 0, and rewards/unscored in the metrics counts them", stacklevel=2
-            )
+        return self.rewarding.give(rollouts, [c.transcript() for c in conversations])
 
     def _make_sampler(self) -> EndpointSampler | None:
         """The endpoint that generates rollouts. ValueError where its log-probs or its weights would not be the

@@ -30,9 +30,10 @@ def answer_rows(
     credited for.
 
     Returns and advantages are those of all ``samples``, whose groups give the baseline. Without ``scored`` they are
-    None.
+    None; so are advantages in soft Q-learning, where they depend on the policy.
     """
     returns, advantages = credit(pack(samples), objective) if scored else (None, None)
+    advantages = None if objective.soft_q else advantages
     rows = []
     for number, sample in enumerate(samples[:SHOWN]):
         said: list[int] = []

@@ -1,6 +1,7 @@
 """From packed dialogues to the policy loss through a Hugging Face causal LM, without ever making its logits."""
 
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -169,7 +170,7 @@ def _hidden_and_head(model: Any, batch: PackedBatch) -> tuple[Tensor, Head]:
 def policy_loss(
     model: Any,
     batch: PackedBatch,
-    advantages: Tensor,
+    advantages: Tensor | Callable[[Tensor], Tensor],
     spec: PolicyLossSpec,
     *,
     reduction: str = "sequence_sum",
@@ -180,12 +181,15 @@ def policy_loss(
     """The policy loss of a packed batch from hidden states through the model's own head; the (N, V) logits never exist.
 
     ``advantages`` (S, T) float32, one a turn, as is what `turn_advantages` returns; every token of a turn gets its
-    turn's. The log-probs (N,) are those of ``batch.labels``. Turns of advantage zero cost what context costs, unless
+    turn's. A function makes them of the hidden states (N, D), detached: so a critic needs no pass of its own. The
+    log-probs (N,) are those of ``batch.labels``. Turns of advantage zero cost what context costs, unless
     ``skip_zero_advantages`` is off. ``options``: per-token values (N,) and the rest as `ppg.linear_policy_loss`.
     ``teacher``: reads the batch first.
     """
     taught = None if teacher is None else teacher.of(batch, Head.of(model).scale)
     hidden, head = _hidden_and_head(model, batch)
+    if not isinstance(advantages, Tensor):
+        advantages = advantages(hidden.detach())
     return linear_policy_loss(
         hidden,
         head.weight,
@@ -252,7 +256,11 @@ class PolicyModule(nn.Module):
         self.model, self.autocast, self.logits_dtype = model, autocast, logits_dtype
 
     def forward(
-        self, batch: PackedBatch, advantages: Tensor | None, spec: PolicyLossSpec | SoftQSpec, **options: Any
+        self,
+        batch: PackedBatch,
+        advantages: Tensor | Callable[[Tensor], Tensor] | None,
+        spec: PolicyLossSpec | SoftQSpec,
+        **options: Any,
     ) -> Any:
         """`policy_loss`, or without ``advantages`` the `token_logprobs` at the temperature of ``spec``, with what
         ``options`` ask for beside them; of a SoftQSpec the `soft_q_loss`, whose advantages are its own."""

@@ -57,7 +57,8 @@ def varlen_attention(
     else:
         lengths = torch.diff(cu_seq_lens_q).tolist()
         parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
-        out = torch.cat([_causal(q, k, v, None, scaling, sliding_window, softcap) for q, k, v in parts], dim=2)
+        outs = [_causal(q, k, v, None, scaling, sliding_window, softcap).transpose(1, 2) for q, k, v in parts]
+        return torch.cat(outs, dim=1), None  # put together as the next product reads it: one copy, not two
     return out.transpose(1, 2).contiguous(), None
 
 

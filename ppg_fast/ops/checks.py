@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ppg_fast.reference.turns import turn_mask
+from ppg_fast.rules import FLOAT32_MAX
 from ppg_fast.spec import IGNORE, require
 
 
@@ -95,6 +96,18 @@ def check_rewards(rewards: Tensor, turn_counts: Tensor | None, segment_ids: Tens
         raise ValueError(f"rewards must be finite, got {float(rewards[b, t])} for dialogue {b}, turn {t}")
     if segment_ids is not None:
         _check_segments(segment_ids, exists)
+
+
+def check_reward_size(rewards: Tensor, turn_counts: Tensor | None, beta: float) -> None:
+    """ValueError where the reward of a turn that is there has no float32 any more once it is divided by ``beta``."""
+    large = rewards.double().abs() > FLOAT32_MAX * beta
+    if turn_counts is not None:
+        large &= turn_mask(turn_counts, rewards.shape[1])
+    if large.any():
+        b, t = (int(i) for i in large.nonzero()[0])
+        why = f"beta {beta:g} divides them (raise it, or scale the rewards down)"
+        rule = f"rewards must be at most {FLOAT32_MAX * beta:.3g} in size where {why}"
+        raise ValueError(f"{rule}, got {float(rewards[b, t]):g} for dialogue {b}, turn {t}")
 
 
 def _check_segments(segment_ids: Tensor, exists: Tensor) -> None:

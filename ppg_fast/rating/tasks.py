@@ -1,28 +1,33 @@
 """What there is to rate and what comes next: the turns of each dialogue, or two dialogues of one opening."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ppg_fast.dialogues.dialogue import Dialogue, read_file
 from ppg_fast.rating.answers import Answers, Place
+from ppg_fast.rewards.scoring import Transcript
 from ppg_fast.spec import require
 
 RATINGS = (1, 2, 3, 4, 5)
 PREFERENCES = (1, 0.5, 0)  # the first of a pair is better, neither is, the second is
+Rewards = Callable[[Sequence[Transcript]], list[list[float | None]]]
 ROLLOUTS = "rollouts/step-*.jsonl"  # of a run, by --keep-rollouts
 
 
 class Tasks:
     """The dialogues of a file, or of the rollouts that a run keeps: new ones are found while it trains, and come first.
 
-    ``pairs``: two dialogues of one opening are compared, each dialogue in one pair at most. Nothing here is written but
-    by ``answers``. ValueError for a source without a dialogue, or without a pair.
+    ``pairs``: two dialogues of one opening are compared, each dialogue in one pair at most. ``rewards``: of each turn
+    of some dialogues, by a reward model; what it is least sure of then comes first, `unsure`. Nothing here is written
+    but by ``answers``. ValueError for a source without a dialogue, or without a pair.
     """
 
-    def __init__(self, source: Path, answers: Answers, pairs: bool = False) -> None:
-        self.source, self.answers, self.pairs = source, answers, pairs
+    def __init__(self, source: Path, answers: Answers, pairs: bool = False, rewards: Rewards | None = None) -> None:
+        self.source, self.answers, self.pairs, self.rewards = source, answers, pairs, rewards
+        self.returns: dict[str, list[float]] = {}  # of each dialogue, by the reward model
         self.skipped: set[Place] = set()
         self.dialogues: dict[str, Dialogue] = {}
         self.compared: dict[str, tuple[str, str]] = {}  # by the id of the first
@@ -44,14 +49,30 @@ class Tasks:
             self.dialogues = new | self.dialogues
             if self.pairs:
                 self.compared = _pairs(new) | self.compared
+            if self.rewards:
+                of_turns = self.rewards([Transcript(d.id, d.messages, _tools(d)) for d in new.values()])
+                said = ([value for value in row if value is not None] for row in of_turns)  # calls of tools have none
+                self.returns |= dict(zip(new, said, strict=True))
 
     def places(self) -> Iterator[Place]:
-        """What there is to answer, the newest first."""
+        """What there is to answer: the newest first, or what the reward model is least sure of."""
+        names = list(self.compared if self.pairs else self.dialogues)
+        names = sorted(names, key=self.unsure()) if self.rewards else names
         if self.pairs:
-            yield from ((first, None) for first in self.compared)
+            yield from ((first, None) for first in names)
         else:
-            for name, dialogue in self.dialogues.items():
-                yield from ((name, turn) for turn in range(len(dialogue.turn_rewards)))
+            for name in names:
+                yield from ((name, turn) for turn in range(len(self.dialogues[name].turn_rewards)))
+
+    def unsure(self) -> Callable[[str], float]:
+        """How far the reward model is from not knowing: of a pair the difference of the two returns, of a dialogue that
+        of its mean reward and the median of all."""
+        if self.pairs:
+            total = {name: sum(values) for name, values in self.returns.items()}
+            return lambda first: abs(total[first] - total[self.compared[first][1]])
+        mean = {name: sum(values) / max(1, len(values)) for name, values in self.returns.items()}
+        middle = median(mean.values())
+        return lambda name: abs(mean[name] - middle)
 
     def next(self) -> dict[str, Any]:
         """What to show: the first place without an answer that was not skipped, as JSON; "id" None at the end."""
@@ -105,6 +126,10 @@ class Tasks:
             turns = len(self.dialogues[name].turn_rewards) if isinstance(name, str) and name in self.dialogues else 0
             known = isinstance(turn, int) and not isinstance(turn, bool) and 0 <= turn < turns
         require(known, f"an answer must be about {'a pair' if self.pairs else 'a turn'} of {self.source}", [name, turn])
+
+
+def _tools(dialogue: Dialogue) -> dict[str, Any]:
+    return {"tools": list(dialogue.tools)} if dialogue.tools else {}
 
 
 def _pairs(dialogues: dict[str, Dialogue]) -> dict[str, tuple[str, str]]:

@@ -39,9 +39,26 @@ def partial_returns(
 
 def masked_returns(rewards: Tensor, mask: Tensor, turn_counts: Tensor | None, gamma: float) -> Tensor:
     """R[b, t] = sum over k with mask[t, k] of gamma^(k-t) r[b, k]: any subset of the rewards, as one matrix product."""
-    turns, exists = torch.arange(rewards.shape[1], device=rewards.device), _turns_of(rewards, turn_counts)
+    turns = torch.arange(rewards.shape[1], device=rewards.device)
     discount = torch.where(mask, float(gamma) ** (turns - turns[:, None]).double(), 0.0)
-    returns = torch.where(exists, rewards, 0.0).double() @ discount.T
+    return _product(rewards, discount, turn_counts)
+
+
+def lagged_returns(rewards: Tensor, weights: Tensor, turn_counts: Tensor | None, gamma: float) -> Tensor:
+    """R[b, t] = sum over d of weights[d] gamma^d r[b, t + d], ``weights`` (L,): a matrix product, in float64, since no
+    running sum serves weights that are anything."""
+    T = rewards.shape[1]
+    by_lag = torch.zeros(T, dtype=torch.float64, device=rewards.device)
+    count = min(T, len(weights))
+    by_lag[:count] = weights[:count].double() * float(gamma) ** torch.arange(count, device=rewards.device).double()
+    lags = torch.arange(T, device=rewards.device) - torch.arange(T, device=rewards.device)[:, None]
+    return _product(rewards, torch.where(lags >= 0, by_lag[lags.clamp(min=0)], 0.0), turn_counts)
+
+
+def _product(rewards: Tensor, weights: Tensor, turn_counts: Tensor | None) -> Tensor:
+    """R[b, t] = sum over k of weights[t, k] r[b, k], ``weights`` (T, T) float64; zero beyond the dialogue."""
+    exists = _turns_of(rewards, turn_counts)
+    returns = torch.where(exists, rewards, 0.0).double() @ weights.T
     return torch.where(exists, returns, 0.0).to(rewards.dtype)
 
 

@@ -11,7 +11,7 @@ from ppg_fast.dialogues.conversation import with_strings
 from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.renderer import Renderer
 from ppg_fast.rewards.scoring import Transcript
-from ppg_fast.rewards.turn_logits import Row, batches, logits_of, padded, reads_every_turn, rows_of
+from ppg_fast.rewards.turn_logits import Row, batches, encode_growing, logits_of, padded, reads_every_turn, rows_of
 
 SAID = 300  # characters of what transformers raises, in an error
 
@@ -87,25 +87,30 @@ class RewardModel:
 
     def rows(self, transcripts: Sequence[Transcript]) -> list[Row]:
         """What is read of them: one row for the prefixes of a dialogue that come one after the other."""
-        return rows_of([self._tokens(transcript) for transcript in transcripts], self.pad, self.one_pass)
+        plain: dict[int, Message] = {}  # by identity: prefixes of a dialogue share their messages
+        for message in (m for transcript in transcripts for m in transcript.messages):
+            if id(message) not in plain:
+                plain[id(message)] = self._plain(message)
+        texts = [self._text(t, [plain[id(message)] for message in t.messages]) for t in transcripts]
+        encoded = encode_growing(self.renderer, texts)
+        for tokens, transcript in zip(encoded, transcripts, strict=True):
+            if self.positions and len(tokens) > self.positions:
+                rule = f"reward model {self.folder} reads at most {self.positions} tokens"
+                where = f"dialogue {transcript.id!r} up to turn {transcript.turns - 1}"
+                raise ValueError(f"{rule}, got {len(tokens)} in {where}")
+        return rows_of(encoded, self.pad, self.one_pass)
 
-    def _tokens(self, transcript: Transcript) -> list[int]:
-        # an answer that spells a special token would end its message early or speak for another role
-        messages = [self._plain(message) for message in transcript.messages]
+    def _text(self, transcript: Transcript, messages: Sequence[Message]) -> str:
+        """``messages``: those of the transcript as `_plain` gives them."""
         text = self.renderer.text(messages)
         called = [m for m in messages if m.tool_calls]
         if called and self.renderer.text([replace(m, more={}) if m.tool_calls else m for m in messages]) == text:
             rule = f"the chat template of reward model {self.folder} must write tool calls"
             raise ValueError(f"{rule}, it leaves out those of dialogue {transcript.id!r}")
-        tokens = self.renderer.encode(text)
-        if self.positions and len(tokens) > self.positions:
-            rule = f"reward model {self.folder} reads at most {self.positions} tokens"
-            raise ValueError(
-                f"{rule}, got {len(tokens)} in dialogue {transcript.id!r} up to turn {transcript.turns - 1}"
-            )
-        return tokens
+        return text
 
     def _plain(self, message: Message) -> Message:
-        """The message without what would be read as a special token."""
+        """The message without what would be read as a special token: an answer that spells one would end its message
+        early or speak for another role."""
         plain = self.renderer.without_special
         return replace(message, content=plain(message.content), more=with_strings(message.more, plain))

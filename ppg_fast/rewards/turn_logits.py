@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppg_fast.dialogues.renderer import Renderer
+
 
 @dataclass
 class Row:
@@ -14,6 +16,27 @@ class Row:
 
     tokens: list[int]
     answers: list[tuple[int, int]]
+
+
+def encode_growing(renderer: Renderer, texts: Sequence[str]) -> list[list[int]]:
+    """`Renderer.encode` of each text, linear in the last of texts that grow: where one begins with the text before it
+    and goes on with an added token, which a tokenizer takes out of a text before it looks at the rest, the rest alone
+    is encoded. The last of such texts is encoded whole too; where that gives other tokens, so is each of them."""
+    found: list[list[int]] = []
+    begin = 0
+    while begin < len(texts):
+        grown = [renderer.encode(texts[begin])]
+        for number in range(begin + 1, len(texts)):
+            before, text = texts[number - 1], texts[number]
+            if not (text.startswith(before) and renderer.token_pattern.match(text, len(before))):
+                break
+            grown.append(grown[-1] + renderer.encode(text[len(before) :]))
+        end = begin + len(grown)
+        if len(grown) > 1 and renderer.encode(texts[end - 1]) != grown[-1]:
+            grown = [renderer.encode(text) for text in texts[begin:end]]
+        found += grown
+        begin = end
+    return found
 
 
 def rows_of(texts: Sequence[list[int]], pad: int | None, shared: bool = True) -> list[Row]:

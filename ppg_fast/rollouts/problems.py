@@ -4,8 +4,8 @@ words.
 A turn is a question with two answers that count: the honest one, and the tempting one that pleases at once. Who is paid
 what, and when, is a table: `honest_pays[t][k]` is what an honest answer of turn t adds to the reward of turn k >= t,
 `tempting_pays[t]` what a tempting one adds to its own, and the finale pays the square of the honest share at the last
-turn. To that comes noise that no answer causes, Gaussian, of mean zero, drawn anew in every dialogue, so no baseline
-removes it. The policy class of a problem is the smallest window that holds every reward which a turn causes: its
+turn. To that comes noise that no answer causes, Gaussian, of mean zero, drawn anew in every dialogue, so no mean of a
+group removes it. The policy class of a problem is the smallest window that holds every reward which a turn causes: its
 gradient is that of the true value, and every longer one only adds noise.
 """
 
@@ -198,18 +198,23 @@ class ProblemDialogue:
     """A problem as a TeachableEnvironment: the user asks for a fact in two words, the first of which says how the
     answer will be paid.
 
-    The facts are drawn by ``seed``, the noise from ``noise`` (None: no noise, for evaluation). Anything but one of the
-    two answers, and nothing else, counts as silence and earns nothing.
+    The facts are drawn by ``seed``, the noise from ``noise`` (None: no noise, for evaluation), or by ``seed`` too where
+    it is ``shared``. Anything but one of the two answers, and nothing else, counts as silence and earns nothing.
     """
 
-    def __init__(self, of: Problem, noise: random.Random | None = None) -> None:
-        self.problem = of
-        sources = [0.0 if noise is None else noise.gauss(0.0, 1.0) for _ in range(len(of.noise[0]))]
-        self._luck = [sum(a * b for a, b in zip(row, sources, strict=True)) for row in of.noise]
+    def __init__(self, of: Problem, noise: random.Random | None = None, shared: bool = False) -> None:
+        self.problem, self._shared = of, shared and noise is not None
+        self._luck = [0.0] * of.turns if noise is None or shared else self._drawn(noise)
+
+    def _drawn(self, noise: random.Random) -> list[float]:
+        sources = [noise.gauss(0.0, 1.0) for _ in range(len(self.problem.noise[0]))]
+        return [sum(a * b for a, b in zip(row, sources, strict=True)) for row in self.problem.noise]
 
     def reset(self, seed: int) -> list[Message]:
         """The first question."""
         rng = random.Random(f"{self.problem.name}-{seed}")
+        if self._shared:
+            self._luck = self._drawn(random.Random(f"{self.problem.name}-{seed}-noise"))
         self._facts = [rng.choice(list(FACTS)) for _ in range(self.problem.turns)]
         self._honest: list[float] = []
         self._tempting: list[float] = []

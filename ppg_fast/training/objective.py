@@ -14,7 +14,8 @@ from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.policy_classes import FullPlanning, Lookahead, PolicyClass
 from ppg_fast.reference import Residuals
 from ppg_fast.reference.turns import of_tokens
-from ppg_fast.spec import PolicyLossSpec, SoftQSpec, require, require_token_share
+from ppg_fast.rules import FLOAT32_MAX
+from ppg_fast.spec import VALUE, PolicyLossSpec, SoftQSpec, require, require_token_share
 
 if TYPE_CHECKING:
     from ppg_fast.models.frozen_teacher import FrozenTeacher
@@ -41,6 +42,9 @@ class Objective:
     ``token_share`` < 1: of each answer only this share of its tokens is trained, the most uncertain ones
     (`training.token_share`), over the denominator of all. Their entropies come with the dialogues or, with several
     iterations, from the pass that finds the old log-probs.
+
+    ``baseline`` "value": what a `training.critic.Critic` expects of a turn, beside the mean of the group;
+    ``gae_lambda``: the returns are bootstrapped from it, None: not.
     """
 
     policy_class: PolicyClass = field(default_factory=lambda: Lookahead(3))
@@ -60,6 +64,7 @@ class Objective:
     replay: int = 0
     token_share: float = 1.0
     teacher: "FrozenTeacher | None" = None
+    gae_lambda: float | None = None
 
     def __post_init__(self) -> None:
         """ValueError for a loss of whole turns over another loss, for replay without soft Q-learning, and for a share
@@ -67,6 +72,10 @@ class Objective:
         of_turns = bool(self.eta or self.soft_q)
         require_token_share(self.token_share, self.spec, self.reduction, of_turns, bool(self.candidates))
         require(not self.replay or self.soft_q is not None, "replay must be 0 without soft_q", self.replay)
+        rule, valued = f'gae_lambda must be None without baseline "{VALUE}"', self.baseline == VALUE
+        require(valued or self.gae_lambda is None, rule, self.gae_lambda)
+        rule = f'baseline "{VALUE}" goes without imitation and without candidates, whose returns are of many windows'
+        require(not valued or not (self.imitate or self.candidates), rule, self.candidates or "imitate")
         if not of_turns:
             return
         rule = "soft Q-learning (soft_q) goes with" if self.soft_q else "a regression on turns (eta > 0) goes with"
@@ -109,16 +118,36 @@ class Schedule:
         return self.learning_rate * rise * (1 - (1 - self.final_learning_rate) * step / self.max_steps)
 
 
-def credit(batch: PackedBatch, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Windowed returns and advantages of every turn, both (S, T) float32."""
+def credit(batch: PackedBatch, objective: Objective, mean_returns: Sequence[float] = ()) -> tuple[Tensor, Tensor]:
+    """Windowed returns and advantages of every turn, both (S, T) float32.
+
+    A turn that nobody else of its group reached is compared with the other groups. With baseline "value",
+    ``mean_returns`` from each turn index on are the values, and a `Critic` adds what it sees; without them, before the
+    first step, nothing is bootstrapped.
+    """
     counts = batch.turn_counts
     if objective.imitate:
         return batch.rewards, batch.turn_mask.float()
     if not len(counts):
         return batch.rewards, batch.rewards
     returns = partial_returns(batch.rewards, objective.policy_class, gamma=objective.gamma, turn_counts=counts)
-    advantages = turn_advantages(returns, batch.group_ids, baseline=objective.baseline, turn_counts=counts)
+    if objective.baseline == VALUE and mean_returns:
+        known = torch.zeros(batch.rewards.shape[1], dtype=torch.float64)
+        known[: len(mean_returns)] = torch.tensor(mean_returns[: len(known)], dtype=torch.float64)
+        values = known.float().to(returns.device).expand(returns.shape)
+        return returns, of_values(batch.rewards, values, counts, batch.group_ids, objective)
+    baseline = "leave_one_out" if objective.baseline == VALUE else objective.baseline
+    advantages = turn_advantages(returns, batch.group_ids, baseline, counts, alone="other_groups")
     return returns, advantages * objective.scale
+
+
+def of_values(
+    rewards: Tensor, values: Tensor, turn_counts: Tensor, group_ids: Tensor | None, objective: Objective
+) -> Tensor:
+    """Advantages (S, T) float32 against ``values`` (S, T), bootstrapped from them where the objective says so."""
+    ahead = {} if objective.gae_lambda is None else {"values": values, "gae_lambda": objective.gae_lambda}
+    returns = partial_returns(rewards, objective.policy_class, objective.gamma, turn_counts, **ahead)
+    return turn_advantages(returns, group_ids, VALUE, turn_counts, values=values, alone="other_groups")
 
 
 def turn_residuals(batch: PackedBatch, returns: Tensor, objective: Objective, log_ratios: Tensor | None) -> Residuals:
@@ -194,21 +223,26 @@ def require_nonnegative(samples: Sequence[Sample], names: Sequence[str]) -> None
                 raise ValueError(f"{rule}, got {reward} in dialogue {name!r}, turn {turn}")
 
 
-def require_window_ends(samples: Sequence[Sample], names: Sequence[str], objective: Objective) -> None:
-    """ValueError at the first turn whose window ends at a turn of which nothing is read: soft Q-learning takes the
-    value of what follows from there."""
-    for sample, name in zip(samples, names, strict=True):
-        rewards = torch.ones(1, len(sample.rewards))
-        lengths = partial_returns(rewards, objective.policy_class)[0].long().tolist() if sample.rewards else []
-        read = set(sample.turn_ids)
-        for turn, length in enumerate(lengths):
-            end = turn + length
-            if turn in read and end < len(lengths) and end not in read:
-                rule = (
-                    f"dialogue {name!r}: the window of turn {turn} ends at turn {end}, which must be read for its value"
-                )
-                mend = "raise max_dialogue_tokens, or take policy_class full"
-                raise ValueError(f"{rule} in soft Q-learning, got none of its tokens ({mend})")
+def require_targets(sample: Sample, name: str, objective: Objective) -> None:
+    """ValueError at the first turn of dialogue ``name`` for which soft Q-learning has no target: its window ends at a
+    turn of which nothing is read, where the value of what follows would be taken from, or beta makes its reward larger
+    than float32 can hold. Nothing is asked of other objectives."""
+    if objective.soft_q is None:
+        return
+    beta = objective.soft_q.beta
+    mend = f"where beta {beta:g} divides it (raise it, or scale the rewards down)"
+    rule = f"dialogue {name!r}: a reward must be at most {FLOAT32_MAX * beta:.3g} in size {mend}"
+    for turn, reward in enumerate(sample.rewards):
+        require(abs(reward) <= FLOAT32_MAX * beta, rule, f"{reward:g} at turn {turn}")
+    rewards = torch.ones(1, len(sample.rewards))
+    lengths = partial_returns(rewards, objective.policy_class)[0].long().tolist() if sample.rewards else []
+    read = set(sample.turn_ids)
+    for turn, length in enumerate(lengths):
+        end = turn + length
+        if turn in read and end < len(lengths) and end not in read:
+            rule = f"dialogue {name!r}: the window of turn {turn} ends at turn {end}, which must be read for its value"
+            mend = "raise max_dialogue_tokens, or take policy_class full"
+            raise ValueError(f"{rule} in soft Q-learning, got none of its tokens ({mend})")
 
 
 def warn_if_hardly_credited(samples: Sequence[Sample], objective: Objective) -> None:

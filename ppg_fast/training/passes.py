@@ -30,6 +30,7 @@ class Pass:
     values: Tensor | None = None  # (S, T) that soft Q-learning's last pass gave the turns, in units of the reward
     residuals: Tensor | None = None  # (S, T) of that pass, in nats
     nll_weights: Tensor | None = None  # (N,) of the likelihood of each label
+    complete: Callable[[Tensor], Tensor] | None = None  # hidden states (N, D) to the advantages, for a critic
 
 
 def make_passes(
@@ -132,7 +133,7 @@ def loss_of(one: Pass, module: nn.Module, objective: Objective, normalizer: floa
     if objective.soft_q is None:
         return module(
             one.batch,
-            one.advantages,
+            one.complete or one.advantages,
             objective.spec,
             old_logprobs=one.old_logprobs,
             ref_logprobs=one.ref_logprobs,

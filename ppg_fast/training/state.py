@@ -7,8 +7,9 @@ from typing import Any
 
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.models.adaptation import StartingWeights, load_trainable_state, trainable_state
-from ppg_fast.spec import require
+from ppg_fast.spec import VALUE, require
 from ppg_fast.training.auto import WindowChooser
+from ppg_fast.training.critic import Critic
 from ppg_fast.training.experience import Experience
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.optimisers import load_optimizer_state, make_optimizer
@@ -64,7 +65,7 @@ class TrainingState:
     a regression or soft Q-learning wants them.
 
     ``chooser``: what has been seen of the policy classes, where the objective has candidates. ``experience``: what
-    soft Q-learning remembers of earlier steps. A field is saved and
+    soft Q-learning remembers of earlier steps. ``critic``: with baseline "value". A field is saved and
     loaded by its own ``state_dict`` and ``load_state_dict`` where it has them, as a plain value where not.
     """
 
@@ -76,6 +77,7 @@ class TrainingState:
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
     chooser: WindowChooser | None = None
     experience: Experience | None = None
+    critic: Critic | None = None
 
     @classmethod
     def start(cls, model: Any, objective: Objective, schedule: Schedule) -> "TrainingState":
@@ -96,6 +98,7 @@ class TrainingState:
             reference=StartingWeights(model) if compared else None,
             chooser=WindowChooser(objective.candidates, fixed=fixed) if objective.candidates else None,
             experience=Experience(objective.replay, objective.gamma) if objective.soft_q else None,
+            critic=Critic() if objective.baseline == VALUE else None,
         )
 
     def state_dict(self) -> dict[str, Any]:

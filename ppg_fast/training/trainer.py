@@ -21,11 +21,12 @@ from ppg_fast.models.adaptation import StartingWeights
 from ppg_fast.models.causal_lm import PolicyModule
 from ppg_fast.models.sharding import whole
 from ppg_fast.spec import require
+from ppg_fast.training.critic import Critic
 from ppg_fast.training.experience import Experience
 from ppg_fast.training.metrics import TokenMeans, by_turn, describe, peak_memory_mb, reading
 from ppg_fast.training.objective import Objective, Schedule, credit, denominator, likelihood, live_turns, tokens_to_read
 from ppg_fast.training.optimisers import set_learning_rate
-from ppg_fast.training.passes import Pass, add_logprobs, compare_with, loss_of, make_passes, regress, weighed
+from ppg_fast.training.passes import Pass, add_logprobs, compare_with, loss_of, make_passes, of_all, regress, weighed
 from ppg_fast.training.signals import SignalTokens
 from ppg_fast.training.state import NotFinite, TrainingState
 
@@ -58,12 +59,15 @@ def optimise(
         set_learning_rate(state.optimizer, rate)
         now = replace(objective, policy_class=chooser.current, scale=chooser.scale) if chooser else objective
         again, mean_returns = remembered(state.experience, step, samples)
-        metrics = update(model, state.optimizer, samples, now, schedule, state.reference, ranks, again, mean_returns)
+        beside = again, mean_returns, state.critic
+        metrics = update(model, state.optimizer, samples, now, schedule, state.reference, ranks, *beside)
         read = [*samples, *again]
         state.skipped.observe(step, read, metrics["loss"], metrics["grad_norm"], schedule.max_skipped_steps)
         if state.experience and not state.skipped.in_a_row:
             state.experience.take_in(samples, mean_returns)
-        signals = metrics.pop("signals", None)
+        lesson, signals = metrics.pop("lesson", None), metrics.pop("signals", None)
+        if state.critic and lesson and not state.skipped.in_a_row:
+            state.critic.take_in(lesson)
         if chooser and signals:
             metrics |= chooser.observe(signals)
         seconds, tokens = time.perf_counter() - start, sum(len(s.tokens) for s in read)
@@ -102,10 +106,12 @@ def update(
     ranks: Ranks | None = None,
     again: Sequence[Sample] = (),
     mean_returns: Sequence[float] = (),
+    critic: Critic | None = None,
 ) -> dict[str, Any]:
     """``num_iterations`` steps on one set of dialogues; the metrics of the last. Dialogues that come ``again`` are
     trained on too, and what is said of rewards and turns is said without them. ``mean_returns``: of dialogues like
-    these, from each turn index on, for soft Q-learning.
+    these, from each turn index on, for soft Q-learning. ``critic``: completes the advantages in the first iteration;
+    what it is to learn from the step is the metrics' lesson.
 
     The loss is that of all dialogues at once, whatever the budget of a forward pass and the number of ranks: advantages
     are made and denominators counted over all of them, and only the passes are shared out. Where no turn has an
@@ -119,9 +125,9 @@ def update(
     known = share == 1 or batch.entropies is not None or objective.num_iterations > 1
     rule = "token_share must be 1 where neither the dialogues bring entropies nor several iterations find them"
     require(known, rule, share)
-    returns, advantages = credit(batch, objective)
-    weights = likelihood(batch, returns, objective)
-    live = live_turns(advantages, batch.turn_mask.float() if objective.teacher or objective.soft_q else weights)
+    returns, advantages = credit(batch, objective, critic.means if critic else ())
+    weights, everywhere = likelihood(batch, returns, objective), objective.teacher or objective.soft_q or critic
+    live = live_turns(advantages, batch.turn_mask.float() if everywhere else weights)
     lengths = tokens_to_read(batch, live, objective)
     passes = make_passes(batch, advantages, lengths, schedule.max_tokens, model.device, ranks, weights)
     if objective.soft_q:
@@ -131,6 +137,7 @@ def update(
     signals = SignalTokens(batch, objective) if objective.candidates else None
     normalizer, means, norm = denominator(batch, objective), TokenMeans(), 0.0
     regression: dict[str, float] = {}
+    readings = critic.read_with(passes, batch, objective) if critic else []
     for iteration in range(objective.num_iterations):
         optimizer.zero_grad(set_to_none=True)
         # only before the weights move may a signal end the step: between two iterations it is neither taken nor not
@@ -150,9 +157,14 @@ def update(
     if objective.soft_q:
         values, advantages = weighed(passes, batch, objective.soft_q.beta, ranks)
         regression = by_turn("turns/value", values[new], fresh.turn_mask)
+    lesson: dict[str, Any] = {}
+    if critic:
+        advantages = of_all(passes, [one.advantages for one in passes], batch, ranks).float()
+        lesson = critic.lesson(readings, passes, batch, objective, ranks)
     return {
         **means.means(),
         **regression,
+        **lesson,
         "grad_norm": norm,
         **reading(batch, live, objective.spec, lengths, share),
         **describe(samples, fresh, returns[new], advantages[new], objective.spec, shared_ratios, live[new], share),

@@ -18,8 +18,8 @@ IGNORE = -100
 def window(policy_class, turn, turns, ids):
     """The list S_t of a dialogue of ``turns`` turns.
 
-    ``policy_class``: "greedy", "full", ("lookahead", K), ("segment", length or (B, T) ids) or ("mask", (T, T)).
-        ``ids``: of this dialogue.
+    ``policy_class``: "greedy", "full", ("lookahead", K), ("segment", length or (B, T) ids), ("mask", (T, T)) or
+        ("lags", weights). ``ids``: of this dialogue.
     """
     kind, number = policy_class if isinstance(policy_class, tuple) else (policy_class, None)
     later = range(turn, turns)
@@ -29,6 +29,8 @@ def window(policy_class, turn, turns, ids):
         return list(later)
     if kind == "lookahead":
         return [k for k in later if k - turn < number]
+    if kind == "lags":
+        return [k for k in later if k - turn < len(number)]
     if kind == "mask":
         return [k for k in range(turns) if number[turn][k]]
     if isinstance(number, int):
@@ -37,15 +39,18 @@ def window(policy_class, turn, turns, ids):
 
 
 def partial_returns(rewards, policy_class, gamma=1.0, turn_counts=None):
-    """R_t = sum over k in S_t of gamma^(k - t) r_k; 0 beyond the dialogue's turns. (B, T)"""
+    """R_t = sum over k in S_t of gamma^(k - t) r_k, each times the weight of its lag where there are such; 0 beyond the
+    dialogue's turns. (B, T)"""
     B, T = np.shape(rewards)
+    weights = policy_class[1] if policy_class[0] == "lags" else np.ones(T)
     out = np.zeros((B, T))
     for b in range(B):
         turns = T if turn_counts is None else int(turn_counts[b])
         ids = policy_class[1][b] if policy_class[0] == "segment" and not isinstance(policy_class[1], int) else None
         for t in range(turns):
             out[b, t] = math.fsum(
-                float(gamma) ** (k - t) * float(rewards[b][k]) for k in window(policy_class, t, turns, ids)
+                float(gamma) ** (k - t) * float(weights[k - t]) * float(rewards[b][k])
+                for k in window(policy_class, t, turns, ids)
             )
     return out
 

@@ -16,7 +16,7 @@ PER_TOKEN = {
     "rollout_logprobs": 0.0,
     "turn_ids": -1,
 }
-TURNS = ("gamma", "baseline", "group_ids", "turn_counts")
+TURNS = ("gamma", "baseline", "group_ids", "turn_counts", "values", "gae_lambda")
 CREDIT = ("advantages", "turn_advantages", "rewards")
 SETTINGS = ("spec", "reduction", "skip_zero_advantages", "chunk_rows", "logits_dtype", "validate", "backend")
 DEFAULTS = (*SETTINGS, "policy_class", "gamma", "baseline", "entropy")

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ppg_fast.integrations.options import RUN, check, check_unknown, hosts_own, obeyed, refused
+from ppg_fast.integrations.options import RUN, check, check_unknown, hosts_own, obeyed, refused, require_baseline
 from ppg_fast.integrations.trl.host import GRPOConfig
 from ppg_fast.policy_classes import policy_class
 from ppg_fast.spec import BASELINES, require, require_number, require_one_of
@@ -57,7 +57,7 @@ class PPGOptions:
     """The fields that `PPGConfig` adds to GRPOConfig, as a mixin for trainers with their own config class."""
 
     policy_class: str = _option(
-        "full", "Future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH or full."
+        "full", "Future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full or lags:W0,W1,...."
     )
     gamma: float = _option(1.0, "Discount per turn inside the window, in [0, 1].")
     baseline: str = _option(
@@ -85,7 +85,7 @@ def check_options(args: Any) -> None:
 def _check_values(args: Any) -> None:
     policy_class(args.policy_class)
     require_number("gamma", args.gamma, 0.0, 1.0)
-    require_one_of("baseline", args.baseline, BASELINES)
+    require_baseline(args.baseline)
     require_number("std_eps", args.std_eps, 0.0)
     require_one_of("fused_head", args.fused_head, HEADS)
     check("TRL", OPTIONS, args, ADVANTAGES)
@@ -107,7 +107,8 @@ class PPGConfig(PPGOptions, GRPOConfig):
     (arXiv:2603.06138)
 
     Args:
-        policy_class: S_t, as `ppg_fast.policy_class` reads it: "greedy", "lookahead:K", "segment:LENGTH", "full".
+        policy_class: S_t, as `ppg_fast.policy_class` reads it: "greedy", "lookahead:K", "segment:LENGTH", "full",
+            "lags:W0,W1,...".
         gamma: discount per turn, in [0, 1].
         baseline: "none" | "leave_one_out" | "group_mean" | "group_std", as in `ppg_fast.turn_advantages`. It replaces
             ``scale_rewards``: "group_mean" is its "none", "group_std" its "group"; "batch" has no counterpart and is

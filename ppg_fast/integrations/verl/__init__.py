@@ -3,8 +3,8 @@
 The entry point group ``verl.plugins`` loads this module in every process that imports verl; without verl nothing loads
 it. Then the configuration may say
 
-    algorithm.adv_estimator                            ppg_greedy | ppg_lookahead | ppg_segment | ppg_full
-    +algorithm.ppg.lookahead, .segment_length, .gamma, .baseline
+    algorithm.adv_estimator                            ppg_greedy | ppg_lookahead | ppg_segment | ppg_full | ppg_lags
+    +algorithm.ppg.lookahead, .segment_length, .lags, .gamma, .baseline
     actor_rollout_ref.actor.policy_loss.loss_mode      ppg | ppg_NAME, a loss of docs/losses.md
     actor_rollout_ref.model.fused_kernel_options.impl_backend   ppg       (with use_fused_kernels)
 

@@ -13,7 +13,7 @@ from ppg_fast.integrations.verl.options import PPG, check_algorithm
 from ppg_fast.spec import require
 
 # the option each class needs
-OPTION = {"greedy": None, "lookahead": "lookahead", "segment": "segment_length", "full": None}
+OPTION = {"greedy": None, "lookahead": "lookahead", "segment": "segment_length", "full": None, "lags": "lags"}
 
 
 def credit(policy_class: str, config: Any) -> Credit:
@@ -27,8 +27,11 @@ def credit(policy_class: str, config: Any) -> Credit:
     require(not unknown, f"algorithm.ppg has {', '.join(PPG)}", unknown)
     needed = OPTION[policy_class]
     if needed:
-        require(needed in options, f"ppg_{policy_class} needs +algorithm.ppg.{needed}=<turns>; algorithm.ppg", options)
-        policy_class = f"{policy_class}:{options[needed]}"
+        what = "'[<a weight a lag>]'" if policy_class == "lags" else "<turns>"
+        require(needed in options, f"ppg_{policy_class} needs +algorithm.ppg.{needed}={what}; algorithm.ppg", options)
+        value = options[needed]
+        own = value if isinstance(value, (str, int)) else ",".join(map(str, value))
+        policy_class = f"{policy_class}:{own}"
     return Credit(policy_class, **{name: options[name] for name in ("gamma", "baseline") if name in options})
 
 
@@ -48,12 +51,13 @@ def estimate(
     Args:
         token_level_rewards: (bs, response_length) floating point.
         response_mask: (bs, response_length), non-zero on the policy's own tokens; its runs are the turns.
-        config: verl's ``algorithm`` configuration; ``config.ppg`` holds lookahead, segment_length, gamma and baseline.
+        config: verl's ``algorithm`` configuration; ``config.ppg`` holds lookahead, segment_length, lags, gamma and
+            baseline.
         index: (bs,) uid, equal for the rollouts of one prompt.
 
     Returns: advantages and returns, (bs, response_length) float32, zero outside of the mask.
-    Raises: ValueError for an option that cannot be honoured, a missing lookahead or segment_length, a reward before the
-        first turn.
+    Raises: ValueError for an option that cannot be honoured, a missing lookahead, segment_length or lags, a reward
+        before the first turn.
     """
     turn_ids = turn_ids_of_mask(response_mask)
     return credit(policy_class, config).of_tokens(token_level_rewards, turn_ids, group_numbers(index, turn_ids.device))

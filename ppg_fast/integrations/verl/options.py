@@ -6,11 +6,11 @@ from typing import Any
 from ppg_fast.integrations.options import RUN, check, check_unknown, hosts_own, obeyed, refused
 
 ADVANTAGES, LOSS, HEAD = "advantages", "loss", "head"
-PPG = ("lookahead", "segment_length", "gamma", "baseline")
+PPG = ("lookahead", "segment_length", "lags", "gamma", "baseline")
 ALGORITHM = (
-    obeyed(ADVANTAGES, "adv_estimator ppg", "`ppg_*`; lookahead, segment_length, gamma, baseline"),
+    obeyed(ADVANTAGES, "adv_estimator ppg", "`ppg_*`; lookahead, segment_length, lags, gamma, baseline"),
     refused(ADVANTAGES, "gamma", 1.0, "set +algorithm.ppg.gamma, a discount per turn"),
-    refused(ADVANTAGES, "lam", 1.0, "there is no GAE"),
+    refused(ADVANTAGES, "lam", 1.0, "GAE wants values, which verl hands its own estimator alone"),
     refused(ADVANTAGES, "norm_adv_by_std_in_grpo", True, "set +algorithm.ppg.baseline"),
     refused(ADVANTAGES, "use_pf_ppo", False, "verl reweights samples for gae only"),
     refused(ADVANTAGES, "gdpo_reward_keys gdpo_reward_weights", None, "turns have one reward: add them up before"),

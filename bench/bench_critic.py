@@ -1,0 +1,132 @@
+"""critic: a training step of the trainer against the group's mean, and against the values of its critic, which reads
+the hidden states of the same pass, solves its regression and learns from the step."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .problem import Case, relative_error
+from .providers import Provider, Providers, gather
+from .step import require_transformers
+
+GROUP, TURNS, CONTEXT_TOKENS = 8, 8, 3  # rollouts of an opening, turns of a dialogue, tokens a turn that are read only
+TOKENS = 8  # that are the policy's, a turn
+PAST = 3  # steps that the critic has learned from before
+
+
+@dataclass
+class Steps:
+    """A model whose learning rate is 0, the dialogues of a step, and a critic that knows others."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    samples: list[Any]
+    critic: Any
+
+
+def cases(grid: str, device: str) -> list[Case]:
+    """N tokens a step: the interview's model, and one with a head of 32,000 whose hidden states are projected."""
+    if grid == "quick":
+        return [Case("critic", 1408, 64, 32, device=device)]
+    return [Case("critic", 5632, V, D, device=device) for V, D in ((512, 128), (32000, 512))]
+
+
+def _samples(case: Case, seed: int) -> list[Any]:
+    from ppg_fast.dialogues.packing import CONTEXT, Sample
+
+    generator = torch.Generator().manual_seed(seed)
+    turn_ids = [t for turn in range(TURNS) for t in (*[CONTEXT] * CONTEXT_TOKENS, *[turn] * TOKENS)]
+    found = []
+    for i in range(case.N // len(turn_ids)):
+        tokens = torch.randint(2, case.V, (len(turn_ids),), generator=generator).tolist()
+        rewards = torch.randn(TURNS, generator=generator).tolist()
+        found.append(Sample(tokens, turn_ids, rewards, i // GROUP))
+    return found
+
+
+def _objective(baseline: str) -> Any:
+    from ppg_fast.policy_classes import FullPlanning
+    from ppg_fast.training.objective import Objective
+
+    return Objective(FullPlanning(), 1.0, baseline, gae_lambda=0.95 if baseline == "value" else None)
+
+
+def make(case: Case, seed: int = 0) -> Steps:
+    """Dialogues of random tokens and rewards; the critic has learned from PAST steps of them."""
+    require_transformers()
+    from ppg_fast.models.causal_lm import make_model
+    from ppg_fast.training.critic import Critic
+
+    model = make_model(case.V, case.D, seed=seed).to(case.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    problem = Steps(model, optimizer, [], Critic())
+    for step in range(PAST):
+        problem.samples = _samples(case, 1 + seed + step)
+        _step(problem, case, "value")
+    problem.samples = _samples(case, seed)
+    return problem
+
+
+def _step(problem: Steps, case: Case, baseline: str) -> tuple[Tensor, Tensor]:
+    """Loss and gradient of the embedding of a step, packing, credit and the optimizer included."""
+    from ppg_fast.training.objective import Schedule
+    from ppg_fast.training.trainer import update
+
+    schedule = Schedule(1, 0.0, max_tokens=case.N, max_grad_norm=1e9)
+    critic = problem.critic if baseline == "value" else None
+    with torch.enable_grad():
+        row = update(problem.model, problem.optimizer, problem.samples, _objective(baseline), schedule, critic=critic)
+    if critic:
+        critic.take_in(row["lesson"])
+    return torch.tensor(row["loss"]), problem.model.get_input_embeddings().weight.grad.clone()
+
+
+def participants(case: Case) -> Providers:
+    """Ours without the critic; the same with it, whose time over ours is what it costs."""
+
+    def plain(case: Case) -> Provider:
+        """ppg_fast."""
+        return Provider("ppg_fast, leave_one_out", lambda p: _step(p, case, "leave_one_out"), "ours", forward_only=True)
+
+    def valued(case: Case) -> Provider:
+        """ppg_fast with its critic."""
+        return Provider("ppg_fast, value and its critic", lambda p: _step(p, case, "value"), forward_only=True)
+
+    return gather([plain, valued], case)
+
+
+def _truth(problem: Steps, baseline: str) -> Tensor:
+    """The loss from plain logits in float64, with advantages by the formula."""
+    from ppg_fast.dialogues.packing import pack
+    from ppg_fast.models.causal_lm import decoder
+    from ppg_fast.training.critic import first_tokens, rewards_before
+    from ppg_fast.training.objective import credit, of_values
+
+    model, batch, objective = copy.deepcopy(problem.model).double(), pack(problem.samples), _objective(baseline)
+    model.set_attn_implementation("eager")
+    ids = batch.tokens.view(len(problem.samples), -1).to(model.device)
+    hidden = decoder(model)(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    l = (hidden @ model.get_output_embeddings().weight.T).log_softmax(-1).cpu()
+    _, advantages = credit(batch, objective, problem.critic.means if baseline == "value" else ())
+    if baseline == "value":
+        at, turns = first_tokens(batch)
+        features = problem.critic.features(hidden[at].cpu(), rewards_before(batch).flatten(0, 1)[turns])
+        values = problem.critic.foretell(features).view(batch.rewards.shape).float()
+        counts = batch.turn_counts
+        advantages = advantages + of_values(torch.zeros_like(batch.rewards), values, counts, None, objective)
+    active = batch.labels >= 0
+    own = l[active].gather(1, batch.labels[active, None])[:, 0]
+    weights = advantages[batch.dialogue_ids[active], batch.turn_ids[active]].double()
+    return -(own * weights).sum() / len(problem.samples)
+
+
+@torch.no_grad()
+def checker(problem: Steps, case: Case) -> Callable[[Any], dict[str, float]]:
+    """The loss of both against float64, in the order of the participants; the gradient is the trainer's, whose tests
+    compare it."""
+    expected = [_truth(problem, baseline) for baseline in ("leave_one_out", "value")]
+    return lambda result: {"loss": relative_error(result[0], expected.pop(0))}
