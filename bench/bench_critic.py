@@ -115,7 +115,7 @@ def _truth(problem: Steps, baseline: str) -> Tensor:
     if baseline == "value":
         at, turns = first_tokens(batch)
         features = problem.critic.features(hidden[at].cpu(), rewards_before(batch).flatten(0, 1)[turns])
-        values = (problem.critic.trust * problem.critic.foretell(features)).view(batch.rewards.shape).float()
+        values = problem.critic.foretell(features).view(batch.rewards.shape).float()
         counts = batch.turn_counts
         advantages = advantages + of_values(torch.zeros_like(batch.rewards), values, counts, None, objective)
     active = batch.labels >= 0

@@ -232,6 +232,7 @@ def test_what_does_not_go_together_is_refused_in_one_line():
     mask = ppg.RewardMask(torch.ones(3, 3, dtype=torch.bool))
     returns, advantages = ppg.partial_returns, ppg.turn_advantages
     refused("gae_lambda goes with windows", returns, rewards, mask, values=values, gae_lambda=1.0)
+    refused("gae_lambda goes with windows", returns, rewards, "lags:1,0.5", values=values, gae_lambda=1.0)
     rule = "gae_lambda must be a finite number >= 0.0 and <= 1.0, got 1.5"
     refused(rule, returns, rewards, "full", values=values, gae_lambda=1.5)
     refused("values .* must be given", returns, rewards, "full", gae_lambda=1.0)

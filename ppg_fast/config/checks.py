@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, OF_TEACHER, OF_TURNS, SOFT_Q, TRACKERS
 from ppg_fast.distributed import PARALLEL
 from ppg_fast.losses import LOSS_TYPES
-from ppg_fast.policy_classes import FullPlanning
+from ppg_fast.policy_classes import FullPlanning, LagWeights
 from ppg_fast.spec import (
     BASELINES,
     DIVERGENCES,
@@ -129,6 +129,9 @@ def _check_values(config: TrainConfig) -> None:
     valued = config.baseline == VALUE
     rule = f"gae_lambda must be left out with baseline {config.baseline}: baseline {VALUE} has it"
     require(valued or config.gae_lambda is None, rule, config.gae_lambda)
+    rule = "gae_lambda goes with windows, whose end has a value: with weights of lags it must be left out"
+    weighted = config.policy_class != AUTO and isinstance(config.chosen_class(), LagWeights)
+    require(not weighted or config.gae_lambda is None, rule, config.gae_lambda)
     rule = f"baseline must be another than {VALUE} with policy_class auto or signals, which compare many windows"
     require(not (valued and (config.policy_class == AUTO or config.signals)), rule, config.baseline)
 

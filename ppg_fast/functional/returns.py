@@ -164,7 +164,7 @@ def partial_returns(
         gamma: discount per turn, in [0, 1].
         turn_counts: (B,) integers, the turns of each dialogue; default T.
         values: (B, T) floating point, the return that is expected from turn t on, before its answer; a constant.
-        gae_lambda: in [0, 1], for windows, so not for RewardMask; None: no bootstrap, and no values.
+        gae_lambda: in [0, 1], for windows, so not for RewardMask and LagWeights; None: no bootstrap, and no values.
         validate: on a GPU, also make the checks of values, which need a sync. On a CPU they are always made.
         backend: "cpu" | "triton" | "cuda" | "reference"; default the fastest that runs here.
 
@@ -181,7 +181,7 @@ def partial_returns(
         return ops.partial_returns(turns, validate, backend)
     decay = turns.gamma * require_number("gae_lambda", gae_lambda, 0.0, 1.0)
     rule = "gae_lambda goes with windows (greedy, lookahead:K, segment:LENGTH, full), whose end has a value"
-    require(turns.reward_mask is None, rule, policy_class)
+    require(not isinstance(named_policy_class(policy_class), (LagWeights, RewardMask)), rule, policy_class)
     B, T = turns.rewards.shape
     exists = torch.ones(B, T, dtype=torch.bool, device=rewards.device)
     if turns.turn_counts is not None:

@@ -4,8 +4,8 @@ words.
 A turn is a question with two answers that count: the honest one, and the tempting one that pleases at once. Who is paid
 what, and when, is a table: `honest_pays[t][k]` is what an honest answer of turn t adds to the reward of turn k >= t,
 `tempting_pays[t]` what a tempting one adds to its own, and the finale pays the square of the honest share at the last
-turn. To that comes noise that no answer causes, Gaussian, of mean zero, drawn anew in every dialogue, so no baseline
-removes it. The policy class of a problem is the smallest window that holds every reward which a turn causes: its
+turn. To that comes noise that no answer causes, Gaussian, of mean zero, drawn anew in every dialogue, so no mean of a
+group removes it. The policy class of a problem is the smallest window that holds every reward which a turn causes: its
 gradient is that of the true value, and every longer one only adds noise.
 """
 

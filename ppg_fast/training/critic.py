@@ -56,7 +56,7 @@ class Reading:
     objective: Objective
     features: Tensor | None = None  # (M, F) float64 of
     turns: Tensor | None = None  # (M,) turns that are read
-    foretold: Tensor | None = None  # (S, T) float64: beyond the mean, before `Critic.trust`
+    foretold: Tensor | None = None  # (S, T) float64: what the return will have beyond the mean
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """The advantages (S, T) of the pass, completed; ``hidden`` (N, D) is a constant."""
@@ -67,8 +67,8 @@ class Reading:
         found = torch.zeros(shape.numel(), dtype=torch.float64)
         found[self.turns] = self.critic.foretell(self.features)
         self.foretold = torch.where(found.isfinite(), found, 0.0).view(shape)  # else the loss is not finite either
-        values = self.critic.trust * self.foretold
-        correction = of_values(torch.zeros(shape), values, one.batch.turn_counts.cpu(), None, self.objective)
+        counts = one.batch.turn_counts.cpu()
+        correction = of_values(torch.zeros(shape), self.foretold, counts, None, self.objective)
         one.advantages, one.complete = one.advantages + correction.to(one.advantages.device), None
         return one.advantages
 
@@ -80,28 +80,21 @@ class Lesson:
     moments: Tensor  # (F + 2, F + 2) float64, of z z^T with z = features, 1, centred return
     reached: Tensor  # (T,) float64: dialogues that reach each turn, and
     totals: Tensor  # (T,) float64: the sum of their returns there
-    agreement: Tensor  # (2,) float64: sums of foretold x return and of foretold^2
 
 
 class Critic:
-    """V_t = mean return of turn index t + trust * w . features, all of past steps only, forgotten by KEPT a step.
+    """V_t = mean return of turn index t + w . features, both of past steps only, forgotten by KEPT a step.
 
     The features are the hidden state before the turn's first token and the `rewards_before`. The target is what the
     return has beyond the other rollouts of its group, so that the regression need not learn what the group tells
-    already. ``trust`` in [0, 1] is the factor that would have been best in the steps so far, each foretold before it
-    was learned from: a critic that foretells nothing is not listened to.
+    already. Nothing but the ridge shrinks it: a factor below 1, right for a forecast, would take from the credit that a
+    bootstrap carries.
     """
 
     def __init__(self) -> None:
         self.moments: Tensor | None = None
         self.reached, self.totals = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
-        self.agreement = torch.zeros(2, dtype=torch.float64)
         self._weights: Tensor | None = None  # (F + 1,), of the moments
-
-    @property
-    def trust(self) -> float:
-        """How much of what is foretold counts."""
-        return float((self.agreement[0] / self.agreement[1]).clamp(0, 1)) if self.agreement[1] > 0 else 0.0
 
     @property
     def means(self) -> list[float]:
@@ -160,10 +153,8 @@ class Critic:
         z = torch.cat(own) if own else None
         found = [part for part in ranks.gather(None if z is None else z.T @ z) if part is not None]
         moments = torch.stack(found).sum(0) if found else torch.zeros(0, 0, dtype=torch.float64)
-        agreement = torch.stack([(foretold * centred)[there].sum(), foretold[there].square().sum()])
-        reached = there.sum(0).double()
-        lesson = Lesson(moments, reached, torch.where(there, returns, 0.0).sum(0), agreement)
-        return {"lesson": lesson, **explained(centred, self.trust * foretold, there)}
+        lesson = Lesson(moments, there.sum(0).double(), torch.where(there, returns, 0.0).sum(0))
+        return {"lesson": lesson, **explained(centred, foretold, there)}
 
     def take_in(self, lesson: Lesson) -> None:
         """Learn from a step that was taken; not from one whose sums float64 cannot hold."""
@@ -171,7 +162,6 @@ class Critic:
             return
         if lesson.moments.numel():
             self.moments = lesson.moments if self.moments is None else KEPT * self.moments + lesson.moments
-        self.agreement = KEPT * self.agreement + lesson.agreement
         more = max(len(self.reached), len(lesson.reached))
         longer = lambda sums: torch.nn.functional.pad(sums, (0, more - len(sums)))  # noqa: E731
         self.reached = KEPT * longer(self.reached) + longer(lesson.reached)
@@ -180,7 +170,7 @@ class Critic:
 
     def state_dict(self) -> dict[str, Any]:
         """The sums: all that is learned follows from them."""
-        return {name: getattr(self, name) for name in ("moments", "reached", "totals", "agreement")}
+        return {name: getattr(self, name) for name in ("moments", "reached", "totals")}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""

@@ -78,8 +78,8 @@ def patch(model: Any, **defaults: Any) -> Patch:
                       itself with labels, at the token before it with shift_labels.
         turn_advantages  (S, T) one a turn, with turn_ids: (B, L) integers, -1 = context (masked), else the turn of the
                       label.
-        rewards       (S, T), with turn_ids and policy_class, and gamma, baseline, group_ids, turn_counts as in
-                      `linear_partial_policy_loss`.
+        rewards       (S, T), with turn_ids and policy_class, and gamma, baseline, group_ids, turn_counts, values,
+                      gae_lambda as in `linear_partial_policy_loss`.
         loss_mask, old_logprobs, ref_logprobs, rollout_logprobs  (B, L); spec, reduction, normalizer,
                       skip_zero_advantages, chunk_rows, logits_dtype, validate, backend: as in `linear_policy_loss`.
                       num_items_in_batch of transformers' Trainer is the normalizer of token_mean.
