@@ -39,10 +39,10 @@ of these, and beyond more where so many lags are looked at that one would often 
 contributes to the gradient of full planning along it; all lags add up to 100 %, and one can be negative. Window: up to
 the last clear lag. Bias: squared distance of a class's expected gradient from that of full planning, in squared lengths
 of the latter. Alignment: the expected cosine of one training step's gradient with that of full planning, which bias and
-noise both lower; as ratios of estimates, cosine and alignment may pass 1. Scores are the gradients of an answer's
-log-prob at the output head's input. Bars: {CLEAR:g} standard errors. All of it is about the policy as it is; after
-training the window may be another. Window and weights were chosen on the rollouts that they are judged on here, which
-favours them."""
+noise both lower; as ratios of estimates, cosine and alignment may pass 1, and they are empty where full planning's own
+gradient was lost in noise. Scores are the gradients of an answer's log-prob at the output head's input. Bars: {CLEAR:g}
+standard errors. All of it is about the policy as it is; after training the window may be another. Window and weights
+were chosen on the rollouts that they are judged on here, which favours them."""
 
 
 def parser() -> argparse.ArgumentParser:

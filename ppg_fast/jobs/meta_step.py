@@ -155,8 +155,7 @@ class Step:
             length = q.shape[2]
             seen = (length, QUERY_BLOCK + sliding_window) if sliding_window and sliding_window < length else (0,)
             q, k, v = (t.split([length], dim=2)[0] for t in (q, k, v))
-            out = torch.cat([_Attend.apply(q, k, v, seen)], dim=2)
-            return out.transpose(1, 2).contiguous(), None
+            return torch.cat([_Attend.apply(q, k, v, seen).transpose(1, 2)], dim=1), None
 
 
 def _on_the_host(checkpoint: Callable[..., Any], *args: Any) -> Any:
