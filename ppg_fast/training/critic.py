@@ -127,9 +127,8 @@ class Critic:
         rewards = rewards_before(batch)
         readings = [Reading(self, one, rewards[list(one.dialogues)], objective) for one in passes if one.dialogues]
         for reading in readings:
-            reading.one.complete = (
-                reading.complete
-            )  # a method: FSDP2 walks through dataclasses, and this one is a circle
+            # a method: FSDP2 walks through dataclasses, and a pass that held this one would be a circle
+            reading.one.complete = reading.complete
         return readings
 
     def lesson(
