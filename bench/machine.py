@@ -1,6 +1,7 @@
 """On what, of what and by which command a result was measured."""
 
 import importlib.metadata
+import os
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ def machine_info(device: str) -> dict[str, Any]:
         from ppg_fast import native
 
         info["ppg_fast_isa"] = native.isa()
+        if os.environ.get("PPG_FAST_ISA"):
+            info["ppg_fast_isa_forced"] = True
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         info["gpu"] = {

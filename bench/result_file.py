@@ -96,13 +96,16 @@ def processor(machine_info: dict[str, Any]) -> str:
         return machine_info["gpu"]["name"]
     isa = {"avx512": "AVX-512", "avx2": "AVX2"}.get(machine_info.get("ppg_fast_isa", ""))
     name = re.sub(r"\((R|TM)\)", "", machine_info["cpu"]["brand_raw"])
-    return ", ".join(filter(None, (name, isa)))
+    forced = " (forced)" if isa and machine_info.get("ppg_fast_isa_forced") else ""
+    return ", ".join(filter(None, (name, isa))) + forced
 
 
 def name_of(op: str, device: str, machine_info: dict[str, Any]) -> str:
-    """The file of an op's times: each processor has its own, "policy_loss.cpu.amd-epyc-25-17"."""
+    """The file of an op's times: each processor has its own, "policy_loss.cpu.amd-epyc-25-17", and each instruction set
+    that is forced on it, "policy_loss.cpu.intel-xeon-6-207-avx2"."""
     words = re.findall("[a-z0-9]+", processor({**machine_info, "ppg_fast_isa": ""}).lower())
-    place = "-".join(w for w in words if w not in ("family", "model", "cpu", "processor"))
+    forced = [machine_info["ppg_fast_isa"]] if machine_info.get("ppg_fast_isa_forced") else []
+    place = "-".join([*(w for w in words if w not in ("family", "model", "cpu", "processor")), *forced])
     return f"{op}.{device}.{place or 'unknown'}"
 
 

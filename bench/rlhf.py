@@ -174,7 +174,7 @@ def rlhf_section(results: Results) -> str:
         )
         text += table(("trained on", "by it, before", "after", "true, before", "best", "after", "time"), _rows(file))
         text += f"\n![Return over steps, by the model and true](../{result_file.FOLDER}/{CHART})\n\n"
-        text += "\n".join(f"- {bar}: **{'met' if met else 'missed'}** ({said})." for bar, met, said in verdicts(file))
+        text += "".join(f"- {bar}: **{'met' if met else 'missed'}** ({said}).\n" for bar, met, said in verdicts(file))
     return text or NOT_MEASURED
 
 

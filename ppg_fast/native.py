@@ -1,6 +1,7 @@
 """The C++ and CUDA backends: allocates outputs and unpacks the spec, nothing else. One contract, dispatched by the
 tensors' device."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,14 @@ def isa() -> str:
 
 
 def use_isa(name: str) -> None:
-    """Run the CPU kernels on another instruction set of this processor, for tests and benchmarks; ValueError where it
-    lacks it."""
+    """Run the CPU kernels on another instruction set of this processor, for tests and benchmarks, as the environment
+    variable PPG_FAST_ISA does from the start; ValueError where it lacks it."""
     if not _lib.use_isa(name):
         raise ValueError(f"the instruction set must be one of {', '.join(ISAS)} that this processor has, got {name!r}")
+
+
+if _name := os.environ.get("PPG_FAST_ISA"):
+    use_isa(_name)
 
 
 def want_huge_pages(memory: Tensor) -> None:

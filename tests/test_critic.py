@@ -182,6 +182,15 @@ def test_a_step_whose_sums_do_not_fit_teaches_nothing():
     assert all(torch.equal(sums, critic.state_dict()[name]) for name, sums in before.items())
 
 
+def test_past_steps_are_forgotten_by_a_tenth_a_step():
+    one, two = (lesson_of(torch.full((3, 2), v, dtype=torch.float64), torch.ones(3).double() * v) for v in (1.0, 2.0))
+    critic = Critic()
+    critic.take_in(one)
+    critic.take_in(two)
+    torch.testing.assert_close(critic.moments, 0.9 * one.moments + two.moments)
+    assert critic.means == [pytest.approx((0.9 * 3 + 6) / (0.9 * 3 + 3))]
+
+
 def test_wide_hidden_states_are_projected_the_same_way_every_time():
     hidden, rewards = torch.randn(4, 700), torch.zeros(4, 4, dtype=torch.float64)
     one, other = Critic().features(hidden, rewards), Critic().features(hidden, rewards)

@@ -1,6 +1,9 @@
 """The CPU kernels on every instruction set that this processor has: each is compiled from the same source and must
 agree."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -96,3 +99,11 @@ def test_a_nan_of_any_bits_poisons_its_row(isa, bits):
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="avx1024"):
         native.use_isa("avx1024")
+
+
+@pytest.mark.parametrize(("name", "said"), [("baseline", "isa: baseline"), ("avx1024", "got 'avx1024'")])
+def test_the_environment_names_the_instruction_set(name, said):
+    code = "from ppg_fast import native; print('isa:', native.isa())"
+    environment = {**os.environ, "PPG_FAST_ISA": name}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert said in (done.stdout + done.stderr).splitlines()[-1]

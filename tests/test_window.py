@@ -104,6 +104,29 @@ def test_products_are_those_of_the_expected_gradients():
     assert float(torch.stack(by_chance).mean() / torch.stack(last).std()) == pytest.approx(1, abs=0.3)
 
 
+def drawn(groups, seed=0, offset=0.0):
+    random = torch.Generator().manual_seed(seed)
+    scores, rewards = torch.randn(48, 3, 5, generator=random), torch.randn(48, 3, generator=random)
+    kept = torch.isin(torch.arange(48) // 4, torch.tensor(groups))
+    signals = LagSignals(CLASSES)
+    rewards = rewards + offset * torch.randn(12, 3, generator=random).repeat_interleave(4, 0)
+    signals.add(scores[kept], rewards[kept], torch.full((len(kept),), 3)[kept], (torch.arange(48) // 4)[kept])
+    return signals.products()
+
+
+def test_the_jackknife_leaves_whole_groups_out():
+    found = drawn(range(12))
+    for left_out in (0, 5, 11):
+        without = drawn([g for g in range(12) if g != left_out])
+        torch.testing.assert_close(found.inner[1 + left_out], without.inner[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(found.squares[1 + left_out], without.squares[0], rtol=1e-9, atol=1e-9)
+
+
+def test_what_a_group_shares_is_no_signal():
+    """Rewards that an opening or its partner gives to all rollouts of a group change nothing."""
+    torch.testing.assert_close(drawn(range(12)).inner, drawn(range(12), offset=8.0).inner, rtol=1e-4, atol=1e-5)
+
+
 def made(delay, seed, turns=8, rollouts=192, noise=1.0):
     """Answers of a coin, each paid ``delay`` turns later (None: never), under noise, in ragged dialogues."""
     random = torch.Generator().manual_seed(seed)

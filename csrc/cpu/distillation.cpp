@@ -58,7 +58,7 @@ Side exponentials(const typename E::raw* x, int64_t V, int64_t length, const Sca
   float *const z = memory, *const exps = memory + length, nats = scale.nats;
   float max;
   if constexpr (CAP) max = unpack_row<E>(x, V, scale, z);
-  else max = block_max<E>(x, V);
+  else max = block_range<E>(x, V).max;
   Vec sum[2] = {};
   const auto add = [&](int64_t v, Vec x, Vec& sum) __attribute__((always_inline)) {
     const Vec d = (x - max) * nats, e = exp_(d);

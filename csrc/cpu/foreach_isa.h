@@ -25,10 +25,12 @@
 #include "isa.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if !defined(PPG_ISA) || PPG_ISA == 0
-#define PPG_LANES 4
+#define PPG_LANES 4  // SSE2, and on ARM NEON
 namespace ppg::cpu::baseline {
 #include "vec.h"
 #include "row.h"

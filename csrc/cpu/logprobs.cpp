@@ -45,7 +45,7 @@ void logprobs_fwd(const LogprobsFwdArgs& a, int64_t first, int64_t last) {
 
 // dlogit_v = 2^t (c0 + c1 d) + [v = label] at_label with t = d * scale, d = v - max, then through the softcap.
 template <bool CAP, bool ENT> PPG_INLINE Vec gradient(Vec x, const View<CAP>& view, float max, float c0, float c1) {
-  Vec d = view.template distance<ENT>(x, max);
+  Vec d = view.distance(x, max);
   d = view.power(d) * (ENT ? c0 + c1 * d : splat(c0));
   if constexpr (CAP) d *= view.slope(x);
   return d;

@@ -36,14 +36,15 @@ PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, i
                                int64_t label, Vec x_label, const Slope& row, const View<CAP>& view, float max,
                                Fetch& fetch) {
   constexpr bool AGAIN = CAP || ENT;  // whether the logits are read again beside the exponentials
-  const float at_label = label_gradient<CAP, ENT>(x_label[0], row, view, max);
+  const float at_label = label_gradient<CAP, ENT>(x_label[0], row, view, max), unit = view.unit(max);
   for (int64_t first = 0; first < V; first += BLOCK) {
     const int64_t last = first + BLOCK < V ? first + BLOCK : V;
-    const float scale = view.power(kept.maxima[first / BLOCK] - max);
+    const float scale = float(std::exp2(view.level(kept.maxima[first / BLOCK]) - view.level(max))) / unit;
     const Slope s{row.c0 * scale, row.c1 * scale, 0.f};
     int64_t v = first;
     for (; v + STEP <= last; v += STEP) {  // the order of row_stats
       fetch.step();
+      fetch_block(kept.exps + v);
 #pragma GCC unroll 2
       for (int64_t w = v; w < v + STEP; w += 2 * LANES) {
         const Pair p = AGAIN ? E::load_pair(x + w) : Pair{};

@@ -24,7 +24,28 @@ template <bool CAP> struct View {
     return LOW || LANES < 16 ? at_least(d, low) : d;
   }
   Vec power(Vec d) const { return exp2_(d, splat(scale)); }
-  float power(float d) const { return power(at_least(splat(d), low))[0]; }
+  // What the exponents of a row are relative to while its maximum is `max`; for near blocks an integer, to which and
+  // from which a step is exact.
+  double level(float max) const {
+    const double t = double(max) * scale;
+    return NEAR_BLOCKS ? std::nearbyint(t) : t;
+  }
+  // Whether exp2_near has a result for every v from `least` to `max`.
+  bool near(float least, float max) const {
+    const double at = level(max);
+    return NEAR_BLOCKS && std::abs(at) < (1 << 20) && double(least) * scale - at > -125;
+  }
+  Vec power_near(Vec v, float max) const { return exp2_near(v, splat(scale), splat(float(ROUNDER - level(max)))); }
+  // 2^(max * scale - level(max)), rounded as it is in near blocks.
+  float unit(float max) const {
+    if (near(max, max)) return power_near(splat(max), max)[0];
+    return NEAR_BLOCKS ? float(std::exp2(double(max) * scale - level(max))) : 1.f;
+  }
+  // 2^((v - max) * scale) as it is in the sums.
+  double share(float v, float max) const {
+    if (near(v, max)) return power_near(splat(v), max)[0] / double(unit(max));
+    return power(at_least(splat(v - max), low))[0];
+  }
   // d z / d x, of a function that has already been divided by the temperature
   Vec slope(Vec x) const {
     const Vec t = tanh_(x * inverse_cap);
@@ -37,8 +58,8 @@ struct Stats {
   double sum, dot, square;  // sum 2^t, sum 2^t d, sum (2^t)^2, with t = d * scale, d = v - max
 };
 
-constexpr int STEP = 4 * LANES;       // elements in flight
-constexpr int64_t BLOCK = 32 * STEP;  // elements whose maximum is taken before their exponentials: still in L1 by then
+constexpr int STEP = 4 * LANES;  // elements in flight
+constexpr int64_t BLOCK = 2048;  // elements whose maximum is taken before their exponentials: still in L1 by then
 constexpr float LOWEST =
     -3.402823466e38f;  // start of the running maximum: unlike -inf it can be subtracted from itself
 
@@ -52,99 +73,164 @@ struct Fetch {
   }
 };
 
-PPG_INLINE ShortVec ordered(ShortVec bits) { return bits ^ ((bits >> 15) & int16_t(0x7fff)); }  // its own inverse
-
-template <class E> PPG_INLINE float block_max(const typename E::raw* x, int64_t count) {
-  int64_t v = 0;
-  if constexpr (sizeof(*x) == 2) {  // 16-bit floats compare like integers once the negative ones are reversed
-    ShortVec a, b, m = ShortVec{} + int16_t(-32768), n = m;
-    for (; v + STEP <= count; v += STEP) {
-      __builtin_memcpy(&a, x + v, sizeof a);
-      __builtin_memcpy(&b, x + v + 2 * LANES, sizeof b);
-      a = ordered(a);
-      b = ordered(b);
-      m = a > m ? a : m;
-      n = b > n ? b : n;
-    }
-    m = m > n ? m : n;
-    int16_t most = -32768;
-    for (int i = 0; i < 2 * LANES; ++i) most = m[i] > most ? m[i] : most;
-    for (; v < count; ++v) {
-      const int16_t key = ordered(ShortVec{} + int16_t(x[v]))[0];
-      most = key > most ? key : most;
-    }
-    const uint16_t bits = ordered(ShortVec{} + most)[0];
-    return load_one<E>(&bits);
-  } else {
-    Vec m0 = splat(-INFINITY), m1 = m0, m2 = m0, m3 = m0;
-    for (; v + STEP <= count; v += STEP) {
-      m0 = vmax(E::load(x + v), m0);
-      m1 = vmax(E::load(x + v + LANES), m1);
-      m2 = vmax(E::load(x + v + 2 * LANES), m2);
-      m3 = vmax(E::load(x + v + 3 * LANES), m3);
-    }
-    float most = reduce_max(vmax(vmax(m0, m1), vmax(m2, m3)));
-    for (; v < count; ++v) most = x[v] > most ? x[v] : most;
-    return most;
-  }
+// Prefetch of what the loop over this row comes to a block later: from L2 into L1.
+template <class T> PPG_INLINE void fetch_block(const T* at) {
+#pragma GCC unroll 8
+  for (int64_t v = 0; v < STEP; v += 64 / int64_t(sizeof(T))) __builtin_prefetch(at + BLOCK + v, 0, 3);
 }
 
-// The exponentials of a row, kept for its gradient, each relative to the running maximum at its block: exps[v]
-// 2^maxima[v / BLOCK]. Stored as pairs of vectors in the order of the element type, the tail in plain order.
+template <class T, class Bits, class Pick> PPG_INLINE T reduce(Bits bits, Pick pick) {
+  constexpr int COUNT = sizeof(Bits) / sizeof(T);
+  T lanes[COUNT];
+  __builtin_memcpy(lanes, &bits, sizeof bits);
+#pragma GCC unroll 5
+  for (int half = COUNT / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = pick(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+template <class E, class T> PPG_INLINE float of_bits(T bits) {
+  typename E::raw x;
+  __builtin_memcpy(&x, &bits, sizeof x);
+  return load_one<E>(&x);
+}
+
+struct Range {
+  float max, min;
+};
+
+// The largest element of a block and, for near blocks, the smallest, or 0 where none is negative: one of them is NaN or
+// infinite where an element is. As integers: the bits of floats are in order, those of negative ones backwards, and NaN
+// is beyond infinity.
+template <class E> PPG_INLINE Range block_range(const typename E::raw* x, int64_t count) {
+  constexpr bool SHORT = sizeof(*x) == 2;
+  using Signed = std::conditional_t<SHORT, ShortVec, IntVec>;
+  using Unsigned = std::conditional_t<SHORT, UshortVec, UintVec>;
+  using Int = std::conditional_t<SHORT, int16_t, int32_t>;
+  constexpr int64_t EACH = sizeof(Signed) / sizeof(*x);
+  const auto larger = [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; };
+  const auto smaller = [](auto a, auto b) __attribute__((always_inline)) { return a < b ? a : b; };
+  typename E::raw few[EACH];
+  if (count < EACH) {  // so that the last vector can end with the block
+    std::fill_n(few, EACH, x[0]);
+    __builtin_memcpy(few, x, count * sizeof(*x));
+    x = few;
+    count = EACH;
+  }
+  const auto load = [&](int64_t v) __attribute__((always_inline)) {
+    Signed bits;
+    __builtin_memcpy(&bits, x + v, sizeof bits);
+    return bits;
+  };
+  Signed most = load(count - EACH);
+  if constexpr (!SHORT && !NEAR_BLOCKS) {  // as floats: integers have half the throughput on AVX-512
+    Vec m[4] = {(Vec)most, (Vec)most, (Vec)most, (Vec)most};
+    int64_t v = 0;
+    for (; v + 4 * EACH <= count; v += 4 * EACH)
+      for (int i = 0; i < 4; ++i) m[i] = vmax((Vec)load(v + i * EACH), m[i]);
+    for (; v + EACH <= count; v += EACH) m[0] = vmax((Vec)load(v), m[0]);
+    return {reduce_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3]))), 0.f};
+  }
+  Unsigned least = (Unsigned)most;
+  for (int64_t v = 0; v + EACH <= count; v += EACH) {
+    const Signed bits = load(v);
+    most = larger(bits, most);
+    if constexpr (NEAR_BLOCKS) least = larger((Unsigned)bits, least);
+  }
+  Int max = reduce<Int>(most, larger);
+  const Int min = NEAR_BLOCKS ? Int(reduce<std::make_unsigned_t<Int>>(least, larger)) : Int(0);
+  if (max < 0) {  // negative all of them: the largest has the least bits
+    most = load(count - EACH);
+    for (int64_t v = 0; v + EACH <= count; v += EACH) most = smaller(load(v), most);
+    max = reduce<Int>(most, smaller);
+  }
+  return {of_bits<E>(max), min < 0 ? of_bits<E>(min) : 0.f};
+}
+
+// The exponentials of a row, kept for its gradient: of a block b, relative to the level of maxima[b], the maximum by
+// then. Stored as pairs of vectors in the order of the element type, the tail in plain order.
 struct Kept {
   float *exps, *maxima;
+};
+
+// What is added up over a row, in as many vectors as hide the latency of a sum and leave registers to the exponential.
+template <Sums SUMS> struct Totals {
+  static constexpr bool ENT = SUMS >= ENTROPY, NORM = SUMS == SCORE_NORM;
+  Vec sum[4] = {}, dot[2] = {}, square[2] = {};
+  [[gnu::always_inline]] void add(int i, Vec e, Vec d) {
+    sum[i] += e;
+    if constexpr (ENT) dot[i % 2] += e * d;
+    if constexpr (NORM) square[i % 2] += e * e;
+  }
+  // To a maximum of which the old one has the distance `shift`; `scale`: 2^t of the step between their levels.
+  void rescale(float shift, float scale) {
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (ENT) dot[i] = (dot[i] + (sum[i] + sum[i + 2]) * shift) * scale;
+      if constexpr (NORM) square[i] *= scale * scale;
+    }
+    for (Vec& s : sum) s *= scale;
+  }
+  Stats over(double unit, float max) const {
+    const double total = reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])) / unit;
+    return {total == 0 ? NAN : max, total, reduce_add(dot[0] + dot[1]) / unit,
+            reduce_add(square[0] + square[1]) / (unit * unit)};
+  }
 };
 
 // One pass over the row, one exp2 per element; KEEP: stored in `kept` for the gradient. `kept.exps` may be the row
 // itself.
 template <class E, bool CAP, Sums SUMS, bool KEEP>
 PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>& view, const Kept& kept, Fetch& fetch) {
-  constexpr bool ENT = SUMS >= ENTROPY, NORM = SUMS == SCORE_NORM;
-  Vec sum[4] = {}, dot[4] = {}, square[4] = {};
-  float max = LOWEST;
-  const auto add = [&](Vec x, float* exps, Vec& sum, Vec& dot, Vec& square) __attribute__((always_inline)) {
-    const Vec d = view.template distance<ENT>(x, max), e = view.power(d);
+  constexpr bool ENT = SUMS >= ENTROPY;
+  Totals<SUMS> totals;
+  float max = LOWEST, unit = view.unit(max);
+  const auto take = [&](auto near, Vec x, float* exps, int i) __attribute__((always_inline)) {
+    Vec d{}, e;
+    if constexpr (decltype(near)::value) {
+      const Vec v = view(x);
+      e = view.power_near(v, max);
+      if constexpr (ENT) d = v + splat(-max);
+    } else {
+      d = view.template distance<ENT>(x, max);
+      e = NEAR_BLOCKS ? view.power(d) * unit : view.power(d);
+    }
     if constexpr (KEEP) F32::store(exps, e);
-    sum += e;
-    if constexpr (ENT) dot += e * d;
-    if constexpr (NORM) square += e * e;
+    totals.add(i, e, d);
+  };
+  const auto sweep = [&](auto near, int64_t v, int64_t last) __attribute__((always_inline)) {
+    for (; v + STEP <= last; v += STEP) {
+      fetch.step();
+      fetch_block(x + v);
+      const Pair p = E::load_pair(x + v), q = E::load_pair(x + v + 2 * LANES);
+      take(near, p.a, kept.exps + v, 0);
+      take(near, p.b, kept.exps + v + LANES, 1);
+      take(near, q.a, kept.exps + v + 2 * LANES, 2);
+      take(near, q.b, kept.exps + v + 3 * LANES, 3);
+    }
+    return v;
   };
   for (int64_t first = 0; first < V; first += BLOCK) {
     const int64_t last = first + BLOCK < V ? first + BLOCK : V;
-    const float most = view(block_max<E>(x + first, last - first));
-    if (most > max) {  // rescale the sums so far to the new maximum
-      const float shift = at_least(splat(max - most), view.low)[0], scale = view.power(shift);
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (ENT) dot[i] = (dot[i] + sum[i] * shift) * scale;
-        if constexpr (NORM) square[i] *= scale * scale;
-        sum[i] *= scale;
-      }
+    const Range range = block_range<E>(x + first, last - first);
+    const float most = view(range.max), least = view(range.min);
+    if (most > max) {
+      const float shift = at_least(splat(max - most), view.low)[0];
+      totals.rescale(shift, float(std::exp2(view.level(max) - view.level(most))));
       max = most;
+      unit = view.unit(max);
     }
     if constexpr (KEEP) kept.maxima[first / BLOCK] = max;
-    int64_t v = first;
-    for (; v + STEP <= last; v += STEP) {
-      fetch.step();
-      const Pair p = E::load_pair(x + v), q = E::load_pair(x + v + 2 * LANES);
-      add(p.a, kept.exps + v, sum[0], dot[0], square[0]);
-      add(p.b, kept.exps + v + LANES, sum[1], dot[1], square[1]);
-      add(q.a, kept.exps + v + 2 * LANES, sum[2], dot[2], square[2]);
-      add(q.b, kept.exps + v + 3 * LANES, sum[3], dot[3], square[3]);
-    }
+    const bool near = most <= max && view.near(least, max);
+    int64_t v = near ? sweep(std::bool_constant<NEAR_BLOCKS>{}, first, last) : sweep(std::false_type{}, first, last);
     for (; v < last; v += LANES) {
       const int count = int(last - v < LANES ? last - v : LANES);
       Vec d = view.distance(count == LANES ? E::load(x + v) : load_tail<E>(x + v, count, x[v]), max);
       for (int i = count; i < LANES; ++i) d[i] = view.low;
-      const Vec e = view.power(d);
+      const Vec e = view.power(d) * unit;
       if constexpr (KEEP) store_tail<F32>(kept.exps + v, count, e);
-      sum[0] += e;
-      if constexpr (ENT) dot[0] += e * d;
-      if constexpr (NORM) square[0] += e * e;
+      totals.add(0, e, d);
     }
   }
-  const double total = reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  return {total == 0 ? NAN : max, total, reduce_add((dot[0] + dot[1]) + (dot[2] + dot[3])),
-          reduce_add((square[0] + square[1]) + (square[2] + square[3]))};
+  return totals.over(unit, max);
 }
 
 // The log-prob of the label in nats. The label's distance is scaled in float64, so that its rounding is that of the
@@ -164,7 +250,7 @@ template <bool CAP> PPG_INLINE float entropy_of(const Stats& s, const View<CAP>&
 // as it is in the sums, with which it cancels where p_label is 1: inlined, the compiler may share x * scale with the
 // log-prob instead of fusing it into a multiply-add.
 template <bool CAP> [[gnu::noinline]] float score_norm(const Stats& s, const View<CAP>& view, float x_label) {
-  const double e_label = view.power(view.distance(splat(x_label), s.max))[0];
+  const double e_label = view.share(view(x_label), s.max);
   const double norm = s.square / (s.sum * s.sum) - 2 * e_label / s.sum + 1;
   return norm < 0 ? 0.f : float(norm);  // NaN stays NaN
 }

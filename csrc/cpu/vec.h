@@ -9,6 +9,15 @@ typedef int32_t IntVec __attribute__((vector_size(4 * PPG_LANES)));
 typedef uint32_t UintVec __attribute__((vector_size(4 * PPG_LANES)));
 typedef uint16_t HalfBits __attribute__((vector_size(2 * PPG_LANES)));
 typedef int16_t ShortVec __attribute__((vector_size(4 * PPG_LANES)));
+typedef uint16_t UshortVec __attribute__((vector_size(4 * PPG_LANES)));
+
+// Whether blocks whose exponents stay in the normal range are taken apart, see exp2_near: AVX-512 has instructions that
+// need no such care, and without a fused multiply-add the product would be rounded.
+#if PPG_LANES == 8 || defined(__aarch64__)
+constexpr bool NEAR_BLOCKS = true;
+#else
+constexpr bool NEAR_BLOCKS = false;
+#endif
 
 #define PPG_INLINE static inline __attribute__((always_inline))
 
@@ -101,7 +110,10 @@ struct BF16 {
     __builtin_memcpy(&u, p, sizeof u);
     return {(Vec)(u << 16), (Vec)(u & 0xffff0000u)};
   }
-  PPG_INLINE Vec joined(Pair v) { return (Vec)((round_up(v.a) >> 16) | (round_up(v.b) & 0xffff0000u)); }
+  // Rounded to nearest, from half-way away from 0: a sum, where to even takes four operations. NaN as in round_up.
+  PPG_INLINE Vec joined(Pair v) {
+    return (Vec)((((UintVec)v.a + 0x8000u) >> 16) | (((UintVec)v.b + 0x8000u) & 0xffff0000u));
+  }
   PPG_INLINE void store_pair(raw* p, Pair v) {
     const Vec u = joined(v);
     __builtin_memcpy(p, &u, sizeof u);
@@ -127,6 +139,9 @@ struct F16 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
+#elif defined(__aarch64__)
+  PPG_INLINE Vec load(const raw* p) { return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  PPG_INLINE void store(raw* p, Vec v) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v))); }
 #else
   PPG_INLINE Vec load(const raw* p) {
     Vec v;
@@ -178,9 +193,20 @@ template <class E> PPG_INLINE void store_one(typename E::raw* p, float x) { stor
 constexpr float LEAST = LANES == 16 ? -1e4f : -127.f;
 PPG_INLINE Vec at_least(Vec t, float low) { return vmax(splat(low), t); }
 
-// 2^t with t = d * scale to 1.5e-7 relative, 0 below the normal range, for t from LEAST (16 lanes: any) to a little
-// above 0; NaN stays NaN. Minimax polynomials of the fractional part. The product is taken in here because it is free
-// where it is fused into the sums that split t.
+// 2^f to 1.6e-7 relative, 1.8e-7 where no multiply-add is fused, for |f| <= 1/2, exactly 1 for 0: a minimax polynomial.
+PPG_INLINE Vec exp2_fraction(Vec f) {
+  Vec p = f * 1.326940604e-3f + 9.67129413e-3f;
+  p = p * f + 5.550711229e-2f;
+  p = p * f + 2.40222469e-1f;
+  p = p * f + 6.931470037e-1f;
+  return p * f + 1.f;
+}
+
+// 1.5 * 2^23: added to t, it rounds t to an integer n and leaves n in the low bits.
+constexpr float ROUNDER = 12582912.f;
+
+// 2^t with t = d * scale to the same error, 0 below the normal range, for t from LEAST (16 lanes: any) to a little
+// above 0; NaN stays NaN. The product is taken in here because it is free where it is fused into the sums that split t.
 PPG_INLINE Vec exp2_(Vec d, Vec scale) {
 #if PPG_LANES == 16
   const Vec t = d * scale;
@@ -192,18 +218,28 @@ PPG_INLINE Vec exp2_(Vec d, Vec scale) {
   p = p * f + 9.999999251e-1f;
   return (Vec)_mm512_scalef_ps((__m512)p, (__m512)t);
 #else
-  // 1.5 * 2^23 + 127: adding it rounds t to an integer n and leaves n + 127, the exponent field of 2^n, in the low bits
-  const Vec magic = splat(12583039.f);
-  const Vec shifted = d * scale + magic, f = d * scale - (shifted - magic);
-  Vec p = f * 1.5345812e-4f + 1.339993122e-3f;
-  p = p * f + 9.618488957e-3f;
-  p = p * f + 5.550328777e-2f;
-  p = p * f + 2.402264689e-1f;
-  p = p * f + 6.931472057e-1f;
-  p = p * f + 1.000000001f;
-  // a product: adding n to the exponent bits of p would turn some NaNs into finite numbers
-  return p * (Vec)((UintVec)shifted << 23);
+  const Vec rounder = splat(ROUNDER + 127), shifted = d * scale + rounder, f = d * scale - (shifted - rounder);
+  // a product: adding to the exponent bits would turn some NaNs into finite numbers
+  return exp2_fraction(f) * (Vec)((UintVec)shifted << 23);
 #endif
+}
+
+// x * y + z, rounded once whatever the compiler's flags where NEAR_BLOCKS is.
+PPG_INLINE Vec fused(Vec x, Vec y, Vec z) {
+#if PPG_LANES == 8
+  return (Vec)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+#elif defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)z, (float32x4_t)x, (float32x4_t)y);
+#else
+  return x * y + z;
+#endif
+}
+
+// 2^(x * scale - level) with `rounder` = ROUNDER - level, an integer, where neither x nor the result is NaN or leaves
+// the normal range: x * scale is exact inside the fused sums, so no distance is taken before it.
+PPG_INLINE Vec exp2_near(Vec x, Vec scale, Vec rounder) {
+  const Vec shifted = fused(x, scale, rounder), f = fused(x, scale, rounder - shifted);
+  return (Vec)((UintVec)exp2_fraction(f) + ((UintVec)shifted << 23));
 }
 
 // tanh(x) to about 1e-7 relative: Cephes' odd polynomial near 0, where 1 - 2 / (exp(2x) + 1) would lose its digits.

@@ -13,7 +13,7 @@ from ppg_fast.compare import plots, results
 from ppg_fast.compare.columns import Table
 from ppg_fast.compare.lags import CLEAR, FEWEST, LagSignals, measure
 from ppg_fast.compare.page import image, table, whole
-from ppg_fast.config import OF_PROMPTS, PROMPTS, Parser, TrainConfig, add_flags, make_config
+from ppg_fast.config import OF_PROMPTS, OF_REWARDS, PROMPTS, Parser, TrainConfig, add_flags, make_config
 from ppg_fast.dialogues.packing import Sample, micro_batches, pack
 from ppg_fast.jobs.ownership import require_folder
 from ppg_fast.jobs.policy import Policy
@@ -28,7 +28,9 @@ CLASSES = "greedy,lookahead:2,lookahead:3,lookahead:4,segment:4,full"
 SETTINGS = (  # of `ppg-fast train` that rollouts depend on
     *("prompts", "strict", "model", "width", "layers", "vocab_size", "template_date", "chat_template"),
     *("chat_template_kwargs", "device", "dtype", "threads", "seed", "num_prompts", "num_generations", "max_new_tokens"),
-    *("max_turns", "temperature", "top_p", "top_k", "max_tokens", "max_dialogue_tokens", *OF_PROMPTS),
+    *("max_turns", "temperature", "top_p", "top_k", "max_tokens", "max_dialogue_tokens"),
+    *OF_PROMPTS,
+    *OF_REWARDS,
     *("timeout", "retries", "concurrency", "rollout_batch"),
 )
 
@@ -95,7 +97,7 @@ def _check(config: TrainConfig, own: dict[str, Any]) -> None:
     require(bool(config.prompts) != bool(own["env"]), "compare measures prompts or env, one of them", "both")
     require(not own["env"] or bool(config.model), "env needs model, a checkpoint folder", config.model)
     if own["env"]:
-        for name in OF_PROMPTS:
+        for name in (*OF_PROMPTS, *OF_REWARDS):
             usual = getattr(TrainConfig, name)
             require(getattr(config, name) == usual, f"{name} goes with prompts, not with env", getattr(config, name))
     require(config.num_generations >= 2, "num_generations must be at least 2, to compare with", config.num_generations)

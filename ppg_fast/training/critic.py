@@ -48,7 +48,7 @@ def first_tokens(batch: PackedBatch) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Reading:
-    """The critic's part of one pass: a function of its hidden states, asked on the way from them to the loss."""
+    """The critic's part of one pass, asked on the way from its hidden states to the loss."""
 
     critic: "Critic"
     one: Pass
@@ -58,7 +58,7 @@ class Reading:
     turns: Tensor | None = None  # (M,) turns that are read
     foretold: Tensor | None = None  # (S, T) float64: what the return will have beyond the mean
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def complete(self, hidden: Tensor) -> Tensor:
         """The advantages (S, T) of the pass, completed; ``hidden`` (N, D) is a constant."""
         one, shape = self.one, self.one.advantages.shape
         at, turns = first_tokens(one.batch)
@@ -127,7 +127,8 @@ class Critic:
         rewards = rewards_before(batch)
         readings = [Reading(self, one, rewards[list(one.dialogues)], objective) for one in passes if one.dialogues]
         for reading in readings:
-            reading.one.complete = reading
+            # a method: FSDP2 walks through dataclasses, and a pass that held this one would be a circle
+            reading.one.complete = reading.complete
         return readings
 
     def lesson(
