@@ -116,10 +116,10 @@ study: $(VENV)/.dev
 
 # Full planning beside a discount and a critic, by three kinds of noise, tabular: minutes.
 RIVALS := greedy,lookahead:2,lookahead:3,lookahead:4,segment:4,full,discount:0.9,gae:0.5,gae:0.95
-OF_RIVALS := $(STUDY) --version tabular --tune 20 --policy-classes $(RIVALS)
+OF_RIVALS := $(STUDY) --version tabular --policy-classes $(RIVALS)
 study-rivals: $(VENV)/.dev
 	$(foreach noise,own shared quarter,\
-	$(BIN)/ppg-fast $(OF_RIVALS) $(NOISE_$(noise)) --seeds 100 --output-dir runs/rivals-made-$(noise) && \
+	$(BIN)/ppg-fast $(OF_RIVALS) $(NOISE_$(noise)) --tune 8 --seeds 100 --output-dir runs/rivals-made-$(noise) && \
 	$(BIN)/ppg-fast $(OF_RIVALS) $(NOISE_$(noise)) --seeds 10 --problem drawn:0..79 --output-dir runs/rivals-drawn-$(noise) &&) true
 	$(BIN)/python -m ppg_fast.bench.policy_classes --rivals $(foreach noise,own shared quarter,runs/rivals-made-$(noise) runs/rivals-drawn-$(noise))
 	$(BIN)/python -m ppg_fast.bench --render
