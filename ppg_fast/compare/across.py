@@ -42,8 +42,8 @@ def _of_kind(version: str, drawn: bool, problems: list[dict[str, Any]]) -> dict[
             "each": v.tolist(),
         }
         row["behind_best"] = float((np.max(list(shares.values()), 0) - v).mean())
-        pair = (v, shares.get("full")) if drawn else (by_seed[c], by_seed.get("full"))
-        row["minus_full"] = None if c == "full" or any(x is None for x in pair) else difference(*pair)
+        one, full = (v, shares.get("full")) if drawn else (by_seed[c], by_seed.get("full"))
+        row["minus_full"] = None if c == "full" or one is None or full is None else difference(one, full)
         classes[c] = row
     seeds = sorted({len(c["seeds"]) for p in problems for c in p["classes"].values()})
     return {
