@@ -94,6 +94,10 @@ def test_what_is_shown_is_what_a_step_reads(name, with_model, data, model):
     job = OfflineJob(config)
     batch = pack(job.samples)
     returns, weights = credit(batch, job.objective)
+    for group in batch.group_ids.unique():  # alone in a step: what other groups have at a turn is not known here
+        rows = (batch.group_ids == group).nonzero()[:, 0].tolist()
+        _, own = credit(pack([job.samples[row] for row in rows]), job.objective)
+        weights[rows, : own.shape[1]] = own
     lengths = tokens_to_read(batch, weights, job.objective).tolist()
     inspector = Inspector(config)
     assert inspector.chat.end_ids == job.policy.chat.end_ids

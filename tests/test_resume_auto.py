@@ -19,6 +19,7 @@ from ppg_fast.policy_classes import FullPlanning, Greedy, Lookahead
 from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training import checkpoint, optimisers
 from ppg_fast.training.auto import Signals, WindowChooser
+from ppg_fast.training.critic import Critic
 from ppg_fast.training.experience import Experience
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.state import NotFinite, TrainingState
@@ -129,8 +130,10 @@ def test_every_field_of_a_state_is_loaded(tmp_path):
     state.chooser.observe(Signals(torch.eye(2).double(), torch.ones(2).double() * 5, 3, 1.0))
     state.experience = Experience(1)
     state.experience.means = [0.5]
+    state.critic = Critic()
+    state.critic.load_state_dict({name: torch.eye(3).double() for name in ("moments", "reached", "totals")})
     fresh = TrainingState.start(make_model(23, width=16, layers=1, seed=1), OBJECTIVE, SCHEDULE)
-    fresh = More(**{**vars(fresh), "experience": Experience(1)})
+    fresh = More(**{**vars(fresh), "experience": Experience(1), "critic": Critic()})
     before, saved = plain(fresh.state_dict()), plain(state.state_dict())
     assert saved.keys() == {f.name for f in fields(More)}
     assert [name for name in saved if before[name] == saved[name]] == [], "the test needs every field to differ"

@@ -141,7 +141,8 @@ def test_a_reward_model_is_told_the_day_of_the_run(dated):
 
     (reward,) = rewards_of(make_config({"reward": dated, "template_date": "2024-02-05"}), "cpu")
     transcript = Transcript("a", (Message("user", "hi"), Message("assistant", "yo")))
-    text = reward.scorer.tokenizer.decode(reward.scorer._tokens(transcript))
+    (row,) = reward.scorer.rows([transcript])
+    text = reward.scorer.tokenizer.decode(row.tokens)
     assert text == "05 Feb 2024\nuser: hi\nassistant: yo\n"
 
 
