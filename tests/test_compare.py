@@ -183,6 +183,9 @@ def test_verdicts_say_when_a_class_does_not_win(others, word):
     }
     p = summary.of_problem("plan", "tabular", runs, None)
     assert all(v.startswith(word) for v in p["verdict"])
+    ahead = [a_run(s, [0.0, 20.0, 20.0 + s]) for s in range(3)]
+    beside = summary.of_problem("plan", "tabular", {**runs, "gae:0.95": ahead, "discount:0.9": ahead}, None)
+    assert beside["verdict"] == p["verdict"], "of windows: what is none does not count"
     alone = summary.of_problem("plan", "tabular", {"greedy": runs["greedy"]}, None)
     assert "no verdict" in alone["verdict"][0]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ppg_fast.compare.study import BY
+from ppg_fast.compare.study import BY, is_class
 from ppg_fast.rollouts.problems import DRAWN, problem
 
 LEVEL = 0.8  # of the way from the start to the best return
@@ -97,7 +97,7 @@ def verdict(own: str, classes: dict[str, Any]) -> list[str]:
     if own not in classes or "against_own" not in classes[own] or len(classes) < 2:
         return [f"{own}, for which the problem was made, did not run with the same seeds as the others: no verdict."]
     sentences = []
-    rivals = [c for c in classes if c not in (own, "auto")]
+    rivals = [c for c in classes if c != own and is_class(c)]
     for key, words in (("area", "mean return over training"), ("final", "last return")):
         if not rivals:
             break
