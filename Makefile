@@ -112,7 +112,6 @@ study: $(VENV)/.dev
 	$(foreach log,$(LOGS),$(BIN)/ppg-fast $(STUDY) --data $(log) --seeds 5 --max-steps 120 --output-dir runs/study-log-$(notdir $(basename $(log))) &&) true
 	$(BIN)/python -m ppg_fast.bench.policy_classes $(STUDIES)
 	$(MAKE) study-rivals
-	$(BIN)/python -m ppg_fast.bench --render
 
 # Full planning beside a discount and a critic, by three kinds of noise, tabular: minutes.
 RIVALS := greedy,lookahead:2,lookahead:3,lookahead:4,segment:4,full,discount:0.9,gae:0.5,gae:0.95

@@ -108,6 +108,9 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
             "decompose must be one of telescoping, prefix_maximum, got 'halves'",
         ),
         (["--data", "x", "--policy-classes", "auto"], 'a policy class is "greedy"'),
+        (["--data", "x", "--policy-classes", "discount:0.9"], "no policy class must be left out .* got 'discount:0.9'"),
+        (["--loss-type", "soft_q", "--policy-classes", "gae:0.9"], "no policy class must be left out .* got 'gae:0.9'"),
+        (["--policy-classes", "discount:x"], "discount needs its gamma behind a colon, a number, got 'discount:x'"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_written(flags, words, tmp_path):

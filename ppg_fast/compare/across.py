@@ -30,7 +30,9 @@ def across(problems: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _of_kind(version: str, drawn: bool, problems: list[dict[str, Any]]) -> dict[str, Any]:
     names = [c for c in problems[0]["classes"] if all(c in p["classes"] for p in problems)]
-    shares = {c: np.array([_share(p, p["classes"][c]) for p in problems]) for c in names}
+    shares = {
+        c: np.array([_share(p, p["classes"][c], p["classes"][c]["area"]["mean"]) for p in problems]) for c in names
+    }
     by_seed = {c: _by_seed(problems, c) for c in names}
     classes = {}
     for c, v in shares.items():
@@ -57,20 +59,16 @@ def _of_kind(version: str, drawn: bool, problems: list[dict[str, Any]]) -> dict[
 
 def _by_seed(problems: list[dict[str, Any]], name: str) -> np.ndarray | None:
     """The mean share over the problems, seed by seed; None where their seeds differ."""
-    seeds = {tuple(p["classes"][name]["seeds"]) for p in problems}
-    if len(seeds) > 1:
+    found = [p["classes"][name] for p in problems]
+    if len({tuple(c["seeds"]) for c in found}) > 1:
         return None
-    each = [
-        (np.array(c["area"]["each"]) - c["mean"][0]) / (p["best_return"] - c["mean"][0])
-        for p in problems
-        for c in [p["classes"][name]]
-    ]
-    return np.mean(each, 0)
+    return np.mean([_share(p, c, np.array(c["area"]["each"])) for p, c in zip(problems, found, strict=True)], 0)
 
 
-def _share(p: dict[str, Any], c: dict[str, Any]) -> float:
+def _share(p: dict[str, Any], c: dict[str, Any], area: Any) -> Any:
+    """Of mean returns over training, 0 as at the start and 1 the best there is."""
     start = c["mean"][0]
-    return (c["area"]["mean"] - start) / (p["best_return"] - start)
+    return (area - start) / (p["best_return"] - start)
 
 
 def title(entry: dict[str, Any]) -> str:

@@ -11,12 +11,14 @@ from ppg_fast.compare.columns import across_table
 from ppg_fast.compare.study import (
     AUTO,
     CLASSES,
+    IMITATION,
     LOG_CLASSES,
     LOSS_TYPES,
     REINFORCE,
     SOFT_Q,
     Study,
     class_names,
+    is_class,
 )
 from ppg_fast.compare.summary import of_log, of_problem
 from ppg_fast.config import Parser
@@ -62,6 +64,27 @@ def parser() -> argparse.ArgumentParser:
         help=f"with commas; on problems also discount:0.9 (full planning with this gamma) and gae:0.95 (with a critic) "
         f"[{CLASSES}; with data {LOG_CLASSES}]",
     )
+    _add_flags_of_problems(p)
+    p.add_argument("--seeds", type=int, default=3, help="how many [3]")
+    p.add_argument(
+        "--first-seed", type=int, default=0, help="the first of them: others than those that a choice was made on [0]"
+    )
+    p.add_argument("--max-steps", type=int, help="training steps [60 tabular, 40 language, 60 with data]")
+    p.add_argument(
+        "--batches", type=int, default=24, help="independent batches for the gradients of the language version [24]"
+    )
+    p.add_argument("--jobs", type=int, default=1, help="processes, of one thread each [1]")
+    p.add_argument(
+        "--output-dir",
+        default="runs/compare",
+        help="results, a file for each class and seed; the same command goes on where it was [runs/compare]",
+    )
+    p.add_argument("--overwrite", action="store_true", help="throw away what the folder holds")
+    return p
+
+
+def _add_flags_of_problems(p: argparse.ArgumentParser) -> None:
+    """What only the built-in problems have."""
     p.add_argument(
         "--loss-type",
         default=REINFORCE,
@@ -83,22 +106,6 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="tabular: seeds of their own by which each class and problem gets the best of four learning rates [0]",
     )
-    p.add_argument("--seeds", type=int, default=3, help="how many [3]")
-    p.add_argument(
-        "--first-seed", type=int, default=0, help="the first of them: others than those that a choice was made on [0]"
-    )
-    p.add_argument("--max-steps", type=int, help="training steps [60 tabular, 40 language, 60 with data]")
-    p.add_argument(
-        "--batches", type=int, default=24, help="independent batches for the gradients of the language version [24]"
-    )
-    p.add_argument("--jobs", type=int, default=1, help="processes, of one thread each [1]")
-    p.add_argument(
-        "--output-dir",
-        default="runs/compare",
-        help="results, a file for each class and seed; the same command goes on where it was [runs/compare]",
-    )
-    p.add_argument("--overwrite", action="store_true", help="throw away what the folder holds")
-    return p
 
 
 def main(argv: Sequence[str]) -> int:
@@ -141,6 +148,9 @@ def _study(given: argparse.Namespace) -> Study:
         "auto must be left out: it looks at policy gradients of its own rollouts",
         AUTO,
     )
+    for arm in classes:
+        known = is_class(arm) or arm in (AUTO, IMITATION) or (own_rollouts and not given.data)
+        require(known, "an arm that is no policy class must be left out but for policy gradients on problems", arm)
     if given.decompose is not None:
         require(bool(given.data), "decompose needs data", given.decompose)
         require_one_of("decompose", given.decompose, tuple(DECOMPOSITIONS))

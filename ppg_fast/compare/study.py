@@ -23,7 +23,7 @@ RIVALS: dict[str, tuple[str, dict[str, Any]]] = {
     "discount": ("gamma", {}),
     "gae": ("gae_lambda", {"baseline": "value"}),
 }
-TOGETHER = 50  # seeds of a tabular policy that are trained at once
+TOGETHER = 100  # seeds of a tabular policy that are trained at once
 TUNING = 2**40  # the first of the seeds that learning rates are chosen by
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-KEPT = 0.9  # of what earlier steps taught, a step
+from ppg_fast.training.experience import KEPT
+
 RIDGE = 1.0
 
 
