@@ -28,6 +28,7 @@ class TrainConfig:
     strict: bool = _option(False, "a bad line of data is an error instead of a warning")
     allow_negative_rewards: bool = _option(False, "train offline although negative weights void the lower bound")
     imitate: bool = _option(False, "data are demonstrations: every answer counts 1, whatever rewards they have")
+    imitate_td: float = _option(0.0, "imitate: weight of a turn's squared soft Q residual without rewards, 0: off")
     model: str | None = _option(None, "Hugging Face checkpoint folder; default: a small Qwen3 made on the spot")
     width: int = _option(128, "hidden size of the model made on the spot")
     layers: int = _option(2, "its layers")
@@ -119,9 +120,7 @@ class TrainConfig:
     kl_estimator: str = _option("k3", f"{', '.join(KL_ESTIMATORS)}; as losses: k2 of KL(pi, ref), k3 of KL(ref, pi)")
     kl_cap: float = _option(0.0, "most that its estimate counts, without a gradient beyond, 0: off")
     entropy_coef: float = _option(0.0, "weight of the entropy bonus")
-    nll_coef: float = _option(
-        0.0, "weight of the mean negative log-likelihood of turns whose return is positive (VAPO)"
-    )
+    nll_coef: float = _option(0.0, "weight of the mean likelihood loss of turns whose return is positive (VAPO)")
     token_share: float = _option(
         1.0, "share of each answer's tokens that is trained, the most uncertain ones; the denominator is that of all"
     )
@@ -197,8 +196,8 @@ class TrainConfig:
     max_tool_calls: int = _option(16, "calls of a dialogue; an answer that calls once more ends it")
     reward: str | None = _option(
         None,
-        "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, logratio:MODEL,BASE, judge[:RUBRIC], "
-        "ratings:FILE",
+        "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, logratio:MODEL,BASE, "
+        "inverse_soft_q:MODEL,BASE, judge[:RUBRIC], ratings:FILE",
     )
     judge: str | None = _option(None, "URL of the endpoint that judges")
     judge_model: str | None = _option(None, "its model; default: the first it lists")
@@ -267,12 +266,13 @@ class TrainConfig:
     @property
     def of_turns(self) -> bool:
         """Whether the loss is one of whole turns: for rewards of both signs, with numbers of its own."""
-        return self.loss_type in OF_TURNS
+        return self.loss_type in OF_TURNS or self.imitate_td > 0
 
     @property
     def keeps_start(self) -> bool:
         """Whether the weights at the start are compared with, and so kept."""
-        return self.kl_coef != 0 or self.loss_type == SOFT_Q or (self.regresses and self.data is not None)
+        soft_q = self.loss_type == SOFT_Q or self.imitate_td > 0
+        return self.kl_coef != 0 or soft_q or (self.regresses and self.data is not None)
 
     def chosen_class(self) -> PolicyClass:
         """The policy class of the first step: full planning where auto chooses."""

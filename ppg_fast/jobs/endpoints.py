@@ -38,7 +38,7 @@ def rewards_of(
         "device": device,
         "template_date": config.template_date,
         "loaded": loaded,
-        "log_ratio": lambda models: LogRatio(models, device, config.max_tokens, config.template_date),
+        "of_two_models": lambda *which: LogRatio(*which, device, config.max_tokens, config.template_date),
     }
     return make_rewards(formula, judge, **settings)
 

@@ -11,7 +11,7 @@ from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.template_choice import template_text
 from ppg_fast.jobs.log_ratio import LogRatio
 from ppg_fast.rewards import Judge, PythonReward, Reward, RewardModel
-from ppg_fast.rewards.formula import TERM, split_terms
+from ppg_fast.rewards.formula import OF_TWO_MODELS, TERM, split_terms
 from ppg_fast.rewards.judge import TASK
 from ppg_fast.rollouts.tools.functions import split_place
 
@@ -19,7 +19,6 @@ PATHS = ("data", "prompts", "model", "teacher", "partner_prompt")
 NAMES = ("chat_template",)  # of a file, or of something that ships
 KEYS = ("partner_key", "judge_key", "sampler_key")  # env:NAME or file:PATH
 FILE = "file:"
-LOG_RATIO = "logratio"
 
 
 def input_paths(settings: Mapping[str, Any]) -> list[Path]:
@@ -151,7 +150,7 @@ def _sources(formula: str | None) -> list[str]:
 def _split_source(what: str) -> tuple[str, str, str]:
     """Before the path, the path, after it; the path is empty where there is none."""
     kind, colon, rest = what.partition(":")
-    if kind in ("judge", "model", "ratings", LOG_RATIO):
+    if kind in ("judge", "model", "ratings", *OF_TWO_MODELS):
         return kind + colon, rest, ""
     place, colon, function = what.rpartition(":")
     return ("", place, colon + function) if place.endswith(".py") else ("", "", what)
@@ -159,7 +158,7 @@ def _split_source(what: str) -> tuple[str, str, str]:
 
 def _between(what: str) -> str:
     """What stands between the paths of a term; of one with a single path, what no path holds."""
-    return "," if what.startswith(f"{LOG_RATIO}:") else "\0"
+    return "," if what.partition(":")[0] in OF_TWO_MODELS else "\0"
 
 
 def _absolute(path: str) -> str:
