@@ -21,6 +21,7 @@ from ppg_fast.models.adaptation import add_lora, checkpoint_activations, freeze
 from ppg_fast.models.causal_lm import check_vocabulary, distribute, load_model, make_model
 from ppg_fast.models.freed_memory import give_back_freed_memory
 from ppg_fast.models.frozen_teacher import FrozenTeacher, require_same_vocabulary
+from ppg_fast.policy_classes import Greedy
 from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.generation import EndpointSampler
 from ppg_fast.rollouts.rollout import Read, Rollout, StepAll, collect_groups, step_each
@@ -221,8 +222,10 @@ def objective_of(config: TrainConfig) -> Objective:
     """The partial policy gradient that ``config`` describes."""
     numbers = {name: getattr(config, name) for name in ("beta", "cql_coef", "max_residual")}
     soft_q = SoftQSpec(**numbers) if config.loss_type == SOFT_Q else None
+    if config.imitate_td:  # of `Objective`: the weight of a turn's squared residual is 1 / (2 cql_coef)
+        soft_q = SoftQSpec(beta=1.0, cql_coef=1 / (2 * config.imitate_td))
     return Objective(
-        config.chosen_class(),
+        Greedy() if config.imitate_td else config.chosen_class(),
         config.gamma,
         "none" if soft_q else config.baseline,
         config.loss_spec(),

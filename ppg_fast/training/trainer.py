@@ -155,7 +155,7 @@ def update(
     new, shared_ratios = slice(len(samples)), objective.num_iterations > 1
     fresh = batch.part(range(len(samples))) if again else batch
     if objective.soft_q:
-        values, advantages = weighed(passes, batch, objective.soft_q.beta, ranks)
+        values, advantages = weighed(passes, batch, objective, ranks)
         regression = by_turn("turns/value", values[new], fresh.turn_mask)
     lesson: dict[str, Any] = {}
     if critic:
