@@ -9,6 +9,7 @@ from typing import Any
 
 from ppg_fast.compare import across, plots
 from ppg_fast.compare.columns import across_table, class_table, credit_table, score_table
+from ppg_fast.compare.study import BY, class_and_loss
 from ppg_fast.rollouts.problems import DRAWN
 
 from . import machine, result_file
@@ -191,13 +192,18 @@ def losses_section(results: Results) -> str:
             noise = "the problem's noise" if given["noise"] == 1 else f"{given['noise']:g} times its noise"
             seeds = max(len(c["seeds"]) for c in p["classes"].values())
             steps = max(c["steps"][-1] for c in p["classes"].values())
-            how = f"beta {given['beta']:g}, {steps} steps, seeds: {seeds}"
+            tuned = f", learning rates chosen on {given['tune']} other seeds" if given.get("tune") else ""
+            how = f"beta {given['beta']:g}, {steps} steps, seeds: {seeds}{tuned}"
             head = f"{p['problem']}, {p['version']}: {data}, {noise}; {how}"
             rows = []
             for arm, c in p["classes"].items():
                 means = (f"{c[k]['mean']:.2f} ± {c[k]['std']:.2f}" for k in ("area", "final"))
-                rows.append((arm, f"{c['mean'][0]:.2f}", *means, f"{max(c['drop']['each']):.2f}"))
-            heads = ("class and loss", "start", "mean return", "last return", "largest fall of a seed")
+                rate = (f"{c['learning_rate']:g}",) if tuned else ()
+                optimum = p.get("soft_optimum", {}).get(class_and_loss(arm)[0]) if BY in arm else None
+                exact = ("" if optimum is None else f"{optimum:.2f}",) if "soft_optimum" in p else ()
+                rows.append((arm, *rate, f"{c['mean'][0]:.2f}", *means, *exact, f"{max(c['drop']['each']):.2f}"))
+            heads = ("class and loss", *(("learning rate",) if tuned else ()), "start", "mean return", "last return")
+            heads += (*(("soft optimum",) if "soft_optimum" in p else ()), "largest fall of a seed")
             text += f"\n**{head}** (best {p['best_return']:g})\n\n{table(heads, rows)}\n"
             text += "".join(f"- {v}\n" for v in p["verdict"] if seeds > 1)  # differences are within seeds
     return text.strip("\n") + "\n" if text else NOT_MEASURED

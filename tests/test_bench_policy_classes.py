@@ -73,6 +73,17 @@ def test_losses_have_a_file_and_a_table_of_their_own(tmp_path):
     assert f"- {p['verdict'][0]}" in text
 
 
+def test_a_comparison_of_losses_tells_the_learning_rates_that_it_chose(tmp_path):
+    flags = ["--version", "tabular", "--policy-classes", "full", "--max-steps", "4", "--seeds", "1", "--tune", "1"]
+    assert main([*flags, "--problem", "plan", "--loss-type", "soft_q", "--output-dir", str(tmp_path / "run")]) == 0
+    policy_classes.main(["--losses", str(tmp_path / "run"), "--output", str(tmp_path)])
+    text = render.SECTIONS["soft_q_study"](render.load(tmp_path))
+    assert "beta 0.1, 4 steps, seeds: 1, learning rates chosen on 1 other seeds** (best 8)" in text
+    (p,) = json.loads((tmp_path / "run/compare.json").read_text())["problems"]
+    c = p["classes"]["full by soft_q"]
+    assert f"| full by soft_q | {c['learning_rate']:g} | {c['mean'][0]:.2f} |" in text
+
+
 def test_the_same_comparison_makes_the_same_files(stored, tmp_path):
     folder, _ = stored
     policy_classes.main([str(folder / "made"), str(folder / "drawn"), "--output", str(tmp_path)])

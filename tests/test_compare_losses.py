@@ -35,6 +35,8 @@ def test_its_fixed_point_is_the_softmax_of_what_a_turn_is_worth():
         for _ in range(300):
             logits -= 1.5 * len(logits) * expected_gradient(tabular, logits, policy_class)
         found.append(logits)
+        optimum = tabular.soft_optimum(tabular.start(), policy_class, BETA)
+        torch.testing.assert_close(optimum.softmax(-1), logits.softmax(-1), rtol=1e-4, atol=1e-4)
     for logits in found:
         torch.testing.assert_close(logits.softmax(-1), (worth / BETA).softmax(-1), rtol=1e-4, atol=1e-4)
     # what is worth more than the toss of a coin is in the log-sum-exp
@@ -61,6 +63,10 @@ def test_both_losses_stand_side_by_side(tmp_path, capsys):
     assert len(p["verdict"]) == 2
     assert p["verdict"][1].startswith("lookahead:3 by soft_q: last return ")
     assert p["verdict"][1] in capsys.readouterr().out
+    ends = {"lookahead:3": 0.6, "greedy": -0.4}  # what honesty earns within the window, but for the last two turns: 1
+    for name, gain in ends.items():
+        honest, last = (1 / (1 + np.exp(-more / 0.1)) for more in (gain, 1.0))
+        assert p["soft_optimum"][name] == pytest.approx(10 * (0.4 + 0.6 * honest) + 2 * last)
     assert len(list((tmp_path / results.RESULTS).iterdir())) == 9
     with pytest.raises(ValueError, match=r"other settings .* got 'offline 64 -> 0'"):
         main([*FLAGS, "--output-dir", str(tmp_path)])

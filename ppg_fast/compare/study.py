@@ -58,7 +58,11 @@ class Study:
         from ppg_fast.compare import tabular, tabular_runs
 
         exact = tabular.TabularProblem(problem(run.problem).with_noise(self.noise), self.shared_noise)
-        return {"gradient": tabular_runs.measure(exact, self.fixed)}
+        found: dict[str, Any] = {"gradient": tabular_runs.measure(exact, self.fixed)}
+        if SOFT_Q in self.loss_types and not exact.problem.finale:
+            optima = {c: exact.soft_optimum(exact.start(), c, self.beta) for c in self.fixed}
+            found["soft_optimum"] = {c: float(exact.value(logits)) for c, logits in optima.items()}
+        return found
 
     def _tabular(self, run: Run, seeds: list[int]) -> list[dict[str, Any]]:
         from ppg_fast.compare import tabular, tabular_runs

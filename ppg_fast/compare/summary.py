@@ -41,7 +41,7 @@ def over_seeds(values: np.ndarray) -> dict[str, Any]:
 
 def of_class(runs: list[dict[str, Any]], best: float) -> dict[str, Any]:
     """One class over its seeds. ``area``: mean return over training, by trapezoids; ``drop``: the largest fall between
-    two evaluations; ``level_samples``: median, if most got there."""
+    two evaluations; ``level_samples``: median, if most got there; ``learning_rate``: where it was chosen."""
     steps, curves = runs[0]["steps"], np.array([r["returns"] for r in runs])
     low, high = band(curves)
     start = float(curves[:, 0].mean())
@@ -64,6 +64,7 @@ def of_class(runs: list[dict[str, Any]], best: float) -> dict[str, Any]:
         "level_samples": float(np.median(times)) if len(times) > len(runs) / 2 else None,
         "changes": [[c[:2] for c in r["changes"]] for r in runs],
         "seconds": sum(r["seconds"] for r in runs),
+        **{name: runs[0][name] for name in ("learning_rate",) if name in runs[0]},
     }
 
 
@@ -74,9 +75,9 @@ def difference(one: Sequence[float] | np.ndarray, other: Sequence[float] | np.nd
 
 
 def of_problem(
-    name: str, version: str, runs: dict[str, list[dict[str, Any]]], gradient: dict[str, Any] | None
+    name: str, version: str, runs: dict[str, list[dict[str, Any]]], looked: dict[str, Any]
 ) -> dict[str, Any]:
-    """All classes on one problem."""
+    """All classes on one problem; ``looked``: what its measurement found."""
     of = problem(name)
     classes = {c: of_class(r, of.best_return) for c, r in runs.items() if r}
     own = of.policy_class
@@ -88,7 +89,8 @@ def of_problem(
     words = [] if name.startswith(DRAWN) else verdict(own, classes)  # nobody made it for a class
     if any(BY in c for c in classes):
         words = of_losses(classes)
-    return {**facts, "classes": classes, "gradient": gradient, "verdict": words}
+    exact = {name: looked[name] for name in ("soft_optimum",) if name in looked}
+    return {**facts, "classes": classes, "gradient": looked.get("gradient"), **exact, "verdict": words}
 
 
 def verdict(own: str, classes: dict[str, Any]) -> list[str]:
