@@ -30,6 +30,7 @@ from .rlhf import charts as rlhf_charts
 from .rlhf import rlhf_section
 from .server_tables import agreement_section, run_section
 from .step_tables import steps_section
+from .token_share import curves_section, head_section
 from .tables import (
     NOT_MEASURED,
     Entry,
@@ -214,6 +215,8 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "credit_rivals": rivals_section,
     "rlhf": rlhf_section,
     "reward_scoring": scoring_section,
+    "token_share": curves_section,
+    "token_share_head": head_section,
     **losses.SECTIONS,
     **real.SECTIONS,
     **{
