@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import losses
+from . import losses, token_share
 from .aims import aims_section
 from .chart import Bar, bars
 from .chat_templates import chat_templates_section
@@ -17,6 +17,7 @@ from .linear_tables import active_section, contributions_section
 from .logits_dtype import logits_dtype_section
 from .policy_classes import (
     across_section,
+    limits_section,
     logs_section,
     losses_section,
     overview_section,
@@ -30,7 +31,6 @@ from .rlhf import charts as rlhf_charts
 from .rlhf import rlhf_section
 from .server_tables import agreement_section, run_section
 from .step_tables import steps_section
-from .token_share import curves_section, head_section
 from .tables import (
     NOT_MEASURED,
     Entry,
@@ -212,12 +212,12 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "policy_class_problems": problems_section,
     "policy_class_logs": logs_section,
     "soft_q_study": losses_section,
+    "soft_q_limits": limits_section,
     "credit_rivals": rivals_section,
     "rlhf": rlhf_section,
     "reward_scoring": scoring_section,
-    "token_share": curves_section,
-    "token_share_head": head_section,
     **losses.SECTIONS,
+    **token_share.SECTIONS,
     **real.SECTIONS,
     **{
         op: _op_section(op)

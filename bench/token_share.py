@@ -154,6 +154,9 @@ def head_section(results: Results) -> str:
     return text.lstrip("\n") or NOT_MEASURED
 
 
+SECTIONS = {NAME: curves_section, HEAD: head_section}
+
+
 def _mean(values: Sequence[float], signed: bool = False) -> str:
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return f"{statistics.fmean(values):{'+' if signed else ''}.2f} ± {error:.2f}"

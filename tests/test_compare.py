@@ -184,12 +184,12 @@ def test_verdicts_say_when_a_class_does_not_win(others, word):
         "full": [a_run(s, [0.0, 5.0, x]) for s, x in enumerate([5.0, 5.1, 4.9])],
         "greedy": [a_run(s, [0.0, 5.0, x]) for s, x in enumerate(others)],
     }
-    p = summary.of_problem("plan", "tabular", runs, {})
+    p = summary.of_problem("plan", "tabular", runs, None)
     assert all(v.startswith(word) for v in p["verdict"])
     ahead = [a_run(s, [0.0, 20.0, 20.0 + s]) for s in range(3)]
-    beside = summary.of_problem("plan", "tabular", {**runs, "gae:0.95": ahead, "discount:0.9": ahead}, {})
+    beside = summary.of_problem("plan", "tabular", {**runs, "gae:0.95": ahead, "discount:0.9": ahead}, None)
     assert beside["verdict"] == p["verdict"], "of windows: what is none does not count"
-    alone = summary.of_problem("plan", "tabular", {"greedy": runs["greedy"]}, {})
+    alone = summary.of_problem("plan", "tabular", {"greedy": runs["greedy"]}, None)
     assert "no verdict" in alone["verdict"][0]
 
 

@@ -245,7 +245,7 @@ def summarise(study: Study, runs: Sequence[results.Run], folder: Path, command: 
         if version == "logged":
             log = {"data": Path(str(study.data)).name, "decompose": study.decompose, **of_log(looked, of_classes)}
         else:
-            problems.append(of_problem(name, version, of_classes, looked))
+            problems.append(of_problem(name, version, of_classes, looked.get("gradient")))
     return {
         "command": command,
         "cpu_seconds": round(sum(result["seconds"] for result in found.values()), 1),

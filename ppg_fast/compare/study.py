@@ -58,11 +58,7 @@ class Study:
         from ppg_fast.compare import tabular, tabular_runs
 
         exact = tabular.TabularProblem(problem(run.problem).with_noise(self.noise), self.shared_noise)
-        found: dict[str, Any] = {"gradient": tabular_runs.measure(exact, self.fixed)}
-        if SOFT_Q in self.loss_types and not exact.problem.finale:
-            optima = {c: exact.soft_optimum(exact.start(), c, self.beta) for c in self.fixed}
-            found["soft_optimum"] = {c: float(exact.value(logits)) for c, logits in optima.items()}
-        return found
+        return {"gradient": tabular_runs.measure(exact, self.fixed)}
 
     def _tabular(self, run: Run, seeds: list[int]) -> list[dict[str, Any]]:
         from ppg_fast.compare import tabular, tabular_runs
@@ -85,7 +81,13 @@ class Study:
         if self.tune:
             how["learning_rate"] = tabular_runs.tuned(exact, learner, range(TUNING, TUNING + self.tune), **how)
         found = tabular_runs.train(exact, learner(len(seeds)), seeds, **how)
-        return [{**result, "learning_rate": how["learning_rate"]} for result in found] if self.tune else found
+        if self.tune:
+            found = [{**result, "learning_rate": how["learning_rate"]} for result in found]
+        chosen, loss_type = class_and_loss(run.policy_class)
+        if loss_type == SOFT_Q and self.offline and not exact.problem.finale:
+            ends = [tabular_runs.soft_optima(exact, policy_class(chosen), self.beta, self.offline, s) for s in seeds]
+            found = [{**result, **end} for result, end in zip(found, ends, strict=True)]
+        return found
 
     def _language(self, run: Run) -> dict[str, Any]:
         from ppg_fast.compare import language
