@@ -10,7 +10,7 @@ from typing import Any
 from ppg_fast.compare import across, plots
 from ppg_fast.compare.columns import across_table, class_table, credit_table, score_table
 from ppg_fast.compare.study import BY, SOFT_Q
-from ppg_fast.compare.summary import difference
+from ppg_fast.compare.summary import CLEAR, difference
 from ppg_fast.compare.tabular_runs import LEARNING_RATE
 from ppg_fast.rollouts.problems import DRAWN
 
@@ -224,9 +224,10 @@ def limits_section(results: Results) -> str:
                 d = difference(soft_q["final"]["each"], plain["final"]["each"])
                 numbers = (f"{number:.2f}" for number in (*ends, soft_q["final"]["mean"], plain["final"]["mean"]))
                 how = f"{given['beta']:g}", str(plain["steps"][-1]), ", ".join(rates)
-                rows.append((name, *how, *numbers, f"{d['mean']:+.2f} ± {d['error']:.2f}"))
+                met = "met" if d["mean"] >= -CLEAR * d["error"] else "missed"
+                rows.append((name, *how, *numbers, f"{d['mean']:+.2f} ± {d['error']:.2f}", met))
         heads = ("class", "beta", "steps", "learning rates, soft Q and policy gradient", "soft optimum")
-        heads += ("the same of the log", "soft Q ends at", "policy gradient", "difference within seeds")
+        heads += ("the same of the log", "soft Q ends at", "policy gradient", "difference within seeds", "bar")
         text += table(heads, rows)
     return text or NOT_MEASURED
 

@@ -86,14 +86,15 @@ def measure_head(dialogues: int = 8, vocabulary: int = 50000, width: int = 256, 
     """Seconds of choosing the tokens, the loss from hidden states and its gradients in them and in the head, in rounds
     with each other."""
     batch = made_batch(dialogues, vocabulary)
-    assert batch.entropies is not None
+    entropies = batch.entropies
+    assert entropies is not None
     generator = torch.Generator().manual_seed(1)
     shapes = (len(batch.tokens), width), (vocabulary, width)
     hidden, weight = (torch.randn(shape, generator=generator).mul_(width**-0.5).requires_grad_() for shape in shapes)
     advantages = torch.where(torch.randn(len(batch.tokens), generator=generator) > 0, 1.0, -1.0)
 
     def call(share: float) -> tuple[torch.Tensor, ...]:
-        chosen = batch if share == 1 else train_most_uncertain(batch, batch.entropies, share)
+        chosen = batch if share == 1 else train_most_uncertain(batch, entropies, share)
         out = linear_policy_loss(
             hidden, weight, chosen.labels, advantages, cu_seqlens=chosen.cu_seqlens, reduction="sequence_sum",
             skip_zero_advantages=True,

@@ -86,6 +86,9 @@ def test_what_holds_a_loss_back_is_a_row_for_each_setting(tmp_path):
     soft_q, plain = p["classes"]["full by soft_q"], p["classes"]["full"]
     rates = f"{soft_q['learning_rate']['mean']:g}, {plain['learning_rate']['mean']:g}"
     ends = f"{soft_q['soft_optimum']['mean']:.2f} | {soft_q['soft_optimum_of_log']['mean']:.2f}"
+    d = [one - other for one, other in zip(soft_q["final"]["each"], plain["final"]["each"], strict=True)]
+    bar = "met" if sum(d) / 2 >= -2 * abs(d[0] - d[1]) / 2 else "missed"
+    assert rows[1].endswith(f"| {bar} |")
     assert rows[1].startswith(f"| full | 0.02 | 4 | {rates} | {ends} | {soft_q['final']['mean']:.2f} |")
 
 

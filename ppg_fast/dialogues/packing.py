@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ppg_fast.dialogues import kept_sets
 from ppg_fast.functional import Kept
-from ppg_fast.reference.turns import first_of_turns, sum_of_turns, turn_mask
+from ppg_fast.reference.turns import sum_of_turns, turn_mask
 from ppg_fast.rules import FLOAT32_MAX
 from ppg_fast.spec import IGNORE, require
 
@@ -107,12 +107,6 @@ class PackedBatch:
         """(S, T) float64: the sum of ``values`` (N,) over the tokens of each turn."""
         S, T = self.rewards.shape
         return sum_of_turns(values, self.labels >= 0, self.turn_ids, self.dialogue_ids, (S, T))
-
-    def first_of_turns(self, values: Tensor) -> Tensor:
-        """(S, T) float64: the one of ``values`` (N,) at the first token of each turn; 0 where it has none."""
-        S, T = self.rewards.shape
-        first = first_of_turns(self.labels >= 0, self.turn_ids, self.dialogue_ids, (S, T))
-        return torch.nn.functional.pad(values, (0, 1))[first].double()
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The same batch on ``device``."""

@@ -17,6 +17,7 @@ from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import PackedBatch, micro_batches, pack
 from ppg_fast.models.causal_lm import load_model, token_logprobs
 from ppg_fast.models.frozen_teacher import require_same_vocabulary
+from ppg_fast.reference.turns import first_of_turns
 from ppg_fast.rewards import Transcript
 from ppg_fast.rewards.formula import INVERSE_SOFT_Q
 from ppg_fast.spec import require
@@ -74,9 +75,11 @@ class LogRatio:
             model, base = (token_logprobs(m, there).double().cpu() for m in self.models)
             return batch.sum_of_turns(model - base)
         model, base = (torch.stack(token_logprobs(m, there, lse=True)).double().cpu() for m in self.models)
-        log_ratios, moved = model - base
-        values = torch.nn.functional.pad(batch.first_of_turns(moved), (0, 1))
-        return batch.sum_of_turns(log_ratios) + values[:, :-1] - values[:, 1:]
+        log_ratios, moved = torch.nn.functional.pad(model - base, (0, 1))  # the last place: a turn without a token
+        S, T = batch.rewards.shape
+        first = first_of_turns(batch.labels >= 0, batch.turn_ids, batch.dialogue_ids, (S, T))
+        values = torch.nn.functional.pad(moved[first], (0, 1))
+        return batch.sum_of_turns(log_ratios[:-1]) + values[:, :-1] - values[:, 1:]
 
     def _dialogue(self, transcript: Transcript) -> Dialogue:
         tools: Any = tuple(transcript.info.get("tools") or ())
