@@ -198,7 +198,7 @@ class TrainConfig:
     reward: str | None = _option(
         None,
         "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, logratio:MODEL,BASE, judge[:RUBRIC], "
-        "ratings:FILE",
+        "ratings:FILE; or human:RUN/ratings alone (docs/rate.md)",
     )
     judge: str | None = _option(None, "URL of the endpoint that judges")
     judge_model: str | None = _option(None, "its model; default: the first it lists")

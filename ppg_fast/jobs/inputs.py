@@ -151,7 +151,7 @@ def _sources(formula: str | None) -> list[str]:
 def _split_source(what: str) -> tuple[str, str, str]:
     """Before the path, the path, after it; the path is empty where there is none."""
     kind, colon, rest = what.partition(":")
-    if kind in ("judge", "model", "ratings", LOG_RATIO):
+    if kind in ("judge", "model", "ratings", "human", LOG_RATIO):
         return kind + colon, rest, ""
     place, colon, function = what.rpartition(":")
     return ("", place, colon + function) if place.endswith(".py") else ("", "", what)

@@ -1,6 +1,7 @@
 """What every job of `ppg-fast train` does: train step by step, evaluate on what training does not read, report."""
 
 import hashlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from ppg_fast.dialogues.packing import Sample
 from ppg_fast.dialogues.prompts import Prompt
 from ppg_fast.dialogues.records import Problems
 from ppg_fast.distributed import Ranks
+from ppg_fast.jobs.human import human_of
 from ppg_fast.jobs.inputs import content_digest, model_digest
 from ppg_fast.jobs.policy import Policy
 from ppg_fast.jobs.progress import Progress
@@ -21,7 +23,7 @@ from ppg_fast.jobs.run_folder import RunFolder
 from ppg_fast.jobs.samples import SHOWN, rolled_out
 from ppg_fast.rewards.labels import Label
 from ppg_fast.rollouts.rollout import Rollout
-from ppg_fast.training.objective import warn_if_hardly_credited
+from ppg_fast.training.objective import require_targets, warn_if_hardly_credited
 
 Item = TypeVar("Item", Dialogue, Prompt, Label)
 Read = TypeVar("Read")
@@ -52,6 +54,7 @@ class Job(ABC):
     def __init__(self, config: TrainConfig, make_tokenizer: Callable[[], Any], ranks: Ranks | None = None) -> None:
         self.config, self.policy = config, Policy(config, make_tokenizer, ranks)
         self.objective = self.policy.objective()
+        self.human = human_of(config)  # who rewards every step, where people do
         self.rollout_metrics: dict[str, Any] = {}  # of the step under way, logged as phase rollout
 
     @abstractmethod
@@ -73,6 +76,11 @@ class Job(ABC):
     def start(self, run: ResumableRun, progress: Progress) -> None:
         """What comes before the first evaluation: an introduction, a warm start."""
         del run, progress
+
+    @property
+    def scored(self) -> bool:
+        """Whether the policy's own answers have rewards in evaluations."""
+        return self.on_policy
 
     @property
     def metric(self) -> str:
@@ -119,7 +127,11 @@ class Job(ABC):
         def collect(step: int) -> list[Sample]:
             last[:] = self.collect(step)
             if config.keep_rollouts:
-                run.keep_rollouts(step, rolled_out(step, self.policy.said, last))
+                dialogues = rolled_out(step, self.policy.said, last)
+                if self.human:
+                    self._rate(run, step, dialogues, last, progress)
+                else:
+                    run.keep_rollouts(step, dialogues)
             if self.on_policy and step == 1:
                 warn_if_hardly_credited(last, self.objective)
             if self.rollout_metrics:
@@ -137,9 +149,22 @@ class Job(ABC):
                     if step < config.max_steps and all(row["step"] != step for row in run.of_phase("eval")):
                         self.evaluate(run, progress, step)
 
+    def _rate(
+        self, run: RunFolder, step: int, dialogues: Sequence[Dialogue], samples: Sequence[Sample], progress: Progress
+    ) -> None:
+        """Give the samples of a step the rewards of people, who are waited for."""
+        human = self.human
+        assert human
+        ranks, start = self.policy.ranks, time.perf_counter()
+        rated = ranks.run_on_main(lambda: human.rewarded(run, step, dialogues, progress.say))
+        for dialogue, sample in zip(rated, samples, strict=True):
+            sample.rewards = [float(value or 0.0) for value in dialogue.turn_rewards]
+            require_targets(sample, dialogue.id, self.objective)
+        self.rollout_metrics = {**self.rollout_metrics, "human_time": time.perf_counter() - start}
+
     def evaluate(self, run: RunFolder, progress: Progress, step: int, when: str = "") -> None:
         """`measure` after ``step``: logged, said, and with ``when`` (before, after) a page of dialogues to read."""
-        found, scored = self.measure(when), self.on_policy
+        found, scored = self.measure(when), self.scored
         run.log("eval", {"step": step, **found.metrics})
         if found.rollouts:
             samples = [rollout.sample for rollout in found.rollouts]

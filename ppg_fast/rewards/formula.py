@@ -65,6 +65,8 @@ def make_rewards(
             name, scorer = Path(rest).name, RewardModel(rest, device, date=template_date)
         elif kind == "logratio" and log_ratio is not None:
             name, scorer, scope = kind, log_ratio(rest), "dialogue"
+        elif kind == "human":
+            raise ValueError(f"people rate what a run says (ppg-fast train), not a file: ratings:FILE, got {what!r}")
         elif kind == "ratings":
             name, scorer, scope = kind, Ratings(rest), "dialogue"
         else:
