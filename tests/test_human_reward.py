@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 
 import pytest
@@ -163,9 +162,16 @@ def test_a_step_that_was_rated_keeps_its_rewards(tmp_path, rates_while_it_waits)
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"reward": "human:r + a.py:b"}, "must be the whole reward: human:RUN/ratings"),
+        ({"reward": "human:r + a.py:b"}, "without a reward_model must be the whole reward: human:RUN/ratings"),
         ({"reward": "0.5*human:r"}, "must be the whole reward"),
+        ({"reward": "human:r", "judge": "http://x"}, "must be the whole reward"),
         ({"reward": "human:r", "keep_rollouts": 63}, "keep_rollouts must be at least the 64 dialogues of a step"),
+        ({"reward": "human:r", "human_every": 5}, "human_every must be left out without a reward_model, got 5"),
+        ({"human_steps": 5}, "human_steps must be left out without reward human:RUN/ratings, got 5"),
+        ({"reward": "judge", "reward_model": "m"}, "reward_model must be left out without reward human:"),
+        ({"reward": "human:r", "reward_model": "m"}, "keep_rollouts must be at least 1 with reward human"),
+        ({"reward": "human:", "reward_model": "m"}, "reward must name the ratings of people once"),
+        ({"reward": "human:r + human:s", "reward_model": "m"}, "reward must name the ratings of people once"),
     ],
 )
 def test_what_is_refused(given, said):
@@ -177,8 +183,6 @@ def test_a_line_that_is_being_written_is_waited_for(tmp_path):
     (tmp_path / "ann.jsonl").write_text('{"id": "a", "turn": 0, "rating": 4, "rater": "ann"}\n{"id": "a", "tu')
     (tmp_path / "ann.pairs.jsonl").write_text('{"id": "b", "rating": 1, "rater": "ann"}\n')
     found = human.HumanRatings(tmp_path)
-    assert found.known() == {}
-    (tmp_path / "ann.jsonl").write_text('{"id": "a", "turn": 0, "rating": 4, "rater": "ann"}\n')
     assert found.known() == {"a": {0: 4.0}}
     (tmp_path / "ann.jsonl").write_text('{"id": "a"}\n')
     with pytest.raises(ValueError, match=r"ann\.jsonl, line 1 must be a JSON object with id and rating"):

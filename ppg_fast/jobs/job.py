@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.logged import Dialogue
@@ -24,6 +24,9 @@ from ppg_fast.jobs.samples import SHOWN, rolled_out
 from ppg_fast.rewards.labels import Label
 from ppg_fast.rollouts.rollout import Rollout
 from ppg_fast.training.objective import require_targets, warn_if_hardly_credited
+
+if TYPE_CHECKING:
+    from ppg_fast.jobs.refitted_model import RefittedModel
 
 Item = TypeVar("Item", Dialogue, Prompt, Label)
 Read = TypeVar("Read")
@@ -55,6 +58,7 @@ class Job(ABC):
         self.config, self.policy = config, Policy(config, make_tokenizer, ranks)
         self.objective = self.policy.objective()
         self.human = human_of(config)  # who rewards every step, where people do
+        self.fitted: RefittedModel | None = None  # who learns from them, where a model does
         self.rollout_metrics: dict[str, Any] = {}  # of the step under way, logged as phase rollout
 
     @abstractmethod
@@ -125,6 +129,7 @@ class Job(ABC):
             self.evaluate(run, progress, 0, "before")
 
         def collect(step: int) -> list[Sample]:
+            learned = self.fitted.refit(run, step, self.policy.ranks, progress.say) if self.fitted else {}
             last[:] = self.collect(step)
             if config.keep_rollouts:
                 dialogues = rolled_out(step, self.policy.said, last)
@@ -132,6 +137,9 @@ class Job(ABC):
                     self._rate(run, step, dialogues, last, progress)
                 else:
                     run.keep_rollouts(step, dialogues)
+                if self.fitted:
+                    self.fitted.remember(step, dialogues, last)
+            self.rollout_metrics = {**self.rollout_metrics, **learned}
             if self.on_policy and step == 1:
                 warn_if_hardly_credited(last, self.objective)
             if self.rollout_metrics:
@@ -139,7 +147,8 @@ class Job(ABC):
             return list(last)
 
         with progress.phase(config.policy_class, config.max_steps) as phase:
-            for metrics in run.optimise("train", collect, self.objective, self.policy.schedule()):
+            again = self.fitted.again if self.fitted else None
+            for metrics in run.optimise("train", collect, self.objective, self.policy.schedule(), again):
                 step = metrics["step"]
                 if last:  # a run that goes on yields the step before, whose evaluation may not have been done
                     phase.show(metrics, self.metric)

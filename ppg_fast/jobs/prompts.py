@@ -18,7 +18,7 @@ from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.dialogues.prompts import Prompt, read_prompts
 from ppg_fast.distributed import Ranks
-from ppg_fast.jobs.endpoints import make_endpoint, partner_of, rewards_of_new_answers
+from ppg_fast.jobs.endpoints import make_endpoint, partner_of, refitted, rewards_of_new_answers
 from ppg_fast.jobs.inputs import partner_digest, reward_digest, tools_digest
 from ppg_fast.jobs.job import Evaluation, Job, keep_readable
 from ppg_fast.jobs.progress import Progress
@@ -60,6 +60,7 @@ class PromptsJob(Job):
         own = own_rewards(self.tools) if self.tools and not self.human else []
         asked = not self.human and (bool(config.reward or config.judge) or not own)
         self.named = rewards_of_new_answers(config, policy.model.device, loaded) if asked else []
+        self.fitted = policy.fitted = refitted(self.named)
         self.rewarding = Rewarding([*self.named, *own], self.objective)
         self.reported = () if self.human else type(self).reported
         require(

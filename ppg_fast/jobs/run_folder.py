@@ -35,7 +35,7 @@ METRICS, CONFIG, SUMMARY, CURVE, CHECKPOINT = (
     "checkpoint",
 )
 CHECKPOINTS, NOT_FINITE, TURNS, README = "checkpoints", "not_finite.jsonl", "turns.png", "README.md"
-ROLLOUTS = "rollouts"
+ROLLOUTS, REWARD_MODEL = "rollouts", "reward_model"
 STEPS = ("imitation", "train")  # phases that take steps
 
 
