@@ -174,11 +174,10 @@ class RefittedModel(RewardModel):
 
     def _save(self, run: RunFolder) -> None:
         """The model as a folder of the run, file by file: what else lies there stays."""
-        folder, new = run.path / REWARD_MODEL, run.path / f"{REWARD_MODEL}.new"
+        folder, new = run.path / REWARD_MODEL, run.path / REWARD_MODEL / ".new"
         with writing(run.path):
             self.model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
-            folder.mkdir(exist_ok=True)
             for file in new.iterdir():
                 file.replace(folder / file.name)
             shutil.rmtree(new)

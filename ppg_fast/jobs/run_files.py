@@ -38,11 +38,12 @@ FOLDERS = (
         "rollouts/ratings-*.jsonl",
         "checkpoints/step-*",
         "checkpoint.new",
+        "reward_model/.new",
         "trackers/run_id",
         "trackers/tensorboard",
         "trackers/wandb",
     ),
-    *(f"{folder}/{name}" for folder in ("sampler", "reward_model", "reward_model.new") for name in MODEL_FILES),
+    *(f"{folder}/{name}" for folder in ("sampler", "reward_model") for name in MODEL_FILES),
 )
 ENTRIES = (*FILES, *FOLDERS)
 
