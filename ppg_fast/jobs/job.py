@@ -147,7 +147,7 @@ class Job(ABC):
             return list(last)
 
         with progress.phase(config.policy_class, config.max_steps) as phase:
-            again = self.fitted.again if self.fitted else None
+            again = self.fitted.again if self.fitted and self.fitted.replays else None
             for metrics in run.optimise("train", collect, self.objective, self.policy.schedule(), again):
                 step = metrics["step"]
                 if last:  # a run that goes on yields the step before, whose evaluation may not have been done

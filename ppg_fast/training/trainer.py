@@ -53,6 +53,7 @@ def optimise(
     process listens to them: between two passes before the weights move, so that ``state`` is that of the last step that
     was yielded.
     """
+    require(again is None or objective.soft_q is not None, "again must be None without soft_q", again)
     ranks = ranks or Ranks()
     state = state or TrainingState.start(model, objective, schedule)
     for step in range(state.step + 1, schedule.max_steps + 1):
