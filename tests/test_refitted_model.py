@@ -3,6 +3,7 @@ said rewards the others; nothing they said is lost, and a run that goes on has t
 
 import json
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -90,6 +91,13 @@ class Rater(threading.Thread):
         self.run_folder, self.over, self.confirmed = run, threading.Event(), []
 
     def run(self):
+        try:
+            self._rate_all()
+        except BaseException:
+            os.kill(os.getpid(), signal.SIGINT)  # a run that waits for nobody would wait for ever
+            raise
+
+    def _rate_all(self):
         while not (self.run_folder / "rollouts/step-000001.jsonl").is_file():
             if self.over.wait(0.05):
                 return
@@ -149,15 +157,14 @@ def test_the_true_return_rises_while_people_rate(flags, tmp_path, monkeypatch, c
 
 @pytest.fixture
 def rated_at_once(monkeypatch, tmp_path):
-    """Ratings in a folder beside the run, of every dialogue as soon as it is kept; what ``opinions`` does not name has
-    the opinion of its text."""
-    keep, opinions = RunFolder.keep_rollouts, {}
+    """A folder beside the run, where every dialogue is rated as soon as it is kept."""
+    keep = RunFolder.keep_rollouts
 
     def keep_and_rate(self, step, dialogues):
         keep(self, step, dialogues)
         ann = Answers(tmp_path / "ratings/ann.jsonl", "ann")
         for one in (one for one in dialogues if (one.id, 0) not in ann.given):
-            ann.add(one.id, 0, opinions.get(one.id, opinion(one.messages[-1].content)))
+            ann.add(one.id, 0, opinion(one.messages[-1].content))
         ann.close()
 
     monkeypatch.setattr(RunFolder, "keep_rollouts", keep_and_rate)
@@ -219,13 +226,11 @@ def test_rated_dialogues_come_again_with_what_people_said(flags, tmp_path, rated
     assert [len(again) for _, again in seen[4:]] == [0, 0, 0, 0], "where another term weighs, its part is not known"
 
 
-def made(flags, tmp_path, **others):
-    """A model, with settings that are others."""
-    argv = flags(tmp_path / "run", tmp_path / "ratings", beside=False)
-    names = {argv[i][2:].replace("-", "_"): argv[i + 1] for i in range(1, len(argv) - 1) if argv[i].startswith("--")}
-    given = {name: names[name] for name in ("reward", "reward_model", "prompts")}
+def made(base, tmp_path):
+    """A model that has read nothing yet, and the folder of its run."""
     settings = {"human_steps": 20, "human_learning_rate": 0.02, "keep_rollouts": 8, "device": "cpu"}
-    config = make_config({**given, **settings, "output_dir": str(tmp_path / "run"), **others})
+    given = {"reward": f"human:{tmp_path}/ratings", "reward_model": str(base), "output_dir": str(tmp_path / "run")}
+    config = make_config({**given, **settings})
     return RefittedModel(str(tmp_path / "ratings"), config, "cpu"), RunFolder(config)
 
 
@@ -237,8 +242,8 @@ def said(run, step, *answers):
     return names
 
 
-def test_a_fit_that_makes_it_worse_is_none(flags, tmp_path, monkeypatch):
-    model, run = made(flags, tmp_path)
+def test_a_fit_that_makes_it_worse_is_none(base, tmp_path, monkeypatch):
+    model, run = made(base, tmp_path)
     names, ann = said(run, 1, *["good fine", "bad poor"] * 12), Answers(tmp_path / "ratings/ann.jsonl", "ann")
     heard = []
     for i, name in enumerate(names):
@@ -269,9 +274,9 @@ def _nothing():
     return {"count": 1, "correlation": 0.0, "correlation_interval": (-1.0, 1.0), "length_correlation": 0.0}
 
 
-def test_what_a_fit_cannot_read_is_said(flags, tmp_path):
-    """Ratings of another run's dialogues; a model that looks ahead; one of several dialogues that is held out."""
-    model, run = made(flags, tmp_path)
+def test_what_a_fit_does_not_learn_from_is_said(base, tmp_path):
+    """Ratings of dialogues that the run does not hold, and of those that are held out."""
+    model, run = made(base, tmp_path)
     names, ann, heard = said(run, 1, "good", "bad"), Answers(tmp_path / "ratings/ann.jsonl", "ann"), []
     ann.add(names[0], 0, 5)
     ann.add(names[1], 0, 1)
@@ -287,8 +292,8 @@ def test_what_a_fit_cannot_read_is_said(flags, tmp_path):
     assert [json.loads(line)["id"] for line in kept_lines] == names
 
 
-def test_a_tenth_to_a_third_is_held_out_whatever_comes_later(flags, tmp_path):
-    model, _ = made(flags, tmp_path)
+def test_a_tenth_to_a_third_is_held_out_whatever_comes_later(base, tmp_path):
+    model, _ = made(base, tmp_path)
     label = lambda i: SimpleNamespace(dialogues=[SimpleNamespace(id=f"step-{i:06d}/0-a")])  # noqa: E731
     share = sum(model._apart(label(i)) for i in range(400)) / 400
     assert 0.1 < share < 0.33

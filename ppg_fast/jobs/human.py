@@ -27,11 +27,10 @@ def human_of(config: TrainConfig) -> "HumanRatings | None":
     """
     formula = (config.reward or "").strip()
     folders = [folder for kind, folder, _ in terms_of(formula) if kind == HUMAN]
-    for name in OF_HUMAN:
-        value, usual = getattr(config, name), getattr(TrainConfig, name)
-        of = "a reward_model" if folders else "reward human:RUN/ratings"
-        unused = value == usual or (folders and (name == "reward_model" or config.reward_model))
-        require(bool(unused), f"{name} must be left out without {of}", value)
+    of = "a reward_model" if folders else "reward human:RUN/ratings"
+    for name in () if folders and config.reward_model else OF_HUMAN:
+        value = getattr(config, name)
+        require(value == getattr(TrainConfig, name), f"{name} must be left out without {of}", value)
     if not folders:
         return None
     rule = "reward must name the ratings of people once: human:RUN/ratings"

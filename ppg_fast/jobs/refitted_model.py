@@ -36,8 +36,8 @@ Fit = tuple[list[str], dict[str, Tensor] | None, dict[str, list[float]], dict[st
 
 
 class RefittedModel(RewardModel):
-    """The reward model of ``config.reward_model``, trained on before every ``human_every``-th step with all ratings in
-    ``folder`` so far.
+    """The reward model of ``config.reward_model``, which every ``human_every`` steps goes on learning from all ratings
+    in ``folder`` so far.
 
     A model whose head is zero, as that of a language model, rewards nothing: until it has learned something, each step
     waits for the ratings of the dialogues kept of the step before. What a fit reads is written beside these first, so
