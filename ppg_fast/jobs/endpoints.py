@@ -41,7 +41,7 @@ def rewards_of(
         "template_date": config.template_date,
         "loaded": loaded,
         "human": (lambda folder: RefittedModel(folder, config, device)) if config.reward_model else None,
-        "of_two_models": lambda *which: LogRatio(*which, device, config.max_tokens, config.template_date),
+        "of_two_models": lambda kind, models: LogRatio(kind, models, device, config.max_tokens, config.template_date),
     }
     return make_rewards(formula, judge, **settings)
 
