@@ -65,7 +65,7 @@ def rank_case(folder):
     torch.save(
         [l.detach(), H.detach(), torch.autograd.grad((l + 0.3 * H).sum(), z)[0][0]], folder / f"logits-{rank}.pt"
     )
-    torch.save([of_chunks(own, shard), soft_q(own, shard)], folder / f"rest-{rank}.pt")
+    torch.save([of_chunks(own, shard), soft_q(own, shard), uncounted(own, shard)], folder / f"rest-{rank}.pt")
     torch.save([slime_case(True, rank, top_p) for top_p in (1.0, 0.9)], folder / f"slime-{rank}.pt")
     if find_spec("transformers"):
         torch.save(transformers_case(True), folder / f"transformers-{rank}.pt")
@@ -96,6 +96,25 @@ def of_chunks(own, shard):
             call(weight[own].clone().requires_grad_()).backward()
         counts.append((len(products), len(gathers)))
     return counts
+
+
+def uncounted(own, shard):
+    """Log-probs and gradients by both forms, of rows that are counted, bounded as on a GPU, and bounded too low."""
+    hidden, weight, _, labels, A, _ = problem()
+    found = []
+    for bound, counting in ((None, True), (N, False), (9, False)):
+        with pytest.MonkeyPatch.context() as patch:
+            for module in ("linear_policy_loss", "linear_vocab_shards"):
+                patch.setattr(
+                    import_module(f"ppg_fast.ops.{module}"), "counted", lambda *_, counting=counting: counting
+                )
+            options = {"vocab": shard, "max_active_rows": bound, "chunk_rows": 64}
+            w = weight[own].clone().requires_grad_()
+            out = ppg.linear_policy_loss(hidden, w, labels, A, **options)
+            l = ppg.linear_token_logprobs(hidden, w, labels, **options)
+            grads = [torch.autograd.grad(loss, w)[0] for loss in (out.loss, (l * A).sum())]
+        found.append([t.detach() for t in (out.loss, l, *grads)])
+    return found
 
 
 def counted_calls(patch, module, name):
@@ -243,6 +262,14 @@ def test_a_loss_makes_its_logits_once(found):
         loss, logprobs = found[f"rest-{rank}"][0]
         assert loss == (3, 1 + 3), "48 rows in chunks of 16: a product each; the places, and a message a chunk"
         assert logprobs == (6, 1 + 1), "in both passes; the places, and one message"
+
+
+def test_a_bound_on_the_active_rows(found):
+    for rank in (0, 1):
+        counted, bounded, low = found[f"rest-{rank}"][2]
+        torch.testing.assert_close(counted, bounded, rtol=1e-5, atol=1e-6)
+        for a, c in zip(counted, low, strict=True):
+            assert c[a != 0].isnan().all(), "too low a bound is told by NaN where nobody counts"
 
 
 def test_soft_q_learning_over_shards(found):
