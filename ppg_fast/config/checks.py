@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 POSITIVE = """width layers vocab_size num_iterations num_prompts num_generations max_new_tokens max_turns
     max_tokens imitation_batch eval_every eval_dialogues keep_checkpoints
     activation_checkpointing_every_n_layers rank_timeout partner_tokens max_tool_calls
-    judge_tokens concurrency rollout_batch"""
+    judge_tokens concurrency rollout_batch human_every human_steps"""
 COUNTS = """max_steps warmup_steps imitation_steps max_dialogue_tokens threads save_every max_skipped_steps
     lora_rank lora_alpha retries judge_retries replay keep_rollouts distill_top_k top_k"""
-ABOVE_ZERO = "learning_rate imitation_learning_rate max_grad_norm temperature eta beta distill_coef"
+ABOVE_ZERO = "learning_rate imitation_learning_rate human_learning_rate max_grad_norm temperature eta beta distill_coef"
 MOST = 2**31 - 1  # of anything that is counted
 
 

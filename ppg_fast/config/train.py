@@ -33,10 +33,7 @@ class TrainConfig:
     layers: int = _option(2, "its layers")
     vocab_size: int = _option(1024, "vocabulary of the byte-level tokenizer made from data")
     template_date: str = _option("", "YYYY-MM-DD: the date a chat template may write; default: the run's first day")
-    chat_template: str = _option(
-        "",
-        "chat template in place of the tokenizer's own: a file, or one that ships: chatml, gemma, llama3, phi, qwen3",
-    )
+    chat_template: str = _option("", "in place of the tokenizer's own: a file, or chatml, gemma, llama3, phi, qwen3")
     chat_template_kwargs: str = _option(
         "", 'what the chat template is told in every rendering, JSON: {"enable_thinking": false}'
     )
@@ -166,9 +163,7 @@ class TrainConfig:
     optim_offload: bool = _option(False, "keep its state in host memory and take its step there")
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
     max_tokens: int = _option(16384, "token budget of one forward pass; gradients accumulate over passes")
-    max_skipped_steps: int = _option(
-        3, "a step whose loss or gradient is not finite is skipped; more of them in a row end the run"
-    )
+    max_skipped_steps: int = _option(3, "steps in a row that are skipped, not finite; one more ends the run")
     max_dialogue_tokens: int = _option(
         0, "a dialogue is generated up to this, offline read up to it (its rewards stay whole); 0: no bound"
     )
@@ -198,8 +193,12 @@ class TrainConfig:
     reward: str | None = _option(
         None,
         "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, logratio:MODEL,BASE, judge[:RUBRIC], "
-        "ratings:FILE",
+        "ratings:FILE, human:RUN/ratings (docs/rate.md)",
     )
+    reward_model: str | None = _option(None, "reward human: folder of a language or reward model, refitted to ratings")
+    human_every: int = _option(20, "reward human: steps between two fits of reward_model to all ratings so far")
+    human_steps: int = _option(100, "most steps of a fit; it ends where ratings held out say so")
+    human_learning_rate: float = _option(1e-5, "peak of the optimiser's during a fit")
     judge: str | None = _option(None, "URL of the endpoint that judges")
     judge_model: str | None = _option(None, "its model; default: the first it lists")
     judge_key: str | None = _option(None, "where its API key is: env:NAME or file:PATH")

@@ -21,7 +21,7 @@ MAY_CHANGE = {  # a row of docs/training_runs.md each
     ),
 }
 # another name for the same content, which a checksum knows
-SAME_CONTENT = "data prompts model reward partner_prompt chat_template tools teacher"
+SAME_CONTENT = "data prompts model reward partner_prompt chat_template tools teacher reward_model"
 # another address of the same model, which the setting with _model (or a checksum) knows
 ADDRESSES = "judge partner sampler"
 FIXED = """template_date chat_template_kwargs width layers vocab_size dtype bf16 logits_dtype
@@ -36,7 +36,7 @@ FIXED = """template_date chat_template_kwargs width layers vocab_size dtype bf16
     optim optim_args max_residual cql_coef
     adam_beta1 adam_beta2 optim_offload max_grad_norm max_dialogue_tokens imitation_steps imitation_batch
     imitation_learning_rate teacher_skill partner_model partner_tokens partner_temperature max_tool_calls stop_phrase
-    judge_model judge_range sampler_model eval_dialogues"""
+    judge_model judge_range sampler_model eval_dialogues human_every human_steps human_learning_rate"""
 CLASSES = {
     **{name: "may change" for names in MAY_CHANGE.values() for name in names.split()},
     **dict.fromkeys(SAME_CONTENT.split(), "same content"),

@@ -15,7 +15,7 @@ from ppg_fast.rewards.formula import TERM, split_terms
 from ppg_fast.rewards.judge import TASK
 from ppg_fast.rollouts.tools.functions import split_place
 
-PATHS = ("data", "prompts", "model", "teacher", "partner_prompt")
+PATHS = ("data", "prompts", "model", "teacher", "partner_prompt", "reward_model")
 NAMES = ("chat_template",)  # of a file, or of something that ships
 KEYS = ("partner_key", "judge_key", "sampler_key")  # env:NAME or file:PATH
 FILE = "file:"
@@ -123,6 +123,7 @@ def _content(what: str, reward: Reward) -> Iterator[object]:
         yield from ("python", function, *(content_digest(file) for file in _modules(place)))
     else:
         kind, _, path = what.partition(":")
+        path = scorer.folder if isinstance(scorer, RewardModel) else path  # of human: the model's, not the ratings'
         yield from (kind, *(content_digest(Path(p)) for p in path.split(_between(what))))
         if isinstance(scorer, (RewardModel, LogRatio)):
             yield scorer.chat.renderer.date if isinstance(scorer, LogRatio) else scorer.renderer.date
@@ -151,7 +152,7 @@ def _sources(formula: str | None) -> list[str]:
 def _split_source(what: str) -> tuple[str, str, str]:
     """Before the path, the path, after it; the path is empty where there is none."""
     kind, colon, rest = what.partition(":")
-    if kind in ("judge", "model", "ratings", LOG_RATIO):
+    if kind in ("judge", "model", "ratings", "human", LOG_RATIO):
         return kind + colon, rest, ""
     place, colon, function = what.rpartition(":")
     return ("", place, colon + function) if place.endswith(".py") else ("", "", what)

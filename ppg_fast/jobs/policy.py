@@ -70,6 +70,7 @@ class Policy:
         self.rng = random.Random(config.seed)
         self.generator = self.sampling_generator(config.seed)
         self.said: list[dict[str, Any]] = []  # the first dialogues of the step under way, `keep_rollouts` of them
+        self.fitted: Any = None  # a reward model that is trained beside it, with a state of its own
         self.used: dict[str, Usage] = {}  # of endpoints, by role, by this rank; a resumed run counts on
 
     @property
@@ -142,6 +143,7 @@ class Policy:
     def state_dict(self) -> dict[str, Any]:
         """Where the sources of randomness stand; with them the position in the data, which is drawn at random."""
         state: dict[str, Any] = {"rng": self.rng.getstate(), "generator": self.generator.get_state()}
+        state |= {"reward_model": self.fitted.state_dict()} if self.fitted else {}
         return state | ({"used": self.usage()} if self.used else {})
 
     def usage(self) -> dict[str, dict[str, int]]:
@@ -157,6 +159,8 @@ class Policy:
         for role, counts in saved.get("used", {}).items():
             if role in self.used and self.ranks.is_main:
                 vars(self.used[role]).update(counts)
+        if self.fitted:
+            self.fitted.load_state_dict(saved["reward_model"])
         self.rng.setstate(saved["rng"])
         self.generator.set_state(saved["generator"])
 

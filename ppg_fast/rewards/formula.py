@@ -37,14 +37,16 @@ def make_rewards(
     template_date: str = "",
     loaded: dict[str, ModuleType] | None = None,
     log_ratio: Callable[[str], Scorer] | None = None,
+    human: Callable[[str], Scorer] | None = None,
 ) -> list[Reward]:
     """The terms of ``formula``, separated by " + ", each ``[WEIGHT*]WHAT[@turn|@dialogue]``.
 
     WHAT is ``file.py:function``, ``module:function``, ``model:FOLDER``, ``logratio:MODEL,BASE``, ``judge``,
     ``judge:RUBRIC`` (a text file) or ``ratings:FILE``. The scope is turn but for ratings and logratio, which give each
-    turn its number. ``log_ratio`` makes the scorer of its two models. ``judge`` makes the
-    endpoint where a term wants one, and it may say ``judge_tokens`` tokens. ``template_date``: what the templates of
-    reward models are told. ``loaded``: files that are loaded already. ValueError names the term that cannot be read.
+    turn its number. ``log_ratio`` makes the scorer of its two models, ``human`` that of ``human:FOLDER``. ``judge``
+    makes the endpoint where a term wants one, and it may say ``judge_tokens`` tokens. ``template_date``: what the
+    templates of reward models are told. ``loaded``: files that are loaded already. ValueError names the term that
+    cannot be read.
     """
     rewards: list[Reward] = []
     loaded = {} if loaded is None else loaded  # one module for all functions of a file
@@ -65,6 +67,10 @@ def make_rewards(
             name, scorer = Path(rest).name, RewardModel(rest, device, date=template_date)
         elif kind == "logratio" and log_ratio is not None:
             name, scorer, scope = kind, log_ratio(rest), "dialogue"
+        elif kind == "human" and human is not None:
+            name, scorer = kind, human(rest)
+        elif kind == "human":
+            raise ValueError(f"people rate what a run says (ppg-fast train), not a file: ratings:FILE, got {what!r}")
         elif kind == "ratings":
             name, scorer, scope = kind, Ratings(rest), "dialogue"
         else:
