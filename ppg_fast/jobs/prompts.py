@@ -204,7 +204,8 @@ class PromptsJob(Job):
         chat, positions = self.policy.chat, self.policy.positions
         banned = chat.banned_token_ids(vocab_size)
         unknown = config.nan_rollout in ("one", "drop")
-        return EndpointSampler(make_endpoint(config, "sampler"), chat.end_ids, vocab_size, banned, positions, unknown)
+        endpoint, kept = make_endpoint(config, "sampler"), (config.top_p, config.top_k)
+        return EndpointSampler(endpoint, chat.end_ids, vocab_size, banned, positions, unknown, *kept)
 
     def _refresh(self, command: str, state: dict[str, Any] | None) -> None:
         """Write the weights and have the sampler's server load them. OSError with what the command said where it
