@@ -30,6 +30,7 @@ from .rlhf import charts as rlhf_charts
 from .rlhf import rlhf_section
 from .server_tables import agreement_section, run_section
 from .step_tables import steps_section
+from .study_real import section as study_real
 from .tables import (
     NOT_MEASURED,
     Entry,
@@ -64,6 +65,7 @@ DOCUMENTS = (
     "docs/reward_models.md",
     "docs/soft_q.md",
     "docs/soft_q_training.md",
+    "docs/study_real.md",
     "README.md",
 )
 
@@ -216,6 +218,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "reward_scoring": scoring_section,
     **losses.SECTIONS,
     **real.SECTIONS,
+    **study_real.SECTIONS,
     **{
         op: _op_section(op)
         for op in (
