@@ -24,61 +24,89 @@ WORDS = [value for values in FACTS.values() for value in values]
 
 @pytest.fixture(autouse=True)
 def fixed_judge(monkeypatch):
-    """One that likes long answers; the small talk of a dialogue then says nothing about its pressed turns."""
+    """One that likes long answers."""
     monkeypatch.setattr(dialogue, "_judge", lambda: lambda persona, line: len(line) / 100)
 
 
 # ---- a dialogue ------------------------------------------------------------------------------------------------------
-def played(partner, answer_of, seed=3):
-    """Rewards and messages, where ``answer_of(turn, truth, wrong)`` answers."""
+def played(partner, first, seed=3, later="well"):
+    """Rewards and messages, where ``first(truth, wrong)`` answers the press and ``later`` the small talk."""
     partner, rewards, done = partner(), [], False
     messages = partner.reset(seed)
     while not done:
-        turn = len(rewards)
-        kind, wrong = partner.pressed[turn] if turn < dialogue.PRESSED else ("job", "")
-        reply, reward, done = partner.step(answer_of(turn, partner.persona[kind], wrong))
+        answer = first(partner.truth, partner.wrong) if not rewards else later
+        reply, reward, done = partner.step(answer)
         rewards.append(reward)
         messages += [reply] if reply else []
     return rewards, [m.content for m in messages]
 
 
+def agree(truth, wrong):
+    return f"Yes, {wrong}."
+
+
+def tell(truth, wrong):
+    return f"I am {truth}."
+
+
+def say_nothing(truth, wrong):
+    return ""
+
+
 @pytest.mark.parametrize("delay", [2, 5])
-def test_an_answer_is_settled_so_many_turns_later(delay):
-    """Only the second press is answered truly; small talk is silent."""
-    answer = lambda turn, truth, wrong: {0: f"Yes, {wrong}.", 1: f"I am {truth}.", 2: ""}.get(turn, "")  # noqa: E731
-    rewards, said = played(dialogue.PARTNERS[delay], answer)
-    expected = [0.0] * dialogue.TURNS
-    expected[0], expected[1 + delay] = dialogue.PLEASED, dialogue.SETTLED
-    assert rewards == expected
-    told = [dialogue.CHECKED[right] for right in (False, True, False)]
-    assert [said[1 + delay + n].startswith(remark) for n, remark in enumerate(told)] == [True] * 3
-    assert sum(text.startswith(tuple(dialogue.CHECKED.values())) for text in said) == 3
+def test_the_first_answer_is_settled_so_many_turns_later(delay):
+    """And moves no reward but its own and that one."""
+    found = {first: played(dialogue.PARTNERS[delay], first) for first in (say_nothing, agree, tell)}
+    nothing, silent = found[say_nothing]
+    for first, told in ((agree, False), (tell, True)):
+        rewards, said = found[first]
+        answer = first(*_pressed(delay))
+        expected = [0.0] * dialogue.TURNS
+        expected[0], expected[delay] = dialogue.PLEASED * (not told), told + len(answer) / 100
+        assert [a - b for a, b in zip(rewards, nothing, strict=True)] == pytest.approx(expected)
+        assert [n for n, text in enumerate(said) if text.startswith(dialogue.CHECKED[told])] == [1 + delay]
+        assert said[: 1 + delay] == silent[: 1 + delay]
 
 
-def test_small_talk_is_judged_at_once():
-    rewards, _ = played(dialogue.SettlesAfter2, lambda turn, *_: "x" * turn)
-    assert rewards == [0.0] * 3 + [turn / 100 for turn in range(3, 8)]
+def _pressed(delay, seed=3):
+    partner = dialogue.PARTNERS[delay]()
+    partner.reset(seed)
+    return partner.truth, partner.wrong
+
+
+def test_the_mood_is_a_coin_that_no_answer_foresees():
+    """Half of all small talk is paid, whatever is said; the same words to the same partner are paid alike."""
+    for later in ("well", "fine"):
+        rewards = [played(dialogue.SettlesAfter5, say_nothing, seed, later)[0] for seed in range(200)]
+        paid = [r for of_one in rewards for turn, r in enumerate(of_one) if turn not in (0, 5)]
+        assert set(paid) == {0.0, dialogue.MOOD}
+        assert sum(paid) / len(paid) == pytest.approx(dialogue.MOOD / 2, abs=0.03)
+    once, again, other = (played(dialogue.SettlesAfter5, say_nothing, 3, text)[0] for text in ("a", "a", "b"))
+    assert once == again
+    assert once != other
 
 
 def test_delays_differ_in_nothing_else_and_seeds_in_much():
-    silent = lambda *_: ""  # noqa: E731
-    (_, two), (_, five) = (played(p, silent) for p in dialogue.PARTNERS.values())
+    (_, two), (_, five) = (played(p, say_nothing) for p in dialogue.PARTNERS.values())
     plain = lambda said: [text.removeprefix(dialogue.CHECKED[False]) for text in said]  # noqa: E731
     assert plain(two) == plain(five)
     assert two != five
-    assert played(dialogue.SettlesAfter2, silent) == played(dialogue.SettlesAfter2, silent)
-    assert len({played(dialogue.SettlesAfter2, silent, seed)[1][0] for seed in range(20)}) > 15
+    assert len({played(dialogue.SettlesAfter2, say_nothing, seed)[1][0] for seed in range(20)}) > 15
 
 
 @pytest.mark.parametrize(
     ("answer", "told", "agreed"),
     [
-        ("No, I am a Baker.", True, False),
-        ("Yes, a baker, no pilot.", False, False),
-        ("Yes, I am!", False, True),
+        ("No.", True, False),
+        ("no, I am a Baker", True, False),
+        ("A baker!", True, False),
+        ("No, no pilot", True, False),
+        ("Yes, I am", False, True),
         ("I am a pilot", False, True),
-        ("Not yes.", False, False),
-        ("Bakers and pilots", False, False),
+        ("Yes, a baker.", False, False),
+        ("A pilot and baker", False, False),
+        ("I'm not", False, False),
+        ("None", False, False),
         ("", False, False),
     ],
 )
@@ -298,7 +326,7 @@ def test_a_cell_is_a_process_of_its_own(tiny, tmp_path, monkeypatch):
     made.work, made.judge, made.file = tmp_path, tmp_path / "judge.json", {"predictions": {"5": PREDICTED}}
     found = made._cell(Cell(5, WINDOW, 1))
     assert (found["delay"], found["arm"], found["seed"], found["policy_class"]) == (5, WINDOW, 1, "lookahead:3")
-    assert all(r >= 2.5 for r in found["returns"])  # the judge says 1/2 to each of five
+    assert all(r >= 0.5 for r in found["returns"])  # the judge says 1/2
     assert found["cpu_seconds"] > 0
     assert "step 2" in (tmp_path / "delay-5-the-window-seed-1.log").read_text()
 
@@ -320,7 +348,7 @@ def test_the_prediction_asks_the_command(tmp_path, monkeypatch):
     ((arguments, environment),) = asked
     assert arguments[:2] == ["ppg_fast", "compare"]
     assert "--env=ppg_fast.bench.study_real.dialogue:SettlesAfter5" in arguments
-    assert "--max-turns=8" in arguments  # of prompts the default is less
+    assert f"--max-turns={dialogue.TURNS}" in arguments  # of prompts the default is less
     assert f"--num-generations={cells.SETTINGS['num_generations']}" in arguments
     assert environment[dialogue.JUDGE] == str(tmp_path / "judge.json")
 
@@ -344,10 +372,15 @@ def test_a_window_that_moves_is_told_from_one_that_does_not():
         "* `delay 5: window lookahead:6, weights lags:1.0,0.0,0.5 (256 rollouts, judge 0123456789ab)`, on 2026" in text
     )
     assert "| delay 5 | 2.5 | 2.5 | 2.5 | 2.5 | 2.5 | **2.5** |" in text
-    assert "The window moves with the delay, as it has to." in text
+    assert "lookahead:6 where it is built to be lookahead:6 (as built). The window moves with the delay." in text
     assert "1,234 lines of 10 dialogues (a.json), 75% of them consistent" in text
-    assert "**does not** follow the delay" in rendered("study_real_prediction", _2=PREDICTED, _5=PREDICTED)
-    assert "the other delay is not measured yet" in rendered("study_real_prediction", _2=PREDICTED)
+    near, nothing = ({**far, "last_clear_lag": lag} for lag in (2, None))
+    text = rendered("study_real_prediction", _2=PREDICTED, _5=near)
+    assert "(-3 turns beside it). The window **does not** move with the delay." in text
+    assert "(no lag is clear). The window **does not** move" in rendered(
+        "study_real_prediction", _2=PREDICTED, _5=nothing
+    )
+    assert "The other delay is not measured yet." in rendered("study_real_prediction", _2=PREDICTED)
 
 
 def test_arms_are_compared_within_seeds():

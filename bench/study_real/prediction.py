@@ -12,7 +12,7 @@ from ..real import command
 from .cells import SETTINGS
 from .dialogue import JUDGE, PARTNERS, TURNS
 
-ROLLOUTS = 256
+ROLLOUTS = 512
 SEED = 1000  # of sampling; its openings are those from seed 0 on, which no cell has
 LOG = Path("docs/log.md")
 SHARED = ("num_prompts", "num_generations", "max_new_tokens", "temperature", "dtype", "threads", "device")

@@ -36,12 +36,18 @@ def _signal(lag: dict[str, Any]) -> str:
 
 
 def _moved(predictions: dict[str, Any]) -> str:
-    right = {d: p["last_clear_lag"] == int(d) for d, p in predictions.items()}
-    seen = ", ".join(f"{p['window']} for delay {d}" for d, p in predictions.items())
-    if len(predictions) < 2:
-        return f"Predicted: {seen}; the other delay is not measured yet."
-    verdict = "moves with the delay, as it has to" if all(right.values()) else "**does not** follow the delay"
-    return f"Predicted: {seen}. The window {verdict}."
+    """Each window beside the smallest one without bias, and whether the longer delay has the longer window."""
+    said, last = [], {int(d): p["last_clear_lag"] for d, p in predictions.items()}
+    for delay, lag in last.items():
+        beyond = None if lag is None else lag - delay
+        how = "no lag is clear" if beyond is None else "as built" if beyond == 0 else f"{beyond:+d} turns beside it"
+        said.append(f"{predictions[str(delay)]['window']} where it is built to be lookahead:{delay + 1} ({how})")
+    text = f"Predicted: {'; '.join(said)}."
+    if len(last) < 2:
+        return f"{text} The other delay is not measured yet."
+    short, long = (last[delay] for delay in sorted(last))
+    moves = short is not None and long is not None and long > short
+    return f"{text} The window {'moves' if moves else '**does not** move'} with the delay."
 
 
 def _judge(judge: dict[str, Any]) -> str:
