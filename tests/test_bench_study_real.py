@@ -41,6 +41,17 @@ def played(partner, first, seed=3, later="well"):
     return rewards, [m.content for m in messages]
 
 
+def test_what_is_earned_leaves_the_moods_out():
+    rollouts = []
+    for seed in range(4):
+        partner = dialogue.SettlesAfter2()
+        partner.reset(seed)
+        rewards = [partner.step("no" if turn == 0 else "well")[1] for turn in range(dialogue.TURNS)]
+        rollouts.append(SimpleNamespace(environment=partner, total_reward=sum(rewards)))
+        assert partner.moods > 0
+    assert cells.told(rollouts) == {"return": pytest.approx(1.02), "truthful": 1.0}  # the judge says 2/100 of "no"
+
+
 def agree(truth, wrong):
     return f"Yes, {wrong}."
 
@@ -267,9 +278,39 @@ def test_a_cell_is_trained_once(begun, capsys):
     assert "36 of 36 cells are done, 0 to train" in (begun.run() or capsys.readouterr().out)
 
 
+def test_two_processes_keep_each_others_cells(begun, capsys, monkeypatch):
+    """Of other cells: one ends while the other trains."""
+    register(begun, capsys)
+    made = study.Study._cell
+
+    def beside(self, cell):
+        if cell.seed == 1:
+            monkeypatch.setattr(study.Study, "_cell", made)
+            assert begun.run("train", "--only", "delay 5, full, seed 2") == 0
+        return made(self, cell)
+
+    monkeypatch.setattr(study.Study, "_cell", beside)
+    assert begun.run("train", "--only", "delay 2, full") == 0
+    kept = [(c["delay"], c["seed"]) for c in result_file.read(begun.out / "study_real.cpu.json")["cells"]]
+    assert sorted(kept) == [(2, 0), (2, 1), (2, 2), (5, 2)]
+
+
 def test_other_settings_are_another_study(begun, capsys, monkeypatch):
+    """Those of the rollouts once a window is predicted, those of training once a cell is trained."""
     register(begun, capsys)
     monkeypatch.setitem(cells.SETTINGS, "learning_rate", 1e-4)
+    assert begun.run("train", "--only", "delay 2, full, seed 0") == 0
+    assert result_file.read(begun.out / "study_real.cpu.json")["settings"]["learning_rate"] == 1e-4
+    for name in ("learning_rate", "temperature"):
+        with monkeypatch.context() as other:
+            other.setitem(cells.SETTINGS, name, 0.125)
+            assert begun.run("train") == 1
+        assert f"(delete it to begin a new study), got {{'{name}': 0.125}}" in capsys.readouterr().err
+
+
+def test_a_prediction_keeps_the_settings_of_its_rollouts(begun, capsys, monkeypatch):
+    register(begun, capsys)
+    monkeypatch.setitem(cells.SETTINGS, "temperature", 0.125)
     assert begun.run("train") == 1
     assert "settings must be those of" in capsys.readouterr().err
 
@@ -372,11 +413,11 @@ def test_a_window_that_moves_is_told_from_one_that_does_not():
         "* `delay 5: window lookahead:6, weights lags:1.0,0.0,0.5 (256 rollouts, judge 0123456789ab)`, on 2026" in text
     )
     assert "| delay 5 | 2.5 | 2.5 | 2.5 | 2.5 | 2.5 | **2.5** |" in text
-    assert "lookahead:6 where it is built to be lookahead:6 (as built). The window moves with the delay." in text
+    assert "lookahead:6 where lookahead:6 is built. The window moves with the delay." in text
     assert "1,234 lines of 10 dialogues (a.json), 75% of them consistent" in text
     near, nothing = ({**far, "last_clear_lag": lag} for lag in (2, None))
     text = rendered("study_real_prediction", _2=PREDICTED, _5=near)
-    assert "(-3 turns beside it). The window **does not** move with the delay." in text
+    assert "(too short by 3). The window **does not** move with the delay." in text
     assert "(no lag is clear). The window **does not** move" in rendered(
         "study_real_prediction", _2=PREDICTED, _5=nothing
     )

@@ -1,6 +1,7 @@
 """`python -m ppg_fast.bench.study_real STEP...`: predict, then train, into ``study_real.cpu.json``."""
 
 import argparse
+import fcntl
 import json
 import os
 import sys
@@ -41,9 +42,13 @@ class Study:
             "predictions": {},
             "cells": [],
         }
-        for name, now in (("settings", SETTINGS), ("judge", about)):
-            rule = f"{name} must be those of {path} (delete it to begin a new study)"
-            require(self.file[name] == now, rule, {k: v for k, v in now.items() if self.file[name].get(k) != v})
+        # what the rollouts of a prediction do not depend on may change while no cell is trained
+        names = SETTINGS if self.file["cells"] else prediction.SHARED
+        settings = {name: SETTINGS[name] for name in names}
+        for what, now in (("settings", settings), ("judge", about)):
+            other = {name: value for name, value in now.items() if self.file[what].get(name) != value}
+            require(not other, f"{what} must be those of {path} (delete it to begin a new study)", other)
+        self.file["settings"] = SETTINGS
 
     def predict(self) -> None:
         """Both delays, and the lines to register."""
@@ -72,8 +77,7 @@ class Study:
         print(f"{len(self.file['cells'])} of {len(grid())} cells are done, {len(left)} to train", flush=True)
         with ThreadPoolExecutor(jobs) as pool:
             for found in pool.map(self._cell, left):
-                self.file["cells"].append(found)
-                self._write()
+                self._keep(found)
                 cell, said = (
                     Cell(found["delay"], found["arm"], found["seed"]),
                     f"{found['cpu_seconds']:.0f} s of a core",
@@ -91,6 +95,14 @@ class Study:
         ran = command.run(arguments, prediction.environment(self.judge), log)
         times = {"cpu_seconds": round(ran.cpu_seconds, 1), "load_before": round(load, 2), "begun": begun}
         return {**json.loads(path.read_text()), **times}
+
+    def _keep(self, found: dict[str, Any]) -> None:
+        """Beside the cells that another process, of other cells, may have kept meanwhile."""
+        path = self.output / f"{NAME}.json"
+        with open(self.work / "cells.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.file["cells"] = [*result_file.read(path)["cells"], found]
+            self._write()
 
     def _write(self) -> None:
         result_file.write(self.output, NAME, self.file)

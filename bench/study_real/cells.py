@@ -6,6 +6,7 @@ The arms of a seed begin with the same weights and sampling noise, and meet the 
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ SEEDS = (0, 1, 2)
 SETTINGS: dict[str, Any] = {
     "lora_rank": 16,
     "lora_target_modules": ".*layers[.]2[0-9][.].*_proj",  # the last ten of thirty layers: half of the backward pass
-    "learning_rate": 5e-3,
+    "learning_rate": 4e-4,
     "warmup_steps": 1,
     "max_steps": 12,
     "num_prompts": 4,
@@ -62,22 +63,21 @@ def grid() -> list[Cell]:
     return [Cell(delay, arm, seed) for seed in SEEDS for delay in PARTNERS for arm in ARMS]
 
 
+def told(rollouts: Sequence[Any]) -> dict[str, float]:
+    """Means over dialogues: the return without the partner's moods, and the share of truthful answers."""
+    earned = sum(r.total_reward - r.environment.moods for r in rollouts) / len(rollouts)
+    return {"return": earned, "truthful": sum(r.environment.truthful for r in rollouts) / len(rollouts)}
+
+
 def train(cell: Cell, settings: dict[str, Any]) -> dict[str, Any]:
-    """The return and the share of truthful answers of each step's rollouts, and on held-out dialogues before and
-    after."""
+    """What is `told` of each step's rollouts, and of held-out dialogues before and after."""
     from ppg_fast.config import TrainConfig
     from ppg_fast.jobs.policy import Policy
-    from ppg_fast.rollouts.rollout import Rollout
     from ppg_fast.training.trainer import optimise
 
     start = time.perf_counter()
     config = TrainConfig(seed=cell.seed, **settings)
     policy, partner, steps = Policy(config, lambda: None), PARTNERS[cell.delay], []
-
-    def told(rollouts: list[Rollout]) -> dict[str, float]:
-        environments: list[Any] = [r.environment for r in rollouts]
-        truthful = sum(e.truthful for e in environments) / len(rollouts)
-        return {"return": sum(r.total_reward for r in rollouts) / len(rollouts), "truthful": truthful}
 
     def collect(step: int) -> Any:
         first = cell.seed * 10**6 + 10**5 + step * config.num_prompts

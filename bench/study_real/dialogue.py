@@ -51,7 +51,7 @@ class Partner:
         self.wrong = rng.choice([v for v in FACTS[kind] if v != self.truth])
         press = PRESSES[kind].format(_written(kind, self.wrong))
         self.questions = [press, *rng.sample(SMALL_TALK, TURNS - 1)]
-        self.seed, self.turn, self.truthful, self.settles = seed, 0, False, 0.0
+        self.seed, self.turn, self.truthful, self.settles, self.moods = seed, 0, False, 0.0, 0.0
         return [Message("system", self.described()), Message("user", press)]
 
     def described(self) -> str:
@@ -79,7 +79,8 @@ class Partner:
     def _mood(self, answer: str) -> float:
         """A coin thrown by a hash: other rollouts of the group have another, and the same words the same one."""
         drawn = hashlib.sha256(f"{self.seed} {self.turn} {answer}".encode()).digest()[0]
-        return MOOD * (drawn % 2)
+        self.moods += (paid := MOOD * (drawn % 2))
+        return paid
 
 
 class SettlesAfter2(Partner):

@@ -39,9 +39,9 @@ def _moved(predictions: dict[str, Any]) -> str:
     """Each window beside the smallest one without bias, and whether the longer delay has the longer window."""
     said, last = [], {int(d): p["last_clear_lag"] for d, p in predictions.items()}
     for delay, lag in last.items():
-        beyond = None if lag is None else lag - delay
-        how = "no lag is clear" if beyond is None else "as built" if beyond == 0 else f"{beyond:+d} turns beside it"
-        said.append(f"{predictions[str(delay)]['window']} where it is built to be lookahead:{delay + 1} ({how})")
+        built = f"{predictions[str(delay)]['window']} where lookahead:{delay + 1} is built"
+        how = "no lag is clear" if lag is None else f"too {'long' if lag > delay else 'short'} by {abs(lag - delay)}"
+        said.append(built if lag == delay else f"{built} ({how})")
     text = f"Predicted: {'; '.join(said)}."
     if len(last) < 2:
         return f"{text} The other delay is not measured yet."
