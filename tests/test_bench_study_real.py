@@ -48,7 +48,7 @@ def test_what_is_earned_leaves_the_moods_out():
         partner.reset(seed)
         rewards = [partner.step("no" if turn == 0 else "well")[1] for turn in range(dialogue.TURNS)]
         rollouts.append(SimpleNamespace(environment=partner, total_reward=sum(rewards)))
-        assert partner.moods > 0
+    assert sum(r.environment.moods for r in rollouts) > 0
     assert cells.told(rollouts) == {"return": pytest.approx(1.02), "truthful": 1.0}  # the judge says 2/100 of "no"
 
 
