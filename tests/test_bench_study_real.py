@@ -389,7 +389,6 @@ def test_the_prediction_asks_the_command(tmp_path, monkeypatch):
     ((arguments, environment),) = asked
     assert arguments[:2] == ["ppg_fast", "compare"]
     assert "--env=ppg_fast.bench.study_real.dialogue:SettlesAfter5" in arguments
-    assert f"--max-turns={dialogue.TURNS}" in arguments  # of prompts the default is less
     assert f"--num-generations={cells.SETTINGS['num_generations']}" in arguments
     assert environment[dialogue.JUDGE] == str(tmp_path / "judge.json")
 

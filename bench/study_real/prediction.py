@@ -10,7 +10,7 @@ from ppg_fast.spec import require
 
 from ..real import command
 from .cells import SETTINGS
-from .dialogue import JUDGE, PARTNERS, TURNS
+from .dialogue import JUDGE, PARTNERS
 
 ROLLOUTS = 512
 SEED = 1000  # of sampling; its openings are those from seed 0 on, which no cell has
@@ -28,7 +28,7 @@ def predict(delay: int, model: Path, judge: Path, work: Path) -> dict[str, Any]:
     """What the command finds for the partner who settles after ``delay`` turns."""
     folder, log = work / f"window-{delay}", work / f"window-{delay}.log"
     log.unlink(missing_ok=True)
-    given = {**{name: SETTINGS[name] for name in SHARED}, "rollouts": ROLLOUTS, "seed": SEED, "max_turns": TURNS}
+    given = {**{name: SETTINGS[name] for name in SHARED}, "rollouts": ROLLOUTS, "seed": SEED}
     given |= {"env": f"{__package__}.dialogue:{PARTNERS[delay].__name__}", "model": str(model)}
     flags = command.flags({**given, "output_dir": str(folder)})
     ran = command.run(["ppg_fast", "compare", "--overwrite", *flags], environment(judge), log)
