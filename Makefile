@@ -35,7 +35,7 @@ LOGS ?=
 STUDIES := runs/study-made runs/study-drawn runs/study-language $(foreach log,$(LOGS),runs/study-log-$(notdir $(basename $(log))))
 
 .PHONY: train test test-verl test-llama test-triton triton-versions lint types check fuzz golden wheel bench study study-rivals gpu gpu-pack
-.PHONY: real rlhf-demo docs format clean
+.PHONY: real study-real rlhf-demo docs format clean
 
 train: $(VENV)/.train
 	$(BIN)/ppg-fast train --overwrite $(ARGS)
@@ -140,6 +140,13 @@ gpu-pack: $(VENV)/.dev
 # folder of converted models. Not part of `make test`. Writes bench/results/real_*.cpu.json and docs/real.md.
 real: $(REAL)/.real
 	$(REAL)/bin/python -m ppg_fast.bench.real $(STEPS) $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(REAL)/bin/python -m ppg_fast.bench --render
+
+# Does the predicted window train a real model best? 36 cells of minutes on one core each; what is done is not done again.
+# DATA: Consistent-LLMs files, on which the judge is fitted. ARGS="train --only 'delay 2, GAE'": some cells. Writes
+# bench/results/study_real.cpu.json and docs/study_real.md.
+study-real: $(REAL)/.real
+	$(REAL)/bin/python -m ppg_fast.bench.study_real $(ARGS) --data $(DATA)
 	$(REAL)/bin/python -m ppg_fast.bench --render
 
 # Pairs, a reward model and a policy trained on it, the true return beside the model's: minutes on one core. What is finished

@@ -32,6 +32,7 @@ from .rlhf import charts as rlhf_charts
 from .rlhf import rlhf_section
 from .server_tables import agreement_section, run_section
 from .step_tables import steps_section
+from .study_real import section as study_real
 from .tables import (
     NOT_MEASURED,
     Entry,
@@ -66,6 +67,7 @@ DOCUMENTS = (
     "docs/reward_models.md",
     "docs/soft_q.md",
     "docs/soft_q_training.md",
+    "docs/study_real.md",
     "README.md",
 )
 
@@ -207,6 +209,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     **losses.SECTIONS,
     **token_share.SECTIONS,
     **real.SECTIONS,
+    **study_real.SECTIONS,
     **{
         op: _op_section(op)
         for op in (

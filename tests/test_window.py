@@ -198,7 +198,7 @@ class Delayed:
     def step(self, answer):
         self.said.append(answer)
         now = self.said[-2] if len(self.said) > 1 else ""
-        return Message("user", "And?"), float(bool(now) and ord(now[0]) % 2), len(self.said) == 4
+        return Message("user", "And?"), float(bool(now) and ord(now[0]) % 2), len(self.said) == 6
 """
 
 
@@ -239,9 +239,11 @@ def test_environments_are_measured(tmp_path, capsys):
 
     (tmp_path / "env.py").write_text(ENVIRONMENT)
     model = folder(tmp_path / "model", CHATML)
-    flags = ["compare", "--env", f"{tmp_path}/env.py:Delayed", "--model", model, *TINY[4:]]
+    flags = ["compare", "--env", f"{tmp_path}/env.py:Delayed", "--model", model, *TINY[4:6], *TINY[8:]]
     assert main([*flags, "--output-dir", str(tmp_path / "out")]) == 0
-    assert json.loads((tmp_path / "out" / "window.json").read_text())["window"] == "lookahead:2"
+    found = json.loads((tmp_path / "out" / "window.json").read_text())
+    assert found["window"] == "lookahead:2"
+    assert found["turns"] == 192 * 6  # as the environment ends them, which is later than the default of prompts
     assert "window: lookahead:2" in capsys.readouterr().out
 
 

@@ -68,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
     start, flags = time.perf_counter(), vars(parser().parse_args(list(argv)))
     own = {name: flags.pop(name) for name in ("env", "rollouts", "policy_classes", "sketch", "overwrite")}
     folder, classes = require_folder(flags["output_dir"]), policy_classes(own["policy_classes"])
+    if own["env"]:  # which ends its dialogues itself: the fewer turns of prompts would cut them
+        flags.setdefault("max_turns", TrainConfig.max_turns)
     config = make_config(PROMPTS, flags)
     _check(config, own)
     for name in (REPORT, NUMBERS):
