@@ -138,6 +138,8 @@ def test_inspect_shows_it_as_imitation(tmp_path):
     both = {"policy_class": "greedy"}, {"imitate_td": 0.5}
     plain, valued = (next(Inspector(make_config(given | more)).views()) for more in both)
     assert plain == valued
+    zeros = {"data": job(tmp_path, [0.0, 0.0]).config.data, "imitate": True}
+    assert Inspector(make_config(zeros)).notes == ()  # rewards are not looked at
 
 
 @pytest.mark.parametrize(

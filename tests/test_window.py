@@ -255,6 +255,7 @@ def test_environments_are_measured(tmp_path, capsys):
         (["--sketch", "0"], "sketch must be from 1 to 2"),
         (["--policy-classes", "greedy,auto"], 'a policy class is "greedy"'),
         (["--env", "x.py:X"], "compare measures prompts or env, one of them"),
+        (["--reward", "human:run/ratings"], "reward must be given without people, who rate while ppg-fast train runs"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_computed(prompts, flags, message, tmp_path, capsys):

@@ -15,6 +15,7 @@ from ppg_fast.compare.lags import CLEAR, FEWEST, LagSignals, measure
 from ppg_fast.compare.page import image, table, whole
 from ppg_fast.config import OF_PROMPTS, OF_REWARDS, PROMPTS, Parser, TrainConfig, add_flags, make_config
 from ppg_fast.dialogues.packing import Sample, micro_batches, pack
+from ppg_fast.jobs.human import HUMAN, terms_of
 from ppg_fast.jobs.ownership import require_folder
 from ppg_fast.jobs.policy import Policy
 from ppg_fast.jobs.prompts import PromptsJob
@@ -102,6 +103,8 @@ def _check(config: TrainConfig, own: dict[str, Any]) -> None:
         for name in (*OF_PROMPTS, *OF_REWARDS):
             usual = getattr(TrainConfig, name)
             require(getattr(config, name) == usual, f"{name} goes with prompts, not with env", getattr(config, name))
+    rule = "reward must be given without people, who rate while ppg-fast train runs"
+    require(all(kind != HUMAN for kind, _, _ in terms_of(config.reward)), rule, config.reward)
     require(config.num_generations >= 2, "num_generations must be at least 2, to compare with", config.num_generations)
     step, least = config.num_prompts * config.num_generations, FEWEST * config.num_generations
     rollouts = own["rollouts"]

@@ -255,7 +255,9 @@ class Inspector:
         return Experience(0, self.objective.gamma).means_with(pad_sequence(rewards, batch_first=True), counts)
 
     def _notes(self) -> tuple[str, ...]:
-        """What training says of the rewards of the whole file."""
+        """What training says of the rewards of the whole file; imitation does not look at them."""
+        if self.config.imitate:
+            return ()
         samples = [
             Sample([0], [CONTEXT], [r or 0.0 for r in d.turn_rewards], stable_group_id(d.group_id))
             for d in self.dialogues
