@@ -115,6 +115,12 @@ def _kept(time: Time) -> list[Row]:
     return [("kept sets of 20 / the full head", 1 / 8, over(time(OURS, variant="k = 20", dtype="float32"), full))]
 
 
+def _critic(time: Time) -> list[Row]:
+    what = "a step with a critic, hidden states of {} / without"
+    names = ("ppg_fast, value and its critic", "ppg_fast, leave_one_out")
+    return [(what.format(D), 1.05, over(*(time(name, D=D) for name in names))) for D in (128, 512)]
+
+
 def _leanest(file: dict[str, Any], case: dict[str, Any]) -> float | None:
     def peak(entry: Entry) -> int | None:
         return entry["extra_info"].get("peak_extra_bytes")
@@ -148,6 +154,7 @@ MAKERS = {
     "policy_loss": _policy_loss,
     "logprobs": _logprobs,
     "partial_returns": _returns,
+    "critic": _critic,
     "host_time": _host_time,
     "soft_q": _soft_q,
     "linear_kept": _kept,

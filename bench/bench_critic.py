@@ -29,10 +29,11 @@ class Steps:
 
 
 def cases(grid: str, device: str) -> list[Case]:
-    """N tokens a step: the interview's model, and one with a head of 32,000 whose hidden states are projected."""
+    """N tokens a step: one with a head of 32,000 whose hidden states are projected, and the interview's model. The
+    larger first: by the time of the smaller, in which the head is little, it would seem to take a minute."""
     if grid == "quick":
         return [Case("critic", 1408, 64, 32, device=device)]
-    return [Case("critic", 5632, V, D, device=device) for V, D in ((512, 128), (32000, 512))]
+    return [Case("critic", 5632, V, D, device=device) for V, D in ((32000, 512), (512, 128))]
 
 
 def _samples(case: Case, seed: int) -> list[Any]:
@@ -94,7 +95,7 @@ def participants(case: Case) -> Providers:
 
     def valued(case: Case) -> Provider:
         """ppg_fast with its critic."""
-        return Provider("ppg_fast, value and its critic", lambda p: _step(p, case, "value"), forward_only=True)
+        return Provider("ppg_fast, value and its critic", lambda p: _step(p, case, "value"), "ours", forward_only=True)
 
     return gather([plain, valued], case)
 

@@ -35,7 +35,7 @@ NAMES = (
 OPS: dict[str, ModuleType] = {name: importlib.import_module(f".bench_{name}", __package__) for name in NAMES}
 PACES = {
     "quick": Pace(rounds=2, budget=0.5),
-    "default": Pace(rounds=15, budget=2.0, least=intervals.LEAST, slow=4.0),
+    "default": Pace(rounds=15, budget=2.0, least=intervals.LEAST, slow=4.0, own=15),
     "full": Pace(rounds=40, budget=12.0, least=15),
 }
 FLOOR = {"float32": 2e-5, "bfloat16": 1e-2}  # a few roundings, relative to the largest element

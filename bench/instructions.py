@@ -1,12 +1,16 @@
-"""Instructions of the CPU row kernels for each element, counted by callgrind: `python -m ppg_fast.bench.instructions`.
+"""What the CPU row kernels cost apart from memory: `python -m ppg_fast.bench.instructions`.
 
-A figure that does not depend on the machine's mood. A run without a kernel is counted too and taken off: loading and
-the making of inputs. valgrind knows no AVX-512.
+Their instructions for each element, counted by callgrind: a figure that does not depend on the machine's mood. A run
+without a kernel is counted too and taken off: loading and the making of inputs. valgrind knows no AVX-512.
+
+And the time that one thread takes for one row again and again, whose memory stays in the cache, beside copying (in
+place) or reading (forward only) as many rows: however well memory is overlapped, the kernel takes no less.
 """
 
 import argparse
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from . import machine, result_file
+from .tables import NOT_MEASURED, Results, of, table
 
 N, V = 4, 8192
 KERNELS = ("policy_loss", "logprobs")
 FLAGS = ("-O3", "-std=c++20", "-ffp-contract=fast", "-Wno-attributes", "-Wno-psabi")  # as in setup.py
 OF_DTYPE = {"float32": ("-DPPG_DTYPE=F32",), "bfloat16": ("-DPPG_DTYPE=BF16",)}
-OF_ISA = {"avx2": ("-DPPG_LANES=8",), "baseline": ("-DPPG_LANES=4",)}
+OF_ISA = {"avx512": ("-DPPG_LANES=16",), "avx2": ("-DPPG_LANES=8",), "baseline": ("-DPPG_LANES=4",)}
+COUNTED = ("avx2", "baseline")
+TIMED, ROUNDS = (2048, 32000), 15  # the rows of the benchmark of policy_loss
+FIELDS = ("rows", "one_row", "copy", "read")  # of a round
 SOURCES = Path(__file__).resolve().parents[1]
 
 
@@ -55,19 +63,54 @@ def per_element(program: Path, kernel: str) -> float:
     return (whole - without) / (N * V)
 
 
+def times(program: Path, kernel: str) -> dict[str, float]:
+    """Medians of a round's `FIELDS`, nanoseconds an element, by one thread."""
+    N, V = TIMED
+    command = [str(program), kernel, str(N), str(V), str(ROUNDS)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    columns = zip(*(map(float, line.split()) for line in lines), strict=True)
+    return {name: statistics.median(c) / (N * V) * 1e9 for name, c in zip(FIELDS, columns, strict=True)}
+
+
 def measure() -> list[dict[str, Any]]:
-    """Every kernel in every dtype on every instruction set that valgrind knows."""
+    """Every kernel in every dtype on every instruction set of this processor, counted where valgrind knows it."""
+    from ppg_fast import native
+
+    here = native.ISAS[native.ISAS.index(native.isa()) :]
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        programs = {case: build(Path(folder), *case) for case in product(OF_DTYPE, OF_ISA)}
-        return [
-            {"kernel": k, "dtype": d, "isa": i, "per_element": per_element(program, k)}
-            for k, ((d, i), program) in product(KERNELS, programs.items())
+        for dtype, isa in product(OF_DTYPE, (isa for isa in OF_ISA if isa in here)):
+            program = build(Path(folder), dtype, isa)
+            for kernel in KERNELS:
+                row: dict[str, Any] = {"kernel": kernel, "dtype": dtype, "isa": isa, **times(program, kernel)}
+                found.append(row | ({"per_element": per_element(program, kernel)} if isa in COUNTED else {}))
+    return found
+
+
+def instructions_section(results: Results) -> str:
+    """Of each processor: instructions for each element of a row, and the least that a kernel takes of moving rows."""
+    text = ""
+    for where, file in of(results, "instructions"):
+        rows = [
+            (
+                f"{c['kernel']}, {c['dtype']}, {c['isa']}",
+                f"{c['per_element']:.2f}" if "per_element" in c else "",
+                f"{c['one_row']:.3f} ns",
+                f"{c['rows']:.3f} ns",
+                f"{c[what]:.3f} ns ({what})",
+                f"{c['one_row'] / c[what]:.2f}",
+            )
+            for c in file["instructions"]
+            for what in ["copy" if c["kernel"] == "policy_loss" else "read"]
         ]
+        heads = (where, "instructions an element", "one row again and again", "rows", "memory alone", "at least")
+        text += table(heads, rows) + "\n"
+    return text.rstrip("\n") + "\n" if text else NOT_MEASURED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write ``instructions.cpu.json``; 1 where instructions cannot be counted."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Count the instructions of the CPU row kernels.")
+    """Write this processor's file; 1 where instructions cannot be counted."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Measure the CPU row kernels apart from memory.")
     parser.add_argument("--output", type=Path, default=result_file.FOLDER)
     arguments = parser.parse_args(argv)
     if reason := why_not():
@@ -76,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     compiler = subprocess.run(["g++", "-dumpfullversion"], capture_output=True, text=True).stdout.strip()
     file = machine.header("python -m ppg_fast.bench.instructions", "cpu")
     file["ppg_fast"]["versions"]["g++"] = compiler
-    result_file.write(arguments.output, "instructions.cpu", file | {"instructions": measure()})
+    name = result_file.name_of("instructions", "cpu", file["machine_info"])
+    result_file.write(arguments.output, name, file | {"instructions": measure()})
     return 0
 
 

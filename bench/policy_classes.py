@@ -9,24 +9,31 @@ from typing import Any
 
 from ppg_fast.compare import across, plots
 from ppg_fast.compare.columns import across_table, class_table, credit_table, score_table
+from ppg_fast.compare.study import BY, SOFT_Q
+from ppg_fast.compare.summary import CLEAR, difference
+from ppg_fast.compare.tabular_runs import LEARNING_RATE
 from ppg_fast.rollouts.problems import DRAWN
 
 from . import machine, result_file
 from .tables import NOT_MEASURED, Results, of, table
 
-# comparisons of classes, of losses, and of classes with a critic and a discount under several kinds of noise
-NAME, LOSSES, RIVALS = "policy_classes", "soft_q_study", "credit_rivals"
+# comparisons of classes, of losses, of classes with a critic and a discount under several kinds of noise, and of what
+# holds a loss back
+NAME, LOSSES, RIVALS, LIMITS = "policy_classes", "soft_q_study", "credit_rivals", "soft_q_limits"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the results file ``policy_classes.cpu`` and one chart a problem, one of the credits and one of the scores
-    of each log; of comparisons of losses ``soft_q_study.cpu``, which has no charts."""
+    of each log; of comparisons of losses ``soft_q_study.cpu`` or ``soft_q_limits.cpu``, which have no charts."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Store finished comparisons of policy classes.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `ppg-fast compare` wrote")
     parser.add_argument("--output", type=Path, default=result_file.FOLDER)
     parser.add_argument("--losses", action="store_const", dest="name", const=LOSSES, help="they compare losses")
     parser.add_argument(
         "--rivals", action="store_const", dest="name", const=RIVALS, help="only what holds over many problems"
+    )
+    parser.add_argument(
+        "--limits", action="store_const", dest="name", const=LIMITS, help="they compare losses, one number changed each"
     )
     parser.set_defaults(name=NAME)
     arguments = parser.parse_args(argv)
@@ -201,6 +208,28 @@ def losses_section(results: Results) -> str:
             text += f"\n**{head}** (best {p['best_return']:g})\n\n{table(heads, rows)}\n"
             text += "".join(f"- {v}\n" for v in p["verdict"] if seeds > 1)  # differences are within seeds
     return text.strip("\n") + "\n" if text else NOT_MEASURED
+
+
+def limits_section(results: Results) -> str:
+    """Soft Q-learning and the policy gradient on one log as beta, steps and learning rates change: last returns, and
+    those of where soft Q-learning would end."""
+    text = ""
+    for _, file in of(results, LIMITS):
+        rows = []
+        for p in file["problems"]:
+            for name, plain in ((c, of_it) for c, of_it in p["classes"].items() if BY not in c):
+                soft_q, given = p["classes"][name + BY + SOFT_Q], p["settings"]
+                rates = (f"{c.get('learning_rate', {'mean': LEARNING_RATE})['mean']:g}" for c in (soft_q, plain))
+                ends = (soft_q[end]["mean"] for end in ("soft_optimum", "soft_optimum_of_log"))
+                d = difference(soft_q["final"]["each"], plain["final"]["each"])
+                numbers = (f"{number:.2f}" for number in (*ends, soft_q["final"]["mean"], plain["final"]["mean"]))
+                how = f"{given['beta']:g}", str(plain["steps"][-1]), ", ".join(rates)
+                met = "met" if d["mean"] >= -CLEAR * d["error"] else "missed"
+                rows.append((name, *how, *numbers, f"{d['mean']:+.2f} ± {d['error']:.2f}", met))
+        heads = ("class", "beta", "steps", "learning rates, soft Q and policy gradient", "soft optimum")
+        heads += ("the same of the log", "soft Q ends at", "policy gradient", "difference within seeds", "bar")
+        text += table(heads, rows)
+    return text or NOT_MEASURED
 
 
 if __name__ == "__main__":

@@ -7,16 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import losses
+from . import losses, token_share
 from .aims import aims_section
 from .chart import Bar, bars
 from .chat_templates import chat_templates_section
 from .gpu.predicted import prediction_section
 from .gpu.sections import gpu_section, summary_section
+from .instructions import instructions_section
 from .linear_tables import active_section, contributions_section
 from .logits_dtype import logits_dtype_section
 from .policy_classes import (
     across_section,
+    limits_section,
     logs_section,
     losses_section,
     overview_section,
@@ -82,19 +84,6 @@ def _op_section(op: str) -> Callable[[Results], str]:
         return text.lstrip("\n") or NOT_MEASURED
 
     return section
-
-
-def _instructions_section(results: Results) -> str:
-    """Instructions for each element of a row."""
-    text = ""
-    for device, file in of(results, "instructions"):
-        counts = file["instructions"]
-        kernels = list(dict.fromkeys(c["kernel"] for c in counts))
-        cell = {(c["kernel"], c["dtype"], c["isa"]): f"{c['per_element']:.2f}" for c in counts}
-        columns = list(dict.fromkeys((c["dtype"], c["isa"]) for c in counts))
-        rows = [(kernel, *(cell.get((kernel, *column), "") for column in columns)) for kernel in kernels]
-        text += table((device, *(f"{dtype}, {isa}" for dtype, isa in columns)), rows)
-    return text or NOT_MEASURED
 
 
 def _hosts_summary_section(results: Results) -> str:
@@ -197,7 +186,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "linear_active": active_section,
     "contributions": contributions_section,
     "logits_dtype": logits_dtype_section,
-    "instructions": _instructions_section,
+    "instructions": instructions_section,
     "training_step": partial(steps_section, op="training_step"),
     "hosts": partial(steps_section, op="hosts"),
     "hosts_summary": _hosts_summary_section,
@@ -213,10 +202,12 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "policy_class_problems": problems_section,
     "policy_class_logs": logs_section,
     "soft_q_study": losses_section,
+    "soft_q_limits": limits_section,
     "credit_rivals": rivals_section,
     "rlhf": rlhf_section,
     "reward_scoring": scoring_section,
     **losses.SECTIONS,
+    **token_share.SECTIONS,
     **real.SECTIONS,
     **study_real.SECTIONS,
     **{

@@ -15,19 +15,17 @@ import argparse
 import json
 import math
 import random
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppg_fast.rollouts.persona import PersonaInterview
-from ppg_fast.spec import require
 from ppg_fast.writing import opened
 
 from . import machine, result_file
 from .chart import Line, lines
+from .finished_runs import FinishedRuns, Run, ppg_fast
 from .tables import NOT_MEASURED, Results, duration, of, table
 
 if TYPE_CHECKING:
@@ -44,7 +42,6 @@ BARS = (
 )
 ON = {"model": "the model's reward", "free": "the model's reward without KL", "true": "the true reward"}
 ALONE = ("free-0", "true-0")  # beside the seeds
-Run = Callable[[list[str]], None]
 
 
 @dataclass(frozen=True)
@@ -60,27 +57,13 @@ class Settings:
     eval_dialogues: int = 64
 
 
-def ppg_fast(arguments: list[str]) -> None:
-    """The command, in a process of its own."""
-    print("ppg-fast", *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "ppg_fast", *arguments], check=True)
-
-
-class Demo:
+class Demo(FinishedRuns):
     """Its parts, in a folder."""
-
-    def __init__(self, folder: Path, settings: Settings, run: Run = ppg_fast) -> None:
-        self.folder, self.settings, self.run = folder, settings, run
-        folder.mkdir(parents=True, exist_ok=True)
-        kept, given = folder / "settings.json", asdict(settings)
-        known = json.loads(kept.read_text()) if kept.exists() else given
-        require(known == given, f"{folder} must be of the same settings (or choose another folder)", given)
-        kept.write_text(json.dumps(given) + "\n")
 
     def start(self) -> None:
         """The policy that is compared and trained on: imitation alone."""
         own = ["--width", self.settings.width, "--imitation-steps", self.settings.imitation_steps]
-        self._train("start", *own, "--max-steps", 0)
+        self.train("start", *own, "--max-steps", 0)
 
     def compare(self) -> None:
         """Pairs of its dialogues, one persona each, and how often the rater said what is true."""
@@ -109,31 +92,33 @@ class Demo:
             flags = ["--model", start, "-o", str(self.folder / "rm"), "--max-steps", steps, "--learning-rate", "1e-3"]
             self.run(["reward", str(self.folder / "pairs.jsonl"), *flags, "--eval-dialogues", "400"])
 
-    def train(self) -> None:
+    def policies(self) -> None:
         """On the model's reward, a run for each seed, then one without the KL term; and one on the true reward."""
         own = ["--model", self.folder / "start/checkpoint", "--imitation-steps", 0, "--max-steps", self.settings.steps]
         by_model = ["--reward", f"model:{self.folder / 'rm'}"]
         for seed in range(self.settings.seeds):
-            self._train(f"model-{seed}", *own, "--seed", seed, "--kl-coef", KL, *by_model)
-        self._train("free-0", *own, "--seed", 0, *by_model)
-        self._train("true-0", *own, "--seed", 0)
-
-    def _train(self, name: str, *flags: Any) -> None:
-        folder = self.folder / name
-        summary = folder / "summary.json"
-        if summary.exists() and json.loads(summary.read_text())["status"] == "finished":
-            return
-        every = ["--output-dir", folder, "--overwrite", "--no-progress", "--threads", 1]
-        self.run(["train", *map(str, [*every, "--eval-dialogues", self.settings.eval_dialogues, *flags])])
+            self.train(f"model-{seed}", *own, "--seed", seed, "--kl-coef", KL, *by_model)
+        self.train("free-0", *own, "--seed", 0, *by_model)
+        self.train("true-0", *own, "--seed", 0)
 
     def found(self) -> dict[str, Any]:
         """What the finished parts say."""
         report = json.loads((self.folder / "rm/reward.json").read_text())
         names = [*(f"model-{seed}" for seed in range(self.settings.seeds)), *ALONE]
-        curves = [curve(self.folder / name) for name in names]
+        curves = [self._curve(name) for name in names]
         pairs = json.loads((self.folder / "pairs.json").read_text())
         held_out = {**report["held_out"], "step": report["step"]}
         return {"settings": asdict(self.settings), "pairs": pairs, "held_out": held_out, "curves": curves}
+
+    def _curve(self, name: str) -> dict[str, Any]:
+        """Held-out returns of a finished run: by what trains it, and the true ones."""
+        points = [
+            {"step": r["step"], "trained": r["eval/reward"], "true": r.get("eval/interview", r["eval/reward"])}
+            for r in self.rows(name)
+            if r["phase"] == "eval"
+        ]
+        summary = self.summary(name)
+        return {"on": name.rpartition("-")[0], "seed": summary["seed"], "seconds": summary["seconds"], "points": points}
 
 
 def rated(sides: "Sequence[Rollout]", rng: random.Random) -> tuple[dict[str, Any], bool | None]:
@@ -145,19 +130,6 @@ def rated(sides: "Sequence[Rollout]", rng: random.Random) -> tuple[dict[str, Any
     first = rng.random() < 1 / (1 + math.exp(-(returns[0] - returns[1]) / NOISE))
     chosen, rejected = written if first else written[::-1]
     return {"chosen": chosen, "rejected": rejected}, first == (returns[0] > returns[1])
-
-
-def curve(run: Path) -> dict[str, Any]:
-    """Held-out returns of a finished run: by what trains it, and the true ones."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n") if line]
-    points = [
-        {"step": r["step"], "trained": r["eval/reward"], "true": r.get("eval/interview", r["eval/reward"])}
-        for r in rows
-        if r["phase"] == "eval"
-    ]
-    summary = json.loads((run / "summary.json").read_text())
-    on = run.name.rpartition("-")[0]
-    return {"on": on, "seed": summary["seed"], "seconds": summary["seconds"], "points": points}
 
 
 # ---- rendered --------------------------------------------------------------------------------------------------------
@@ -226,8 +198,9 @@ def main(argv: Sequence[str] | None = None, run: Run = ppg_fast) -> None:
         parser.add_argument(flag, type=int, default=field.default, help=f"[{field.default}]")
     given = vars(parser.parse_args(argv))
     demo = Demo(given["folder"], Settings(**{field.name: given[field.name] for field in fields(Settings)}), run)
-    for part in (given["only"],) if given["only"] else ("start", "compare", "reward", "train"):
-        getattr(demo, part)()
+    parts = {"start": demo.start, "compare": demo.compare, "reward": demo.reward, "train": demo.policies}
+    for part in (given["only"],) if given["only"] else parts:
+        parts[part]()
     if not given["only"]:
         file = machine.header("make rlhf-demo", "cpu") | demo.found()
         result_file.write(given["output"], f"{NAME}.cpu", file)

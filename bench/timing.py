@@ -32,7 +32,7 @@ class Contestant:
 @dataclass(frozen=True)
 class Pace:
     """How long to measure: ``rounds`` at most; a contestant that has used ``budget`` seconds leaves, after ``least``
-    rounds.
+    rounds, or after ``own`` if it is ours or a ceiling, whose ratio is what an aim is about.
 
     One whose call takes longer than ``slow`` seconds is measured once, and not again where other rows are masked:
     `harness.measure`.
@@ -42,6 +42,7 @@ class Pace:
     budget: float
     least: int = 2
     slow: float = math.inf
+    own: int = 0
 
 
 def cache_bytes(device: str) -> int:
@@ -84,7 +85,7 @@ def interleave(
     gc.disable()
     try:
         for number in range(pace.rounds):
-            running = [c for c in contestants if _goes_on(seconds[c.name], pace)]
+            running = [c for c in contestants if _goes_on(c, seconds[c.name], pace)]
             for contestant in running if number % 2 == 0 else reversed(running):
                 name = contestant.name
                 seconds[name].append(clocks[name](contestant.call, prepare[name]))
@@ -117,8 +118,9 @@ def _prepared(clock: Callable[[Callable[[], Any]], float]) -> Any:
     return timed
 
 
-def _goes_on(seconds: list[float], pace: Pace) -> bool:
-    return not seconds or (seconds[0] <= pace.slow and (len(seconds) < pace.least or sum(seconds) < pace.budget))
+def _goes_on(contestant: Contestant, seconds: list[float], pace: Pace) -> bool:
+    least = pace.least if contestant.kind == "peer" else max(pace.least, pace.own)
+    return not seconds or (seconds[0] <= pace.slow and (len(seconds) < least or sum(seconds) < pace.budget))
 
 
 def _cpu_seconds(call: Callable[[], Any]) -> float:

@@ -88,10 +88,9 @@ def failure_of(status: int | None, text: str, shown: str, headers: Any) -> Failu
 
 def asked_of(method: str, payload: dict[str, Any] | None) -> str:
     """What a request asked for, in a few words."""
-    asked = payload or {}
-    counts = [
-        f"{len(asked[key])} {noun}" for key, noun in (("messages", "messages"), ("prompt", "tokens")) if key in asked
-    ]
+    asked = {**(payload or {}), **(payload or {}).get("sampling_params", {})}
+    nouns = {"messages": "messages", "prompt": "tokens", "token_ids": "tokens"}
+    counts = [f"{len(asked[key])} {noun}" for key, noun in nouns.items() if key in asked]
     return ", ".join([method, *counts, *(f"{key} {asked[key]}" for key in TOLD if key in asked)])
 
 

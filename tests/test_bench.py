@@ -194,7 +194,8 @@ def test_every_grid_is_planned(grid, device):
 # ---- instructions ----------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(instructions.why_not() is not None, reason=str(instructions.why_not()))
 def test_the_row_kernel_needs_no_more_instructions_than_when_it_was_measured(tmp_path):
-    stored = render.load(ROOT / render.FOLDER)["instructions.cpu"]["instructions"]
+    results = render.load(ROOT / render.FOLDER)
+    stored = next(file["instructions"] for name, file in results.items() if name.startswith("instructions.cpu"))
     case = {"kernel": "policy_loss", "dtype": "bfloat16", "isa": "avx2"}
     before = next(c["per_element"] for c in stored if c.items() >= case.items())
     program = instructions.build(tmp_path, case["dtype"], case["isa"])

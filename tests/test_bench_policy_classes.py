@@ -73,6 +73,25 @@ def test_losses_have_a_file_and_a_table_of_their_own(tmp_path):
     assert f"- {p['verdict'][0]}" in text
 
 
+def test_what_holds_a_loss_back_is_a_row_for_each_setting(tmp_path):
+    flags = ["--version", "tabular", "--policy-classes", "full", "--max-steps", "4", "--seeds", "2", "--offline", "64"]
+    flags += ["--problem", "immediate", "--loss-type", "reinforce,soft_q"]
+    for name, more in (("plain", []), ("tuned", ["--tune", "1", "--beta", "0.02"])):
+        assert main([*flags, *more, "--output-dir", str(tmp_path / name)]) == 0
+    policy_classes.main(["--limits", *(str(tmp_path / n) for n in ("plain", "tuned")), "--output", str(tmp_path)])
+    assert sorted(p.name for p in tmp_path.glob("*.*")) == ["soft_q_limits.cpu.json"]
+    rows = render.SECTIONS["soft_q_limits"](render.load(tmp_path)).splitlines()[2:]
+    assert rows[0].startswith("| full | 0.1 | 4 | 0.1, 0.1 | 12.00 |")
+    (p,) = json.loads((tmp_path / "tuned/compare.json").read_text())["problems"]
+    soft_q, plain = p["classes"]["full by soft_q"], p["classes"]["full"]
+    rates = f"{soft_q['learning_rate']['mean']:g}, {plain['learning_rate']['mean']:g}"
+    ends = f"{soft_q['soft_optimum']['mean']:.2f} | {soft_q['soft_optimum_of_log']['mean']:.2f}"
+    d = [one - other for one, other in zip(soft_q["final"]["each"], plain["final"]["each"], strict=True)]
+    bar = "met" if sum(d) / 2 >= -2 * abs(d[0] - d[1]) / 2 else "missed"
+    assert rows[1].endswith(f"| {bar} |")
+    assert rows[1].startswith(f"| full | 0.02 | 4 | {rates} | {ends} | {soft_q['final']['mean']:.2f} |")
+
+
 def test_the_same_comparison_makes_the_same_files(stored, tmp_path):
     folder, _ = stored
     policy_classes.main([str(folder / "made"), str(folder / "drawn"), "--output", str(tmp_path)])

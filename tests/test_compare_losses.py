@@ -8,12 +8,13 @@ import torch
 
 from ppg_fast.compare import results, summary, tabular_runs
 from ppg_fast.compare.command import main
-from ppg_fast.compare.study import Study, class_and_loss
+from ppg_fast.compare.study import BY, Study, class_and_loss
 from ppg_fast.compare.tabular import TabularProblem, soft_q_gradient
 from ppg_fast.policy_classes import FullPlanning, Lookahead
 from ppg_fast.rollouts.problems import problem
 
 BETA = 0.4
+ENDS = {"soft_optimum", "soft_optimum_of_log"}
 FLAGS = ["--problem", "commitments", "--version", "tabular", "--policy-classes", "greedy,lookahead:3"]
 FLAGS += ["--loss-type", "soft_q,reinforce", "--max-steps", "6", "--seeds", "2"]
 
@@ -35,12 +36,31 @@ def test_its_fixed_point_is_the_softmax_of_what_a_turn_is_worth():
         for _ in range(300):
             logits -= 1.5 * len(logits) * expected_gradient(tabular, logits, policy_class)
         found.append(logits)
+        optimum = tabular.soft_optimum(tabular.window(policy_class), BETA)
+        torch.testing.assert_close(optimum.softmax(-1), logits.softmax(-1), rtol=1e-4, atol=1e-4)
     for logits in found:
         torch.testing.assert_close(logits.softmax(-1), (worth / BETA).softmax(-1), rtol=1e-4, atol=1e-4)
     # what is worth more than the toss of a coin is in the log-sum-exp
     values = BETA * (found[1].logsumexp(-1) - tabular.start().logsumexp(-1))
     more = BETA * (worth / BETA).logsumexp(-1) - BETA * torch.tensor(2.0).log() - worth.mean(1)
     torch.testing.assert_close(values, more.flip(0).cumsum(0).flip(0), rtol=1e-3, atol=1e-3)
+
+
+def test_where_it_ends_is_known_exactly_and_of_its_log():
+    """Where every course is in the log as often as the coin tosses it the two are one; a log of few has noise."""
+    tabular, window = TabularProblem(problem("commitments")), Lookahead(3)
+    rows = tabular.window(window)
+    exact = tabular.soft_optimum(rows, BETA)
+    torch.testing.assert_close(tabular.soft_optimum(rows, BETA, tabular.actions, tabular.rewards), exact)
+    few, many = (tabular_runs.soft_optima(tabular, window, 0.1, count, 3) for count in (64, 40_000))
+    honest, last = (1 / (1 + np.exp(-more / 0.1)) for more in (0.6, 1.0))  # what honesty earns within the window
+    assert few["soft_optimum"] == pytest.approx(10 * (0.4 + 0.6 * honest) + 2 * last)
+    assert few["soft_optimum_of_log"] < many["soft_optimum_of_log"] - 0.1
+    assert many["soft_optimum_of_log"] == pytest.approx(few["soft_optimum"], abs=0.05)
+    run = tabular_runs.train(
+        tabular, tabular_runs.SoftQ(window, 0.1, tabular.start(), 1), [3], offline=64, max_steps=600
+    )
+    assert run[0]["returns"][-1] == pytest.approx(few["soft_optimum_of_log"], abs=0.3)
 
 
 def test_logged_dialogues_are_of_the_start_and_are_drawn_again():
@@ -61,6 +81,7 @@ def test_both_losses_stand_side_by_side(tmp_path, capsys):
     assert len(p["verdict"]) == 2
     assert p["verdict"][1].startswith("lookahead:3 by soft_q: last return ")
     assert p["verdict"][1] in capsys.readouterr().out
+    assert all(p["classes"][c].keys() - p["classes"]["greedy"].keys() == ENDS for c in p["classes"] if BY in c)
     assert len(list((tmp_path / results.RESULTS).iterdir())) == 9
     with pytest.raises(ValueError, match=r"other settings .* got 'offline 64 -> 0'"):
         main([*FLAGS, "--output-dir", str(tmp_path)])

@@ -205,7 +205,7 @@ def test_ctrl_c_waits_for_no_answer():
         slow.set()
 
 
-KEYS = ["choices", "message", "content", "finish_reason", "error", "code", "token_ids", "logprobs"]
+KEYS = ["choices", "message", "content", "finish_reason", "error", "code", "token_ids", "logprobs", "sampling_mask"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner),
@@ -226,23 +226,32 @@ class Answering:
 def answering():
     client = Endpoint("http://h/v1", "m", retries=0)
     client._client = Answering()
-    sampler = EndpointSampler.__new__(EndpointSampler)  # without asking for the models
-    sampler.endpoint, sampler.end_ids, sampler.vocab_size, sampler.native = client, [1], 10, False
-    sampler.unknown = False
-    return client, sampler
+    samplers = []
+    for truncation in (None, {"top_k": 2}):
+        sampler = EndpointSampler.__new__(EndpointSampler)  # without asking for the models
+        sampler.endpoint, sampler.end_ids, sampler.vocab_size, sampler.native = client, [1], 10, False
+        sampler.unknown, sampler.truncation = False, truncation
+        samplers.append(sampler)
+    return client, samplers
+
+
+SETS = st.fixed_dictionaries(
+    {"token_ids": st.just([4]), "logprobs": st.just({"content": [{"logprob": -1.0}]}), "sampling_mask": JSON}
+).map(lambda choice: {"choices": [{"finish_reason": "length", **choice}]})
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(reply=st.one_of(JSON, JSON.map(lambda choice: {"choices": [choice]}), JSON.map(said)))
+@given(reply=st.one_of(JSON, JSON.map(lambda choice: {"choices": [choice]}), JSON.map(said), SETS))
 def test_whatever_is_answered_is_text_or_one_line(reply, answering):
-    client, sampler = answering
+    client, samplers = answering
     client._client.body = json.dumps(reply)
-    for ask in (lambda: client.answer(ASK), lambda: sampler.answer([Request(0, [4], 4, torch.Generator())])):
+    requests = [Request(0, [4], 4, torch.Generator())]
+    for ask in (client.answer, *(sampler.answer for sampler in samplers)):
         try:
-            ask()
+            ask(ASK if ask == client.answer else requests)
         except EndpointError as failure:
             text = str(failure)
         else:
             continue
-        assert text.startswith("http://h/v1/")
+        assert text.startswith(("http://h/v1/", "http://h/inference/v1/"))
         assert "\n" not in text

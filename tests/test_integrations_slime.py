@@ -1,5 +1,6 @@
 """The contract of slime, by stand-ins with its documented names: lists of responses, its reducer, groups over ranks."""
 
+import itertools
 import re
 from dataclasses import dataclass
 from importlib import import_module
@@ -94,7 +95,7 @@ def test_slime_without_rewards_of_turns_is_rloo(slime):
         (0, {}), (3, {"use_tis": True}), (0, {"use_tis": True, "tis_clip_low": 0.9}),
         (0, {"use_tis": True, "tis_clip_low": 0.9, "custom_tis_function_path": slime_options.ICEPOP}),
         (0, {"use_opsm": True, "opsm_delta": 0.05}), (0, {"use_unbiased_kl": True}),
-        (0, {"use_unbiased_kl": True, "kl_loss_type": "k3"}),
+        (0, {"use_unbiased_kl": True, "kl_loss_type": "k3"}), (3, {"rollout_top_p": 0.9}),
     ],
 )  # fmt: skip
 def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, options):
@@ -123,6 +124,8 @@ def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, opti
         parts = zip(x.split(responses), masks, strict=True)
         return sum((values * mask).sum() / mask.sum().clamp(min=1) for values, mask in parts)
 
+    if "rollout_top_p" in options:
+        batch |= (replay := top_p_replay(tokens, masks, V))
     dirty = [a.masked_fill(m == 0, torch.nan) for a, m in zip(batch["advantages"], masks, strict=True)]
     loss, metrics = module.ppg_loss(args, {**batch, "advantages": dirty}, logits, reduce)
     scaled, starts = torch.log_softmax(logits[0] / 0.8, -1), [0, 6, 15]
@@ -130,8 +133,11 @@ def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, opti
         [torch.arange(s + n - R - 1, s + n - 1) for s, n, R in zip(starts, totals, responses, strict=True)]
     )
     taken = torch.cat([t[-R:] for t, R in zip(tokens, responses, strict=True)])
-    logprobs = scaled[rows].gather(1, taken[:, None])[:, 0]
-    entropy = -(scaled[rows].exp() * scaled[rows]).sum(-1)
+    scaled = scaled[rows]
+    if "rollout_top_p" in options:
+        scaled = scaled.masked_fill(~inside(replay, V), -torch.inf).log_softmax(-1)
+    logprobs = scaled.gather(1, taken[:, None])[:, 0]
+    entropy = -(scaled.exp() * scaled.masked_fill(scaled == -torch.inf, 0.0)).sum(-1)
     before = torch.cat(batch[old]) if old else logprobs.detach()
     ratio, A = (logprobs - before).exp(), torch.cat(batch["advantages"])
     surrogate = -torch.minimum(ratio * A, ratio.clamp(0.9, 1.15) * A)
@@ -155,6 +161,31 @@ def test_slime_loss_in_one_pass_is_its_loss_in_several(slime, old, padding, opti
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(metrics["entropy_loss"], reduce(entropy).detach(), rtol=1e-5, atol=1e-6)
     assert all(value.dim() == 0 and not value.requires_grad for value in metrics.values())
+
+
+def top_p_replay(tokens, masks, V):
+    """The kept set of each response token as slime's batch has them: int32, none where the token is context."""
+    g, ids, offsets = torch.Generator().manual_seed(8), [], []
+    for row, mask in zip(tokens, masks, strict=True):
+        sets = [torch.randperm(V, generator=g)[:5].tolist() if read else [] for read in mask.tolist()]
+        sets = [
+            [int(t), *(i for i in kept if i != t)] if kept else []
+            for t, kept in zip(row[-len(mask) :], sets, strict=True)
+        ]
+        ids.append(torch.tensor([i for kept in sets for i in kept], dtype=torch.int32))
+        offsets.append(torch.tensor([0, *map(len, sets)], dtype=torch.int32).cumsum(0, dtype=torch.int32))
+    return {"rollout_top_p_token_ids": ids, "rollout_top_p_token_offsets": offsets}
+
+
+def inside(replay, V):
+    """(sum of responses, V) bool; all of a token without a set, as in slime."""
+    rows = []
+    for ids, offsets in zip(*replay.values(), strict=True):
+        for first, end in itertools.pairwise(offsets.tolist()):
+            kept = torch.zeros(V, dtype=torch.bool)
+            kept[ids[first:end].long()] = True
+            rows.append(kept if end > first else ~kept)
+    return torch.stack(rows)
 
 
 BOUNDS = {  # what the losses have no place for
@@ -231,7 +262,7 @@ REFUSED = {
     "loss": {
         "kl_loss_type": "abs", "custom_tis_function_path": "mis.py:weights",
         "custom_pg_loss_reducer_function_path": "a.b",
-        "get_mismatch_metrics": True, "true_on_policy_mode": True, "rollout_top_p": 0.9, "use_icepop": True,
+        "get_mismatch_metrics": True, "true_on_policy_mode": True, "use_icepop": True,
     },
 }  # fmt: skip
 
@@ -307,6 +338,12 @@ def test_an_option_of_a_later_slime_is_found_by_its_own_parser(slime, monkeypatc
 def test_slimes_options_that_do_not_go_together(slime, fields, words):
     with pytest.raises(ValueError, match=words):
         slime[0].loss_spec(slime_args(**fields))
+
+
+def test_kept_sets_of_slime_must_be_there(slime):
+    batch = {"total_lengths": [4], "response_lengths": [2], "loss_masks": [[1, 1]], "unconcat_tokens": [torch.ones(4)]}
+    with pytest.raises(ValueError, match="rollout_top_p < 1 needs rollout_top_p_token_ids and rollout_top_p_token_off"):
+        slime[0].ppg_loss(slime_args(rollout_top_p=0.9, use_kl_loss=False), batch, torch.randn(1, 4, 9), torch.sum)
 
 
 def test_slime_loss_needs_whole_responses(slime):

@@ -161,15 +161,14 @@ def test_logprobs_entropies_and_regression(backend, device):
 
 def test_what_servers_say_of_answers_is_placed_on_labels():
     drawn = torch.tensor([[False, True, True, False], [True, False, False, True]])
-    masks = [
-        SimpleNamespace(token_ids=[5, 7, 2], offsets=[0, 2, 3]),
-        SimpleNamespace(token_ids=[1, 4], offsets=[0, 1, 2]),
-    ]
+    masks = [SimpleNamespace(token_ids=[[5, 7], [2]]), [[1], [4]]]  # an object of vLLM's and a field of its server's
     kept = ppg.Kept.of_answers(masks, drawn)
     assert kept.ids.tolist() == [5, 7, 2, 1, 4]
     assert kept.offsets.tolist() == [0, 0, 2, 3, 3, 4, 4, 4, 5]
     with pytest.raises(ValueError, match="must be of as many tokens as were drawn, 4, got 2"):
         ppg.Kept.of_answers(masks[:1], drawn)
+    with pytest.raises(ValueError, match="a sampling mask must be a list of ids for each token, got 1"):
+        ppg.Kept.of_answers([[1, 4]], drawn)
 
 
 @pytest.mark.parametrize(

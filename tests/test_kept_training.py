@@ -38,9 +38,8 @@ def test_the_samplers_log_probs_are_the_trainers(tmp_path):
         ("--top-k -1", "top_k must be an integer >= 0, got -1"),
         (
             "--top-k 5 --data log.jsonl",
-            "top_p must be 1 and top_k 0 with data (kept sets are those of our own sampler)",
+            "top_p must be 1 and top_k 0 with data (kept sets come with new answers, and logged ones have none)",
         ),
-        ("--top-p 0.9 --prompts p.jsonl --sampler http://a/v1", "top_p must be 1 and top_k 0 with sampler"),
     ],
 )
 def test_wrong_settings_are_one_line(capsys, words, message):

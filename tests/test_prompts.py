@@ -386,20 +386,26 @@ def test_a_reward_that_fails_names_the_dialogue_and_the_run_can_go_on(files, cap
     assert list((files["folder"] / "checkpoints").iterdir())
 
 
-def test_a_sampler_endpoint_is_refreshed_with_the_weights_of_the_step(files, tmp_path):
+@pytest.mark.parametrize("kept", [(), ("--top-p", "0.7", "--top-k", "6")], ids=["whole", "kept sets"])
+def test_a_sampler_endpoint_is_refreshed_with_the_weights_of_the_step(files, tmp_path, kept):
     """The server is the policy itself, loaded anew from the folder that the refresh command is given."""
     lock, seen = threading.Lock(), []
 
     def engine(path, payload):
+        assert path == ("/inference/v1/generate" if kept else "/v1/completions")
+        payload = {"prompt": payload.get("token_ids"), **payload, **payload.get("sampling_params", {})}
         with lock, torch.no_grad():
             weights = json.loads((tmp_path / "loaded").read_text())
             if not seen or seen[-1][0] != weights["sum"]:
                 seen.append((weights["sum"], load_model(weights["folder"], 263).eval()))
             stream = torch.Generator().manual_seed(payload["seed"])
-            sampler = LocalSampler(seen[-1][1], payload["stop_token_ids"][0], [0, 2, 3, 4, 5, 6], 1.0)
+            cut = (payload["top_p"], payload["top_k"]) if kept else ()
+            sampler = LocalSampler(seen[-1][1], payload["stop_token_ids"][0], [0, 2, 3, 4, 5, 6], 1.0, *cut)
             answer = sampler.answer([Request(0, payload["prompt"], payload["max_tokens"], stream)])[0]
         choice = {"token_ids": answer.tokens, "finish_reason": "stop" if answer.ended else "length"}
-        return {"choices": [{**choice, "logprobs": {"token_logprobs": answer.logprobs}}]}
+        content = [{"logprob": value} for value in answer.logprobs]
+        logprobs = {"content": content} if kept else {"token_logprobs": answer.logprobs}
+        return {"choices": [{**choice, "logprobs": logprobs, "sampling_mask": answer.kept}]}
 
     (tmp_path / "load.py").write_text(
         "import hashlib, json, pathlib, sys\n"
@@ -421,8 +427,12 @@ def test_a_sampler_endpoint_is_refreshed_with_the_weights_of_the_step(files, tmp
             "--importance-cap",
             "2",
         )
-        assert train(files, *flags) == 0
+        assert train(files, *flags, *kept) == 0
         assert len(seen) == 3, "one set of weights a step"
+        for row in rows(files["folder"], "train"):
+            assert row["sampling/sampling_logp_difference/max"] < 1e-4, "over the whole vocabulary: a nat"
+        if kept:
+            return
         files["folder"] = tmp_path / "broken"
         assert train(files, *flags[:3], "false", *flags[4:]) == 1
 

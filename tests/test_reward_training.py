@@ -24,10 +24,8 @@ from ppg_fast.rewards.links import link_loss
 WORDS = ["good", "fine", "bad", "poor", "ask", "more"]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A small language model."""
-    folder = tmp_path_factory.mktemp("base")
+def small_model(folder):
+    """A language model of `WORDS`."""
     tokenizer = make_word_tokenizer(WORDS)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.Qwen3Config(
@@ -38,6 +36,11 @@ def base(tmp_path_factory):
     transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return small_model(tmp_path_factory.mktemp("base"))
 
 
 def talk(*answers, ask="ask"):
@@ -62,7 +65,7 @@ def pairs(path, count=40):
 def training(base, data, tmp_path, config=(), **sources):
     settings = {"device": "cpu", "num_prompts": 4, "max_grad_norm": 1e9, **dict(config)}
     made = make_config(REWARD_TRAINING_DEFAULTS, settings)
-    return RewardTraining(Sources(data, str(base), tmp_path / "out", **sources), made)
+    return RewardTraining.of(Sources(data, str(base), tmp_path / "out", **sources), made)
 
 
 def test_one_turn_is_the_loss_of_trls_reward_trainer():

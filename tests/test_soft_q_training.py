@@ -112,6 +112,11 @@ def test_at_the_reference_values_are_mean_returns_and_advantages_what_they_leave
     assert metrics["active_turns"] == sum(len(s.rewards) for s in samples)
 
 
+def test_only_soft_q_takes_dialogues_again():
+    with pytest.raises(ValueError, match="again must be None without soft_q"):
+        next(optimise(tiny(), lambda _: [], Objective(), Schedule(1, 1e-3), again=lambda *_: []))
+
+
 class TestExperience:
     def test_it_keeps_the_last_steps_and_draws_by_step(self):
         kept, batches = Experience(2), [samples_of_read_turns()[i : i + 2] for i in (0, 2, 4)]

@@ -282,7 +282,7 @@ class Log:
     def log(self, phase, metrics):
         self.rows.append({"phase": phase, **metrics})
 
-    def optimise(self, phase, collect, objective, schedule):
+    def optimise(self, phase, collect, objective, schedule, again=None):
         return optimise(self.model, collect, objective, schedule)
 
     def of_phase(self, phase):

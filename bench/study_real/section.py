@@ -68,8 +68,8 @@ def _trained(file: dict[str, Any]) -> str:
         seeds = sorted({c["seed"] for c in mine})
         rows = [_row(arm, [c for c in mine if c["arm"] == arm], mine) for arm in ARMS]
         heads = ("seeds", "mean return", "beyond full, same seeds", "held out, before", "after", "truthful, first step")
-        of_seeds = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-        text += f"\n**The partner settles after {delay} turns**, {of_seeds}\n\n"
+        named = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        text += f"\n**The partner settles after {delay} turns**, {named}\n\n"
         text += table(("", *heads, "last third"), [row for row in rows if row]) + f"\n{_verdict(mine)}\n"
     return text
 

@@ -58,6 +58,8 @@ def run(flags: dict[str, object]) -> int:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # there is one of ours
+    if config.reward_model:
+        logging.set_verbosity_error()  # its report of a new head
     from ppg_fast.jobs import run_job
 
     return run_job(config, resume=run is not None)

@@ -81,7 +81,13 @@ class Study:
         if self.tune:
             how["learning_rate"] = tabular_runs.tuned(exact, learner, range(TUNING, TUNING + self.tune), **how)
         found = tabular_runs.train(exact, learner(len(seeds)), seeds, **how)
-        return [{**result, "learning_rate": how["learning_rate"]} for result in found] if self.tune else found
+        if self.tune:
+            found = [{**result, "learning_rate": how["learning_rate"]} for result in found]
+        chosen, loss_type = class_and_loss(run.policy_class)
+        if loss_type == SOFT_Q and self.offline and not exact.problem.finale:
+            ends = [tabular_runs.soft_optima(exact, policy_class(chosen), self.beta, self.offline, s) for s in seeds]
+            found = [{**result, **end} for result, end in zip(found, ends, strict=True)]
+        return found
 
     def _language(self, run: Run) -> dict[str, Any]:
         from ppg_fast.compare import language

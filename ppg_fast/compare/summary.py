@@ -12,6 +12,7 @@ from ppg_fast.rollouts.problems import DRAWN, problem
 LEVEL = 0.8  # of the way from the start to the best return
 RESAMPLES = 2000
 CLEAR = 2.0  # standard errors
+BESIDE = ("learning_rate", "soft_optimum", "soft_optimum_of_log")  # of a tabular run, where it is told
 
 
 def band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +42,7 @@ def over_seeds(values: np.ndarray) -> dict[str, Any]:
 
 def of_class(runs: list[dict[str, Any]], best: float) -> dict[str, Any]:
     """One class over its seeds. ``area``: mean return over training, by trapezoids; ``drop``: the largest fall between
-    two evaluations; ``level_samples``: median, if most got there."""
+    two evaluations; ``level_samples``: median, if most got there; and what a tabular run may say beside its curve."""
     steps, curves = runs[0]["steps"], np.array([r["returns"] for r in runs])
     low, high = band(curves)
     start = float(curves[:, 0].mean())
@@ -64,6 +65,7 @@ def of_class(runs: list[dict[str, Any]], best: float) -> dict[str, Any]:
         "level_samples": float(np.median(times)) if len(times) > len(runs) / 2 else None,
         "changes": [[c[:2] for c in r["changes"]] for r in runs],
         "seconds": sum(r["seconds"] for r in runs),
+        **{name: over_seeds(np.array([r[name] for r in runs])) for name in BESIDE if name in runs[0]},
     }
 
 

@@ -96,6 +96,16 @@ class TabularProblem:
         returns = self.rewards @ self.window(policy_class).T
         return torch.einsum("p,ptd,pt->td", self.probabilities(logits), self.scores(logits), returns)
 
+    def soft_optimum(
+        self, window: Tensor, beta: float, actions: Tensor | None = None, rewards: Tensor | None = None
+    ) -> Tensor:
+        """Logits (T, 2) that soft Q-learning ends at with the coin as reference: Q / beta, Q_t(a) the mean of the
+        ``window`` (T, T) of rewards where turn t is answered by a. Of all courses, or of dialogues (count, T). Exact
+        where what turns earn adds up (no finale): the others' answers then do not matter."""
+        returns = (self.rewards if rewards is None else rewards) @ window.T
+        taken = torch.nn.functional.one_hot(self.actions if actions is None else actions, 2).double()
+        return torch.einsum("pt,pta->ta", returns, taken) / taken.sum(0) / beta
+
     def moments(self, logits: Tensor, policy_class: PolicyClass | str, group_size: int) -> Moments:
         """Everything about a class's estimator at ``logits``.
 

@@ -147,6 +147,15 @@ class SoftQ:
         return -torch.stack(found)
 
 
+def soft_optima(tabular: TabularProblem, window: PolicyClass, beta: float, offline: int, seed: int) -> dict[str, float]:
+    """The return of where soft Q-learning ends: with every expectation known, and with those of a seed's ``offline``
+    dialogues in their place."""
+    logged = tabular.sample(tabular.start(), offline, torch.Generator().manual_seed(seed), offline)
+    rows = tabular.window(window)
+    exact, of_log = tabular.soft_optimum(rows, beta), tabular.soft_optimum(rows, beta, *logged)
+    return {"soft_optimum": float(tabular.value(exact)), "soft_optimum_of_log": float(tabular.value(of_log))}
+
+
 # ---- moments ---------------------------------------------------------------------------------------------------------
 def measure(tabular: TabularProblem, classes: Sequence[str]) -> dict[str, Any]:
     """Exact moments at the start, of the mean over a step's dialogues."""

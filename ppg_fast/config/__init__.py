@@ -2,6 +2,7 @@
 
 from ppg_fast.config.defaults import (
     AUTO,
+    OF_HUMAN,
     OF_PROMPTS,
     OF_REWARDS,
     OF_TURNS,
@@ -22,6 +23,7 @@ __all__ = [
     "AUTO",
     "DEFAULTS",
     "OFFLINE",
+    "OF_HUMAN",
     "OF_PROMPTS",
     "OF_REWARDS",
     "OF_TURNS",

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 POSITIVE = """width layers vocab_size num_iterations num_prompts num_generations max_new_tokens max_turns
     max_tokens imitation_batch eval_every eval_dialogues keep_checkpoints
     activation_checkpointing_every_n_layers rank_timeout partner_tokens max_tool_calls
-    judge_tokens concurrency rollout_batch"""
+    judge_tokens concurrency rollout_batch human_every human_steps"""
 COUNTS = """max_steps warmup_steps imitation_steps max_dialogue_tokens threads save_every max_skipped_steps
     lora_rank lora_alpha retries judge_retries replay keep_rollouts distill_top_k top_k"""
-ABOVE_ZERO = "learning_rate imitation_learning_rate max_grad_norm temperature eta beta distill_coef"
+ABOVE_ZERO = "learning_rate imitation_learning_rate human_learning_rate max_grad_norm temperature eta beta distill_coef"
 MOST = 2**31 - 1  # of anything that is counted
+LARGEST_TD = 1e20  # times any number of dialogues float32 holds it, and its reciprocal
 
 
 def check_each(config: TrainConfig) -> None:
@@ -62,6 +63,9 @@ def check_each(config: TrainConfig) -> None:
     require_number("weight_decay", config.weight_decay, 0.0)
     for name in ("nll_coef", "max_residual", "cql_coef"):
         require_number(name, getattr(config, name), 0.0)
+    require_number("imitate_td", config.imitate_td, 0.0, LARGEST_TD)
+    small = "imitate_td must be 0 or so large that float32 holds what it is weighed against"
+    require(not config.imitate_td or config.imitate_td >= 1 / LARGEST_TD, small, config.imitate_td)
     _require_date("template_date", config.template_date)
     _require_object("chat_template_kwargs", config.chat_template_kwargs)
     require_one_of("baseline", config.baseline, (*BASELINES, VALUE))
@@ -156,13 +160,13 @@ def _check_teacher(config: TrainConfig) -> None:
 
 
 def _check_kept_sets(config: TrainConfig) -> None:
-    """ValueError for a truncated sampler that is not ours, and beside what speaks of the whole vocabulary."""
+    """ValueError for kept sets of a sampler that has spoken long ago, and beside what speaks of the whole
+    vocabulary."""
     if config.top_k or config.top_p < 1:
-        ours, whole = "kept sets are those of our own sampler", "it speaks of the whole vocabulary"
+        whole = "it speaks of the whole vocabulary"
         soft_q = config.loss_type == SOFT_Q
         for what, there, why in (
-            ("sampler", config.sampler, ours),
-            ("data", config.data, ours),
+            ("data", config.data, "kept sets come with new answers, and logged ones have none"),
             ("teacher", config.teacher, whole),
             ("loss_type soft_q", soft_q, whole),
         ):
@@ -171,6 +175,7 @@ def _check_kept_sets(config: TrainConfig) -> None:
 
 def _check_imitation(config: TrainConfig) -> None:
     """ValueError for imitation of nothing, and for a setting that it does not use."""
+    require(config.imitate or not config.imitate_td, "imitate_td must be 0 without imitate", config.imitate_td)
     if config.imitate:
         require(bool(config.data), "imitate goes with data, the demonstrations", config.data)
         usual = type(config)
@@ -190,7 +195,7 @@ def _check_of_turns(config: TrainConfig) -> None:
             require(value == usual, f"{name} must be {usual} without loss_type {loss_type}{why}", value)
     if not config.of_turns:
         return
-    of_it = f"with loss_type {config.loss_type}"
+    of_it = "with imitate_td" if config.imitate_td else f"with loss_type {config.loss_type}"
     alone = config.loss_type == SOFT_Q and config.data  # no groups are drawn for what compares none
     require_one_of(f"baseline {of_it}", config.baseline, ("none",) if alone else ("none", "leave_one_out"))
     if config.loss_type == SOFT_Q:

@@ -57,6 +57,8 @@ REWARD_SETTINGS = (  # of `ppg-fast score`
     *OF_REWARDS,
     *("timeout", "retries", "concurrency", "strict", "device", "template_date"),
 )
+# settings of people who rate while it trains, without effect where the reward is another
+OF_HUMAN = ("reward_model", "human_every", "human_steps", "human_learning_rate")
 
 
 REWARD_TRAINING = (  # of `ppg-fast reward`

@@ -28,15 +28,13 @@ class TrainConfig:
     strict: bool = _option(False, "a bad line of data is an error instead of a warning")
     allow_negative_rewards: bool = _option(False, "train offline although negative weights void the lower bound")
     imitate: bool = _option(False, "data are demonstrations: every answer counts 1, whatever rewards they have")
+    imitate_td: float = _option(0.0, "imitate: weight of a turn's squared soft Q residual without rewards, 0: off")
     model: str | None = _option(None, "Hugging Face checkpoint folder; default: a small Qwen3 made on the spot")
     width: int = _option(128, "hidden size of the model made on the spot")
     layers: int = _option(2, "its layers")
     vocab_size: int = _option(1024, "vocabulary of the byte-level tokenizer made from data")
     template_date: str = _option("", "YYYY-MM-DD: the date a chat template may write; default: the run's first day")
-    chat_template: str = _option(
-        "",
-        "chat template in place of the tokenizer's own: a file, or one that ships: chatml, gemma, llama3, phi, qwen3",
-    )
+    chat_template: str = _option("", "in place of the tokenizer's own: a file, or chatml, gemma, llama3, phi, qwen3")
     chat_template_kwargs: str = _option(
         "", 'what the chat template is told in every rendering, JSON: {"enable_thinking": false}'
     )
@@ -119,9 +117,7 @@ class TrainConfig:
     kl_estimator: str = _option("k3", f"{', '.join(KL_ESTIMATORS)}; as losses: k2 of KL(pi, ref), k3 of KL(ref, pi)")
     kl_cap: float = _option(0.0, "most that its estimate counts, without a gradient beyond, 0: off")
     entropy_coef: float = _option(0.0, "weight of the entropy bonus")
-    nll_coef: float = _option(
-        0.0, "weight of the mean negative log-likelihood of turns whose return is positive (VAPO)"
-    )
+    nll_coef: float = _option(0.0, "weight of the mean likelihood loss of turns whose return is positive (VAPO)")
     token_share: float = _option(
         1.0, "share of each answer's tokens that is trained, the most uncertain ones; the denominator is that of all"
     )
@@ -166,9 +162,7 @@ class TrainConfig:
     optim_offload: bool = _option(False, "keep its state in host memory and take its step there")
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
     max_tokens: int = _option(16384, "token budget of one forward pass; gradients accumulate over passes")
-    max_skipped_steps: int = _option(
-        3, "a step whose loss or gradient is not finite is skipped; more of them in a row end the run"
-    )
+    max_skipped_steps: int = _option(3, "steps in a row that are skipped, not finite; one more ends the run")
     max_dialogue_tokens: int = _option(
         0, "a dialogue is generated up to this, offline read up to it (its rewards stay whole); 0: no bound"
     )
@@ -197,9 +191,13 @@ class TrainConfig:
     max_tool_calls: int = _option(16, "calls of a dialogue; an answer that calls once more ends it")
     reward: str | None = _option(
         None,
-        "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, logratio:MODEL,BASE, judge[:RUBRIC], "
-        "ratings:FILE",
+        "[WEIGHT*]WHAT[@turn|@dialogue] + ...: file.py:function, model:FOLDER, logratio:MODEL,BASE, "
+        "inverse_soft_q:MODEL,BASE, judge[:RUBRIC], ratings:FILE, human:RUN/ratings (docs/rate.md)",
     )
+    reward_model: str | None = _option(None, "reward human: folder of a language or reward model, refitted to ratings")
+    human_every: int = _option(20, "reward human: steps between two fits of reward_model to all ratings so far")
+    human_steps: int = _option(100, "most steps of a fit; it ends where ratings held out say so")
+    human_learning_rate: float = _option(1e-5, "peak of the optimiser's during a fit")
     judge: str | None = _option(None, "URL of the endpoint that judges")
     judge_model: str | None = _option(None, "its model; default: the first it lists")
     judge_key: str | None = _option(None, "where its API key is: env:NAME or file:PATH")
@@ -267,12 +265,13 @@ class TrainConfig:
     @property
     def of_turns(self) -> bool:
         """Whether the loss is one of whole turns: for rewards of both signs, with numbers of its own."""
-        return self.loss_type in OF_TURNS
+        return self.loss_type in OF_TURNS or self.imitate_td > 0
 
     @property
     def keeps_start(self) -> bool:
         """Whether the weights at the start are compared with, and so kept."""
-        return self.kl_coef != 0 or self.loss_type == SOFT_Q or (self.regresses and self.data is not None)
+        soft_q = self.loss_type == SOFT_Q or self.imitate_td > 0
+        return self.kl_coef != 0 or soft_q or (self.regresses and self.data is not None)
 
     def chosen_class(self) -> PolicyClass:
         """The policy class of the first step: full planning where auto chooses."""

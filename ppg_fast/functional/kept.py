@@ -10,6 +10,7 @@ from torch import Tensor
 from ppg_fast import ops
 from ppg_fast.contract import Chunks
 from ppg_fast.functional.tokens import check_tensor
+from ppg_fast.functional.vocab_shard import VocabShard
 from ppg_fast.ops.rows import check_bound
 from ppg_fast.spec import require
 
@@ -44,19 +45,20 @@ class Kept:
 
     @staticmethod
     def of_answers(masks: Sequence[Any], drawn: Tensor) -> "Kept":
-        """From what a server says of each answer, in order: ``token_ids`` and ``offsets`` of its tokens, as vLLM's
-        SamplingMask has them. ``drawn`` (...): bool of the labels' shape, true at those tokens.
+        """From what vLLM says of each answer, in order: its SamplingMask, or the sampling_mask of an HTTP answer, which
+        is a list of ids for each token. ``drawn`` (...): bool of the labels' shape, true at those tokens.
 
-        ValueError where they are not as many.
+        ValueError where they are not as many, and for a mask that is no list of lists.
         """
-        device, flat = drawn.device, drawn.reshape(-1)
-        ids = [torch.as_tensor(mask.token_ids, dtype=torch.int64, device=device) for mask in masks]
-        sizes = [torch.as_tensor(mask.offsets, dtype=torch.int64, device=device).diff() for mask in masks]
-        found = torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *sizes])
+        sets = [ids for mask in masks for ids in getattr(mask, "token_ids", mask)]
+        flat = next((ids for ids in sets if not isinstance(ids, Sequence)), None)
+        require(flat is None, "a sampling mask must be a list of ids for each token", flat)
         rule = "the sampling masks of answers must be of as many tokens as were drawn"
-        require(len(found) == int(flat.sum()), f"{rule}, {int(flat.sum())}", len(found))
-        counts = torch.zeros(flat.shape, dtype=torch.int64, device=device).masked_scatter_(flat.bool(), found)
-        return Kept(torch.cat([found[:0], *ids]), torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
+        require(len(sets) == int(drawn.sum()), f"{rule}, {int(drawn.sum())}", len(sets))
+        sizes = torch.tensor([len(ids) for ids in sets], dtype=torch.int64, device=drawn.device)
+        ids = torch.tensor([i for ids in sets for i in ids], dtype=torch.int64, device=drawn.device)
+        counts = sizes.new_zeros(drawn.numel()).masked_scatter_(drawn.reshape(-1).bool(), sizes)
+        return Kept(ids, torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
 
 
 def kept_logits(
@@ -80,3 +82,13 @@ def kept_logits(
     rows = ops.kept_rows(kept.ids, kept.offsets, labels, len(weight))
     logits = ops.kept_logits(x, weight, bias, rows, softcap, chunks.float32, backend)  # type: ignore[call-arg]
     return logits, rows.labels
+
+
+def kept_columns(kept: Kept, logits: Tensor, labels: Tensor, vocab: VocabShard | None = None) -> tuple[Tensor, Tensor]:
+    """Out of logits (N, V) that a host has made, or of this process's columns of them, (N, k) of the kept sets and the
+    column of each of ``labels`` (N,) among them; as `kept_logits`."""
+    sets = kept.ids, kept.offsets, labels
+    if vocab is not None:
+        return ops.shard_kept_columns(logits, *sets, vocab.part)
+    rows = ops.kept_rows(*sets, logits.shape[-1])
+    return ops.kept_columns(logits, rows), rows.labels

@@ -22,7 +22,7 @@ from ppg_fast.functional.loss import (
 )
 from ppg_fast.functional.teacher import Teacher, TopKTeacher, all_active, teacher_rows
 from ppg_fast.functional.tokens import Tokens, asked_for, chosen_backend
-from ppg_fast.functional.vocab_shard import VocabShard, shard_logprobs
+from ppg_fast.functional.vocab_shard import VocabShard, ops_of
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.spec import PolicyLossSpec, require
 
@@ -73,18 +73,15 @@ def linear_token_logprobs(
     backend = chosen_backend(backend, hidden)
     wanted = Wanted(entropy, score_norms, gradient=True, validate=validate, lse=lse)
     scale = float(spec.temperature), float(spec.logit_softcap)
-    if vocab is not None:
-        rule = "a vocabulary shard goes without kept sets, score norms and lse"
-        require(kept is None and not (score_norms or lse), rule, "one of them")
-        given = x, weight, bias, tokens.labels, temperatures, scale, chunks, validate, backend
-        return asked_for(shard_logprobs(vocab, *given), wanted, labels.shape)
     if kept is not None:
+        require(vocab is None, "kept sets go without a vocabulary shard", "both")
         z, columns = kept_logits(kept, x, weight, bias, tokens.labels, chunks, scale[1], backend)
         wanted = wanted._replace(gradient=False)
         found = ops.token_logprobs(z[None], columns, temperatures, scale[0], 0.0, wanted, backend)
         return asked_for(found, wanted, labels.shape)
+    logprobs_of, _ = ops_of(vocab)
     given = x, weight, bias, tokens.labels, temperatures, *scale, wanted, chunks, backend
-    return asked_for(ops.linear_token_logprobs(*given), wanted, labels.shape)
+    return asked_for(logprobs_of(*given), wanted, labels.shape)
 
 
 def linear_policy_loss(
@@ -138,8 +135,8 @@ def linear_policy_loss(
             of softmax over that set alone, whose rows of the head are the only ones that are read; ``chunk_rows`` has
             no effect. ValueError that names row and id for a label outside of its set, an id twice or outside of the
             vocabulary; none goes with a teacher.
-        vocab: which rows of the vocabulary ``weight`` and ``bias`` are, where other processes hold the rest. The logits
-            are computed twice. No z_coef, score norms, kept sets or teacher.
+        vocab: which rows of the vocabulary ``weight`` and ``bias`` are, where other processes hold the rest. No kept
+            sets and no teacher. One message a chunk, whose rows are the fewest of all processes.
         teacher: adds the divergence from a teacher to the loss of each token, under the same reduction, in the same
             pass over the chunks; "divergences" of the tokens are then among the metrics.
         the rest: as in `policy_loss`.
@@ -159,16 +156,10 @@ def linear_policy_loss(
         require(teacher is None, "kept sets go without a teacher, who speaks of the whole vocabulary", "both")
         return _kept_policy_loss(kept, x, weight, bias, labels, advantages, turn_ids, chunks, backend, options)
     rows = LossRows.of(labels, advantages, hidden.device, turn_ids=turn_ids, **options)
-    if vocab is not None:
-        rule = "a vocabulary shard goes without z_coef, score_norms and teacher"
-        require(not rows.spec.z_coef and not score_norms and teacher is None, rule, "one of them")
-        scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
-        given = x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, scale, chunks, validate, backend
-        l, H, *_ = shard_logprobs(vocab, *given)
-        loss = rows.loss_from_logprobs(l, H if rows.spec.entropy_coef else None, None)
-        return rows.output(loss, l, H, skip_zero_advantages)
+    require(vocab is None or teacher is None, "a vocabulary shard goes without a teacher", "both")
     wanted = Wanted(entropy=True, score_norms=score_norms, gradient=False, validate=validate)
     arguments = RowArguments(rows.tokens.labels, rows.per_row, rows.spec)
+    logprobs_of, loss_of = ops_of(vocab)
     first = needs_logprobs_first(spec, x.dtype) or reduction == "none"
     taught, with_teacher, divergences = None, arguments, None
     if teacher is not None:
@@ -179,7 +170,7 @@ def linear_policy_loss(
     if first:
         scale = float(rows.spec.temperature), float(rows.spec.logit_softcap)
         wanted = wanted._replace(gradient=rows.spec.entropy_coef == 0, lse=bool(rows.spec.z_coef))
-        logprobs, entropy, norms, lse = ops.linear_token_logprobs(
+        logprobs, entropy, norms, lse = logprobs_of(
             x, weight, bias, rows.tokens.labels, rows.per_row.temperatures, *scale, wanted, chunks, backend
         )
         loss = rows.loss_from_logprobs(logprobs, entropy if rows.spec.entropy_coef else None, lse)
@@ -188,7 +179,7 @@ def linear_policy_loss(
             x, weight, bias, with_teacher, taught, True, wanted, chunks, backend
         )
     else:
-        loss, logprobs, entropy, norms = ops.linear_policy_loss(x, weight, bias, arguments, wanted, chunks, backend)
+        loss, logprobs, entropy, norms = loss_of(x, weight, bias, arguments, wanted, chunks, backend)
     if taught is not None and divergences is None:
         divergences = ops.linear_divergences(x, weight, bias, with_teacher, taught, wanted, chunks, backend)
         loss = loss + taught.coefs * divergences

@@ -25,6 +25,7 @@ from ppg_fast.functional.tokens import (
     readable,
 )
 from ppg_fast.functional.turn_tokens import TurnOptions, TurnTokens
+from ppg_fast.functional.vocab_shard import VocabShard
 from ppg_fast.ops.checks import check_reward_size, check_rewards
 from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.policy_classes import policy_class as named_policy_class
@@ -260,6 +261,7 @@ def linear_soft_q_loss(
     chunk_rows: int | None = None,
     max_active_rows: int | None = None,
     logits_dtype: torch.dtype | str | None = None,
+    vocab: VocabShard | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float = 0.0,
     backend: str | None = None,
@@ -267,13 +269,13 @@ def linear_soft_q_loss(
 ) -> SoftQOutput:
     """`soft_q_loss` of logits = hidden @ weight.T + bias, which never exist.
 
-    hidden, weight, bias, chunk_rows, max_active_rows, logits_dtype: as in `linear_token_logprobs`; the rest as in
-    `soft_q_loss`.
+    hidden, weight, bias, chunk_rows, max_active_rows, logits_dtype, vocab: as in `linear_token_logprobs`; the rest as
+    in `soft_q_loss`.
     """
     turns = _Turns.of(labels, rewards, turn_ids, policy_class, backend, **options)
     found = linear_token_logprobs(
         hidden, weight, turns.at.labels, bias=bias, chunk_rows=chunk_rows, max_active_rows=max_active_rows,
-        logits_dtype=logits_dtype, temperature=temperature, logit_softcap=logit_softcap, lse=True,
+        logits_dtype=logits_dtype, vocab=vocab, temperature=temperature, logit_softcap=logit_softcap, lse=True,
         validate=options.get("validate", False), backend=backend,
     )  # fmt: skip
     return turns.output(*found)

@@ -65,11 +65,7 @@ class TurnTokens:
 
     def first_tokens(self) -> Tensor:
         """(S, T) int64, the number of each turn's first token; N where it has none."""
-        (S, T), N = self.shape, self.in_turn.numel()
-        at = torch.where(self.in_turn, self.tokens.sequences() * T + self.turn_ids, S * T)
-        numbers = torch.arange(N, device=at.device)
-        none = torch.full((S * T + 1,), N, device=at.device)
-        return none.scatter_reduce(0, at, numbers, "amin")[: S * T].view(S, T)
+        return reference.first_of_turns(self.in_turn, self.turn_ids, self.tokens.sequences(), self.shape)
 
     def where_read(self, values: Tensor) -> Tensor:
         """``values`` of the labels' shape, detached, 0 outside of turns."""

@@ -1,13 +1,13 @@
 """A vocabulary that is spread over processes: tensor parallelism of the head."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, distributed
 
 from ppg_fast import ops
-from ppg_fast.contract import Chunks
 from ppg_fast.functional.tokens import check_floats, chosen_backend
 from ppg_fast.rules import require_integer, require_number
 from ppg_fast.spec import require
@@ -63,23 +63,14 @@ def _kernels(backend: str | None, tensor: Tensor) -> str:
     return name
 
 
-def shard_logprobs(
-    vocab: VocabShard,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    temperatures: Tensor | None,
-    scale: tuple[float, float],
-    chunks: Chunks,
-    validate: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    """Log-prob and entropy of ``labels`` (N,) over the whole vocabulary, neither score norms nor log-sum-exps;
-    see `ops.vocab_shards`."""
+def ops_of(vocab: VocabShard | None) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`ops.linear_token_logprobs` and `ops.linear_policy_loss`, or in their place those of a shard."""
+    if vocab is None:
+        return ops.linear_token_logprobs, ops.linear_policy_loss
     require(isinstance(vocab, VocabShard), "vocab must be a VocabShard", type(vocab).__name__)
-    backend = _kernels(backend, x)
-    rule = "a vocabulary shard goes without max_active_rows"
-    require(chunks.max_active is None, rule, chunks.max_active)
-    given = x, weight, bias, labels, temperatures, list(scale), vocab.part, chunks, validate, backend
-    return *ops.linear_shard_logprobs(*given), torch.empty(0), torch.empty(0)
+
+    def of_shard(op: Callable[..., Any], x: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *arguments, backend = given
+        return op(x, *arguments, _kernels(backend, x), vocab.part)
+
+    return partial(of_shard, ops.linear_shard_logprobs), partial(of_shard, ops.linear_shard_policy_loss)

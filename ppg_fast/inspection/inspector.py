@@ -113,8 +113,8 @@ class Inspector:
             tuple(pieces),
             tuple(rows),
             str(self.objective.policy_class),
-            "mean return" if self.objective.soft_q else self.objective.baseline,
-            ADVANTAGE if self.objective.soft_q else "weight",
+            "mean return" if self.objective.soft_q_of_rewards else self.objective.baseline,
+            ADVANTAGE if self.objective.soft_q_of_rewards else "weight",
             tail=tail,
             why=why,
         )
@@ -166,7 +166,7 @@ class Inspector:
             elif not count:
                 notes.append("cut off: not read")
             elif not credit.weights[turn]:
-                notes.append("no advantage yet" if self.objective.soft_q else "weighs nothing: no gradient")
+                notes.append("no advantage yet" if self.objective.soft_q_of_rewards else "weighs nothing: no gradient")
             elif credit.weights[turn] < 0:
                 notes.append("made less likely")
             returns = {name: values[turn] for name, values in credit.returns.items()}
@@ -197,7 +197,7 @@ class Inspector:
             ("group", group),
             *tools,
             ("tokens", text),
-            ("objective", self._soft_q_text() if self.objective.soft_q else objective_text(rows)),
+            ("objective", self._soft_q_text() if self.objective.soft_q_of_rewards else objective_text(rows)),
         ]
 
     def _soft_q_text(self) -> str:
@@ -248,7 +248,7 @@ class Inspector:
 
     def _mean_returns(self) -> list[float]:
         """The mean return of the file from each turn on, which soft Q-learning begins near; of other losses nothing."""
-        if not self.objective.soft_q:
+        if not self.objective.soft_q_of_rewards:
             return []
         rewards = [torch.tensor([r or 0.0 for r in d.turn_rewards]) for d in self.dialogues]
         counts = torch.tensor([len(row) for row in rewards])

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppg_fast.functional import PolicyLossOutput, VocabShard, policy_loss, policy_loss_from_logprobs
+from ppg_fast.functional import Kept, PolicyLossOutput, VocabShard, policy_loss, policy_loss_from_logprobs
+from ppg_fast.functional.kept import kept_columns
 from ppg_fast.integrations.host import require_host
 from ppg_fast.integrations.options import own_numbers
 from ppg_fast.integrations.slime_options import ADVANTAGES, ESTIMATORS, KL_CAP, KL_TYPES, LOSS, check_options
@@ -165,7 +166,8 @@ def ppg_loss(
     Args:
         logits: (1, T, V) float32, packed, under tensor parallelism this rank's columns; batch: unconcat_tokens,
             total_lengths, response_lengths, loss_masks, advantages, and log_probs, rollout_log_probs, ref_log_probs
-            where the loss uses them, lists of one tensor a sample.
+            where the loss uses them, lists of one tensor a sample; with rollout_top_p < 1 rollout_top_p_token_ids and
+            rollout_top_p_token_offsets, the kept set of each response token, over which loss and entropy then are.
         sum_of_sample_mean: slime's reducer of the responses' tokens, (sum of R_i,) -> 0-d.
 
     Returns: 0-d loss and metrics by name.
@@ -200,7 +202,12 @@ def ppg_loss(
         "cu_seqlens": torch.tensor([0, *ends, *([T] if ends[-1] < T else [])], dtype=torch.int32, device=device),
         "turn_ids": placed(turn_ids, -1, torch.int64) if spec.needs_turn_ids else None,
     }  # fmt: skip
-    out = _loss_of(mpu, logits[0], placed(taken, IGNORE, torch.int64), placed(batch["advantages"]), shared)
+    kept = None
+    if getattr(args, "rollout_top_p", 1.0) != 1.0:
+        ids, offsets = _handed_over(batch)
+        sizes = placed([of_sample.diff() for of_sample in offsets], 0, torch.int64)
+        kept = Kept(torch.cat(ids).to(device), torch.nn.functional.pad(sizes.cumsum(0), (1, 0)))
+    out = _loss_of(mpu, logits[0], placed(taken, IGNORE, torch.int64), placed(batch["advantages"]), shared, kept)
     # the second term connects the loss to the model on a rank without response tokens
     loss = sum_of_sample_mean(out.loss[rows]) + 0.0 * out.loss.sum()
     metrics = {"loss": loss, "entropy_loss": sum_of_sample_mean(out.entropy[rows])}
@@ -210,11 +217,27 @@ def ppg_loss(
     return loss, {name: value.detach().clone() for name, value in metrics.items()}
 
 
-def _loss_of(mpu: Any, logits: Tensor, labels: Tensor, advantages: Tensor, shared: dict[str, Any]) -> PolicyLossOutput:
+def _handed_over(batch: dict[str, Any]) -> list[list[Tensor]]:
+    """Kept ids and their offsets, one tensor a sample each. ValueError where slime has none."""
+    names = "rollout_top_p_token_ids", "rollout_top_p_token_offsets"
+    rule = f"rollout_top_p < 1 needs {' and '.join(names)} in the batch, which slime takes from its own SGLang"
+    require(all(batch.get(name) is not None for name in names), rule, sorted(batch))
+    return [[torch.as_tensor(of_sample) for of_sample in batch[name]] for name in names]
+
+
+def _loss_of(
+    mpu: Any, logits: Tensor, labels: Tensor, advantages: Tensor, shared: dict[str, Any], kept: Kept | None
+) -> PolicyLossOutput:
     """`policy_loss` of logits (T, V), under tensor parallelism from the columns of all ranks, equally many on each."""
-    if mpu.get_tensor_model_parallel_world_size() == 1:
+    vocab = None
+    if mpu.get_tensor_model_parallel_world_size() > 1:
+        start = mpu.get_tensor_model_parallel_rank() * logits.shape[-1]
+        vocab = VocabShard(start, mpu.get_tensor_model_parallel_group())
+    if kept is None and vocab is None:
         return policy_loss(logits, labels, advantages, **shared)
-    vocab = VocabShard(mpu.get_tensor_model_parallel_rank() * logits.shape[-1], mpu.get_tensor_model_parallel_group())
     labels = labels.masked_fill(shared["loss_mask"] == 0, IGNORE)
+    if kept is not None:
+        return policy_loss(*kept_columns(kept, logits, labels, vocab), advantages, **shared)
+    assert vocab is not None
     l, H = vocab.token_logprobs(logits, labels, temperature=float(shared["spec"].temperature))
     return policy_loss_from_logprobs(l, advantages, entropy=H, **shared)

@@ -53,7 +53,7 @@ OPTIONS = (
     obeyed(LOSS, "use_opsm opsm_delta", "opsm_delta; not together with use_tis"),
     refused(LOSS, "get_mismatch_metrics", False, "use --loss-type policy_loss"),
     refused(LOSS, "true_on_policy_mode", False, "our log-probs are not the sampler's bit for bit"),
-    refused(LOSS, "rollout_top_p", 1.0, "our log-probs are of the whole vocabulary: use --loss-type policy_loss"),
+    obeyed(LOSS, "rollout_top_p", "over the sets that slime's sampler hands over, and the entropy, too"),
     hosts_own(LOSS, "log_probs_chunk_size recompute_loss_function use_rollout_entropy value_clip "
               "keep_old_actor ref_update_interval use_routing_replay use_rollout_routing_replay "
               "num_critic_only_steps enable_mtp_training", "memory, models and metrics: no part of this loss"),

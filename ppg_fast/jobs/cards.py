@@ -23,12 +23,13 @@ WHAT = {
     "checkpoints": "the whole state of the run, for `--resume`; can be deleted once the run is over",
     "trackers": "what tensorboard or wandb keep on disk",
     "rollouts": "dialogues of each step, in the format of logged ones: `ppg-fast rate` shows them",
+    "reward_model": "what people's ratings made of the reward model: `--reward model:FOLDER` reads it",
     "not_finite.jsonl": "the dialogues of the steps whose loss or gradient was not finite",
     "config.yaml": "every setting; `ppg-fast train --config config.yaml --output-dir OTHER` runs it again",
     "summary.json": "how it ended, in numbers",
     ".ppg_fast.json": "which files the run wrote, so that `--overwrite` takes no others",
 }
-RARE = ("trackers", "not_finite.jsonl", "rollouts")
+RARE = ("trackers", "not_finite.jsonl", "rollouts", "reward_model")
 ENDED = {
     "finished": "It ran to its end.",
     "stopped": "It was stopped by hand (Ctrl-C); what was done is here, and `--resume` goes on.",

@@ -21,22 +21,22 @@ MAY_CHANGE = {  # a row of docs/training_runs.md each
     ),
 }
 # another name for the same content, which a checksum knows
-SAME_CONTENT = "data prompts model reward partner_prompt chat_template tools teacher"
+SAME_CONTENT = "data prompts model reward partner_prompt chat_template tools teacher reward_model"
 # another address of the same model, which the setting with _model (or a checksum) knows
 ADDRESSES = "judge partner sampler"
 FIXED = """template_date chat_template_kwargs width layers vocab_size dtype bf16 logits_dtype
     lora_rank lora_alpha lora_dropout lora_target_modules freeze
-    seed allow_negative_rewards imitate policy_class candidates signals gamma baseline gae_lambda
+    seed allow_negative_rewards imitate imitate_td policy_class candidates signals gamma baseline gae_lambda
     loss_type eta beta replay reduction num_iterations preset
     clip_low clip_high dual_clip ratio_cap tau_positive tau_negative ratio_reduction
     opsm_delta log_ratio_coef z_coef kl_coef kl_estimator kl_cap entropy_coef importance_cap importance_floor
     importance_mode max_log_ratio nan_rollout distill_coef distill_divergence distill_beta distill_top_k
     k_positive lambda_positive k_negative lambda_negative nll_coef token_share num_prompts num_generations
     max_new_tokens max_turns temperature top_p top_k learning_rate warmup_steps final_learning_rate weight_decay
-    optim optim_args max_residual cql_coef
-    adam_beta1 adam_beta2 optim_offload max_grad_norm max_dialogue_tokens imitation_steps imitation_batch
-    imitation_learning_rate teacher_skill partner_model partner_tokens partner_temperature max_tool_calls stop_phrase
-    judge_model judge_range sampler_model eval_dialogues"""
+    optim optim_args max_residual cql_coef adam_beta1 adam_beta2 optim_offload max_grad_norm
+    max_dialogue_tokens imitation_steps imitation_batch imitation_learning_rate teacher_skill partner_model
+    partner_tokens partner_temperature max_tool_calls stop_phrase judge_model judge_range sampler_model
+    eval_dialogues human_every human_steps human_learning_rate"""
 CLASSES = {
     **{name: "may change" for names in MAY_CHANGE.values() for name in names.split()},
     **dict.fromkeys(SAME_CONTENT.split(), "same content"),

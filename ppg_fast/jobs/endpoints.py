@@ -1,5 +1,6 @@
 """The endpoints, the partner and the rewards that a config names."""
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +10,7 @@ from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.chat_format import ChatFormat
 from ppg_fast.endpoint import Endpoint
 from ppg_fast.jobs.log_ratio import LogRatio
+from ppg_fast.jobs.refitted_model import RefittedModel
 from ppg_fast.rewards import Ratings, Reward, make_rewards
 from ppg_fast.rewards.values import read_text
 from ppg_fast.rollouts.partner import INSTRUCTION, EndpointPartner, LoggedPartner, ModelPartner, NoPartner, Partner
@@ -38,7 +40,8 @@ def rewards_of(
         "device": device,
         "template_date": config.template_date,
         "loaded": loaded,
-        "log_ratio": lambda models: LogRatio(models, device, config.max_tokens, config.template_date),
+        "human": (lambda folder: RefittedModel(folder, config, device)) if config.reward_model else None,
+        "of_two_models": lambda kind, models: LogRatio(kind, models, device, config.max_tokens, config.template_date),
     }
     return make_rewards(formula, judge, **settings)
 
@@ -53,6 +56,11 @@ def rewards_of_new_answers(
             f"ratings are of logged answers (ppg-fast score, then train --data), not of new ones, got {config.reward!r}"
         )
     return rewards
+
+
+def refitted(rewards: Sequence[Reward]) -> RefittedModel | None:
+    """The one of ``rewards`` that learns from people while it rewards."""
+    return next((reward.scorer for reward in rewards if isinstance(reward.scorer, RefittedModel)), None)
 
 
 def partner_of(config: TrainConfig, model: Any, chat: ChatFormat) -> Partner:

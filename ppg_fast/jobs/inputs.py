@@ -11,15 +11,14 @@ from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.template_choice import template_text
 from ppg_fast.jobs.log_ratio import LogRatio
 from ppg_fast.rewards import Judge, PythonReward, Reward, RewardModel
-from ppg_fast.rewards.formula import TERM, split_terms
+from ppg_fast.rewards.formula import OF_TWO_MODELS, TERM, split_terms
 from ppg_fast.rewards.judge import TASK
 from ppg_fast.rollouts.tools.functions import split_place
 
-PATHS = ("data", "prompts", "model", "teacher", "partner_prompt")
+PATHS = ("data", "prompts", "model", "teacher", "partner_prompt", "reward_model")
 NAMES = ("chat_template",)  # of a file, or of something that ships
 KEYS = ("partner_key", "judge_key", "sampler_key")  # env:NAME or file:PATH
 FILE = "file:"
-LOG_RATIO = "logratio"
 
 
 def input_paths(settings: Mapping[str, Any]) -> list[Path]:
@@ -123,6 +122,7 @@ def _content(what: str, reward: Reward) -> Iterator[object]:
         yield from ("python", function, *(content_digest(file) for file in _modules(place)))
     else:
         kind, _, path = what.partition(":")
+        path = scorer.folder if isinstance(scorer, RewardModel) else path  # of human: the model's, not the ratings'
         yield from (kind, *(content_digest(Path(p)) for p in path.split(_between(what))))
         if isinstance(scorer, (RewardModel, LogRatio)):
             yield scorer.chat.renderer.date if isinstance(scorer, LogRatio) else scorer.renderer.date
@@ -151,7 +151,7 @@ def _sources(formula: str | None) -> list[str]:
 def _split_source(what: str) -> tuple[str, str, str]:
     """Before the path, the path, after it; the path is empty where there is none."""
     kind, colon, rest = what.partition(":")
-    if kind in ("judge", "model", "ratings", LOG_RATIO):
+    if kind in ("judge", "model", "ratings", "human", *OF_TWO_MODELS):
         return kind + colon, rest, ""
     place, colon, function = what.rpartition(":")
     return ("", place, colon + function) if place.endswith(".py") else ("", "", what)
@@ -159,7 +159,7 @@ def _split_source(what: str) -> tuple[str, str, str]:
 
 def _between(what: str) -> str:
     """What stands between the paths of a term; of one with a single path, what no path holds."""
-    return "," if what.startswith(f"{LOG_RATIO}:") else "\0"
+    return "," if what.partition(":")[0] in OF_TWO_MODELS else "\0"
 
 
 def _absolute(path: str) -> str:

@@ -1,11 +1,12 @@
 """What every job of `ppg-fast train` does: train step by step, evaluate on what training does not read, report."""
 
 import hashlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ppg_fast.config import TrainConfig
 from ppg_fast.dialogues.logged import Dialogue
@@ -13,6 +14,7 @@ from ppg_fast.dialogues.packing import Sample
 from ppg_fast.dialogues.prompts import Prompt
 from ppg_fast.dialogues.records import Problems
 from ppg_fast.distributed import Ranks
+from ppg_fast.jobs.human import human_of
 from ppg_fast.jobs.inputs import content_digest, model_digest
 from ppg_fast.jobs.policy import Policy
 from ppg_fast.jobs.progress import Progress
@@ -21,7 +23,10 @@ from ppg_fast.jobs.run_folder import RunFolder
 from ppg_fast.jobs.samples import SHOWN, rolled_out
 from ppg_fast.rewards.labels import Label
 from ppg_fast.rollouts.rollout import Rollout
-from ppg_fast.training.objective import warn_if_hardly_credited
+from ppg_fast.training.objective import require_targets, warn_if_hardly_credited
+
+if TYPE_CHECKING:
+    from ppg_fast.jobs.refitted_model import RefittedModel
 
 Item = TypeVar("Item", Dialogue, Prompt, Label)
 Read = TypeVar("Read")
@@ -52,6 +57,8 @@ class Job(ABC):
     def __init__(self, config: TrainConfig, make_tokenizer: Callable[[], Any], ranks: Ranks | None = None) -> None:
         self.config, self.policy = config, Policy(config, make_tokenizer, ranks)
         self.objective = self.policy.objective()
+        self.human = human_of(config)  # who rewards every step, where people do
+        self.fitted: RefittedModel | None = None  # who learns from them, where a model does
         self.rollout_metrics: dict[str, Any] = {}  # of the step under way, logged as phase rollout
 
     @abstractmethod
@@ -73,6 +80,11 @@ class Job(ABC):
     def start(self, run: ResumableRun, progress: Progress) -> None:
         """What comes before the first evaluation: an introduction, a warm start."""
         del run, progress
+
+    @property
+    def scored(self) -> bool:
+        """Whether the policy's own answers have rewards in evaluations."""
+        return self.on_policy
 
     @property
     def metric(self) -> str:
@@ -117,9 +129,17 @@ class Job(ABC):
             self.evaluate(run, progress, 0, "before")
 
         def collect(step: int) -> list[Sample]:
+            learned = self.fitted.refit(run, step, self.policy.ranks, progress.say) if self.fitted else {}
             last[:] = self.collect(step)
             if config.keep_rollouts:
-                run.keep_rollouts(step, rolled_out(step, self.policy.said, last))
+                dialogues = rolled_out(step, self.policy.said, last)
+                if self.human:
+                    self._rate(run, step, dialogues, last, progress)
+                else:
+                    run.keep_rollouts(step, dialogues)
+                if self.fitted:
+                    self.fitted.remember(step, dialogues, last)
+            self.rollout_metrics = {**self.rollout_metrics, **learned}
             if self.on_policy and step == 1:
                 warn_if_hardly_credited(last, self.objective)
             if self.rollout_metrics:
@@ -127,7 +147,8 @@ class Job(ABC):
             return list(last)
 
         with progress.phase(config.policy_class, config.max_steps) as phase:
-            for metrics in run.optimise("train", collect, self.objective, self.policy.schedule()):
+            again = self.fitted.again if self.fitted and self.fitted.replays else None
+            for metrics in run.optimise("train", collect, self.objective, self.policy.schedule(), again):
                 step = metrics["step"]
                 if last:  # a run that goes on yields the step before, whose evaluation may not have been done
                     phase.show(metrics, self.metric)
@@ -137,9 +158,22 @@ class Job(ABC):
                     if step < config.max_steps and all(row["step"] != step for row in run.of_phase("eval")):
                         self.evaluate(run, progress, step)
 
+    def _rate(
+        self, run: RunFolder, step: int, dialogues: Sequence[Dialogue], samples: Sequence[Sample], progress: Progress
+    ) -> None:
+        """Give the samples of a step the rewards of people, who are waited for."""
+        human = self.human
+        assert human
+        ranks, start = self.policy.ranks, time.perf_counter()
+        rated = ranks.run_on_main(lambda: human.rewarded(run, step, dialogues, progress.say))
+        for dialogue, sample in zip(rated, samples, strict=True):
+            sample.rewards = [float(value or 0.0) for value in dialogue.turn_rewards]
+            require_targets(sample, dialogue.id, self.objective)
+        self.rollout_metrics = {**self.rollout_metrics, "human_time": time.perf_counter() - start}
+
     def evaluate(self, run: RunFolder, progress: Progress, step: int, when: str = "") -> None:
         """`measure` after ``step``: logged, said, and with ``when`` (before, after) a page of dialogues to read."""
-        found, scored = self.measure(when), self.on_policy
+        found, scored = self.measure(when), self.scored
         run.log("eval", {"step": step, **found.metrics})
         if found.rollouts:
             samples = [rollout.sample for rollout in found.rollouts]

@@ -77,8 +77,9 @@ class OfflineJob(Job):
 
     def source(self) -> str:
         """The file, and the method."""
-        method = OF_TURNS[self.config.loss_type][1] if self.config.of_turns else "reward-weighted likelihood"
-        method = "imitation" if self.config.imitate else method
+        imitates = "imitation with values" if self.config.imitate_td else "imitation"
+        _, method = OF_TURNS.get(self.config.loss_type, ((), "reward-weighted likelihood"))
+        method = imitates if self.config.imitate else method
         return f"on the logged dialogues of `{Path(str(self.config.data)).name}` by {method}"
 
     def data_read(self) -> Iterable[object]:

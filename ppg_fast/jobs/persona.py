@@ -10,7 +10,7 @@ from ppg_fast.dialogues.chat_format import ChatFormat, make_word_tokenizer
 from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import CONTEXT, Sample
 from ppg_fast.distributed import Ranks
-from ppg_fast.jobs.endpoints import rewards_of_new_answers
+from ppg_fast.jobs.endpoints import refitted, rewards_of_new_answers
 from ppg_fast.jobs.inputs import reward_digest
 from ppg_fast.jobs.job import Evaluation, Job
 from ppg_fast.jobs.progress import Progress
@@ -53,14 +53,15 @@ class PersonaJob(Job):
             length = len(self.policy.chat.opening(PersonaInterview(held_out=True).reset(number)))
             rule = f"the opening of held-out persona {number} must be shorter than the {limit} tokens of a dialogue"
             require(not limit or length < limit, rule, length)
-        asked = bool(config.reward or config.judge)
+        asked = bool(config.reward or config.judge) and not self.human
         self.named = rewards_of_new_answers(config, self.policy.model.device) if asked else []
+        self.fitted = self.policy.fitted = refitted(self.named)
         self.rewarding = Rewarding(self.named, self.objective)
         self.reported = (*type(self).reported, *(["eval/interview"] if self.named else []))
 
     def source(self) -> str:
         """The built-in environment, and the rewards where they are others than its own."""
-        by = f" with reward `{self.rewarding.formula}`" if self.named else ""
+        by = f" with reward `{self.rewarding.formula}`" if self.named else " with human ratings" if self.human else ""
         return f"in rollouts of the persona interview that ppg_fast brings along{by}"
 
     @property

@@ -21,6 +21,7 @@ from ppg_fast.models.adaptation import add_lora, checkpoint_activations, freeze
 from ppg_fast.models.causal_lm import check_vocabulary, distribute, load_model, make_model
 from ppg_fast.models.freed_memory import give_back_freed_memory
 from ppg_fast.models.frozen_teacher import FrozenTeacher, require_same_vocabulary
+from ppg_fast.policy_classes import Greedy
 from ppg_fast.rollouts.environment import Environment
 from ppg_fast.rollouts.generation import EndpointSampler
 from ppg_fast.rollouts.rollout import Read, Rollout, StepAll, collect_groups, step_each
@@ -70,6 +71,7 @@ class Policy:
         self.rng = random.Random(config.seed)
         self.generator = self.sampling_generator(config.seed)
         self.said: list[dict[str, Any]] = []  # the first dialogues of the step under way, `keep_rollouts` of them
+        self.fitted: Any = None  # a reward model that is trained beside it, with a state of its own
         self.used: dict[str, Usage] = {}  # of endpoints, by role, by this rank; a resumed run counts on
 
     @property
@@ -142,6 +144,7 @@ class Policy:
     def state_dict(self) -> dict[str, Any]:
         """Where the sources of randomness stand; with them the position in the data, which is drawn at random."""
         state: dict[str, Any] = {"rng": self.rng.getstate(), "generator": self.generator.get_state()}
+        state |= {"reward_model": self.fitted.state_dict()} if self.fitted else {}
         return state | ({"used": self.usage()} if self.used else {})
 
     def usage(self) -> dict[str, dict[str, int]]:
@@ -157,6 +160,8 @@ class Policy:
         for role, counts in saved.get("used", {}).items():
             if role in self.used and self.ranks.is_main:
                 vars(self.used[role]).update(counts)
+        if self.fitted:
+            self.fitted.load_state_dict(saved["reward_model"])
         self.rng.setstate(saved["rng"])
         self.generator.set_state(saved["generator"])
 
@@ -221,8 +226,10 @@ def objective_of(config: TrainConfig) -> Objective:
     """The partial policy gradient that ``config`` describes."""
     numbers = {name: getattr(config, name) for name in ("beta", "cql_coef", "max_residual")}
     soft_q = SoftQSpec(**numbers) if config.loss_type == SOFT_Q else None
+    if config.imitate_td:  # of `Objective`: the weight of a turn's squared residual is 1 / (2 cql_coef)
+        soft_q = SoftQSpec(beta=1.0, cql_coef=1 / (2 * config.imitate_td))
     return Objective(
-        config.chosen_class(),
+        Greedy() if config.imitate_td else config.chosen_class(),
         config.gamma,
         "none" if soft_q else config.baseline,
         config.loss_spec(),

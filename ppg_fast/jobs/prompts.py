@@ -18,7 +18,7 @@ from ppg_fast.dialogues.message import Message
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.dialogues.prompts import Prompt, read_prompts
 from ppg_fast.distributed import Ranks
-from ppg_fast.jobs.endpoints import make_endpoint, partner_of, rewards_of_new_answers
+from ppg_fast.jobs.endpoints import make_endpoint, partner_of, refitted, rewards_of_new_answers
 from ppg_fast.jobs.inputs import partner_digest, reward_digest, tools_digest
 from ppg_fast.jobs.job import Evaluation, Job, keep_readable
 from ppg_fast.jobs.progress import Progress
@@ -57,10 +57,12 @@ class PromptsJob(Job):
         loaded: dict[str, ModuleType] = {}  # one module for tools and rewards of the same file
         self.tools = Tools(config.tools, loaded) if config.tools else None
         self.read = AnswerReader(policy.chat) if self.tools else None
-        own = own_rewards(self.tools) if self.tools else []
-        asked = bool(config.reward or config.judge) or not own
+        own = own_rewards(self.tools) if self.tools and not self.human else []
+        asked = not self.human and (bool(config.reward or config.judge) or not own)
         self.named = rewards_of_new_answers(config, policy.model.device, loaded) if asked else []
+        self.fitted = policy.fitted = refitted(self.named)
         self.rewarding = Rewarding([*self.named, *own], self.objective)
+        self.reported = () if self.human else type(self).reported
         require(
             config.partner != "self" or not policy.ranks.sharded,
             "partner self goes with whole models (parallel ddp)",
@@ -76,6 +78,16 @@ class PromptsJob(Job):
         endpoints = {role: getattr(one, "endpoint", None) for role, one in roles.items()}
         policy.used = {role: endpoint.usage for role, endpoint in endpoints.items() if endpoint}
 
+    @property
+    def scored(self) -> bool:
+        """Not where people rate the dialogues of training."""
+        return not self.human
+
+    @property
+    def formula(self) -> str:
+        """What rewards an answer."""
+        return "human ratings" if self.human else self.rewarding.formula
+
     def source(self) -> str:
         """The file, the partner and the rewards, without addresses and folders: the model card is read by others."""
         config = self.config
@@ -84,7 +96,7 @@ class PromptsJob(Job):
         named = partner.get(config.partner, f"a model behind an endpoint{model} as partner")
         tools = f", the tools of `{Path(self.tools.place).name}`" if self.tools else ""
         of = f"on the prompts of `{Path(str(config.prompts)).name}`"
-        return f"{of} with {named}{tools} and reward `{self.rewarding.formula}`"
+        return f"{of} with {named}{tools} and reward `{self.formula}`"
 
     def data_read(self) -> Iterable[object]:
         """Every prompt as its file has it, and what makes tokens of it: not the tokens, which may hold a date."""
@@ -108,7 +120,7 @@ class PromptsJob(Job):
         """Say how many prompts there are, who answers and what is rewarded."""
         text = f"{len(self.seen)} prompts to train on, {len(self.held_out)} held out"
         tools = f"; tools {', '.join(self.tools.names)}" if self.tools else ""
-        progress.say(f"{text}; partner {self.config.partner}{tools}; reward {self.rewarding.formula}")
+        progress.say(f"{text}; partner {self.config.partner}{tools}; reward {self.formula}")
 
     def collect(self, step: int) -> list[Sample]:
         """Groups of rollouts of the policy as it is now, rewarded."""
@@ -121,13 +133,16 @@ class PromptsJob(Job):
         mine = policy.ranks.part(len(seeds) * config.num_generations)
         settings: dict[str, Any] = {**self._steps(), "sampler": self.sampler, "only": mine}
         rollouts = policy.roll_out(make, seeds, config.num_generations, policy.generator, **settings)
-        scores = Scores.together(policy.ranks.run_on_all(lambda: self._reward(rollouts)))
-        self.rewarding.require_scored(scores)
+        scored = {}
+        if not self.human:  # who says later what they are worth
+            scores = Scores.together(policy.ranks.run_on_all(lambda: self._reward(rollouts)))
+            self.rewarding.require_scored(scores)
+            scored = scores.describe()
         samples = policy.of_all(rollouts)
         seconds = time.perf_counter() - start
         usage = {f"endpoint/{role}/{k}": v for role, counts in policy.usage().items() for k, v in counts.items()}
         calls = counted([r.environment for r in rollouts], policy.ranks.gather) if self.tools else {}
-        self.rollout_metrics = {**scores.describe(), **calls, "rollout_time": seconds, **usage}
+        self.rollout_metrics = {**scored, **calls, "rollout_time": seconds, **usage}
         return samples
 
     def measure(self, when: str) -> Evaluation:
@@ -139,10 +154,14 @@ class PromptsJob(Job):
         only = None if ranks.is_main else range(0)  # one rank asks partners and judges, and tells the others
         rollouts = self.policy.roll_out(make, range(len(prompts)), 1, generator, **self._steps(), only=only)
         metrics = ranks.run_on_main(lambda: self._metrics_of(rollouts))
-        result = f"return {metrics['eval/reward']:.3f} over {metrics['eval/turns/mean_count']:.1f} turns"
+        reward = "nobody rates them" if self.human else f"return {metrics['eval/reward']:.3f}"
+        result = f"{reward} over {metrics['eval/turns/mean_count']:.1f} turns"
         return Evaluation(f"{name} prompts", metrics, result, rollouts)
 
     def _metrics_of(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        if self.human:
+            found = of_rollouts([r.sample for r in rollouts], self.objective)
+            return {k: v for k, v in found.items() if not k.startswith(("eval/reward", "eval/turns/return"))}
         scores = self._reward(rollouts)
         self.rewarding.require_scored(scores)
         rewards = {f"eval/{name}": value for name, value in scores.describe().items()}
@@ -185,7 +204,8 @@ class PromptsJob(Job):
         chat, positions = self.policy.chat, self.policy.positions
         banned = chat.banned_token_ids(vocab_size)
         unknown = config.nan_rollout in ("one", "drop")
-        return EndpointSampler(make_endpoint(config, "sampler"), chat.end_ids, vocab_size, banned, positions, unknown)
+        endpoint, kept = make_endpoint(config, "sampler"), (config.top_p, config.top_k)
+        return EndpointSampler(endpoint, chat.end_ids, vocab_size, banned, positions, unknown, *kept)
 
     def _refresh(self, command: str, state: dict[str, Any] | None) -> None:
         """Write the weights and have the sampler's server load them. OSError with what the command said where it

@@ -104,7 +104,12 @@ class ResumableRun(RunFolder):
         return where + (f", with other settings: {', '.join(changes)}" if changes else "")
 
     def optimise(
-        self, phase: str, collect: Callable[[int], Sequence[Sample]], objective: Objective, schedule: Schedule
+        self,
+        phase: str,
+        collect: Callable[[int], Sequence[Sample]],
+        objective: Objective,
+        schedule: Schedule,
+        again: Callable[[int, int], Sequence[Sample]] | None = None,
     ) -> Iterator[dict[str, Any]]:
         """The steps of `optimise` that are still to be taken in ``phase``, logged and kept.
 
@@ -121,7 +126,7 @@ class ResumableRun(RunFolder):
             self._remember(phase, state)
             yield {name: math.nan if value is None else value for name, value in row.items()}
             self._remember(phase, state)
-        for metrics in optimise(self.policy.model, collect, objective, schedule, state, self.ranks):
+        for metrics in optimise(self.policy.model, collect, objective, schedule, state, self.ranks, again):
             self.log(phase, metrics)
             self.taken += 1
             self._remember(phase, state)

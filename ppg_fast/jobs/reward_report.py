@@ -123,5 +123,6 @@ def lines(kind: str, found: dict[str, Any]) -> list[str]:
     else:
         low, high = found["correlation_interval"]
         interval = f"(95 %: {low:.3f} to {high:.3f})"
-        text = [f"held-out correlation {found['correlation']:.3f} {interval} with {found['count']} {kind}"]
+        what = "rated dialogues" if kind == "ratings" else kind
+        text = [f"held-out correlation {found['correlation']:.3f} {interval} with {found['count']} {what}"]
     return [*text, f"correlation of the reward with length: {found['length_correlation']:.3f}"]

@@ -5,7 +5,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -51,21 +51,30 @@ class Sources:
 
 
 class RewardTraining:
-    """Labels, the model, and the step that it is at. ValueError for bad input, before anything is written."""
+    """Labels of one ``kind`` (`links.KINDS`), the model that learns from them, and the step that it is at.
 
-    def __init__(self, sources: Sources, config: TrainConfig) -> None:
-        require_number("center", sources.center, 0.0)
-        require(sources.patience >= 1, "patience must be an integer >= 1", sources.patience)
-        self.sources, self.config = sources, config
-        self.kind, labels = read_labels(sources.data, sources.ratings, sources.own, config.strict)
-        self.reader = RewardModel(
-            sources.model, device_of(config.device), config.max_tokens, config.template_date, begin=True
-        )
-        require(self.reader.one_pass, "model must be causal, with its logits read by a linear score", sources.model)
-        self.model, self.pad = self.reader.model, self.reader.pad
-        _, read = keep_readable(labels, self._read, config.strict, sources.data, "labels")
+    ``source``: where the labels are from, in errors; ``center`` and ``patience`` as in `Sources`. ``apart``: whether a
+    label is held out; None: at most a fifth and ``eval_dialogues`` are, drawn at random, all of a prompt together.
+    ValueError for labels that cannot be read, and for a model that looks ahead.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        labels: Sequence[Label],
+        reader: RewardModel,
+        config: TrainConfig,
+        source: str,
+        center: float = Sources.center,
+        patience: int = Sources.patience,
+        apart: Callable[[Label], bool] | None = None,
+    ) -> None:
+        self.kind, self.reader, self.config, self.center, self.patience = kind, reader, config, center, patience
+        require(reader.one_pass, "model must be causal, with its logits read by a linear score", reader.folder)
+        self.model, self.pad = reader.model, reader.pad
+        _, read = keep_readable(labels, self._read, config.strict, source, "labels")
         self.labels, self.rows = [label for label, _ in read], [rows for _, rows in read]
-        self.held_out, self.seen = self._split()
+        self.held_out, self.seen = self._split(apart)
         self.schedule = Schedule(**{f.name: getattr(config, f.name) for f in fields(Schedule)})
         self.optimizer = make_optimizer(
             self.model, config.optim, arguments=config.optim_args,
@@ -73,6 +82,16 @@ class RewardTraining:
         )  # fmt: skip
         self.step, self.since = 0, 0
         self.best: dict[str, Any] = {"loss": math.inf, "step": 0, "weights": None}
+
+    @classmethod
+    def of(cls, sources: Sources, config: TrainConfig) -> "RewardTraining":
+        """That of `ppg-fast reward`. ValueError for bad input, before anything is written."""
+        require_number("center", sources.center, 0.0)
+        require(sources.patience >= 1, "patience must be an integer >= 1", sources.patience)
+        kind, labels = read_labels(sources.data, sources.ratings, sources.own, config.strict)
+        device = device_of(config.device)
+        reader = RewardModel(sources.model, device, config.max_tokens, config.template_date, begin=True)
+        return cls(kind, labels, reader, config, sources.data, sources.center, sources.patience)
 
     def _read(self, label: Label) -> tuple[Label, list[list[Row]]]:
         """A label and the rows of its dialogues, without turns that only call tools: they are not scored either."""
@@ -90,27 +109,21 @@ class RewardTraining:
                 label = replace(label, target=target)
         return label, every
 
-    def _split(self) -> tuple[list[int], list[int]]:
-        """Labels held out, at most a fifth and ``eval_dialogues``, all of a prompt together; the others."""
+    def _split(self, apart: Callable[[Label], bool] | None) -> tuple[list[int], list[int]]:
+        """Labels held out, and the others."""
+        if apart:
+            chosen = [apart(label) for label in self.labels]
+            return [i for i, held in enumerate(chosen) if held], [i for i, held in enumerate(chosen) if not held]
         groups: dict[str, list[int]] = {}
         for i, label in enumerate(self.labels):
             groups.setdefault(label.group, []).append(i)
         names = list(groups)
         random.Random(self.config.seed).shuffle(names)
-        most, apart = min(self.config.eval_dialogues, len(self.labels) // 5), []
+        most, held = min(self.config.eval_dialogues, len(self.labels) // 5), set[int]()
         for name in names:
-            if len(apart) + len(groups[name]) <= most:
-                apart += groups[name]
-        held = set(apart)
+            if len(held) + len(groups[name]) <= most:
+                held.update(groups[name])
         return sorted(held), [i for i in range(len(self.labels)) if i not in held]
-
-    def digest(self) -> str:
-        """A checksum of all that decides what is learned."""
-        c, s = self.config, self.sources
-        settings = {name: getattr(c, name) for name in REWARD_TRAINING if name not in HOW_FAR}
-        data = [([as_json(d) for d in label.dialogues], label.target) for label in self.labels]
-        parts = settings, s.center, s.patience, self.kind, data, content_digest(Path(s.model))
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def chosen(self, step: int) -> list[int]:
         """The labels of ``step`` (from 1): each once an epoch, in an order of its own."""
@@ -150,7 +163,7 @@ class RewardTraining:
         set_learning_rate(self.optimizer, self.schedule.learning_rate_at(self.step))
         self.optimizer.zero_grad(set_to_none=True)
         for part in self.parts(labels):
-            losses = [link_loss(self.kind, j.rewards, j.label.target, self.sources.center) for j in self.judge(part)]
+            losses = [link_loss(self.kind, j.rewards, j.label.target, self.center) for j in self.judge(part)]
             loss = torch.stack(losses).sum() / len(labels)
             loss.backward()
             total += float(loss.detach())
@@ -164,7 +177,7 @@ class RewardTraining:
     def evaluate(self) -> dict[str, Any]:
         """`measure` of the labels held out; of all where none are."""
         labels = self.held_out or self.seen
-        return measure(self.kind, [j for part in self.parts(labels) for j in self.judge(part)], self.sources.center)
+        return measure(self.kind, [j for part in self.parts(labels) for j in self.judge(part)], self.center)
 
     def observe(self, found: dict[str, Any]) -> bool:
         """Take in an evaluation; whether it is the best so far."""
@@ -178,7 +191,22 @@ class RewardTraining:
     @property
     def over(self) -> bool:
         """Whether all steps are taken, or held-out labels say that more make it worse."""
-        return self.step >= self.config.max_steps or (bool(self.held_out) and self.since >= self.sources.patience)
+        return self.step >= self.config.max_steps or (bool(self.held_out) and self.since >= self.patience)
+
+    def evaluations(self) -> Iterator[tuple[float, dict[str, Any], bool]]:
+        """Train until it is `over`. After each evaluation: the loss of the last step, what was found, whether it is the
+        best so far."""
+        while not self.over:
+            loss = self.train_step()
+            if self.step % self.config.eval_every == 0 or self.step == self.config.max_steps:
+                found = self.evaluate()
+                yield loss, found, self.observe(found)
+
+    def keep_best(self) -> dict[str, Any]:
+        """Back to the best weights; what held-out labels say of them, nothing without any."""
+        if self.best["weights"] is not None:
+            self.model.load_state_dict(self.best["weights"])
+        return self.evaluate() if self.held_out else {}
 
     def state_dict(self) -> dict[str, Any]:
         """All that training changes."""
@@ -203,8 +231,8 @@ def train_reward_model(sources: Sources, config: TrainConfig) -> dict[str, Any]:
     began = CHECKPOINTS in there and REPORT not in there
     fresh = not there and not output.is_file()
     require(fresh or began, "output must be a new folder, or one that this command began", str(output))
-    training = RewardTraining(sources, config)
-    digest = training.digest()
+    training = RewardTraining.of(sources, config)
+    digest = _digest(training, sources)
     saved = checkpoint.newest(output / CHECKPOINTS) if began else None
     if saved:
         rule = f"{output} must be of the same labels, model and settings to go on (or choose another output)"
@@ -213,24 +241,26 @@ def train_reward_model(sources: Sources, config: TrainConfig) -> dict[str, Any]:
         print(f"{output} goes on after step {training.step}")
     count = f"{len(training.seen)} {training.kind} to train on, {len(training.held_out)} held out"
     print(count if training.held_out else f"{count}: nothing tells when to stop")
-    while not training.over:
-        loss = training.train_step()
-        if training.step % config.eval_every == 0 or training.step == config.max_steps:
-            found = training.evaluate()
-            best = " (best)" if training.observe(found) else ""
-            told = found.get("accuracy", found.get("correlation"))
-            print(f"step {training.step}: loss {loss:.4f}, held-out loss {found['loss']:.4f}, {told:.3f}{best}")
-            state = {"digest": digest, "training": training.state_dict()}
-            checkpoint.save(output / CHECKPOINTS, training.step, state, keep=1)
-    return _finish(training)
+    for loss, found, better in training.evaluations():
+        best, told = " (best)" if better else "", found.get("accuracy", found.get("correlation"))
+        print(f"step {training.step}: loss {loss:.4f}, held-out loss {found['loss']:.4f}, {told:.3f}{best}")
+        state = {"digest": digest, "training": training.state_dict()}
+        checkpoint.save(output / CHECKPOINTS, training.step, state, keep=1)
+    return _finish(training, sources)
 
 
-def _finish(training: RewardTraining) -> dict[str, Any]:
+def _digest(training: RewardTraining, sources: Sources) -> str:
+    """A checksum of all that decides what is learned."""
+    settings = {name: getattr(training.config, name) for name in REWARD_TRAINING if name not in HOW_FAR}
+    data = [([as_json(d) for d in label.dialogues], label.target) for label in training.labels]
+    parts = settings, sources.center, sources.patience, training.kind, data, content_digest(Path(sources.model))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _finish(training: RewardTraining, sources: Sources) -> dict[str, Any]:
     """The best weights into the folder, with the report beside them."""
-    sources, output = training.sources, training.sources.output
-    if training.best["weights"] is not None:
-        training.model.load_state_dict(training.best["weights"])
-    found = training.evaluate() if training.held_out else {}
+    output = sources.output
+    found = training.keep_best()
     training.model.save_pretrained(output)
     training.reader.tokenizer.save_pretrained(output)
     settings = {name: getattr(training.config, name) for name in REWARD_TRAINING}

@@ -35,13 +35,15 @@ FOLDERS = (
     f"{CHECKPOINT}/README.md",
     *(
         "rollouts/step-*.jsonl",
+        "rollouts/ratings-*.jsonl",
         "checkpoints/step-*",
         "checkpoint.new",
+        "reward_model/.new",
         "trackers/run_id",
         "trackers/tensorboard",
         "trackers/wandb",
     ),
-    *(f"sampler/{name}" for name in MODEL_FILES),
+    *(f"{folder}/{name}" for folder in ("sampler", "reward_model") for name in MODEL_FILES),
 )
 ENTRIES = (*FILES, *FOLDERS)
 

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import wraps
@@ -13,7 +14,7 @@ from typing import Any
 
 from ppg_fast.config import TrainConfig, write_yaml
 from ppg_fast.dialogues.chat_format import ChatFormat
-from ppg_fast.dialogues.dialogue import Dialogue, write_dialogues
+from ppg_fast.dialogues.dialogue import Dialogue, read_dialogues, write_dialogues
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.jobs import cards, curves
 from ppg_fast.jobs.inputs import input_paths, with_absolute_paths
@@ -34,7 +35,7 @@ METRICS, CONFIG, SUMMARY, CURVE, CHECKPOINT = (
     "checkpoint",
 )
 CHECKPOINTS, NOT_FINITE, TURNS, README = "checkpoints", "not_finite.jsonl", "turns.png", "README.md"
-ROLLOUTS = "rollouts"
+ROLLOUTS, REWARD_MODEL = "rollouts", "reward_model"
 STEPS = ("imitation", "train")  # phases that take steps
 
 
@@ -191,6 +192,13 @@ class RunFolder:
         folder = self.path / ROLLOUTS
         folder.mkdir(exist_ok=True)
         write_dialogues(folder / f"step-{step:06d}.jsonl", dialogues)
+
+    def kept_rollouts(self, step: int) -> list[Dialogue]:
+        """What `keep_rollouts` wrote for ``step``; nothing where it has not."""
+        path = self.path / ROLLOUTS / f"step-{step:06d}.jsonl"
+        with warnings.catch_warnings():  # that turns without a reward count as 0, which here nobody has said
+            warnings.simplefilter("ignore", UserWarning)
+            return read_dialogues(path) if path.is_file() else []
 
     @kept
     def save_checkpoint(self, model: Any, tokenizer: Any, state_dict: dict[str, Any] | None = None) -> None:

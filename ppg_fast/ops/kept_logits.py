@@ -164,3 +164,9 @@ def kept_logits(
         return logits.index_put((kept.rows, kept.places), z)
     exact = float32 or hidden.is_cpu or hidden.dtype == torch.float16
     return KeptLogits.apply(hidden, weight, bias, kept, softcap, exact)[0]
+
+
+def kept_columns(logits: Tensor, kept: KeptRows) -> Tensor:
+    """(N, width) float32 out of logits (N, V), differentiable in them; -inf where there is no id."""
+    z = logits.new_full((len(kept.labels), kept.width), -torch.inf, dtype=torch.float32)
+    return z.index_put((kept.rows, kept.places), logits[kept.rows, kept.ids].float())

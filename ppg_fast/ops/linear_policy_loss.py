@@ -50,15 +50,31 @@ def _loss_and_gradients(
     Gradients in the dtype of hidden; (0,) where not wanted. ``tensors``, ``numbers`` and
     ``choices`` are `RowArguments`, ``wanted`` is `Wanted`, ``chunks`` `Chunks`; ``gradients``: of the three inputs.
     """
-    labels, per_row, spec = RowArguments.unpack(*from_operands(tensors, numbers), choices)
-    flags, (chunk_rows, bound, float32), kernels = Wanted(*wanted), Chunks.unpack(chunks), backends.load(backend)
-    check_labels(labels, weight.shape[0], flags.validate)
+    rows, flags = RowArguments.unpack(*from_operands(tensors, numbers), choices), Wanted(*wanted)
+    check_labels(rows.labels, weight.shape[0], flags.validate)
+    unpacked = Chunks.unpack(chunks)
+    return loss_and_gradients(hidden, weight, bias, rows, flags, gradients, unpacked, backends.load(backend))
+
+
+def loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: RowArguments,
+    wanted: Wanted,
+    gradients: list[bool],
+    chunks: Chunks,
+    kernels: ModuleType,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same of arguments that are checked and unpacked; of ``kernels`` `policy_loss` and `scale_rows` are called."""
+    labels, per_row, spec = rows
     loss, logprob, entropy, norms = row_outputs(
-        hidden, labels.numel(), flags.entropy or spec.entropy_coef != 0, flags.score_norms
+        hidden, labels.numel(), wanted.entropy or spec.entropy_coef != 0, wanted.score_norms
     )
-    head = Head(hidden, weight, bias, chunk_rows, tuple(gradients), kernels, float32)  # type: ignore[arg-type]
+    head = Head(hidden, weight, bias, chunks.rows, tuple(gradients), kernels, chunks.float32)  # type: ignore[arg-type]
     full = (labels >= 0) & (per_row.live | spec.needs_every_row) & any(gradients)
-    parts = partition(full, (labels >= 0) & ~full, bound, counted(labels, bound, flags.validate))
+    counting = counted(labels, chunks.max_active, wanted.validate)
+    parts = partition(full, (labels >= 0) & ~full, chunks.max_active, counting)
     if parts.excess is not None:  # by the weight NaN reaches the loss and all gradients
         weights = 1.0 if per_row.weights is None else per_row.weights
         per_row = per_row._replace(weights=parts.excess.expand(labels.numel()) + weights)
@@ -107,7 +123,8 @@ def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.no_gradients = no_gradients(tensors)
 
 
-def _backward_loss(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def backward_loss(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Hand out the gradients that the forward pass found, times the upstream gradient."""
     if d_loss is None:
         return (None,) * 10
     hand_out(ctx)
@@ -132,7 +149,7 @@ def _backward_traced(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Any, ...
 
 
 linear_policy_loss_op.register_autograd(first_order(_backward_traced), setup_context=_setup_loss)
-EagerLinearPolicyLoss = differentiable(_loss_and_gradients, _setup_loss, _backward_loss)
+EagerLinearPolicyLoss = differentiable(_loss_and_gradients, _setup_loss, backward_loss)
 
 
 def linear_policy_loss(

@@ -8,13 +8,14 @@ from ppg_fast.reference.partial_returns import lagged_returns, masked_returns, p
 from ppg_fast.reference.policy_loss import kept_sequences, loss_from_logprobs, policy_loss, shared_divisor
 from ppg_fast.reference.policy_term import clipped, importance_weight, k3, policy_term, ratio_of
 from ppg_fast.reference.turn_regression import Residuals, turn_residuals
-from ppg_fast.reference.turns import of_tokens, sum_of_turns, turn_mask
+from ppg_fast.reference.turns import first_of_turns, of_tokens, sum_of_turns, turn_mask
 
 __all__ = [
     "Residuals",
     "clipped",
     "consecutive_ids",
     "distillation",
+    "first_of_turns",
     "group_sum",
     "importance_weight",
     "k3",

@@ -1,5 +1,5 @@
-"""Where turns are: which (dialogue, turn) pairs exist, what a turn's value is to each of its tokens, and the sum of
-theirs."""
+"""Where turns are: which (dialogue, turn) pairs exist, what a turn's value is to each of its tokens, the sum of theirs
+and the first of them."""
 
 import torch
 from torch import Tensor
@@ -34,3 +34,13 @@ def sum_of_turns(
     nowhere = S * T  # a place beyond all turns, for tokens that are not active
     at = torch.where(active, dialogue_ids * T + turn_ids, nowhere)
     return group_sum(torch.where(active, values, 0.0).double(), at, nowhere + 1)[:nowhere].view(S, T)
+
+
+def first_of_turns(active: Tensor, turn_ids: Tensor, dialogue_ids: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(S, T) int64 = ``shape``: the number of each turn's first active token, N where it has none; tokens as
+    `sum_of_turns` takes them."""
+    (S, T), N = shape, active.numel()
+    at = torch.where(active, dialogue_ids * T + turn_ids, S * T)
+    numbers = torch.arange(N, device=at.device)
+    none = torch.full((S * T + 1,), N, device=at.device)
+    return none.scatter_reduce(0, at, numbers, "amin")[: S * T].view(S, T)

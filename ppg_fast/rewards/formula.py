@@ -16,6 +16,8 @@ from ppg_fast.rewards.reward_model import RewardModel
 from ppg_fast.rewards.scoring import Reward, Scorer
 from ppg_fast.rewards.values import read_text
 
+INVERSE_SOFT_Q = "inverse_soft_q"
+OF_TWO_MODELS = ("logratio", INVERSE_SOFT_Q)
 TERM = re.compile(
     r"(?:(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*\*\s*)?(?P<what>.+?)(?:@(?P<scope>turn|dialogue))?"
 )
@@ -36,15 +38,17 @@ def make_rewards(
     device: torch.device | str = "cpu",
     template_date: str = "",
     loaded: dict[str, ModuleType] | None = None,
-    log_ratio: Callable[[str], Scorer] | None = None,
+    of_two_models: Callable[[str, str], Scorer] | None = None,
+    human: Callable[[str], Scorer] | None = None,
 ) -> list[Reward]:
     """The terms of ``formula``, separated by " + ", each ``[WEIGHT*]WHAT[@turn|@dialogue]``.
 
-    WHAT is ``file.py:function``, ``module:function``, ``model:FOLDER``, ``logratio:MODEL,BASE``, ``judge``,
-    ``judge:RUBRIC`` (a text file) or ``ratings:FILE``. The scope is turn but for ratings and logratio, which give each
-    turn its number. ``log_ratio`` makes the scorer of its two models. ``judge`` makes the
-    endpoint where a term wants one, and it may say ``judge_tokens`` tokens. ``template_date``: what the templates of
-    reward models are told. ``loaded``: files that are loaded already. ValueError names the term that cannot be read.
+    WHAT is ``file.py:function``, ``module:function``, ``model:FOLDER``, ``logratio:MODEL,BASE``,
+    ``inverse_soft_q:MODEL,BASE``, ``judge``, ``judge:RUBRIC`` (a text file) or ``ratings:FILE``. The scope is turn but
+    for ratings and what is of two models, which give each turn its number; ``of_two_models`` makes the latter's scorer
+    of its name and what stands behind the colon, ``human`` that of ``human:FOLDER``. ``judge`` makes the endpoint where
+    a term wants one, and it may say ``judge_tokens`` tokens. ``template_date``: what the templates of reward models are
+    told. ``loaded``: files that are loaded already. ValueError names the term that cannot be read.
     """
     rewards: list[Reward] = []
     loaded = {} if loaded is None else loaded  # one module for all functions of a file
@@ -63,8 +67,12 @@ def make_rewards(
             name, scorer = kind, Judge(judge(), rubric, scope=scope, low=low, high=high, **settings)
         elif kind == "model":
             name, scorer = Path(rest).name, RewardModel(rest, device, date=template_date)
-        elif kind == "logratio" and log_ratio is not None:
-            name, scorer, scope = kind, log_ratio(rest), "dialogue"
+        elif kind in OF_TWO_MODELS and of_two_models is not None:
+            name, scorer, scope = kind, of_two_models(kind, rest), "dialogue"
+        elif kind == "human" and human is not None:
+            name, scorer = kind, human(rest)
+        elif kind == "human":
+            raise ValueError(f"people rate what a run says (ppg-fast train), not a file: ratings:FILE, got {what!r}")
         elif kind == "ratings":
             name, scorer, scope = kind, Ratings(rest), "dialogue"
         else:

@@ -46,7 +46,7 @@ def read_labels(data: str, ratings: str | None, own: str | None, strict: bool) -
         theirs = [Label((d,), 1.0, d.group_id) for d in read.dialogues]
         return "demonstrations", [*theirs, *_of_own(own, strict)]
     if ratings:
-        return "ratings", _rated(read.dialogues, ratings)
+        return "ratings", rated(read.dialogues, Ratings(ratings))
     mixed = f"{data} must hold labels of one kind"
     require(pairs in (0, len(read.dialogues)), f"{mixed}: pairs, or dialogues with rewards", dict(read.formats))
     if pairs:
@@ -102,9 +102,10 @@ def _margin(dialogue: Dialogue) -> float | None:
     return None if tie else float(margin or 0)
 
 
-def _rated(dialogues: Sequence[Dialogue], path: str) -> list[Label]:
-    """Ratings in units of each rater's own spread about the rater's own mean, then the mean over the raters."""
-    given = Ratings(path)
+def rated(dialogues: Sequence[Dialogue], given: Ratings) -> list[Label]:
+    """Ratings in units of each rater's own spread about the rater's own mean, then the mean over the raters; a label
+    for each dialogue that has one. ValueError for none, and for the rating of a turn that its dialogue has not."""
+    path = given.path
     known = {d.id: len(d.turn_rewards) for d in dialogues}
     by_rater: dict[object, list[tuple[str, int, float]]] = {}
     for name, turns in given.ratings.items():

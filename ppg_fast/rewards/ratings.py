@@ -18,16 +18,17 @@ class Ratings:
 
     ``turn`` counts the assistant's messages from 0; left out, the rating is that of the last turn. ``rater`` may be
     left out where a turn has one rating only; further keys are ignored, but not a second spelling of these four.
-    ValueError names file and line: malformed, a rating that is no finite number, a rater twice at one turn; and a
-    rating of a turn that its dialogue has not.
+    ``content``: what is read in place of the file. ValueError names file and line: malformed, a rating that is no
+    finite number, a rater twice at one turn; and a rating of a turn that its dialogue has not.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, content: bytes | None = None) -> None:
         self.path = path
         self.ratings: dict[str, dict[int | None, dict[str | int | None, float]]] = {}
         self.used: set[str] = set()
+        content = Path(path).read_bytes() if content is None else content
         # lines end at "\n" only: a name may hold what else Python takes for an end of line
-        for number, line in enumerate(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
             if line.strip():
                 self._add(line, f"{path}, line {number}")
         if not self.ratings:

@@ -89,7 +89,7 @@ def collect_groups(
     """``group_size`` rollouts of each seed, which share the partner and ``group_id``. Same weights, seeds and
     generator: same rollouts.
 
-    ``model``: a causal LM, or an `EndpointSampler`, whose own temperature counts. ``generator`` lives on the model's
+    ``model``: a causal LM, or an `EndpointSampler`, whose own settings count. ``generator`` lives on the model's
     device and gives every dialogue its own randomness, so that ``batch_size``, the dialogues generated at once, decides
     memory and speed only, up to rounding. Temperature 0 takes the most likely token; ``top_p`` and ``top_k`` as
     `LocalSampler` has them. A dialogue stops when its environment is done, at ``max_turns``, or where its next answer

@@ -34,7 +34,8 @@ class Objective:
 
     ``soft_q``: soft Q-learning (`ppg.soft_q_loss`) in their place, with the weights at the start as its reference.
     ``replay``: steps whose dialogues are drawn again, as many as are new; soft Q-learning alone takes dialogues of
-    another policy as they are.
+    another policy as they are. With ``imitate`` it knows no rewards and no mean returns, and its loss is taken times
+    1 / cql_coef over the dialogues: supervised fine-tuning plus delta_t^2 / (2 cql_coef) of each turn.
 
     ``nll_coef``: the loss gains this times the mean of -l over the tokens of turns whose windowed return is positive
     (VAPO, arXiv:2504.05118). ``teacher``: its divergence joins the loss of every token.
@@ -86,6 +87,13 @@ class Objective:
         require(plain, f"{rule} the default spec, its distance to another policy is its own", self.spec)
         require(not (self.soft_q and self.candidates), "soft Q-learning goes with no candidates", self.candidates)
         require(not (self.soft_q and self.eta), "soft Q-learning goes with eta 0", self.eta)
+        weighs = not (self.soft_q and self.imitate) or self.soft_q.cql_coef > 0
+        require(weighs, "imitation with soft Q-learning goes with cql_coef > 0, what is imitated", self.soft_q)
+
+    @property
+    def soft_q_of_rewards(self) -> bool:
+        """Whether soft Q-learning is of rewards, and not of demonstrations."""
+        return self.soft_q is not None and not self.imitate
 
 
 @dataclass(frozen=True)
@@ -204,7 +212,9 @@ def tokens_to_read(batch: PackedBatch, advantages: Tensor, objective: Objective)
 
 def denominator(batch: PackedBatch, objective: Objective) -> float | None:
     """What the loss is divided by, over all micro-batches of ``batch``: its labels, the dialogues that have one, or for
-    soft Q-learning the turns that do."""
+    soft Q-learning the turns that do; where that imitates, the dialogues times what it weighs their likelihood by."""
+    if objective.soft_q and objective.imitate:
+        return objective.soft_q.cql_coef * max(1.0, float(len(batch.dialogue_ids[batch.labels >= 0].unique())))
     if objective.soft_q:
         return max(1.0, float((batch.sum_of_turns(torch.ones(len(batch.tokens))) > 0).sum()))
     reduction = objective.reduction
@@ -241,7 +251,7 @@ def require_targets(sample: Sample, name: str, objective: Objective) -> None:
         end = turn + length
         if turn in read and end < len(lengths) and end not in read:
             rule = f"dialogue {name!r}: the window of turn {turn} ends at turn {end}, which must be read for its value"
-            mend = "raise max_dialogue_tokens, or take policy_class full"
+            mend = "raise max_dialogue_tokens" + ("" if objective.imitate else ", or take policy_class full")
             raise ValueError(f"{rule} in soft Q-learning, got none of its tokens ({mend})")
 
 

@@ -1,7 +1,7 @@
 """The forward and backward passes of a step: which dialogues each reads, and what is known of them before."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -147,8 +147,9 @@ def loss_of(one: Pass, module: nn.Module, objective: Objective, normalizer: floa
             teacher=objective.teacher,
             score_norms=score_norms,
         )
+    unpaid = replace(one.batch, rewards=torch.zeros_like(one.batch.rewards)) if objective.imitate else one.batch
     out = module(
-        one.batch,
+        unpaid,
         None,
         objective.soft_q,
         policy_class=objective.policy_class,
@@ -171,12 +172,16 @@ def compare_with(passes: Sequence[Pass], mean_returns: Sequence[float]) -> None:
         one.offsets = torch.nn.functional.pad(known, (0, lacking)).to(one.batch.rewards.device)
 
 
-def weighed(passes: Sequence[Pass], batch: PackedBatch, beta: float, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """What the last passes of soft Q-learning gave the turns of ``batch``, (S, T) float32 in units of the reward: the
-    value of each, and the advantage that its tokens were weighed with, -beta times its residual."""
+def weighed(passes: Sequence[Pass], batch: PackedBatch, objective: Objective, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """What the last passes of soft Q-learning gave the turns of ``batch``, (S, T) float32: the value of each in units
+    of the reward, and what its tokens were weighed with: the advantage in the same units, -beta times its residual, or
+    in imitation 1 - residual / cql_coef."""
+    assert objective.soft_q
     values = of_all(passes, [one.values for one in passes], batch, ranks)
     residuals = of_all(passes, [one.residuals for one in passes], batch, ranks)
-    return values.float(), (-beta * residuals).float()
+    if objective.imitate:
+        return values.float(), (batch.turn_mask.double() - residuals / objective.soft_q.cql_coef).float()
+    return values.float(), (-objective.soft_q.beta * residuals).float()
 
 
 def of_all(passes: Sequence[Pass], found: Sequence[Tensor | None], batch: PackedBatch, ranks: Ranks) -> Tensor:

@@ -97,7 +97,7 @@ class TrainingState:
             optimizer,
             reference=StartingWeights(model) if compared else None,
             chooser=WindowChooser(objective.candidates, fixed=fixed) if objective.candidates else None,
-            experience=Experience(objective.replay, objective.gamma) if objective.soft_q else None,
+            experience=Experience(objective.replay, objective.gamma) if objective.soft_q_of_rewards else None,
             critic=Critic() if objective.baseline == VALUE else None,
         )
 

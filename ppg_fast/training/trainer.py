@@ -40,16 +40,20 @@ def optimise(
     schedule: Schedule,
     state: TrainingState | None = None,
     ranks: Ranks | None = None,
+    again: Callable[[int, int], Sequence[Sample]] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Train ``model`` in place; yield the metrics of each step after it was taken, so that the caller may look,
     evaluate, save or stop.
 
     ``collect(step)`` gives the dialogues of a step: on-policy, it rolls out the model as it is now. ``state``: where to
     go on from, kept up to date. ``ranks``: who trains it together, after `Ranks.shard`; each of them collects the
-    dialogues of all, and all of them yield the same metrics. NotFinite after too many skipped steps, or at the end
-    where all were skipped; the weights are those before them. `Stopped` at a signal, where the process listens to
-    them: between two passes before the weights move, so that ``state`` is that of the last step that was yielded.
+    dialogues of all, and all of them yield the same metrics. ``again(step, count)``: for soft Q-learning, up to
+    ``count`` dialogues of earlier steps that come again, as what it remembers itself. NotFinite after too many skipped
+    steps, or at the end where all were skipped; the weights are those before them. `Stopped` at a signal, where the
+    process listens to them: between two passes before the weights move, so that ``state`` is that of the last step that
+    was yielded.
     """
+    require(again is None or objective.soft_q is not None, "again must be None without soft_q", again)
     ranks = ranks or Ranks()
     state = state or TrainingState.start(model, objective, schedule)
     for step in range(state.step + 1, schedule.max_steps + 1):
@@ -58,10 +62,11 @@ def optimise(
         samples = collect(step)
         set_learning_rate(state.optimizer, rate)
         now = replace(objective, policy_class=chooser.current, scale=chooser.scale) if chooser else objective
-        again, mean_returns = remembered(state.experience, step, samples)
-        beside = again, mean_returns, state.critic
+        known, mean_returns = remembered(state.experience, step, samples)
+        old = [*known, *(again(step, len(samples)) if again else ())]
+        beside = old, mean_returns, state.critic
         metrics = update(model, state.optimizer, samples, now, schedule, state.reference, ranks, *beside)
-        read = [*samples, *again]
+        read = [*samples, *old]
         state.skipped.observe(step, read, metrics["loss"], metrics["grad_norm"], schedule.max_skipped_steps)
         if state.experience and not state.skipped.in_a_row:
             state.experience.take_in(samples, mean_returns)
@@ -155,7 +160,7 @@ def update(
     new, shared_ratios = slice(len(samples)), objective.num_iterations > 1
     fresh = batch.part(range(len(samples))) if again else batch
     if objective.soft_q:
-        values, advantages = weighed(passes, batch, objective.soft_q.beta, ranks)
+        values, advantages = weighed(passes, batch, objective, ranks)
         regression = by_turn("turns/value", values[new], fresh.turn_mask)
     lesson: dict[str, Any] = {}
     if critic:

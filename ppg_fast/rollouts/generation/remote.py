@@ -8,8 +8,11 @@ import torch
 
 from ppg_fast.endpoint import Endpoint
 from ppg_fast.replies import first_choice
-from ppg_fast.rollouts.generation import llama_cpp
+from ppg_fast.rollouts.generation import llama_cpp, vllm
 from ppg_fast.rollouts.generation.answers import Answer, Request
+from ppg_fast.rollouts.generation.local import MOST_KEPT
+from ppg_fast.rules import require_integer, require_number
+from ppg_fast.spec import require
 
 # no truncation of the distribution and no penalty, whatever the server's or the model's own defaults are
 PLAIN = {
@@ -44,6 +47,10 @@ class EndpointSampler:
     of a token after which the text stops within a character, is asked for by itself. ``positions``: how many tokens
     the policy reads at most; the attribute is no more than what the server's context has room for, where it lists that.
     ``unknown``: a token may come without a log-prob (null, vLLM's -9999), which then is NaN.
+
+    ``top_p`` < 1 or ``top_k`` > 0: tokens are drawn from kept sets, of at most 512 without ``top_k``, which come with
+    the answers, and log-probs are over them. vLLM >= 0.28 alone hands them over, by ``/inference/v1/generate`` (fields
+    ``token_ids``, ``logprobs.content``, ``sampling_mask``). ValueError for llama.cpp and SGLang.
     """
 
     def __init__(
@@ -54,19 +61,27 @@ class EndpointSampler:
         banned: Sequence[int] = (),
         positions: int | None = None,
         unknown: bool = False,
+        top_p: float = 1.0,
+        top_k: int = 0,
     ) -> None:
         self.endpoint, self.vocab_size, self.unknown = endpoint, vocab_size, unknown
         self.end_ids = [end_ids] if isinstance(end_ids, int) else list(end_ids)
         self.bans = [[token, False] for token in banned]
         listed = endpoint.models()
         self.native = any(model.get("owned_by") == "llamacpp" for model in listed)
+        require_number("top_p", top_p, 0.0, 1.0, open_low=True)
+        require_integer("top_k", top_k, 0)
+        self.truncation = {"top_p": top_p, "top_k": top_k or MOST_KEPT} if top_p < 1 or top_k else None
+        owners = [model.get("owned_by") for model in listed]
+        rule = f"a sampler endpoint with top_p or top_k must be vLLM >= 0.28 ({vllm.SERVED})"
+        require(self.truncation is None or not set(owners) & set(vllm.OTHERS), rule, ", ".join(map(str, owners)))
         self.positions = min(filter(None, (positions, _context(endpoint.model, listed))), default=2**62)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """All requests at once, as far as the endpoint's concurrency goes. EndpointError where an answer is not made of
         tokens."""
         seeds = [int(torch.randint(2**31, (1,), generator=request.random)) for request in requests]
-        ask = self._llama_cpp if self.native else self._completion
+        ask = self._llama_cpp if self.native else self._completion if self.truncation is None else self._from_sets
         return self.endpoint.map(lambda pair: ask(*pair), list(zip(requests, seeds, strict=True)))
 
     def _completion(self, request: Request, seed: int) -> Answer:
@@ -87,6 +102,24 @@ class EndpointSampler:
             return self._checked(choice.get("token_ids"), values, choice.get("finish_reason"), stop, request.limit)
 
         return self.endpoint.post("/completions", payload, read)
+
+    def _from_sets(self, request: Request, seed: int) -> Answer:
+        of_length = {"max_tokens": request.limit, "stop_token_ids": self.end_ids, "seed": seed, "logprobs": 0}
+        settings = {**PLAIN, **(self.truncation or {}), **of_length}
+        payload = {"model": self.endpoint.model, "token_ids": request.tokens, "sampling_params": settings}
+
+        def read(answer: dict[str, Any]) -> Answer:
+            choice = first_choice(answer)
+            usage = answer.get("usage")
+            count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+            if count not in (None, len(request.tokens)):
+                raise ValueError(f"a sampler must read the {len(request.tokens)} tokens it is given, but read {count}")
+            tokens, values = choice.get("token_ids"), vllm.logprobs_in(choice)
+            found = self._checked(tokens, values, choice.get("finish_reason"), None, request.limit)
+            found.kept = vllm.sets_of(choice, found.tokens, self.vocab_size)
+            return found
+
+        return self.endpoint.request("POST", vllm.address(self.endpoint), payload, read)
 
     def _llama_cpp(self, request: Request, seed: int) -> Answer:
         settings = {"n_predict": request.limit, "seed": seed, **llama_cpp.PLAIN, "logit_bias": self.bans}
