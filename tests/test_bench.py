@@ -36,7 +36,7 @@ def test_every_provider_computes_the_same(op):
         entries, missing = entries_of(op, index)
         computed = [e for e in entries if e["extra_info"]["kind"] != "ceiling"]
         assert any(e["extra_info"]["kind"] == "ours" for e in computed)
-        assert any(e["extra_info"]["kind"] == "peer" for e in computed)
+        assert op == "critic" or any(e["extra_info"]["kind"] == "peer" for e in computed)  # two steps of our own
         assert {e["param"]: e["extra_info"]["error"] for e in computed if not e["extra_info"]["correct"]} == {}
         assert [reason for reason in missing.values() if reason.startswith("failed")] == []
 

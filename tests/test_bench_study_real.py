@@ -379,7 +379,7 @@ def test_the_prediction_asks_the_command(tmp_path, monkeypatch):
         asked.append((arguments, environment))
         (tmp_path / "window-5").mkdir()
         kept = {name: PREDICTED[name] for name in ("window", "weights", "last_clear_lag", "rollouts", "lags")}
-        more = {"groups": 64, "mean_return": 1.0, "standard_errors": 2.5, "classes": {}, "seconds": 9.0}
+        more = {"groups": 64, "mean_return": 1.0, "classes": {}, "seconds": 9.0}
         (tmp_path / "window-5/window.json").write_text(json.dumps({**kept, **more}))
         return command.Ran(0, 9.0, 8.0, 1)
 

@@ -33,7 +33,7 @@ def predict(delay: int, model: Path, judge: Path, work: Path) -> dict[str, Any]:
     flags = command.flags({**given, "output_dir": str(folder)})
     ran = command.run(["ppg_fast", "compare", "--overwrite", *flags], environment(judge), log)
     found = json.loads((folder / "window.json").read_text())
-    kept = ("rollouts", "groups", "mean_return", "standard_errors", "lags", "last_clear_lag", "window", "weights")
+    kept = ("rollouts", "groups", "mean_return", "lags", "last_clear_lag", "window", "weights")
     return {
         **{name: found[name] for name in kept},
         "classes": found["classes"],

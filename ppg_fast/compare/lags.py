@@ -66,9 +66,11 @@ class LagSignals:
         inner = torch.cat([(pairs / (groups * (groups - 1)))[None], without])
         means = torch.cat([squares.mean(0)[None], (squares.sum(0) - squares) / (groups - 1)])
         each = torch.einsum("pkm,qkm->kpq", X, X)
-        each = (each - torch.diag_embed(each.diagonal(dim1=1, dim2=2))).square().sum((1, 2))
-        by_chance = (2 * each).sqrt() / (groups * (groups - 1))
-        return Products(inner, means, by_chance, [str(c) for c in self.others], self.longest)
+        each = each - torch.diag_embed(each.diagonal(dim1=1, dim2=2))
+        spread = (2 * each.square().sum((1, 2))).sqrt()
+        skewness = 8 * torch.einsum("kpq,kqr,krp->k", each, each, each) / spread.clamp(min=1e-300) ** 3
+        by_chance = spread / (groups * (groups - 1))
+        return Products(inner, means, by_chance, skewness, [str(c) for c in self.others], self.longest)
 
 
 def _padded(values: Tensor, rows: int, columns: int) -> Tensor:
@@ -105,12 +107,14 @@ class Estimate:
 @dataclass(frozen=True)
 class Products:
     """``inner`` (1 + P, K, K): <g, g'> of all P groups, then with each left out; ``squares`` likewise of one dialogue's
-    own. ``by_chance`` (K,): the standard error of |g|^2 where g is 0, from the products of groups in pairs. K: the
-    ``others``, then the ``lags``."""
+    own. ``by_chance`` (K,): the standard error of |g|^2 where g is 0, from the products of groups in pairs, and
+    ``skewness`` (K,): its third moment over that cubed; both over random signs of the groups. K: the ``others``, then
+    the ``lags``."""
 
     inner: Tensor
     squares: Tensor
     by_chance: Tensor
+    skewness: Tensor
     others: list[str]
     lags: int
 
@@ -147,24 +151,33 @@ class Products:
         return {name: Estimate.jackknife(values[:, :-1]) for name, values in found.items()}
 
 
-def threshold(lags: int) -> float:
-    """Standard errors by chance beyond which a lag is clear: two, and more where so many lags are looked at that one
-    would often lie beyond by chance (Bonferroni)."""
-    return max(CLEAR, NormalDist().inv_cdf(1 - ALARMS / lags))
+def threshold(skewness: Tensor, lags: int) -> Tensor:
+    """Standard errors by chance beyond which a lag is clear, (K,): two, and more where so many ``lags`` are looked at
+    that one would often lie beyond by chance (Bonferroni), or where what chance gives is skewed.
+
+    The products of groups that point in many directions add up to a normal number; of groups that all point one way or
+    against it, to the square of one. In between lies chi-square of n degrees of freedom, centred and scaled, n by the
+    skewness, sqrt(8 / n); its quantile by Wilson and Hilferty (1931).
+    """
+    z = NormalDist().inv_cdf(1 - ALARMS / lags)
+    n = (8 / skewness.clamp(min=1e-3).square()).clamp(min=1.0)
+    quantile = n * (1 - 2 / (9 * n) + z * (2 / (9 * n)).sqrt()) ** 3
+    return ((quantile - n) / (2 * n).sqrt()).clamp(min=CLEAR)
 
 
 def measure(signals: LagSignals, classes: Sequence[PolicyClass], dialogues: int) -> dict[str, Any]:
     """Lags, the window that they predict and the classes beside it, as a report has them. ``dialogues``: of a training
     step.
 
-    The window ends with the last lag whose signal lies beyond `threshold` standard errors of one that is there by
-    chance; without one it is full planning: what was not seen is not known to be absent, and full planning has no bias.
-    Chosen on the same rollouts that it is judged on, which favours it.
+    The window ends with the last lag whose signal lies beyond its ``least``, `threshold` standard errors of one that is
+    there by chance; without one it is full planning: what was not seen is not known to be absent, and full planning has
+    no bias. Chosen on the same rollouts that it is judged on, which favours it.
     """
     products = signals.products()
     lags = products.compare([single_lag(d) for d in range(products.lags)], dialogues)
-    by_chance, least = products.by_chance[len(products.others) :], threshold(products.lags)
-    clear = (lags["signal"].value > least * by_chance).tolist()
+    by_chance, skewness = (x[len(products.others) :] for x in (products.by_chance, products.skewness))
+    least = threshold(skewness, products.lags) * by_chance
+    clear = (lags["signal"].value > least).tolist()
     last = max((d for d, yes in enumerate(clear) if yes), default=None)
     window = FullPlanning() if last is None or last + 1 >= products.lags else Lookahead(last + 1)
     window = Greedy() if last == 0 and products.lags > 1 else window
@@ -178,9 +191,8 @@ def measure(signals: LagSignals, classes: Sequence[PolicyClass], dialogues: int)
         "groups": len(signals.gradients),
         "turns": signals.turns,
         "dialogues_per_step": dialogues,
-        "standard_errors": least,
         "lags": [
-            {"lag": d, "clear": clear[d], "by_chance": float(by_chance[d]), **row}
+            {"lag": d, "clear": clear[d], "by_chance": float(by_chance[d]), "least": float(least[d]), **row}
             for d, row in enumerate(_by_row(lags))
         ],
         "last_clear_lag": last,

@@ -127,8 +127,7 @@ def window(found: dict[str, Any], clear: float) -> str:
     for row in found["lags"]:
         value, error = row["signal"]["value"], row["signal"]["error"]
         left.bar(row["lag"], value, color="C3" if row["clear"] else "C7", yerr=clear * error, ecolor="black", capsize=3)
-        chance = found["standard_errors"] * row["by_chance"]
-        left.hlines(chance, row["lag"] - 0.4, row["lag"] + 0.4, color="C0", linestyle=":")
+        left.hlines(row["least"], row["lag"] - 0.4, row["lag"] + 0.4, color="C0", linestyle=":")
     left.axhline(0, color="black", linewidth=0.8)
     left.set(xlabel="lag: turns from an answer to the reward", ylabel="squared length of the lag's gradient")
     left.set(title=f"What answers move, window {found['window']}", xticks=[row["lag"] for row in found["lags"]][:40])

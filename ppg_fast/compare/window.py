@@ -37,8 +37,9 @@ SETTINGS = (  # of `ppg-fast train` that rollouts depend on
 
 READING = f"""Lag d: the reward d turns after an answer. Signal: squared length of the gradient that the rewards at this
 lag give, an unbiased estimate: 0 where no answer moves a reward d turns later; ± one standard error, by the jackknife
-over groups of rollouts of one opening. By chance: the standard error of a lag whose true signal is 0. Clear: beyond two
-of these, and beyond more where so many lags are looked at that one would often lie there by chance. Share: what the lag
+over groups of rollouts of one opening. By chance: what a lag whose true signal is 0 may reach, two of its standard
+errors, and more where many lags are looked at or scores point one way; among 20 measurements without any signal about
+one has a lag beyond it. Clear: beyond it. Share: what the lag
 contributes to the gradient of full planning along it; all lags add up to 100 %, and one can be negative. Window: up to
 the last clear lag. Bias: squared distance of a class's expected gradient from that of full planning, in squared lengths
 of the latter. Alignment: the expected cosine of one training step's gradient with that of full planning, which bias and
@@ -158,8 +159,7 @@ def verdict(found: dict[str, Any]) -> str:
     """The window in a sentence or two."""
     last, rollouts = found["last_clear_lag"], found["rollouts"]
     if last is None:
-        least = f"{found['standard_errors']:.1f} standard errors"
-        return f"window: full. No lag beyond {least} in {rollouts} rollouts: full planning, or more of them"
+        return f"window: full. No lag beyond what chance gives in {rollouts} rollouts: full planning, or more of them"
     text = (
         f"window: {found['window']}. Answers move rewards up to {last} turns later, as far as {rollouts} rollouts tell"
     )
@@ -174,9 +174,9 @@ def lag_table(found: dict[str, Any]) -> Table:
     """The lags."""
     rows = []
     for r in found["lags"]:
-        signal, chance = _number(r["signal"], ".3g"), f"{r['by_chance']:.3g}"
-        rows.append((str(r["lag"]), signal, chance, "clear" if r["clear"] else "", _number(r["share"], ".0%")))
-    return Table(("lag", "signal", "by chance", "", "share"), rows)
+        signal, least = _number(r["signal"], ".3g"), f"{r['least']:.3g}"
+        rows.append((str(r["lag"]), signal, least, "clear" if r["clear"] else "", _number(r["share"], ".0%")))
+    return Table(("lag", "signal", "by chance up to", "", "share"), rows)
 
 
 def class_table(found: dict[str, Any]) -> Table:
