@@ -193,12 +193,16 @@ def test_every_grid_is_planned(grid, device):
 
 # ---- instructions ----------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(instructions.why_not() is not None, reason=str(instructions.why_not()))
-def test_the_row_kernel_needs_no_more_instructions_than_when_it_was_measured(tmp_path):
+def test_the_row_kernel_needs_no_more_instructions_than_when_it_was_measured(tmp_path, monkeypatch):
     results = render.load(ROOT / render.FOLDER)
     stored = next(file["instructions"] for name, file in results.items() if name.startswith("instructions.cpu"))
     case = {"kernel": "policy_loss", "dtype": "bfloat16", "isa": "avx2"}
     before = next(c["per_element"] for c in stored if c.items() >= case.items())
     program = instructions.build(tmp_path, case["dtype"], case["isa"])
     assert instructions.per_element(program, case["kernel"]) < 1.1 * before
+    monkeypatch.setattr(instructions, "TIMED", (512, 8192))
+    taken = instructions.times(program, case["kernel"])
+    assert list(taken) == list(instructions.FIELDS)
+    assert taken["one_row"] > taken["read"] > 0  # exponentials of a row in the cache, and a sum of all rows
     with pytest.raises(ValueError, match="exit status 3"):
         instructions.count(program, "no kernel", 1, 8)

@@ -37,16 +37,16 @@ SETTINGS = (  # of `ppg-fast train` that rollouts depend on
 
 READING = f"""Lag d: the reward d turns after an answer. Signal: squared length of the gradient that the rewards at this
 lag give, an unbiased estimate: 0 where no answer moves a reward d turns later; ± one standard error, by the jackknife
-over groups of rollouts of one opening. By chance: what a lag whose true signal is 0 may reach, two of its standard
-errors, and more where many lags are looked at or scores point one way; among 20 measurements without any signal about
-one has a lag beyond it. Clear: beyond it. Share: what the lag
-contributes to the gradient of full planning along it; all lags add up to 100 %, and one can be negative. Window: up to
-the last clear lag. Bias: squared distance of a class's expected gradient from that of full planning, in squared lengths
-of the latter. Alignment: the expected cosine of one training step's gradient with that of full planning, which bias and
-noise both lower; as ratios of estimates, cosine and alignment may pass 1, and they are empty where full planning's own
-gradient was lost in noise. Scores are the gradients of an answer's log-prob at the output head's input. Bars: {CLEAR:g}
-standard errors. All of it is about the policy as it is; after training the window may be another. Window and weights
-were chosen on the rollouts that they are judged on here, which favours them."""
+over groups of rollouts of one opening. By chance up to: what a lag whose true signal is 0 may reach, two of its
+standard errors, and more where many lags are looked at or scores point one way; among 20 measurements without any
+signal about one has a lag beyond it. Clear: beyond it. Share: what the lag contributes to the gradient of full planning
+along it; all lags add up to 100 %, and one can be negative. Window: up to the last clear lag. Bias: squared distance of
+a class's expected gradient from that of full planning, in squared lengths of the latter. Alignment: the expected cosine
+of one training step's gradient with that of full planning, which bias and noise both lower; as ratios of estimates,
+cosine and alignment may pass 1, and they are empty where full planning's own gradient was lost in noise. Scores are the
+gradients of an answer's log-prob at the output head's input. Bars: {CLEAR:g} standard errors. All of it is about the
+policy as it is; after training the window may be another. Window and weights were chosen on the rollouts that they are
+judged on here, which favours them."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -58,7 +58,6 @@ class Job(ABC):
         self.config, self.policy = config, Policy(config, make_tokenizer, ranks)
         self.objective = self.policy.objective()
         self.human = human_of(config)  # who rewards every step, where people do
-        self.fitted: RefittedModel | None = None  # who learns from them, where a model does
         self.rollout_metrics: dict[str, Any] = {}  # of the step under way, logged as phase rollout
 
     @abstractmethod
@@ -80,6 +79,11 @@ class Job(ABC):
     def start(self, run: ResumableRun, progress: Progress) -> None:
         """What comes before the first evaluation: an introduction, a warm start."""
         del run, progress
+
+    @property
+    def fitted(self) -> "RefittedModel | None":
+        """Who learns from people and rewards, where a model does."""
+        return self.policy.fitted
 
     @property
     def scored(self) -> bool:

@@ -55,7 +55,7 @@ class PersonaJob(Job):
             require(not limit or length < limit, rule, length)
         asked = bool(config.reward or config.judge) and not self.human
         self.named = rewards_of_new_answers(config, self.policy.model.device) if asked else []
-        self.fitted = self.policy.fitted = refitted(self.named)
+        self.policy.fitted = refitted(self.named)
         self.rewarding = Rewarding(self.named, self.objective)
         self.reported = (*type(self).reported, *(["eval/interview"] if self.named else []))
 

@@ -60,7 +60,7 @@ class PromptsJob(Job):
         own = own_rewards(self.tools) if self.tools and not self.human else []
         asked = not self.human and (bool(config.reward or config.judge) or not own)
         self.named = rewards_of_new_answers(config, policy.model.device, loaded) if asked else []
-        self.fitted = policy.fitted = refitted(self.named)
+        policy.fitted = refitted(self.named)
         self.rewarding = Rewarding([*self.named, *own], self.objective)
         self.reported = () if self.human else type(self).reported
         require(
