@@ -121,13 +121,21 @@ def _critic(time: Time) -> list[Row]:
     return [(what.format(D), 1.05, over(*(time(name, D=D) for name in names))) for D in (128, 512)]
 
 
-def _leanest(file: dict[str, Any], case: dict[str, Any]) -> float | None:
+def _training_step(time: Time, file: dict[str, Any]) -> list[Row]:
+    what, at, names = "a whole step of 40,000 byte tokens", {"shape": "bytes", "N": 40_000}, ("ppg_fast", "TRL GRPO")
+    return [
+        (f"{what} / TRL's", 1.0, over(*(time(name, **at) for name in names))),
+        (f"{what}, peak of memory / TRL's", 1.0, _leanest(file, at, names[0])),
+    ]
+
+
+def _leanest(file: dict[str, Any], case: dict[str, Any], own: str = OURS) -> float | None:
     def peak(entry: Entry) -> int | None:
         return entry["extra_info"].get("peak_extra_bytes")
 
     here = [e for e in file["benchmarks"] if case.items() <= e["params"].items() and peak(e)]
     others = [peak(e) for e in here if e["extra_info"]["kind"] == "peer"]
-    return next((quotient(peak(e), min(others)) for e in here if e["param"] == OURS and others), None)
+    return next((quotient(peak(e), min(others)) for e in here if e["param"] == own and others), None)
 
 
 def _returns(time: Time) -> list[Row]:
@@ -159,7 +167,12 @@ MAKERS = {
     "soft_q": _soft_q,
     "linear_kept": _kept,
 }
-WITH_PEAKS = {"linear": _linear, "linear_frozen": _frozen, "distillation": _distillation}
+WITH_PEAKS = {
+    "linear": _linear,
+    "linear_frozen": _frozen,
+    "distillation": _distillation,
+    "training_step": _training_step,
+}
 
 
 def aims_section(results: Results) -> str:

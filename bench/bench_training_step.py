@@ -4,6 +4,7 @@ time it takes.
 A case with a ``shape`` is the other comparison, of whole trainers: `whole_step`.
 """
 
+import math
 import random
 import re
 import zlib
@@ -21,6 +22,8 @@ from .longest import longest_facts
 from .problem import Case, Problem, act_near_by, make_truth
 from .providers import Provider, Providers, gather
 from .step import require_transformers, step_with
+from .step_parts import parts
+from .timing import Pace
 
 TURNS, TOKENS_OF_A_TURN = 125, 24  # of the dialogue that stands in where no file is given
 CONTROL = 8  # token ids kept for roles
@@ -47,6 +50,11 @@ def cases(grid: str, device: str) -> list[Case]:
     dtype = "bfloat16" if device == "cuda" else "float32"
     swapped = Case("training_step", 16384, 32000, 256, device=device, dtype=dtype)
     return [swapped, whole_step.case("bytes", WHOLE_TOKENS, device, dtype)]
+
+
+def pace_of(case: Case, pace: Pace) -> Pace:
+    """Whole trainers are slow and few: both have the rounds that an interval wants."""
+    return replace(pace, slow=math.inf, own=pace.least) if case.shape else pace
 
 
 def _word_sample(messages: Sequence[tuple[str, str]], rewards: Sequence[float], vocabulary: int) -> Any:
@@ -141,12 +149,14 @@ def checker(problem: Any, case: Case) -> Callable[[Any], dict[str, float]]:
 
 
 def facts(problem: Any, provider: str, seconds: float) -> dict[str, Any]:
-    """Tokens per second, and the share of the step that the head and the loss take; of whole trainers, the longest
-    dialogue that fits."""
+    """Tokens per second, and the share of the step that the head and the loss take; of whole trainers, where the step
+    goes and the longest dialogue that fits."""
     if isinstance(problem, whole_step.WholeStep):
         tokens = len(problem.sample.tokens)
         speed = {"tokens": tokens, "active_tokens": problem.active_tokens, "tokens_per_second": tokens / seconds}
-        return {**speed, **longest_facts(problem.case, provider)}
+        with torch.enable_grad():
+            found = {"parts": parts(problem.steps[provider])}
+        return {**speed, **found, **longest_facts(problem.case, provider)}
     tokens, active = problem.batch.tokens.numel(), int(problem.head.mask.sum())
     share = problem.loss_share[provider]
     return {"tokens": tokens, "active_tokens": active, "tokens_per_second": tokens / seconds, "loss_share": share}

@@ -16,8 +16,8 @@ from .problem import Case, Problem
 from .providers import Provider, Unavailable
 from .timing import Contestant, Pace, cache_bytes, interleave, stats
 
-# A bench_X.py has cases, make, participants and checker; it may have settings, ceilings with ceiling_of, work, facts
-# and a clock.
+# A bench_X.py has cases, make, participants and checker; it may have settings, ceilings with ceiling_of, work, facts,
+# a clock and a pace_of its own.
 NAMES = (
     "policy_loss",
     "logprobs",
@@ -77,6 +77,7 @@ def measure(
     with a line saying so.
     """
     module = OPS[case.op]
+    pace = module.pace_of(case, pace) if hasattr(module, "pace_of") else pace
     torch._dynamo.reset()
     try:
         providers, missing = module.participants(case)

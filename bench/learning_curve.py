@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders that `ppg-fast train` wrote")
     parser.add_argument("--output", type=Path, default=result_file.FOLDER)
     arguments = parser.parse_args(argv)
-    curves = sorted((curve(run) for run in arguments.runs), key=lambda c: c["seed"])
+    curves = sorted((curve(run) for run in arguments.runs), key=lambda c: (c["policy_class"], c["seed"]))
     device = "cuda" if curves[0]["device"].startswith("cuda") else "cpu"
-    command = " ; ".join(f"ppg-fast train --seed {c['seed']}" for c in curves)
+    command = " ; ".join(f"ppg-fast train --policy-class {c['policy_class']} --seed {c['seed']}" for c in curves)
     file = machine.header(command, device) | {"curves": curves}
     result_file.write(arguments.output, f"learning_curve.{device}", file)
 

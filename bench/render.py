@@ -158,7 +158,7 @@ def _is(entry: Entry, case: dict[str, Any]) -> bool:
 
 
 def _learning_section(results: Results) -> str:
-    """Held-out return of each seed while it trains, as a share of the highest there is."""
+    """Held-out return of each class and seed while it trains, as a share of the highest there is."""
     text = ""
     for device, file in of(results, "learning_curve"):
         curves = file["curves"]
@@ -167,15 +167,9 @@ def _learning_section(results: Results) -> str:
         for c in curves:
             first, last = c["points"][0]["reward"], c["points"][-1]["reward"]
             shares = (f"{point['share']:.0%}" for point in c["points"])
-            rows.append((f"seed {c['seed']}", *shares, f"{first:.2f}", f"{last:.2f}", duration(c["seconds"])))
-        heads = (
-            f"{curves[0]['policy_class']} ({device})",
-            *(f"step {step}" for step in steps),
-            "return before",
-            "after",
-            "all of it",
-        )
-        text += table(heads, rows)
+            ends = f"{first:.2f}", f"{last:.2f}", duration(c["seconds"])
+            rows.append((f"{c['policy_class']}, seed {c['seed']}", *shares, *ends))
+        text += table((device, *(f"step {step}" for step in steps), "return before", "after", "all of it"), rows)
     return text or NOT_MEASURED
 
 

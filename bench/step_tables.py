@@ -1,5 +1,6 @@
 """The tables of whole steps: training steps with the loss swapped, whole trainers, other trainers with our head."""
 
+from collections.abc import Callable
 from typing import Any
 
 from .tables import (
@@ -55,4 +56,21 @@ def step_table(where: str, entries: list[Entry]) -> str:
     text += f"{info['tokens']:,} tokens, {info['active_tokens']:,} " + (
         "with a label" if hosts else "of them the policy's"
     )
-    return f"{text}\n\n" + table(("", *columns), [(e["param"], *(cell(e) for cell in columns.values())) for e in lines])
+    text += "\n\n" + table(("", *columns), [(e["param"], *(cell(e) for cell in columns.values())) for e in lines])
+    return text + "".join(_parts_table(what, lines) for what in PARTS if all("parts" in e["extra_info"] for e in lines))
+
+
+PARTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "seconds": ("time inside operators", duration),
+    "kept_bytes": ("kept for the backward pass", lambda size: f"{size / 2**20:,.0f} MiB"),
+}
+
+
+def _parts_table(what: str, entries: list[Entry]) -> str:
+    """Of everybody, the parts in the order of the first one's size, and their sum."""
+    title, written = PARTS[what]
+    found = [e["extra_info"]["parts"][what] for e in entries]
+    names = list(dict.fromkeys(name for own in found for name in own))
+    rows = [(name, *(written(own.get(name, 0.0)) for own in found)) for name in names]
+    rows.append(("all", *(written(sum(own.values())) for own in found)))
+    return "\n" + table((title, *(e["param"] for e in entries)), rows)

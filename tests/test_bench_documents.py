@@ -184,12 +184,13 @@ def test_command(tmp_path, capsys):
 
 
 def test_learning_curves_become_a_table(tmp_path):
-    for seed in (1, 0):
-        run = tmp_path / f"run{seed}"
+    arms = [("lookahead:3", 1), ("full", 0), ("lookahead:3", 0)]
+    for name, seed in arms:
+        run = tmp_path / f"{name}{seed}"
         run.mkdir()
         summary = dict.fromkeys(learning_curve.KEPT, 1) | {
             "seed": seed,
-            "policy_class": "lookahead:3",
+            "policy_class": name,
             "device": "cpu",
             "seconds": 12.3,
         }
@@ -199,7 +200,7 @@ def test_learning_curves_become_a_table(tmp_path):
             for step in (0, 8)
         ]
         (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*points, {"phase": "train", "step": 1}])))
-    learning_curve.main([str(tmp_path / "run1"), str(tmp_path / "run0"), "--output", str(tmp_path)])
+    learning_curve.main([*(str(tmp_path / f"{name}{seed}") for name, seed in arms), "--output", str(tmp_path)])
     text = render.SECTIONS["learning_curve"](render.load(tmp_path))
-    assert "| seed 0 | 40% | 80% | 2.00 | 3.00 | 12.3 s |" in text
-    assert text.index("seed 0") < text.index("seed 1")
+    assert "| full, seed 0 | 40% | 80% | 2.00 | 3.00 | 12.3 s |" in text
+    assert text.index("full, seed 0") < text.index("lookahead:3, seed 0") < text.index("lookahead:3, seed 1")

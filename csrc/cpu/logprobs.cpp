@@ -70,17 +70,29 @@ template <class E, bool CAP, bool ENT> void logprobs_bwd_rows(const LogprobsBwdA
                 c1 = plain_nan(float(-d_entropy / temperature * view.nats / sum));
     const Vec x_label = splat(load_one<E>(x + label));
     const float at_label = (CAP ? g * view.slope(x_label)[0] : g) + gradient<CAP, ENT>(x_label, view, max, c0, c1)[0];
-    int64_t v = 0;
-    for (; v + 2 * LANES <= a.V; v += 2 * LANES) {
-      const Pair p = E::load_pair(x + v);
-      E::store_pair(out + v, {gradient<CAP, ENT>(p.a, view, max, c0, c1), gradient<CAP, ENT>(p.b, view, max, c0, c1)});
-    }
+    Fetch fetch = fetch_next<E>(a, n, last, 1);
+    const auto sweep = [&](auto streams) __attribute__((always_inline)) {
+      int64_t v = 0;
+      for (; v + STEP <= a.V; v += STEP) {
+        fetch.step();
+        fetch_block(x + v);
+#pragma GCC unroll 2
+        for (int64_t w = v; w < v + STEP; w += 2 * LANES) {
+          const Pair p = E::load_pair(x + w);
+          const Pair d{gradient<CAP, ENT>(p.a, view, max, c0, c1), gradient<CAP, ENT>(p.b, view, max, c0, c1)};
+          decltype(streams)::value ? E::stream_pair(out + w, d) : E::store_pair(out + w, d);
+        }
+      }
+      return v;
+    };
+    int64_t v = out != x && can_stream(out) ? sweep(std::true_type{}) : sweep(std::false_type{});
     for (; v < a.V; v += LANES) {
       const int count = int(a.V - v < LANES ? a.V - v : LANES);
       store_tail<E>(out + v, count, gradient<CAP, ENT>(load_tail<E>(x + v, count, x[v]), view, max, c0, c1));
     }
     store_one<E>(out + label, at_label);
   }
+  finish_streaming();
 }
 
 template <class E> void logprobs_bwd_of(const LogprobsBwdArgs& a, int64_t first, int64_t last) {

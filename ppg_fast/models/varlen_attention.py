@@ -54,12 +54,13 @@ def varlen_attention(
             out = _causal(query, key, value, attention_mask, scaling, sliding_window, softcap)
     elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and (not softcap or flash_attn()):
         return _fused(query, key, value, scaling, sliding_window, softcap, cu_seq_lens_q, max_length_q), None
+    elif len(lengths := torch.diff(cu_seq_lens_q).tolist()) == 1:
+        out = _causal(query, key, value, None, scaling, sliding_window, softcap)
     else:
-        lengths = torch.diff(cu_seq_lens_q).tolist()
         parts = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
         outs = [_causal(q, k, v, None, scaling, sliding_window, softcap).transpose(1, 2) for q, k, v in parts]
         return torch.cat(outs, dim=1), None  # put together as the next product reads it: one copy, not two
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous(), None  # no copy where what comes out lies as a model's queries
 
 
 @cache
