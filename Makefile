@@ -113,7 +113,8 @@ study: $(VENV)/.dev
 	$(BIN)/python -m ppg_fast.bench.policy_classes $(STUDIES)
 	$(MAKE) study-rivals
 
-# Full planning beside a discount and a critic, by three kinds of noise, tabular: minutes.
+# Full planning beside a discount and a critic, by three kinds of noise: minutes; and in words.
+RIVALS_IN_WORDS := lookahead:3,segment:4,full,discount:0.9,gae:0.95
 RIVALS := greedy,lookahead:2,lookahead:3,lookahead:4,segment:4,full,discount:0.9,gae:0.5,gae:0.95
 OF_RIVALS := $(STUDY) --version tabular --policy-classes $(RIVALS)
 study-rivals: $(VENV)/.dev
@@ -121,6 +122,9 @@ study-rivals: $(VENV)/.dev
 	$(BIN)/ppg-fast $(OF_RIVALS) $(NOISE_$(noise)) --tune 8 --seeds 100 --output-dir runs/rivals-made-$(noise) && \
 	$(BIN)/ppg-fast $(OF_RIVALS) $(NOISE_$(noise)) --seeds 10 --problem drawn:0..79 --output-dir runs/rivals-drawn-$(noise) &&) true
 	$(BIN)/python -m ppg_fast.bench.policy_classes --rivals $(foreach noise,own shared quarter,runs/rivals-made-$(noise) runs/rivals-drawn-$(noise))
+	$(foreach noise,own shared,$(BIN)/ppg-fast $(STUDY) --version language --policy-classes $(RIVALS_IN_WORDS) \
+	$(NOISE_$(noise)) --seeds 8 --output-dir runs/rivals-words-$(noise) &&) true
+	$(BIN)/python -m ppg_fast.bench.policy_classes --in-words runs/rivals-words-own runs/rivals-words-shared
 	$(BIN)/python -m ppg_fast.bench --render
 NOISE_shared := --shared-noise
 NOISE_quarter := --noise 0.25

@@ -17,9 +17,10 @@ from ppg_fast.rollouts.problems import DRAWN
 from . import machine, result_file
 from .tables import NOT_MEASURED, Results, of, table
 
-# comparisons of classes, of losses, of classes with a critic and a discount under several kinds of noise, and of what
-# holds a loss back
-NAME, LOSSES, RIVALS, LIMITS = "policy_classes", "soft_q_study", "credit_rivals", "soft_q_limits"
+# comparisons of classes, of losses, of classes with a critic and a discount under several kinds of noise (tabular, and
+# in words), and of what holds a loss back
+NAME, LOSSES, LIMITS = "policy_classes", "soft_q_study", "soft_q_limits"
+RIVALS, IN_WORDS = "credit_rivals", "credit_rivals_in_words"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rivals", action="store_const", dest="name", const=RIVALS, help="only what holds over many problems"
     )
+    parser.add_argument("--in-words", action="store_const", dest="name", const=IN_WORDS, help="the same in words")
     parser.add_argument(
         "--limits", action="store_const", dest="name", const=LIMITS, help="they compare losses, one number changed each"
     )
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for s in summaries
         for entry in s["across"]
     ]
-    file |= {"problems": [] if arguments.name == RIVALS else problems, "across": entries, "logs": logs}
+    file |= {"problems": [] if arguments.name in (RIVALS, IN_WORDS) else problems, "across": entries, "logs": logs}
     result_file.write(arguments.output, f"{arguments.name}.cpu", _rounded(file))
     for name, svg in charts(file).items() if arguments.name == NAME else ():
         (arguments.output / name).write_text(svg)
@@ -133,20 +135,20 @@ def across_section(results: Results) -> str:
 
 def rivals_section(results: Results) -> str:
     """Shares over many problems by the kind of noise, and how far each is from full planning."""
-    text = ""
-    for _, file in of(results, RIVALS):
+    tables = []
+    for _, file in (*of(results, RIVALS), *of(results, IN_WORDS)):
         entries = file["across"]
         names = sorted(entries[0]["classes"], key=lambda c: -sum(e["classes"][c]["mean"] for e in entries))
-        text += f"{file['ppg_fast']['cpu_seconds'] / 60:.0f} minutes of computing on one core\n\n"
-        text += table(
-            ["", *map(_kind, entries)], [[name, *(_share(e["classes"][name]) for e in entries)] for name in names]
-        )
-    return text or NOT_MEASURED
+        rows = [[name, *(_share(e["classes"][name]) for e in entries)] for name in names]
+        minutes = f"{file['ppg_fast']['cpu_seconds'] / 60:.0f} minutes of computing on one core\n\n"
+        tables.append(minutes + table(["", *map(_kind, entries)], rows))
+    return "\n".join(tables) or NOT_MEASURED
 
 
 def _kind(entry: dict[str, Any]) -> str:
     given, kind = entry["settings"], "drawn" if entry["drawn"] else "made"
     noise = "the problem's noise" if given["noise"] == 1 else f"{given['noise']:g} of it"
+    kind += " in words" if entry["version"] == "language" else ""
     return f"{len(entry['problems'])} {kind}, {'noise that a group shares' if given['shared_noise'] else noise}"
 
 

@@ -31,7 +31,7 @@ WORDS = [value for values in FACTS.values() for value in values]
 LAG = {"signal": {"value": 5.0, "error": 1.0}, "by_chance": 2.0, "clear": True, "share": {"value": 1.0, "error": 0.1}}
 PREDICTED = {
     "window": "lookahead:3", "weights": "lags:1.0,0.0,0.5", "last_clear_lag": 2, "rollouts": 256, "lags": [LAG] * 3,
-    "datetime": "2026-11-30T01:00:00+00:00",
+    "datetime": "2026-11-30T01:00:00+00:00", "cpu_seconds": 60.0,
 }  # fmt: skip
 
 

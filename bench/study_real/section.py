@@ -20,7 +20,10 @@ def _section(render: Callable[[dict[str, Any]], str]) -> Callable[[Results], str
 def _predicted(file: dict[str, Any]) -> str:
     """The registered lines, each lag's signal beside what chance makes of it, and whether the window moved."""
     predictions, judge = file["predictions"], file["judge"]
-    text = "".join(f"* `{line(int(d), p, judge['digest'])}`, on {p['datetime']}\n" for d, p in predictions.items())
+    text = "".join(
+        f"* `{line(int(d), p, judge['digest'])}`, on {p['datetime']}, {p['cpu_seconds']:.0f} s of a core\n"
+        for d, p in predictions.items()
+    )
     lags = max(len(p["lags"]) for p in predictions.values())
     rows = [
         (f"delay {d}", *(_signal(p["lags"][lag]) if lag < len(p["lags"]) else "" for lag in range(lags)))
