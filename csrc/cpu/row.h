@@ -66,13 +66,14 @@ constexpr float LOWEST =
 // Prefetch of the next row into L2 while this one is computed: `bytes` of it (0: no next row) for every STEP elements.
 // Its four parts are read side by side: hardware runs a page ahead of each, where it would of one.
 struct Fetch {
-  static constexpr uint64_t PARTS = 4, LINE = 64;
+  static constexpr int64_t PARTS = 4, LINE = 64;
   const char* at;
-  uint64_t bytes, part = 0, done = 0;  // the size of a part; bytes that were fetched of all
+  int64_t bytes, part = 0, due = 0;  // the size of a part; what the steps since the last four lines are worth
   void step() {
-    for (uint64_t byte = done; byte < done + bytes; byte += LINE)
-      __builtin_prefetch(at + byte / LINE % PARTS * part + byte / LINE / PARTS * LINE, 0, 2);
-    done += bytes;
+    if ((due += bytes) < PARTS * LINE) return;
+    due -= PARTS * LINE;
+    for (int64_t i = 0; i < PARTS; ++i) __builtin_prefetch(at + i * part, 0, 2);
+    at += LINE;
   }
 };
 
@@ -262,8 +263,8 @@ template <bool CAP> [[gnu::noinline]] float score_norm(const Stats& s, const Vie
 template <class E> PPG_INLINE Fetch fetch_next(const Sweep& a, int64_t n, int64_t last, int passes) {
   if (n + 1 >= last || a.labels[n + 1] < 0) return {nullptr, 0};
   constexpr int64_t SIZE = sizeof(typename E::raw), ROUND = Fetch::PARTS * Fetch::LINE;
-  return {static_cast<const char*>(a.logits.data) + a.logits.offset(n + 1) * SIZE, uint64_t(STEP * SIZE / passes),
-          uint64_t((a.V * SIZE + ROUND - 1) / ROUND) * Fetch::LINE};
+  return {static_cast<const char*>(a.logits.data) + a.logits.offset(n + 1) * SIZE, STEP * SIZE / passes,
+          (a.V * SIZE + ROUND - 1) / ROUND * Fetch::LINE};
 }
 
 template <class E> PPG_INLINE void zero_row(const Rows& rows, int64_t n, int64_t V) {
