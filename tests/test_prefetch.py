@@ -79,7 +79,7 @@ def rows(request, tmp_path_factory):
 
 def test_each_line_of_the_next_row_is_asked_for_and_none_beyond(rows):
     step, by_case = rows
-    for (V, passes, size), (count, with_none, *asked) in by_case.items():
+    for (V, _, size), (count, with_none, *asked) in by_case.items():
         assert with_none == count, "a row that is masked is not asked for"
         assert len(asked) == count
         lines = [at // LINE for at in asked]
