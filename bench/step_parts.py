@@ -35,7 +35,7 @@ def _seconds(step: Callable[[], Any]) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     found: dict[str, float] = defaultdict(float)
-    for event in profile.events():
+    for event in profile.events() or ():
         found[_part(event)] += event.self_cpu_time_total / 1e6
     return _ordered(found)
 
