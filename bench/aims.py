@@ -134,7 +134,7 @@ def _leanest(file: dict[str, Any], case: dict[str, Any], own: str = OURS) -> flo
         return entry["extra_info"].get("peak_extra_bytes")
 
     here = [e for e in file["benchmarks"] if case.items() <= e["params"].items() and peak(e)]
-    others = [peak(e) for e in here if e["extra_info"]["kind"] == "peer"]
+    others = [size for e in here if e["extra_info"]["kind"] == "peer" and (size := peak(e))]
     return next((quotient(peak(e), min(others)) for e in here if e["param"] == own and others), None)
 
 
