@@ -14,15 +14,15 @@ OPTIMIZER, REST = "optimizer", "the rest"
 OPERATORS = {
     "attention": ("_attention",),
     "matrix products": ("::mm", "::addmm", "::bmm", "::matmul"),
-    "our kernels": ("ppg_fast::",),
+    "our kernels": ("ppg_fast",),
     "copies and gathers": ("::copy_", "::cat", "::index", "::gather", "::scatter", "::embedding", "::fill_", "::zero_"),
 }  # by what the name of an operator holds, the first that fits
 MODULES = {"attention": "Attention", "MLP": "MLP", "norms": "Norm"}  # by what the name of a module's class holds
 
 
 def parts(step: Callable[[], Any]) -> dict[str, dict[str, float]]:
-    """``seconds`` and ``kept_bytes`` of one step by parts, the largest first; each of a step of its own, after one that
-    warms up."""
+    """``seconds`` and ``kept_bytes`` of one step by parts, the largest first; each of a step of its own. ``step``
+    has run before."""
     return {"seconds": _seconds(step), "kept_bytes": _kept(step)}
 
 

@@ -1,5 +1,7 @@
 """Where a step goes, by parts, on steps whose parts are known."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ppg_fast.bench import step_parts
@@ -15,7 +17,7 @@ class TwoAttention(nn.Module):
 
 
 class TinyMLP(nn.Module):
-    """Keeps its input's square root, once though two operators want it."""
+    """Keeps the sigmoid and twice of it, and the weight, which is there anyway."""
 
     def __init__(self):
         super().__init__()
@@ -55,6 +57,11 @@ def test_what_is_kept_stands_once_under_the_module_that_kept_it(step):
     assert 4 * size <= kept["attention"] <= 4 * size + 2 * 64 * 4 + 64, "three inputs, the result, a sum a row and head"
     assert kept["MLP"] == 2 * size, "sigmoid's result and twice of it; the weight is there anyway"
     assert kept["head and loss"] == size, "exp's result"
+
+
+@pytest.mark.parametrize("name", ["ppg_fast::policy_loss", "ppg_fast_native::policy_loss"])
+def test_what_is_ours_is_not_the_rest(name):
+    assert step_parts._part(SimpleNamespace(name=name, cpu_parent=None)) == "our kernels"
 
 
 def test_operators_have_their_parts_and_the_optimizer_its_own(step):

@@ -52,10 +52,14 @@ template <bool CAP, bool ENT> PPG_INLINE Vec gradient(Vec x, const View<CAP>& vi
 }
 
 template <class E, bool CAP, bool ENT> void logprobs_bwd_rows(const LogprobsBwdArgs& a, int64_t first, int64_t last) {
+  const auto live = [&](int64_t n) {
+    const bool wanted = a.d_logprob[n] != 0.f || (ENT && a.d_entropy[n] != 0.f) || (a.d_lse && a.d_lse[n] != 0.f);
+    return a.labels[n] >= 0 && wanted;
+  };
   for (int64_t n = first; n < last; ++n) {
     const int64_t label = a.labels[n];
     const float d_logprob = a.d_logprob[n], d_entropy = ENT ? a.d_entropy[n] : 0.f, d_lse = a.d_lse ? a.d_lse[n] : 0.f;
-    if (label < 0 || (d_logprob == 0.f && d_entropy == 0.f && d_lse == 0.f)) {
+    if (!live(n)) {
       zero_row<E>(a.dlogits, n, a.V);
       continue;
     }
@@ -70,7 +74,7 @@ template <class E, bool CAP, bool ENT> void logprobs_bwd_rows(const LogprobsBwdA
                 c1 = plain_nan(float(-d_entropy / temperature * view.nats / sum));
     const Vec x_label = splat(load_one<E>(x + label));
     const float at_label = (CAP ? g * view.slope(x_label)[0] : g) + gradient<CAP, ENT>(x_label, view, max, c0, c1)[0];
-    Fetch fetch = fetch_next<E>(a, n, last, 1);
+    Fetch fetch = n + 1 < last && live(n + 1) ? fetch_next<E>(a, n, last, 1) : Fetch{};
     const auto sweep = [&](auto streams) __attribute__((always_inline)) {
       int64_t v = 0;
       for (; v + STEP <= a.V; v += STEP) {

@@ -64,7 +64,7 @@ constexpr float LOWEST =
     -3.402823466e38f;  // start of the running maximum: unlike -inf it can be subtracted from itself
 
 // Prefetch of the next row into L2 while this one is computed: `bytes` of it (0: no next row) for every STEP elements.
-// Its four parts are read side by side: hardware runs a page ahead of each, where it would of one.
+// Its four parts are read side by side: hardware runs ahead in each of them, where it would in one.
 struct Fetch {
   static constexpr int64_t PARTS = 4, LINE = 64;
   const char* at;
