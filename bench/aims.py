@@ -116,9 +116,13 @@ def _kept(time: Time) -> list[Row]:
 
 
 def _critic(time: Time) -> list[Row]:
-    what = "a step with a critic, hidden states of {} / without"
-    names = ("ppg_fast, value and its critic", "ppg_fast, leave_one_out")
-    return [(what.format(D), 1.05, over(*(time(name, D=D) for name in names))) for D in (128, 512)]
+    what, plain = "a step with {}, hidden states of {} / without", "ppg_fast, leave_one_out"
+    ways = (("a critic", "ppg_fast, value and its critic"), ("auto", "ppg_fast, auto"))
+    return [
+        (what.format(words, D), 1.05, over(time(name, D=D), time(plain, D=D)))
+        for words, name in ways
+        for D in (128, 512)
+    ]
 
 
 def _training_step(time: Time, file: dict[str, Any]) -> list[Row]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ppg_fast.compare import across, plots
-from ppg_fast.compare.columns import across_table, class_table, credit_table, score_table
+from ppg_fast.compare.columns import across_table, class_table, credit_table, least, score_table
 from ppg_fast.compare.study import BY, SOFT_Q
 from ppg_fast.compare.summary import CLEAR, difference
 from ppg_fast.compare.tabular_runs import LEARNING_RATE
-from ppg_fast.rollouts.problems import DRAWN
+from ppg_fast.rollouts.problems import DRAWN, REVIEW
 
 from . import machine, result_file
 from .tables import NOT_MEASURED, Results, of, table
@@ -21,6 +21,7 @@ from .tables import NOT_MEASURED, Results, of, table
 # in words), and of what holds a loss back
 NAME, LOSSES, LIMITS = "policy_classes", "soft_q_study", "soft_q_limits"
 RIVALS, IN_WORDS = "credit_rivals", "credit_rivals_in_words"
+LOWEST = ("auto", "gae:0.95")  # whose worst problem is named beside
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -142,11 +143,15 @@ def rivals_section(results: Results) -> str:
         rows = [[name, *(_share(e["classes"][name]) for e in entries)] for name in names]
         minutes = f"{file['ppg_fast']['cpu_seconds'] / 60:.0f} minutes of computing on one core\n\n"
         tables.append(minutes + table(["", *map(_kind, entries)], rows))
+        lowest = [[_kind(e), *(least(e["classes"][c]) for c in LOWEST if c in e["classes"])] for e in entries]
+        heads = ["furthest below full planning, or least above", *(c for c in LOWEST if c in entries[0]["classes"])]
+        tables.append(table(heads, lowest))
     return "\n".join(tables) or NOT_MEASURED
 
 
 def _kind(entry: dict[str, Any]) -> str:
     given, kind = entry["settings"], "drawn" if entry["drawn"] else "made"
+    kind = "by a reviewer" if entry["problems"][0].startswith(REVIEW) else kind
     noise = "the problem's noise" if given["noise"] == 1 else f"{given['noise']:g} of it"
     kind += " in words" if entry["version"] == "language" else ""
     return f"{len(entry['problems'])} {kind}, {'noise that a group shares' if given['shared_noise'] else noise}"

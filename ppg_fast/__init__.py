@@ -37,6 +37,7 @@ from ppg_fast.policy_classes import (
     Lookahead,
     PolicyClass,
     RewardMask,
+    RewardWeights,
     Segment,
     policy_class,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "PolicyLossOutput",
     "PolicyLossSpec",
     "RewardMask",
+    "RewardWeights",
     "Segment",
     "SoftQOutput",
     "SoftQSpec",

@@ -123,8 +123,23 @@ class LagWeights(PolicyClass):
         return "lags:" + ",".join(repr(weight).removesuffix(".0") for weight in self.weights)
 
 
-# what auto chooses among
-CANDIDATES = (Greedy(), Lookahead(2), Lookahead(3), Lookahead(4), Lookahead(6), Segment(4), FullPlanning())
+@dataclass(frozen=True)
+class RewardWeights(PolicyClass):
+    """R_t = sum over k of w[t, k] gamma^(k-t) r_k: every turn weighs every reward in its own way.
+
+    ``weights``: a (T, T) matrix of finite numbers >= 0, row t = how much each reward counts for turn t. RewardMask is
+    ones and zeros, LagWeights a matrix that depends on k - t alone. ValueError without one.
+    """
+
+    is_window: ClassVar[bool] = False
+    weights: Any = None
+
+    def __post_init__(self) -> None:
+        require(self.weights is not None, "RewardWeights needs a (T, T) matrix of weights", None)
+
+    def __str__(self) -> str:
+        """weights, which is not enough to read it back."""
+        return "weights"
 
 
 def policy_classes(text: str) -> tuple[PolicyClass, ...]:

@@ -247,14 +247,14 @@ class PolicyLossSpec:
 
 def require_token_share(share: float, spec: PolicyLossSpec, reduction: str, of_turns: bool, measures: bool) -> None:
     """ValueError for a share of an answer's tokens outside of (0, 1], and for one below 1 beside what needs them all: a
-    ratio or a regression of whole answers, a denominator for each dialogue, signals of the policy classes."""
+    ratio or a regression of whole answers, a denominator for each dialogue, signals of whole answers."""
     require_number("token_share", share, 0.0, 1.0, open_low=True)
     ratio = f"loss_type {spec.loss_type}" if not spec.opsm_delta else "opsm_delta"
     for found, what in (
         (of_turns, "a loss of whole turns (turn_regression, soft_q)"),
         (spec.shared, f"{ratio}, whose tokens share a ratio"),
         (reduction == "sequence_mean", "reduction sequence_mean, whose denominator is each dialogue's own"),
-        (measures, "policy_class auto or signals, which read every token"),
+        (measures, "policy_class auto or signals, which read whole answers"),
     ):
         require(share == 1 or not found, f"token_share must be 1 with {what}", share)
 

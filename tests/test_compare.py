@@ -222,6 +222,14 @@ def test_many_problems_together_say_what_a_class_is_worth_without_knowing_which(
     assert made["classes"]["auto"]["minus_full"]["mean"] == pytest.approx(
         np.mean(shares["auto"]) - np.mean(shares["full"])
     )
+    by_seed = {c: [np.array(p["classes"][c]["area"]["each"]) for p in saved["problems"][:2]] for c in shares}
+    gains = [
+        ((auto - full) / (p["best_return"] - p["classes"]["full"]["mean"][0])).mean()
+        for auto, full, p in zip(by_seed["auto"], by_seed["full"], saved["problems"], strict=False)
+    ]
+    least = made["classes"]["auto"]["least_minus_full"]
+    assert (least["mean"], least["problem"]) == (pytest.approx(min(gains)), ("plan", "immediate")[np.argmin(gains)])
+    assert made["classes"]["full"]["least_minus_full"] is None
     apart = np.subtract(drawn["classes"]["greedy"]["each"], drawn["classes"]["full"]["each"])
     assert drawn["classes"]["greedy"]["minus_full"] == pytest.approx(
         {"mean": apart.mean(), "error": apart.std(ddof=1) / 3**0.5}
@@ -264,24 +272,22 @@ def test_gradient_statistics_are_unbiased():
     """Batch gradients of known mean and covariance: variance, bias and cosine come out, where plain averages would
     not."""
     from ppg_fast.compare.language import _statistics
-    from ppg_fast.training.auto import Signals
 
     generator = torch.Generator().manual_seed(0)
     mean = torch.zeros(2, 40, dtype=torch.float64)
     mean[0, 0], mean[1, 0], mean[1, 1] = 1.0, 1.0, 1.0  # greedy and full: bias 1, cosine 1/sqrt(2)
     drawn = mean + 0.5 * torch.randn(800, 5, 2, 40, dtype=torch.float64, generator=generator)
-    seen = [Signals(torch.eye(2).double(), torch.ones(2).double(), 4, 1.0)]
     # of five batches each
-    variance = [_statistics(batches, seen, ["greedy", "full"], 1)["greedy"]["variance"] for batches in drawn]
+    variance = [_statistics(batches, ["greedy", "full"], 1)["greedy"]["variance"] for batches in drawn]
     assert np.mean(variance) == pytest.approx(10.0, rel=0.02)
-    out = _statistics(drawn.flatten(0, 1), seen, ["greedy", "full"], 1)["greedy"]
+    out = _statistics(drawn.flatten(0, 1), ["greedy", "full"], 1)["greedy"]
     assert out["bias"] == pytest.approx(1.0, rel=0.05)
     assert out["cosine"] == pytest.approx(0.5**0.5, rel=0.05)
     assert out["alignment"] == pytest.approx(1 / 2**0.5 / 11**0.5, rel=0.05)
-    held = [_statistics(batches, seen, ["greedy", "full"], 1)["greedy"] for batches in drawn.reshape(200, 20, 2, 40)]
+    held = [_statistics(batches, ["greedy", "full"], 1)["greedy"] for batches in drawn.reshape(200, 20, 2, 40)]
     assert 0.9 <= np.mean([g["bias_low"] <= 1.0 <= g["bias_high"] for g in held]) < 1.0  # two standard errors
     drawn[:, :, 0] += mean[1] - mean[0]  # no bias left
-    held = [_statistics(batches, seen, ["greedy", "full"], 1)["greedy"] for batches in drawn.reshape(200, 20, 2, 40)]
+    held = [_statistics(batches, ["greedy", "full"], 1)["greedy"] for batches in drawn.reshape(200, 20, 2, 40)]
     assert np.mean([g["bias_low"] == 0.0 for g in held]) > 0.93
 
 

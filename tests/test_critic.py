@@ -254,9 +254,9 @@ def test_it_reads_no_dialogue_twice():
 REFUSED = {
     'gae_lambda must be None without baseline "value"': {"gae_lambda": 0.9},
     'baseline "value" goes without imitation': {"baseline": "value", "imitate": True},
-    'baseline "value" goes without imitation and without candidates': {
+    'baseline "value" goes without imitation and without signals': {
         "baseline": "value",
-        "candidates": (FullPlanning(),),
+        "signals": True,
     },
 }
 

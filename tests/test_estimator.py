@@ -61,6 +61,21 @@ def test_fact_1_lag_weights_add_the_gradients_of_single_lags(tree):
     torch.testing.assert_close(whole, tree.true_gradient(), **FINITE_DIFFERENCE)
 
 
+def test_fact_1_reward_weights_add_the_gradients_of_pairs(tree):
+    """sum over t, k of w[t, k] times the gradient of E[r_k] by turn t alone; ones are full planning."""
+    weights = torch.rand(TURNS, TURNS, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    weights, only = weights.triu(), torch.eye(TURNS, dtype=torch.bool)
+    expected = sum(
+        float(weights[t, k]) * tree.gradient(lambda theta, t=t, k=k: tree.expected_reward(theta, k, only[t]))
+        for t in range(TURNS)
+        for k in range(t, TURNS)
+    )
+    found = tree.expected_gradient(tree.returns(ppg.RewardWeights(weights)))
+    torch.testing.assert_close(found, expected, **FINITE_DIFFERENCE)
+    whole = tree.expected_gradient(tree.returns(ppg.RewardWeights(torch.ones(TURNS, TURNS).triu())))
+    torch.testing.assert_close(whole, tree.true_gradient(), **FINITE_DIFFERENCE)
+
+
 @pytest.mark.parametrize("name", POLICY_CLASSES)
 def test_fact_1_with_a_discount(tree, name):
     """Turn by turn: only turn t moves, and reward k counts gamma^(k-t)."""

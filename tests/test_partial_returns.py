@@ -20,6 +20,7 @@ CLASSES = {
     "full": ppg.FullPlanning(),
     "lags": ppg.LagWeights([0.5, 0, 3.25, 1e-3]),
     "mask": ppg.RewardMask(torch.rand(T, T, generator=torch.Generator().manual_seed(3)) < 0.3),
+    "weights": ppg.RewardWeights(torch.rand(T, T, generator=torch.Generator().manual_seed(4)).triu()),
 }
 
 
@@ -38,6 +39,12 @@ def truth_of(policy_class, rewards, gamma, counts, dtype):
     rewards, window = rewards.cpu().to(dtype), (policy_class.lookahead, policy_class.segment_length)
     if isinstance(policy_class, ppg.RewardMask):
         return reference.masked_returns(rewards, policy_class.mask, counts, gamma)
+    if isinstance(policy_class, ppg.RewardWeights):
+        weights = policy_class.weights.to(dtype)
+        there = torch.arange(T) < counts[:, None]
+        paid = torch.where(there, rewards, 0.0)
+        found = [sum(weights[t, k] * gamma ** (k - t) * paid[:, k] for k in range(t, T)) for t in range(T)]
+        return torch.where(there, torch.stack(found, 1), 0.0)
     if isinstance(policy_class, ppg.LagWeights):
         windows = weights_by_window(policy_class)
         return sum(w * reference.partial_returns(rewards, None, counts, d + 1, 0, gamma) for d, w in windows)

@@ -15,7 +15,6 @@ from ppg_fast.dialogues.packing import CONTEXT, Sample, cut_tokens, micro_batche
 from ppg_fast.models.causal_lm import make_model, policy_loss, token_logprobs
 from ppg_fast.policy_classes import FullPlanning
 from ppg_fast.spec import PolicyLossSpec
-from ppg_fast.training.auto import context_ids
 from ppg_fast.training.evaluation import turn_logprobs
 from ppg_fast.training.objective import Objective, credit, denominator, tokens_to_read
 
@@ -192,17 +191,6 @@ def test_encoding_stops_at_the_bound(tokenizer, samples):
     for bound in (samples[0].longest_part - 2, 60, samples[0].starts[1]):
         cut, right = encode_dialogue(chat, dialogue, bound), cut_tokens(samples[0], bound)
         assert (cut.tokens, cut.turn_ids, cut.starts) == (right.tokens, right.turn_ids, right.starts)
-
-
-def test_contexts_of_signals_begin_with_each_part(samples):
-    batch = pack(samples)
-    apart = [
-        ids
-        for sample in samples
-        for part in alone(sample)
-        for ids in context_ids(pack([Sample(*part, sample.rewards, 0)])).tolist()
-    ]
-    assert context_ids(batch).tolist() == apart
 
 
 @pytest.mark.parametrize("starts", [[], [1], [0, 0], [0, 4], [0, 3, 2]])

@@ -7,7 +7,7 @@ import torch
 
 import ppg_fast as ppg
 from ppg_fast.config import TrainConfig
-from ppg_fast.policy_classes import CANDIDATES, policy_classes
+from ppg_fast.policy_classes import policy_classes
 
 NAMES = {
     "greedy": ppg.Greedy(),
@@ -71,9 +71,9 @@ def test_weights_in_a_name_that_are_none_are_named():
 def test_a_run_reads_its_classes_by_the_same_names():
     config = TrainConfig(policy_class="auto")
     assert config.chosen_class() == ppg.FullPlanning()
-    assert config.candidate_classes() == CANDIDATES
-    mixed = TrainConfig(policy_class=" Segment:4", signals=True, candidates="Greedy, FULL")
+    assert config.measures
+    mixed = TrainConfig(policy_class=" Segment:4", signals=True)
     assert mixed.policy_class == "segment:4"
     assert mixed.chosen_class() == ppg.Segment(4)
-    assert mixed.candidate_classes() == (ppg.Greedy(), ppg.FullPlanning())
-    assert TrainConfig().candidate_classes() == ()
+    assert mixed.measures
+    assert not TrainConfig().measures

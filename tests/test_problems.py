@@ -11,7 +11,17 @@ import torch
 from ppg_fast.compare import tabular_runs
 from ppg_fast.compare.tabular import TabularProblem, estimate
 from ppg_fast.policy_classes import policy_class
-from ppg_fast.rollouts.problems import FACTS, PROBLEMS, Problem, ProblemDialogue, drawn, problem, problem_names, words
+from ppg_fast.rollouts.problems import (
+    FACTS,
+    PROBLEMS,
+    REVIEWED,
+    Problem,
+    ProblemDialogue,
+    drawn,
+    problem,
+    problem_names,
+    words,
+)
 
 CLASSES = ("greedy", "lookahead:2", "lookahead:3", "lookahead:4", "segment:4", "full")
 GROUP = 8
@@ -158,7 +168,7 @@ def test_a_seed_of_many_is_that_seed_alone():
         lambda n: tabular_runs.PolicyGradient(policy_class("lookahead:2")),
         lambda n: tabular_runs.PolicyGradient(policy_class("full"), gamma=0.9),
         lambda n: tabular_runs.Gae(0.5, problem.problem.turns, n),
-        lambda n: tabular_runs.Auto([policy_class(c) for c in ("greedy", "full")], n),
+        tabular_runs.Auto,
         lambda n: tabular_runs.SoftQ(policy_class("full"), 0.1, problem.start(), n),
     ):
         many = tabular_runs.train(problem, make(3), [5, 6, 7], max_steps=12)
@@ -238,6 +248,19 @@ def test_drawn_problems_are_of_every_kind():
     assert min(kinds.count(k) for k in ("greedy", "lookahead", "segment", "full")) >= 3
 
 
+def test_a_reviewer_s_problems_pay_for_honesty():
+    """All but nothing of it goes to temptation, and the best return is what honesty earns, by hand."""
+    best = {name: of.best_return for name, of in REVIEWED.items()}
+    assert best == {name: 17.0 if "first" in name else 12.0 for name in REVIEWED}
+    for of in REVIEWED.values():
+        turns = range(of.turns)
+        gained = [sum(of.honest_pays[t]) - of.tempting_pays[t] for t in turns]
+        assert min(gained) > 0
+        lags = {k - t for t in turns for k in turns if of.honest_pays[t][k]}
+        windows = {"greedy": {0}, "lookahead:3": {0, 1, 2}, "lookahead:6": set(range(6)), "full": set(turns)}
+        assert lags <= windows[of.policy_class]
+
+
 def test_names():
     assert all(policy_class(p.policy_class) for p in PROBLEMS.values())
     assert problem_names("plan, drawn:3..5,drawn:4,all") == [
@@ -247,6 +270,9 @@ def test_names():
         "drawn:5",
         *(n for n in PROBLEMS if n != "plan"),
     ]
+    assert problem_names("review,review:late") == list(REVIEWED)
+    assert len(REVIEWED) == 6
+    assert problem("review:moody") == REVIEWED["review:moody"]
     with pytest.raises(ValueError, match=r"must not end before it begins, got 'drawn:5..3'"):
         problem_names("drawn:5..3")
     with pytest.raises(ValueError, match=r"problem must be one of .*, drawn:SEED, got 'drawn:x'"):

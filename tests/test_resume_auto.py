@@ -1,4 +1,4 @@
-"""Runs with candidates, interrupted and resumed: the same bits as a run that was not; a state has no field that is
+"""Runs with signals, interrupted and resumed: the same bits as a run that was not; a state has no field that is
 forgotten."""
 
 import json
@@ -12,13 +12,14 @@ import torch
 pytest.importorskip("transformers")
 
 from ppg_fast.cli import main
+from ppg_fast.config import TrainConfig, make_config, read_yaml, write_yaml
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.jobs.persona import PersonaJob
 from ppg_fast.models.causal_lm import make_model
-from ppg_fast.policy_classes import FullPlanning, Greedy, Lookahead
+from ppg_fast.policy_classes import Greedy
 from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training import checkpoint, optimisers
-from ppg_fast.training.auto import Signals, WindowChooser
+from ppg_fast.training.auto import StepSignals
 from ppg_fast.training.critic import Critic
 from ppg_fast.training.experience import Experience
 from ppg_fast.training.objective import Objective, Schedule
@@ -26,22 +27,20 @@ from ppg_fast.training.state import NotFinite, TrainingState
 from ppg_fast.training.trainer import optimise
 
 CLOCKS = ("seconds", "step_time", "perf/tokens_per_second", "perf/peak_memory_mb")
-# one word an answer: every context is the partner's words alone, so that others share it and auto has pairs to go by
 RUN = (
     "--device cpu --width 16 --layers 1 --no-progress --save-every 2 --eval-every 9 --eval-dialogues 1 "
-    "--max-new-tokens 1 --imitation-steps 2 --imitation-batch 2 --max-steps 6 --num-prompts 1 --num-generations 8 "
-    "--candidates greedy,lookahead:2,full"
+    "--max-new-tokens 1 --imitation-steps 2 --imitation-batch 2 --max-steps 6 --num-prompts 1 --num-generations 8"
 )
 CASES = {"auto": ["--policy-class", "auto"], "signals": ["--policy-class", "lookahead:3", "--signals"]}
 
 
 def result(folder):
-    """Rows of the metrics but for the clocks, the weights' bytes, and the state in the last checkpoint."""
+    """Rows of the metrics but for the clocks, the weights' bytes, and what the last checkpoint knows of rewards."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     rows = [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in lines]
-    chooser = checkpoint.newest(folder / "checkpoints")["training"]["chooser"]
+    known = checkpoint.newest(folder / "checkpoints")["training"]["credit_weights"]
     weights = (folder / "checkpoint/model.safetensors").read_bytes()
-    return rows, weights, {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in chooser.items()}
+    return rows, weights, plain(known)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -62,33 +61,29 @@ def case(request, tmp_path_factory):
     return request.param, folder
 
 
-@pytest.mark.parametrize("flags", [["--candidates", "greedy,full"], ["--policy-class", "full", "--no-signals"]])
-def test_a_run_with_other_candidates_is_refused_before_anything_is_written(case, flags, capsys):
+def test_a_run_with_another_class_is_refused_before_anything_is_written(case, capsys):
     run = case[1] / "stopped"
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    assert main(["train", "--resume", str(run), *flags]) == 1
+    assert main(["train", "--resume", str(run), "--policy-class", "full", "--no-signals"]) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if line]
-    got = "candidates 'greedy,lookahead:2,full' -> 'greedy,full'" if flags[0] == "--candidates" else "policy_class "
-    assert "settings it began with, got " + got in said[-1]
+    assert "settings it began with, got policy_class " in said[-1]
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
 
 
 def test_a_resumed_run_gives_the_same_bits(case):
     name, folder = case
     assert main(["train", "--resume", str(folder / "stopped")]) == 0
-    rows, weights, chooser = result(folder / "whole")
-    assert result(folder / "stopped") == (rows, weights, chooser)
+    rows, weights, known = result(folder / "whole")
+    assert result(folder / "stopped") == (rows, weights, known)
     train = [r for r in rows if r["phase"] == "train"]
     assert [r["step"] for r in train] == list(range(1, 7))
-    assert any("auto/alignment/full" in r for r in train[:3]), "something must have been seen before the stop"
-    if name == "auto":
-        assert train[2]["policy_class"] != "full", "and must have changed the class"
+    assert any("auto/weight/0" in r for r in train[:3]), "something must have been seen before the stop"
+    assert known["weight"] > 0
+    assert any("auto/scale" in r for r in train[:3]) == (name == "auto")
 
 
 # ---- the state by itself ---------------------------------------------------------------------------------------------
-OBJECTIVE = Objective(
-    Greedy(), baseline="none", spec=PolicyLossSpec(kl_coef=0.1), candidates=(Greedy(), FullPlanning())
-)
+OBJECTIVE = Objective(Greedy(), baseline="none", spec=PolicyLossSpec(kl_coef=0.1), signals=True)
 SCHEDULE = Schedule(6, 1e-3, max_skipped_steps=3)
 
 
@@ -127,7 +122,7 @@ class More(TrainingState):
 def test_every_field_of_a_state_is_loaded(tmp_path):
     state = state_after(4, bad={3, 4})
     state = More(**vars(state), extra=7)
-    state.chooser.observe(Signals(torch.eye(2).double(), torch.ones(2).double() * 5, 3, 1.0))
+    state.credit_weights.observe(StepSignals(torch.eye(3)[:, None], torch.ones(3, 1).double(), 1.0))
     state.experience = Experience(1)
     state.experience.means = [0.5]
     state.critic = Critic()
@@ -141,17 +136,10 @@ def test_every_field_of_a_state_is_loaded(tmp_path):
     assert plain(fresh.state_dict()) == saved
 
 
-def test_every_variable_of_the_chooser_is_a_setting_or_in_its_state():
-    chooser = WindowChooser([Greedy(), FullPlanning()])
-    settings = {"candidates", "fixed", "keep", "margin", "min_coverage", "full"}
-    assert chooser.state_dict().keys() == vars(chooser).keys() - settings
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"candidates": ()}, "began with a chooser must go on with one, got 'NoneType'"),
-        ({"candidates": (Lookahead(2), FullPlanning())}, r"it began with, \['greedy', 'full'\], got \['lookahead:2"),
+        ({"signals": False}, "began with a credit_weights must go on with one, got 'NoneType'"),
         ({"spec": PolicyLossSpec()}, "began with a reference must go on with one, got 'NoneType'"),
     ],
 )
@@ -159,6 +147,22 @@ def test_a_state_of_another_kind_is_refused(change, words):
     other = TrainingState.start(make_model(23, width=16, layers=1), replace(OBJECTIVE, **change), SCHEDULE)
     with pytest.raises(ValueError, match=words):
         other.load_state_dict(state_after(1).state_dict())
+
+
+def test_a_run_from_before_auto_estimated_weights_goes_on(tmp_path):
+    """Its settings name candidates and its state has an empty chooser; one with a chooser cannot go on."""
+    settings = tmp_path / "config.yaml"
+    write_yaml(settings, TrainConfig())
+    settings.write_text(settings.read_text() + "candidates: greedy,full\n")
+    assert make_config(read_yaml(str(settings))) == TrainConfig()
+    settings.write_text("candidates: greedy,full\n")
+    with pytest.raises(ValueError, match="unknown setting 'candidates'"):
+        read_yaml(str(settings))
+    saved, fresh = state_after(1).state_dict(), state_after(0)
+    fresh.load_state_dict({**saved, "chooser": None})
+    assert plain(fresh.state_dict()) == plain(saved)
+    with pytest.raises(ValueError, match="a training state must have"):
+        fresh.load_state_dict({**saved, "chooser": {"weight": 1.0}})
 
 
 def test_skipped_steps_in_a_row_are_counted_across_a_stop(tmp_path):
@@ -169,25 +173,6 @@ def test_skipped_steps_in_a_row_are_counted_across_a_stop(tmp_path):
     with pytest.raises(NotFinite, match="at step 5, the last of 4 in a row") as caught:
         list(optimise(state.model, lambda step: samples(3e38), OBJECTIVE, SCHEDULE, state))
     assert caught.value.batches == [(step, samples(3e38)) for step in (2, 3, 4, 5)]
-
-
-def test_a_fixed_class_keeps_its_scale_whatever_auto_had_chosen():
-    auto = WindowChooser([Greedy(), FullPlanning()])
-    auto.observe(Signals(torch.ones(2, 2).double(), torch.tensor([4.0, 100.0]).double(), 16, 1.0))
-    assert (auto.current, auto.scale > 1) == (Greedy(), True)
-    fixed = WindowChooser([Greedy(), FullPlanning()], fixed=Lookahead(2))
-    fixed.load_state_dict(auto.state_dict())
-    assert (fixed.current, fixed.scale) == (Lookahead(2), 1.0)
-
-
-def test_signals_that_are_not_finite_are_not_remembered():
-    chooser = WindowChooser([Greedy(), FullPlanning()])
-    good = Signals(torch.ones(2, 2).double(), torch.tensor([4.0, 100.0]).double(), 16, 1.0)
-    chooser.observe(good)
-    before = plain(chooser.state_dict())
-    bad = Signals(torch.full((2, 2), torch.nan).double(), torch.full((2,), torch.inf).double(), 16, 1.0)
-    assert chooser.observe(bad) == {"policy_class": "greedy", "auto/coverage": 1.0}
-    assert plain(chooser.state_dict()) == before
 
 
 def test_moments_are_spread_like_the_weights_in_every_part_of_an_optimizer(monkeypatch):

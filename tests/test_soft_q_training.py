@@ -236,7 +236,7 @@ def test_settings_that_it_does_not_use_are_refused(message):
         ({"reduction": "sequence_sum"}, "goes with reduction sum"),
         ({"eta": 1.0}, "goes with eta 0"),
         ({"soft_q": None, "replay": 1}, "replay must be 0 without soft_q"),
-        ({"candidates": (Greedy(), FullPlanning())}, "goes with no candidates"),
+        ({"signals": True}, "goes without signals"),
     ],
 )
 def test_an_objective_of_two_kinds_is_refused(change, message):

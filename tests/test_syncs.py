@@ -21,8 +21,8 @@ from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training.metrics import TokenMeans
 from ppg_fast.training.objective import Objective
 from ppg_fast.training.passes import Pass
-from ppg_fast.training.signals import SignalTokens
 from ppg_fast.training.trainer import backward
+from ppg_fast.training.turn_scores import TurnScores
 
 SAMPLES = [
     Sample([1, 2, 3, 4, 5, 6], [-1, 0, 0, -1, 1, 1], [1.0, 0.5], 0, [-1.0] * 6, starts=[0, 3]),
@@ -58,9 +58,9 @@ def test_micro_batches_wait_for_no_number(module, spec, monkeypatch):
             columns = [torch.zeros(len(batch.tokens)) for _ in range(2)] if spec.kl_coef else [None, None]
             advantages = torch.zeros(batch.rewards.shape)
             passes.append(Pass([0], without_values(batch, mode), advantages, *columns))
-        signals = SignalTokens(batches[0], objective)
-        means = backward(module, passes, objective, 9.0, Ranks(), signals, lambda: None)
-    assert len(means.unread) == len(signals.passes) == len(passes)
+        scores = TurnScores(batches[0])
+        means = backward(module, passes, objective, 9.0, Ranks(), scores, lambda: None)
+    assert len(means.unread) == len(scores.gradients) == len(passes)
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 

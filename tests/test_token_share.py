@@ -20,7 +20,7 @@ from ppg_fast.config import make_config
 from ppg_fast.dialogues.packing import pack
 from ppg_fast.jobs.persona import PersonaJob
 from ppg_fast.jobs.policy import objective_of
-from ppg_fast.policy_classes import CANDIDATES, Greedy
+from ppg_fast.policy_classes import Greedy
 from ppg_fast.rollouts.rollout import collect_groups
 from ppg_fast.spec import PolicyLossSpec
 from ppg_fast.training.objective import Objective, Schedule
@@ -182,7 +182,7 @@ def test_what_the_library_refuses():
     assert objective_of(make_config({"token_share": 0.2})).token_share == 0.2
     made = make_config({"token_share": 0.2, "data": "log.jsonl", "num_iterations": 2, "loss_type": "ppo"})
     assert objective_of(made).token_share == 0.2
-    for options in ({"candidates": CANDIDATES}, {"reduction": "sequence_mean"}, {"spec": PolicyLossSpec("gspo")}):
+    for options in ({"signals": True}, {"reduction": "sequence_mean"}, {"spec": PolicyLossSpec("gspo")}):
         with pytest.raises(ValueError, match=r"^token_share must be 1 with "):
             Objective(token_share=0.2, **options)
     model = tiny()

@@ -15,7 +15,8 @@ from ppg_fast.writing import opened
 
 from .dialogue import PARTNERS
 
-FULL, GAMMA, GAE, WINDOW, GREEDY, LAGS = ARMS = ("full", "gamma 0.9", "GAE", "the window", "greedy", "lag weights")
+NAMES = ("full", "gamma 0.9", "GAE", "the window", "greedy", "lag weights", "auto")
+FULL, GAMMA, GAE, WINDOW, GREEDY, LAGS, AUTO = ARMS = NAMES
 SEEDS = (0, 1, 2)
 SETTINGS: dict[str, Any] = {
     "lora_rank": 16,
@@ -55,6 +56,7 @@ class Cell:
             WINDOW: {"policy_class": prediction["window"]},
             GREEDY: {"policy_class": "greedy"},
             LAGS: {"policy_class": prediction["weights"]},
+            AUTO: {"policy_class": "auto"},
         }[self.arm]
 
 

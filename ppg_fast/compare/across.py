@@ -10,7 +10,8 @@ from ppg_fast.rollouts.problems import DRAWN
 
 READING = """Share: mean return over training, 0 at the start and 1 at the best return there is. Behind the best:
 mean distance to the best of each problem, picked after the fact, which favours it. Minus full: paired with full
-planning, seed by seed where problems were made, problem by problem where they were drawn, with its standard error."""
+planning, seed by seed where problems were made, problem by problem where they were drawn, with its standard error.
+Least: on the problem where that is least, seed by seed."""
 
 
 def across(problems: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -19,7 +20,8 @@ def across(problems: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ``each``: share of a problem, its mean return over training with 0 at the start and 1 at the best return there is.
     ``behind_best``: mean distance to the best of each problem, picked after the fact. ``minus_full``: mean share minus
     that of full planning, with its standard error: over seeds where problems were made, which are the ones there are,
-    over problems where they were drawn, which stand for others.
+    over problems where they were drawn, which stand for others. ``least_minus_full``: of the problem where that is
+    least, picked after the fact, over seeds.
     """
     kinds: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for p in problems:
@@ -46,6 +48,7 @@ def _of_kind(version: str, drawn: bool, problems: list[dict[str, Any]]) -> dict[
         row["behind_best"] = float((np.max(list(shares.values()), 0) - v).mean())
         one, full = (v, shares.get("full")) if drawn else (by_seed[c], by_seed.get("full"))
         row["minus_full"] = None if c == "full" or one is None or full is None else difference(one, full)
+        row["least_minus_full"] = None if c == "full" or "full" not in shares else _least(problems, c)
         classes[c] = row
     seeds = sorted({len(c["seeds"]) for p in problems for c in p["classes"].values()})
     return {
@@ -55,6 +58,18 @@ def _of_kind(version: str, drawn: bool, problems: list[dict[str, Any]]) -> dict[
         "seeds": seeds,
         "classes": classes,
     }
+
+
+def _least(problems: list[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """The share minus that of full planning on the problem where that is least; None where seeds differ."""
+    found = []
+    for p in problems:
+        one, full = p["classes"][name], p["classes"]["full"]
+        if one["seeds"] != full["seeds"]:
+            return None
+        each = (_share(p, c, np.array(c["area"]["each"])) for c in (one, full))
+        found.append({**difference(*each), "problem": p["problem"]})
+    return min(found, key=lambda row: row["mean"])
 
 
 def _by_seed(problems: list[dict[str, Any]], name: str) -> np.ndarray | None:

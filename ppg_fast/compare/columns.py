@@ -20,13 +20,13 @@ class Table(NamedTuple):
 def class_table(p: dict[str, Any]) -> Table:
     """The classes on one problem: returns, dialogues to a level, gradients at the start."""
     heads = ("", "final return", "mean return", "dialogues to level (seeds)")
-    heads += ("variance", "bias", "cosine", "alignment", "by score norms")
+    heads += ("variance", "bias", "cosine", "alignment")
     rows = []
     for name, c in p["classes"].items():
         g = (p["gradient"] or {}).get(name, {})
         level = "not reached" if c["level_samples"] is None else f"{c['level_samples']:,.0f}"
         reached = f"{level} ({c['level_reached']}/{len(c['seeds'])})"
-        measured = (_number(g.get(key)) for key in ("cosine", "alignment", "alignment_by_score_norms"))
+        measured = (_number(g.get(key)) for key in ("cosine", "alignment"))
         row = name, _mean_std(c["final"], 2), _mean_std(c["area"], 2), reached, _number(g.get("variance")), _bias(g)
         rows.append((*row, *measured))
     return Table(heads, rows)
@@ -39,8 +39,14 @@ def across_table(entry: dict[str, Any]) -> Table:
         paired = c["minus_full"]
         versus = f"{paired['mean']:+.1%} ± {paired['error']:.1%}" if paired else ""
         shares = f"{c['mean']:.1%}", f"{c['worst']:.1%}", c["worst_problem"], f"{c['behind_best']:.1%}"
-        rows.append((name, *shares, versus))
-    return Table(("class", "mean share", "worst share", "on", "behind the best", "minus full"), rows)
+        rows.append((name, *shares, versus, least(c)))
+    return Table(("class", "mean share", "worst share", "on", "behind the best", "minus full", "least"), rows)
+
+
+def least(c: dict[str, Any]) -> str:
+    """Where a class is furthest below full planning, or least above it."""
+    found = c.get("least_minus_full")
+    return f"{found['mean']:+.1%} ± {found['error']:.1%}, {found['problem']}" if found else ""
 
 
 def share_table(entry: dict[str, Any], problems: list[dict[str, Any]]) -> Table:

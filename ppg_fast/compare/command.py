@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     """All flags."""
     p = Parser(prog="ppg-fast compare", description=ABOUT)
     p.add_argument(
-        "--problem", default="all", help=f"{', '.join(PROBLEMS)}, drawn:A..B, several with commas, or all [all]"
+        "--problem", default="all", help=f"{', '.join(PROBLEMS)}, review, drawn:A..B, several with commas, or all [all]"
     )
     p.add_argument(
         "--version",

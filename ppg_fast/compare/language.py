@@ -18,11 +18,9 @@ from ppg_fast.dialogues.packing import Sample, pack
 from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.jobs.persona import demonstrate
 from ppg_fast.jobs.policy import Policy
-from ppg_fast.models.causal_lm import policy_loss, token_advantages, token_logprobs
+from ppg_fast.models.causal_lm import token_advantages, token_logprobs
 from ppg_fast.policy_classes import policy_class
 from ppg_fast.rollouts.problems import Problem, ProblemDialogue, words
-from ppg_fast.spec import PolicyLossSpec
-from ppg_fast.training.auto import Signals, context_ids, measure_signals
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import optimise
 
@@ -98,23 +96,22 @@ class Student:
 
 
 def train(of: ProblemInWords, config: TrainConfig, folder: Path, offline: int = 0) -> dict[str, Any]:
-    """One run: steps, mean returns at them, and the changes of window where auto makes some. ``offline``: on so many
-    dialogues of the warm start in place of its own."""
+    """One run: steps, mean returns at them, and with auto the mean weight of each lag at the end. ``offline``: on so
+    many dialogues of the warm start in place of its own."""
     student = Student(of, config, folder)
     collect = student.logged(offline) if offline else student.rollouts
-    steps, returns, changes = [0], [student.evaluate()], []
+    steps, returns, weights = [0], [student.evaluate()], {}
     for row in optimise(student.policy.model, collect, student.policy.objective(), student.policy.schedule()):
-        if "auto/reason" in row:
-            changes.append([row["step"], row["policy_class"], row["auto/reason"]])
+        weights = {name: value for name, value in row.items() if name.startswith("auto/weight/")} or weights
         if row["step"] % config.eval_every == 0 or row["step"] == config.max_steps:
             steps.append(row["step"])
             returns.append(student.evaluate())
-    return {
+    found = {
         "steps": steps,
         "returns": returns,
-        "changes": changes,
         "dialogues_per_step": config.num_prompts * config.num_generations,
     }
+    return found | ({"weights": list(weights.values())} if weights else {})
 
 
 def measure(
@@ -127,12 +124,11 @@ def measure(
         |G_S|^2 = <g_m, g_m'>,  bias^2 = <d_m, d_m'> with d = g_S - g_full,  cosine from <g_S, g_full>;  variance =
         E|g|^2 - |G_S|^2
     ``bias_low``, ``bias_high``: two standard errors beside its square; where the first is 0, none was seen.
-    ``cosine`` is a ratio of such estimates, cut at 1. ``alignment``: expected cosine of a batch gradient with G_full,
-    measured here and as auto estimates it from score norms, None where its estimate of |G_full|^2 is below zero.
+    ``cosine`` is a ratio of such estimates, cut at 1. ``alignment``: expected cosine of a batch gradient with G_full.
     """
     student = Student(of, config, folder)
     chosen = [policy_class(c) for c in classes]
-    full, gradients, seen = list(classes).index("full"), [], []
+    full, gradients = list(classes).index("full"), []
     for step in range(batches):
         samples = student.rollouts(step)
         batch = pack(samples)
@@ -149,14 +145,7 @@ def measure(
             )
             rows.append(torch.cat([g.flatten() for g in out]))
         gradients.append(torch.stack(rows))
-        taken = batch.labels >= 0
-        with torch.no_grad():
-            options: dict[str, Any] = {"skip_zero_advantages": False, "score_norms": True}
-            out = policy_loss(student.policy.model, batch, batch.rewards, PolicyLossSpec(), **options)
-        norms, A = out.metrics["score_norms"], torch.stack(advantages)
-        tokens = (part[taken] for part in (context_ids(batch), batch.dialogue_ids, batch.labels, norms))
-        seen.append(measure_signals(*tokens, advantages=A[:, taken], count=len(samples)))
-    return _statistics(torch.stack(gradients).double(), seen, classes, full)
+    return _statistics(torch.stack(gradients).double(), classes, full)
 
 
 def _squared_length(drawn: Tensor) -> tuple[float, float]:
@@ -167,16 +156,12 @@ def _squared_length(drawn: Tensor) -> tuple[float, float]:
     return float(pairs / (M * (M - 1))), float(((M - 1) / M * (without - without.mean()).square().sum()).sqrt())
 
 
-def _statistics(gradients: Tensor, seen: list[Signals], classes: Sequence[str], full: int) -> dict[str, Any]:
+def _statistics(gradients: Tensor, classes: Sequence[str], full: int) -> dict[str, Any]:
     """By class, from (M, C, D) batch gradients."""
     M = len(gradients)
     total = gradients.sum(0)
     own = torch.einsum("mcd,med->ce", gradients, gradients)
     inner, square = (total @ total.T - own) / (M * (M - 1)), own.diagonal() / M
-    products, squares = (torch.stack(part).mean(0) for part in zip(*((s.inner, s.square) for s in seen), strict=True))
-    estimate = Signals(products, squares, seen[0].dialogues, coverage=1.0)
-    signal = float(estimate.inner[full, full])
-    guess = (estimate.alignment(full) / max(signal, 1e-12) ** 0.5).tolist() if signal > 0 else [None] * len(classes)
     out = {}
     for c, name in enumerate(classes):
         bias, error = _squared_length(gradients[:, c] - gradients[:, full])
@@ -189,6 +174,5 @@ def _statistics(gradients: Tensor, seen: list[Signals], classes: Sequence[str], 
             "bias_high": max(0.0, bias + CLEAR * error) ** 0.5,
             "cosine": max(-1.0, min(1.0, float(inner[c, full]) / (scale * true))),
             "alignment": float(inner[c, full] / square[c].sqrt()) / true,
-            "alignment_by_score_norms": guess[c],
         }
     return out

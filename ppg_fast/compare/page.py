@@ -20,7 +20,7 @@ Gradient columns are at the start, for the mean over one step's dialogues: varia
 bias the distance of the expected gradient from that of the true return; cosine the angle between the two; alignment
 the expected cosine of ONE step's gradient with the true one, which bias and variance lower both. Tabular: exact, by
 enumeration. Language model: measured on independent batches, in the space of all its parameters, a bias by two
-standard errors to both sides of its square; by score norms: the alignment that auto estimates from them."""
+standard errors to both sides of its square."""
 
 READING_CREDITS = """Effective share: (sum w)&sup2; / (n sum w&sup2;) of the turns' weights, 100 % where all count
 alike."""

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ppg_fast.compare.results import MEASUREMENT, Run
-from ppg_fast.policy_classes import CANDIDATES, Lookahead, names_in, policy_class
+from ppg_fast.policy_classes import names_in, policy_class
 from ppg_fast.rollouts.problems import DRAWN, PROBLEMS, drawn, problem, problem_names
 from ppg_fast.spec import require, require_number, require_one_of
 
 BY = " by "  # a class and the loss that trains with it, where that is not the policy gradient
 REINFORCE, SOFT_Q = LOSS_TYPES = ("reinforce", "soft_q")
-AUTO, IMITATION = "auto", "imitation"  # in place of a policy class: chosen while training; every turn counts 1
-CLASSES = ",".join(str(c) for c in CANDIDATES if c != Lookahead(6)) + f",{AUTO}"  # six: half of a problem or more
+AUTO, IMITATION = "auto", "imitation"  # in place of a policy class: found while training; every turn counts 1
+CLASSES = f"greedy,lookahead:2,lookahead:3,lookahead:4,segment:4,full,{AUTO}"
 LOG_CLASSES = f"greedy,lookahead:3,segment:4,full,{IMITATION}"
 VERSIONS = ("tabular", "language")
 # arms that are no policy class: the setting that a number behind a colon stands for, and what else it takes
@@ -69,7 +69,7 @@ class Study:
         def learner(count: int) -> Any:
             chosen, loss_type = class_and_loss(run.policy_class)
             if chosen == AUTO:
-                return tabular_runs.Auto([policy_class(c) for c in self.fixed], count)
+                return tabular_runs.Auto(count)
             if loss_type == SOFT_Q:
                 return tabular_runs.SoftQ(policy_class(chosen), self.beta, exact.start(), count)
             given = settings_of(chosen)
@@ -121,8 +121,6 @@ class Study:
         chosen, loss_type = class_and_loss(run.policy_class)
         own = {} if chosen in (MEASUREMENT, IMITATION) else settings_of(chosen)
         own |= {"loss_type": SOFT_Q, "beta": self.beta} if loss_type == SOFT_Q else {}
-        if chosen == AUTO:
-            own["candidates"] = ",".join(self.fixed)
         steps = {} if self.max_steps is None else {"max_steps": self.max_steps}
         return make_config(defaults, steps, own, {"seed": run.seed, "device": "cpu"})
 
@@ -137,12 +135,10 @@ class Study:
         return tuple(c if loss == REINFORCE else c + BY + loss for c in self.classes for loss in self.loss_types)
 
     def settings(self) -> dict[str, Any]:
-        """What must be equal for results to stand side by side. Candidates of auto count, other classes and losses
-        may join later."""
+        """What must be equal for results to stand side by side; classes and losses may join later."""
         own = dataclasses.asdict(self)
-        own.pop("folder")
-        own["classes"] = sorted(self.fixed) if AUTO in self.classes else []
-        own.pop("loss_types")
+        for name in ("folder", "classes", "loss_types"):
+            own.pop(name)
         problems = repr([*sorted(PROBLEMS.items()), *map(drawn, range(9))])
         own["problems"] = hashlib.sha256(problems.encode()).hexdigest()[:16]
         if self.data:  # by what it holds, wherever it lies

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ppg_fast.compare.study import BY, is_class
-from ppg_fast.rollouts.problems import DRAWN, problem
+from ppg_fast.rollouts.problems import DRAWN, REVIEW, problem
 
 LEVEL = 0.8  # of the way from the start to the best return
 RESAMPLES = 2000
@@ -63,7 +63,7 @@ def of_class(runs: list[dict[str, Any]], best: float) -> dict[str, Any]:
         "level": level,
         "level_reached": len(times),
         "level_samples": float(np.median(times)) if len(times) > len(runs) / 2 else None,
-        "changes": [[c[:2] for c in r["changes"]] for r in runs],
+        **({"weights": np.array([r["weights"] for r in runs]).mean(0).tolist()} if "weights" in runs[0] else {}),
         "seconds": sum(r["seconds"] for r in runs),
         **{name: over_seeds(np.array([r[name] for r in runs])) for name in BESIDE if name in runs[0]},
     }
@@ -87,7 +87,7 @@ def of_problem(
         for c in classes.values():
             c["against_own"] = {key: difference(c[key]["each"], classes[own][key]["each"]) for key in ("final", "area")}
     facts = {"problem": name, "version": version, "policy_class": own, "why": of.why, "best_return": of.best_return}
-    words = [] if name.startswith(DRAWN) else verdict(own, classes)  # nobody made it for a class
+    words = [] if name.startswith((DRAWN, REVIEW)) else verdict(own, classes)  # nobody made it for a class
     if any(BY in c for c in classes):
         words = of_losses(classes)
     return {**facts, "classes": classes, "gradient": gradient, "verdict": words}
@@ -137,13 +137,12 @@ def of_losses(classes: dict[str, Any]) -> list[str]:
 
 
 def _of_auto(classes: dict[str, Any], fixed: list[str]) -> str:
-    """Where auto stands among the fixed classes, and the class it ended with."""
+    """Where auto stands among the fixed classes, and the weights of the lags that it ended with."""
     order = sorted(fixed, key=lambda c: -classes[c]["area"]["mean"])
     mine = classes["auto"]["area"]["mean"]
     ahead = [c for c in order if classes[c]["area"]["mean"] > mine]
     level = [c for c in order if classes[c]["area"]["each"] == classes["auto"]["area"]["each"]]
-    last = [changes[-1][1] if changes else "full" for changes in classes["auto"]["changes"]]
-    counts = ", ".join(f"{c} {last.count(c)}" for c in sorted(set(last), key=lambda c: -last.count(c)))
+    weights = ", ".join(f"{weight:.2f}" for weight in classes["auto"]["weights"])
     place = (
         f"behind {', '.join(ahead)}"
         if ahead
@@ -151,7 +150,7 @@ def _of_auto(classes: dict[str, Any], fixed: list[str]) -> str:
         if level
         else "before every fixed class"
     )
-    return f"auto: mean return over training {mine:.2f}, {place}; it ended with: {counts}."
+    return f"auto: mean return over training {mine:.2f}, {place}; mean weights of its lags at the end: {weights}."
 
 
 def of_log(looked: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ppg_fast.policy_classes import PolicyClass
 from ppg_fast.policy_classes import policy_class as named_policy_class
 from ppg_fast.rollouts.problems import Problem
 from ppg_fast.spec import SoftQSpec
-from ppg_fast.training.auto import Signals, measure_signals
+from ppg_fast.training.auto import StepSignals
 
 HONEST = 0  # index of the action
 
@@ -194,15 +194,11 @@ def soft_q_gradient(
     return torch.autograd.grad(out.loss, z)[0]
 
 
-def sampled_signals(
-    logits: Tensor, candidates: Sequence[PolicyClass], actions: Tensor, rewards: Tensor, group_size: int
-) -> Signals:
-    """What `ppg_fast.training.auto` sees of sampled dialogues: a turn is one token, and its context the turn."""
+def sampled_signals(logits: Tensor, actions: Tensor, rewards: Tensor, group_size: int) -> StepSignals:
+    """What `ppg_fast.training.auto` sees of sampled dialogues, actions and rewards (count, T), of a policy's logits
+    (T, 2)."""
     count, turns = actions.shape
+    own = torch.nn.functional.one_hot(actions, 2).double() - logits.softmax(-1)
+    scores = torch.einsum("ita,tu->itua", own, torch.eye(turns, dtype=torch.float64)).flatten(2)
     groups = torch.arange(count) // group_size
-    advantages = torch.stack([turn_advantages(partial_returns(rewards, c), groups) for c in candidates])
-    logprobs = logits.log_softmax(-1).expand(count, -1, -1)
-    chosen = logprobs.gather(-1, actions[..., None]).flatten()
-    norms = logprobs.exp().square().sum(-1).flatten() - 2 * chosen.exp() + 1
-    contexts, dialogues = torch.arange(turns).repeat(count), torch.arange(count).repeat_interleave(turns)
-    return measure_signals(contexts, dialogues, actions.flatten(), norms, advantages.flatten(1), count)
+    return StepSignals(scores, turn_advantages(rewards, groups).double(), coverage=1.0)

@@ -10,7 +10,7 @@ from ppg_fast.compare.tabular import TabularProblem, ascent, estimate, sampled_s
 from ppg_fast.compare.tabular_critic import TabularCritic
 from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.policy_classes import PolicyClass
-from ppg_fast.training.auto import WindowChooser
+from ppg_fast.training.auto import CreditWeights, by_lag
 from ppg_fast.training.experience import Experience
 from ppg_fast.training.objective import Schedule
 
@@ -57,11 +57,12 @@ def train(
         if step % EVERY == 0 or step == max_steps:
             steps.append(step)
             returns.append(tabular.value(logits.detach()))
-    changes = getattr(learner, "changes", [[] for _ in seeds])
-    return [
-        {"steps": steps, "returns": curve, "changes": changed, "dialogues_per_step": COUNT}
-        for curve, changed in zip(torch.stack(returns, 1).tolist(), changes, strict=True)
+    found = [
+        {"steps": steps, "returns": curve, "dialogues_per_step": COUNT} for curve in torch.stack(returns, 1).tolist()
     ]
+    for result, weights in zip(found, getattr(learner, "weights", ()), strict=False):
+        result["weights"] = weights
+    return found
 
 
 def _sampled(
@@ -112,22 +113,23 @@ class Gae:
 
 
 class Auto:
-    """By the class that `WindowChooser` picks, each seed's own."""
+    """By the weights that each seed's own `CreditWeights` finds."""
 
-    def __init__(self, candidates: Sequence[PolicyClass], seeds: int) -> None:
-        self.candidates, self.changes = tuple(candidates), [[] for _ in range(seeds)]
-        self.choosers = [WindowChooser(self.candidates) for _ in range(seeds)]
+    def __init__(self, seeds: int) -> None:
+        self.found = [CreditWeights() for _ in range(seeds)]
+
+    @property
+    def weights(self) -> list[list[float]]:
+        """The mean weight of each lag now, of each seed."""
+        return [[value for _, value in by_lag(own.matrix(own.turns))] for own in self.found]
 
     def __call__(self, step: int, logits: Tensor, actions: Tensor, rewards: Tensor) -> Tensor:
-        direction = torch.empty_like(logits)
-        for window in {chooser.current for chooser in self.choosers}:
-            mine = [i for i, chooser in enumerate(self.choosers) if chooser.current == window]
-            direction[mine] = estimate(logits[mine], window, actions[mine], rewards[mine], GROUP)
-        direction *= torch.tensor([chooser.scale for chooser in self.choosers], dtype=logits.dtype)[:, None, None]
-        for chooser, changes, *sampled in zip(self.choosers, self.changes, logits, actions, rewards, strict=True):
-            row = chooser.observe(sampled_signals(sampled[0], self.candidates, sampled[1], sampled[2], GROUP))
-            if "auto/reason" in row:
-                changes.append([step, row["policy_class"], row["auto/reason"]])
+        count, turns = rewards.shape[1:]
+        weights = torch.stack([own.scale * own.matrix(turns) for own in self.found])
+        centred = turn_advantages(rewards.flatten(0, 1), torch.arange(len(logits) * count) // GROUP).view(rewards.shape)
+        direction = ascent(logits, actions, torch.einsum("sik,stk->sit", centred.double(), weights))
+        for own, *sampled in zip(self.found, logits, actions, rewards, strict=True):
+            own.observe(sampled_signals(*sampled, GROUP))
         return direction
 
 

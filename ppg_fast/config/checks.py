@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, OF_TEACHER, OF_TURNS, SOFT_Q, TRACKERS
 from ppg_fast.distributed import PARALLEL
 from ppg_fast.losses import LOSS_TYPES
-from ppg_fast.policy_classes import FullPlanning, LagWeights
+from ppg_fast.policy_classes import LagWeights
 from ppg_fast.spec import (
     BASELINES,
     DIVERGENCES,
@@ -103,10 +103,9 @@ def check_together(config: TrainConfig) -> None:
     limit = type(config).max_tool_calls
     has_tools = bool(config.tools) or config.max_tool_calls == limit
     require(has_tools, f"max_tool_calls must be {limit} without tools, where nothing is called", config.max_tool_calls)
-    if config.policy_class == AUTO or config.signals:
+    if config.measures:
         what = "policy_class auto needs" if config.policy_class == AUTO else "signals need"
         require(not config.data, f"{what} rollouts of the policy itself, so there must be no data", config.data)
-        require(FullPlanning() in config.candidate_classes(), "candidates must include full", config.candidates)
     rule = "keep_rollouts must be 0 with data, whose dialogues are there already"
     require(not (config.data and config.keep_rollouts), rule, config.keep_rollouts)
     _check_teacher(config)
@@ -115,8 +114,7 @@ def check_together(config: TrainConfig) -> None:
     _check_imitation(config)
     _check_values(config)
     _check_gradients(config)
-    measures = bool(config.candidate_classes())
-    require_token_share(config.token_share, config.loss_spec(), config.reduction, config.of_turns, measures)
+    require_token_share(config.token_share, config.loss_spec(), config.reduction, config.of_turns, config.measures)
     source = "data" if config.data else "sampler" if config.sampler else ""
     rule = f"token_share must be 1 with {source} and num_iterations 1: nothing says then how uncertain a token was"
     require(config.token_share == 1 or not source or config.num_iterations > 1, rule, config.token_share)
@@ -136,8 +134,8 @@ def _check_values(config: TrainConfig) -> None:
     rule = "gae_lambda goes with windows, whose end has a value: with weights of lags it must be left out"
     weighted = config.policy_class != AUTO and isinstance(config.chosen_class(), LagWeights)
     require(not weighted or config.gae_lambda is None, rule, config.gae_lambda)
-    rule = f"baseline must be another than {VALUE} with policy_class auto or signals, which compare many windows"
-    require(not (valued and (config.policy_class == AUTO or config.signals)), rule, config.baseline)
+    rule = f"baseline must be another than {VALUE} with policy_class auto or signals, which are of single rewards"
+    require(not (valued and config.measures), rule, config.baseline)
 
 
 def _check_gradients(config: TrainConfig) -> None:

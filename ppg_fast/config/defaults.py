@@ -5,7 +5,7 @@ OF_TURNS = {  # the settings that are their own, and what they are called
     TURN_REGRESSION: (("eta",), "regression on turns"),
     SOFT_Q: (("beta", "max_residual", "cql_coef", "replay"), "soft Q-learning"),
 }
-AUTO = "auto"  # in place of a policy class: one of the candidates, chosen while training
+AUTO = "auto"  # in place of a policy class: weights of the rewards, estimated while training
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 SECTIONS = {  # of the help: from this setting on, until the next section begins

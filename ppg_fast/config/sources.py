@@ -51,6 +51,8 @@ def read_yaml(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict):
         raise ValueError(f"config {path} must be a mapping of settings to values, got {type(settings).__name__}")
+    if settings.keys() >= WHOLE:  # of a run: before auto estimated weights every run had candidates for it
+        settings.pop("candidates", None)
     return as_now(_settings(settings, f"config {path}: "))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from ppg_fast.config.checks import as_json_text, check_each, check_together
 from ppg_fast.config.defaults import AUTO, LOSS_SETTINGS, OF_TURNS, SOFT_Q, TRACKERS, TURN_REGRESSION
 from ppg_fast.losses import KL_ESTIMATORS, LOSS_TYPES, PRESETS
-from ppg_fast.policy_classes import CANDIDATES, FullPlanning, PolicyClass, policy_class, policy_classes
+from ppg_fast.policy_classes import FullPlanning, PolicyClass, policy_class
 from ppg_fast.spec import BASELINES, DIVERGENCES, MAX_LOG_RATIO, VALUE, PolicyLossSpec, require, require_one_of
 
 OF_PRESET: Any = None  # a loss_type once the config is made
@@ -69,8 +69,7 @@ class TrainConfig:
         "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, lags:W0,W1,... (a weight a "
         "lag), auto (experimental); supervised fine-tuning is --imitate",
     )
-    candidates: str = _option(",".join(map(str, CANDIDATES)), "classes that auto chooses among; full must be one")
-    signals: bool = _option(False, "log what auto looks at, whatever class trains; reads turns without advantage too")
+    signals: bool = _option(False, "log the weights that auto would have, whatever class trains")
     gamma: float = _option(1.0, "discount inside the window")
     baseline: str = _option(
         "leave_one_out",
@@ -274,12 +273,13 @@ class TrainConfig:
         return self.kl_coef != 0 or soft_q or (self.regresses and self.data is not None)
 
     def chosen_class(self) -> PolicyClass:
-        """The policy class of the first step: full planning where auto chooses."""
+        """The policy class of the first step: full planning with auto."""
         return FullPlanning() if self.policy_class == AUTO else policy_class(self.policy_class)
 
-    def candidate_classes(self) -> tuple[PolicyClass, ...]:
-        """Classes whose signals a step measures: what auto chooses among, and ``signals`` logs."""
-        return policy_classes(self.candidates) if self.policy_class == AUTO or self.signals else ()
+    @property
+    def measures(self) -> bool:
+        """Whether a step measures which turns move which rewards: what auto learns from, and ``signals`` logs."""
+        return self.policy_class == AUTO or self.signals
 
     def _of_preset(self) -> dict[str, Any]:
         """The numbers of the preset; none without one."""

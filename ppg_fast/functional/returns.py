@@ -7,7 +7,7 @@ from ppg_fast import ops, reference
 from ppg_fast.contract import Turns
 from ppg_fast.functional.tokens import chosen_backend
 from ppg_fast.ops.checks import check_rewards, check_turn_counts
-from ppg_fast.policy_classes import Greedy, LagWeights, PolicyClass, RewardMask, Segment
+from ppg_fast.policy_classes import Greedy, LagWeights, PolicyClass, RewardMask, RewardWeights, Segment
 from ppg_fast.policy_classes import policy_class as named_policy_class
 from ppg_fast.spec import BASELINES, STD_EPS, VALUE, fail, require, require_number, require_one_of
 
@@ -104,10 +104,31 @@ def _reward_mask(policy_class: RewardMask, rewards: Tensor, gamma: float) -> Ten
     return mask.contiguous()
 
 
-def _weighted(policy_class: LagWeights, rewards: Tensor, gamma: float, turn_counts: Tensor | None) -> Tensor:
-    """The returns (B, T) of lag weights. Each is handed on as a turn's one reward, so no kernel has to know of them."""
+def _reward_weights(policy_class: RewardWeights, rewards: Tensor, gamma: float) -> Tensor:
+    """(T, T) float64 on the device of the rewards (B, T), or a ValueError."""
+    weights, T = torch.as_tensor(policy_class.weights, device=rewards.device), rewards.shape[1]
+    require(weights.shape == (T, T), f"the weights of RewardWeights must be (T, T) = ({T}, {T})", tuple(weights.shape))
+    rule = "the weights of RewardWeights must be real numbers"
+    require(not weights.is_complex() and weights.dtype != torch.bool, rule, weights.dtype)
+    weights = weights.detach().double()
+    if weights.is_cpu and not torch.compiler.is_compiling():
+        for turn, reward in (~((weights >= 0) & weights.isfinite())).nonzero()[:1].tolist():
+            place = f"turn {turn}, reward {reward}"
+            fail(f"the weights of RewardWeights must be finite and >= 0, at {place} too", float(weights[turn, reward]))
+        before = bool((weights == weights.triu()).all())
+        require(gamma > 0 or before, "RewardWeights that credit rewards before the turn need gamma > 0", gamma)
+    return weights
+
+
+def _weighted(
+    policy_class: LagWeights | RewardWeights, rewards: Tensor, gamma: float, turn_counts: Tensor | None
+) -> Tensor:
+    """The returns (B, T) of weights. Each is handed on as a turn's one reward, so no kernel has to know of them."""
     if rewards.is_cpu and not torch.compiler.is_compiling():
         check_rewards(rewards, turn_counts, None)  # here an error still names the reward
+    if isinstance(policy_class, RewardWeights):
+        weights = _reward_weights(policy_class, rewards, gamma)
+        return reference.weighted_returns(rewards, weights, turn_counts, gamma)
     weights = torch.tensor(policy_class.weights, dtype=torch.float64, device=rewards.device)
     return reference.lagged_returns(rewards, weights, turn_counts, gamma)
 
@@ -124,7 +145,7 @@ def checked_turns(
     chosen = named_policy_class(policy_class)
     gamma = require_number("gamma", gamma, 0.0, 1.0)
     rewards, turn_counts = _check_turns(rewards, "rewards", turn_counts)
-    if isinstance(chosen, LagWeights):
+    if isinstance(chosen, (LagWeights, RewardWeights)):
         chosen, rewards = Greedy(), _weighted(chosen, rewards, gamma, turn_counts)
     segment_ids = (
         _segment_ids(chosen, rewards) if isinstance(chosen, Segment) and chosen.segment_ids is not None else None
@@ -160,11 +181,11 @@ def partial_returns(
     Args:
         rewards: (B, T) floating point, one per turn; what lies beyond ``turn_counts`` is ignored, NaN included.
         policy_class: ``Greedy() | Lookahead(k) | Segment(ids_or_length) | FullPlanning() | LagWeights(weights) |
-            RewardMask(mask)``, or the name of one.
+            RewardMask(mask) | RewardWeights(weights)``, or the name of one.
         gamma: discount per turn, in [0, 1].
         turn_counts: (B,) integers, the turns of each dialogue; default T.
         values: (B, T) floating point, the return that is expected from turn t on, before its answer; a constant.
-        gae_lambda: in [0, 1], for windows, so not for RewardMask and LagWeights; None: no bootstrap, and no values.
+        gae_lambda: in [0, 1], for windows, so not for masks and weights; None: no bootstrap, and no values.
         validate: on a GPU, also make the checks of values, which need a sync. On a CPU they are always made.
         backend: "cpu" | "triton" | "cuda" | "reference"; default the fastest that runs here.
 
@@ -181,7 +202,7 @@ def partial_returns(
         return ops.partial_returns(turns, validate, backend)
     decay = turns.gamma * require_number("gae_lambda", gae_lambda, 0.0, 1.0)
     rule = "gae_lambda goes with windows (greedy, lookahead:K, segment:LENGTH, full), whose end has a value"
-    require(not isinstance(named_policy_class(policy_class), (LagWeights, RewardMask)), rule, policy_class)
+    require(named_policy_class(policy_class).is_window, rule, policy_class)
     B, T = turns.rewards.shape
     exists = torch.ones(B, T, dtype=torch.bool, device=rewards.device)
     if turns.turn_counts is not None:

@@ -26,7 +26,7 @@ SAME_CONTENT = "data prompts model reward partner_prompt chat_template tools tea
 ADDRESSES = "judge partner sampler"
 FIXED = """template_date chat_template_kwargs width layers vocab_size dtype bf16 logits_dtype
     lora_rank lora_alpha lora_dropout lora_target_modules freeze
-    seed allow_negative_rewards imitate imitate_td policy_class candidates signals gamma baseline gae_lambda
+    seed allow_negative_rewards imitate imitate_td policy_class signals gamma baseline gae_lambda
     loss_type eta beta replay reduction num_iterations preset
     clip_low clip_high dual_clip ratio_cap tau_positive tau_negative ratio_reduction
     opsm_delta log_ratio_coef z_coef kl_coef kl_estimator kl_cap entropy_coef importance_cap importance_floor

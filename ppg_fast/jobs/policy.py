@@ -235,7 +235,7 @@ def objective_of(config: TrainConfig) -> Objective:
         config.loss_spec(),
         "sum" if config.of_turns else config.reduction,
         config.num_iterations,
-        candidates=config.candidate_classes(),
+        signals=config.measures,
         auto=config.policy_class == AUTO,
         eta=config.eta if config.regresses else 0.0,
         from_start=config.regresses and config.keeps_start,

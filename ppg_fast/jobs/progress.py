@@ -51,15 +51,12 @@ class Phase:
         self.progress, self.name, self.steps, self.task = progress, name, steps, task
 
     def show(self, metrics: dict[str, Any], key: str) -> None:
-        """One step done: the metric ``key``, speed and memory. A step without any advantage is said so, a change of
-        class why."""
+        """One step done: the metric ``key``, speed and memory. A step without any advantage is said so."""
         step, name = metrics["step"], "return" if key == "reward" else key
         speed, memory = metrics["perf/tokens_per_second"], metrics["perf/peak_memory_mb"]
         status = f"{name} {metrics[key]:.3f}  {speed:,.0f} tokens/s  peak {memory:,.0f} MB"
         if not metrics["active_turns"] and not metrics["loss"]:  # a KL term or a likelihood may teach something yet
             self.progress.say(f"step {step}: no turn has an advantage, so the loss is zero and nothing was learned")
-        if "auto/reason" in metrics:
-            self.progress.say(f"step {step}: {metrics['auto/reason']}")
         if self.task:
             bar, task = self.task
             bar.update(task, completed=step, status=status)

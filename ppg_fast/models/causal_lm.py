@@ -176,6 +176,7 @@ def policy_loss(
     reduction: str = "sequence_sum",
     skip_zero_advantages: bool = True,
     teacher: "FrozenTeacher | None" = None,
+    on_hidden: Callable[[Tensor], None] | None = None,
     **options: Any,
 ) -> PolicyLossOutput:
     """The policy loss of a packed batch from hidden states through the model's own head; the (N, V) logits never exist.
@@ -184,10 +185,12 @@ def policy_loss(
     turn's. A function makes them of the hidden states (N, D), detached: so a critic needs no pass of its own. The
     log-probs (N,) are those of ``batch.labels``. Turns of advantage zero cost what context costs, unless
     ``skip_zero_advantages`` is off. ``options``: per-token values (N,) and the rest as `ppg.linear_policy_loss`.
-    ``teacher``: reads the batch first.
+    ``teacher``: reads the batch first. ``on_hidden``: is shown the hidden states (N, D), to register a hook there.
     """
     taught = None if teacher is None else teacher.of(batch, Head.of(model).scale)
     hidden, head = _hidden_and_head(model, batch)
+    if on_hidden is not None:
+        on_hidden(hidden)
     if not isinstance(advantages, Tensor):
         advantages = advantages(hidden.detach())
     return linear_policy_loss(

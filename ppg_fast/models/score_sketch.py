@@ -41,12 +41,17 @@ class ScoreSketch:
         u, chosen = self._gradients(Head.of(model), x, batch, temperature), batch.labels >= 0
         S, T = batch.rewards.shape
         places = (batch.dialogue_ids * T + batch.turn_ids)[chosen]
-        u, x = u[chosen].float(), x[chosen].float()
+        return self.sums(u[chosen].float(), x[chosen].float(), places, S * T).cpu().view(S, T, -1)
+
+    @torch.no_grad()
+    def sums(self, u: Tensor, x: Tensor, places: Tensor, count: int) -> Tensor:
+        """(count, size) float32 on the device of u and x, both (N, D) float32: the sketches of u x^T, added up over the
+        tokens of each of ``places`` (N,)."""
         parts = []
         for first in range(0, self.of_states.shape[1], COLUMNS):
             p, q = (signs[:, first : first + COLUMNS].to(x.device) for signs in (self.of_gradients, self.of_states))
-            parts.append(group_sum((u @ p) * (x @ q), places, S * T).cpu())
-        return torch.cat(parts, 1).view(S, T, -1)
+            parts.append(group_sum((u @ p) * (x @ q), places, count))
+        return torch.cat(parts, 1)
 
     def _gradients(self, head: Head, x: Tensor, batch: PackedBatch, temperature: float) -> Tensor:
         """(N, D): d log pi(label) / d hidden state, 0 at context; a token's log-prob depends on its own state only."""

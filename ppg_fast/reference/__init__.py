@@ -4,7 +4,7 @@ test."""
 from ppg_fast.reference.distillation import distillation, top_k_divergence
 from ppg_fast.reference.groups import consecutive_ids, group_sum
 from ppg_fast.reference.logprobs import log_softmax, log_sum_exps, score_norms, token_logprobs
-from ppg_fast.reference.partial_returns import lagged_returns, masked_returns, partial_returns
+from ppg_fast.reference.partial_returns import lagged_returns, masked_returns, partial_returns, weighted_returns
 from ppg_fast.reference.policy_loss import kept_sequences, loss_from_logprobs, policy_loss, shared_divisor
 from ppg_fast.reference.policy_term import clipped, importance_weight, k3, policy_term, ratio_of
 from ppg_fast.reference.turn_regression import Residuals, turn_residuals
@@ -37,4 +37,5 @@ __all__ = [
     "top_k_divergence",
     "turn_mask",
     "turn_residuals",
+    "weighted_returns",
 ]

@@ -39,9 +39,7 @@ def partial_returns(
 
 def masked_returns(rewards: Tensor, mask: Tensor, turn_counts: Tensor | None, gamma: float) -> Tensor:
     """R[b, t] = sum over k with mask[t, k] of gamma^(k-t) r[b, k]: any subset of the rewards, as one matrix product."""
-    turns = torch.arange(rewards.shape[1], device=rewards.device)
-    discount = torch.where(mask, float(gamma) ** (turns - turns[:, None]).double(), 0.0)
-    return _product(rewards, discount, turn_counts)
+    return weighted_returns(rewards, mask.double(), turn_counts, gamma)
 
 
 def lagged_returns(rewards: Tensor, weights: Tensor, turn_counts: Tensor | None, gamma: float) -> Tensor:
@@ -53,6 +51,13 @@ def lagged_returns(rewards: Tensor, weights: Tensor, turn_counts: Tensor | None,
     by_lag[:count] = weights[:count].double() * float(gamma) ** torch.arange(count, device=rewards.device).double()
     lags = torch.arange(T, device=rewards.device) - torch.arange(T, device=rewards.device)[:, None]
     return _product(rewards, torch.where(lags >= 0, by_lag[lags.clamp(min=0)], 0.0), turn_counts)
+
+
+def weighted_returns(rewards: Tensor, weights: Tensor, turn_counts: Tensor | None, gamma: float) -> Tensor:
+    """R[b, t] = sum over k of weights[t, k] gamma^(k-t) r[b, k], ``weights`` (T, T) float64."""
+    turns = torch.arange(rewards.shape[1], device=rewards.device)
+    lags = (turns - turns[:, None]).double()
+    return _product(rewards, torch.where(weights != 0, weights * float(gamma) ** lags, 0.0), turn_counts)
 
 
 def _product(rewards: Tensor, weights: Tensor, turn_counts: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from ppg_fast.spec import require, require_one_of
 
 Table = tuple[tuple[float, ...], ...]
 DRAWN = "drawn:"  # and a seed: the name of a problem that nobody chose
+REVIEW = "review:"  # and a name: one of those that a reviewer made
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,31 @@ def _mood_problem(turns: int = 12) -> Problem:
 PROBLEMS = {p.name: p for p in (_immediate(), _commitments(), _topics(), _plan(), _mood_problem())}
 
 
+def _review(turns: int = 12) -> tuple[Problem, ...]:
+    """Six that a reviewer of this study made against it: hard for windows, and for what finds weights by itself."""
+    last, every = turns - 1, range(turns)
+    quiet, at_once = _judge(turns, 1.0), _table(turns, *((t, t, 1.0) for t in every))
+    mixed = _table(turns, (0, last, 6.0), *((t, t, 1.0) for t in every if t))
+    early = (1.0,) + (0.0,) * last
+    in_six = _table(turns, *((t, min(t + 6, last), 1.0) for t in every))
+    in_two = _table(turns, *((t, min(t + 2, last), 1.0) for t in every))
+    in_turn = _table(turns, *((t, min(t + 5 * (t % 2), last), 1.0) for t in every))
+    tempting = tuple(0.6 if t % 2 and t < last else 0.0 for t in every)
+    given = (
+        ("at_once", "greedy", "paid at once, beside a lasting mood", at_once, (0.0,) * turns, _mood(turns, 2.0, 0.95)),
+        ("late", "full", "temptation now, the truth six turns later", in_six, (0.5,) * last + (0.0,), quiet),
+        ("first", "full", "the first answer is worth a third, paid at the end", mixed, early, _mood(turns, 1.0, 0.9)),
+        ("first_loud", "full", "the same with three times its noise", mixed, early, _mood(turns, 3.0, 0.9)),
+        ("moody", "lookahead:3", "two turns later, beside a strong mood", in_two, (0.6,) * (turns - 2) + (0.0,) * 2,
+         _mood(turns, 2.5, 0.95)),
+        ("in_turn", "lookahead:6", "paid at once and five turns later, in turn", in_turn, tempting, quiet),
+    )  # fmt: skip
+    return tuple(Problem(f"{REVIEW}{name}", c, why, turns, *rest) for name, c, why, *rest in given)
+
+
+REVIEWED = {p.name: p for p in _review()}
+
+
 def drawn(seed: int) -> Problem:
     """A problem that nobody chose: when answers are paid, what temptation pays and the noise are all drawn by ``seed``.
 
@@ -159,21 +185,25 @@ def drawn(seed: int) -> Problem:
 
 
 def problem(name: str) -> Problem:
-    """The problem of that name, one of the five or `drawn:SEED`; ValueError names those there are."""
+    """The problem of that name, one of the five, of the reviewer's six or `drawn:SEED`; ValueError names those there
+    are."""
     if name.startswith(DRAWN) and name.removeprefix(DRAWN).isdecimal():
         return drawn(int(name.removeprefix(DRAWN)))
-    require_one_of("problem", name, (*PROBLEMS, f"{DRAWN}SEED"))
-    return PROBLEMS[name]
+    made = PROBLEMS | REVIEWED
+    require_one_of("problem", name, (*made, f"{DRAWN}SEED"))
+    return made[name]
 
 
 def problem_names(text: str) -> list[str]:
-    """Names with commas, `all` for the five, `drawn:0..39` for forty drawn ones; each once. ValueError where one of
-    them is not there."""
+    """Names with commas, `all` for the five, `review` for the six, `drawn:0..39` for forty drawn ones; each once.
+    ValueError where one of them is not there."""
     found: list[str] = []
     for part in (p.strip() for p in text.split(",")):
         ends = part.removeprefix(DRAWN).split("..")
         if part == "all":
             found += PROBLEMS
+        elif part == "review":
+            found += REVIEWED
         elif part.startswith(DRAWN) and len(ends) == 2 and all(e.isdecimal() for e in ends):
             require(int(ends[0]) <= int(ends[1]), "a range of drawn problems must not end before it begins", part)
             require(int(ends[1]) - int(ends[0]) < 10**6, "a range of drawn problems must be below a million", part)

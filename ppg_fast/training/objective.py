@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 class Objective:
     """The objective of a step. ``imitate``: every turn has advantage 1: supervised fine-tuning by the same kernel.
 
-    ``candidates``: classes whose signals `ppg_fast.training.auto` measures at every step; ``auto``: it chooses one of
-    them for the next, in place of ``policy_class``. ``scale``: what the advantages are multiplied with then.
+    ``signals``: `ppg_fast.training.auto` measures at every step which turns move which rewards; ``auto``: the next one
+    is credited by the weights that follow, in place of ``policy_class``. ``scale``: what its advantages are multiplied
+    with then.
 
     ``eta`` > 0: regression on turns (`ppg.turn_regression_loss`) in place of ``spec`` and ``reduction``: of pairs, or
     with baseline "none" of turns by themselves. Its old policy is that of the step's start, or ``from_start`` of the
@@ -55,7 +56,7 @@ class Objective:
     reduction: str = "sequence_sum"
     num_iterations: int = 1
     imitate: bool = False
-    candidates: tuple[PolicyClass, ...] = ()
+    signals: bool = False
     auto: bool = False
     scale: float = 1.0
     eta: float = 0.0
@@ -71,12 +72,14 @@ class Objective:
         """ValueError for a loss of whole turns over another loss, for replay without soft Q-learning, and for a share
         of the tokens where all are wanted."""
         of_turns = bool(self.eta or self.soft_q)
-        require_token_share(self.token_share, self.spec, self.reduction, of_turns, bool(self.candidates))
+        require_token_share(self.token_share, self.spec, self.reduction, of_turns, self.signals)
         require(not self.replay or self.soft_q is not None, "replay must be 0 without soft_q", self.replay)
         rule, valued = f'gae_lambda must be None without baseline "{VALUE}"', self.baseline == VALUE
         require(valued or self.gae_lambda is None, rule, self.gae_lambda)
-        rule = f'baseline "{VALUE}" goes without imitation and without candidates, whose returns are of many windows'
-        require(not valued or not (self.imitate or self.candidates), rule, self.candidates or "imitate")
+        require(self.signals or not self.auto, "auto goes with signals, which it learns from", self.signals)
+        require(not (self.signals and self.imitate), "signals go without imitation, which knows no rewards", "imitate")
+        rule = f'baseline "{VALUE}" goes without imitation and without signals, which are of single rewards'
+        require(not valued or not (self.imitate or self.signals), rule, "signals" if self.signals else "imitate")
         if not of_turns:
             return
         rule = "soft Q-learning (soft_q) goes with" if self.soft_q else "a regression on turns (eta > 0) goes with"
@@ -85,7 +88,7 @@ class Objective:
         require(self.reduction == "sum", f"{rule} reduction sum, its denominator is its own", self.reduction)
         plain = self.spec == PolicyLossSpec(temperature=self.spec.temperature)
         require(plain, f"{rule} the default spec, its distance to another policy is its own", self.spec)
-        require(not (self.soft_q and self.candidates), "soft Q-learning goes with no candidates", self.candidates)
+        require(not (self.soft_q and self.signals), "soft Q-learning goes without signals", self.signals)
         require(not (self.soft_q and self.eta), "soft Q-learning goes with eta 0", self.eta)
         weighs = not (self.soft_q and self.imitate) or self.soft_q.cql_coef > 0
         require(weighs, "imitation with soft Q-learning goes with cql_coef > 0, what is imitated", self.soft_q)
@@ -191,9 +194,8 @@ def tokens_to_read(batch: PackedBatch, advantages: Tensor, objective: Objective)
 
     A dialogue ends with its last turn whose advantage is not zero, and is left out where it has none: what follows has
     no gradient. With a KL or entropy term every assistant token has one; where a dialogue's tokens share a ratio (gspo)
-    or a mean (sequence_mean), a dialogue with a gradient is read up to its last turn; with candidates every dialogue
-    is, since other classes may have an advantage there, and for a regression whose log ratios are not all 0. The
-    denominator stays that of the whole batch.
+    or a mean (sequence_mean), a dialogue with a gradient is read up to its last turn; every dialogue is for a
+    regression whose log ratios are not all 0. The denominator stays that of the whole batch.
     """
     spec = objective.spec
     credited = turns_with_gradient(batch, advantages, spec)
@@ -201,7 +203,7 @@ def tokens_to_read(batch: PackedBatch, advantages: Tensor, objective: Objective)
         spec.shared == "sequence" and (objective.num_iterations > 1 or spec.opsm_delta)
     ):
         credited = credited.any(1, keepdim=True).expand_as(credited)
-    if objective.candidates or (objective.eta and (objective.num_iterations > 1 or objective.from_start)):
+    if objective.eta and (objective.num_iterations > 1 or objective.from_start):
         credited = batch.turn_mask
     dialogue_ids = batch.dialogue_ids
     read = of_tokens(credited, batch.turn_ids, dialogue_ids)
@@ -278,7 +280,7 @@ def warn_if_equal(samples: Sequence[Sample], objective: Objective) -> None:
     if given == {0.0}:
         seen = "every reward is 0, so nothing is learned"
         warnings.warn(f"{seen}: ppg-fast score gives rewards; {alike}", stacklevel=2)
-    elif len(given) == 1 and not objective.candidates and len(longest.rewards) > 1:
+    elif len(given) == 1 and not objective.auto and len(longest.rewards) > 1:
         returns, _ = credit(pack([longest]), objective)
         weights = [f"{weight:g}" for weight in returns.flatten().tolist()]
         if len(set(weights)) > 1:

@@ -128,8 +128,14 @@ def regress(
     return {"loss": loss, "explained": 1 - loss / at_old if at_old else 0.0}
 
 
-def loss_of(one: Pass, module: nn.Module, objective: Objective, normalizer: float | None, score_norms: bool) -> Any:
-    """The loss of a pass, differentiable, and what was found on the way."""
+def loss_of(
+    one: Pass,
+    module: nn.Module,
+    objective: Objective,
+    normalizer: float | None,
+    on_hidden: Callable[[Tensor], None] | None = None,
+) -> Any:
+    """The loss of a pass, differentiable, and what was found on the way. ``on_hidden``: is shown its hidden states."""
     if objective.soft_q is None:
         return module(
             one.batch,
@@ -142,10 +148,9 @@ def loss_of(one: Pass, module: nn.Module, objective: Objective, normalizer: floa
             nll_normalizer=None if one.nll_weights is None else 1.0,
             reduction=objective.reduction,
             normalizer=normalizer,
-            # other classes may have an advantage there, and a teacher teaches every token
-            skip_zero_advantages=not (objective.candidates or objective.teacher),
+            skip_zero_advantages=not objective.teacher,  # which teaches every token
             teacher=objective.teacher,
-            score_norms=score_norms,
+            on_hidden=on_hidden,
         )
     unpaid = replace(one.batch, rewards=torch.zeros_like(one.batch.rewards)) if objective.imitate else one.batch
     out = module(
@@ -184,9 +189,11 @@ def weighed(passes: Sequence[Pass], batch: PackedBatch, objective: Objective, ra
     return values.float(), (-objective.soft_q.beta * residuals).float()
 
 
-def of_all(passes: Sequence[Pass], found: Sequence[Tensor | None], batch: PackedBatch, ranks: Ranks) -> Tensor:
-    """What the passes of all ranks found of their turns, as (S, T) float64 of ``batch`` on the CPU."""
-    whole = torch.zeros(batch.rewards.shape, dtype=torch.float64)
+def of_all(
+    passes: Sequence[Pass], found: Sequence[Tensor | None], batch: PackedBatch, ranks: Ranks, *size: int
+) -> Tensor:
+    """What the passes of all ranks found of their turns, as (S, T, *size) float64 of ``batch`` on the CPU."""
+    whole = torch.zeros(*batch.rewards.shape, *size, dtype=torch.float64)
     for one, values in zip(passes, found, strict=True):
         if one.dialogues and values is not None:
             whole[one.dialogues] = values.double().cpu()

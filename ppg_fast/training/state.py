@@ -8,7 +8,7 @@ from typing import Any
 from ppg_fast.dialogues.packing import Sample
 from ppg_fast.models.adaptation import StartingWeights, load_trainable_state, trainable_state
 from ppg_fast.spec import VALUE, require
-from ppg_fast.training.auto import WindowChooser
+from ppg_fast.training.auto import CreditWeights
 from ppg_fast.training.critic import Critic
 from ppg_fast.training.experience import Experience
 from ppg_fast.training.objective import Objective, Schedule
@@ -64,9 +64,9 @@ class TrainingState:
     """What steps change, but for the sources of randomness. ``reference``: the weights at the start, where a KL term,
     a regression or soft Q-learning wants them.
 
-    ``chooser``: what has been seen of the policy classes, where the objective has candidates. ``experience``: what
-    soft Q-learning remembers of earlier steps. ``critic``: with baseline "value". A field is saved and
-    loaded by its own ``state_dict`` and ``load_state_dict`` where it has them, as a plain value where not.
+    ``credit_weights``: what has been seen of which turns move which rewards, where the objective has signals.
+    ``experience``: what soft Q-learning remembers of earlier steps. ``critic``: with baseline "value". A field is saved
+    and loaded by its own ``state_dict`` and ``load_state_dict`` where it has them, as a plain value where not.
     """
 
     model: Any
@@ -75,7 +75,7 @@ class TrainingState:
     step: int = 0
     num_tokens: int = 0
     skipped: SkippedSteps = field(default_factory=SkippedSteps)
-    chooser: WindowChooser | None = None
+    credit_weights: CreditWeights | None = None
     experience: Experience | None = None
     critic: Critic | None = None
 
@@ -90,13 +90,12 @@ class TrainingState:
             weight_decay=schedule.weight_decay,
             offload=schedule.optim_offload,
         )
-        fixed = None if objective.auto else objective.policy_class
         compared = objective.spec.kl_coef or objective.from_start or objective.soft_q
         return cls(
             model,
             optimizer,
             reference=StartingWeights(model) if compared else None,
-            chooser=WindowChooser(objective.candidates, fixed=fixed) if objective.candidates else None,
+            credit_weights=CreditWeights(objective.auto) if objective.signals else None,
             experience=Experience(objective.replay, objective.gamma) if objective.soft_q_of_rewards else None,
             critic=Critic() if objective.baseline == VALUE else None,
         )
@@ -108,9 +107,10 @@ class TrainingState:
         return saved | {"model": trainable_state(self.model)}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave. ValueError where it is of other weights, of other candidates, or has a
-        part that this state does not have."""
+        """Take over what `state_dict` gave. ValueError where it is of other weights, or has a part that this state does
+        not have."""
         own = vars(self)
+        saved = {name: part for name, part in saved.items() if name in own or part is not None}  # of an older version
         saved = {
             **dict.fromkeys(name for name, part in own.items() if part is None),
             **saved,

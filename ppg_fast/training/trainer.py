@@ -27,8 +27,8 @@ from ppg_fast.training.metrics import TokenMeans, by_turn, describe, peak_memory
 from ppg_fast.training.objective import Objective, Schedule, credit, denominator, likelihood, live_turns, tokens_to_read
 from ppg_fast.training.optimisers import set_learning_rate
 from ppg_fast.training.passes import Pass, add_logprobs, compare_with, loss_of, make_passes, of_all, regress, weighed
-from ppg_fast.training.signals import SignalTokens
 from ppg_fast.training.state import NotFinite, TrainingState
+from ppg_fast.training.turn_scores import TurnScores
 
 __all__ = ["NotFinite", "TrainingState", "optimise", "update"]
 
@@ -58,10 +58,13 @@ def optimise(
     state = state or TrainingState.start(model, objective, schedule)
     for step in range(state.step + 1, schedule.max_steps + 1):
         ranks.check()
-        start, rate, chooser = time.perf_counter(), schedule.learning_rate_at(step), state.chooser
+        start, rate, weights = time.perf_counter(), schedule.learning_rate_at(step), state.credit_weights
         samples = collect(step)
         set_learning_rate(state.optimizer, rate)
-        now = replace(objective, policy_class=chooser.current, scale=chooser.scale) if chooser else objective
+        now = objective
+        if weights and weights.applied:
+            longest = max(1, *(len(s.rewards) for s in samples), 1)
+            now = replace(objective, policy_class=weights.policy_class(longest), scale=weights.scale)
         known, mean_returns = remembered(state.experience, step, samples)
         old = [*known, *(again(step, len(samples)) if again else ())]
         beside = old, mean_returns, state.critic
@@ -73,8 +76,8 @@ def optimise(
         lesson, signals = metrics.pop("lesson", None), metrics.pop("signals", None)
         if state.critic and lesson and not state.skipped.in_a_row:
             state.critic.take_in(lesson)
-        if chooser and signals:
-            metrics |= chooser.observe(signals)
+        if weights and signals and not state.skipped.in_a_row:
+            metrics |= weights.observe(signals)
         seconds, tokens = time.perf_counter() - start, sum(len(s.tokens) for s in read)
         state.step, state.num_tokens = step, state.num_tokens + tokens
         yield {
@@ -122,7 +125,7 @@ def update(
     are made and denominators counted over all of them, and only the passes are shared out. Where no turn has an
     advantage, the loss is a connected zero, no step is taken and ``active_turns`` is 0. Where loss or gradient is not
     finite, as the metrics then say, the weights stay as they are and no further iteration follows. Where the objective
-    has candidates, the metrics hold their `Signals` at the weights before the first step.
+    asks for signals, the metrics hold the `StepSignals` at the weights before the first step.
     """
     ranks = ranks or Ranks()
     module = ranks.module(model) or PolicyModule(model, torch.bfloat16 if schedule.bf16 else None)
@@ -139,7 +142,7 @@ def update(
         compare_with(passes, mean_returns)
     ranks.check()
     add_logprobs(passes, module, objective, reference, ranks)
-    signals = SignalTokens(batch, objective) if objective.candidates else None
+    scores = TurnScores(batch) if objective.signals else None
     normalizer, means, norm = denominator(batch, objective), TokenMeans(), 0.0
     regression: dict[str, float] = {}
     readings = critic.read_with(passes, batch, objective) if critic else []
@@ -150,7 +153,7 @@ def update(
         if objective.eta:
             moved = iteration > 0 or objective.from_start
             regression = regress(passes, module, batch, returns, objective, ranks, moved, check)
-        means = backward(module, passes, objective, normalizer, ranks, None if iteration else signals, check)
+        means = backward(module, passes, objective, normalizer, ranks, None if iteration else scores, check)
         norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), schedule.max_grad_norm)))
         if not (math.isfinite(norm) and math.isfinite(means.loss)):
             regression = {}  # the loss that is not finite is what the metrics say
@@ -173,7 +176,7 @@ def update(
         "grad_norm": norm,
         **reading(batch, live, objective.spec, lengths, share),
         **describe(samples, fresh, returns[new], advantages[new], objective.spec, shared_ratios, live[new], share),
-        **({"signals": signals.measure(ranks)} if signals else {}),
+        **({"signals": scores.measure(passes, ranks)} if scores else {}),
     }
 
 
@@ -183,19 +186,17 @@ def backward(
     objective: Objective,
     normalizer: float | None,
     ranks: Ranks,
-    signals: SignalTokens | None,
+    scores: TurnScores | None,
     check: Callable[[], None],
 ) -> TokenMeans:
-    """Forward and backward of every pass; gradients are those of the loss of all of them, on all ranks. ``signals``
-    takes in their tokens; ``check`` is asked before each pass."""
+    """Forward and backward of every pass; gradients are those of the loss of all of them, on all ranks. ``scores``
+    reads their turns; ``check`` is asked before each pass."""
     means = TokenMeans()
-    for number, one in enumerate(passes, 1):
+    for number, one in enumerate(passes):
         check()
-        with ranks.accumulate(module, last=number == len(passes)):
-            out = loss_of(one, module, objective, normalizer, score_norms=signals is not None)
+        with ranks.accumulate(module, last=number + 1 == len(passes)):
+            out = loss_of(one, module, objective, normalizer, scores.watch(number, one) if scores else None)
             (out.loss * ranks.world).backward()  # the engines take the mean over the ranks
         # the sampler's policy is not the one of now in a second iteration, nor in dialogues of earlier steps
         means.add(out, None if objective.soft_q else one.batch.rollout_logprobs, one.old_logprobs)
-        if signals:
-            signals.add(one.batch, one.dialogues, out)
     return TokenMeans.total(ranks.gather(means.read()))
