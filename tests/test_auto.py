@@ -15,6 +15,7 @@ from ppg_fast.rollouts.problems import PROBLEMS
 from ppg_fast.training.auto import MEMORY, CreditWeights, Evidence, StepSignals
 
 GROUP, DIALOGUES = 4, 32
+ONCE = torch.ones(6, 1, dtype=torch.float64)
 
 
 def quiet(name, factor=0.25):
@@ -57,7 +58,12 @@ def test_signals_are_those_of_the_enumeration(name):
 
 def test_evidence_is_sums_over_pairs():
     x = torch.randn(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = Evidence.of(x @ x.mT)
+    factors = torch.tensor([[1.0, 2.0, -0.5, 0.0, 3.0]], dtype=torch.float64).T
+    plain, scaled = (Evidence.of(x @ x.mT, f) for f in (torch.ones(5, 1, dtype=torch.float64), factors))
+    found = Evidence.of((x * factors) @ (x * factors).mT, torch.ones(5, 1, dtype=torch.float64))
+    for name, values in vars(found).items():
+        torch.testing.assert_close(getattr(scaled, name), values)
+    found = Evidence(*(values[:, 0] for values in vars(plain).values()))
     for k in range(3):
         products = [float(x[k, i] @ x[k, j]) for i in range(5) for j in range(5) if i != j]
         assert float(found.signal[k]) == pytest.approx(sum(products) / 20)
@@ -79,11 +85,11 @@ def test_lags_and_pairs_of_a_step():
     lags, pairs = step.by_lag(), step.by_pair()
     for d in range(4):
         x = sum(vectors[:, t + d, t] for t in range(4 - d))
-        assert float(lags.signal[d]) == pytest.approx(float(Evidence.of(x @ x.T).signal) / step.length)
+        assert float(lags.signal[d]) == pytest.approx(float(Evidence.of(x @ x.T, ONCE).signal) / step.length)
     for t in range(4):
         for k in range(4):
             x = vectors[:, k, t]
-            expected = float(Evidence.of(x @ x.T).signal) / step.length if k >= t else 0.0
+            expected = float(Evidence.of(x @ x.T, ONCE).signal) / step.length if k >= t else 0.0
             assert float(pairs.signal[t, k]) == pytest.approx(expected)
     weights = torch.rand(4, 4, generator=generator, dtype=torch.float64)
     whole = sum(weights[t, k] * vectors[:, k, t] for t in range(4) for k in range(4))

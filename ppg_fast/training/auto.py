@@ -40,15 +40,21 @@ class Evidence:
     variance: Tensor
 
     @classmethod
-    def of(cls, products: Tensor) -> "Evidence":
-        """From the inner products (..., S, S) of S dialogues' own gradients. Of one group they are not quite
+    def of(cls, products: Tensor, factors: Tensor) -> "Evidence":
+        """(..., K) from the inner products (..., S, S) of S dialogues' vectors and K factors (S, K) of each, all
+        float64: gradient k of dialogue i is its vector times factor i, k. Dialogues of one group are not quite
         independent: signals come out larger by a share of at most 1 / (G - 1)^2."""
-        S = products.shape[-1]
-        own = products.diagonal(dim1=-2, dim2=-1)
-        others = products - torch.diag_embed(own)
-        signal = others.sum((-2, -1)) / (S * (S - 1))
-        variance = 2 * others.square().sum((-2, -1)) / (S * (S - 1)) ** 2
-        return cls(signal, (own.mean(-1) - signal) / S, variance)
+
+        def sums(products: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+            """Over all pairs of dialogues, and over each with itself."""
+            own = products.diagonal(dim1=-2, dim2=-1)[..., None] * factors.square()
+            return (products @ factors * factors).sum(-2), own.sum(-2)
+
+        S = len(factors)
+        pairs, own = sums(products, factors)
+        squares, own_squares = sums(products.square(), factors.square())
+        signal = (pairs - own) / (S * (S - 1))
+        return cls(signal, (own / S - signal) / S, 2 * (squares - own_squares) / (S * (S - 1)) ** 2)
 
     def shrinkage(self) -> Tensor:
         """What each gradient is to be multiplied with, the largest 1; 1 where nothing is known."""
@@ -92,14 +98,14 @@ class StepSignals:
                 "stm,st->sm", self.scores[:, : self.turns - d], self.centred[:, d:].to(self.scores.dtype)
             )
             found.append((gradients @ gradients.T).double())
-        return Evidence.of(torch.stack(found) / self.length)
+        once = torch.ones(len(self.scores), 1, dtype=torch.float64)
+        of = Evidence.of(torch.stack(found) / self.length, once)
+        return Evidence(*(values[:, 0] for values in vars(of).values()))
 
     def by_pair(self) -> Evidence:
         """(T, T): s_t A_k in row t and column k, 0 for k < t."""
-        T = self.turns
-        rewards = torch.einsum("ik,jk->kij", self.centred, self.centred) / self.length
-        products = torch.stack([rewards * (s @ s.T).double() for s in self.scores.unbind(1)])
-        of = Evidence.of(products.view(T, T, *products.shape[2:]))
+        by_turn = self.scores.transpose(0, 1)
+        of = Evidence.of((by_turn @ by_turn.mT).double() / self.length, self.centred)
         return Evidence(*(values.triu() for values in vars(of).values()))
 
 
