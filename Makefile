@@ -147,7 +147,7 @@ real: $(REAL)/.real
 	$(REAL)/bin/python -m ppg_fast.bench.real $(STEPS) $(if $(DATA),--data $(DATA)) $(ARGS)
 	$(REAL)/bin/python -m ppg_fast.bench --render
 
-# Does the predicted window train a real model best? 36 cells of minutes on one core each; what is done is not done again.
+# Does the predicted window train a real model best? 42 cells of minutes on one core each; what is done is not done again.
 # DATA: Consistent-LLMs files, on which the judge is fitted. ARGS="train --only 'delay 2, GAE'": some cells. Writes
 # bench/results/study_real.cpu.json and docs/study_real.md.
 study-real: $(REAL)/.real

@@ -9,7 +9,7 @@ from typing import Any
 
 from ppg_fast.compare.results import MEASUREMENT, Run
 from ppg_fast.policy_classes import names_in, policy_class
-from ppg_fast.rollouts.problems import DRAWN, PROBLEMS, drawn, problem, problem_names
+from ppg_fast.rollouts.problems import DRAWN, PROBLEMS, REVIEWED, drawn, problem, problem_names
 from ppg_fast.spec import require, require_number, require_one_of
 
 BY = " by "  # a class and the loss that trains with it, where that is not the policy gradient
@@ -139,7 +139,7 @@ class Study:
         own = dataclasses.asdict(self)
         for name in ("folder", "classes", "loss_types"):
             own.pop(name)
-        problems = repr([*sorted(PROBLEMS.items()), *map(drawn, range(9))])
+        problems = repr([*sorted((PROBLEMS | REVIEWED).items()), *map(drawn, range(9))])
         own["problems"] = hashlib.sha256(problems.encode()).hexdigest()[:16]
         if self.data:  # by what it holds, wherever it lies
             path = Path(self.data)
