@@ -128,8 +128,8 @@ class Auto:
         weights = torch.stack([own.scale * own.matrix(turns) for own in self.found])
         centred = turn_advantages(rewards.flatten(0, 1), torch.arange(len(logits) * count) // GROUP).view(rewards.shape)
         direction = ascent(logits, actions, torch.einsum("sik,stk->sit", centred.double(), weights))
-        for own, *sampled in zip(self.found, logits, actions, rewards, strict=True):
-            own.observe(sampled_signals(*sampled, GROUP))
+        for i, own in enumerate(self.found):
+            own.observe(sampled_signals(logits[i], actions[i], rewards[i], GROUP))
         return direction
 
 
