@@ -4,10 +4,13 @@ runs/b`."""
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from . import machine, result_file
+from .tables import NOT_MEASURED, Results, duration, of, table
 
 KEPT = ("policy_class", "loss_type", "seed", "parameters", "device", "backend", "threads", "seconds", "peak_memory_mb")
 
@@ -23,6 +26,53 @@ def curve(run: Path) -> dict[str, Any]:
     ]
     summary = json.loads((run / "summary.json").read_text())
     return {**{name: summary[name] for name in KEPT}, "points": points}
+
+
+def section(results: Results) -> str:
+    """Held-out return of each class while it trains, as a share of the highest there is: means over seeds, and how far
+    the mean over training is from that of full planning, within seeds."""
+    text = ""
+    for device, file in of(results, "learning_curve"):
+        classes: dict[str, dict[int, dict[str, Any]]] = {}
+        for c in file["curves"]:
+            classes.setdefault(c["policy_class"], {})[c["seed"]] = c
+        steps = [point["step"] for point in file["curves"][0]["points"]]
+        rows = []
+        for name, seeds in classes.items():
+            shares = [[point["share"] for point in c["points"]] for c in seeds.values()]
+            after = [c["points"][-1]["reward"] for c in seeds.values()]
+            full = classes.get("full", {})
+            beyond = [_area(seeds[s]) - _area(full[s]) for s in seeds if s in full and name != "full"]
+            row = [
+                f"{name}, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
+                *(f"{mean(x):.0%}" for x in zip(*shares, strict=True)),
+            ]
+            row += [f"{mean(after):.2f}" + (f" ± {stdev(after):.2f}" if len(after) > 1 else "")]
+            row += [_points(beyond), duration(mean(c["seconds"] for c in seeds.values()))]
+            rows.append(tuple(row))
+        heads = (
+            device,
+            *(f"step {step}" for step in steps),
+            "return after",
+            "beyond full, in points",
+            "one seed takes",
+        )
+        text += table(heads, rows)
+    return text or NOT_MEASURED
+
+
+def _area(curve: dict[str, Any]) -> float:
+    """The mean share over training, by trapezoids."""
+    points = curve["points"]
+    covered = sum((b["step"] - a["step"]) * (a["share"] + b["share"]) / 2 for a, b in pairwise(points))
+    return covered / (points[-1]["step"] - points[0]["step"])
+
+
+def _points(differences: Sequence[float]) -> str:
+    """A mean with its standard error, in points of a hundred."""
+    if len(differences) < 2:
+        return f"{100 * differences[0]:+.1f} (one seed)" if differences else ""
+    return f"{100 * mean(differences):+.1f} ± {100 * stdev(differences) / len(differences) ** 0.5:.1f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

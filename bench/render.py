@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import losses, token_share
+from . import learning_curve, losses, token_share
 from .aims import aims_section
 from .chart import Bar, bars
 from .chat_templates import chat_templates_section
@@ -157,22 +157,6 @@ def _is(entry: Entry, case: dict[str, Any]) -> bool:
     return case.items() <= entry["params"].items()
 
 
-def _learning_section(results: Results) -> str:
-    """Held-out return of each class and seed while it trains, as a share of the highest there is."""
-    text = ""
-    for device, file in of(results, "learning_curve"):
-        curves = file["curves"]
-        steps = [point["step"] for point in curves[0]["points"]]
-        rows = []
-        for c in curves:
-            first, last = c["points"][0]["reward"], c["points"][-1]["reward"]
-            shares = (f"{point['share']:.0%}" for point in c["points"])
-            ends = f"{first:.2f}", f"{last:.2f}", duration(c["seconds"])
-            rows.append((f"{c['policy_class']}, seed {c['seed']}", *shares, *ends))
-        text += table((device, *(f"step {step}" for step in steps), "return before", "after", "all of it"), rows)
-    return text or NOT_MEASURED
-
-
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "machine": _machine_section,
     "aims": aims_section,
@@ -184,7 +168,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "training_step": partial(steps_section, op="training_step"),
     "hosts": partial(steps_section, op="hosts"),
     "hosts_summary": _hosts_summary_section,
-    "learning_curve": _learning_section,
+    "learning_curve": learning_curve.section,
     "chat_templates": chat_templates_section,
     "llama_server": agreement_section,
     "llama_run": run_section,

@@ -196,11 +196,18 @@ def test_learning_curves_become_a_table(tmp_path):
         }
         (run / "summary.json").write_text(json.dumps(summary))
         points = [
-            {"phase": "eval", "step": step, "eval/reward": 2.0 + step / 8, "eval/reward_share": 0.4 + step / 20}
+            {
+                "phase": "eval",
+                "step": step,
+                "eval/reward": 2.0 + step / 8 + 0.3 * seed * (step > 0),
+                "eval/reward_share": 0.4 + step / 20 + 0.05 * (name != "full"),
+            }
             for step in (0, 8)
         ]
         (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, [*points, {"phase": "train", "step": 1}])))
     learning_curve.main([*(str(tmp_path / f"{name}{seed}") for name, seed in arms), "--output", str(tmp_path)])
     text = render.SECTIONS["learning_curve"](render.load(tmp_path))
-    assert "| full, seed 0 | 40% | 80% | 2.00 | 3.00 | 12.3 s |" in text
-    assert text.index("full, seed 0") < text.index("lookahead:3, seed 0") < text.index("lookahead:3, seed 1")
+    # by hand: the mean share of a seed is that of its two ends, and seed 1 has no full planning beside it
+    assert "| full, 1 seed | 40% | 80% | 3.00 |  | 12.3 s |" in text
+    assert "| lookahead:3, 2 seeds | 45% | 85% | 3.15 ± 0.21 | +5.0 (one seed) | 12.3 s |" in text
+    assert learning_curve._points([0.05, -0.01, 0.02]) == "+2.0 ± 1.7"

@@ -92,14 +92,11 @@ class StepSignals:
 
     def by_lag(self) -> Evidence:
         """(T,): lag d is the sum over t of s_t A_(t + d)."""
-        found = []
-        for d in range(self.turns):
-            gradients = torch.einsum(
-                "stm,st->sm", self.scores[:, : self.turns - d], self.centred[:, d:].to(self.scores.dtype)
-            )
-            found.append((gradients @ gradients.T).double())
+        T = self.turns
+        ahead = torch.nn.functional.pad(self.centred, (0, T - 1)).unfold(1, T, 1)  # [i, t, d] is A_(t + d) of i
+        gradients = torch.einsum("stm,std->dsm", self.scores, ahead.to(self.scores.dtype))
         once = torch.ones(len(self.scores), 1, dtype=torch.float64)
-        of = Evidence.of(torch.stack(found) / self.length, once)
+        of = Evidence.of((gradients @ gradients.mT).double() / self.length, once)
         return Evidence(*(values[:, 0] for values in vars(of).values()))
 
     def by_pair(self) -> Evidence:

@@ -111,6 +111,7 @@ CASES = {  # between them every reduction
         steps=3,
     ),
     "a critic, GAE": Case(objective=Objective(FullPlanning(), 0.9, "value", gae_lambda=0.8), max_tokens=12, steps=3),
+    "auto": Case(objective=Objective(FullPlanning(), signals=True, auto=True), max_tokens=12, steps=3),
     "importance cap, sequence_mean": Case(
         lambda step: dialogues(7, step, logprobs=True),
         Objective(spec=PolicyLossSpec(importance_cap=2.0), reduction="sequence_mean"),
