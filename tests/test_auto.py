@@ -184,6 +184,19 @@ def test_steps_are_as_long_as_those_of_full_planning():
     assert found.scale > 1
 
 
+def test_the_averages_are_over_steps():
+    """Of one step again and again: signal and noise are its own, and a mean of n has the variance of n."""
+    found, step = CreditWeights(), step_of("topics", 3)
+    for _ in range(6):
+        found.observe(step)
+    factors = [(1 - 1 / MEMORY) ** i for i in range(6)]
+    fewer = sum(f * f for f in factors) / sum(factors) ** 2
+    for mean, own in zip(found._averages(), (step.by_lag(), step.by_pair()), strict=True):
+        torch.testing.assert_close(mean.signal, own.signal)
+        torch.testing.assert_close(mean.noise, own.noise)
+        torch.testing.assert_close(mean.variance, own.variance * fewer)
+
+
 def test_a_fixed_class_is_only_looked_at():
     applied, looked = after(2)[1][-1], after(2, applied=False)[1][-1]
     assert applied.pop("auto/scale") > 0

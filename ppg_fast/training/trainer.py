@@ -76,7 +76,7 @@ def optimise(
         lesson, signals = metrics.pop("lesson", None), metrics.pop("signals", None)
         if state.critic and lesson and not state.skipped.in_a_row:
             state.critic.take_in(lesson)
-        if weights and signals and not state.skipped.in_a_row:
+        if weights and signals:
             metrics |= weights.observe(signals)
         seconds, tokens = time.perf_counter() - start, sum(len(s.tokens) for s in read)
         state.step, state.num_tokens = step, state.num_tokens + tokens
