@@ -113,20 +113,22 @@ study: $(VENV)/.dev
 	$(BIN)/python -m ppg_fast.bench.policy_classes $(STUDIES)
 	$(MAKE) study-rivals
 
-# Full planning beside a discount and a critic, by three kinds of noise: minutes; and in words.
+# Full planning beside a discount, a critic and auto, by kinds of noise (one as the verdicts of LOGS vary): minutes; and in words.
 RIVALS_IN_WORDS := lookahead:3,segment:4,full,discount:0.9,gae:0.95,auto
 RIVALS := greedy,lookahead:2,lookahead:3,lookahead:4,segment:4,full,discount:0.9,gae:0.5,gae:0.95,auto
 OF_RIVALS := $(STUDY) --version tabular --policy-classes $(RIVALS)
 study-rivals: $(VENV)/.dev
-	$(foreach noise,own shared quarter,\
+	$(foreach noise,$(NOISES),\
 	$(BIN)/ppg-fast $(OF_RIVALS) $(NOISE_$(noise)) --tune 8 --seeds 100 --output-dir runs/rivals-made-$(noise) && \
 	$(BIN)/ppg-fast $(OF_RIVALS) $(NOISE_$(noise)) --seeds 10 --problem drawn:0..79 --output-dir runs/rivals-drawn-$(noise) && \
 	$(BIN)/ppg-fast $(OF_RIVALS) $(NOISE_$(noise)) --seeds 100 --problem review --output-dir runs/rivals-review-$(noise) &&) true
-	$(BIN)/python -m ppg_fast.bench.policy_classes --rivals $(foreach noise,own shared quarter,$(foreach of,made drawn review,runs/rivals-$(of)-$(noise)))
+	$(BIN)/python -m ppg_fast.bench.policy_classes --rivals $(foreach noise,$(NOISES),$(foreach of,made drawn review,runs/rivals-$(of)-$(noise)))
 	$(foreach noise,own shared,$(BIN)/ppg-fast $(STUDY) --version language --policy-classes $(RIVALS_IN_WORDS) \
 	$(NOISE_$(noise)) --seeds 8 --output-dir runs/rivals-words-$(noise) &&) true
 	$(BIN)/python -m ppg_fast.bench.policy_classes --in-words runs/rivals-words-own runs/rivals-words-shared
 	$(BIN)/python -m ppg_fast.bench --render
+NOISES = own shared quarter $(if $(LOGS),logs)
+NOISE_logs = --noise-of $(LOGS)
 NOISE_shared := --shared-noise
 NOISE_quarter := --noise 0.25
 

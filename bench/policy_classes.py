@@ -153,6 +153,7 @@ def _kind(entry: dict[str, Any]) -> str:
     given, kind = entry["settings"], "drawn" if entry["drawn"] else "made"
     kind = "by a reviewer" if entry["problems"][0].startswith(REVIEW) else kind
     noise = "the problem's noise" if given["noise"] == 1 else f"{given['noise']:g} of it"
+    noise = "noise like the logs' verdicts" if given.get("noise_of") else noise
     kind += " in words" if entry["version"] == "language" else ""
     return f"{len(entry['problems'])} {kind}, {'noise that a group shares' if given['shared_noise'] else noise}"
 

@@ -21,6 +21,7 @@ from ppg_fast.compare.study import (
     is_class,
 )
 from ppg_fast.compare.summary import of_log, of_problem
+from ppg_fast.compare.verdict_noise import covariances
 from ppg_fast.config import Parser
 from ppg_fast.jobs.ownership import OwnedFolder, require_folder
 from ppg_fast.rewards.decomposition import DECOMPOSITIONS
@@ -96,6 +97,9 @@ def _add_flags_of_problems(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--noise", type=float, default=1.0, help="what the noise of the rewards is multiplied by [1]")
     p.add_argument(
+        "--noise-of", nargs="+", metavar="FILE", help="noise that varies as the rewards of these logged dialogues do"
+    )
+    p.add_argument(
         "--shared-noise",
         action="store_true",
         help="the dialogues of a group have the same noise, as with a partner drawn by one seed",
@@ -121,7 +125,8 @@ def main(argv: Sequence[str]) -> int:
         owned.discard()
     finally:  # where no result was computed, the comparison that was there is there again
         owned.restore()
-    words = (Path(word).name if word in (given.data, given.output_dir) else word for word in argv)  # no folders
+    files = (given.data, given.output_dir, *(given.noise_of or ()))
+    words = (Path(word).name if word in files else word for word in argv)  # no folders
     summary = summarise(study, [run for part in parts for run in part], folder, f"ppg-fast compare {' '.join(words)}")
     results.write_whole(folder / NUMBERS, json.dumps(summary, indent=1) + "\n")
     from ppg_fast.compare.page import render
@@ -169,6 +174,7 @@ def _on_problems(given: argparse.Namespace, losses: tuple[str, ...]) -> dict[str
     require(given.offline == 0 or given.offline >= LEAST, f"offline must be 0 or at least {LEAST}", given.offline)
     found = {"loss_types": losses, "beta": given.beta, "offline": given.offline}
     found |= {"noise": given.noise, "shared_noise": given.shared_noise, "tune": given.tune}
+    found["noise_of"] = covariances(given.noise_of) if given.noise_of and not given.data else given.noise_of or ()
     usual = {name: getattr(Study, name) for name in found}
     for name, value in found.items():
         rule = f"{name} must be left out with data: it is of the built-in problems"
@@ -215,9 +221,11 @@ def _open(folder: Path, study: Study, overwrite: bool) -> OwnedFolder:
         owned.begin(overwrite, [Path(study.data)] if study.data else [])
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        before = {
-            name: getattr(Study, name) for name in ("beta", "offline", "noise", "shared_noise", "tune")
-        } | before  # of an older version
+        before = (
+            {name: getattr(Study, name) for name in ("beta", "offline", "noise", "shared_noise", "tune")}
+            | {"noise_of": []}
+            | before
+        )  # of an older version
         other = {k: (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
         rule = f"{folder} holds a comparison with other settings (give another --output-dir, or --overwrite)"
         require(not other, rule, ", ".join(f"{k} {a} -> {b}" for k, (a, b) in other.items()))

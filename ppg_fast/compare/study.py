@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ppg_fast.compare.results import MEASUREMENT, Run
+from ppg_fast.compare.verdict_noise import with_noise_like
 from ppg_fast.policy_classes import names_in, policy_class
-from ppg_fast.rollouts.problems import DRAWN, PROBLEMS, REVIEWED, drawn, problem, problem_names
+from ppg_fast.rollouts.problems import DRAWN, PROBLEMS, REVIEWED, Problem, drawn, problem, problem_names
 from ppg_fast.spec import require, require_number, require_one_of
 
 BY = " by "  # a class and the loss that trains with it, where that is not the policy gradient
@@ -45,6 +46,7 @@ class Study:
     noise: float = 1.0
     shared_noise: bool = False
     tune: int = 0
+    noise_of: tuple[float, ...] = ()  # covariances of verdicts by lag, in place of the problem's own
 
     def __call__(self, part: Sequence[Run]) -> list[dict[str, Any]]:
         """The results of runs that differ by their seed alone."""
@@ -57,13 +59,13 @@ class Study:
     def _moments(self, run: Run) -> dict[str, Any]:
         from ppg_fast.compare import tabular, tabular_runs
 
-        exact = tabular.TabularProblem(problem(run.problem).with_noise(self.noise), self.shared_noise)
+        exact = tabular.TabularProblem(self._problem(run), self.shared_noise)
         return {"gradient": tabular_runs.measure(exact, self.fixed)}
 
     def _tabular(self, run: Run, seeds: list[int]) -> list[dict[str, Any]]:
         from ppg_fast.compare import tabular, tabular_runs
 
-        exact = tabular.TabularProblem(problem(run.problem).with_noise(self.noise), self.shared_noise)
+        exact = tabular.TabularProblem(self._problem(run), self.shared_noise)
         how: dict[str, Any] = {"max_steps": self.max_steps or tabular_runs.STEPS, "offline": self.offline}
 
         def learner(count: int) -> Any:
@@ -100,7 +102,12 @@ class Study:
     def _in_words(self, run: Run) -> Any:
         from ppg_fast.compare.language import ProblemInWords
 
-        return ProblemInWords(problem(run.problem).with_noise(self.noise), self.shared_noise)
+        return ProblemInWords(self._problem(run), self.shared_noise)
+
+    def _problem(self, run: Run) -> Problem:
+        """With the noise of this study."""
+        of = problem(run.problem)
+        return (with_noise_like(of, self.noise_of) if self.noise_of else of).with_noise(self.noise)
 
     def _logged(self, run: Run) -> dict[str, Any]:
         from ppg_fast.compare import logged
