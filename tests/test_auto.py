@@ -36,7 +36,7 @@ def test_signals_are_those_of_the_enumeration(name):
     seen = []
     for _ in range(steps):
         step = sampled_signals(logits, *tabular.sample(logits, DIALOGUES, generator, GROUP), GROUP)
-        seen.append([x * step.length for of in (step.by_pair(), step.by_lag()) for x in (of.signal, of.noise)])
+        seen.append([x * step.unit for of in (step.by_pair(), step.by_lag()) for x in (of.signal, of.noise)])
     p, scores = tabular.probabilities(logits), tabular.scores(logits)
     exact = torch.einsum("p,pta,pk->tka", p, scores, tabular.rewards)
     pairs = exact.square().sum(-1).triu()
@@ -81,19 +81,19 @@ def test_lags_and_pairs_of_a_step():
     step = StepSignals(scores, centred, 1.0)
     vectors = torch.einsum("stm,sk->sktm", scores, centred)  # s, k, t
     full = sum(vectors[:, k, t] for t in range(4) for k in range(t, 4))
-    assert step.length == pytest.approx(float(full.mean(0).square().sum()))
+    assert step.unit == pytest.approx(float(full.square().sum()) / 6**2)
     lags, pairs = step.by_lag(), step.by_pair()
     for d in range(4):
         x = sum(vectors[:, t + d, t] for t in range(4 - d))
-        assert float(lags.signal[d]) == pytest.approx(float(Evidence.of(x @ x.T, ONCE).signal) / step.length)
+        assert float(lags.signal[d]) == pytest.approx(float(Evidence.of(x @ x.T, ONCE).signal) / step.unit)
     for t in range(4):
         for k in range(4):
             x = vectors[:, k, t]
-            expected = float(Evidence.of(x @ x.T, ONCE).signal) / step.length if k >= t else 0.0
+            expected = float(Evidence.of(x @ x.T, ONCE).signal) / step.unit if k >= t else 0.0
             assert float(pairs.signal[t, k]) == pytest.approx(expected)
     weights = torch.rand(4, 4, generator=generator, dtype=torch.float64)
     whole = sum(weights[t, k] * vectors[:, k, t] for t in range(4) for k in range(4))
-    assert step.length_with(weights) == pytest.approx(float(whole.mean(0).square().sum()))
+    assert step.length_with(weights) == pytest.approx(float(whole.mean(0).square().sum()) / step.unit)
 
 
 @pytest.mark.parametrize(
@@ -172,16 +172,29 @@ def test_turns_that_were_not_seen_are_credited_in_full():
 
 
 def test_steps_are_as_long_as_those_of_full_planning():
-    found, rows = CreditWeights(), []
-    ratios, fresh = [], 1 / MEMORY
+    """By squared lengths averaged over steps, so that one whose gradient is 0 by chance decides nothing."""
+    found, rows, lengths = CreditWeights(), [], []
+    full = torch.ones(12, 12, dtype=torch.float64).triu()
     for seed in range(5):
         step = step_of("mood", seed)
         rows.append(found.observe(step))
-        ratios.append(step.length_with(found.matrix(12)) / step.length)
-    factors = [(1 - fresh) ** (4 - i) for i in range(5)]
-    mean = sum(f * r for f, r in zip(factors, ratios, strict=True)) / sum(factors)
-    assert rows[-1]["auto/scale"] == found.scale == pytest.approx(mean**-0.5)
+        lengths.append([step.length_with(weights) for weights in (full, found.matrix(12))])
+    factors = [(1 - 1 / MEMORY) ** (4 - i) for i in range(5)]
+    of_full, of_weights = (sum(f * x for f, x in zip(factors, xs, strict=True)) for xs in zip(*lengths, strict=True))
+    assert rows[-1]["auto/scale"] == found.scale == pytest.approx((of_full / of_weights) ** 0.5)
     assert found.scale > 1
+
+
+def test_a_step_without_a_mean_gradient_is_one_of_many():
+    """Two dialogues whose gradients cancel: signals are those of the pair, in units of their own lengths."""
+    step = StepSignals(torch.tensor([[[1.0]], [[1.0]]]), torch.tensor([[1.0], [-1.0]]).double(), 1.0)
+    assert step.length_with(torch.ones(1, 1, dtype=torch.float64)) == 0
+    assert step.unit == 0.5
+    assert step.by_lag().signal.tolist() == [-2.0]  # <x, y> = -1 over one half
+    found = CreditWeights()
+    found.observe(step)
+    assert found.scale == 1.0
+    assert found.matrix(1).tolist() == [[1.0]]
 
 
 def test_the_averages_are_over_steps():

@@ -9,8 +9,8 @@ to be multiplied with
 
 (Wiener 1949). Two dialogues are independent, so <x_i, x_j> over i != j estimates the signal without bias, and what is
 left of |mean x|^2 is noise; both are read of inner products alone. A step tells little, so they are averaged over
-steps, each in units of that step's gradient of full planning. What is not seen yet is not known to be absent: a
-standard error is added to each signal, so that all weights are equal as long as nothing is clear.
+steps, each in units of what its dialogues' own gradients of full planning have. What is not seen yet is not known to be
+absent: a standard error is added to each signal, so that all weights are equal as long as nothing is clear.
 
 The same is asked of whole lags, the sum over t of s_t A_(t+d), where many turns tell together, and of single pairs
 (t, k), where turns differ; a weight is the mean of both, each with its largest 1.
@@ -75,20 +75,25 @@ class StepSignals:
     centred: Tensor
     coverage: float
 
-    @cached_property
-    def length(self) -> float:
-        """Squared length of the step's gradient of full planning, which all else is measured in."""
-        return self.length_with(torch.ones(self.turns, self.turns, dtype=torch.float64).triu())
-
     @property
     def turns(self) -> int:
         """The turns of the longest dialogue."""
         return self.centred.shape[1]
 
+    @cached_property
+    def unit(self) -> float:
+        """What all else is measured in: the squared lengths of the dialogues' own gradients of full planning, added up
+        over S^2. Unlike that of their mean it is never 0 by chance."""
+        return float(self._gradients(torch.ones(self.turns, self.turns, dtype=torch.float64).triu()).square().sum())
+
     def length_with(self, weights: Tensor) -> float:
         """Squared length of the step's gradient with ``weights`` (T, T)."""
+        return float(self._gradients(weights).sum(0).square().sum()) / self.unit
+
+    def _gradients(self, weights: Tensor) -> Tensor:
+        """(S, m) float64: each dialogue's part of the step's gradient."""
         credit = (self.centred @ weights.T).to(self.scores.dtype)
-        return float((torch.einsum("stm,st->m", self.scores, credit) / len(credit)).double().square().sum())
+        return torch.einsum("stm,st->sm", self.scores, credit).double() / len(credit)
 
     def by_lag(self) -> Evidence:
         """(T,): lag d is the sum over t of s_t A_(t + d)."""
@@ -96,13 +101,13 @@ class StepSignals:
         ahead = torch.nn.functional.pad(self.centred, (0, T - 1)).unfold(1, T, 1)  # [i, t, d] is A_(t + d) of i
         gradients = torch.einsum("stm,std->dsm", self.scores, ahead.to(self.scores.dtype))
         once = torch.ones(len(self.scores), 1, dtype=torch.float64)
-        of = Evidence.of((gradients @ gradients.mT).double() / self.length, once)
+        of = Evidence.of((gradients @ gradients.mT).double() / self.unit, once)
         return Evidence(*(values[:, 0] for values in vars(of).values()))
 
     def by_pair(self) -> Evidence:
         """(T, T): s_t A_k in row t and column k, 0 for k < t."""
         by_turn = self.scores.transpose(0, 1)
-        of = Evidence.of((by_turn @ by_turn.mT).double() / self.length, self.centred)
+        of = Evidence.of((by_turn @ by_turn.mT).double() / self.unit, self.centred)
         return Evidence(*(values.triu() for values in vars(of).values()))
 
 
@@ -112,7 +117,8 @@ class CreditWeights:
 
     def __init__(self, applied: bool = True) -> None:
         self.applied, self.keep = applied, 1 - 1 / MEMORY
-        self.weight, self.ratio = 0.0, 0.0
+        self.weight = 0.0  # of the steps in the sums below
+        self.lengths = torch.zeros(2, dtype=torch.float64)  # squared, of gradients of full planning and of the weights
         zeros = lambda *shape: Evidence(*torch.zeros(3, *shape, dtype=torch.float64).unbind())  # noqa: E731
         self.lags, self.pairs = zeros(0), zeros(0, 0)
 
@@ -141,7 +147,8 @@ class CreditWeights:
     def scale(self) -> float:
         """What the next step's advantages are to be multiplied with: its gradients are then as long as those of full
         planning. Adam divides by the gradients that it remembers, and those become shorter as the weights fall."""
-        return (self.weight / self.ratio) ** 0.5 if self.ratio > 0 else 1.0
+        of_full, of_weights = self.lengths.tolist()
+        return (of_full / of_weights) ** 0.5 if of_full > 0 and of_weights > 0 else 1.0
 
     def _averages(self) -> tuple[Evidence, Evidence]:
         w = self.weight
@@ -151,17 +158,19 @@ class CreditWeights:
     def observe(self, step: StepSignals) -> dict[str, Any]:
         """Take in one step's signals; metrics for the log."""
         row: dict[str, Any] = {"auto/coverage": step.coverage}
-        if len(step.centred) < 2 or not 0 < step.length < float("inf"):  # nothing was read, or nothing that is finite
+        if len(step.centred) < 2 or not 0 < step.unit < float("inf"):  # nothing was read, or nothing that is finite
             return row
         self.lags = self._taken_in(self.lags, step.by_lag())
         self.pairs = self._taken_in(self.pairs, step.by_pair())
         self.weight = self.keep * self.weight + 1 - self.keep
         weights = self.matrix(step.turns)
-        self.ratio = self.keep * self.ratio + (1 - self.keep) * step.length_with(weights) / step.length
+        lengths = [step.length_with(by) for by in (torch.ones_like(weights).triu(), weights)]
+        self.lengths = self.keep * self.lengths + (1 - self.keep) * torch.tensor(lengths, dtype=torch.float64)
         row |= {f"auto/weight/{name}": value for name, value in by_lag(weights)}
         lags = self._averages()[0]
-        ratios = lags.signal / lags.noise.clamp(min=1e-300)
-        row |= {f"auto/signal_to_noise/{name}": float(ratios[first:end].mean()) for name, first, end in _lags(ratios)}
+        ratios = torch.where(lags.noise > 0, lags.signal / lags.noise, 0.0)
+        ranges = turn_ranges(len(ratios))
+        row |= {f"auto/signal_to_noise/{name}": float(ratios[first:end].mean()) for name, first, end in ranges}
         return {**row, "auto/scale": self.scale} if self.applied else row
 
     def _taken_in(self, known: Evidence, new: Evidence) -> Evidence:
@@ -176,11 +185,12 @@ class CreditWeights:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that weights depend on, of plain types and tensors."""
-        return {"weight": self.weight, "ratio": self.ratio, "lags": vars(self.lags), "pairs": vars(self.pairs)}
+        sums = {"weight": self.weight, "lengths": self.lengths}
+        return {**sums, "lags": vars(self.lags), "pairs": vars(self.pairs)}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
-        self.weight, self.ratio = saved["weight"], saved["ratio"]
+        self.weight, self.lengths = saved["weight"], saved["lengths"]
         self.lags, self.pairs = Evidence(**saved["lags"]), Evidence(**saved["pairs"])
 
 
@@ -190,10 +200,6 @@ def by_lag(weights: Tensor) -> Iterator[tuple[str, float]]:
     of_lag = [weights.diagonal(d) for d in range(T)]
     for name, first, end in turn_ranges(T):
         yield name, float(torch.cat(of_lag[first:end]).mean())
-
-
-def _lags(values: Tensor) -> list[tuple[str, int, int]]:
-    return turn_ranges(len(values))
 
 
 def _padded(values: Tensor, size: int) -> Tensor:
