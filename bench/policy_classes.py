@@ -21,7 +21,6 @@ from .tables import NOT_MEASURED, Results, of, table
 # in words), and of what holds a loss back
 NAME, LOSSES, LIMITS = "policy_classes", "soft_q_study", "soft_q_limits"
 RIVALS, IN_WORDS = "credit_rivals", "credit_rivals_in_words"
-LOWEST = ("auto", "gae:0.95")  # whose worst problem is named beside
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -135,27 +134,41 @@ def across_section(results: Results) -> str:
 
 
 def rivals_section(results: Results) -> str:
-    """Shares over many problems by the kind of noise, and how far each is from full planning."""
-    tables = []
+    """Shares over many problems, a table for each kind of noise, how far each is from full planning, and on which
+    problem it is furthest below it."""
+    text = ""
     for _, file in (*of(results, RIVALS), *of(results, IN_WORDS)):
-        entries = file["across"]
-        names = sorted(entries[0]["classes"], key=lambda c: -sum(e["classes"][c]["mean"] for e in entries))
-        rows = [[name, *(_share(e["classes"][name]) for e in entries)] for name in names]
-        minutes = f"{file['ppg_fast']['cpu_seconds'] / 60:.0f} minutes of computing on one core\n\n"
-        tables.append(minutes + table(["", *map(_kind, entries)], rows))
-        lowest = [[_kind(e), *(least(e["classes"][c]) for c in LOWEST if c in e["classes"])] for e in entries]
-        heads = ["furthest below full planning, or least above", *(c for c in LOWEST if c in entries[0]["classes"])]
-        tables.append(table(heads, lowest))
-    return "\n".join(tables) or NOT_MEASURED
+        text += f"{file['ppg_fast']['cpu_seconds'] / 60:.0f} minutes of computing on one core\n"
+        kinds: dict[str, list[dict[str, Any]]] = {}
+        for entry in file["across"]:
+            kinds.setdefault(_kind(entry), []).append(entry)
+        for kind, entries in kinds.items():
+            names = sorted(entries[0]["classes"], key=lambda c: -sum(e["classes"][c]["mean"] for e in entries))
+            rows = []
+            for name in names:
+                arms = [e["classes"][name] for e in entries]
+                worst = min((c for c in arms if c.get("least_minus_full")), key=_least, default=None)
+                rows.append([name, *map(_share, arms), least(worst) if worst else ""])
+            text += f"\n**{kind}**\n\n" + table(["", *map(_problems, entries), "minus full on its worst problem"], rows)
+        text += "\n"
+    return text.rstrip("\n") + "\n" if text else NOT_MEASURED
+
+
+def _least(c: dict[str, Any]) -> float:
+    return float(c["least_minus_full"]["mean"])
 
 
 def _kind(entry: dict[str, Any]) -> str:
-    given, kind = entry["settings"], "drawn" if entry["drawn"] else "made"
-    kind = "by a reviewer" if entry["problems"][0].startswith(REVIEW) else kind
-    noise = "the problem's noise" if given["noise"] == 1 else f"{given['noise']:g} of it"
-    noise = "noise like the logs' verdicts" if given.get("noise_of") else noise
-    kind += " in words" if entry["version"] == "language" else ""
-    return f"{len(entry['problems'])} {kind}, {'noise that a group shares' if given['shared_noise'] else noise}"
+    given = entry["settings"]
+    noise = "The problem's noise" if given["noise"] == 1 else f"{given['noise']:g} of the problem's noise"
+    noise = "Noise like the logs' verdicts" if given.get("noise_of") else noise
+    noise = "Noise that a group shares" if given["shared_noise"] else noise
+    return noise + (", in words" if entry["version"] == "language" else "")
+
+
+def _problems(entry: dict[str, Any]) -> str:
+    kind = "by a reviewer" if entry["problems"][0].startswith(REVIEW) else "drawn" if entry["drawn"] else "made"
+    return f"{len(entry['problems'])} {kind}"
 
 
 def _share(c: dict[str, Any]) -> str:

@@ -55,6 +55,34 @@ def test_drawn_problems_have_one_table_and_one_chart_together(stored):
     assert [p["problem"] for p in stored_problems] == ["plan"]
 
 
+def test_rivals_have_a_table_for_each_kind_of_noise(tmp_path):
+    """Shares, how far they are from full planning, and the worst problem of all beside them."""
+    flags = ["--version", "tabular", "--policy-classes", "greedy,full,gae:0.5", "--max-steps", "4", "--seeds", "2"]
+    runs = []
+    for name, more in {
+        "made": ["--problem", "plan,immediate"],
+        "drawn": ["--problem", "drawn:0..1"],
+        "review": ["--problem", "review:late,review:moody", "--shared-noise"],
+    }.items():
+        runs.append(tmp_path / name)
+        assert main([*flags, *more, "--output-dir", str(runs[-1])]) == 0
+    policy_classes.main([*map(str, runs), "--rivals", "--output", str(tmp_path)])
+    text = render.SECTIONS["credit_rivals"](render.load(tmp_path))
+    own, shared = text.split("**Noise that a group shares**")
+    assert "|  | 2 made | 2 drawn | minus full on its worst problem |" in own.split("**The problem's noise**")[1]
+    assert "|  | 2 by a reviewer | minus full on its worst problem |" in shared
+    of = [json.loads((run / "compare.json").read_text())["across"][0]["classes"] for run in runs]
+    for arm in ("greedy", "gae:0.5"):
+        cells = []
+        for entry in of[:2]:
+            paired = entry[arm]["minus_full"]
+            cells.append(f"{entry[arm]['mean']:.1%} ({100 * paired['mean']:+.1f} ± {100 * paired['error']:.1f})")
+        worst = min((entry[arm]["least_minus_full"] for entry in of[:2]), key=lambda d: d["mean"])
+        cells.append(f"{worst['mean']:+.1%} ± {worst['error']:.1%}, {worst['problem']}")
+        assert f"| {arm} | {' | '.join(cells)} |" in own
+    assert f"| full | {of[0]['full']['mean']:.1%} | {of[1]['full']['mean']:.1%} |  |" in own
+
+
 def test_losses_have_a_file_and_a_table_of_their_own(tmp_path):
     flags = ["--version", "tabular", "--policy-classes", "full", "--max-steps", "4", "--seeds", "2", "--offline", "64"]
     flags += ["--problem", "plan", "--loss-type", "reinforce,soft_q", "--noise", "0"]
