@@ -129,23 +129,29 @@ PROBLEMS = {p.name: p for p in (_immediate(), _commitments(), _topics(), _plan()
 def _review(turns: int = 12) -> tuple[Problem, ...]:
     """Six that a reviewer of this study made against it: hard for windows, and for what finds weights by itself."""
     last, every = turns - 1, range(turns)
-    quiet, at_once = _judge(turns, 1.0), _table(turns, *((t, t, 1.0) for t in every))
+    quiet, faint, soon = _judge(turns, 1.0), _mood(turns, 1.0, 0.9), (0.6,) * (turns - 2) + (0.0,) * 2
+    at_once = _table(turns, *((t, t, 1.0) for t in every))
     mixed = _table(turns, (0, last, 6.0), *((t, t, 1.0) for t in every if t))
     early = (1.0,) + (0.0,) * last
     in_six = _table(turns, *((t, min(t + 6, last), 1.0) for t in every))
     in_two = _table(turns, *((t, min(t + 2, last), 1.0) for t in every))
     in_turn = _table(turns, *((t, min(t + 5 * (t % 2), last), 1.0) for t in every))
     tempting = tuple(0.6 if t % 2 and t < last else 0.0 for t in every)
-    given = (
-        ("at_once", "greedy", "paid at once, beside a lasting mood", at_once, (0.0,) * turns, _mood(turns, 2.0, 0.95)),
-        ("late", "full", "temptation now, the truth six turns later", in_six, (0.5,) * last + (0.0,), quiet),
-        ("first", "full", "the first answer is worth a third, paid at the end", mixed, early, _mood(turns, 1.0, 0.9)),
-        ("first_loud", "full", "the same with three times its noise", mixed, early, _mood(turns, 3.0, 0.9)),
-        ("moody", "lookahead:3", "two turns later, beside a strong mood", in_two, (0.6,) * (turns - 2) + (0.0,) * 2,
-         _mood(turns, 2.5, 0.95)),
-        ("in_turn", "lookahead:6", "paid at once and five turns later, in turn", in_turn, tempting, quiet),
-    )  # fmt: skip
-    return tuple(Problem(f"{REVIEW}{name}", c, why, turns, *rest) for name, c, why, *rest in given)
+    idle = (0.0,) * turns
+    return (
+        _reviewed("at_once", "greedy", "paid at once, beside a lasting mood", at_once, idle, _mood(turns, 2.0, 0.95)),
+        _reviewed("late", "full", "temptation now, the truth six turns later", in_six, (0.5,) * last + (0.0,), quiet),
+        _reviewed("first", "full", "the first answer is worth a third, paid at the end", mixed, early, faint),
+        _reviewed("first_loud", "full", "the same with three times its noise", mixed, early, _mood(turns, 3.0, 0.9)),
+        _reviewed(
+            "moody", "lookahead:3", "two turns later, beside a strong mood", in_two, soon, _mood(turns, 2.5, 0.95)
+        ),
+        _reviewed("in_turn", "lookahead:6", "paid at once and five turns later, in turn", in_turn, tempting, quiet),
+    )
+
+
+def _reviewed(name: str, own: str, why: str, honest: Table, tempting: tuple[float, ...], noise: Table) -> Problem:
+    return Problem(f"{REVIEW}{name}", own, why, len(honest), honest, tempting, noise)
 
 
 REVIEWED = {p.name: p for p in _review()}
