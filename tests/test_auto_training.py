@@ -167,7 +167,7 @@ def trained(folder, resume=False, **settings):
     return [r for r in rows if r["phase"] == "train"]
 
 
-def test_auto_trains_logs_its_weights_and_resumes(tmp_path):
+def test_auto_trains_logs_its_weights_and_resumes(tmp_path, capsys):
     pytest.importorskip("transformers")
     settings = {"policy_class": "auto", "loss_type": "reinforce"}
     trained(tmp_path, max_steps=3, **settings)
@@ -175,6 +175,9 @@ def test_auto_trains_logs_its_weights_and_resumes(tmp_path):
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5]
     assert all(0 <= r["auto/coverage"] <= 1 for r in steps)
     assert any(r["auto/coverage"] > 0.5 for r in steps)
+    said = capsys.readouterr().out
+    found = [f"{name.removeprefix('auto/weight/')}: {x:.2f}" for name, x in steps[-1].items() if "auto/weight/" in name]
+    assert f"auto weighs rewards by the turns between, on average, {', '.join(found)}" in said
     for row in (r for r in steps if r["active_turns"]):
         assert {"auto/weight/0", "auto/weight/5", "auto/signal_to_noise/0", "auto/scale"} <= row.keys()
         assert all(0 <= value <= 1 for name, value in row.items() if name.startswith("auto/weight/"))

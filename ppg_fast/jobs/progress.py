@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+WEIGHT = "auto/weight/"  # and a lag: the names of its metrics
+
 
 class Progress:
     """A bar on a terminal; elsewhere a plain line every ``every`` steps, or eight a phase."""
@@ -51,7 +53,8 @@ class Phase:
         self.progress, self.name, self.steps, self.task = progress, name, steps, task
 
     def show(self, metrics: dict[str, Any], key: str) -> None:
-        """One step done: the metric ``key``, speed and memory. A step without any advantage is said so."""
+        """One step done: the metric ``key``, speed and memory. A step without any advantage is said so; after the last,
+        the weights that auto has found."""
         step, name = metrics["step"], "return" if key == "reward" else key
         speed, memory = metrics["perf/tokens_per_second"], metrics["perf/peak_memory_mb"]
         status = f"{name} {metrics[key]:.3f}  {speed:,.0f} tokens/s  peak {memory:,.0f} MB"
@@ -62,3 +65,7 @@ class Phase:
             bar.update(task, completed=step, status=status)
         elif step % max(self.progress.every, self.steps // 8) == 0 or step == self.steps:
             self.progress.say(f"{self.name} {step}/{self.steps}  {status}")
+        by_lag = {name.removeprefix(WEIGHT): x for name, x in metrics.items() if name.startswith(WEIGHT)}
+        if by_lag and step == self.steps:
+            found = ", ".join(f"{lag}: {weight:.2f}" for lag, weight in by_lag.items())
+            self.progress.say(f"auto weighs rewards by the turns between, on average, {found}")
