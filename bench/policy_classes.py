@@ -99,7 +99,7 @@ def overview_section(results: Results) -> str:
     over training."""
     text = ""
     for _, file in of(results, NAME):
-        rows = []
+        rows, weighed = [], any("auto" in p["classes"] for p in file["problems"])
         for p in file["problems"]:
             own, classes = p["policy_class"], p["classes"]
             others = [c for c in classes if c not in (own, "auto")]
@@ -113,12 +113,10 @@ def overview_section(results: Results) -> str:
                 f"{classes[own]['area']['mean']:.2f}",
             ]
             row += [f"{rival} {classes[rival]['area']['mean']:.2f}"]
-            row += [
-                f"{classes['auto']['area']['mean']:.2f}" if "auto" in classes else "",
-                p["verdict"][0].split(":")[0],
-            ]
-            rows.append(tuple(row))
-        heads = ("problem", "seeds", "made for", "its mean return", "best other class", "auto", "verdict")
+            row += [f"{classes['auto']['area']['mean']:.2f}" if "auto" in classes else ""] * weighed
+            rows.append((*row, p["verdict"][0].split(":")[0]))
+        heads = ("problem", "seeds", "made for", "its mean return", "best other class")
+        heads += (*["auto"] * weighed, "verdict")
         text += f"{file['ppg_fast']['cpu_seconds'] / 60:.0f} minutes of computing on one core\n\n" + table(heads, rows)
     return text or NOT_MEASURED
 
