@@ -67,7 +67,7 @@ class TrainConfig:
     policy_class: str = _option(
         "lookahead:3",
         "future rewards a turn is credited for: greedy, lookahead:K, segment:LENGTH, full, lags:W0,W1,... (a weight a "
-        "lag), auto (experimental); supervised fine-tuning is --imitate",
+        "lag), auto (weights found while training); supervised fine-tuning is --imitate",
     )
     signals: bool = _option(False, "log the weights that auto would have, whatever class trains")
     gamma: float = _option(1.0, "discount inside the window")
