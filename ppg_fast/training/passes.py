@@ -192,12 +192,19 @@ def weighed(passes: Sequence[Pass], batch: PackedBatch, objective: Objective, ra
 def of_all(
     passes: Sequence[Pass], found: Sequence[Tensor | None], batch: PackedBatch, ranks: Ranks, *size: int
 ) -> Tensor:
-    """What the passes of all ranks found of their turns, as (S, T, *size) float64 of ``batch`` on the CPU."""
-    whole = torch.zeros(*batch.rewards.shape, *size, dtype=torch.float64)
-    for one, values in zip(passes, found, strict=True):
-        if one.dialogues and values is not None:
-            whole[one.dialogues] = values.double().cpu()
-    return torch.stack(ranks.gather(whole)).sum(0)
+    """What the passes of all ranks found of their turns, as (S, T) float64 of ``batch`` on the CPU, or (S, T, *size)
+    float32: a dialogue is in one pass of one rank."""
+    dtype = torch.float32 if size else torch.float64
+    whole = torch.zeros(*batch.rewards.shape, *size, dtype=dtype)
+    own = [
+        (list(one.dialogues), values.to(dtype).cpu())
+        for one, values in zip(passes, found, strict=True)
+        if one.dialogues and values is not None
+    ]
+    for of_rank in ranks.gather(own):
+        for dialogues, values in of_rank:
+            whole[dialogues] = values
+    return whole
 
 
 def _read(module: nn.Module, batch: PackedBatch, spec: PolicyLossSpec, ranks: Ranks, **also: bool) -> Any:

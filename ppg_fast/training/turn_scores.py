@@ -54,10 +54,10 @@ class TurnScores:
         gradients, advantages = of(self.gradients, SIZE), of(self.advantages)
         least = LEAST * advantages[batch.turn_mask].square().mean().sqrt()
         read = batch.turn_mask & (advantages.abs() > least) & gradients.any(-1)
-        scores = -gradients / torch.where(read, advantages, torch.inf)[..., None]
+        scores = -gradients / torch.where(read, advantages, torch.inf)[..., None].float()
         centred = turn_advantages(batch.rewards, batch.group_ids, "leave_one_out", counts, alone="other_groups")
         centred = torch.where(batch.turn_mask, centred, 0.0).double()
         ahead = centred.abs().flip(1).cumsum(1).flip(1) > 0
         wanted = ahead & (batch.sum_of_turns(torch.ones(len(batch.tokens))) > 0)
         coverage = int((read & wanted).sum()) / max(1, int(wanted.sum()))
-        return StepSignals(scores.float(), centred, coverage)
+        return StepSignals(scores, centred, coverage)
