@@ -125,7 +125,9 @@ study-rivals: $(VENV)/.dev
 	$(BIN)/python -m ppg_fast.bench.policy_classes --rivals $(foreach noise,$(NOISES),$(foreach of,made drawn review,runs/rivals-$(of)-$(noise)))
 	$(foreach noise,own shared,$(BIN)/ppg-fast $(STUDY) --version language --policy-classes $(RIVALS_IN_WORDS) \
 	$(NOISE_$(noise)) --seeds 8 --output-dir runs/rivals-words-$(noise) &&) true
-	$(BIN)/python -m ppg_fast.bench.policy_classes --in-words runs/rivals-words-own runs/rivals-words-shared
+	$(BIN)/ppg-fast $(STUDY) --version language --policy-classes lookahead:3,full,gae:0.95,auto --batches 3 \
+	--problem drawn:0..15 --seeds 2 --output-dir runs/rivals-words-drawn
+	$(BIN)/python -m ppg_fast.bench.policy_classes --in-words $(addprefix runs/rivals-words-,own drawn shared)
 	$(BIN)/python -m ppg_fast.bench --render
 NOISES = own shared quarter $(if $(LOGS),logs)
 NOISE_logs = --noise-of $(LOGS)

@@ -5,6 +5,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ppg_fast.compare import across, plots
@@ -141,11 +142,12 @@ def rivals_section(results: Results) -> str:
         for entry in file["across"]:
             kinds.setdefault(_kind(entry), []).append(entry)
         for kind, entries in kinds.items():
-            names = sorted(entries[0]["classes"], key=lambda c: -sum(e["classes"][c]["mean"] for e in entries))
+            classes = [e["classes"] for e in entries]
+            names = sorted(classes[0], key=lambda c, of=classes: -mean(x[c]["mean"] for x in of if c in x))
             rows = []
             for name in names:
-                arms = [e["classes"][name] for e in entries]
-                worst = min((c for c in arms if c.get("least_minus_full")), key=_least, default=None)
+                arms = [of.get(name) for of in classes]
+                worst = min((c for c in arms if c and c.get("least_minus_full")), key=_least, default=None)
                 rows.append([name, *map(_share, arms), least(worst) if worst else ""])
             text += f"\n**{kind}**\n\n" + table(["", *map(_problems, entries), "minus full on its worst problem"], rows)
         text += "\n"
@@ -169,7 +171,9 @@ def _problems(entry: dict[str, Any]) -> str:
     return f"{len(entry['problems'])} {kind}"
 
 
-def _share(c: dict[str, Any]) -> str:
+def _share(c: dict[str, Any] | None) -> str:
+    if c is None:  # an arm that was not trained on these problems
+        return ""
     d = c["minus_full"]
     return f"{c['mean']:.1%}" + (f" ({100 * d['mean']:+.1f} ± {100 * d['error']:.1f})" if d else "")
 

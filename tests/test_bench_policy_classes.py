@@ -81,6 +81,10 @@ def test_rivals_have_a_table_for_each_kind_of_noise(tmp_path):
         cells.append(f"{worst['mean']:+.1%} ± {worst['error']:.1%}, {worst['problem']}")
         assert f"| {arm} | {' | '.join(cells)} |" in own
     assert f"| full | {of[0]['full']['mean']:.1%} | {of[1]['full']['mean']:.1%} |  |" in own
+    results = render.load(tmp_path)
+    results["credit_rivals.cpu"]["across"][1]["classes"].pop("greedy")  # not trained on these
+    line = next(x for x in render.SECTIONS["credit_rivals"](results).splitlines() if x.startswith("| greedy |"))
+    assert line.split("|")[3].strip() == ""
 
 
 def test_losses_have_a_file_and_a_table_of_their_own(tmp_path):

@@ -99,7 +99,6 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
         (["--policy-classes", "greedy,imitation"], 'a policy class is "greedy"'),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--first-seed", "-1"], "first_seed must be at least 0, got -1"),
-        (["--problem", "plan,drawn:0..3"], "drawn problems are not in words, so version must be tabular, got 'both'"),
         (["--max-dialogue-tokens", "-1"], "max_dialogue_tokens must be at least 0, got -1"),
         (["--batches", "2"], "batches must be at least 3, got 2"),
         (["--decompose", "telescoping"], "decompose needs data"),

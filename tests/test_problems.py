@@ -248,6 +248,21 @@ def test_drawn_problems_are_of_every_kind():
     assert min(kinds.count(k) for k in ("greedy", "lookahead", "segment", "full")) >= 3
 
 
+@pytest.mark.parametrize("name", ["drawn:3", "drawn:16", "review:first"])
+def test_any_problem_is_a_dialogue(name):
+    """Honesty in every turn earns the most there is; a temptation is asked for in its own words."""
+    of = problem(name)
+    dialogue, earned = ProblemDialogue(of), 0.0
+    (message,) = dialogue.reset(5)
+    for turn in range(of.turns):
+        kind, fact = message.content.split()
+        assert kind == ("surely" if of.tempting_pays[turn] else "tell")
+        message, reward, done = dialogue.step(FACTS[fact][0])
+        earned += reward
+    assert done
+    assert earned == pytest.approx(of.best_return)
+
+
 def test_a_reviewer_s_problems_pay_for_honesty():
     """All but nothing of it goes to temptation, and the best return is what honesty earns, by hand."""
     best = {name: of.best_return for name, of in REVIEWED.items()}

@@ -10,7 +10,7 @@ from typing import Any
 from ppg_fast.compare.results import MEASUREMENT, Run
 from ppg_fast.compare.verdict_noise import with_noise_like
 from ppg_fast.policy_classes import names_in, policy_class
-from ppg_fast.rollouts.problems import DRAWN, PROBLEMS, REVIEWED, Problem, drawn, problem, problem_names
+from ppg_fast.rollouts.problems import PROBLEMS, REVIEWED, Problem, drawn, problem, problem_names
 from ppg_fast.spec import require, require_number, require_one_of
 
 BY = " by "  # a class and the loss that trains with it, where that is not the policy gradient
@@ -161,8 +161,6 @@ class Study:
             return [[Run("logged", "", MEASUREMENT, seeds[0])], *trained]
         names = problem_names(problems)
         require_one_of("version", version, (*VERSIONS, "both"))
-        exact = version == "tabular" or not any(n.startswith(DRAWN) for n in names)
-        require(exact, "drawn problems are not in words, so version must be tabular", version)
         versions = VERSIONS if version == "both" else (version,)
         found = [[Run(v, n, MEASUREMENT, seeds[0])] for v in versions for n in names]
         for v in versions:
