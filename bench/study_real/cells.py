@@ -15,8 +15,8 @@ from ppg_fast.writing import opened
 
 from .dialogue import PARTNERS
 
-NAMES = ("full", "gamma 0.9", "GAE", "the window", "greedy", "lag weights", "auto")
-FULL, GAMMA, GAE, WINDOW, GREEDY, LAGS, AUTO = ARMS = NAMES
+ARMS = ("full", "gamma 0.9", "GAE", "the window", "greedy", "lag weights", "auto")
+FULL, GAMMA, GAE, WINDOW, GREEDY, LAGS, AUTO = ARMS
 SEEDS = (0, 1, 2)
 SETTINGS: dict[str, Any] = {
     "lora_rank": 16,

@@ -174,13 +174,13 @@ def _on_problems(given: argparse.Namespace, losses: tuple[str, ...]) -> dict[str
     require(given.offline == 0 or given.offline >= LEAST, f"offline must be 0 or at least {LEAST}", given.offline)
     found = {"loss_types": losses, "beta": given.beta, "offline": given.offline}
     found |= {"noise": given.noise, "shared_noise": given.shared_noise, "tune": given.tune}
-    found["noise_of"] = covariances(given.noise_of) if given.noise_of and not given.data else given.noise_of or ()
+    found["noise_of"] = tuple(given.noise_of or ())
     usual = {name: getattr(Study, name) for name in found}
     for name, value in found.items():
         rule = f"{name} must be left out with data: it is of the built-in problems"
         require(not given.data or value == usual[name], rule, value)
     require(SOFT_Q in losses or given.beta == usual["beta"], "beta needs loss_type soft_q", given.beta)
-    return found
+    return found | ({"noise_of": covariances(given.noise_of)} if given.noise_of else {})
 
 
 def _compute(
@@ -221,11 +221,8 @@ def _open(folder: Path, study: Study, overwrite: bool) -> OwnedFolder:
         owned.begin(overwrite, [Path(study.data)] if study.data else [])
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        before = (
-            {name: getattr(Study, name) for name in ("beta", "offline", "noise", "shared_noise", "tune")}
-            | {"noise_of": []}
-            | before
-        )  # of an older version
+        added = ("beta", "offline", "noise", "shared_noise", "tune", "noise_of")  # which an older version has not
+        before = json.loads(json.dumps({name: getattr(Study, name) for name in added})) | before
         other = {k: (before.get(k), v) for k, v in settings.items() if before.get(k) != v}
         rule = f"{folder} holds a comparison with other settings (give another --output-dir, or --overwrite)"
         require(not other, rule, ", ".join(f"{k} {a} -> {b}" for k, (a, b) in other.items()))

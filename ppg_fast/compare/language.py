@@ -21,6 +21,7 @@ from ppg_fast.jobs.policy import Policy
 from ppg_fast.models.causal_lm import token_advantages, token_logprobs
 from ppg_fast.policy_classes import policy_class
 from ppg_fast.rollouts.problems import Problem, ProblemDialogue, words
+from ppg_fast.training.auto import WEIGHT
 from ppg_fast.training.objective import Objective, Schedule
 from ppg_fast.training.trainer import optimise
 
@@ -102,7 +103,7 @@ def train(of: ProblemInWords, config: TrainConfig, folder: Path, offline: int = 
     collect = student.logged(offline) if offline else student.rollouts
     steps, returns, weights = [0], [student.evaluate()], {}
     for row in optimise(student.policy.model, collect, student.policy.objective(), student.policy.schedule()):
-        weights = {name: value for name, value in row.items() if name.startswith("auto/weight/")} or weights
+        weights = {name: value for name, value in row.items() if name.startswith(WEIGHT)} or weights
         if row["step"] % config.eval_every == 0 or row["step"] == config.max_steps:
             steps.append(row["step"])
             returns.append(student.evaluate())

@@ -10,7 +10,7 @@ from ppg_fast.compare.tabular import TabularProblem, ascent, estimate, sampled_s
 from ppg_fast.compare.tabular_critic import TabularCritic
 from ppg_fast.functional import partial_returns, turn_advantages
 from ppg_fast.policy_classes import PolicyClass
-from ppg_fast.training.auto import CreditWeights, by_lag
+from ppg_fast.training.auto import CreditWeights, mean_by_lag
 from ppg_fast.training.experience import Experience
 from ppg_fast.training.objective import Schedule
 
@@ -121,7 +121,7 @@ class Auto:
     @property
     def weights(self) -> list[list[float]]:
         """The mean weight of each lag now, of each seed."""
-        return [[value for _, value in by_lag(own.matrix(own.turns))] for own in self.found]
+        return [[value for _, value in mean_by_lag(own.matrix(own.turns))] for own in self.found]
 
     def __call__(self, step: int, logits: Tensor, actions: Tensor, rewards: Tensor) -> Tensor:
         count, turns = rewards.shape[1:]

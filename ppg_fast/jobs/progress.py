@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-WEIGHT = "auto/weight/"  # and a lag: the names of its metrics
+from ppg_fast.training.auto import WEIGHT
 
 
 class Progress:

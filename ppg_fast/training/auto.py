@@ -28,6 +28,7 @@ from ppg_fast.policy_classes import FullPlanning, PolicyClass, RewardWeights
 from ppg_fast.training.metrics import turn_ranges
 
 MEMORY = 30.0  # steps that an average is over
+WEIGHT = "auto/weight/"  # and a lag: names of metrics
 
 
 @dataclass
@@ -166,7 +167,7 @@ class CreditWeights:
         weights = self.matrix(step.turns)
         lengths = [step.length_with(by) for by in (torch.ones_like(weights).triu(), weights)]
         self.lengths = self.keep * self.lengths + (1 - self.keep) * torch.tensor(lengths, dtype=torch.float64)
-        row |= {f"auto/weight/{name}": value for name, value in by_lag(weights)}
+        row |= {f"{WEIGHT}{name}": value for name, value in mean_by_lag(weights)}
         lags = self._averages()[0]
         ratios = torch.where(lags.noise > 0, lags.signal / lags.noise, 0.0)
         ranges = turn_ranges(len(ratios))
@@ -194,7 +195,7 @@ class CreditWeights:
         self.lags, self.pairs = Evidence(**saved["lags"]), Evidence(**saved["pairs"])
 
 
-def by_lag(weights: Tensor) -> Iterator[tuple[str, float]]:
+def mean_by_lag(weights: Tensor) -> Iterator[tuple[str, float]]:
     """The mean over turns of the weights (T, T) at each lag, with its label."""
     T = len(weights)
     of_lag = [weights.diagonal(d) for d in range(T)]

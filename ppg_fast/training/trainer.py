@@ -63,7 +63,7 @@ def optimise(
         set_learning_rate(state.optimizer, rate)
         now = objective
         if weights and weights.applied:
-            longest = max(1, *(len(s.rewards) for s in samples), 1)
+            longest = max([1, *(len(s.rewards) for s in samples)])
             now = replace(objective, policy_class=weights.policy_class(longest), scale=weights.scale)
         known, mean_returns = remembered(state.experience, step, samples)
         old = [*known, *(again(step, len(samples)) if again else ())]
