@@ -31,6 +31,7 @@ namespace ppg::cpu::counted {
 namespace {  // so that what is not called is not compiled either
 // clang-format off: in this order, as csrc/cpu/foreach_isa.h includes them
 #include "../csrc/cpu/vec.h"
+#include "../csrc/cpu/elementary.h"
 #include "../csrc/cpu/row.h"
 #undef PPG_BY_DTYPE
 #define PPG_BY_DTYPE(dtype, f, ...) return f<PPG_DTYPE>(__VA_ARGS__)
@@ -75,7 +76,6 @@ bool run(const std::string& kernel, void* logits, int64_t N, int64_t V, int64_t 
     a.term.max_log_ratio = 20.f;
     a.loss = out.data();
     a.logprob = out.data() + N;
-    a.entropy = out.data() + 2 * N;
     a.dlogits = rows;
     cpu::counted::policy_loss(a, 0, N);
   } else {

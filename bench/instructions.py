@@ -58,8 +58,8 @@ def count(program: Path, *arguments: Any) -> int:
 
 
 def per_element(program: Path, kernel: str) -> float:
-    """Instructions for one element of a row."""
-    whole, without = (count(program, name, N, V) for name in (kernel, "none"))
+    """Instructions for one element of a row, by rows beyond the first: before that one memory is set up."""
+    whole, without = (count(program, name, N + 1, V) - count(program, name, 1, V) for name in (kernel, "none"))
     return (whole - without) / (N * V)
 
 

@@ -64,6 +64,26 @@ def test_the_running_maximum(isa, terms, V, dtype):
     assert torch.equal(apart, case.logits)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_reach_of_the_exponent(isa, dtype):
+    """Rows about every number at which the kernels take another form of 2^x, with and without parts far below; one
+    log-prob, whoever computes it."""
+    case = make_case((1, 12, 4500), LOSSES["ppo"], DTYPES[dtype], on_policy=True)
+    near = torch.randn(12, 4500, generator=torch.Generator().manual_seed(1))
+    about = torch.tensor([0, -30, 33, 34.6, 35, -34.6, -36, 87, -88, 300, 0, 33])
+    case.logits[0] = near + about[:, None]
+    case.logits[0, 10, 100:4000] = -120
+    case.logits[0, 11, ::2] = torch.finfo(DTYPES[dtype]).min
+    case.labels[:] = case.logits.argmax(-1)
+    assert_matches(case, "cpu")
+    kernels, spec = backends.load("cpu"), case.spec
+    how = case.logits, case.labels, None, spec.temperature, spec.logit_softcap
+    alone, with_entropy = (kernels.logprobs_fwd(*how, entropy)[0] for entropy in (False, True))
+    _, in_loss, _ = kernels.policy_loss(case.logits, case.labels, *case.per_row, spec, False, case.logits)
+    assert torch.equal(alone, with_entropy)
+    assert torch.equal(alone, in_loss)
+
+
 def test_special_values(isa):
     """-inf gives a probability of zero, also where a row begins with it; NaN, +inf and nothing but -inf poison the
     row."""

@@ -26,6 +26,7 @@ static std::vector<const char*> asked;
 namespace ppg::cpu {
 namespace {
 #include "cpu/vec.h"
+#include "cpu/elementary.h"
 #include "cpu/row.h"
 }
 }

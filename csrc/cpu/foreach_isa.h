@@ -33,6 +33,7 @@
 #define PPG_LANES 4  // SSE2, and on ARM NEON
 namespace ppg::cpu::baseline {
 #include "vec.h"
+#include "elementary.h"
 #include "row.h"
 #include PPG_KERNELS
 }  // namespace ppg::cpu::baseline
@@ -45,6 +46,7 @@ namespace ppg::cpu::baseline {
 #define PPG_LANES 8
 namespace ppg::cpu::avx2 {
 #include "vec.h"
+#include "elementary.h"
 #include "row.h"
 #include PPG_KERNELS
 }  // namespace ppg::cpu::avx2
@@ -58,6 +60,7 @@ namespace ppg::cpu::avx2 {
 #define PPG_LANES 16
 namespace ppg::cpu::avx512 {
 #include "vec.h"
+#include "elementary.h"
 #include "row.h"
 #include PPG_KERNELS
 }  // namespace ppg::cpu::avx512

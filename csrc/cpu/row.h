@@ -1,5 +1,5 @@
-// A row of logits: softcap and temperature, and the statistics that every kernel starts from. Included after vec.h, in
-// the same manner.
+// A row of logits: softcap and temperature, and the statistics that every kernel starts from. Included after
+// elementary.h, in the same manner.
 
 // With v = x, or tanh(x / softcap), the logit after softcap and temperature is v * scale in units of log 2. What is
 // scaled is the distance d = v - max v, which is exact where it counts, however far from 0 all logits are.
@@ -25,25 +25,30 @@ template <bool CAP> struct View {
   }
   Vec power(Vec d) const { return exp2_(d, splat(scale)); }
   // What the exponents of a row are relative to while its maximum is `max`; for near blocks an integer, to which and
-  // from which a step is exact.
+  // from which a step is exact. Within LEVEL_REACH of 0 neither squares nor sums of them leave the normal range.
   double level(float max) const {
+    constexpr double LEVEL_REACH = 50;
     const double t = double(max) * scale;
+    if (ONE_LEVEL) return std::abs(t) <= LEVEL_REACH ? 0 : t;
     return NEAR_BLOCKS ? std::nearbyint(t) : t;
   }
   // Whether exp2_near has a result for every v from `least` to `max`.
   bool near(float least, float max) const {
     const double at = level(max);
-    return NEAR_BLOCKS && std::abs(at) < (1 << 20) && double(least) * scale - at > -125;
+    if (ONE_LEVEL) return at == 0 && double(least) * scale > -1e6;  // 0 from -150 on
+    return NEAR_BLOCKS && std::abs(at)<(1 << 20) / PIECES&& double(least) * scale - at> - 125;
   }
-  Vec power_near(Vec v, float max) const { return exp2_near(v, splat(scale), splat(float(ROUNDER - level(max)))); }
+  Product power_near(Vec v, float max) const {
+    return exp2_near(v, splat(scale), splat(ONE_LEVEL ? NEAR_ROUNDER : float(NEAR_ROUNDER - level(max))));
+  }
   // 2^(max * scale - level(max)), rounded as it is in near blocks.
   float unit(float max) const {
-    if (near(max, max)) return power_near(splat(max), max)[0];
+    if (near(max, max)) return power_near(splat(max), max).value()[0];
     return NEAR_BLOCKS ? float(std::exp2(double(max) * scale - level(max))) : 1.f;
   }
   // 2^((v - max) * scale) as it is in the sums.
   double share(float v, float max) const {
-    if (near(v, max)) return power_near(splat(v), max)[0] / double(unit(max));
+    if (near(v, max)) return power_near(splat(v), max).value()[0] / double(unit(max));
     return power(at_least(splat(v - max), low))[0];
   }
   // d z / d x, of a function that has already been divided by the temperature
@@ -102,9 +107,8 @@ struct Range {
   float max, min;
 };
 
-// The largest element of a block and, for near blocks, the smallest, or 0 where none is negative: one of them is NaN or
-// infinite where an element is. As integers: the bits of floats are in order, those of negative ones backwards, and NaN
-// is beyond infinity.
+// The largest element of a block and, for near blocks, the smallest, or 0 where none is negative. As integers: the bits
+// of floats are in order, those of negative ones backwards, and NaN is beyond infinity. As floats NaN is passed over.
 template <class E> PPG_INLINE Range block_range(const typename E::raw* x, int64_t count) {
   constexpr bool SHORT = sizeof(*x) == 2;
   using Signed = std::conditional_t<SHORT, ShortVec, IntVec>;
@@ -126,15 +130,23 @@ template <class E> PPG_INLINE Range block_range(const typename E::raw* x, int64_
     return bits;
   };
   Signed most = load(count - EACH);
-  if constexpr (!SHORT && !NEAR_BLOCKS) {  // as floats: integers have half the throughput on AVX-512
-    Vec m[4] = {(Vec)most, (Vec)most, (Vec)most, (Vec)most};
+  if constexpr (!SHORT && (LANES == 16 || !NEAR_BLOCKS)) {  // as floats: integers have half the throughput on AVX-512
+    const Vec last = (Vec)most;
+    Vec m[4] = {last, last, last, last}, l[4] = {last, last, last, last};
+    const auto take = [&](int64_t v, int i) __attribute__((always_inline)) {
+      const Vec x = (Vec)load(v);
+      m[i] = vmax(x, m[i]);
+      if constexpr (NEAR_BLOCKS) l[i] = vmin(x, l[i]);
+    };
     int64_t v = 0;
     for (; v + 4 * EACH <= count; v += 4 * EACH)
-      for (int i = 0; i < 4; ++i) m[i] = vmax((Vec)load(v + i * EACH), m[i]);
-    for (; v + EACH <= count; v += EACH) m[0] = vmax((Vec)load(v), m[0]);
-    return {reduce_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3]))), 0.f};
+      for (int i = 0; i < 4; ++i) take(v + i * EACH, i);
+    for (; v + EACH <= count; v += EACH) take(v, 0);
+    const Vec least = vmin(vmin(l[0], l[1]), vmin(l[2], l[3]));
+    return {reduce_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3]))), NEAR_BLOCKS ? -reduce_max(-least) : 0.f};
   }
   Unsigned least = (Unsigned)most;
+#pragma GCC unroll 4
   for (int64_t v = 0; v + EACH <= count; v += EACH) {
     const Signed bits = load(v);
     most = larger(bits, most);
@@ -160,8 +172,8 @@ struct Kept {
 template <Sums SUMS> struct Totals {
   static constexpr bool ENT = SUMS >= ENTROPY, NORM = SUMS == SCORE_NORM;
   Vec sum[4] = {}, dot[2] = {}, square[2] = {};
-  [[gnu::always_inline]] void add(int i, Vec e, Vec d) {
-    sum[i] += e;
+  [[gnu::always_inline]] void add(int i, Product product, Vec e, Vec d) {
+    sum[i] = fused(product.power, product.fraction, sum[i]);  // whether e is kept or not
     if constexpr (ENT) dot[i % 2] += e * d;
     if constexpr (NORM) square[i % 2] += e * e;
   }
@@ -187,18 +199,23 @@ PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>&
   constexpr bool ENT = SUMS >= ENTROPY;
   Totals<SUMS> totals;
   float max = LOWEST, unit = view.unit(max);
+  const auto far = [&](Vec d) __attribute__((always_inline)) {
+    return Product{view.power(d), splat(NEAR_BLOCKS ? unit : 1.f)};
+  };
   const auto take = [&](auto near, Vec x, float* exps, int i) __attribute__((always_inline)) {
-    Vec d{}, e;
+    Vec d{};
+    Product product;
     if constexpr (decltype(near)::value) {
       const Vec v = view(x);
-      e = view.power_near(v, max);
+      product = view.power_near(v, max);
       if constexpr (ENT) d = v + splat(-max);
     } else {
       d = view.template distance<ENT>(x, max);
-      e = NEAR_BLOCKS ? view.power(d) * unit : view.power(d);
+      product = far(d);
     }
+    const Vec e = product.value();
     if constexpr (KEEP) F32::store(exps, e);
-    totals.add(i, e, d);
+    totals.add(i, product, e, d);
   };
   const auto sweep = [&](auto near, int64_t v, int64_t last) __attribute__((always_inline)) {
     for (; v + STEP <= last; v += STEP) {
@@ -229,9 +246,10 @@ PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>&
       const int count = int(last - v < LANES ? last - v : LANES);
       Vec d = view.distance(count == LANES ? E::load(x + v) : load_tail<E>(x + v, count, x[v]), max);
       for (int i = count; i < LANES; ++i) d[i] = view.low;
-      const Vec e = view.power(d) * unit;
+      const Product product = far(d);
+      const Vec e = product.value();
       if constexpr (KEEP) store_tail<F32>(kept.exps + v, count, e);
-      totals.add(0, e, d);
+      totals.add(0, product, e, d);
     }
   }
   return totals.over(unit, max);
