@@ -15,7 +15,8 @@ CHUNK_BYTES = {"cpu": 54 * 2**20, "cuda": 2**31}
 MIN_CHUNK_ROWS = 256  # below, the fp32 accumulation of d_weight costs more than its GEMM
 # of a frozen head on a CPU: each chunk packs all of the weight for BLAS, twice, which 400 rows repay and 64 do not
 FROZEN_CHUNK_BYTES, MIN_FROZEN_ROWS = 80 * 2**20, 128
-TILE = 2048  # rows of d_weight whose 16-bit product is still in a CPU's cache when it is added up in float32
+# of d_weight in float32, while a 16-bit product is added up tile by tile on a CPU: in cache, and enough for BLAS
+TILE_BYTES, MIN_TILE_ROWS = 4 * 2**20, 512
 # chunks are padded to a multiple: BLAS takes other kernels for a few rows, and a row's bits would depend on its
 # neighbours
 GEMM_ROWS = 16
@@ -110,6 +111,8 @@ class Head:
         # the row kernel's gradient is taken this many times, a 0-d power of two: `loss_scale`; None: once
         self.scale: Tensor | None = None
         self.buffer: Tensor | None = None
+        # memory of a tile of d_weight, in 16 bits and in float32: large enough to cost page faults each time
+        self.tile: list[Tensor] | None = None
 
     def logits(self, rows: Tensor) -> Tensor:
         """The logits (1, n, V) of these rows, one chunk whatever their number; they live until the next ones."""
@@ -217,9 +220,14 @@ class Head:
         else:  # each chunk is rounded once, the sum is not
             if d.dtype == torch.float16:  # nor has a sum over many rows room in it
                 x = x.float()
-            for part, columns in zip(total.split(TILE), d.split(TILE, 1), strict=True):
-                product = columns.to(x.dtype).t() @ x
-                part.copy_(product) if first else part.add_(product)
+            if self.tile is None:
+                rows, D = max(MIN_TILE_ROWS, TILE_BYTES // (4 * max(1, x.shape[1]))), x.shape[1]
+                self.tile = [x.new_empty(min(rows, len(total)), D, dtype=t) for t in (x.dtype, total.dtype)]
+            size = len(self.tile[0])
+            for part, columns in zip(total.split(size), d.split(size, 1), strict=True):
+                product, widened = (memory[: len(part)] for memory in self.tile)
+                torch.mm(columns.to(x.dtype).t(), x, out=product)
+                part.copy_(product) if first else part.add_(widened.copy_(product))
 
     def _accumulate_tiles(self, chunk: Chunk, d: Tensor) -> None:
         """d_hidden and d_weight by float32 products of 16-bit operands."""
@@ -243,7 +251,7 @@ class Head:
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """d_hidden, d_weight, d_bias in the dtype of the inputs; (0,) where not wanted."""
-        self.buffer, dtype = None, self.weight.dtype
+        self.buffer, self.tile, dtype = None, None, self.weight.dtype
         if self.d_weight is None:
             d_weight = self.weight.new_zeros(self.weight.shape if self.wanted[1] else 0)
         elif self.d_weight.dtype == dtype:  # there is no scale: float16 is added up in float32
