@@ -133,8 +133,13 @@ def test_each_processor_has_its_column_of_the_aims():
     text = render.SECTIONS["aims"](two_processors(np.full(15, 1.0), np.linspace(1.0, 1.2, 15)))
     head, _, line = text.splitlines()[:3]
     assert head.endswith("| AMD EPYC (family 25 model 1), AVX2 | AMD EPYC (family 25 model 17), AVX-512 |")
-    assert "| 1.10 | 1.00 (1.00 to 1.00), yes | 1.10 (1.0" in line
+    assert "| 1.10, AVX2 1.15 | 1.00 (1.00 to 1.00), yes | 1.10 (1.0" in line
     assert line.endswith("undecided |")
+
+
+def test_half_the_lanes_have_a_bar_of_their_own():
+    text = render.SECTIONS["aims"](two_processors(np.full(15, 1.12), np.full(15, 1.12)))
+    assert "| 1.12 (1.12 to 1.12), yes | 1.12 (1.12 to 1.12), **no** |" in text.splitlines()[2]
 
 
 def test_the_front_page_takes_the_processor_where_we_gain_least():
