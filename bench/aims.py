@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .bench_host_time import EAGER, PRODUCT
-from .intervals import Drawn, interval, medians, over, verdict
-from .tables import NOT_MEASURED, Entry, Results, of, quotient, table
+from .intervals import Between, Drawn, interval, medians, over, verdict
+from .tables import NOT_MEASURED, Results, of, table
 
 # (provider, **what its case must have) -> median seconds, the fastest of several names
 Time = Callable[..., Drawn | None]
@@ -26,7 +26,8 @@ def _times(file: dict[str, Any]) -> Time:
 
 
 Bar = float | tuple[float, float]  # the latter: with AVX-512, and with half its lanes
-Row = tuple[str, Bar, Drawn | float | None]  # what, at most, measured: times with their draws, a peak of memory alone
+Measured = Drawn | Between | float  # times with their draws, peaks of memory, a number alone
+Row = tuple[str, Bar, Measured | None]  # what, at most, measured
 
 
 def _policy_loss(time: Time) -> list[Row]:
@@ -138,13 +139,17 @@ def _training_step(time: Time, file: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _leanest(file: dict[str, Any], case: dict[str, Any], own: str = OURS) -> float | None:
-    def peak(entry: Entry) -> int | None:
-        return entry["extra_info"].get("peak_extra_bytes")
-
-    here = [e for e in file["benchmarks"] if case.items() <= e["params"].items() and peak(e)]
-    others = [size for e in here if e["extra_info"]["kind"] == "peer" and (size := peak(e))]
-    return next((quotient(peak(e), min(others)) for e in here if e["param"] == own and others), None)
+def _leanest(file: dict[str, Any], case: dict[str, Any], own: str = OURS) -> Measured | None:
+    infos = [(e["param"], e["extra_info"]) for e in file["benchmarks"] if case.items() <= e["params"].items()]
+    infos = [(name, info) for name, info in infos if info.get("peak_extra_bytes")]
+    ours = next((info for name, info in infos if name == own), None)
+    peers = [info for _, info in infos if info["kind"] == "peer"]
+    if ours is None or not peers:
+        return None
+    peer = min(peers, key=lambda info: info["peak_extra_bytes"])
+    value = ours["peak_extra_bytes"] / peer["peak_extra_bytes"]
+    above, below = (info.get("peaks_extra_bytes", ()) for info in (ours, peer))
+    return Between(value, min(above) / max(below), max(above) / min(below)) if above and below else value
 
 
 def _returns(time: Time) -> list[Row]:
@@ -203,7 +208,7 @@ def _asked(bar: Bar) -> str:
     return "{:.2f}, AVX2 {:.2f}".format(*bar) if isinstance(bar, tuple) else f"{bar:.2f}"
 
 
-def _cell(got: Drawn | float, bar: float) -> str:
+def _cell(got: Measured, bar: float) -> str:
     """What was measured, between what the rounds leave it, and whether the aim is met."""
     if isinstance(got, (int, float)):
         return f"{got:.2f}, " + ("yes" if got <= bar else "**no**")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -118,9 +119,9 @@ def _merged(op: str, header: dict[str, Any], results: list[dict[str, Any]]) -> d
     }
     entries = [e for r in results for e in r["entries"] if e["params"]["op"] == op]
     for entry in entries:
-        peak = peaks.get(_likeness(entry["params"], entry["param"]))
-        if peak is not None:
-            entry["extra_info"]["peak_extra_bytes"] = peak
+        sizes = peaks.get(_likeness(entry["params"], entry["param"]))
+        if sizes is not None:
+            entry["extra_info"] |= {"peak_extra_bytes": statistics.median_low(sizes), "peaks_extra_bytes": sizes}
     missing = {name: reason for r in results for name, reason in r["missing"].get(op, {}).items()}
     return {**header, "ppg_fast": {**header["ppg_fast"], "missing": missing}, "benchmarks": entries}
 

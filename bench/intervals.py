@@ -3,13 +3,21 @@
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 1000
 LEAST = 6  # rounds: all of fewer lie on one side of the true median once in sixteen times, or more often
+class Between(NamedTuple):
+    """A quotient of peaks of memory, and the least and the largest of single processes."""
+
+    value: float
+    low: float
+    high: float
+
+
 Drawn = NDArray[np.float64]  # (1 + DRAWS,): a number from all rounds, then from each draw of them; NaN: not known
 
 
@@ -39,13 +47,15 @@ def over(above: Drawn | None, below: Drawn | None) -> Drawn | None:
     return np.divide(above, below, out=np.full(1 + DRAWS, np.nan), where=below > 0)
 
 
-def interval(values: Drawn) -> tuple[float, float] | None:
+def interval(values: Drawn | Between) -> tuple[float, float] | None:
     """The middle 95 % of the draws; None where one of them is not known."""
+    if isinstance(values, Between):
+        return values.low, values.high
     low, high = np.quantile(values[1:], (0.025, 0.975))
     return None if np.isnan(low) else (float(low), float(high))
 
 
-def verdict(values: Drawn, bar: float) -> bool | None:
+def verdict(values: Drawn | Between, bar: float) -> bool | None:
     """Whether the number is at most ``bar``; None: the rounds do not say."""
     between = interval(values)
     if between is None or between[0] <= bar < between[1]:

@@ -21,7 +21,7 @@ def policy_loss_results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("root")
     for op, module in ((op, harness.OPS[op]) for op in ("policy_loss", "linear")):
         entries, missing = harness.measure(module.cases("quick", "cpu")[0], harness.PACES["quick"], compilers=False)
-        peak = {"case": entries[0]["params"], "bytes": {entries[0]["param"]: 3 * 2**20}}
+        peak = {"case": entries[0]["params"], "bytes": {entries[0]["param"]: [3 * 2**20]}}
         merged = command._merged(
             op, machine.header("test", "cpu"), [{"entries": entries, "missing": {op: missing}, "peaks": [peak]}]
         )

@@ -137,6 +137,23 @@ def test_each_processor_has_its_column_of_the_aims():
     assert line.endswith("undecided |")
 
 
+def test_a_peak_that_changes_from_process_to_process_is_undecided():
+    results = two_processors(np.full(15, 1.0), np.full(15, 1.0))
+    (name, file), _ = results.items()
+    whole = {"N": 2048, "dtype": "float32", "active": 1.0, "zero": 0.0}
+    sizes = {"ppg_fast cpu": ("ours", [90, 95, 99]), "a peer": ("peer", [94, 100, 110]), "a fat peer": ("peer", [500])}
+    entries = []
+    for who, (kind, peaks) in sizes.items():
+        entries.append(entry(np.full(15, 1.0), who, kind=kind, **whole))
+        entries[-1]["extra_info"] |= {"peak_extra_bytes": peaks[len(peaks) // 2], "peaks_extra_bytes": peaks}
+    text = render.SECTIONS["aims"]({name.replace("policy_loss", "linear"): {**file, "benchmarks": entries}})
+    row = "| its peak of memory, float32 / the leanest other's | 1.00 | {} |"
+    assert row.format("0.95 (0.82 to 1.05), undecided") in text
+    entries[0]["extra_info"]["peaks_extra_bytes"] = [90, 92]
+    text = render.SECTIONS["aims"]({name.replace("policy_loss", "linear"): {**file, "benchmarks": entries}})
+    assert row.format("0.95 (0.82 to 0.98), yes") in text
+
+
 def test_half_the_lanes_have_a_bar_of_their_own():
     text = render.SECTIONS["aims"](two_processors(np.full(15, 1.12), np.full(15, 1.12)))
     assert "| 1.12 (1.12 to 1.12), yes | 1.12 (1.12 to 1.12), **no** |" in text.splitlines()[2]

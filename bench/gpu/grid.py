@@ -96,7 +96,7 @@ def _with_peaks(entries: list[dict[str, Any]], case: Case) -> None:
     rows = min(case.N, head.CHUNK_BYTES["cuda"] // (case.V * case.torch_dtype.itemsize))
     for entry in entries:
         if entry["param"] in peaks:
-            entry["extra_info"]["peak_extra_bytes"] = peaks[entry["param"]]
+            entry["extra_info"]["peak_extra_bytes"] = peaks[entry["param"]][0]
         if entry["extra_info"]["kind"] == "ours" and case.op == "linear":
             entry["extra_info"]["chunk_bytes"] = head.equal_chunks(case.N, rows) * case.V * case.torch_dtype.itemsize
 
