@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 DRAWS = 1000
 LEAST = 6  # rounds: all of fewer lie on one side of the true median once in sixteen times, or more often
+
+
 class Between(NamedTuple):
     """A quotient of peaks of memory, and the least and the largest of single processes."""
 
