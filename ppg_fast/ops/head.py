@@ -15,8 +15,8 @@ CHUNK_BYTES = {"cpu": 54 * 2**20, "cuda": 2**31}
 MIN_CHUNK_ROWS = 256  # below, the fp32 accumulation of d_weight costs more than its GEMM
 # of a frozen head on a CPU: each chunk packs all of the weight for BLAS, twice, which 400 rows repay and 64 do not
 FROZEN_CHUNK_BYTES, MIN_FROZEN_ROWS = 80 * 2**20, 128
-# of d_weight in float32, while a 16-bit product is added up tile by tile on a CPU: in cache, and enough for BLAS
-TILE_BYTES, MIN_TILE_ROWS = 4 * 2**20, 512
+# of d_weight in float32, while a 16-bit product is added up tile by tile: near a CPU's cache, and enough for BLAS
+SUM_TILE_BYTES, MIN_SUM_ROWS = 4 * 2**20, 1024
 # chunks are padded to a multiple: BLAS takes other kernels for a few rows, and a row's bits would depend on its
 # neighbours
 GEMM_ROWS = 16
@@ -111,7 +111,7 @@ class Head:
         # the row kernel's gradient is taken this many times, a 0-d power of two: `loss_scale`; None: once
         self.scale: Tensor | None = None
         self.buffer: Tensor | None = None
-        # memory of a tile of d_weight, in 16 bits and in float32: large enough to cost page faults each time
+        # a tile of d_weight and, if a CPU would have to allocate it to add it up, the same in float32
         self.tile: list[Tensor] | None = None
 
     def logits(self, rows: Tensor) -> Tensor:
@@ -221,13 +221,15 @@ class Head:
             if d.dtype == torch.float16:  # nor has a sum over many rows room in it
                 x = x.float()
             if self.tile is None:
-                rows, D = max(MIN_TILE_ROWS, TILE_BYTES // (4 * max(1, x.shape[1]))), x.shape[1]
-                self.tile = [x.new_empty(min(rows, len(total)), D, dtype=t) for t in (x.dtype, total.dtype)]
+                rows, D = max(MIN_SUM_ROWS, SUM_TILE_BYTES // (4 * max(1, x.shape[1]))), x.shape[1]
+                widens = total.is_cpu and total.dtype != x.dtype
+                dtypes = (x.dtype, total.dtype) if widens else (x.dtype,)
+                self.tile = [x.new_empty(min(rows, len(total)), D, dtype=dtype) for dtype in dtypes]
             size = len(self.tile[0])
             for part, columns in zip(total.split(size), d.split(size, 1), strict=True):
-                product, widened = (memory[: len(part)] for memory in self.tile)
+                product, *widened = (memory[: len(part)] for memory in self.tile)
                 torch.mm(columns.to(x.dtype).t(), x, out=product)
-                part.copy_(product) if first else part.add_(widened.copy_(product))
+                part.copy_(product) if first else part.add_(widened[0].copy_(product) if widened else product)
 
     def _accumulate_tiles(self, chunk: Chunk, d: Tensor) -> None:
         """d_hidden and d_weight by float32 products of 16-bit operands."""
