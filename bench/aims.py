@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 from .bench_host_time import EAGER, PRODUCT
+from .core_clock import undisturbed
 from .intervals import Between, Drawn, interval, medians, over, verdict
 from .tables import NOT_MEASURED, Results, of, table
 
-# (provider, **what its case must have) -> median seconds, the fastest of several names
+# (provider, **what its case must have) -> median seconds, the fastest of several names; ``alone``: of the calls that
+# had the cores to themselves
 Time = Callable[..., Drawn | None]
 OURS, INPLACE, KEEPING = "ppg_fast cpu", "ppg_fast cpu, in place", "ppg_fast cpu, skip_zero_advantages=False"
 NORMS = "ppg_fast cpu, in place, score norms"
@@ -17,12 +19,22 @@ DTYPES = ("float32", "bfloat16")
 
 
 def _times(file: dict[str, Any]) -> Time:
-    def time(names: str | tuple[str, ...], **case: Any) -> Drawn | None:
+    def time(names: str | tuple[str, ...], alone: bool = False, **case: Any) -> Drawn | None:
         wanted = (names,) if isinstance(names, str) else names
         found = [e for e in file["benchmarks"] if e["param"] in wanted and case.items() <= e["params"].items()]
-        return medians(min(found, key=lambda e: e["stats"]["median"])) if found else None
+        if not found:
+            return None
+        fastest = min(found, key=lambda e: e["stats"]["median"])
+        return medians(fastest, _alone(fastest, file) if alone else None)
 
     return time
+
+
+def _alone(entry: dict[str, Any], file: dict[str, Any]) -> list[bool] | None:
+    """Which of its calls had the cores to themselves, by the fastest that they were in this case; None: not known."""
+    case = [e["extra_info"].get("core_gflops", ()) for e in file["benchmarks"] if e["group"] == entry["group"]]
+    own = entry["extra_info"].get("core_gflops")
+    return undisturbed(own, max(speed for speeds in case for speed in speeds)) if own else None
 
 
 Bar = float | tuple[float, float]  # the latter: with AVX-512, and with half its lanes
@@ -33,7 +45,7 @@ Row = tuple[str, Bar, Measured | None]  # what, at most, measured
 def _policy_loss(time: Time) -> list[Row]:
     rows: list[Row] = []
     for dtype, bar in zip(DTYPES, ((1.1, 1.15), (1.7, 2.0)), strict=True):
-        one = {"dtype": dtype, "threads": 1}
+        one = {"dtype": dtype, "threads": 1, "alone": True}
         got = over(time(INPLACE, **one), time("memcpy", **one))
         rows.append((f"loss and gradient in place, {dtype}, 1 thread / memcpy", bar, got))
     for allocator, what, other, most in (
@@ -46,7 +58,7 @@ def _policy_loss(time: Time) -> list[Row]:
             rows.append((f"in place, {dtype}, 2 threads{what} / {other}", most, got))
     for case in ({"dtype": dtype, "threads": threads, "allocator": "tuned"} for dtype in DTYPES for threads in (1, 2)):
         what = f"in place with score norms, {case['dtype']}, threads: {case['threads']} / without"
-        rows.append((what, 1.05, over(time(NORMS, **case), time(INPLACE, **case))))
+        rows.append((what, 1.05, over(time(NORMS, alone=True, **case), time(INPLACE, alone=True, **case))))
     return rows
 
 
@@ -54,7 +66,7 @@ def _logprobs(time: Time) -> list[Row]:
     rows: list[Row] = []
     for dtype, bar in zip(DTYPES, (1.5, (1.5, 2.0)), strict=True):
         for threads in (1, 2):
-            case = {"dtype": dtype, "threads": threads}
+            case = {"dtype": dtype, "threads": threads, "alone": True}
             what = f"log-probs, {dtype}, threads: {threads} / reading the logits once"
             rows.append((what, bar, over(time(OURS, **case), time(READ, **case))))
     return rows

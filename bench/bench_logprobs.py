@@ -7,6 +7,7 @@ from typing import Any
 from . import ceilings as limits
 from . import peers, providers
 from .bench_policy_loss import VOCABULARIES
+from .bench_policy_loss import pace_of as pace_of
 from .problem import Case, Problem, make_problem, make_truth, relative_error
 from .providers import Providers, gather
 from .timing import Contestant

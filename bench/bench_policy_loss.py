@@ -1,13 +1,14 @@
 """policy_loss: log-prob, loss and the gradient of the logits, from logits."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from . import peers, providers
 from .ceilings import copy_and_update
 from .problem import Case, Problem, make_problem, make_truth
 from .providers import Providers, gather
-from .timing import Contestant
+from .timing import Contestant, Pace
 
 make = make_problem
 VOCABULARIES = (32000, 128256, 151936, 262144)
@@ -40,6 +41,11 @@ def settings(device: str, threads: Sequence[int]) -> list[tuple[int, str]]:
         if device == "cuda"
         else [*((n, "tuned") for n in threads), (max(threads), "default")]
     )
+
+
+def pace_of(case: Case, pace: Pace) -> Pace:
+    """On a CPU, ours and the ceilings until enough of their calls had the cores to themselves."""
+    return replace(pace, rounds=4 * pace.rounds, alone=pace.own) if case.device == "cpu" and pace.own else pace
 
 
 def participants(case: Case) -> Providers:

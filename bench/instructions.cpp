@@ -1,6 +1,6 @@
 // One row kernel, or none, on N random rows, for a tool that counts instructions: `instructions KERNEL N V`. With a
 // number of rounds behind it, what it takes: seconds of the rows, of one row as often, whose memory stays in the cache,
-// and of copying and reading them, interleaved. Compiled for one dtype and one instruction set, -DPPG_DTYPE=BF16
+// and of copying and reading them, interleaved, and of a processor's cycle. Compiled for one dtype and one instruction set, -DPPG_DTYPE=BF16
 // -DPPG_LANES=8: all of them take a minute.
 #include <algorithm>
 #include <chrono>
@@ -38,12 +38,13 @@ namespace {  // so that what is not called is not compiled either
 #include "../csrc/cpu/policy_loss.cpp"
 #include "../csrc/cpu/logprobs.cpp"
 // clang-format on
-// The words of `memory` added up: what it takes to read it.
+// The words of `memory` added up, its four quarters side by side: the least that it takes to read it.
 uint32_t add_up(const std::vector<char>& memory) {
   UintVec sums[8] = {}, word;
-  for (size_t i = 0; i + sizeof sums <= memory.size(); i += sizeof sums) {
+  const size_t quarter = memory.size() / 4;
+  for (size_t i = 0; i + 2 * sizeof word <= quarter; i += 2 * sizeof word) {
     for (int k = 0; k < 8; ++k) {
-      std::memcpy(&word, memory.data() + i + k * sizeof word, sizeof word);
+      std::memcpy(&word, memory.data() + k / 2 * quarter + i + k % 2 * sizeof word, sizeof word);
       sums[k] += word;
     }
   }
@@ -90,7 +91,22 @@ template <class Call> double seconds(Call call) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// A line a round: the rows, one row as often, a copy, a read. The gradient is written over the logits, which are
+// A cycle, from products that wait for each other, which no neighbour on the core slows: three each on x86.
+double cycle() {
+  constexpr int PRODUCTS = 40'000, LATENCY = 3;
+  double least = 1;
+  for (int turn = 0; turn < 5; ++turn)  // what takes the core away for a while is not a slower clock
+    least = std::min(least, seconds([] {
+                       uint64_t x = 3;
+                       for (int i = 0; i < PRODUCTS; ++i) {
+                         x *= x;
+                         asm volatile("" : "+r"(x));
+                       }
+                     }));
+  return least / (PRODUCTS * LATENCY);
+}
+
+// A line a round: the rows, one row as often, a copy, a read, a cycle. The gradient is written over the logits, which are
 // written anew before each.
 void measure(const std::string& kernel, const std::vector<char>& logits, int64_t N, int64_t V, int rounds,
              std::vector<float>& out) {
@@ -101,10 +117,11 @@ void measure(const std::string& kernel, const std::vector<char>& logits, int64_t
       changing = logits;
       return seconds([&] { run(kernel, changing.data(), N, V, stride, out); });
     };
-    const double rows = again(V), row = again(0);
+    const double rows = again(V), before = cycle(), row = again(0), after = cycle();
     const double copy = seconds([&] { std::memcpy(target.data(), logits.data(), logits.size()); });
     const double read = seconds([&] { seen = seen + cpu::counted::add_up(logits); });
-    if (round) std::printf("%.9f %.9f %.9f %.9f\n", rows, row, copy, read);  // the first has fresh memory
+    if (round)  // the first has fresh memory
+      std::printf("%.9f %.9f %.9f %.9f %.6g\n", rows, row, copy, read, (before + after) / 2);
   }
 }
 

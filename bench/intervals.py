@@ -23,12 +23,17 @@ class Between(NamedTuple):
 Drawn = NDArray[np.float64]  # (1 + DRAWS,): a number from all rounds, then from each draw of them; NaN: not known
 
 
-def medians(entry: dict[str, Any]) -> Drawn:
-    """The median seconds of an entry of a result file; the draws are NaN below `LEAST` rounds.
+def medians(entry: dict[str, Any], kept: Sequence[bool] | None = None) -> Drawn:
+    """The median seconds of an entry of a result file, or of those of its rounds that are kept; the draws are NaN below
+    `LEAST` rounds.
 
     Entries of one case with as many rounds have the rounds of a draw in common: what slowed a round slowed all in it.
     """
-    return _medians(entry["group"], tuple(entry["stats"].get("data", ())), entry["stats"]["median"])
+    data, median = entry["stats"].get("data", ()), entry["stats"]["median"]
+    if kept is not None:
+        data = [seconds for seconds, keep in zip(data, kept, strict=True) if keep]
+        median = float(np.median(data)) if data else median
+    return _medians(entry["group"], tuple(data), median)
 
 
 @lru_cache(4096)

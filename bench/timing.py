@@ -4,13 +4,14 @@ call."""
 import gc
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
+from .core_clock import CoreClock, Cores, undisturbed
 from .gpu_clock import Gpu, GpuClock
 from .result_file import cpu_cache_bytes
 
@@ -32,7 +33,8 @@ class Contestant:
 @dataclass(frozen=True)
 class Pace:
     """How long to measure: ``rounds`` at most; a contestant that has used ``budget`` seconds leaves, after ``least``
-    rounds, or after ``own`` if it is ours or a ceiling, whose ratio is what an aim is about.
+    rounds, or after ``own`` if it is ours or a ceiling, whose ratio is what an aim is about. With ``alone`` those two
+    leave as soon as, and not before, they have had that many calls on undisturbed CPU cores.
 
     One whose call takes longer than ``slow`` seconds is measured once, and not again where other rows are masked:
     `harness.measure`.
@@ -43,6 +45,7 @@ class Pace:
     least: int = 2
     slow: float = math.inf
     own: int = 0
+    alone: int = 0
 
 
 def cache_bytes(device: str) -> int:
@@ -72,27 +75,31 @@ def interleave(
     """Seconds of every call, by contestant, by the device's clock or another. All have been called before: nothing is
     compiled or first touched here.
 
-    On a GPU the facts take what its clock found beside them, `GpuClock.facts`, and for ours and the ceilings what a
-    CUDA graph of the call takes.
+    The facts take what the device's clock found beside them, `GpuClock.facts` and `CoreClock.facts`, and on a GPU, for
+    ours and the ceilings, what a CUDA graph of the call takes.
     """
     seconds: dict[str, list[float]] = {c.name: [] for c in contestants}
     if device == "cuda" and clock is None and gpu is None:
         gpu = Gpu(Eviction(device))
     evict = gpu.evict if gpu else Eviction(device)
-    clocks = {c.name: GpuClock(gpu) if gpu else _prepared(clock or _cpu_seconds) for c in contestants}
+    new: Callable[[], Any] = partial(GpuClock, gpu) if gpu else partial(_prepared, clock)
+    if not gpu and clock is None:
+        new = partial(CoreClock, Cores())
+    clocks = {c.name: new() for c in contestants}
     prepare = {c.name: _preparing(c, evict) for c in contestants}
     gc.collect()
     gc.disable()
     try:
         for number in range(pace.rounds):
-            running = [c for c in contestants if _goes_on(c, seconds[c.name], pace)]
+            alone = _alone(clocks) if pace.alone else {}
+            running = [c for c in contestants if _goes_on(c, seconds[c.name], pace, alone.get(c.name))]
             for contestant in running if number % 2 == 0 else reversed(running):
                 name = contestant.name
                 seconds[name].append(clocks[name](contestant.call, prepare[name]))
-        for contestant in contestants if gpu else ():  # one graph at a time: each keeps the memory of its call
+        for contestant in contestants if clock is None else ():
             found, rounds = clocks[contestant.name], min(GRAPH_ROUNDS, len(seconds[contestant.name]))
             contestant.facts |= found.facts()
-            if contestant.kind != "peer":
+            if gpu and contestant.kind != "peer":  # one graph at a time: each keeps the memory of its call
                 contestant.facts |= found.replays(contestant.call, prepare[contestant.name], rounds)
     finally:
         gc.enable()
@@ -118,17 +125,17 @@ def _prepared(clock: Callable[[Callable[[], Any]], float]) -> Any:
     return timed
 
 
-def _goes_on(contestant: Contestant, seconds: list[float], pace: Pace) -> bool:
+def _alone(clocks: dict[str, CoreClock]) -> dict[str, int]:
+    """How many calls of each contestant had the cores to themselves so far."""
+    fastest = max((speed for clock in clocks.values() for speed in clock.gflops), default=0.0)
+    return {name: sum(undisturbed(clock.gflops, fastest)) for name, clock in clocks.items()}
+
+
+def _goes_on(contestant: Contestant, seconds: list[float], pace: Pace, alone: int | None = None) -> bool:
     least = pace.least if contestant.kind == "peer" else max(pace.least, pace.own)
+    if alone is not None and contestant.kind != "peer":
+        return len(seconds) < least or alone < pace.alone
     return not seconds or (seconds[0] <= pace.slow and (len(seconds) < least or sum(seconds) < pace.budget))
-
-
-def _cpu_seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    result = call()
-    end = time.perf_counter()
-    del result
-    return end - start
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ppg_fast.bench import harness, instructions, machine, peers, render, timing, worker
+from ppg_fast.bench import core_clock, harness, instructions, machine, peers, render, timing, worker
 from ppg_fast.bench.problem import Case, make_problem, make_truth
 from ppg_fast.bench.providers import Provider, Unavailable
 
@@ -116,6 +116,29 @@ def test_rounds_are_interleaved_and_slow_ones_leave_early():
     assert {len(values) for values in once.values()} == {1}
 
 
+def test_ours_and_the_ceilings_wait_for_undisturbed_cores(monkeypatch):
+    """Of the speeds before and after a call the lower counts; 0.9 of the fastest is undisturbed."""
+    speeds = iter([100.0, 50.0, 100.0, 100.0, 95.0, 120.0, 120.0, 110.0, 89.0, 120.0, *40 * [120.0]])
+    monkeypatch.setattr(timing.Cores, "gflops", lambda self: next(speeds))
+    one = timing.Contestant("a", "ours", list)
+    pace = timing.Pace(rounds=20, budget=0.0, alone=3)
+    assert len(timing.interleave([one], pace, "cpu")["a"]) == 7
+    assert one.facts["core_gflops"] == [50.0, 100.0, 95.0, 110.0, 89.0, 120.0, 120.0]
+    peer = timing.Contestant("b", "peer", list)
+    assert len(timing.interleave([peer], pace, "cpu")["b"]) == pace.least
+    restless = (50.0 * 2**n for n in range(100))
+    monkeypatch.setattr(timing.Cores, "gflops", lambda self: next(restless))
+    assert len(timing.interleave([one], pace, "cpu")["a"]) == pace.rounds, "no longer than that"
+
+
+def test_the_speed_of_the_cores_is_that_of_a_product_a_thread(monkeypatch):
+    cores, threads = timing.Cores(), torch.get_num_threads()
+    clock = iter([10.0, 10.5])
+    monkeypatch.setattr(core_clock.time, "perf_counter", lambda: next(clock))
+    assert cores.gflops() == pytest.approx(2e-9 * threads * 8 * 128**3 / 0.5)
+    torch.testing.assert_close(cores.product[-1], cores.left[-1] @ cores.right[-1])
+
+
 def test_a_slow_peer_is_not_measured_at_every_share():
     pace = replace(harness.PACES["quick"], slow=1.0)
     all_active, masked, _ = TINY["linear"]
@@ -202,7 +225,8 @@ def test_the_row_kernel_needs_no_more_instructions_than_when_it_was_measured(tmp
     assert instructions.per_element(program, case["kernel"]) < 1.1 * before
     monkeypatch.setattr(instructions, "TIMED", (512, 8192))
     taken = instructions.times(program, case["kernel"])
-    assert list(taken) == list(instructions.FIELDS)
+    assert list(taken) == [*instructions.FIELDS, "cycles"]
+    assert 0.5 < taken["cycles"] / taken["one_row"] < 8, "GHz"
     assert taken["one_row"] > taken["read"] > 0  # exponentials of a row in the cache, and a sum of all rows
     with pytest.raises(ValueError, match="exit status 3"):
         instructions.count(program, "no kernel", 1, 8)

@@ -154,6 +154,19 @@ def test_a_peak_that_changes_from_process_to_process_is_undecided():
     assert row.format("0.95 (0.82 to 0.98), yes") in text
 
 
+def test_calls_beside_a_busy_neighbour_say_nothing_of_arithmetic_to_memory():
+    """Ours took 1.5 of memcpy while others had half of the core, and 1.0 while it was ours."""
+    results = two_processors(np.full(15, 1.0), np.r_[np.full(9, 1.5), np.full(6, 1.0)])
+    row = "| loss and gradient in place, float32, 1 thread / memcpy | 1.10, AVX2 1.15 |"
+    assert f"{row} 1.00 (1.00 to 1.00), yes | 1.50 (1.00 to 1.50), undecided |" in render.SECTIONS["aims"](results)
+    ours, memcpy, _ = list(results.values())[1]["benchmarks"]
+    ours["extra_info"]["core_gflops"] = 9 * [50.0] + 6 * [95.0]
+    memcpy["extra_info"]["core_gflops"] = 7 * [100.0] + 8 * [60.0]
+    assert f"{row} 1.00 (1.00 to 1.00), yes | 1.00 (1.00 to 1.00), yes |" in render.SECTIONS["aims"](results)
+    memcpy["extra_info"]["core_gflops"][0] = 106.0  # so that no call of ours had the core to itself
+    assert f"{row} 1.00 (1.00 to 1.00), yes | 1.50 (no interval), undecided |" in render.SECTIONS["aims"](results)
+
+
 def test_half_the_lanes_have_a_bar_of_their_own():
     text = render.SECTIONS["aims"](two_processors(np.full(15, 1.12), np.full(15, 1.12)))
     assert "| 1.12 (1.12 to 1.12), yes | 1.12 (1.12 to 1.12), **no** |" in text.splitlines()[2]
