@@ -31,10 +31,10 @@ def _times(file: dict[str, Any]) -> Time:
 
 
 def _alone(entry: dict[str, Any], file: dict[str, Any]) -> list[bool] | None:
-    """Which of its calls had the cores to themselves, by the fastest that they were in this case; None: not known."""
+    """Which of its calls had the cores to themselves; None: not known."""
     case = [e["extra_info"].get("core_gflops", ()) for e in file["benchmarks"] if e["group"] == entry["group"]]
     own = entry["extra_info"].get("core_gflops")
-    return undisturbed(own, max(speed for speeds in case for speed in speeds)) if own else None
+    return undisturbed(own, [speed for speeds in case for speed in speeds]) if own else None
 
 
 Bar = float | tuple[float, float]  # the latter: with AVX-512, and with half its lanes

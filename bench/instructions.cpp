@@ -1,7 +1,7 @@
 // One row kernel, or none, on N random rows, for a tool that counts instructions: `instructions KERNEL N V`. With a
 // number of rounds behind it, what it takes: seconds of the rows, of one row as often, whose memory stays in the cache,
-// and of copying and reading them, interleaved, and of a processor's cycle. Compiled for one dtype and one instruction set, -DPPG_DTYPE=BF16
-// -DPPG_LANES=8: all of them take a minute.
+// and of copying and reading them, interleaved, and of a processor's cycle. Compiled for one dtype and one instruction
+// set, -DPPG_DTYPE=BF16 -DPPG_LANES=8: all of them take a minute.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -106,8 +106,8 @@ double cycle() {
   return least / (PRODUCTS * LATENCY);
 }
 
-// A line a round: the rows, one row as often, a copy, a read, a cycle. The gradient is written over the logits, which are
-// written anew before each.
+// A line a round: the rows, one row as often, a copy, a read, a cycle. The gradient is written over the logits, which
+// are written anew before each.
 void measure(const std::string& kernel, const std::vector<char>& logits, int64_t N, int64_t V, int rounds,
              std::vector<float>& out) {
   std::vector<char> changing(logits), target(logits);

@@ -2,6 +2,7 @@
 nowhere else."""
 
 import re
+import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,15 @@ def _hosts_summary_section(results: Results) -> str:
     return text or NOT_MEASURED
 
 
+def _cores(entries: list[dict[str, Any]]) -> str:
+    """How fast one core multiplied beside the calls of one thread, where that was seen."""
+    one = [e["extra_info"].get("core_gflops", ()) for e in entries if e["params"].get("threads") == 1]
+    speeds = [speed for calls in one for speed in calls]
+    if not speeds:
+        return ""
+    return f"; a core gave {statistics.median(speeds):.0f} GFLOP/s, {max(speeds):.0f} at its best"
+
+
 def _machine_section(results: Results) -> str:
     text = ""
     for name, file in results.items():
@@ -114,7 +124,8 @@ def _machine_section(results: Results) -> str:
             f"- `{name}`: {place}; {info['system']} {info['release']}, {info['libc']}, Python "
             f"{info['python_version']}; {versions}; "
         )
-        text += f"commit {commit}; {file['datetime']}; `{ours['command']}`; load before {ours['load_before']}\n"
+        text += f"commit {commit}; {file['datetime']}; `{ours['command']}`; load before {ours['load_before']}"
+        text += f"{_cores(file['benchmarks'])}\n"
     return text or NOT_MEASURED
 
 

@@ -127,8 +127,8 @@ def _prepared(clock: Callable[[Callable[[], Any]], float]) -> Any:
 
 def _alone(clocks: dict[str, CoreClock]) -> dict[str, int]:
     """How many calls of each contestant had the cores to themselves so far."""
-    fastest = max((speed for clock in clocks.values() for speed in clock.gflops), default=0.0)
-    return {name: sum(undisturbed(clock.gflops, fastest)) for name, clock in clocks.items()}
+    case = [speed for clock in clocks.values() for speed in clock.gflops]
+    return {name: sum(undisturbed(clock.gflops, case)) for name, clock in clocks.items()}
 
 
 def _goes_on(contestant: Contestant, seconds: list[float], pace: Pace, alone: int | None = None) -> bool:

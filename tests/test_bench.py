@@ -117,7 +117,7 @@ def test_rounds_are_interleaved_and_slow_ones_leave_early():
 
 
 def test_ours_and_the_ceilings_wait_for_undisturbed_cores(monkeypatch):
-    """Of the speeds before and after a call the lower counts; 0.9 of the fastest is undisturbed."""
+    """Of the speeds before and after a call the lower counts; 0.9 of what one call in twenty exceeds is undisturbed."""
     speeds = iter([100.0, 50.0, 100.0, 100.0, 95.0, 120.0, 120.0, 110.0, 89.0, 120.0, *40 * [120.0]])
     monkeypatch.setattr(timing.Cores, "gflops", lambda self: next(speeds))
     one = timing.Contestant("a", "ours", list)

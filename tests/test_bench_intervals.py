@@ -163,7 +163,7 @@ def test_calls_beside_a_busy_neighbour_say_nothing_of_arithmetic_to_memory():
     ours["extra_info"]["core_gflops"] = 9 * [50.0] + 6 * [95.0]
     memcpy["extra_info"]["core_gflops"] = 7 * [100.0] + 8 * [60.0]
     assert f"{row} 1.00 (1.00 to 1.00), yes | 1.00 (1.00 to 1.00), yes |" in render.SECTIONS["aims"](results)
-    memcpy["extra_info"]["core_gflops"][0] = 106.0  # so that no call of ours had the core to itself
+    memcpy["extra_info"]["core_gflops"][:7] = 7 * [106.0]  # so that no call of ours had the core to itself
     assert f"{row} 1.00 (1.00 to 1.00), yes | 1.50 (no interval), undecided |" in render.SECTIONS["aims"](results)
 
 
