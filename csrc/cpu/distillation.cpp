@@ -192,12 +192,12 @@ template <class E> void distil_row(const DistillationArgs& a, int64_t n, float w
 
 template <class E> void distillation_of(const DistillationArgs& a, int64_t first, int64_t last) {
   const int64_t length = (a.V + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
-  static thread_local std::vector<float> memory;
-  if (int64_t(memory.size()) < 4 * length) memory.resize(4 * length);
+  static thread_local Scratch memory;
+  float* const floats = floats_of(memory, 4 * length);
   for (int64_t n = first; n < last; ++n) {
     const float weight = a.weights ? plain_nan(a.weights[n]) : 1.f;
     if (a.labels[n] >= 0 && weight != 0.f) {
-      distil_row<E>(a, n, weight, length, memory.data());
+      distil_row<E>(a, n, weight, length, floats);
       continue;
     }
     a.divergence[n] = 0.f;

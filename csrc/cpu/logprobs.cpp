@@ -79,7 +79,7 @@ template <class E, bool CAP, bool ENT> void logprobs_bwd_rows(const LogprobsBwdA
       int64_t v = 0;
       for (; v + STEP <= a.V; v += STEP) {
         fetch.step();
-        fetch_block(x + v);
+        fetch_ahead<BLOCK>(x + v);
 #pragma GCC unroll 2
         for (int64_t w = v; w < v + STEP; w += 2 * LANES) {
           const Pair p = E::load_pair(x + w);

@@ -44,7 +44,7 @@ PPG_INLINE void write_gradient(const typename E::raw* x, typename E::raw* out, i
     int64_t v = first;
     for (; v + STEP <= last; v += STEP) {  // the order of row_stats
       fetch.step();
-      fetch_block(kept.exps + v);
+      fetch_ahead<KEPT_AHEAD>(kept.exps + v);
 #pragma GCC unroll 2
       for (int64_t w = v; w < v + STEP; w += 2 * LANES) {
         const Pair p = AGAIN ? E::load_pair(x + w) : Pair{};
@@ -88,19 +88,17 @@ PPG_INLINE Slope finish_row(const PolicyLossArgs& a, int64_t n, const Stats& sta
 // Where the exponentials of a row are kept: over its float32 logits where the gradient is written over them too and
 // they are not read again, else in `memory`.
 template <class E, bool CAP>
-PPG_INLINE Kept keep(std::vector<float>& memory, const typename E::raw* x, typename E::raw* out,
-                     const PolicyLossArgs& a) {
-  const int64_t blocks = (a.V + BLOCK - 1) / BLOCK;
-  if (int64_t(memory.size()) < a.V + blocks) memory.resize(a.V + blocks);
+PPG_INLINE Kept keep(Scratch& memory, const typename E::raw* x, typename E::raw* out, const PolicyLossArgs& a) {
+  float* const floats = floats_of(memory, a.V + (a.V + BLOCK - 1) / BLOCK);
   if constexpr (std::is_same_v<E, F32> && !CAP) {
-    if (out == x && a.term.entropy_coef == 0.f) return {out, memory.data()};
+    if (out == x && a.term.entropy_coef == 0.f) return {out, floats};
   }
-  return {memory.data() + blocks, memory.data()};
+  return {floats, floats + a.V};
 }
 
 template <class E, bool CAP, Sums SUMS> void policy_loss_rows(const PolicyLossArgs& a, int64_t first, int64_t last) {
   constexpr bool ENT = SUMS >= ENTROPY;
-  static thread_local std::vector<float> memory;
+  static thread_local Scratch memory;
   for (int64_t n = first; n < last; ++n) {
     const int64_t label = a.labels[n];
     if (label < 0) {

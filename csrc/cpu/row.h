@@ -65,8 +65,7 @@ struct Stats {
 
 constexpr int STEP = 4 * LANES;  // elements in flight
 constexpr int64_t BLOCK = 2048;  // elements whose maximum is taken before their exponentials: still in L1 by then
-constexpr float LOWEST =
-    -3.402823466e38f;  // start of the running maximum: unlike -inf it can be subtracted from itself
+constexpr float LOWEST = -3.402823466e38f;  // start of a running maximum: unlike -inf, less itself it is 0
 
 // Prefetch of the next row into L2 while this one is computed: `bytes` of it (0: no next row) for every STEP elements.
 // Its four parts are read side by side: hardware runs ahead in each of them, where it would in one.
@@ -82,10 +81,12 @@ struct Fetch {
   }
 };
 
-// Prefetch of what the loop over this row comes to a block later: from L2 into L1.
-template <class T> PPG_INLINE void fetch_block(const T* at) {
+// Prefetch from L2 into L1 of what a loop comes to `AHEAD` elements later: of logits a block, whose maximum is taken
+// first; of exponentials a block would push out what is needed sooner.
+constexpr int64_t KEPT_AHEAD = 512;
+template <int64_t AHEAD, bool WRITE = false, class T> PPG_INLINE void fetch_ahead(const T* at) {
 #pragma GCC unroll 8
-  for (int64_t v = 0; v < STEP; v += 64 / int64_t(sizeof(T))) __builtin_prefetch(at + BLOCK + v, 0, 3);
+  for (int64_t v = 0; v < STEP; v += 64 / int64_t(sizeof(T))) __builtin_prefetch(at + AHEAD + v, WRITE, 3);
 }
 
 template <class T, class Bits, class Pick> PPG_INLINE T reduce(Bits bits, Pick pick) {
@@ -220,7 +221,8 @@ PPG_INLINE Stats row_stats(const typename E::raw* x, int64_t V, const View<CAP>&
   const auto sweep = [&](auto near, int64_t v, int64_t last) __attribute__((always_inline)) {
     for (; v + STEP <= last; v += STEP) {
       fetch.step();
-      fetch_block(x + v);
+      fetch_ahead<BLOCK>(x + v);
+      if constexpr (KEEP) fetch_ahead<KEPT_AHEAD, true>(kept.exps + v);
       const Pair p = E::load_pair(x + v), q = E::load_pair(x + v + 2 * LANES);
       take(near, p.a, kept.exps + v, 0);
       take(near, p.b, kept.exps + v + LANES, 1);

@@ -70,6 +70,17 @@ PPG_INLINE void finish_streaming() {  // before another thread may read it
 }
 PPG_INLINE bool can_stream(const void* p) { return reinterpret_cast<uintptr_t>(p) % sizeof(Vec) == 0; }
 
+// Memory that is kept from call to call and begins with a cache line: vectors that lie across two take twice as long.
+struct alignas(64) CacheLine {
+  float floats[16];
+};
+using Scratch = std::vector<CacheLine>;
+PPG_INLINE float* floats_of(Scratch& memory, int64_t count) {
+  const size_t lines = size_t(count + 15) / 16;
+  if (memory.size() < lines) memory.resize(lines);
+  return memory.data()->floats;
+}
+
 // ---- element types ----
 struct F32 {
   using raw = float;
