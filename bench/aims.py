@@ -80,8 +80,11 @@ def _linear(time: Time, file: dict[str, Any]) -> list[Row]:
         zero = {**at, "active": 1.0, "zero": 0.5}
         full, masked, kept = time(OURS, **whole), time(OURS, **half), time(KEEPING, **zero)
         skipped = over(time(OURS, **zero), masked)
+        rows.append((f"from hidden states, {dtype} / three bare GEMMs", bar, over(full, time(GEMMS, **whole))))
+        for name in sorted({e["param"] for e in file["benchmarks"] if e["param"].startswith(f"{GEMMS}, ")}):
+            few = over(time(name, **whole), time(GEMMS, **whole))
+            rows.append((f"{name}, {dtype} / at once", bar, few))
         rows += [
-            (f"from hidden states, {dtype} / three bare GEMMs", bar, over(full, time(GEMMS, **whole))),
             (f"its peak of memory, {dtype} / the leanest other's", 1.0, _leanest(file, whole)),
             (f"10% of the rows active, {dtype} / all", 1 / 7, over(time(OURS, **tenth), full)),
             (f"half of the turns with zero advantage, skipped, {dtype} / masked", 1.0, skipped),

@@ -44,14 +44,14 @@ def read(problem: Problem) -> list[Contestant]:
     ]
 
 
-def bare_products(problem: Problem, case: Case) -> list[Contestant]:
+def bare_products(problem: Problem, case: Case, chunk_rows: int = CHUNK_ROWS) -> list[Contestant]:
     """The matrix products that the rows with a gradient cannot do without: logits, d_hidden and, unless the head is
-    frozen, d_weight, into memory that is there."""
+    frozen, d_weight, into memory that is there; ``chunk_rows`` at a time."""
     trains = problem.leaves[1].requires_grad
     hidden, weight = (t.detach() for t in problem.leaves)
     rows = (problem.mask & (problem.advantages != 0)).nonzero().squeeze(1)
     x = hidden[rows]
-    n = min(len(rows), CHUNK_ROWS)
+    n = min(len(rows), chunk_rows)
     logits = torch.empty(n, case.V, dtype=x.dtype, device=x.device).normal_()
     d_hidden, d_weight = (
         torch.empty(n, case.D, dtype=x.dtype, device=x.device),
@@ -63,16 +63,17 @@ def bare_products(problem: Problem, case: Case) -> list[Contestant]:
         torch.mm(z, weight, out=d_hidden[: len(chunk)])
         if not trains:
             return
-        if len(rows) <= CHUNK_ROWS:
+        if len(rows) <= chunk_rows:
             torch.mm(z.t(), chunk, out=d_weight)
         else:
             d_weight.addmm_(z.t(), chunk)
 
     def products() -> None:
-        for chunk in x.split(CHUNK_ROWS):
+        for chunk in x.split(chunk_rows):
             one(chunk, logits[: len(chunk)])
 
-    return [_ceiling(f"{'three' if trains else 'two'} bare GEMMs", products)]
+    few = "" if chunk_rows == CHUNK_ROWS else f", {chunk_rows} rows at a time"
+    return [_ceiling(f"{'three' if trains else 'two'} bare GEMMs{few}", products)]
 
 
 def copy_of(values: Tensor) -> list[Contestant]:
