@@ -139,6 +139,16 @@ def test_the_speed_of_the_cores_is_that_of_a_product_a_thread(monkeypatch):
     torch.testing.assert_close(cores.product[-1], cores.left[-1] @ cores.right[-1])
 
 
+@pytest.mark.parametrize(("dtype", "rows"), [("float32", [58, 256]), ("bfloat16", [512])])
+def test_the_bare_products_are_measured_in_chunks_too(dtype, rows):
+    """58 rows of 50,000 words and d_weight are 60 MiB less 0.1."""
+    linear = harness.OPS["linear"]
+    assert linear.chunks_of(Case("linear", 2048, 50000, 256, dtype=dtype)) == rows
+    case = Case("linear", 2048, 50000, 2, dtype=dtype)
+    names = {len(linear.ceilings(make_problem(case), replace(case, active=share))) for share in (0.5, 0.1)}
+    assert names == {1}, "only where all rows have a gradient"
+
+
 def test_a_slow_peer_is_not_measured_at_every_share():
     pace = replace(harness.PACES["quick"], slow=1.0)
     all_active, masked, _ = TINY["linear"]
