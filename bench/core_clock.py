@@ -46,7 +46,7 @@ class CoreClock:
 
     def facts(self) -> dict[str, Any]:
         """For the result file, call by call."""
-        return {"core_gflops": [round(speed, 1) for speed in self.gflops]}
+        return {"core_gflops": [round(speed) for speed in self.gflops]}
 
 
 def undisturbed(gflops: Sequence[float], case: Sequence[float]) -> list[bool]:
