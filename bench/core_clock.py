@@ -1,5 +1,5 @@
-"""The clock of a CPU, and beside each call how fast the cores computed: on a shared machine others slow arithmetic, and
-memory not."""
+"""The clock of a CPU, and beside each call how fast the cores computed: on a shared machine others slow every call, and
+not all alike."""
 
 import time
 from collections.abc import Callable, Sequence

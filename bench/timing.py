@@ -33,8 +33,8 @@ class Contestant:
 @dataclass(frozen=True)
 class Pace:
     """How long to measure: ``rounds`` at most; a contestant that has used ``budget`` seconds leaves, after ``least``
-    rounds, or after ``own`` if it is ours or a ceiling, whose ratio is what an aim is about. With ``alone`` those two
-    leave as soon as, and not before, they have had that many calls on undisturbed CPU cores.
+    rounds, or after ``own`` if it is ours or a ceiling, whose ratio is what an aim is about. With ``alone`` that
+    many of these must have been on undisturbed CPU cores, whatever the budget.
 
     One whose call takes longer than ``slow`` seconds is measured once, and not again where other rows are masked:
     `harness.measure`.
@@ -133,9 +133,9 @@ def _alone(clocks: dict[str, CoreClock]) -> dict[str, int]:
 
 def _goes_on(contestant: Contestant, seconds: list[float], pace: Pace, alone: int | None = None) -> bool:
     least = pace.least if contestant.kind == "peer" else max(pace.least, pace.own)
-    if alone is not None and contestant.kind != "peer":
-        return len(seconds) < least or alone < pace.alone
-    return not seconds or (seconds[0] <= pace.slow and (len(seconds) < least or sum(seconds) < pace.budget))
+    waits = alone is not None and contestant.kind != "peer"
+    wants = alone < pace.alone if waits else sum(seconds) < pace.budget
+    return not seconds or (seconds[0] <= pace.slow and (len(seconds) < least or wants))
 
 
 def percentile(values: Sequence[float], share: float) -> float:

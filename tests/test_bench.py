@@ -129,6 +129,7 @@ def test_ours_and_the_ceilings_wait_for_undisturbed_cores(monkeypatch):
     restless = (50.0 * 2**n for n in range(100))
     monkeypatch.setattr(timing.Cores, "gflops", lambda self: next(restless))
     assert len(timing.interleave([one], pace, "cpu")["a"]) == pace.rounds, "no longer than that"
+    assert len(timing.interleave([one], replace(pace, slow=0.0), "cpu")["a"]) == 1, "a slow one is measured once"
 
 
 def test_the_speed_of_the_cores_is_that_of_a_product_a_thread(monkeypatch):
@@ -140,13 +141,18 @@ def test_the_speed_of_the_cores_is_that_of_a_product_a_thread(monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "rows"), [("float32", [58, 256]), ("bfloat16", [512])])
-def test_the_bare_products_are_measured_in_chunks_too(dtype, rows):
-    """58 rows of 50,000 words and d_weight are 60 MiB less 0.1."""
+def test_the_bare_products_are_measured_in_chunks_too(dtype, rows, monkeypatch):
+    """58 rows of 50,000 words and d_weight are 60 MiB less 0.1. Only where all rows have a gradient."""
     linear = harness.OPS["linear"]
     assert linear.chunks_of(Case("linear", 2048, 50000, 256, dtype=dtype)) == rows
-    case = Case("linear", 2048, 50000, 2, dtype=dtype)
-    names = {len(linear.ceilings(make_problem(case), replace(case, active=share))) for share in (0.5, 0.1)}
-    assert names == {1}, "only where all rows have a gradient"
+    monkeypatch.setattr(linear, "chunks_of", lambda case: [24])
+    case = Case("linear", 64, 512, 32, dtype=dtype)
+    found = [linear.ceilings(make_problem(c), c) for c in (case, replace(case, active=0.5), replace(case, zero=0.5))]
+    whole = "three bare GEMMs"
+    names = [[limit.name for limit in limits] for limits in found]
+    assert names == [[whole, f"{whole}, 24 rows at a time"], [whole], [whole]]
+    for limit in found[0]:
+        limit.call()
 
 
 def test_a_slow_peer_is_not_measured_at_every_share():

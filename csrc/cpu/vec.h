@@ -78,7 +78,7 @@ using Scratch = std::vector<CacheLine>;
 PPG_INLINE float* floats_of(Scratch& memory, int64_t count) {
   const size_t lines = size_t(count + 15) / 16;
   if (memory.size() < lines) memory.resize(lines);
-  return memory.data()->floats;
+  return reinterpret_cast<float*>(memory.data());
 }
 
 // ---- element types ----
